@@ -1,0 +1,175 @@
+"""The enclave's side of the boundary: multiply by a matrix that lies on a worker, whatever the worker does.
+
+A worker is stateless but for the matrices it holds, so every failure has one remedy: drop the connection, make it again, send
+what is missing, ask again. `WorkerLink` does so a bounded number of times, then raises the last error. It has no thread of its
+own: requests are sent by whoever submits, replies read by whoever waits (docs/adr/0002 says why that cannot deadlock).
+"""
+
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from obfuscatune.enclave.link_driver import LinkDriver
+from obfuscatune.enclave.link_pending import MatrixSource, Pending, StoredMatrix
+from obfuscatune.enclave.link_retry import RetryPolicy
+from obfuscatune.enclave.link_stats import LinkStats
+from obfuscatune.wire.address import parse_address
+from obfuscatune.wire.connect import check_plain_tcp, connect
+from obfuscatune.wire.deadline import Deadline
+from obfuscatune.wire.errors import ConfigError
+from obfuscatune.wire.transport import Transport
+
+__all__ = ["LinkStats", "MatrixSource", "Pending", "RetryPolicy", "WorkerLink"]
+
+
+class WorkerLink:
+    """A worker, as the enclave sees it. Safe from any thread, which take turns."""
+
+    def __init__(
+        self, connect: Callable[[], Transport], *, deadline_s: float = 120.0, retry: RetryPolicy | None = None
+    ) -> None:
+        """Nothing is connected before the first request.
+
+        Args:
+            connect: makes a fresh transport each time it is called.
+            deadline_s: seconds from sending a request to the last byte of its reply.
+            retry: bounds of insistence.
+        """
+        self._driver = LinkDriver(connect, deadline_s, retry or RetryPolicy())
+        self._lock = threading.RLock()
+
+    @property
+    def stats(self) -> LinkStats:
+        """What went over the link so far; it goes on counting."""
+        return self._driver.stats
+
+    @classmethod
+    def open(
+        cls,
+        address: str,
+        *,
+        deadline_s: float = 120.0,
+        retry: RetryPolicy | None = None,
+        allow_plain_tcp: bool = False,
+    ) -> Self:
+        """A link to the worker at `address` (unix:/path or tcp:host:port), connected.
+
+        Raises:
+            ConfigError: the address cannot be used, or leaves this machine without TLS.
+            WireError: nobody answers there, or not as a worker.
+        """
+        parsed = parse_address(address)
+        check_plain_tcp(parsed, allowed=allow_plain_tcp)
+        link = cls(lambda: connect(parsed, Deadline(deadline_s)), deadline_s=deadline_s, retry=retry)
+        with link._lock:
+            link._driver.drive(lambda: link._driver.connected)
+        return link
+
+    def store(
+        self,
+        matrix_id: bytes,
+        source: MatrixSource,
+        *,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        tensor: torch.Tensor | None = None,
+    ) -> None:
+        """Have the worker hold W_star under `matrix_id`.
+
+        Args:
+            matrix_id: 16 bytes that mean nothing to the worker.
+            source: makes W_star again, should the worker lose it.
+            shape: (p, q) of W_star.
+            dtype: of W_star.
+            tensor: W_star where it is at hand: uploaded now, and not kept.
+
+        Raises:
+            QuotaExceeded: the worker has no room.
+            WireError: see `multiply`.
+        """
+        matrix = StoredMatrix(matrix_id, source, shape, dtype, at_hand=tensor)
+        driver = self._driver
+        with self._lock:
+            driver.matrices[matrix_id] = driver.missing[matrix_id] = matrix
+            driver.leaving.pop(matrix_id, None)
+            try:
+                driver.drive(lambda: matrix_id not in driver.missing)
+            finally:
+                matrix.at_hand = None
+                driver.missing.pop(matrix_id, None)
+            if matrix.refused is not None:
+                raise matrix.refused
+
+    def multiply(
+        self, matrix_id: bytes, rows: torch.Tensor, *, transpose: bool, reply_dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """rows @ W_star, or rows @ W_star^T.
+
+        Args:
+            matrix_id: as it was stored.
+            rows: (m, p), or (m, q) when `transpose`; contiguous, on the CPU.
+            transpose: multiply by the transpose.
+            reply_dtype: of the product; None for that of `rows`.
+
+        Returns:
+            (m, q), or (m, p) when `transpose`; on the CPU, contiguous, the caller's own.
+
+        Raises:
+            NonFiniteError: `rows` contain NaN or infinity; nothing was sent.
+            ConfigError: no such matrix was stored, or the shapes do not fit.
+            WorkerRefused: the worker answered with an error that asking again does not mend.
+            WireError: the worker failed more often, or was gone longer, than the retry policy bears.
+        """
+        return self.submit(matrix_id, rows, transpose=transpose, reply_dtype=reply_dtype).result()
+
+    def submit(
+        self, matrix_id: bytes, rows: torch.Tensor, *, transpose: bool, reply_dtype: torch.dtype | None = None
+    ) -> Pending:
+        """As `multiply`, but return once the request is sent; `Pending.result` waits. `rows` must not change until then."""
+        driver = self._driver
+        with self._lock:
+            matrix = driver.matrices.get(matrix_id)
+            if matrix is None:
+                raise ConfigError("no matrix was stored under this id: store it first")
+            pending = Pending(matrix, rows.detach(), transpose, reply_dtype or rows.dtype, self._finish)
+            driver.waiting.append(pending)
+            self._drive_for(pending, lambda: pending not in driver.waiting)
+            return pending
+
+    def forget(self, matrix_id: bytes) -> None:
+        """Have the worker drop a matrix, now or when it is next connected. One that was never stored is fine."""
+        driver = self._driver
+        with self._lock:
+            if driver.matrices.pop(matrix_id, None) is None:
+                return
+            driver.leaving[matrix_id] = None
+            if driver.connected:
+                driver.drive(lambda: matrix_id not in driver.leaving)
+
+    def close(self) -> None:
+        """Have the worker forget all of this session, where it can still be reached, and disconnect."""
+        with self._lock:
+            self._driver.farewell()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _finish(self, pending: Pending) -> None:
+        """Called by `Pending.result`: drive until this one is done."""
+        with self._lock:
+            self._drive_for(pending, lambda: pending.done)
+
+    def _drive_for(self, pending: Pending, done: Callable[[], bool]) -> None:
+        try:
+            self._driver.drive(done)
+        except BaseException:
+            self._driver.give_up(pending)
+            raise

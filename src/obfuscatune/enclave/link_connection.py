@@ -1,0 +1,142 @@
+"""One connection to a worker: says what is asked, and takes nothing for a reply that does not answer it.
+
+No retries here: whatever goes wrong is raised, and the connection is not used again.
+"""
+
+import time
+
+import torch
+
+from obfuscatune.enclave.link_stats import LinkStats
+from obfuscatune.wire.deadline import Deadline
+from obfuscatune.wire.dtypes import DType
+from obfuscatune.wire.errors import (
+    BadReply,
+    ConnectionLost,
+    LimitExceeded,
+    MalformedMessage,
+    ProtocolError,
+    QuotaExceeded,
+    UnknownMatrix,
+    UnsupportedVersion,
+    WireError,
+    WorkerRefused,
+)
+from obfuscatune.wire.framing import recv_body, recv_header, recv_payload, send_message
+from obfuscatune.wire.messages import (
+    CONTENT_STORE,
+    REPLIES,
+    ErrorCode,
+    Header,
+    Hello,
+    MessageType,
+    Welcome,
+    error_text,
+)
+from obfuscatune.wire.tensors import bytes_of, is_finite
+from obfuscatune.wire.transport import Buffer, Transport
+
+_REFUSALS: dict[ErrorCode, type[WireError]] = {
+    ErrorCode.MALFORMED: ProtocolError,
+    ErrorCode.VERSION: UnsupportedVersion,
+    ErrorCode.LIMIT: LimitExceeded,
+    ErrorCode.IN_FLIGHT: ProtocolError,
+    ErrorCode.UNKNOWN_MATRIX: UnknownMatrix,
+    ErrorCode.QUOTA: QuotaExceeded,
+    ErrorCode.SHAPE: WorkerRefused,
+    ErrorCode.BUSY: WorkerRefused,
+    ErrorCode.FAILED: WorkerRefused,
+    ErrorCode.STOPPED: ConnectionLost,
+}
+
+
+class LinkConnection:
+    """A transport on which the greeting is done. Closes the transport when the greeting fails."""
+
+    def __init__(self, transport: Transport, session_id: bytes, stats: LinkStats, deadline: Deadline) -> None:
+        self._transport = transport
+        self._stats = stats
+        try:
+            body = Hello(session_id).pack()
+            self.send(Header(MessageType.HELLO, payload_bytes=len(body)), body, deadline)
+            header = self.receive(deadline)
+            if header.type is MessageType.ERROR:
+                raise self.refusal(header, deadline)
+            if header.type is not MessageType.WELCOME:
+                raise MalformedMessage(f"expected WELCOME, got {header.type.name}")
+            self.welcome = Welcome.unpack(self.body(header, deadline))
+        except BaseException:
+            transport.close()
+            raise
+
+    @property
+    def wants_digests(self) -> bool:
+        """Whether the worker keeps matrices by their content."""
+        return bool(self.welcome.features & CONTENT_STORE)
+
+    def send(self, header: Header, payload: Buffer, deadline: Deadline) -> None:
+        """Send one request."""
+        self._stats.bytes_sent += send_message(self._transport, header, payload, deadline=deadline)
+
+    def receive(self, deadline: Deadline) -> Header:
+        """The header of the next reply; its payload is to be taken next, by `body`, `refusal` or `product`."""
+        started = time.monotonic()
+        try:
+            header = recv_header(self._transport, REPLIES, deadline=deadline)
+        finally:
+            self._stats.seconds_waiting += time.monotonic() - started
+        self._stats.bytes_received += len(header.pack()) + header.payload_bytes
+        return header
+
+    def body(self, header: Header, deadline: Deadline) -> bytes:
+        """The payload of a reply that carries no matrix."""
+        return recv_body(self._transport, header, deadline)
+
+    def refusal(self, header: Header, deadline: Deadline) -> WireError:
+        """The error that an ERROR stands for, to be raised or kept."""
+        text = error_text(self.body(header, deadline))
+        return _REFUSALS[ErrorCode(header.code)](f"the worker answered: {text}")
+
+    def exchange(self, header: Header, payload: Buffer, allowed: set[MessageType], deadline: Deadline) -> MessageType:
+        """Send one request that carries no product, and take its reply. Nothing else may be in flight.
+
+        Raises:
+            WorkerRefused: the worker answered this request with an error.
+            MalformedMessage: the reply is not of an `allowed` type, or answers something else.
+        """
+        self.send(header, payload, deadline)
+        reply = self.receive(deadline)
+        if reply.type is MessageType.ERROR and reply.request_id in (0, header.request_id):
+            raise self.refusal(reply, deadline)
+        if reply.type not in allowed or (reply.request_id, reply.matrix_id) != (header.request_id, header.matrix_id):
+            raise MalformedMessage(f"{reply.type.name} came, which does not answer {header.type.name}")
+        return reply.type
+
+    def product(
+        self, header: Header, matrix_id: bytes, shape: tuple[int, int], dtype: torch.dtype, deadline: Deadline
+    ) -> torch.Tensor:
+        """The payload of a PRODUCT, received into a fresh tensor of the `shape` and `dtype` that were asked for.
+
+        Raises:
+            BadReply: another matrix, shape or dtype came, or NaN or infinity.
+        """
+        came = (header.matrix_id, header.rows, header.cols, header.dtype)
+        if came != (matrix_id, *shape, DType.of(dtype)):
+            raise BadReply(
+                f"expected a product of {shape[0]} x {shape[1]} {DType.of(dtype).name}, the worker sent "
+                f"{header.rows} x {header.cols} {header.dtype.name}"
+                + ("" if header.matrix_id == matrix_id else " of another matrix")
+            )
+        product = torch.empty(shape, dtype=dtype)
+        started = time.monotonic()
+        try:
+            recv_payload(self._transport, bytes_of(product), deadline)
+        finally:
+            self._stats.seconds_waiting += time.monotonic() - started
+        if not is_finite(product):
+            raise BadReply("the worker's product contains NaN or infinity, although all that was sent is finite")
+        return product
+
+    def close(self) -> None:
+        """Close the transport."""
+        self._transport.close()

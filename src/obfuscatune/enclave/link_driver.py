@@ -1,0 +1,223 @@
+"""What a link does next: connect, upload, forget, send, receive; and, when any of these fails, the same again.
+
+One step at a time, in that order, until what the caller waits for has come about. All that a step changes survives the loss of
+the connection: requests that were sent go back to those that wait, and get a new id when they are sent again, so that no
+reply of an earlier connection, nor a reply played a second time, is ever taken for an answer.
+"""
+
+import secrets
+from collections import OrderedDict
+from collections.abc import Callable
+
+from obfuscatune.enclave.link_connection import LinkConnection
+from obfuscatune.enclave.link_pending import Pending, StoredMatrix
+from obfuscatune.enclave.link_retry import Insistence, RetryPolicy
+from obfuscatune.enclave.link_stats import LinkStats
+from obfuscatune.wire.deadline import Deadline
+from obfuscatune.wire.errors import (
+    BadReply,
+    ConnectionLost,
+    DeadlineExceeded,
+    LimitExceeded,
+    MalformedMessage,
+    ProtocolError,
+    UnknownMatrix,
+    WireError,
+    WorkerRefused,
+)
+from obfuscatune.wire.messages import NO_DIGEST, Header, MessageType
+from obfuscatune.wire.tensors import bytes_of, content_digest
+from obfuscatune.wire.transport import Buffer, Transport
+
+RETRIED = (ConnectionLost, DeadlineExceeded, ProtocolError, BadReply)
+FAREWELL_SECONDS = 5.0
+"""How long `farewell` waits for the worker to confirm that it has forgotten everything."""
+
+
+_ANSWERS = {
+    MessageType.OFFER: {MessageType.HAVE, MessageType.WANT},
+    MessageType.STORE: {MessageType.STORED},
+    MessageType.FORGET: {MessageType.DONE},
+}
+
+
+class LinkDriver:
+    """The state of a link. Not safe from several threads: `WorkerLink` lets one in at a time."""
+
+    def __init__(self, connect: Callable[[], Transport], deadline_s: float, retry: RetryPolicy) -> None:
+        self.stats = LinkStats()
+        self.missing: dict[bytes, StoredMatrix] = {}
+        """To be uploaded."""
+        self.leaving: dict[bytes, None] = {}
+        """To be forgotten by the worker."""
+        self.waiting: list[Pending] = []
+        """To be sent, in this order."""
+        self.matrices: dict[bytes, StoredMatrix] = {}
+        self._connect = connect
+        self._deadline_s = deadline_s
+        self._retry = retry
+        self._session_id = secrets.token_bytes(32)
+        self._connection: LinkConnection | None = None
+        self._connected_before = False
+        self._last_id = 0
+        self._in_flight: OrderedDict[int, Pending] = OrderedDict()
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a connection that has not failed yet."""
+        return self._connection is not None
+
+    def drive(self, done: Callable[[], bool]) -> None:
+        """Step until `done`.
+
+        Raises:
+            WireError: the worker failed more often, or longer, than the policy bears. All that waited has failed with it.
+        """
+        insistence = Insistence(self._retry, self.stats.crossings)
+        while not done():
+            connected = self.connected
+            try:
+                self._step()
+            except RETRIED as error:
+                self.disconnect()
+                try:
+                    insistence.after(error, connected=connected, products=self.stats.crossings)
+                except WireError as final:
+                    self._fail(self.waiting, final)
+                    raise
+            except (
+                BaseException
+            ):  # Ctrl-C too: the stream may be in the middle of a message, so it is of no use any more
+                self.disconnect()
+                raise
+
+    def give_up(self, pending: Pending) -> None:
+        """Nobody waits for this one any more. Its reply, if it was asked for, is not waited for either."""
+        if pending in self._in_flight.values():
+            self.disconnect()
+        if pending in self.waiting:
+            self.waiting.remove(pending)
+
+    def disconnect(self) -> None:
+        """Drop the connection; what was sent and not answered waits to be sent again."""
+        self.waiting[:0] = [pending for pending in self._in_flight.values() if not pending.done]
+        self._in_flight.clear()
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def farewell(self) -> None:
+        """Have the worker forget this session, where it is still connected, and disconnect."""
+        try:
+            if self._connection is not None and not self._in_flight:
+                self._ask(self._connection, Header(MessageType.FORGET, self._next_id()), seconds=FAREWELL_SECONDS)
+        except WireError:
+            return  # gone: it has forgotten, or will when the session expires
+        finally:
+            self.disconnect()
+
+    def _step(self) -> None:
+        """The next thing to be done. Uploads and the like have the connection to themselves."""
+        connection = self._connection
+        if connection is None:
+            self._greet()
+        elif self._in_flight and (self.missing or self.leaving or not self.waiting):
+            self._receive(connection)
+        elif self.missing:
+            self._upload(connection, next(iter(self.missing.values())))
+        elif self.leaving:
+            self._forget(connection, next(iter(self.leaving)))
+        elif self._room_for(connection, self.waiting[0]):
+            self._send(connection, self.waiting[0])
+        else:
+            self._receive(connection)
+
+    def _greet(self) -> None:
+        self._connection = LinkConnection(self._connect(), self._session_id, self.stats, Deadline(self._deadline_s))
+        self.stats.reconnects += self._connected_before
+        self._connected_before = True
+
+    def _room_for(self, connection: LinkConnection, pending: Pending) -> bool:
+        """Whether the worker reads one more request before it has answered those in flight."""
+        welcome = connection.welcome
+        size = sum(other.rows.nbytes for other in self._in_flight.values()) + pending.rows.nbytes
+        return not self._in_flight or (len(self._in_flight) < welcome.max_in_flight and size <= welcome.window_bytes)
+
+    def _send(self, connection: LinkConnection, pending: Pending) -> None:
+        window = connection.welcome.window_bytes
+        if pending.rows.nbytes > window:
+            self._fail([pending], LimitExceeded(f"the worker takes {window} bytes in one call: split the rows"))
+            return
+        self.stats.retries += pending.times_sent > 0
+        pending.times_sent += 1
+        pending.deadline = Deadline(self._deadline_s)
+        request_id = self._next_id()
+        connection.send(pending.header(request_id), bytes_of(pending.rows), pending.deadline)
+        self.waiting.remove(pending)
+        self._in_flight[request_id] = pending
+
+    def _receive(self, connection: LinkConnection) -> None:
+        """Take one reply, in whatever order the worker gives them."""
+        deadline = next(iter(self._in_flight.values())).deadline
+        header = connection.receive(deadline)
+        if header.type is MessageType.ERROR and header.request_id == 0:
+            raise connection.refusal(header, deadline)
+        pending = self._in_flight.get(header.request_id)
+        if pending is None:
+            raise MalformedMessage(f"{header.type.name} came for a request that is not in flight")
+        if header.type is MessageType.PRODUCT:
+            pending.product = connection.product(header, pending.matrix_id, pending.shape, pending.dtype, deadline)
+            self.stats.crossings += 1
+        elif header.type is MessageType.ERROR:
+            self._refused(pending, connection.refusal(header, deadline))
+        else:
+            raise MalformedMessage(f"{header.type.name} came, which does not answer MULTIPLY")
+        del self._in_flight[header.request_id]
+
+    def _refused(self, pending: Pending, error: WireError) -> None:
+        """The worker answered with an error: a matrix that it lacks is sent, anything else is final for this request."""
+        if not isinstance(error, WorkerRefused):
+            raise error
+        matrix = self.matrices.get(pending.matrix_id)
+        pending.times_unknown += 1
+        if isinstance(error, UnknownMatrix) and matrix is not None and pending.times_unknown <= self._retry.attempts:
+            self.missing[matrix.matrix_id] = matrix
+            self.waiting.insert(0, pending)
+        else:
+            pending.error = error
+
+    def _upload(self, connection: LinkConnection, matrix: StoredMatrix) -> None:
+        """Offer a matrix, and send it if the worker has not got it."""
+        try:
+            if connection.wants_digests and matrix.digest == NO_DIGEST:
+                matrix.digest = content_digest(matrix.elements())
+            offer = matrix.header(MessageType.OFFER, self._next_id())
+            if self._ask(connection, offer, matrix.digest) is MessageType.WANT:
+                store = matrix.header(MessageType.STORE, self._next_id())
+                self._ask(connection, store, bytes_of(matrix.elements()))
+                self.stats.uploads += 1
+                self.stats.bytes_uploaded += store.payload_bytes
+        except WorkerRefused as error:
+            matrix.refused = error
+            self._fail([pending for pending in self.waiting if pending.matrix_id == matrix.matrix_id], error)
+        del self.missing[matrix.matrix_id]
+
+    def _forget(self, connection: LinkConnection, matrix_id: bytes) -> None:
+        self._ask(connection, Header(MessageType.FORGET, self._next_id(), matrix_id))
+        del self.leaving[matrix_id]
+
+    def _ask(
+        self, connection: LinkConnection, header: Header, payload: Buffer = b"", seconds: float | None = None
+    ) -> MessageType:
+        deadline = Deadline(self._deadline_s if seconds is None else seconds)
+        return connection.exchange(header, payload, _ANSWERS[header.type], deadline)
+
+    def _fail(self, pendings: list[Pending], error: WireError) -> None:
+        for pending in list(pendings):
+            pending.error = error
+            self.waiting.remove(pending)
+
+    def _next_id(self) -> int:
+        """Never the same twice in the life of a link."""
+        self._last_id += 1
+        return self._last_id

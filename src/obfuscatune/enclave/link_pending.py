@@ -1,0 +1,139 @@
+"""What a link keeps in mind while it waits: the products asked for, and how to make again what the worker lacks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from obfuscatune.wire.deadline import Deadline
+from obfuscatune.wire.dtypes import DType
+from obfuscatune.wire.errors import ConfigError, LimitExceeded, NonFiniteError, WireError, WorkerRefused
+from obfuscatune.wire.limits import MAX_DIM, MAX_MATRIX_BYTES, MAX_WINDOW_BYTES
+from obfuscatune.wire.messages import NO_DIGEST, TRANSPOSED, Header, MessageType
+from obfuscatune.wire.tensors import is_finite
+
+MatrixSource = Callable[[], torch.Tensor]
+"""Makes W_star (p, q) again, contiguous, on the CPU. Called only when the worker lacks it."""
+
+
+@dataclass
+class StoredMatrix:
+    """W_star as the link remembers it: not its elements, but how to have them again."""
+
+    matrix_id: bytes
+    source: MatrixSource
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    at_hand: torch.Tensor | None = None
+    """W_star itself, until it is uploaded."""
+    digest: bytes = NO_DIGEST
+    refused: WorkerRefused | None = None
+    """Why the worker would not take it."""
+
+    def __post_init__(self) -> None:
+        size = self.shape[0] * self.shape[1] * DType.of(self.dtype).itemsize
+        if len(self.matrix_id) != 16 or not any(self.matrix_id):
+            raise ConfigError("a matrix id has 16 bytes, not all of them zero")
+        if min(self.shape) < 1 or max(self.shape) > MAX_DIM or size > MAX_MATRIX_BYTES:
+            raise LimitExceeded(
+                f"a matrix of {self.shape[0]} x {self.shape[1]} ({size} bytes): 1 to {MAX_DIM} either way and "
+                f"{MAX_MATRIX_BYTES} bytes go over the wire"
+            )
+
+    def header(self, kind: MessageType, request_id: int) -> Header:
+        """The OFFER or the STORE of this matrix."""
+        rows, cols = self.shape
+        dtype = DType.of(self.dtype)
+        size = 32 if kind is MessageType.OFFER else rows * cols * dtype.itemsize
+        return Header(kind, request_id, self.matrix_id, dtype, rows, cols, size)
+
+    def elements(self) -> torch.Tensor:
+        """W_star (p, q), contiguous, on the CPU.
+
+        Raises:
+            ConfigError: its source made something else.
+            NonFiniteError: it contains NaN or infinity.
+        """
+        tensor = self.source() if self.at_hand is None else self.at_hand
+        if tuple(tensor.shape) != self.shape or tensor.dtype != self.dtype:
+            raise ConfigError(
+                f"a matrix of {self.shape} {self.dtype} was announced, its source made {tuple(tensor.shape)} {tensor.dtype}"
+            )
+        if not is_finite(tensor):
+            raise NonFiniteError(f"a protected matrix of {self.shape} contains NaN or infinity; it was not sent")
+        return tensor
+
+
+class Pending:
+    """A product that was asked for. The link fills it in; `result` waits for that."""
+
+    def __init__(
+        self,
+        matrix: StoredMatrix,
+        rows: torch.Tensor,
+        transpose: bool,
+        dtype: torch.dtype,
+        wait: Callable[["Pending"], None],
+    ) -> None:
+        self.matrix_id = matrix.matrix_id
+        self.rows = rows
+        self.transpose = transpose
+        self.dtype = dtype
+        inner, outer = matrix.shape[::-1] if transpose else matrix.shape
+        self.shape = (rows.shape[0], outer)
+        self.deadline = Deadline(None)
+        """Of the sending that is under way."""
+        self.times_sent = 0
+        self.times_unknown = 0
+        self.product: torch.Tensor | None = None
+        self.error: WireError | None = None
+        self._wait = wait
+        _check_rows(rows, inner)
+
+    @property
+    def done(self) -> bool:
+        """Whether `result` returns, or raises, at once."""
+        return self.product is not None or self.error is not None
+
+    def header(self, request_id: int) -> Header:
+        """The MULTIPLY that asks for it."""
+        return Header(
+            MessageType.MULTIPLY,
+            request_id,
+            self.matrix_id,
+            DType.of(self.rows.dtype),
+            rows=self.rows.shape[0],
+            cols=self.rows.shape[1],
+            payload_bytes=self.rows.nbytes,
+            reply_dtype=DType.of(self.dtype),
+            flags=TRANSPOSED if self.transpose else 0,
+        )
+
+    def result(self) -> torch.Tensor:
+        """Wait for the product: (m, q), or (m, p) when transposed; on the CPU, contiguous, the caller's own.
+
+        Raises:
+            WireError: see `WorkerLink.multiply`.
+        """
+        self._wait(self)
+        if self.error is not None:
+            raise self.error
+        if self.product is None:
+            raise ConfigError("this request was given up; submit it again")
+        return self.product
+
+
+def _check_rows(rows: torch.Tensor, inner: int) -> None:
+    if rows.dim() != 2 or rows.shape[0] < 1 or rows.shape[1] != inner:
+        raise ConfigError(f"expected rows of (m, {inner}), got {tuple(rows.shape)}")
+    if rows.device.type != "cpu" or not rows.is_contiguous():
+        raise ConfigError("rows must be contiguous and on the CPU: they are sent from where they lie")
+    if rows.shape[0] > MAX_DIM or rows.nbytes > MAX_WINDOW_BYTES:
+        raise LimitExceeded(
+            f"{rows.shape[0]} rows ({rows.nbytes} bytes) in one call: split it, the wire takes {MAX_WINDOW_BYTES} bytes"
+        )
+    if not is_finite(rows):
+        raise NonFiniteError(
+            "the rows to be multiplied contain NaN or infinity; they were not sent. Lower the learning rate, or compute in "
+            "a wider dtype"
+        )

@@ -1,0 +1,64 @@
+"""How long to insist on a worker that fails, and what to say when that is over."""
+
+import time
+from dataclasses import dataclass
+
+from obfuscatune.wire.errors import ConnectionLost, UnsupportedVersion, WireError
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """Bounds of insistence."""
+
+    attempts: int = 4
+    """Exchanges that may fail in a row, without one product in between."""
+    patience_s: float = 60.0
+    """How long to keep trying to reach a worker that is gone."""
+    backoff_s: float = 0.05
+    """First pause between two tries; it doubles, up to `longest_backoff_s`."""
+    longest_backoff_s: float = 2.0
+
+
+class Insistence:
+    """Counts the failures on the way to one result."""
+
+    def __init__(self, policy: RetryPolicy, products: int) -> None:
+        self._policy = policy
+        self._failures = 0
+        self._products = products
+        self._unreachable_since: float | None = None
+        self._pause = policy.backoff_s
+
+    def after(self, error: WireError, *, connected: bool, products: int) -> None:
+        """Return when it is time to try again.
+
+        Args:
+            error: what went wrong.
+            connected: whether there was a connection when it did.
+            products: how many products this link has ever received; one more than last time starts the count anew.
+
+        Raises:
+            WireError: `error`, with how often and how long was tried, when that was enough.
+        """
+        if products > self._products:
+            self._products, self._failures, self._pause = products, 0, self._policy.backoff_s
+            self._unreachable_since = None
+        now = time.monotonic()
+        if isinstance(error, UnsupportedVersion):
+            raise error
+        if not connected and isinstance(error, ConnectionLost):
+            if self._unreachable_since is None:
+                self._unreachable_since = now
+            if now - self._unreachable_since + self._pause > self._policy.patience_s:
+                raise ConnectionLost(
+                    f"{error}; gave up after {self._policy.patience_s:g} s: start the worker (again), then resume"
+                ) from error
+        else:
+            self._unreachable_since = None
+            self._failures += 1
+            if self._failures >= self._policy.attempts:
+                raise type(error)(
+                    f"{error}; gave up after {self._failures} attempts in a row: look at the worker's own messages"
+                ) from error
+        time.sleep(self._pause)
+        self._pause = min(2 * self._pause, self._policy.longest_backoff_s)

@@ -1,0 +1,102 @@
+"""The worker's end: a socket that waits for enclaves."""
+
+import select
+import socket
+import stat
+
+from obfuscatune.wire.address import Address, TcpAddress, UnixAddress
+from obfuscatune.wire.errors import ConfigError
+from obfuscatune.wire.transport import SocketTransport, tune
+
+BACKLOG = 64
+
+
+class Listener:
+    """Accepts connections until `stop`, which any thread (or a signal handler) may call."""
+
+    def __init__(self, address: Address) -> None:
+        """Bind and listen.
+
+        Raises:
+            ConfigError: the address is taken, or cannot be bound.
+        """
+        self._sock = _bind(address)
+        self._wake, self._waker = socket.socketpair()
+        self.address = _bound(address, self._sock)
+
+    def accept(self) -> SocketTransport | None:
+        """The next connection, None after `stop`."""
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        poll.register(self._wake, select.POLLIN)
+        while True:
+            ready = {descriptor for descriptor, _ in poll.poll()}
+            if self._wake.fileno() in ready:
+                return None
+            try:
+                sock, peer = self._sock.accept()
+            except OSError:  # the peer went away between poll and accept: wait for the next
+                continue
+            tune(sock)
+            return SocketTransport(sock, f"tcp:{peer[0]}:{peer[1]}" if peer else str(self.address))
+
+    def stop(self) -> None:
+        """Make `accept` return None."""
+        self._waker.send(b"x")
+
+    def close(self) -> None:
+        """Close, and remove the socket file."""
+        self._sock.close()
+        self._wake.close()
+        self._waker.close()
+        if isinstance(self.address, UnixAddress):
+            self.address.path.unlink(missing_ok=True)
+
+
+def _bind(address: Address) -> socket.socket:
+    family = socket.AF_UNIX if isinstance(address, UnixAddress) else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if isinstance(address, UnixAddress):
+            _clear_stale(address)
+            sock.bind(str(address.path))
+            address.path.chmod(0o600)
+        else:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((address.host, address.port))
+        sock.listen(BACKLOG)
+        sock.setblocking(False)
+    except OSError as error:
+        sock.close()
+        raise ConfigError(f"cannot listen at {address}: {error.strerror or error}") from error
+    return sock
+
+
+def _bound(address: Address, sock: socket.socket) -> Address:
+    if isinstance(address, TcpAddress) and address.port == 0:
+        return TcpAddress(address.host, int(sock.getsockname()[1]))
+    return address
+
+
+def _clear_stale(address: UnixAddress) -> None:
+    """Remove the socket file of a worker that died. One that answers, or anything but a socket, stays.
+
+    Raises:
+        ConfigError: it stays.
+    """
+    path = address.path
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise ConfigError(f"{path} exists and is no socket: remove it, or listen elsewhere")
+    probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        probe.connect(str(path))
+    except ConnectionRefusedError:
+        path.unlink()
+        return
+    finally:
+        probe.close()
+    raise ConfigError(f"another worker answers at {address}: stop it, or listen elsewhere")

@@ -1,0 +1,301 @@
+"""Messages as bytes and back. Pure: no socket, no file, no allocation beyond the message itself.
+
+Every message is a header of 56 bytes and a payload, whose length the header states. `FORMS` says for each type what it may
+carry; `Header.unpack` holds a header against its form and refuses everything else. docs/spec/wire.md has the same in words.
+"""
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from types import MappingProxyType
+
+from obfuscatune.wire.dtypes import DType
+from obfuscatune.wire.errors import BadMagic, LimitExceeded, MalformedMessage, Truncated, UnsupportedVersion
+from obfuscatune.wire.limits import MAX_DIM, MAX_ERROR_BYTES, MAX_IN_FLIGHT, MAX_MATRIX_BYTES, MAX_WINDOW_BYTES, VERSION
+
+MAGIC = b"OBFT"
+TRANSPOSED = 1
+"""Flag of MULTIPLY: by W* transposed."""
+CONTENT_STORE = 1
+"""Feature of a worker: it keeps matrices on disk by their content, and so wants the digest in an OFFER."""
+NO_MATRIX = bytes(16)
+NO_DIGEST = bytes(32)
+
+_HEADER = struct.Struct("<4sBBBBIIIIQ16sQ")
+_HELLO = struct.Struct("<32sHH")
+_WELCOME = struct.Struct("<HHIQQQ")
+HEADER_BYTES = _HEADER.size
+
+
+class MessageType(IntEnum):
+    """Code of a message in its header."""
+
+    HELLO = 1
+    WELCOME = 2
+    OFFER = 3
+    HAVE = 4
+    WANT = 5
+    STORE = 6
+    STORED = 7
+    MULTIPLY = 8
+    PRODUCT = 9
+    FORGET = 10
+    DONE = 11
+    ERROR = 12
+
+
+class ErrorCode(IntEnum):
+    """Why a worker refuses. MALFORMED to IN_FLIGHT, and STOPPED, end the connection; the rest answer one request."""
+
+    MALFORMED = 1
+    VERSION = 2
+    LIMIT = 3
+    IN_FLIGHT = 4
+    UNKNOWN_MATRIX = 5
+    QUOTA = 6
+    SHAPE = 7
+    BUSY = 8
+    FAILED = 9
+    STOPPED = 10
+
+
+REQUESTS = frozenset(
+    {MessageType.HELLO, MessageType.OFFER, MessageType.STORE, MessageType.MULTIPLY, MessageType.FORGET}
+)
+REPLIES = frozenset(MessageType) - REQUESTS
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What messages of one type carry. A field that is not named here is zero."""
+
+    matrix: bool = True
+    """The id of a matrix, and a request id other than 0."""
+    dtype: bool = False
+    """An element type, rows and columns."""
+    tensor_bytes: int = 0
+    """Most bytes of a payload that is a matrix; its length is rows x columns x element size exactly."""
+    body_bytes: tuple[int, int] = (0, 0)
+    """Least and most bytes of a payload that is not a matrix."""
+    multiply: bool = False
+    """Flags and the element type wanted in the reply."""
+    code: bool = False
+    """An error code; request and matrix id may be zero, for an error that answers no request."""
+
+
+FORMS: Mapping[MessageType, Form] = MappingProxyType(
+    {
+        MessageType.HELLO: Form(matrix=False, body_bytes=(_HELLO.size, _HELLO.size)),
+        MessageType.WELCOME: Form(matrix=False, body_bytes=(_WELCOME.size, _WELCOME.size)),
+        MessageType.OFFER: Form(dtype=True, body_bytes=(32, 32)),
+        MessageType.HAVE: Form(),
+        MessageType.WANT: Form(),
+        MessageType.STORE: Form(dtype=True, tensor_bytes=MAX_MATRIX_BYTES),
+        MessageType.STORED: Form(),
+        MessageType.MULTIPLY: Form(dtype=True, tensor_bytes=MAX_WINDOW_BYTES, multiply=True),
+        MessageType.PRODUCT: Form(dtype=True, tensor_bytes=MAX_MATRIX_BYTES),
+        MessageType.FORGET: Form(),
+        MessageType.DONE: Form(),
+        MessageType.ERROR: Form(matrix=False, code=True, body_bytes=(1, MAX_ERROR_BYTES)),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The 56 bytes before every payload. `pack` does not check: what we build ourselves, tests check."""
+
+    type: MessageType
+    request_id: int = 0
+    matrix_id: bytes = NO_MATRIX
+    dtype: DType = DType.NONE
+    rows: int = 0
+    cols: int = 0
+    payload_bytes: int = 0
+    reply_dtype: DType = DType.NONE
+    flags: int = 0
+    code: int = 0
+
+    @property
+    def transposed(self) -> bool:
+        """Whether a MULTIPLY is by the transpose."""
+        return bool(self.flags & TRANSPOSED)
+
+    def pack(self) -> bytes:
+        """The header as 56 bytes."""
+        return _HEADER.pack(
+            MAGIC,
+            VERSION,
+            self.type,
+            self.dtype,
+            self.reply_dtype,
+            self.flags,
+            self.rows,
+            self.cols,
+            self.code,
+            self.request_id,
+            self.matrix_id,
+            self.payload_bytes,
+        )
+
+    @classmethod
+    def unpack(cls, data: bytes | bytearray | memoryview, *, expected: frozenset[MessageType]) -> "Header":
+        """Read and check 56 bytes; `expected` is REQUESTS on the worker and REPLIES in the enclave.
+
+        Raises:
+            Truncated: fewer than 56 bytes.
+            BadMagic, UnsupportedVersion: another protocol, another version.
+            LimitExceeded: a dimension or a length above docs/spec/wire.md.
+            MalformedMessage: any other field outside its form.
+        """
+        if len(data) < HEADER_BYTES:
+            raise Truncated(f"a header has {HEADER_BYTES} bytes, {len(data)} came")
+        (magic, version, kind, dtype, reply_dtype, flags, rows, cols, code, request_id, matrix_id, length) = (
+            _HEADER.unpack_from(data)
+        )
+        if magic != MAGIC:
+            raise BadMagic(f"expected the magic {MAGIC!r}, got {magic!r}: the peer speaks another protocol")
+        if version != VERSION:
+            raise UnsupportedVersion(f"expected protocol version {VERSION}, got {version}: install the same release")
+        if kind not in MessageType.__members__.values() or MessageType(kind) not in expected:
+            raise MalformedMessage(f"message type {kind} has no place here")
+        try:
+            dtypes = DType(dtype), DType(reply_dtype)
+        except ValueError:
+            raise MalformedMessage(f"dtype codes {dtype} and {reply_dtype}: 0 to {max(DType)} exist") from None
+        header = cls(MessageType(kind), request_id, matrix_id, dtypes[0], rows, cols, length, dtypes[1], flags, code)
+        _check(header, FORMS[header.type])
+        return header
+
+
+def _check(header: Header, form: Form) -> None:
+    """Hold a header against its form; see `Header.unpack` for the errors."""
+    name = header.type.name
+    if form.matrix and header.request_id == 0:
+        raise MalformedMessage(f"{name} needs a request id other than 0")
+    if not form.matrix and not form.code and (header.request_id or header.matrix_id != NO_MATRIX):
+        raise MalformedMessage(f"{name} carries neither a request id nor a matrix id")
+    if header.flags & ~TRANSPOSED or (header.flags and not form.multiply):
+        raise MalformedMessage(f"{name} came with the flags {header.flags:#x}, which it has not")
+    if form.multiply != (header.reply_dtype is not DType.NONE):
+        raise MalformedMessage(f"{name} came with the reply dtype {header.reply_dtype.name}")
+    if form.code != (header.code != 0):
+        raise MalformedMessage(f"{name} came with the error code {header.code}")
+    if form.code and header.code not in ErrorCode.__members__.values():
+        raise MalformedMessage(f"error code {header.code}: 1 to {max(ErrorCode)} exist")
+    _check_size(header, form)
+
+
+def _check_size(header: Header, form: Form) -> None:
+    name = header.type.name
+    if not form.dtype:
+        if header.dtype is not DType.NONE or header.rows or header.cols:
+            raise MalformedMessage(f"{name} carries no matrix, yet came with a dtype or a shape")
+    elif header.dtype is DType.NONE or header.rows == 0 or header.cols == 0:
+        raise MalformedMessage(f"{name} needs a dtype and a shape without zeros")
+    elif max(header.rows, header.cols) > MAX_DIM:
+        raise LimitExceeded(f"{name} of {header.rows} x {header.cols}: at most {MAX_DIM} either way")
+    if form.tensor_bytes:
+        if header.payload_bytes > form.tensor_bytes:
+            raise LimitExceeded(f"{name} of {header.payload_bytes} bytes: at most {form.tensor_bytes}")
+        exact = header.rows * header.cols * header.dtype.itemsize
+        if header.payload_bytes != exact:
+            raise MalformedMessage(
+                f"{name} of {header.rows} x {header.cols} {header.dtype.name} has {exact} bytes, "
+                f"{header.payload_bytes} announced"
+            )
+        return
+    least, most = form.body_bytes
+    if header.payload_bytes > most:
+        raise LimitExceeded(f"{name} with a payload of {header.payload_bytes} bytes: at most {most}")
+    if header.payload_bytes < least:
+        raise MalformedMessage(f"{name} with a payload of {header.payload_bytes} bytes: at least {least}")
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """Payload of HELLO (36 bytes): who speaks, and which versions it speaks."""
+
+    session_id: bytes
+    oldest: int = VERSION
+    newest: int = VERSION
+
+    def __repr__(self) -> str:
+        return f"Hello(session_id=<secret>, oldest={self.oldest}, newest={self.newest})"
+
+    def pack(self) -> bytes:
+        """The payload as bytes."""
+        return _HELLO.pack(self.session_id, self.oldest, self.newest)
+
+    @classmethod
+    def unpack(cls, body: bytes) -> "Hello":
+        """Read 36 bytes.
+
+        Raises:
+            MalformedMessage: another length, or an empty range of versions.
+        """
+        if len(body) != _HELLO.size:
+            raise MalformedMessage(f"the payload of HELLO has {_HELLO.size} bytes, {len(body)} came")
+        hello = cls(*_HELLO.unpack(body))
+        if hello.oldest > hello.newest:
+            raise MalformedMessage(f"HELLO offers versions {hello.oldest} to {hello.newest}: an empty range")
+        return hello
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """Payload of WELCOME (32 bytes): the version that both speak, and what the worker takes."""
+
+    version: int
+    max_in_flight: int
+    features: int
+    window_bytes: int
+    """Most payload of all MULTIPLY requests that await their reply."""
+    matrix_bytes: int
+    """Largest single matrix."""
+    quota_bytes: int
+    """Memory for the matrices of all sessions."""
+
+    def pack(self) -> bytes:
+        """The payload as bytes."""
+        return _WELCOME.pack(
+            self.version,
+            self.max_in_flight,
+            self.features,
+            self.window_bytes,
+            self.matrix_bytes,
+            self.quota_bytes,
+        )
+
+    @classmethod
+    def unpack(cls, body: bytes) -> "Welcome":
+        """Read 32 bytes.
+
+        Raises:
+            UnsupportedVersion: the worker chose a version that was not offered.
+            MalformedMessage: another length, unknown features, or limits that let nothing through or exceed the spec.
+        """
+        if len(body) != _WELCOME.size:
+            raise MalformedMessage(f"the payload of WELCOME has {_WELCOME.size} bytes, {len(body)} came")
+        welcome = cls(*_WELCOME.unpack(body))
+        if welcome.version != VERSION:
+            raise UnsupportedVersion(f"the worker chose version {welcome.version}, offered was {VERSION}")
+        if welcome.features & ~CONTENT_STORE:
+            raise MalformedMessage(f"WELCOME names unknown features {welcome.features:#x}")
+        if not 1 <= welcome.max_in_flight <= MAX_IN_FLIGHT:
+            raise MalformedMessage(f"WELCOME allows {welcome.max_in_flight} in flight: 1 to {MAX_IN_FLIGHT} may be")
+        if not 1 <= welcome.window_bytes <= MAX_WINDOW_BYTES or not 1 <= welcome.matrix_bytes <= MAX_MATRIX_BYTES:
+            raise MalformedMessage("WELCOME states a window or a matrix size outside the limits of the protocol")
+        return welcome
+
+
+def error_text(body: bytes) -> str:
+    """The text of an ERROR: printable ASCII and nothing else, for it ends up on a terminal.
+
+    Raises:
+        MalformedMessage: any other byte.
+    """
+    if not all(0x20 <= byte < 0x7F for byte in body):
+        raise MalformedMessage("the text of an ERROR is printable ASCII; other bytes came")
+    return body.decode("ascii")

@@ -1,0 +1,43 @@
+"""A matrix as the bytes that cross the wire: the tensor's own memory, never a copy."""
+
+import hashlib
+import sys
+
+import torch
+
+from obfuscatune.wire.dtypes import DType
+from obfuscatune.wire.errors import ConfigError
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor as writable bytes, row-major and little-endian.
+
+    Raises:
+        ConfigError: the tensor is not contiguous, not on the CPU, or this machine is big-endian.
+    """
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise ConfigError(f"expected a contiguous tensor on the CPU, got stride {tensor.stride()} on {tensor.device}")
+    if sys.byteorder != "little":
+        raise ConfigError("the wire is little-endian and does not convert; this machine is big-endian")
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+
+
+def content_digest(tensor: torch.Tensor) -> bytes:
+    """SHA-256 (32 bytes) over dtype code (u8), rows (u32), columns (u32) and the elements of a (p, q) matrix."""
+    digest = hashlib.sha256(bytes([DType.of(tensor.dtype)]))
+    for dim in tensor.shape:
+        digest.update(dim.to_bytes(4, "little"))
+    digest.update(bytes_of(tensor))
+    return digest.digest()
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite.
+
+    One pass for the sum, at memory speed: a NaN or an infinity never leaves a sum finite. A sum may overflow although every
+    element is finite, so only then each is looked at.
+    """
+    accumulate = tensor.dtype if tensor.dtype == torch.float64 else torch.float32
+    if bool(torch.isfinite(tensor.sum(dtype=accumulate))):
+        return True
+    return bool(torch.isfinite(tensor).all())

@@ -1,0 +1,120 @@
+"""A stream that carries bytes between two processes: unix socket, TCP, or TLS 1.3 over TCP.
+
+Everything above sees only `Transport`; a test puts an adversary there. The sockets are non-blocking and each call waits
+with `poll` under the deadline of its own request, so that one thread may read while another writes.
+"""
+
+import errno
+import select
+import socket
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
+
+from obfuscatune.wire.deadline import Deadline
+from obfuscatune.wire.errors import ConnectionLost
+from obfuscatune.wire.limits import SOCKET_BUFFER_BYTES
+
+Buffer = bytes | bytearray | memoryview
+T = TypeVar("T")
+
+
+class Transport(Protocol):
+    """What messages are carried by."""
+
+    def send(self, buffers: Sequence[Buffer], deadline: Deadline) -> None:
+        """Send all bytes of all buffers, in order. Raises ConnectionLost, DeadlineExceeded."""
+
+    def recv_into(self, view: memoryview, deadline: Deadline) -> int:
+        """Wait for at least one byte; how many came, 0 when the peer has closed. Raises ConnectionLost, DeadlineExceeded."""
+
+    def shutdown(self) -> None:
+        """End the stream both ways: a call that waits in another thread returns or raises. Only `close` frees it."""
+
+    def close(self) -> None:
+        """Give the stream up. Twice is once."""
+
+
+class WouldBlock(Exception):
+    """The socket is not ready; `events` is what to poll for."""
+
+    def __init__(self, events: int) -> None:
+        super().__init__(events)
+        self.events = events
+
+
+class SocketTransport:
+    """A connected stream socket."""
+
+    def __init__(self, sock: socket.socket, peer: str) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._peer = peer
+
+    def send(self, buffers: Sequence[Buffer], deadline: Deadline) -> None:
+        """See `Transport.send`; header and payload leave in one system call where they fit."""
+        views = [memoryview(buffer) for buffer in buffers if len(buffer)]
+        while views:
+            pending = views
+            sent = self._wait(lambda: self._write(pending), deadline)
+            while views and sent >= len(views[0]):
+                sent -= len(views[0])
+                views = views[1:]
+            if sent:
+                views = [views[0][sent:], *views[1:]]
+
+    def recv_into(self, view: memoryview, deadline: Deadline) -> int:
+        """See `Transport.recv_into`."""
+        return self._wait(lambda: self._read(view), deadline)
+
+    def shutdown(self) -> None:
+        """See `Transport.shutdown`."""
+        self._end(socket.SHUT_RDWR)
+
+    def stop_reading(self) -> None:
+        """Make a `recv_into` that waits in another thread see the end of the stream; what is to be sent still goes out."""
+        self._end(socket.SHUT_RD)
+
+    def close(self) -> None:
+        """See `Transport.close`."""
+        self._sock.close()
+
+    def _end(self, how: int) -> None:
+        try:
+            self._sock.shutdown(how)
+        except OSError as error:
+            if error.errno not in (errno.ENOTCONN, errno.EBADF):  # the peer, or our own other thread, was faster
+                raise ConnectionLost(f"{self._peer}: {error.strerror}") from error
+
+    def _wait(self, attempt: Callable[[], T], deadline: Deadline) -> T:
+        """`attempt` until it goes through, waiting for the socket in between."""
+        while True:
+            remaining = deadline.remaining()
+            try:
+                return attempt()
+            except WouldBlock as blocked:
+                poll = select.poll()
+                poll.register(self._sock, blocked.events)
+                poll.poll(None if remaining is None else remaining * 1000)
+            except OSError as error:
+                raise ConnectionLost(f"lost the connection to {self._peer}: {error.strerror or error}") from error
+
+    def _write(self, views: list[memoryview]) -> int:
+        try:
+            return self._sock.sendmsg(views)
+        except BlockingIOError:
+            raise WouldBlock(select.POLLOUT) from None
+
+    def _read(self, view: memoryview) -> int:
+        try:
+            return self._sock.recv_into(view)
+        except BlockingIOError:
+            raise WouldBlock(select.POLLIN) from None
+
+
+def tune(sock: socket.socket) -> None:
+    """Buffers that hold a matrix, no waiting for more bytes, and notice of a peer that vanished."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER_BYTES)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER_BYTES)
+    if sock.family != socket.AF_UNIX:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

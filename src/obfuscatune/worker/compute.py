@@ -1,0 +1,37 @@
+"""All that a worker computes: rows @ W*, or rows @ W*^T."""
+
+import threading
+
+import torch
+
+
+class Computer:
+    """Multiplies on one device, one product at a time: two at once would share the same cores and both be late."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        """`dtype`: what matrices are kept and products computed in; None is as they were sent."""
+        self.device = device
+        self.dtype = dtype
+        self._lock = threading.Lock()
+
+    def adopt(self, matrix: torch.Tensor) -> torch.Tensor:
+        """A received (p, q) matrix as it is kept; the same memory when neither device nor dtype change."""
+        return matrix.to(device=self.device, dtype=self.dtype or matrix.dtype)
+
+    def multiply(
+        self, rows: torch.Tensor, matrix: torch.Tensor, *, transpose: bool, reply_dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The product on the CPU, in `reply_dtype`.
+
+        Args:
+            rows: (m, p), or (m, q) when `transpose`; on the CPU.
+            matrix: (p, q), on this computer's device.
+            transpose: multiply by the transpose.
+
+        Returns:
+            (m, q), or (m, p) when `transpose`; contiguous.
+        """
+        factor = matrix.t() if transpose else matrix
+        with self._lock, torch.inference_mode():
+            product = torch.mm(rows.to(device=self.device, dtype=matrix.dtype), factor)
+            return product.to(device="cpu", dtype=reply_dtype).contiguous()

@@ -1,0 +1,90 @@
+"""From options to a running worker."""
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from typing import TypeVar
+
+import torch
+
+from obfuscatune.wire.address import parse_address
+from obfuscatune.wire.connect import check_plain_tcp
+from obfuscatune.wire.errors import ConfigError
+from obfuscatune.wire.listen import Listener
+from obfuscatune.worker.answer import Answerer
+from obfuscatune.worker.compute import Computer
+from obfuscatune.worker.connection import Service
+from obfuscatune.worker.options import WorkerOptions, parse_size
+from obfuscatune.worker.server import Server
+from obfuscatune.worker.sessions import Sessions
+from obfuscatune.worker.store import MatrixStore, WhenFull
+
+T = TypeVar("T")
+DTYPES: dict[str, torch.dtype | None] = {"as-sent": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+POLICIES: dict[str, WhenFull] = {"refuse": "refuse", "evict": "evict"}
+DEFAULT_QUOTA = 0.8
+"""Share of the machine's memory: the rest is for requests in flight and the system."""
+
+
+def run(options: WorkerOptions) -> None:
+    """Serve until SIGTERM, SIGINT or (with until_stdin_closes) the end of stdin.
+
+    Raises:
+        ConfigError: an option that cannot be used.
+    """
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    address = parse_address(options.listen)
+    check_plain_tcp(address, allowed=options.unsafe_plain_tcp)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    store = MatrixStore(_quota(options.quota), _chosen(POLICIES, options.when_full, "--when-full"))
+    computer = Computer(_device(options.device), _chosen(DTYPES, options.dtype, "--dtype"))
+    service = Service(Answerer(store, computer), Sessions(options.max_sessions, store.forget_session))
+    listener = Listener(address)
+    server = Server(listener, service)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: server.stop())
+    if options.until_stdin_closes:
+        threading.Thread(target=_watch_stdin, args=(server,), name="stdin", daemon=True).start()
+    _announce(options, str(listener.address))
+    server.serve()
+
+
+def _announce(options: WorkerOptions, address: str) -> None:
+    if options.json:
+        line = json.dumps({"event": "ready", "address": address, "pid": os.getpid()})
+    else:
+        line = f"ready at {address} (process {os.getpid()}); stop it with Ctrl-C"
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def _watch_stdin(server: Server) -> None:
+    while os.read(0, 4096):
+        pass
+    server.stop()
+
+
+def _quota(text: str | None) -> int:
+    if text is not None:
+        return parse_size(text)
+    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * DEFAULT_QUOTA)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"--device {name}: write cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"--device {name}: this machine has no CUDA device; use --device cpu")
+    return device
+
+
+def _chosen(choices: dict[str, T], name: str, option: str) -> T:
+    if name not in choices:
+        raise ConfigError(f"{option} {name}: choose one of {', '.join(choices)}")
+    return choices[name]
