@@ -1,0 +1,165 @@
+"""LoRA factors: put on a model, and kept in files of PEFT's own format."""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from obfuscatune.wire.errors import ConfigError, ModelFileError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+_LARGEST_CONFIG_BYTES = 2**20
+
+
+def add_lora(
+    model: "PreTrainedModel",
+    *,
+    r: int,
+    alpha: float,
+    dropout: float,
+    targets: Literal["all-linear"] | tuple[str, ...],
+    seed: int,
+) -> "PeftModel":
+    """Wrap a model, protected or plain, in PEFT with fresh factors: A uniform as PEFT draws it, B zero.
+
+    Every A comes from a generator of its own, seeded by (seed, parameter name): the factors are the same
+    whatever else has drawn random numbers, and whatever order the layers were made in.
+
+    Raises:
+        ConfigError: the targets name no layer that can take LoRA.
+    """
+    from peft import LoraConfig
+
+    config = LoraConfig(
+        r=r,
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
+        lora_dropout=dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    peft_model = _wrap(model, config)
+    for name, parameter in peft_model.named_parameters():
+        if ".lora_A." in name:
+            _draw(parameter, f"{seed}/{name}")
+    return peft_model
+
+
+def load_adapter(model: "PreTrainedModel", directory: Path) -> "PeftModel":
+    """Wrap a model in the adapter that a directory holds, for inference.
+
+    Raises:
+        ModelFileError: the directory holds no adapter in safetensors, or one for another model.
+    """
+    from peft import LoraConfig, PeftConfig
+
+    weights, config_file = directory / WEIGHTS, directory / CONFIG
+    for file in (weights, config_file):
+        if not file.is_file():
+            raise ModelFileError(f"{directory}: not an adapter: there is no {file.name}")
+    if config_file.stat().st_size > _LARGEST_CONFIG_BYTES:
+        raise ModelFileError(f"{config_file}: larger than {_LARGEST_CONFIG_BYTES} bytes")
+    try:
+        config = PeftConfig.from_pretrained(str(directory))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ModelFileError(f"{config_file}: not an adapter's configuration: {error}") from error
+    if not isinstance(config, LoraConfig):
+        raise ModelFileError(f"{config_file}: expected a LoRA adapter, found {config.peft_type}")
+    try:
+        peft_model = _wrap(model, config)
+    except ConfigError as error:
+        raise ModelFileError(f"{directory}: this adapter does not fit the model: {error}") from error
+    set_adapter_weights(peft_model, weights.read_bytes(), where=str(weights))
+    return peft_model.eval()
+
+
+def adapter_files(peft_model: "PeftModel") -> dict[str, bytes]:
+    """The adapter in PEFT's format: file names and contents, the same bytes for the same factors."""
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    config = peft_model.peft_config["default"].to_dict() | {"inference_mode": True}
+    return {
+        WEIGHTS: save_tensors({name: tensor.contiguous().cpu() for name, tensor in state.items()}),
+        CONFIG: json.dumps(config, default=_jsonable, indent=2, sort_keys=True).encode(),
+    }
+
+
+def set_adapter_weights(peft_model: "PeftModel", weights: bytes, *, where: str) -> None:
+    """Put saved factors into a model that `add_lora` or `load_adapter` wrapped.
+
+    Args:
+        where: What to call the weights in an error message.
+
+    Raises:
+        ModelFileError: not safetensors, or not this model's factors by name and shape.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    try:
+        state = load_tensors(weights)
+    except SafetensorError as error:
+        raise ModelFileError(f"{where}: not a whole safetensors file: {error}") from error
+    shapes = _shapes(get_peft_model_state_dict(peft_model, save_embedding_layers=False))
+    found = _shapes(state)
+    if found != shapes:
+        name = min(name for name in shapes | found if shapes.get(name) != found.get(name))
+        raise ModelFileError(
+            f"{where}: does not fit the model: {name} should have shape {shapes.get(name, 'none')}, "
+            f"and has {found.get(name, 'none')}"
+        )
+    set_peft_model_state_dict(peft_model, state)
+
+
+def _wrap(model: "PreTrainedModel", config: Any) -> "PeftModel":
+    from peft import get_peft_model
+
+    with torch.random.fork_rng(devices=[]), _without_peft_warnings():
+        try:
+            return get_peft_model(model, config)
+        except ValueError as error:
+            raise ConfigError(f"LoRA cannot be put on this model: {error}") from error
+
+
+@contextmanager
+def _without_peft_warnings() -> Iterator[None]:
+    """PEFT sees whether a layer is a Conv1D and sets fan_in_fan_out right, but warns that it did.
+
+    And it asks the model a question by a name that Transformers has deprecated since.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        yield
+
+
+def _draw(parameter: torch.nn.Parameter, label: str) -> None:
+    """Uniform within 1 / sqrt(fan in), which is `kaiming_uniform_(a=sqrt(5))`, in float32 on the CPU."""
+    seed = int.from_bytes(hashlib.sha256(label.encode()).digest()[:8], "big")
+    generator = torch.Generator().manual_seed(seed >> 1)
+    bound = parameter.shape[1] ** -0.5
+    with torch.no_grad():
+        parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+
+
+def _shapes(state: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in state.items()}
+
+
+def _jsonable(value: object) -> object:
+    if isinstance(value, set):
+        return sorted(value)
+    return str(value)

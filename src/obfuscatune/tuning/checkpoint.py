@@ -1,0 +1,165 @@
+"""Checkpoints: the state after a step, in a directory that is whole or absent.
+
+    checkpoints/step-000050/
+        adapter_model.safetensors   the factors, with adapter_config.json PEFT's own format
+        adapter_config.json
+        optimizer.safetensors       AdamW's moments, `<parameter name>/<moment>`
+        state.json                  step, losses so far, what the run is made of, SHA-256 of the other files
+
+The learning rate, the order of the data and the dropout's seeds are functions of the step (loop.py,
+batches.py), so no scheduler and no random state need be kept. Nothing is ever unpickled: a disk may be in other
+hands.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from obfuscatune.tuning.adapter import WEIGHTS, adapter_files, set_adapter_weights
+from obfuscatune.tuning.loop import StepEvent
+from obfuscatune.tuning.storage import RunDirectory
+from obfuscatune.wire.errors import ConfigError, StorageError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+FORMAT = 1
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
+_FOLDER = "checkpoints"
+_KEPT = 2
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A run so far: every step's event, and (step, loss) of every measurement on the eval records."""
+
+    steps: tuple[StepEvent, ...] = ()
+    evals: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def step(self) -> int:
+        """Steps taken."""
+        return len(self.steps)
+
+
+def save_checkpoint(
+    directory: RunDirectory,
+    peft_model: "PeftModel",
+    optimizer: torch.optim.AdamW,
+    progress: Progress,
+    ingredients: Mapping[str, Any],
+) -> None:
+    """Write the state after `progress.step` steps, then remove all but the last two.
+
+    Args:
+        ingredients: What determines the run (`identity.py`); to resume, it must be the same.
+
+    Raises:
+        StorageError: the disk refused; the checkpoints before are as they were.
+    """
+    files = adapter_files(peft_model) | {OPTIMIZER: _optimizer_bytes(peft_model, optimizer)}
+    state = {
+        "format": FORMAT,
+        "step": progress.step,
+        "ingredients": dict(ingredients),
+        "steps": [asdict(event) for event in progress.steps],
+        "evals": progress.evals,
+        "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+    }
+    files[STATE] = json.dumps(state, indent=1).encode()
+    directory.write_directory(f"{_FOLDER}/{_name(progress.step)}", files)
+    for name in _names(directory)[:-_KEPT]:
+        directory.remove_directory(f"{_FOLDER}/{name}")
+
+
+def resume(
+    directory: RunDirectory,
+    peft_model: "PeftModel",
+    optimizer: torch.optim.AdamW,
+    ingredients: Mapping[str, Any],
+) -> Progress:
+    """Put the newest checkpoint's state into model and optimizer; without one, leave both as they are.
+
+    Raises:
+        ConfigError: the checkpoint is of a run made of other things; the message names them.
+        StorageError: the checkpoint is damaged, or of another format.
+    """
+    names = _names(directory)
+    if not names:
+        return Progress()
+    folder = f"{_FOLDER}/{names[-1]}"
+    where = directory.root / folder
+    before, progress, files = _read(directory, folder)
+    _refuse_other_run(before, ingredients)
+    set_adapter_weights(peft_model, files[WEIGHTS], where=str(where / WEIGHTS))
+    _load_optimizer(peft_model, optimizer, files[OPTIMIZER], str(where / OPTIMIZER))
+    return progress
+
+
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def _names(directory: RunDirectory) -> list[str]:
+    found = [path.name for path in (directory.root / _FOLDER).glob("step-*") if path.name[5:].isdecimal()]
+    return sorted(found, key=lambda name: int(name[5:]))
+
+
+def _read(directory: RunDirectory, folder: str) -> tuple[dict[str, Any], Progress, dict[str, bytes]]:
+    """What the run was made of, how far it was, and the contents of the two binary files."""
+    where = directory.root / folder
+    advice = "delete it to go on from the checkpoint before it"
+    try:
+        state = json.loads(directory.read(f"{folder}/{STATE}"))
+        version, made_of, digests = state["format"], dict(state["ingredients"]), dict(state["sha256"])
+        steps = tuple(StepEvent(**event) for event in state["steps"])
+        evals = tuple((int(step), float(loss)) for step, loss in state["evals"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"{where}: damaged: {STATE} is not what was written; {advice}") from error
+    if version != FORMAT:
+        raise StorageError(f"{where}: format {version}; this version reads format {FORMAT} alone")
+    files = {name: directory.read(f"{folder}/{name}") for name in (WEIGHTS, OPTIMIZER)}
+    for name, content in files.items():
+        if hashlib.sha256(content).hexdigest() != digests.get(name):
+            raise StorageError(f"{where}: damaged: {name} is not what was written; {advice}")
+    return made_of, Progress(steps, evals), files
+
+
+def _refuse_other_run(before: Mapping[str, Any], ingredients: Mapping[str, Any]) -> None:
+    now = json.loads(json.dumps(dict(ingredients)))  # as it comes back from disk: tuples are lists
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if keys:
+        changes = "; ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in keys)
+        raise ConfigError(f"cannot resume, this is another run: {changes}. Undo that, or choose another --out")
+
+
+def _optimizer_bytes(peft_model: "PeftModel", optimizer: torch.optim.AdamW) -> bytes:
+    moments = {}
+    for name, parameter in peft_model.named_parameters():
+        for moment, value in optimizer.state.get(parameter, {}).items():
+            moments[f"{name}/{moment}"] = value.contiguous().cpu()
+    content: bytes = save_tensors(moments)
+    return content
+
+
+def _load_optimizer(peft_model: "PeftModel", optimizer: torch.optim.AdamW, content: bytes, where: str) -> None:
+    try:
+        moments = load_tensors(content)
+    except SafetensorError as error:
+        raise StorageError(f"{where}: not a whole safetensors file: {error}") from error
+    parameters = dict(peft_model.named_parameters())
+    for key, value in moments.items():
+        name, _, moment = key.rpartition("/")
+        if name not in parameters:
+            raise StorageError(f"{where}: holds moments of {name}, which the model does not have")
+        # AdamW counts its steps on the CPU and keeps the moments beside the parameter.
+        device = value.device if moment == "step" else parameters[name].device
+        optimizer.state[parameters[name]][moment] = value.to(device)

@@ -1,0 +1,151 @@
+"""The training loop: AdamW on the LoRA factors, the loss weighted by tokens, one event a step.
+
+The factors after a step depend on the factors and moments before it, the examples, the seed and the step's
+number, and on nothing else: dropout is seeded anew for every forward pass. So a run that is resumed needs no
+saved generator, and a protected and a plain run of one seed drop the same units.
+"""
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from obfuscatune.tuning.batches import Batch, Plan, collate
+from obfuscatune.tuning.data import Example
+from obfuscatune.tuning.schedule import Schedule, learning_rate
+from obfuscatune.wire.errors import NonFiniteError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """What one step did. Losses are in nats per token."""
+
+    step: int
+    """Steps taken so far, this one included."""
+    epoch: int
+    """The pass over the examples, from 1."""
+    loss: float
+    """Mean over the step's trained tokens, before the update."""
+    lr: float
+    grad_norm: float
+    """Before clipping."""
+    tokens: int
+    """Trained tokens."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Descent:
+    """How a step follows from a gradient."""
+
+    lr: float
+    schedule: Schedule
+    warmup_steps: int
+    clip: float
+    total_steps: int
+
+
+def make_optimizer(peft_model: "PeftModel", *, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW with PyTorch's moments (0.9, 0.999) on all trainable parameters. The rate is set at each step."""
+    trainable = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trainable, lr=0.0, weight_decay=weight_decay)
+
+
+def train(
+    peft_model: "PeftModel",
+    optimizer: torch.optim.AdamW,
+    examples: Sequence[Example],
+    plan: Plan,
+    descent: Descent,
+    *,
+    pad_id: int,
+    first_step: int = 0,
+) -> Iterator[StepEvent]:
+    """Take the steps from `first_step` (from 0) to the last, yielding after each.
+
+    Between events the model and the optimizer are those after the step, and may be saved.
+
+    Raises:
+        NonFiniteError: a loss or gradient is NaN or infinite; the factors are still those before the step.
+    """
+    for step in range(first_step, descent.total_steps):
+        began = time.perf_counter()
+        chosen = [[examples[index] for index in indices] for indices in plan.micro_batches(step)]
+        batches = [collate(micro, pad_id, peft_model.device) for micro in chosen]
+        rate = learning_rate(descent.lr, descent.schedule, descent.warmup_steps, descent.total_steps, step)
+        peft_model.train()
+        loss = _accumulate(peft_model, batches, f"{plan.seed}/{step}")
+        norm = _clip(optimizer, descent.clip)
+        _refuse_non_finite(step, loss, norm)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        yield StepEvent(
+            step=step + 1,
+            epoch=plan.epoch(step) + 1,
+            loss=loss,
+            lr=rate,
+            grad_norm=norm,
+            tokens=sum(batch.trained_tokens for batch in batches),
+            seconds=time.perf_counter() - began,
+        )
+
+
+def mean_loss(peft_model: "PeftModel", examples: Sequence[Example], *, batch_size: int, pad_id: int) -> float:
+    """Loss in nats per trained token over all examples, without dropout."""
+    peft_model.eval()
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for start in range(0, len(examples), batch_size):
+            batch = collate(examples[start : start + batch_size], pad_id, peft_model.device)
+            total += _forward_loss(peft_model, batch).item() * batch.trained_tokens
+            tokens += batch.trained_tokens
+    return total / tokens
+
+
+def _accumulate(peft_model: "PeftModel", batches: Sequence[Batch], label: str) -> float:
+    """Backpropagate the mean over all trained tokens of the step, as Trainer's `num_items_in_batch` does."""
+    tokens = sum(batch.trained_tokens for batch in batches)
+    loss = 0.0
+    device = peft_model.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for index, batch in enumerate(batches):
+            torch.manual_seed(_seed(f"{label}/{index}"))
+            share = _forward_loss(peft_model, batch) * (batch.trained_tokens / tokens)
+            share.backward()
+            loss += share.item()
+    return loss
+
+
+def _forward_loss(peft_model: "PeftModel", batch: Batch) -> torch.Tensor:
+    output = peft_model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels, use_cache=False
+    )
+    loss: torch.Tensor = output.loss
+    return loss
+
+
+def _clip(optimizer: torch.optim.AdamW, clip: float) -> float:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return torch.nn.utils.clip_grad_norm_(parameters, clip).item()
+
+
+def _refuse_non_finite(step: int, loss: float, norm: float) -> None:
+    for name, value in (("loss", loss), ("gradient norm", norm)):
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"the {name} is {value} at step {step + 1}; nothing of this step was kept: lower lr or clip, "
+                "or look for a damaged model file"
+            )
+
+
+def _seed(label: str) -> int:
+    return int.from_bytes(hashlib.sha256(label.encode()).digest()[:8], "big") >> 1

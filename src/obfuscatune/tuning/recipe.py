@@ -1,0 +1,148 @@
+"""Everything that determines a run, from a YAML file and the command line, checked once."""
+
+from collections.abc import Hashable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from obfuscatune.wire.errors import ConfigError
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Recipe(BaseModel):
+    """A run of fine-tuning. Each field is a key of the run file and, with dashes, an option of `finetune`.
+
+    Paths are relative to the directory that the command is run in.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    model: str | None = None
+    """A directory or a Hub name; None is the embedded model."""
+    data: Path
+    """Training records (docs/finetune.md); with `task`, perhaps a data directory."""
+    eval: Path | None = None
+    """Records whose loss is measured and not trained on."""
+    task: str | None = None
+    """The question set whose own records `data` and `eval` hold."""
+    out: Path = Path("runs/finetune")
+    """The run directory."""
+
+    plain: bool = False
+    """Run unprotected, for comparison."""
+    profile: str = "private"
+    worker: str | None = None
+    """Address of a running worker; None starts one on this machine."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+
+    lora_r: Positive = 16
+    lora_alpha: Annotated[float, Field(gt=0)] = 32.0
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    lora_targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+
+    lr: Annotated[float, Field(gt=0)] = 2e-4
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    """The largest gradient norm that is left as it is."""
+    batch_size: Positive = 8
+    """Examples in one forward pass."""
+    accumulation: Positive = 1
+    """Forward passes in one step."""
+    epochs: Positive = 3
+    max_steps: Positive | None = None
+    """Overrides `epochs`."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    gradient_checkpointing: bool = False
+
+    max_length: Annotated[int, Field(ge=2)] | None = None
+    """Tokens of one example, the model's window if None."""
+    too_long: Literal["error", "truncate", "drop"] = "error"
+    """What becomes of longer ones."""
+
+    eval_every: Positive | None = None
+    """Steps between measurements on `eval`; None measures before the first step and after the last."""
+    checkpoint_every: Positive = 50
+    """Steps between checkpoints; there is always one after the last step."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Recipe":
+        if self.eval_every is not None and self.eval is None:
+            raise ValueError("eval_every is given, but no eval to measure on")
+        if self.plain and self.worker is not None:
+            raise ValueError("plain runs without a worker, yet worker is given")
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, as a run file."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(config: Path | None, overrides: Mapping[str, Any]) -> Recipe:
+    """Read a run file, if there is one, and lay the command line's options over it.
+
+    Args:
+        config: A YAML file whose keys are `Recipe`'s fields.
+        overrides: Fields given on the command line; those that are None were not given.
+
+    Raises:
+        ConfigError: the file cannot be read or is not a mapping; a key is unknown or given twice; a value is
+            outside its range.
+    """
+    fields = {} if config is None else _read(config)
+    unknown = next((key for key in fields if key not in Recipe.model_fields), None)
+    if unknown is not None:
+        near = get_close_matches(str(unknown), Recipe.model_fields, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; the keys are {', '.join(Recipe.model_fields)}"
+        raise ConfigError(f"{config}: unknown key {unknown}{hint}")
+    given = {key: value for key, value in overrides.items() if value is not None}
+    try:
+        return Recipe.model_validate({**fields, **given})
+    except ValidationError as error:
+        raise ConfigError(_explain(error, config, given)) from error
+
+
+def _explain(error: ValidationError, config: Path | None, given: Mapping[str, Any]) -> str:
+    first = error.errors()[0]
+    message = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:
+        return message
+    key = str(first["loc"][0])
+    if first["type"] == "missing":
+        return f"{key} is missing: give --{key} or put it in a run file (--config)"
+    if key in given or config is None:
+        return f"--{key.replace('_', '-')}: {message}, found {first['input']!r}"
+    return f"{config}: {key}: {message}, found {first['input']!r}"
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys; a run file with two is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _read(config: Path) -> dict[str, Any]:
+    try:
+        value = yaml.load(config.read_text(encoding="utf-8"), _UniqueKeys)  # noqa: S506  a SafeLoader
+    except OSError as error:
+        raise ConfigError(f"{config}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{config}: not UTF-8") from error
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{config}{line}: malformed YAML: {error.problem or error.context}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{config}: malformed YAML: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{config}: expected keys and values, such as `lr: 0.0002`")
+    return value

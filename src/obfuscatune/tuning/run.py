@@ -1,0 +1,152 @@
+"""One run from its recipe to its adapter, resumable whenever it ends.
+
+<out>/recipe.yaml     the resolved recipe
+<out>/metrics.jsonl   a line for every step and every measurement on the eval records
+<out>/checkpoints/    the last two (checkpoint.py)
+<out>/adapter/        the result, in PEFT's format
+<out>/run.json        what came out, once the run is complete
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from obfuscatune.tuning.adapter import adapter_files, add_lora
+from obfuscatune.tuning.batches import Plan
+from obfuscatune.tuning.checkpoint import Progress, resume, save_checkpoint
+from obfuscatune.tuning.data import Dataset, Source, load_dataset
+from obfuscatune.tuning.identity import ingredients
+from obfuscatune.tuning.journal import Event, Journal, Started
+from obfuscatune.tuning.loop import Descent, make_optimizer, mean_loss, train
+from obfuscatune.tuning.recipe import Recipe
+from obfuscatune.tuning.storage import RunDirectory
+from obfuscatune.tuning.tokens import context_window, end_id
+from obfuscatune.wire.errors import ConfigError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A complete run. `model` is the wrapped model, ready to answer; `adapter` its directory."""
+
+    model: "PeftModel"
+    progress: Progress
+    adapter: Path
+
+
+def finetune(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    recipe: Recipe,
+    *,
+    fingerprint: str,
+    report: Callable[[Event], None],
+    resume_run: bool = False,
+) -> Outcome:
+    """Fine-tune a model, protected or plain, as the recipe says, and write the run directory.
+
+    Args:
+        model: A Hugging Face causal language model; it is wrapped in place.
+        fingerprint: What tells this model from others (`identity.model_fingerprint`).
+        report: Called with each event as it happens.
+        resume_run: Go on from the newest checkpoint in `recipe.out`; without one, begin.
+
+    Raises:
+        ConfigError: the recipe does not fit the model; `out` holds a run that is not to be resumed, or
+            another one than this.
+        DataError: the records cannot be used.
+        NonFiniteError: a loss or gradient is NaN or infinite.
+        StorageError: the disk refused, or a checkpoint is damaged.
+    """
+    train_set, eval_set = _load(recipe, tokenizer, _max_length(recipe, model))
+    eval_digest = eval_set.digest if eval_set else None
+    made_of = ingredients(recipe, model=fingerprint, data=train_set.digest, evaluation=eval_digest)
+    plan = Plan(len(train_set.examples), recipe.batch_size, recipe.accumulation, recipe.seed)
+    total_steps = recipe.max_steps or recipe.epochs * plan.steps_per_epoch
+    descent = Descent(recipe.lr, recipe.schedule, recipe.warmup_steps, recipe.clip, total_steps)
+    pad_id = end_id(tokenizer)
+
+    directory = RunDirectory(recipe.out)
+    with directory.locked():
+        _refuse_accident(directory, resume_run)
+        directory.clean()
+        peft_model = _with_lora(model, recipe)
+        optimizer = make_optimizer(peft_model, weight_decay=recipe.weight_decay)
+        progress = resume(directory, peft_model, optimizer, made_of)
+        directory.write_file("recipe.yaml", recipe.to_yaml().encode())
+        journal = Journal(directory, progress, report)
+        report(Started(progress.step, total_steps, train_set, eval_set))
+
+        def measure() -> None:
+            if eval_set is not None:
+                examples = eval_set.examples
+                journal.measured(mean_loss(peft_model, examples, batch_size=recipe.batch_size, pad_id=pad_id))
+
+        if progress.step == 0:
+            measure()
+        for event in train(
+            peft_model, optimizer, train_set.examples, plan, descent, pad_id=pad_id, first_step=progress.step
+        ):
+            journal.stepped(event)
+            last = event.step == total_steps
+            if last or (recipe.eval_every is not None and event.step % recipe.eval_every == 0):
+                measure()
+            if last or event.step % recipe.checkpoint_every == 0:
+                save_checkpoint(directory, peft_model, optimizer, journal.progress, made_of)
+
+        directory.write_directory("adapter", adapter_files(peft_model))
+        directory.write_file("run.json", json.dumps(summary(journal.progress), indent=2).encode() + b"\n")
+    return Outcome(peft_model.eval(), journal.progress, recipe.out / "adapter")
+
+
+def summary(progress: Progress) -> dict[str, object]:
+    """A complete run in numbers: losses in nats per token, seconds of all its steps, trained tokens."""
+    return {
+        "steps": progress.step,
+        "first_loss": progress.steps[0].loss,
+        "last_loss": progress.steps[-1].loss,
+        "eval_losses": [{"step": step, "loss": loss} for step, loss in progress.evals],
+        "tokens": sum(event.tokens for event in progress.steps),
+        "seconds": sum(event.seconds for event in progress.steps),
+    }
+
+
+def _with_lora(model: "PreTrainedModel", recipe: Recipe) -> "PeftModel":
+    peft_model = add_lora(
+        model,
+        r=recipe.lora_r,
+        alpha=recipe.lora_alpha,
+        dropout=recipe.lora_dropout,
+        targets=recipe.lora_targets,
+        seed=recipe.seed,
+    )
+    if recipe.gradient_checkpointing:
+        # Transformers 5 renamed it in its course. Not reentrant: the embeddings are frozen and need no gradient.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    return peft_model
+
+
+def _refuse_accident(directory: RunDirectory, resume_run: bool) -> None:
+    if not resume_run and (directory.root / "recipe.yaml").exists():
+        raise ConfigError(f"{directory.root}: holds a run; go on with it by --resume, or choose another --out")
+
+
+def _max_length(recipe: Recipe, model: "PreTrainedModel") -> int:
+    window = context_window(model.config)
+    if recipe.max_length is not None and recipe.max_length > window:
+        raise ConfigError(f"--max-length: {recipe.max_length} tokens, and the model's window is {window}")
+    return recipe.max_length or window
+
+
+def _load(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> tuple[Dataset, Dataset | None]:
+    sources = [Source.of(recipe.data, recipe.task, "train")]
+    if recipe.eval is not None:
+        sources.append(Source.of(recipe.eval, recipe.task, "test"))
+    train_set, *rest = [load_dataset(source, tokenizer, max_length, recipe.too_long) for source in sources]
+    return train_set, rest[0] if rest else None
