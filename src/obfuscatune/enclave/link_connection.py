@@ -25,6 +25,7 @@ from obfuscatune.wire.errors import (
 from obfuscatune.wire.framing import recv_body, recv_header, recv_payload, send_message
 from obfuscatune.wire.messages import (
     CONTENT_STORE,
+    HEADER_BYTES,
     REPLIES,
     ErrorCode,
     Header,
@@ -85,7 +86,7 @@ class LinkConnection:
             header = recv_header(self._transport, REPLIES, deadline=deadline)
         finally:
             self._stats.seconds_waiting += time.monotonic() - started
-        self._stats.bytes_received += len(header.pack()) + header.payload_bytes
+        self._stats.bytes_received += HEADER_BYTES + header.payload_bytes
         return header
 
     def body(self, header: Header, deadline: Deadline) -> bytes:

@@ -1,0 +1,59 @@
+"""ObfuscaTune: fine-tune and run a proprietary language model on hardware that learns neither model nor text.
+
+Names are imported when they are first used, so that a worker never loads the enclave.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from obfuscatune.version import __version__
+
+if TYPE_CHECKING:
+    from obfuscatune.enclave.keys import RootKey
+    from obfuscatune.enclave.link import RetryPolicy, WorkerLink
+    from obfuscatune.enclave.load import load
+    from obfuscatune.enclave.local import local_worker
+    from obfuscatune.enclave.profiles import Profile
+    from obfuscatune.enclave.protect import protect
+    from obfuscatune.wire.errors import ObfuscaTuneError
+    from obfuscatune.wire.tls import TlsConfig
+
+_HOMES = {
+    "ObfuscaTuneError": "wire.errors",
+    "Profile": "enclave.profiles",
+    "RetryPolicy": "enclave.link",
+    "RootKey": "enclave.keys",
+    "TlsConfig": "wire.tls",
+    "WorkerLink": "enclave.link",
+    "load": "enclave.load",
+    "local_worker": "enclave.local",
+    "protect": "enclave.protect",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+__all__ = [
+    "ObfuscaTuneError",
+    "Profile",
+    "RetryPolicy",
+    "RootKey",
+    "TlsConfig",
+    "WorkerLink",
+    "__version__",
+    "load",
+    "local_worker",
+    "protect",
+]

@@ -1,0 +1,8 @@
+"""TRUSTED. Holds the secrets, the text and the small parameters; everything large goes to a worker.
+
+How a model comes under protection:
+    load / protect -> checkpoint | spool -> sites -> obfuscate (keys, transforms) -> protection -> link
+
+How a call passes through:
+    modules -> linear (transforms, mixing) -> link -> worker -> link -> linear -> modules
+"""

@@ -1,0 +1,138 @@
+"""All secrets of the enclave, from one root key.
+
+    root key (32 bytes)
+      └─ HKDF-SHA256, info = length-prefixed (label, purpose, parts…)   RFC 5869
+           └─ AES-256-CTR key stream                                    NIST SP 800-38A
+                └─ bytes, permutations, uniform and normal deviates
+
+The same root key and the same parts give the same stream, hence the same W_star; nothing ever comes
+from torch's or numpy's global generators. A stream's key is used for that one stream only, so the
+counter may start at zero.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+from pathlib import Path
+
+import numpy as np
+import torch
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from torch import Tensor
+
+from obfuscatune.wire.errors import ConfigError, StorageError
+
+KEY_BYTES = 32
+LABEL = b"obfuscatune/keys/v1"
+
+
+class RootKey:
+    """The one secret from which a protected model's static matrices follow."""
+
+    __slots__ = ("_key",)
+
+    def __init__(self, key: bytes) -> None:
+        if len(key) != KEY_BYTES:
+            raise ConfigError(f"a root key has {KEY_BYTES} bytes, this one {len(key)}")
+        self._key = bytes(key)
+
+    @classmethod
+    def generate(cls) -> RootKey:
+        """A fresh key from the operating system's CSPRNG."""
+        return cls(secrets.token_bytes(KEY_BYTES))
+
+    @classmethod
+    def from_file(cls, path: Path) -> RootKey:
+        """Read the key file, or make it (mode 0600) where there is none.
+
+        Raises:
+            ConfigError: the file is not 32 bytes long, or others may read it.
+            StorageError: it cannot be read or written.
+        """
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            return cls._read(path)
+        except OSError as error:
+            raise StorageError(f"cannot make the key file {path}: {error.strerror}") from error
+        key = cls.generate()
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(key._key)
+        return key
+
+    @classmethod
+    def _read(cls, path: Path) -> RootKey:
+        try:
+            if path.stat().st_mode & 0o077:
+                raise ConfigError(f"key file {path} can be read by others; run: chmod 600 {path}")
+            return cls(path.read_bytes())
+        except OSError as error:
+            raise StorageError(f"cannot read the key file {path}: {error.strerror}") from error
+
+    def stream(self, purpose: str, *parts: str | int) -> SecretStream:
+        """The key stream of one purpose, e.g. ``("transform", model, epoch, layer, "in")``."""
+        fields = [LABEL, purpose.encode(), *(str(part).encode() for part in parts)]
+        info = b"".join(len(field).to_bytes(4, "big") + field for field in fields)
+        derived = HKDF(algorithm=hashes.SHA256(), length=KEY_BYTES, salt=None, info=info).derive(self._key)
+        return SecretStream(derived)
+
+    def __repr__(self) -> str:
+        return "RootKey(<redacted>)"
+
+    def __reduce__(self) -> str:
+        raise TypeError("a root key is not serialised; use a key file")
+
+
+class SecretStream:
+    """Numbers from a CSPRNG. Draws advance the stream; two streams of one key agree draw by draw."""
+
+    __slots__ = ("_cipher",)
+
+    def __init__(self, key: bytes) -> None:
+        self._cipher = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+
+    @classmethod
+    def fresh(cls) -> SecretStream:
+        """A stream that nothing can repeat: what is drawn anew for each crossing comes from here."""
+        return cls(secrets.token_bytes(KEY_BYTES))
+
+    def random_bytes(self, count: int) -> bytes:
+        """The next ``count`` bytes."""
+        return self._cipher.update(bytes(count))
+
+    def permutation(self, size: int) -> Tensor:
+        """A uniform permutation, int64 (size,): the order that sorts 64-bit keys.
+
+        Two keys tie with probability below size² / 2⁶⁵; the sort is stable, so a tie only biases one swap.
+        """
+        keys = np.frombuffer(self.random_bytes(8 * size), dtype=np.uint64)
+        return torch.from_numpy(np.argsort(keys, kind="stable"))
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Standard normal deviates by Box and Muller (1958), float64 or float32.
+
+        float32 draws from 24-bit uniforms, so its tails end at 5.8 standard deviations.
+        """
+        count = math.prod(shape)
+        pairs = (count + 1) // 2
+        radius = self._uniform(pairs, dtype).neg_().log1p_().mul_(-2.0).sqrt_()  # 1 - u is never 0
+        angle = self._uniform(pairs, dtype).mul_(2.0 * math.pi)
+        deviates = torch.empty(2 * pairs, dtype=dtype)
+        torch.mul(radius, angle.cos(), out=deviates[:pairs])
+        torch.mul(radius, angle.sin_(), out=deviates[pairs:])
+        return deviates[:count].view(shape)
+
+    def _uniform(self, count: int, dtype: torch.dtype) -> Tensor:
+        """Uniform in [0, 1), as many bits as the significand holds."""
+        if dtype == torch.float64:
+            bits = np.frombuffer(self.random_bytes(8 * count), dtype=np.uint64) >> np.uint64(11)
+            return torch.from_numpy(bits.astype(np.float64)).mul_(2.0**-53)
+        words = torch.frombuffer(bytearray(self.random_bytes(4 * count)), dtype=torch.int32)
+        return words.bitwise_and_(0xFFFFFF).to(torch.float32).mul_(2.0**-24)
+
+    def __repr__(self) -> str:
+        return "SecretStream(<redacted>)"

@@ -1,0 +1,161 @@
+"""``load``: protect a model straight from its files, so that this process never holds the large matrices together.
+
+config  ->  model without weights  ->  for each group: read W, send W_star, forget W
+                                   ->  read what stays in the enclave
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from obfuscatune.enclave.checkpoint import Checkpoint
+from obfuscatune.enclave.keys import RootKey
+from obfuscatune.enclave.link import RetryPolicy, WorkerLink
+from obfuscatune.enclave.obfuscate import joint_weight
+from obfuscatune.enclave.profiles import Profile, resolve
+from obfuscatune.enclave.protect import Progress, adopt, open_link
+from obfuscatune.enclave.protection import Protection
+from obfuscatune.enclave.sites import SiteGroup, find_groups
+from obfuscatune.wire.errors import ModelFileError
+from obfuscatune.wire.tls import TlsConfig
+
+DOWNLOADED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model"]
+
+
+def load(
+    model: str | Path,
+    workers: str | WorkerLink,
+    profile: str | Profile = "private",
+    *,
+    dtype: torch.dtype | None = None,
+    auto_class: Any = AutoModelForCausalLM,
+    revision: str | None = None,
+    key: RootKey | None = None,
+    tls: TlsConfig | None = None,
+    deadline_s: float = 120.0,
+    retry: RetryPolicy | None = None,
+    progress: Progress | None = None,
+    **knobs: Any,
+) -> PreTrainedModel:
+    """A protected model from a local directory or from the Hugging Face hub.
+
+    Args:
+        model: a directory with ``config.json`` and safetensors, or a hub id.
+        workers: the worker's address, or an open link.
+        profile: name of a profile, or a profile.
+        dtype: dtype of the parameters in the enclave and on the worker; that of the config by default.
+        auto_class: which head, as in ``transformers``: ``AutoModelForCausalLM``, ``AutoModel``, ...
+        revision: branch, tag or commit on the hub.
+        key, tls, deadline_s, retry, progress, knobs: as in ``protect``.
+
+    Returns:
+        The model in evaluation mode, as ``from_pretrained`` returns it.
+
+    Raises:
+        ModelFileError: the directory cannot be read as a model of floating-point safetensors.
+        ConfigError, ProtectionError, WireError: as in ``protect``.
+    """
+    resolved = resolve(profile, **knobs)
+    directory = find_directory(model, revision)
+    checkpoint = Checkpoint(directory)  # stays open: a worker that lost a matrix is sent it again from here
+    skeleton = empty_model(read_config(directory), auto_class, dtype)
+    groups = find_groups(skeleton, resolved.first_blocks)
+    reader = _Reader(checkpoint, skeleton)
+    protection = Protection.start(open_link(workers, tls, deadline_s, retry), resolved, key)
+    for done, group in enumerate(groups, start=1):
+        _offload(skeleton, group, reader, protection)
+        if progress is not None:
+            progress(done, len(groups), group.name)
+    reader.fill(skeleton)
+    if (directory / "generation_config.json").is_file():
+        skeleton.generation_config = GenerationConfig.from_pretrained(directory)
+    adopt(skeleton, protection)
+    return skeleton.eval()
+
+
+def find_directory(model: str | Path, revision: str | None = None) -> Path:
+    """The local directory of a model, downloaded from the hub where it is not a directory here."""
+    if Path(model).is_dir():
+        return Path(model)
+    try:
+        return Path(snapshot_download(str(model), revision=revision, allow_patterns=DOWNLOADED))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelFileError(
+            f"{str(model)!r} is neither a directory here nor a model that the hub gave us ({type(error).__name__})"
+        ) from error
+
+
+def read_config(directory: Path) -> PretrainedConfig:
+    """The model's configuration; its own code is never run."""
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelFileError(f"{directory} has no config.json that can be used: {error}") from error
+
+
+def empty_model(config: PretrainedConfig, auto_class: Any, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The model with parameters on the meta device and real buffers: all of its shape, none of its weight."""
+    with init_empty_weights(include_buffers=False):
+        return auto_class.from_config(config, dtype=dtype or config.dtype or torch.float32)
+
+
+def _offload(model: nn.Module, group: SiteGroup, reader: _Reader, protection: Protection) -> None:
+    """Read one group, send it, and keep nothing but the way to read it again."""
+    layers = tuple(site.layer for site in group.sites)
+    shapes = tuple((f"{site.name}.weight", site.layer.weight.shape, site.layer.weight.dtype) for site in group.sites)
+
+    def read_joint_weight() -> Tensor:
+        return joint_weight(layers, tuple(reader.read(*shape) for shape in shapes))
+
+    def make_again() -> Tensor:
+        return protection.obfuscate(read_joint_weight(), group).W_star
+
+    protection.offload(model, group, protection.obfuscate(read_joint_weight(), group), make_again)
+
+
+class _Reader:
+    """Finds a parameter's tensor, whether or not the files carry the model's own prefix."""
+
+    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+        self._checkpoint = checkpoint
+        self._prefix = f"{model.base_model_prefix}."
+
+    def read(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        return self._checkpoint.read(self._locate(name), shape, dtype)
+
+    def fill(self, model: PreTrainedModel) -> None:
+        """Read every parameter that is still empty, tie what is tied, and see that nothing is left out."""
+        tied = set(getattr(model, "all_tied_weights_keys", {}))
+        for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+            if parameter.is_meta and not (name in tied and self._locate(name) not in self._checkpoint):
+                _put(model, name, nn.Parameter(self.read(name, parameter.shape, parameter.dtype)))
+        for name, buffer in list(model.named_buffers()):
+            if self._locate(name) in self._checkpoint and buffer.is_floating_point():
+                _put(model, name, self.read(name, buffer.shape, buffer.dtype))
+        model.tie_weights()
+        absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+        if absent:
+            raise ModelFileError(f"the model's files lack {len(absent)} parameters, the first is {absent[0]!r}")
+
+    def _locate(self, name: str) -> str:
+        if name in self._checkpoint:
+            return name
+        without = name.removeprefix(self._prefix)
+        return without if without in self._checkpoint else self._prefix + name
+
+
+def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    if isinstance(tensor, nn.Parameter):
+        owner._parameters[leaf] = tensor
+    else:
+        owner._buffers[leaf] = tensor

@@ -1,0 +1,56 @@
+"""Random orthogonal matrices, and the grids on which small ones stand in for a large one."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from obfuscatune.enclave.keys import SecretStream
+
+
+def haar(stream: SecretStream, size: int) -> Tensor:
+    """A Haar-distributed orthogonal matrix, float64 (size, size).
+
+    QR of a Gaussian matrix, with the signs of R's diagonal moved into Q (Mezzadri 2007, arXiv
+    math-ph/0609050): without that step QR's own sign convention shows in the distribution.
+    """
+    Q, R = torch.linalg.qr(stream.normal(size, size))
+    return torch.where(R.diagonal() < 0, -Q, Q)
+
+
+def kronecker_rows(Q_a: Tensor, Q_b: Tensor, x: Tensor) -> Tensor:
+    """(Q_a ⊗ Q_b) x for x (a*b, p), without building the product: two small multiplications."""
+    a, b = Q_a.shape[0], Q_b.shape[0]
+    if a == 1:
+        return torch.mm(Q_b, x)
+    outer = torch.mm(Q_a, x.view(a, -1))  # across groups: one (a, a) @ (a, b*p)
+    return torch.matmul(Q_b, outer.view(a, b, -1)).view(a * b, -1)  # within each group of b rows
+
+
+def kronecker_columns(x: Tensor, Q_a: Tensor, Q_b: Tensor) -> Tensor:
+    """x (Q_a ⊗ Q_b) for x (n, a*b), without building the product."""
+    a, b = Q_a.shape[0], Q_b.shape[0]
+    inner = torch.mm(x.reshape(-1, b), Q_b)  # within each group of b columns
+    if a == 1:
+        return inner
+    return torch.matmul(Q_a.T, inner.view(-1, a, b)).view(-1, a * b)  # across the groups
+
+
+def covering_grid(size: int) -> tuple[int, int]:
+    """The smallest near-square grid with at least ``size`` cells: a <= b, size <= a*b < size + a."""
+    a = max(math.isqrt(size), 1)
+    return a, -(-size // a)
+
+
+def inner_grid(size: int) -> tuple[int, int]:
+    """The near-square grid a <= b <= 4a that fills ``size`` best from within: a*b <= size.
+
+    Exact where ``size`` has such a factorisation (768 = 24*32, 3072 = 48*64, 1600 = 40*40); for
+    the rest, primes too, it leaves less than the smaller side over.
+    """
+    side = math.isqrt(size)
+    candidates = range(max(side // 2, 1), side + 1)
+    a = max(candidates, key=lambda a: (a * (size // a), a))
+    return a, size // a

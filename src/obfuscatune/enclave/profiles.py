@@ -1,0 +1,73 @@
+"""Profiles: presets of independent knobs, resolved once, before anything is sent.
+
+    profile="private"  ->  resolve("private", first_blocks=1)  ->  Profile(...)  ->  parts that are composed
+
+A later profile is a further row of ``PRESETS``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from typing import Any
+
+from obfuscatune.enclave.transforms import TransformSpec
+from obfuscatune.wire.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How a model is protected.
+
+    Attributes:
+        name: the preset that it came from.
+        transform: kind of R_in and R_out: structured, haar, gaussian, conditioned(KAPPA), identity.
+        mixing: whether rows are mixed afresh at each crossing.
+        shield_rows: random rows mixed in at each crossing, at least; ignored without mixing.
+        first_blocks: how many of the first blocks stay in the enclave.
+        allow_unsafe: permits settings that protect nothing; for tests and positive controls.
+    """
+
+    name: str
+    transform: str = "structured"
+    mixing: bool = True
+    shield_rows: int = 16
+    first_blocks: int = 0
+    allow_unsafe: bool = False
+
+    def __post_init__(self) -> None:
+        if self.shield_rows < 0 or self.shield_rows > 65536:
+            raise ConfigError(f"shield_rows must be between 0 and 65536, got {self.shield_rows}")
+        if self.first_blocks < 0:
+            raise ConfigError(f"first_blocks must not be negative, got {self.first_blocks}")
+        if self.transform_spec.is_unsafe and not self.allow_unsafe:
+            raise ConfigError(
+                "transform 'identity' protects nothing and is refused; tests and controls pass allow_unsafe=True"
+            )
+
+    @property
+    def transform_spec(self) -> TransformSpec:
+        """The transform, parsed."""
+        return TransformSpec.parse(self.transform)
+
+
+PRESETS = {"private": Profile("private")}
+
+
+def resolve(profile: str | Profile, **knobs: Any) -> Profile:
+    """The preset of that name (or the profile itself), with single knobs changed.
+
+    Raises:
+        ConfigError: no such profile or knob, or a knob out of its range.
+    """
+    if isinstance(profile, str):
+        if profile not in PRESETS:
+            raise ConfigError(f"unknown profile {profile!r}; this version has: {', '.join(PRESETS)}")
+        profile = PRESETS[profile]
+    known = [field.name for field in fields(Profile) if field.name != "name"]
+    for knob in knobs:
+        if knob not in known:
+            near = get_close_matches(knob, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known are: {', '.join(known)}"
+            raise ConfigError(f"unknown knob {knob!r} of a profile{hint}")
+    return replace(profile, **knobs)

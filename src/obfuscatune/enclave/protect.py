@@ -1,0 +1,108 @@
+"""``protect``: put a model that is in memory under protection, in place.
+
+find the groups of layers  ->  W  ->  W_star  ->  worker  ->  protected layer in the plain one's place
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from obfuscatune.enclave.keys import RootKey
+from obfuscatune.enclave.link import RetryPolicy, WorkerLink
+from obfuscatune.enclave.obfuscate import joint_weight
+from obfuscatune.enclave.profiles import Profile, resolve
+from obfuscatune.enclave.protection import Protection
+from obfuscatune.enclave.sites import find_groups
+from obfuscatune.enclave.spool import Spool
+from obfuscatune.wire.errors import ProtectionError
+from obfuscatune.wire.tls import TlsConfig
+
+Model = TypeVar("Model", bound=nn.Module)
+Progress = Callable[[int, int, str], None]
+"""Called with (groups done, groups in all, name of the group just done)."""
+
+
+def protect(
+    model: Model,
+    workers: str | WorkerLink,
+    profile: str | Profile = "private",
+    *,
+    key: RootKey | None = None,
+    tls: TlsConfig | None = None,
+    deadline_s: float = 120.0,
+    retry: RetryPolicy | None = None,
+    progress: Progress | None = None,
+    **knobs: Any,
+) -> Model:
+    """Move a model's large linear layers, transformed, to a worker.
+
+    The model is changed in place and returned. Everything else about it stays as it was: PEFT may have
+    wrapped it before or may wrap it afterwards, ``generate``, ``Trainer`` and gradient checkpointing work.
+    Until this returns the plain weights are in this process's memory; ``load`` avoids that.
+
+    Args:
+        model: a Hugging Face causal LM or encoder, or a PEFT model around one. Base weights become frozen.
+        workers: the worker's address (``unix:/run/x.sock``, ``tcp:host:port``), or an open link.
+        profile: name of a profile, or a profile.
+        key: root key of the transforms; with the same key the worker need not be sent the same matrices again.
+        tls: identity and pinned peer, for a worker across a network.
+        deadline_s: seconds within which the worker must answer a request.
+        retry: how often and how long to try again; the link's default where not given.
+        progress: called after each group of layers.
+        knobs: single settings of the profile: ``shield_rows=32``, ``first_blocks=1``, ``transform="haar"``.
+
+    Raises:
+        ConfigError: an unknown profile, knob or address.
+        ProtectionError: nothing to protect, or the model is protected already.
+        WireError: the worker cannot be reached or refuses.
+
+    Example:
+        >>> model = AutoModelForCausalLM.from_pretrained("my-model")
+        >>> with obfuscatune.local_worker() as worker:
+        ...     model = obfuscatune.protect(model, worker.address)
+        ...     model.generate(**tokenizer("Once upon a time", return_tensors="pt"))
+    """
+    if getattr(model, "protection", None) is not None:
+        raise ProtectionError("this model is protected already")
+    resolved = resolve(profile, **knobs)
+    groups = find_groups(model, resolved.first_blocks)
+    protection = Protection.start(open_link(workers, tls, deadline_s, retry), resolved, key)
+    spool = Spool()
+    for done, group in enumerate(groups, start=1):
+        with torch.no_grad():
+            layers = tuple(site.layer for site in group.sites)
+            W = joint_weight(layers, tuple(layer.weight.cpu() for layer in layers))
+            obfuscated = protection.obfuscate(W, group)
+        protection.offload(model, group, obfuscated, spool.keep(obfuscated.W_star))
+        if progress is not None:
+            progress(done, len(groups), group.name)
+    adopt(model, protection)
+    return model
+
+
+def open_link(
+    workers: str | WorkerLink, tls: TlsConfig | None, deadline_s: float, retry: RetryPolicy | None
+) -> WorkerLink:
+    """The link itself, or a new one to that address."""
+    if isinstance(workers, WorkerLink):
+        return workers
+    return WorkerLink.open(workers, tls=tls, deadline_s=deadline_s, retry=retry or RetryPolicy())
+
+
+def adopt(model: nn.Module, protection: Protection) -> None:
+    """Hang the protection on the model, and keep a checkpoint without its weights from being written."""
+    model.protection = protection  # type: ignore[assignment]
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base.save_pretrained = _refuse_to_save
+
+
+def _refuse_to_save(*_args: Any, **_kwargs: Any) -> NoReturn:
+    raise ProtectionError(
+        "a protected model cannot be saved: its large matrices are not in this process. "
+        "Save the adapter: wrap it with peft.get_peft_model and call save_pretrained on that"
+    )

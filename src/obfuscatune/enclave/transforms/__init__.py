@@ -1,0 +1,69 @@
+"""Secret matrices that act on features: one interface (``base``), one file for each kind.
+
+``TransformSpec.parse("structured")`` -> ``.make(dim, stream)`` -> a ``Transform``
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from obfuscatune.enclave.keys import SecretStream
+from obfuscatune.enclave.transforms.base import OrthogonalTransform, Transform
+from obfuscatune.enclave.transforms.conditioned import ConditionedTransform
+from obfuscatune.enclave.transforms.gaussian import GaussianTransform
+from obfuscatune.enclave.transforms.haar import HaarTransform
+from obfuscatune.enclave.transforms.identity import UnsafeIdentity
+from obfuscatune.enclave.transforms.structured import StructuredTransform
+from obfuscatune.wire.errors import ConfigError
+
+NAMES = ("structured", "haar", "gaussian", "conditioned(KAPPA)", "identity")
+
+_CONDITIONED = re.compile(r"conditioned\((\d+(?:\.\d+)?)\)")
+
+
+@dataclass(frozen=True)
+class TransformSpec:
+    """Which transform: a name, and the condition number where the name takes one."""
+
+    name: str
+    kappa: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> TransformSpec:
+        """Read ``structured``, ``haar``, ``gaussian``, ``conditioned(8)`` or ``identity``.
+
+        Raises:
+            ConfigError: none of these.
+        """
+        if match := _CONDITIONED.fullmatch(text):
+            return cls("conditioned", float(match[1]))
+        if text in NAMES:
+            return cls(text)
+        raise ConfigError(f"unknown transform {text!r}; known are: {', '.join(NAMES)}")
+
+    @property
+    def is_unsafe(self) -> bool:
+        """Whether it protects nothing."""
+        return self.name == "identity"
+
+    def make(self, dim: int, stream: SecretStream) -> Transform:
+        """Draw the secret matrix (dim, dim) from ``stream``."""
+        match self.name:
+            case "structured":
+                return StructuredTransform(dim, stream)
+            case "haar":
+                return HaarTransform(dim, stream)
+            case "gaussian":
+                return GaussianTransform(dim, stream)
+            case "conditioned":
+                return ConditionedTransform(dim, stream, self.kappa)
+            case "identity":
+                return UnsafeIdentity(dim)
+        raise ConfigError(f"unknown transform {self.name!r}")
+
+    def __str__(self) -> str:
+        return f"conditioned({self.kappa:g})" if self.name == "conditioned" else self.name
+
+
+__all__ = ["NAMES", "OrthogonalTransform", "Transform", "TransformSpec"]

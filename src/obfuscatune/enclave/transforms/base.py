@@ -1,0 +1,118 @@
+"""What a transform is: a secret invertible R (p, p) that acts on the last dimension."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from obfuscatune.wire.errors import ProtectionError
+
+_Product = Callable[[Tensor, tuple[Tensor, ...]], Tensor]
+
+
+class Transform(ABC):
+    """A secret matrix R (dim, dim), applied without being built where its structure allows.
+
+    All four products take x (..., dim) in float64, float32 or bfloat16 and return the same shape, dtype
+    and device. bfloat16 and float16 are computed in float32 and rounded once, at the end.
+    """
+
+    name: str
+
+    def __init__(self, dim: int) -> None:
+        if dim < 1:
+            raise ProtectionError(f"a transform needs at least one dimension, got {dim}")
+        self.dim = dim
+        self._factors: dict[tuple[torch.dtype, torch.device], tuple[Tensor, ...]] = {}
+
+    def apply(self, x: Tensor) -> Tensor:
+        """x R."""
+        return self._act(x, self._apply)
+
+    def inverse(self, x: Tensor) -> Tensor:
+        """x R⁻¹."""
+        return self._act(x, self._inverse)
+
+    def apply_transpose(self, x: Tensor) -> Tensor:
+        """x Rᵀ."""
+        return self._act(x, self._apply_transpose)
+
+    def inverse_transpose(self, x: Tensor) -> Tensor:
+        """x R⁻ᵀ."""
+        return self._act(x, self._inverse_transpose)
+
+    def weight_left(self, W: Tensor) -> Tensor:
+        """R⁻¹ W for W (dim, q)."""
+        return self.inverse_transpose(W.T).T
+
+    def weight_right(self, W: Tensor) -> Tensor:
+        """W R for W (p, dim)."""
+        return self.apply(W)
+
+    @property
+    @abstractmethod
+    def condition_number(self) -> float:
+        """Ratio of R's extreme singular values: the most by which rounding can be amplified."""
+
+    @property
+    @abstractmethod
+    def parameter_count(self) -> int:
+        """How many secret numbers describe R."""
+
+    @abstractmethod
+    def _master_factors(self) -> tuple[Tensor, ...]:
+        """The secret factors in float64 (or int64) on the CPU, as drawn."""
+
+    @abstractmethod
+    def _apply(self, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
+        """x R for x (n, dim) and the factors in its dtype."""
+
+    @abstractmethod
+    def _inverse(self, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
+        """x R⁻¹, likewise."""
+
+    @abstractmethod
+    def _apply_transpose(self, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
+        """x Rᵀ, likewise."""
+
+    @abstractmethod
+    def _inverse_transpose(self, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
+        """x R⁻ᵀ, likewise."""
+
+    def _act(self, x: Tensor, product: _Product) -> Tensor:
+        if x.shape[-1] != self.dim:
+            raise ProtectionError(f"{self.name} transform of dimension {self.dim} met a tensor {tuple(x.shape)}")
+        dtype = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+        rows = x.reshape(-1, self.dim).to(dtype)
+        return product(rows, self._factors_in(dtype, x.device)).view(x.shape).to(x.dtype)
+
+    def _factors_in(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+        cached = self._factors.get((dtype, device))
+        if cached is None:
+            cached = tuple(
+                factor.to(device=device, dtype=dtype if factor.is_floating_point() else factor.dtype)
+                for factor in self._master_factors()
+            )
+            self._factors[dtype, device] = cached
+        return cached
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(dim={self.dim}, <redacted>)"
+
+
+class OrthogonalTransform(Transform):
+    """R Rᵀ = 1: the inverse is the transpose, and nothing is amplified."""
+
+    @property
+    def condition_number(self) -> float:
+        """Exactly 1."""
+        return 1.0
+
+    def _apply_transpose(self, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
+        return self._inverse(x, factors)
+
+    def _inverse_transpose(self, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
+        return self._apply(x, factors)

@@ -1,0 +1,79 @@
+"""``structured``: a product of cheap orthogonal factors, the default. Costs O(p sqrt p) per row.
+
+    R = Π₁ · (Q_a ⊗ Q_b) · Π₂                              where p = a·b, near-square
+    R = Π₁ · [(Q_a ⊗ Q_b) ⊕ 1] · Π₂ · [1 ⊕ (Q_c ⊗ Q_d)] · Π₃     otherwise (primes too)
+    R = Q                                                  where p <= 64: dense is as cheap
+
+Π are secret permutations, Q small secret Haar matrices. The Kronecker product is dense: each
+coordinate that the worker sees depends on all p. Π₁ takes the features out of their natural
+order (heads, groups); the last Π hides the grid from the worker. Where p has no near-square
+factorisation the first grid leaves fewer than sqrt(p) coordinates over, and the second grid,
+laid from the other end behind a permutation, covers them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from obfuscatune.enclave.keys import SecretStream
+from obfuscatune.enclave.orthogonal import haar, inner_grid, kronecker_columns
+from obfuscatune.enclave.transforms.base import OrthogonalTransform
+
+DENSE_BELOW = 64  # up to here one dense factor costs no more than two small ones
+
+
+class StructuredTransform(OrthogonalTransform):
+    """R as a product of permutations and Kronecker products of small Haar matrices."""
+
+    name = "structured"
+
+    def __init__(self, dim: int, stream: SecretStream) -> None:
+        super().__init__(dim)
+        a, b = (1, dim) if dim <= DENSE_BELOW else inner_grid(dim)
+        self._covered = a * b
+        grids = 1 if self._covered == dim else 2
+        self._permutations = [stream.permutation(dim) for _ in range(grids + 1)]
+        self._pairs = [(haar(stream, a), haar(stream, b)) for _ in range(grids)]
+
+    @property
+    def parameter_count(self) -> int:
+        """Degrees of freedom of the small matrices, and the entries of the permutations."""
+        continuous = sum(Q.shape[0] * (Q.shape[0] - 1) // 2 for pair in self._pairs for Q in pair)
+        return continuous + self.dim * len(self._permutations)
+
+    def _master_factors(self) -> tuple[Tensor, ...]:
+        """Π₁, Q_a, Q_b, Π₂ (, Q_c, Q_d, Π₃), then the inverse permutations in the same order."""
+        first, *others = self._permutations
+        factors = [first]
+        for (Q_a, Q_b), permutation in zip(self._pairs, others, strict=True):
+            factors += [Q_a, Q_b, permutation]
+        return (*factors, *(torch.argsort(permutation) for permutation in self._permutations))
+
+    def _apply(self, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
+        permutation, Q_a, Q_b, *rest = factors
+        x = torch.index_select(x, 1, permutation)
+        if len(self._pairs) == 1:
+            return torch.index_select(kronecker_columns(x, Q_a, Q_b), 1, rest[0])
+        between, Q_c, Q_d, last, *_ = rest
+        x = torch.index_select(self._on_first(x, Q_a, Q_b), 1, between)
+        return torch.index_select(self._on_last(x, Q_c, Q_d), 1, last)
+
+    def _inverse(self, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
+        if len(self._pairs) == 1:
+            _, Q_a, Q_b, _, undo_first, undo_last = factors
+            return torch.index_select(
+                kronecker_columns(torch.index_select(x, 1, undo_last), Q_a.T, Q_b.T), 1, undo_first
+            )
+        _, Q_a, Q_b, _, Q_c, Q_d, _, undo_first, undo_between, undo_last = factors
+        x = self._on_last(torch.index_select(x, 1, undo_last), Q_c.T, Q_d.T)
+        x = self._on_first(torch.index_select(x, 1, undo_between), Q_a.T, Q_b.T)
+        return torch.index_select(x, 1, undo_first)
+
+    def _on_first(self, x: Tensor, Q_a: Tensor, Q_b: Tensor) -> Tensor:
+        covered, left_over = x[:, : self._covered], x[:, self._covered :]
+        return torch.cat([kronecker_columns(covered, Q_a, Q_b), left_over], dim=1)
+
+    def _on_last(self, x: Tensor, Q_a: Tensor, Q_b: Tensor) -> Tensor:
+        start = self.dim - self._covered
+        return torch.cat([x[:, :start], kronecker_columns(x[:, start:], Q_a, Q_b)], dim=1)
