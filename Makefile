@@ -1,0 +1,41 @@
+# Everything a newcomer needs: each target sets up its own virtual environment first.
+#   make demo         fine-tune the embedded model protected and plain, side by side
+#   make test         lint and the default test suite (under 10 minutes on 2 cores)
+#   make test-long    the long tests too
+#   make benchmarks   the figures of docs/benchmarks.md
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: demo test test-long lint benchmarks clean
+
+demo: $(READY)
+	$(BIN)/obfuscatune demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-long: lint
+	$(BIN)/python -m pytest -m "long or not long"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+benchmarks: $(READY)
+	$(BIN)/obfuscatune bench step --shape gpt2 --out benchmarks/results
+
+# torch first and by itself: a range would pull the newest build with its CUDA libraries.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
