@@ -45,6 +45,14 @@ class Dataset:
 
 
 @dataclass(frozen=True)
+class Data:
+    """What a run trains on, and what it measures on, if anything."""
+
+    train: Dataset
+    eval: Dataset | None
+
+
+@dataclass(frozen=True)
 class Source:
     """A file of training records or, with `task`, of a task's own; of a directory, the rows of `split`."""
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
 from obfuscatune.tuning.checkpoint import Progress
-from obfuscatune.tuning.data import Dataset
+from obfuscatune.tuning.data import Data
 from obfuscatune.tuning.loop import StepEvent
 from obfuscatune.tuning.storage import RunDirectory
 
@@ -18,8 +18,7 @@ class Started:
 
     first_step: int
     total_steps: int
-    train: Dataset
-    eval: Dataset | None
+    data: Data
 
 
 @dataclass(frozen=True)

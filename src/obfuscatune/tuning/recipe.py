@@ -35,6 +35,8 @@ class Recipe(BaseModel):
     plain: bool = False
     """Run unprotected, for comparison."""
     profile: str = "private"
+    first_blocks: Annotated[int, Field(ge=0)] | None = None
+    """Blocks that stay in the enclave; None is as the profile says."""
     worker: str | None = None
     """Address of a running worker; None starts one on this machine."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"

@@ -11,12 +11,12 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from obfuscatune.tuning.adapter import adapter_files, add_lora
 from obfuscatune.tuning.batches import Plan
 from obfuscatune.tuning.checkpoint import Progress, resume, save_checkpoint
-from obfuscatune.tuning.data import Dataset, Source, load_dataset
+from obfuscatune.tuning.data import Data, Dataset, Source, load_dataset
 from obfuscatune.tuning.identity import ingredients
 from obfuscatune.tuning.journal import Event, Journal, Started
 from obfuscatune.tuning.loop import Descent, make_optimizer, mean_loss, train
@@ -39,10 +39,29 @@ class Outcome:
     adapter: Path
 
 
+def load_data(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", config: Any) -> Data:
+    """Read a recipe's records; it needs no more of the model than its configuration.
+
+    Raises:
+        ConfigError: a length beyond the model's window, or no such task.
+        DataError: the records cannot be used.
+    """
+    window = context_window(config)
+    if recipe.max_length is not None and recipe.max_length > window:
+        raise ConfigError(f"--max-length: {recipe.max_length} tokens, and the model's window is {window}")
+
+    def load(source: Source) -> Dataset:
+        return load_dataset(source, tokenizer, recipe.max_length or window, recipe.too_long)
+
+    train_set = load(Source.of(recipe.data, recipe.task, "train"))
+    return Data(train_set, None if recipe.eval is None else load(Source.of(recipe.eval, recipe.task, "test")))
+
+
 def finetune(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     recipe: Recipe,
+    data: Data,
     *,
     fingerprint: str,
     report: Callable[[Event], None],
@@ -52,6 +71,7 @@ def finetune(
 
     Args:
         model: A Hugging Face causal language model; it is wrapped in place.
+        data: What `load_data` read.
         fingerprint: What tells this model from others (`identity.model_fingerprint`).
         report: Called with each event as it happens.
         resume_run: Go on from the newest checkpoint in `recipe.out`; without one, begin.
@@ -59,14 +79,12 @@ def finetune(
     Raises:
         ConfigError: the recipe does not fit the model; `out` holds a run that is not to be resumed, or
             another one than this.
-        DataError: the records cannot be used.
         NonFiniteError: a loss or gradient is NaN or infinite.
         StorageError: the disk refused, or a checkpoint is damaged.
     """
-    train_set, eval_set = _load(recipe, tokenizer, _max_length(recipe, model))
-    eval_digest = eval_set.digest if eval_set else None
-    made_of = ingredients(recipe, model=fingerprint, data=train_set.digest, evaluation=eval_digest)
-    plan = Plan(len(train_set.examples), recipe.batch_size, recipe.accumulation, recipe.seed)
+    eval_digest = None if data.eval is None else data.eval.digest
+    made_of = ingredients(recipe, model=fingerprint, data=data.train.digest, evaluation=eval_digest)
+    plan = Plan(len(data.train.examples), recipe.batch_size, recipe.accumulation, recipe.seed)
     total_steps = recipe.max_steps or recipe.epochs * plan.steps_per_epoch
     descent = Descent(recipe.lr, recipe.schedule, recipe.warmup_steps, recipe.clip, total_steps)
     pad_id = end_id(tokenizer)
@@ -80,17 +98,17 @@ def finetune(
         progress = resume(directory, peft_model, optimizer, made_of)
         directory.write_file("recipe.yaml", recipe.to_yaml().encode())
         journal = Journal(directory, progress, report)
-        report(Started(progress.step, total_steps, train_set, eval_set))
+        report(Started(progress.step, total_steps, data))
 
         def measure() -> None:
-            if eval_set is not None:
-                examples = eval_set.examples
+            if data.eval is not None:
+                examples = data.eval.examples
                 journal.measured(mean_loss(peft_model, examples, batch_size=recipe.batch_size, pad_id=pad_id))
 
         if progress.step == 0:
             measure()
         for event in train(
-            peft_model, optimizer, train_set.examples, plan, descent, pad_id=pad_id, first_step=progress.step
+            peft_model, optimizer, data.train.examples, plan, descent, pad_id=pad_id, first_step=progress.step
         ):
             journal.stepped(event)
             last = event.step == total_steps
@@ -135,18 +153,3 @@ def _with_lora(model: "PreTrainedModel", recipe: Recipe) -> "PeftModel":
 def _refuse_accident(directory: RunDirectory, resume_run: bool) -> None:
     if not resume_run and (directory.root / "recipe.yaml").exists():
         raise ConfigError(f"{directory.root}: holds a run; go on with it by --resume, or choose another --out")
-
-
-def _max_length(recipe: Recipe, model: "PreTrainedModel") -> int:
-    window = context_window(model.config)
-    if recipe.max_length is not None and recipe.max_length > window:
-        raise ConfigError(f"--max-length: {recipe.max_length} tokens, and the model's window is {window}")
-    return recipe.max_length or window
-
-
-def _load(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> tuple[Dataset, Dataset | None]:
-    sources = [Source.of(recipe.data, recipe.task, "train")]
-    if recipe.eval is not None:
-        sources.append(Source.of(recipe.eval, recipe.task, "test"))
-    train_set, *rest = [load_dataset(source, tokenizer, max_length, recipe.too_long) for source in sources]
-    return train_set, rest[0] if rest else None

@@ -52,10 +52,15 @@ def end_id(tokenizer: "PreTrainedTokenizerBase") -> int:
     return int(tokenizer.eos_token_id)
 
 
-def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:
-    """The prompt as training and scoring see it: no white space at its end, never empty of tokens."""
-    ids = leading_ids(tokenizer) + _plain_ids(tokenizer, prompt.rstrip())
+def encode_open(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    """Text that a model is to continue, as it stands. Never without a token."""
+    ids = leading_ids(tokenizer) + _plain_ids(tokenizer, text)
     return ids or [_first_id(tokenizer)]
+
+
+def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:
+    """The prompt of a completion, as training and scoring see it: without white space at its end."""
+    return encode_open(tokenizer, prompt.rstrip())
 
 
 def encode_pair(tokenizer: "PreTrainedTokenizerBase", prompt: str, continuation: str) -> tuple[list[int], list[int]]:

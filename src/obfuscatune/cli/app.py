@@ -1,0 +1,146 @@
+"""`obfuscatune`: finds the command, runs it, and turns what goes wrong into one line and an exit code."""
+
+import os
+import sys
+import traceback
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from obfuscatune.version import __version__
+from obfuscatune.wire.errors import ConfigError, ObfuscaTuneError
+
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+# typer exports BadParameter alone; its base is that of all usage errors, whether typer brings click or imports it.
+_UsageError: Any = typer.BadParameter.__bases__[0]
+
+
+class _Command(NamedTuple):
+    summary: str
+    example: str
+
+
+_COMMANDS = {
+    "demo": _Command("See it work: the embedded model learns private notes.", "obfuscatune demo"),
+    "finetune": _Command(
+        "Fine-tune a model with LoRA.", "obfuscatune finetune --model ./llama --data train.jsonl --out runs/notes"
+    ),
+    "generate": _Command(
+        "Continue a prompt.", 'obfuscatune generate --adapter runs/notes/adapter --prompt "Once upon a time"'
+    ),
+    "chat": _Command("Talk with a model.", "obfuscatune chat --model ./llama --adapter runs/notes/adapter"),
+    "evaluate": _Command(
+        "Measure how many questions a model answers right.",
+        "obfuscatune evaluate --task sciq --data-dir data --limit 200 --compare-plain",
+    ),
+    "inspect": _Command("Show where each layer runs and what crosses.", "obfuscatune inspect --model ./llama"),
+    "bench": _Command("Time a protected step beside a plain one.", "obfuscatune bench step"),
+    "worker": _Command("Run the untrusted worker.", "obfuscatune worker --listen unix:/run/obfuscatune.sock"),
+    "keygen": _Command("Make the keys of an enclave and a worker.", "obfuscatune keygen --help"),
+}
+"""Each is the function, or the typer app, of its own name in the module of its own name."""
+
+
+class _LazyGroup(TyperGroup):
+    """Knows all commands by name and summary, and imports the module of the one that is called."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(_COMMANDS)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] in _COMMANDS:
+            self.commands[args[0]] = _import_command(args[0])
+        return super().resolve_command(ctx, args)
+
+
+def _import_command(name: str) -> Any:
+    found = getattr(import_module(f"obfuscatune.cli.{name}"), name)
+    if isinstance(found, typer.Typer):
+        return typer.main.get_command(found)
+    app = typer.Typer(add_completion=False)
+    app.command(name, help=found.__doc__, epilog=f"Example: {_COMMANDS[name].example}")(found)
+    return typer.main.get_command(app)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"obfuscatune {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Say which version."),
+) -> None:
+    """Fine-tune and run a language model on hardware that learns neither model nor text."""
+
+
+def make_app() -> Any:
+    """The command line as typer runs it; no command's module is imported yet."""
+    app = typer.Typer(cls=_LazyGroup, no_args_is_help=True, add_completion=False)
+    app.callback(
+        epilog="Each command has its own --help. With --debug, or OBFUSCATUNE_DEBUG=1, errors show a traceback."
+    )(_root)
+    group: Any = typer.main.get_command(app)
+    group.commands.update({name: TyperCommand(name, help=it.summary) for name, it in _COMMANDS.items()})
+    return group
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line and return its exit code."""
+    _prepare_libraries()
+    debug = "--debug" in arguments or os.environ.get("OBFUSCATUNE_DEBUG", "") not in ("", "0")
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        # Without standalone mode, typer raises what it would else print, and returns an Exit's code.
+        return int(make_app()(arguments, prog_name="obfuscatune", standalone_mode=False) or 0)
+    except typer.Abort:
+        return EXIT_INTERRUPTED
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # whoever read our output has gone, which is theirs to do
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILURE
+    except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            typer.echo(error.format_message())
+        else:
+            _say(f"error: {error.format_message()}")
+        return EXIT_USAGE
+    except ObfuscaTuneError as error:
+        if debug:
+            traceback.print_exc()
+        _say(f"error: {error}")
+        return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILURE
+    except Exception as error:  # noqa: BLE001  the last stop: a user gets one line whatever it is
+        if debug:
+            traceback.print_exc()
+        kind = type(error).__name__
+        _say(f"error: unexpected {kind}: {error} (a fault of ours; --debug shows where)")
+        return EXIT_FAILURE
+
+
+def _prepare_libraries() -> None:
+    """Settings that the libraries read when they are imported. What the user has set stays."""
+    for name, value in {
+        "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin would take the cores that the worker needs
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def _say(message: str) -> None:
+    sys.stderr.write(" ".join(message.split()) + "\n")

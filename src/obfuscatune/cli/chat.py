@@ -1,0 +1,99 @@
+"""`obfuscatune chat`."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+from obfuscatune.cli import options, output
+from obfuscatune.cli.decoding import Sampling, decode
+from obfuscatune.cli.options import option
+from obfuscatune.cli.session import ModelFiles, Protection, open_files, open_session
+
+if TYPE_CHECKING:
+    from obfuscatune.tuning.records import Message
+
+_TEXT = "Text"
+
+
+def chat(
+    system: Annotated[str | None, option("--system", "Instructions to begin with.", panel=_TEXT)] = None,
+    max_new_tokens: Annotated[int, option("--max-new-tokens", "The most in a turn.", default="256", panel=_TEXT)] = 256,
+    temperature: Annotated[
+        float, option("--temperature", "0 takes the likeliest token each time.", default="0", panel=_TEXT)
+    ] = 0.0,
+    top_p: Annotated[
+        float, option("--top-p", "Sample from the likeliest tokens of this share.", default="1", panel=_TEXT)
+    ] = 1.0,
+    seed: Annotated[int, option("--seed", "Of the sampling.", default="0", panel=_TEXT)] = 0,
+    model: options.Model = None,
+    adapter: options.Adapter = None,
+    dtype: options.Dtype = None,
+    plain: options.Plain = False,
+    worker: options.Worker = None,
+    profile: options.Profile = None,
+    first_blocks: options.FirstBlocks = None,
+    key_file: options.KeyFile = None,
+    tls_cert: options.TlsCert = None,
+    tls_key: options.TlsKey = None,
+    peer: options.Peer = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Talk with a model, a line a turn, on a worker that learns neither the model nor what is said.
+
+    Ends with the input. /reset forgets what was said. When the model's window is full, the oldest turns are left out.
+    With --json, reads all turns first and prints the whole conversation.
+    """
+    from obfuscatune.tuning.records import Message
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    protection = None if plain else Protection(worker, profile, first_blocks, key_file, tls_cert, tls_key, peer)
+    files = open_files(model)
+    beginning = [] if system is None else [Message("system", system)]
+    messages = list(beginning)
+    with open_session(files, dtype=dtype, protection=protection, adapter=adapter) as session:
+        for line in _lines():
+            if line == "/reset":
+                messages = list(beginning)
+                continue
+            messages.append(Message("user", line))
+            ids = _fitting(messages, len(beginning), files, sampling)
+            written = decode(session, files, ids, sampling, show=None if as_json else output.write_part)
+            if not as_json:
+                output.write_text("")
+            messages.append(Message("assistant", written.text.strip()))
+        link = session.link()
+    if as_json:
+        said = [asdict(message) for message in messages]
+        output.write_json({"protected": session.protected, "messages": said, "link": link})
+
+
+def _lines() -> Iterator[str]:
+    """What the user types, without empty lines; on a terminal, asked for."""
+    while True:
+        if sys.stdin.isatty():
+            output.ask("you> ")
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def _fitting(messages: "Sequence[Message]", fixed: int, files: ModelFiles, sampling: Sampling) -> list[int]:
+    """Token ids of the conversation, without as many of the oldest exchanges as the window has no room for.
+
+    Args:
+        fixed: How many messages at the beginning always stay.
+
+    Raises:
+        DataError: the last message alone is too long.
+    """
+    from obfuscatune.tuning.tokens import render_prompt
+
+    for first in range(fixed, len(messages), 2):  # a user's turn and the answer to it go together
+        ids = render_prompt(files.tokenizer, [*messages[:fixed], *messages[first:]])
+        if len(ids) <= sampling.room(files.config):
+            return ids
+    sampling.check_room(len(ids), files.config)
+    return ids

@@ -1,0 +1,97 @@
+"""A model's own words after a prompt, shown as they come; what `generate` and `chat` share."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from obfuscatune.cli.session import ModelFiles, Session
+from obfuscatune.wire.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen: the likeliest at temperature 0, else drawn from the likeliest `top_p` of the mass.
+
+    Raises:
+        ConfigError: a value outside its range.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"--max-new-tokens: expected at least 1, found {self.max_new_tokens}")
+        if not 0 <= self.temperature < float("inf"):
+            raise ConfigError(f"--temperature: expected 0 or more, found {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"--top-p: expected more than 0, up to 1, found {self.top_p}")
+
+    def room(self, config: Any) -> int:
+        """Tokens that a prompt may have, so that the answer fits the model's window too."""
+        from obfuscatune.tuning.tokens import context_window
+
+        return context_window(config) - self.max_new_tokens
+
+    def check_room(self, tokens: int, config: Any) -> None:
+        """Refuse a prompt of more tokens.
+
+        Raises:
+            DataError: it has.
+        """
+        if tokens > self.room(config):
+            raise DataError(
+                f"the prompt has {tokens} tokens and up to {self.max_new_tokens} are to be written, but the model "
+                f"takes {self.room(config) + self.max_new_tokens} in all; shorten it or lower --max-new-tokens"
+            )
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the model wrote, and in how many tokens."""
+
+    text: str
+    tokens: int
+
+
+def decode(
+    session: Session,
+    files: ModelFiles,
+    ids: Sequence[int],
+    sampling: Sampling,
+    *,
+    show: Callable[[str], None] | None,
+) -> Written:
+    """Write on after `ids` until the end-of-sequence token or the limit, calling `show` with each piece of text."""
+    import torch
+    from transformers import TextStreamer
+
+    from obfuscatune.tuning.tokens import end_id
+
+    class Shown(TextStreamer):  # type: ignore[misc]  # transformers is not checked; its class is Any
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            if show is not None:
+                show(text)
+
+    end = end_id(files.tokenizer)
+    inputs = torch.tensor([list(ids)], device=session.model.device)
+    how = (
+        {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        if sampling.temperature > 0
+        else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(sampling.seed)
+        output = session.model.generate(
+            input_ids=inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=sampling.max_new_tokens,
+            pad_token_id=end,
+            eos_token_id=end,
+            streamer=Shown(files.tokenizer, skip_prompt=True, skip_special_tokens=True),
+            **how,
+        )
+    written = output[0, len(ids) :]
+    return Written(str(files.tokenizer.decode(written, skip_special_tokens=True)), len(written))

@@ -1,0 +1,173 @@
+"""`obfuscatune evaluate`."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from obfuscatune.cli import options, output
+from obfuscatune.cli.options import option
+from obfuscatune.cli.session import ModelFiles, Protection, Session, open_files, open_session
+from obfuscatune.wire.errors import ConfigError
+
+if TYPE_CHECKING:
+    from obfuscatune.evaluation.compare import Comparison
+    from obfuscatune.evaluation.results import Metric
+
+_QUESTIONS = "Questions"
+
+
+def evaluate(
+    model: options.Model = None,
+    adapter: options.Adapter = None,
+    task: Annotated[
+        str | None, option("--task", "A public question set: sciq, openbookqa, piqa or webqs.", panel=_QUESTIONS)
+    ] = None,
+    data_dir: Annotated[Path | None, option("--data-dir", "Where the task's files are.", panel=_QUESTIONS)] = None,
+    data: Annotated[
+        Path | None, option("--data", "Prompts and completions of your own, in JSON Lines.", panel=_QUESTIONS)
+    ] = None,
+    limit: Annotated[
+        int | None, option("--limit", "Ask only the first so many.", default="all", panel=_QUESTIONS)
+    ] = None,
+    batch_size: Annotated[int, option("--batch-size", "Rows in a forward pass.", default="16")] = 16,
+    answers: Annotated[bool, option("--answers", "With --json: every single answer and its margin.")] = False,
+    dtype: options.Dtype = None,
+    plain: options.Plain = False,
+    compare_plain: Annotated[
+        bool, option("--compare-plain", "Ask the plain model too, and compare answer by answer.", panel="Protection")
+    ] = False,
+    worker: options.Worker = None,
+    profile: options.Profile = None,
+    first_blocks: options.FirstBlocks = None,
+    key_file: options.KeyFile = None,
+    tls_cert: options.TlsCert = None,
+    tls_key: options.TlsKey = None,
+    peer: options.Peer = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Measure how many questions a model answers right.
+
+    A task's choices are scored as lm-evaluation-harness scores them (acc, acc_norm; exact_match for webqs). Prompts of
+    your own are answered greedily up to the end of the line, and must match exactly.
+    """
+    if plain and compare_plain:
+        raise ConfigError("--plain asks the plain model alone; --compare-plain asks both: give one of them")
+    for name, value in (("--limit", limit), ("--batch-size", batch_size)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name}: expected at least 1, found {value}")
+    ask = _load_questions(task, data_dir, data, limit, batch_size)
+    protection = Protection(worker, profile, first_blocks, key_file, tls_cert, tls_key, peer)
+    files = open_files(model)
+    results = []
+    for chosen in [None] if plain else [protection, None] if compare_plain else [protection]:
+        with open_session(files, dtype=dtype, protection=chosen, adapter=adapter) as session:
+            results.append(_measure(ask, session, files))
+    comparisons = _compare(results)
+    if as_json:
+        output.write_json(_document(task or str(data), results, comparisons, answers=answers))
+    else:
+        _tell(results, comparisons)
+
+
+@dataclass(frozen=True)
+class _Questions:
+    """Questions, and how to ask a model all of them; `units` counts what `advance` is called with."""
+
+    units: int
+    ask: "Callable[[Session, ModelFiles, Callable[[int], None]], Sequence[Metric]]"
+
+
+@dataclass(frozen=True)
+class _Result:
+    protected: bool
+    metrics: "Sequence[Metric]"
+    seconds: float
+    link: Mapping[str, int | float] | None
+
+
+def _load_questions(
+    task: str | None, data_dir: Path | None, data: Path | None, limit: int | None, batch_size: int
+) -> _Questions:
+    from obfuscatune.evaluation.tasks import find_task, load_questions
+
+    if task is not None and data_dir is not None and data is None:
+        questions = load_questions(find_task(task), data_dir, limit)
+
+        def ask_task(session: Session, files: ModelFiles, advance: Callable[[int], None]) -> "Sequence[Metric]":
+            from obfuscatune.evaluation.choices import evaluate_task
+
+            return evaluate_task(
+                session.model, files.tokenizer, find_task(task), questions, batch_size=batch_size, advance=advance
+            )
+
+        return _Questions(sum(len(question.choices) for question in questions), ask_task)
+    if data is not None and task is None and data_dir is None:
+        from obfuscatune.evaluation.questions import load_completions
+
+        completions = load_completions(data, limit)
+
+        def ask_own(session: Session, files: ModelFiles, advance: Callable[[int], None]) -> "Sequence[Metric]":
+            from obfuscatune.evaluation.questions import evaluate_completions
+
+            metric = evaluate_completions(
+                session.model, files.tokenizer, completions, batch_size=batch_size, advance=advance
+            )
+            return (metric,)
+
+        return _Questions(len(completions), ask_own)
+    raise ConfigError("give --task with --data-dir, or --data alone")
+
+
+def _measure(questions: _Questions, session: Session, files: ModelFiles) -> _Result:
+    began = time.perf_counter()
+    with output.progress("asking" if session.protected else "asking the plain model") as meter:
+        meter.expect(questions.units)
+        metrics = questions.ask(session, files, meter.advance)
+    return _Result(session.protected, metrics, time.perf_counter() - began, session.link())
+
+
+def _compare(results: Sequence[_Result]) -> "list[Comparison]":
+    from obfuscatune.evaluation.compare import compare
+
+    if len(results) < 2:
+        return []
+    one, other = results
+    return [compare(a, b) for a, b in zip(one.metrics, other.metrics, strict=True)]
+
+
+def _document(
+    questions: str, results: Sequence[_Result], comparisons: "Sequence[Comparison]", *, answers: bool
+) -> dict[str, object]:
+    return {
+        "questions": questions,
+        "runs": [
+            {
+                "protected": result.protected,
+                "seconds": result.seconds,
+                "link": result.link,
+                "metrics": {metric.name: _metric(metric, answers=answers) for metric in result.metrics},
+            }
+            for result in results
+        ],
+        "comparisons": [asdict(comparison) for comparison in comparisons],
+    }
+
+
+def _metric(metric: "Metric", *, answers: bool) -> dict[str, object]:
+    summary = {"value": metric.value, "stderr": metric.stderr, "questions": len(metric.verdicts)}
+    return summary | ({"answers": [asdict(verdict) for verdict in metric.verdicts]} if answers else {})
+
+
+def _tell(results: Sequence[_Result], comparisons: "Sequence[Comparison]") -> None:
+    for result in results:
+        output.write_text(f"{'protected' if result.protected else 'plain'} ({result.seconds:.1f} s)")
+        for metric in result.metrics:
+            asked = len(metric.verdicts)
+            output.write_text(f"  {metric.name:<12} {metric.value:.4f} +- {metric.stderr:.4f}  ({asked} questions)")
+        if result.link is not None:
+            output.write_text(f"  {output.readable_link(result.link)}")
+    for comparison in comparisons:
+        count, ties = len(comparison.differing), len(comparison.ties)
+        output.write_text(f"answered differently by {comparison.metric}: {count}, of which ties: {ties}")

@@ -1,0 +1,205 @@
+"""`obfuscatune finetune`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from obfuscatune.cli import options, output
+from obfuscatune.cli.options import option
+from obfuscatune.cli.session import Protection, open_files, open_session
+
+if TYPE_CHECKING:
+    from obfuscatune.tuning.journal import Event, Started
+    from obfuscatune.tuning.recipe import Recipe
+    from obfuscatune.tuning.run import Outcome
+
+_DATA, _LORA, _TRAINING, _RUN = "Data", "LoRA", "Training", "Run"
+
+
+def finetune(
+    config: Annotated[Path | None, option("--config", "A run file in YAML; options override it.")] = None,
+    model: options.Model = None,
+    data: Annotated[
+        Path | None, option("--data", "Training records in JSON Lines (with --task, or a data directory).", panel=_DATA)
+    ] = None,
+    evaluation: Annotated[
+        Path | None, option("--eval", "Records whose loss is measured, untrained.", panel=_DATA)
+    ] = None,
+    task: Annotated[
+        str | None, option("--task", "The records are those of sciq, openbookqa, piqa or webqs.", panel=_DATA)
+    ] = None,
+    max_length: Annotated[
+        int | None, option("--max-length", "Tokens of an example.", default="the model's window", panel=_DATA)
+    ] = None,
+    too_long: Annotated[
+        str | None, option("--too-long", "Longer ones: error, truncate or drop.", default="error", panel=_DATA)
+    ] = None,
+    out: Annotated[Path | None, option("--out", "The run directory.", default="runs/finetune", panel=_RUN)] = None,
+    resume: Annotated[bool, option("--resume", "Go on from the newest checkpoint in --out.", panel=_RUN)] = False,
+    checkpoint_every: Annotated[
+        int | None, option("--checkpoint-every", "Steps between checkpoints.", default="50", panel=_RUN)
+    ] = None,
+    eval_every: Annotated[
+        int | None, option("--eval-every", "Steps between measurements.", default="before and after", panel=_RUN)
+    ] = None,
+    seed: Annotated[
+        int | None, option("--seed", "Of order, fresh factors and dropout.", default="0", panel=_RUN)
+    ] = None,
+    dtype: options.Dtype = None,
+    lora_r: Annotated[int | None, option("--lora-r", "Rank.", default="16", panel=_LORA)] = None,
+    lora_alpha: Annotated[float | None, option("--lora-alpha", "Scale times rank.", default="32", panel=_LORA)] = None,
+    lora_dropout: Annotated[
+        float | None, option("--lora-dropout", "Share of inputs dropped.", default="0.05", panel=_LORA)
+    ] = None,
+    lora_targets: Annotated[
+        str | None, option("--lora-targets", "Layer names, comma between.", default="all-linear", panel=_LORA)
+    ] = None,
+    lr: Annotated[float | None, option("--lr", "Peak learning rate.", default="0.0002", panel=_TRAINING)] = None,
+    schedule: Annotated[
+        str | None, option("--schedule", "linear, cosine or constant.", default="linear", panel=_TRAINING)
+    ] = None,
+    warmup_steps: Annotated[
+        int | None, option("--warmup-steps", "Steps to the peak.", default="0", panel=_TRAINING)
+    ] = None,
+    weight_decay: Annotated[float | None, option("--weight-decay", "AdamW's.", default="0", panel=_TRAINING)] = None,
+    clip: Annotated[float | None, option("--clip", "Largest gradient norm.", default="1", panel=_TRAINING)] = None,
+    batch_size: Annotated[
+        int | None, option("--batch-size", "Examples in a forward pass.", default="8", panel=_TRAINING)
+    ] = None,
+    accumulation: Annotated[
+        int | None, option("--accumulation", "Forward passes in a step.", default="1", panel=_TRAINING)
+    ] = None,
+    epochs: Annotated[int | None, option("--epochs", "Passes over the data.", default="3", panel=_TRAINING)] = None,
+    max_steps: Annotated[int | None, option("--max-steps", "Overrides --epochs.", panel=_TRAINING)] = None,
+    gradient_checkpointing: Annotated[
+        bool, option("--gradient-checkpointing", "Compute activations twice, for less memory.", panel=_TRAINING)
+    ] = False,
+    plain: options.Plain = False,
+    worker: options.Worker = None,
+    profile: options.Profile = None,
+    first_blocks: options.FirstBlocks = None,
+    key_file: options.KeyFile = None,
+    tls_cert: options.TlsCert = None,
+    tls_key: options.TlsKey = None,
+    peer: options.Peer = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Fine-tune a model with LoRA on private text, on a worker that learns neither.
+
+    Writes <out>/adapter in PEFT's format, checkpoints to resume from, and metrics. Data formats, the run file
+    and checkpoints: docs/finetune.md.
+    """
+    from obfuscatune.tuning.recipe import load_recipe
+
+    recipe = load_recipe(
+        config,
+        {
+            "model": model,
+            "data": data,
+            "eval": evaluation,
+            "task": task,
+            "max_length": max_length,
+            "too_long": too_long,
+            "out": out,
+            "checkpoint_every": checkpoint_every,
+            "eval_every": eval_every,
+            "seed": seed,
+            "dtype": dtype,
+            "lora_r": lora_r,
+            "lora_alpha": lora_alpha,
+            "lora_dropout": lora_dropout,
+            "lora_targets": _targets(lora_targets),
+            "lr": lr,
+            "schedule": schedule,
+            "warmup_steps": warmup_steps,
+            "weight_decay": weight_decay,
+            "clip": clip,
+            "batch_size": batch_size,
+            "accumulation": accumulation,
+            "epochs": epochs,
+            "max_steps": max_steps,
+            "gradient_checkpointing": gradient_checkpointing or None,
+            "plain": plain or None,
+            "worker": worker,
+            "profile": profile,
+            "first_blocks": first_blocks,
+        },
+    )
+    protection = Protection(recipe.worker, recipe.profile, recipe.first_blocks, key_file, tls_cert, tls_key, peer)
+    _run(recipe, None if recipe.plain else protection, resume=resume, as_json=as_json)
+
+
+def _run(recipe: "Recipe", protection: Protection | None, *, resume: bool, as_json: bool) -> None:
+    from obfuscatune.tuning.identity import model_fingerprint
+    from obfuscatune.tuning.run import finetune as run_recipe
+    from obfuscatune.tuning.run import load_data, summary
+
+    files = open_files(recipe.model)
+    data = load_data(recipe, files.tokenizer, files.config)
+    with open_session(files, dtype=recipe.dtype, protection=protection) as session:
+        with output.progress("fine-tuning") as meter:
+            outcome = run_recipe(
+                session.model,
+                files.tokenizer,
+                recipe,
+                data,
+                fingerprint=model_fingerprint(files.directory),
+                report=_Watcher(meter).see,
+                resume_run=resume,
+            )
+        link = session.link()
+    if as_json:
+        made = {"protected": session.protected, "model": str(files.directory), "adapter": str(outcome.adapter)}
+        output.write_json({**made, **summary(outcome.progress), "link": link})
+    else:
+        _tell(outcome, link)
+
+
+class _Watcher:
+    """Shows the run as it happens: a curve of the losses so far, the last one, and the speed."""
+
+    def __init__(self, meter: output.Meter) -> None:
+        self._meter = meter
+        self._losses: list[float] = []
+
+    def see(self, event: "Event") -> None:
+        from obfuscatune.tuning.journal import Measured, Started
+
+        match event:
+            case Started():
+                self._start(event)
+            case Measured(step, loss):
+                output.notice(f"loss on the eval records after step {step}: {loss:.4f}")
+            case _:
+                self._losses.append(event.loss)
+                speed = event.tokens / event.seconds
+                self._meter.advance(1, f"{output.sparkline(self._losses)} loss {event.loss:.4f}, {speed:.0f} tokens/s")
+
+    def _start(self, event: "Started") -> None:
+        data = event.data.train
+        cut = [f"{n} {what}" for n, what in ((data.truncated, "truncated"), (data.dropped, "left out")) if n]
+        output.notice(", ".join([f"{len(data.examples)} examples", *cut]))
+        if event.first_step:
+            output.notice(f"going on after step {event.first_step} of {event.total_steps}")
+        self._meter.expect(event.total_steps)
+        self._meter.advance(event.first_step)
+
+
+def _tell(outcome: "Outcome", link: Mapping[str, int | float] | None) -> None:
+    steps = outcome.progress.steps
+    losses = [event.loss for event in steps]
+    seconds = sum(event.seconds for event in steps)
+    output.write_text(f"{output.sparkline(losses, width=60)}")
+    output.write_text(f"{len(steps)} steps in {seconds:.1f} s, loss {losses[0]:.4f} -> {losses[-1]:.4f}")
+    if outcome.progress.evals:
+        (_, first), (_, last) = outcome.progress.evals[0], outcome.progress.evals[-1]
+        output.write_text(f"loss on the eval records {first:.4f} -> {last:.4f}")
+    if link is not None:
+        output.write_text(output.readable_link(link))
+    output.write_text(f"adapter: {outcome.adapter}")
+
+
+def _targets(text: str | None) -> str | tuple[str, ...] | None:
+    if text is None or text == "all-linear":
+        return text
+    return tuple(name.strip() for name in text.split(","))

@@ -1,0 +1,183 @@
+"""`obfuscatune inspect`: where each layer would run, and what would cross, from the configuration alone."""
+
+from typing import TYPE_CHECKING, Annotated
+
+from obfuscatune.cli import options
+from obfuscatune.cli.options import option
+from obfuscatune.cli.output import write_json
+from obfuscatune.cli.session import DTYPES
+from obfuscatune.wire.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from obfuscatune.enclave.plan import LayerPlan, Plan
+
+
+def inspect(
+    model: Annotated[
+        str | None,
+        option("--model", "A config.json, its directory, or a Hub name; weights are not read.", default="the embedded"),
+    ] = None,
+    profile: options.Profile = None,
+    first_blocks: options.FirstBlocks = None,
+    dtype: options.Dtype = None,
+    full: Annotated[bool, option("--full", "List every layer; else blocks that are alike share a line.")] = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Show where each layer runs, and what crosses between enclave and worker.
+
+    Needs no worker and no weights, so models of any size take seconds.
+    """
+    import torch
+
+    from obfuscatune.assets import tiny_model_path
+    from obfuscatune.enclave.plan import make_plan, model_from_config
+    from obfuscatune.enclave.profiles import resolve
+
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"--dtype: expected one of {', '.join(DTYPES)}, found {dtype}")
+    knobs = {} if first_blocks is None else {"first_blocks": first_blocks}
+    resolved = resolve(profile or "private", **knobs)
+    plan = make_plan(model_from_config(model or tiny_model_path()), resolved, getattr(torch, dtype or "float32"))
+    if as_json:
+        write_json(_document(plan))
+    else:
+        _print(plan, full)
+
+
+def _document(plan: "Plan") -> dict[str, object]:
+    return {
+        "model": plan.model,
+        "profile": plan.profile.name,
+        "first_blocks": plan.profile.first_blocks,
+        "dtype": str(plan.dtype).removeprefix("torch."),
+        "layers": [_layer_document(layer) for layer in plan.layers],
+        "enclave": {"parameters": plan.enclave_parameters, "share": plan.enclave_share, "by_kind": plan.enclave},
+        "worker": {"parameters": plan.worker_parameters, "bytes_sent_once": plan.upload_bytes},
+        "parameters": plan.parameters,
+        "crossings": {"forward": plan.forward_crossings, "backward": plan.backward_crossings},
+        "bytes_per_token": {"forward": plan.forward_bytes, "backward": plan.backward_bytes},
+        "shield_rows_per_crossing": plan.shield_rows,
+        "not_offloaded": [
+            {"name": it.name, "shape": it.shape, "count": it.count, "parameters": it.parameters} for it in plan.unmoved
+        ],
+    }
+
+
+def _layer_document(layer: "LayerPlan") -> dict[str, object]:
+    return {
+        "name": layer.name,
+        "block": layer.block,
+        "runs": layer.place,
+        "shape": [layer.p, layer.q],
+        "parameters": layer.parameters,
+        "crossings": {"forward": layer.forward_crossings, "backward": layer.backward_crossings},
+        "bytes_per_token": {"forward": layer.forward_bytes, "backward": layer.backward_bytes},
+    }
+
+
+def _print(plan: "Plan", full: bool) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 140  # a pipe has no width: let no line be cut
+    for part in (_layers_table(plan, full), _enclave_table(plan), *_totals(plan), *_warnings(plan)):
+        console.print(part)
+
+
+def _layers_table(plan: "Plan", full: bool) -> "RenderableType":
+    from rich.table import Table
+    from rich.text import Text
+
+    from obfuscatune.report.units import format_bytes, format_count
+
+    dtype = str(plan.dtype).removeprefix("torch.")
+    title = f"{plan.model}, {format_count(plan.parameters)} parameters, profile {plan.profile.name}, {dtype}"
+    table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left", title_style="bold")
+    table.add_column("layer")
+    table.add_column("runs on")
+    for heading in ("W (p x q)", "parameters", "crossings\nforward", "\nbackward", "bytes/token\nforward", "\nbackward"):
+        table.add_column(heading, justify="right")
+
+    def add(name: str, layers: "tuple[LayerPlan, ...]") -> None:
+        one = layers[0]
+        table.add_row(
+            name,
+            Text(one.place, style="cyan" if one.place == "enclave" else "magenta"),
+            f"{one.p} x {one.q}",
+            format_count(sum(layer.parameters for layer in layers)),
+            str(sum(layer.forward_crossings for layer in layers)),
+            str(sum(layer.backward_crossings for layer in layers)),
+            format_bytes(sum(layer.forward_bytes for layer in layers)),
+            format_bytes(sum(layer.backward_bytes for layer in layers)),
+        )
+
+    if full:
+        for layer in plan.layers:
+            add(layer.name, (layer,))
+        return table
+    for run in plan.runs():
+        count = run.last - run.first + 1
+        span = f"blocks {run.first}-{run.last}  x{count}" if count > 1 else f"block {run.first}"
+        table.add_row(Text(f"{run.stem}  {span}", style="bold"))
+        for column in run.columns:
+            add(f"  {column[0].leaf}", column)
+    return table
+
+
+def _enclave_table(plan: "Plan") -> "RenderableType":
+    from rich.padding import Padding
+    from rich.table import Table
+
+    from obfuscatune.report.units import format_count, format_share
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("parameters")
+    table.add_column("count", justify="right")
+    table.add_column("share", justify="right")
+    for kind, count in plan.enclave.items():
+        if count:
+            table.add_row(f"  {kind}", format_count(count), format_share(count / plan.parameters))
+    table.add_row(
+        "in the enclave", format_count(plan.enclave_parameters), format_share(plan.enclave_share), style="bold cyan"
+    )
+    table.add_row(
+        "on the worker", format_count(plan.worker_parameters), format_share(1 - plan.enclave_share), style="magenta"
+    )
+    return Padding(table, (1, 0))
+
+
+def _totals(plan: "Plan") -> list[str]:
+    from obfuscatune.report.units import format_bytes
+
+    lines = [
+        f"Sent once: {format_bytes(plan.upload_bytes)} of transformed matrices.",
+        f"Forward:   {plan.forward_crossings} crossings a pass, {format_bytes(plan.forward_bytes)} a token "
+        "(request and reply).",
+        f"Backward:  {plan.backward_crossings} crossings a pass, {format_bytes(plan.backward_bytes)} a token; "
+        "what feeds the first layer is not trained, so it needs none.",
+    ]
+    if plan.shield_rows:
+        lines.append(
+            f"Shield:    at least {plan.shield_rows} random rows in each crossing, each as large as a token's; "
+            f"so {format_bytes(plan.shield_rows * plan.forward_bytes)} more a forward pass, "
+            f"{format_bytes(plan.shield_rows * plan.backward_bytes)} more a backward pass."
+        )
+    return lines
+
+
+def _warnings(plan: "Plan") -> "list[RenderableType]":
+    from rich.text import Text
+
+    from obfuscatune.report.units import format_count, format_share
+
+    if not plan.unmoved:
+        return []
+    lines = ["", "Matrices inside the blocks that are no linear layers stay in the enclave, and are computed there:"]
+    for it in plan.unmoved:
+        shape = " x ".join(map(str, it.shape))
+        share = format_share(it.parameters / plan.parameters)
+        lines.append(f"  {it.name}  ({shape}) x{it.count}: {format_count(it.parameters)} parameters, {share}")
+    return [Text("\n".join(lines), style="yellow")]

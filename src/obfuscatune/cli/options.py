@@ -1,0 +1,58 @@
+"""Options that several commands share, each declared once."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def option(name: str, text: str, *, default: str | None = None, panel: str | None = None) -> Any:
+    """A typer option.
+
+    Args:
+        default: What to call the default in the help, where it is settled further in (a recipe, a profile).
+        panel: The heading it stands under in the help.
+    """
+    return typer.Option(name, help=text, show_default=default or False, rich_help_panel=panel)
+
+
+_PROTECTION = "Protection"
+
+Model = Annotated[str | None, option("--model", "Model directory or Hub name.", default="the embedded model")]
+Adapter = Annotated[Path | None, option("--adapter", "Directory of a LoRA adapter in PEFT's format.")]
+Dtype = Annotated[str | None, option("--dtype", "float32, bfloat16 or float64.", default="float32")]
+Plain = Annotated[bool, option("--plain", "Run unprotected, for comparison.", panel=_PROTECTION)]
+Worker = Annotated[
+    str | None,
+    option(
+        "--worker",
+        "Address of a running worker: unix:PATH or tcp:HOST:PORT.",
+        default="starts one on this machine",
+        panel=_PROTECTION,
+    ),
+]
+Profile = Annotated[
+    str | None, option("--profile", "What to hide, and how well.", default="private", panel=_PROTECTION)
+]
+FirstBlocks = Annotated[
+    int | None,
+    option(
+        "--first-blocks",
+        "Blocks that stay in the enclave; 1 or more for a public base model.",
+        default="the profile's",
+        panel=_PROTECTION,
+    ),
+]
+KeyFile = Annotated[
+    Path | None,
+    option(
+        "--key-file",
+        "Root key of the transforms, made if missing.",
+        default="a fresh key, then forgotten",
+        panel=_PROTECTION,
+    ),
+]
+TlsCert = Annotated[Path | None, option("--tls-cert", "This enclave's certificate.", panel=_PROTECTION)]
+TlsKey = Annotated[Path | None, option("--tls-key", "Its private key.", panel=_PROTECTION)]
+Peer = Annotated[Path | None, option("--peer", "The certificate the worker must show.", panel=_PROTECTION)]
+AsJson = Annotated[bool, option("--json", "Print one JSON document on stdout, and nothing else.")]

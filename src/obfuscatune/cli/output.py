@@ -1,0 +1,166 @@
+"""What users see: progress and notices on stderr, results on stdout, with `--json` one document and nothing else."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+_BARS = "▁▂▃▄▅▆▇█"
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+def stderr() -> Console:
+    """The console for progress and notices."""
+    return Console(stderr=True, highlight=False)
+
+
+def write_json(document: object) -> None:
+    """Print the one document of `--json`. NaN, which JSON has not, becomes null."""
+    sys.stdout.write(json.dumps(_without_nan(document), indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(text: str) -> None:
+    """Print a result for people."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def write_part(text: str) -> None:
+    """Print a piece of a result, as it comes."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def ask(text: str) -> None:
+    """Ask for input."""
+    sys.stderr.write(text)
+    sys.stderr.flush()
+
+
+def notice(text: str) -> None:
+    """Say something that is no result and no error."""
+    stderr().print(text, markup=False, soft_wrap=True)
+
+
+def warn_plain() -> None:
+    """Say that a run protects nothing."""
+    stderr().print(
+        "PLAIN RUN: nothing is protected. Model and text lie open on this machine; for comparison only.",
+        style="bold yellow",
+        soft_wrap=True,
+    )
+
+
+class Meter(Protocol):
+    """Progress of something that takes more than a moment."""
+
+    def expect(self, total: int) -> None:
+        """Say how many units there are in all."""
+
+    def advance(self, done: int, note: str = "") -> None:
+        """Count units done since the last call, with a note to show beside them."""
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Meter]:
+    """Show progress while the `with` lasts: a bar on a terminal, else a line every few seconds."""
+    console = stderr()
+    if not console.is_terminal:
+        yield _Lines(what)
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[note]}", markup=False),
+    )
+    with Progress(*columns, console=console, transient=True) as bars:
+        yield _Bar(bars, bars.add_task(what, total=None, note=""))
+
+
+class _Bar:
+    """On a terminal."""
+
+    def __init__(self, bars: Progress, task: TaskID) -> None:
+        self._bars, self._task = bars, task
+
+    def expect(self, total: int) -> None:
+        self._bars.update(self._task, total=total)
+
+    def advance(self, done: int, note: str = "") -> None:
+        self._bars.update(self._task, advance=done, note=note)
+
+
+class _Lines:
+    """For logs and pipes."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._of, self._done = what, "", 0
+        self._next = time.monotonic() + _SECONDS_BETWEEN_LINES
+
+    def expect(self, total: int) -> None:
+        self._of = f"/{total}"
+
+    def advance(self, done: int, note: str = "") -> None:
+        self._done += done
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + _SECONDS_BETWEEN_LINES
+            notice(f"{self._what}: {self._done}{self._of} {note}".rstrip())
+
+
+def readable_bytes(count: float) -> str:
+    """A size in decimal units: "12.3 MB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def readable_link(link: Mapping[str, int | float]) -> str:
+    """What crossed to the worker and back, in one line."""
+    return (
+        f"{link['crossings']:,} crossings to the worker: {readable_bytes(link['bytes_sent'])} sent, "
+        f"{readable_bytes(link['bytes_received'])} received, {link['seconds_waiting']:.1f} s waited"
+    )
+
+
+def sparkline(values: Sequence[float], width: int = 30) -> str:
+    """A curve of the last values in one line: each bar the mean of an equal share of them."""
+    if not values:
+        return ""
+    width = min(width, len(values))
+    edges = [round(index * len(values) / width) for index in range(width + 1)]
+    means = [math.fsum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, high = min(means), max(means)
+    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_BARS[round((mean - low) * scale)] for mean in means)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,190 @@
+"""A model made ready for a command, protected or plain, and its worker put away afterwards."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from obfuscatune.cli import output
+from obfuscatune.wire.errors import ConfigError, ModelFileError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from obfuscatune.wire.tls import TlsConfig
+
+DTYPES = ("float32", "bfloat16", "float64")
+
+
+@dataclass(frozen=True)
+class Protection:
+    """How a model is to be protected; each field as the option of its name (options.py)."""
+
+    worker: str | None = None
+    profile: str | None = None
+    first_blocks: int | None = None
+    key_file: Path | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    peer: Path | None = None
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model's directory, its tokenizer and its configuration: enough to check a command's data against."""
+
+    directory: Path
+    tokenizer: "PreTrainedTokenizerBase"
+    config: Any
+
+
+@dataclass(frozen=True)
+class Session:
+    """A model ready to be used. `link` reads what has crossed so far; plain models cross nothing."""
+
+    model: "PreTrainedModel"
+    protected: bool
+
+    def link(self) -> dict[str, int | float] | None:
+        """Crossings, bytes and seconds of waiting, or None without protection."""
+        return asdict(self.model.protection.stats) if self.protected else None
+
+
+def open_files(model: str | None) -> ModelFiles:
+    """Find a model (the embedded one if None), and read what is small of it.
+
+    Raises:
+        ModelFileError: there is no such model, or its configuration or tokenizer cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    from obfuscatune.assets import tiny_model_path
+    from obfuscatune.enclave.load import find_directory, read_config
+
+    _quieten_transformers()
+    directory = find_directory(model if model is not None else tiny_model_path())
+    config = read_config(directory)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers raise what they like, Exception itself too
+        raise ModelFileError(f"{directory} has no tokenizer that can be used: {error}") from error
+    return ModelFiles(directory, tokenizer, config)
+
+
+@contextmanager
+def open_session(
+    files: ModelFiles, *, dtype: str | None, protection: Protection | None, adapter: Path | None = None
+) -> Iterator[Session]:
+    """Make the model ready; when the `with` ends, close the link and stop a worker that was started for it.
+
+    Args:
+        dtype: One of `DTYPES`; float32 if None.
+        protection: None runs the model plain, and says so on stderr.
+        adapter: A LoRA adapter to put on it.
+
+    Raises:
+        ConfigError: an option that cannot be used.
+        ModelFileError: the model or the adapter cannot be read.
+        WireError: the worker cannot be reached or refuses.
+    """
+    torch_dtype = _dtype(dtype)
+    with ExitStack() as stack:
+        if protection is None:
+            output.warn_plain()
+            model = _load_plain(files.directory, torch_dtype)
+        else:
+            model = stack.enter_context(_protected(files.directory, torch_dtype, protection))
+        if adapter is not None:
+            from obfuscatune.tuning.adapter import load_adapter
+
+            model = load_adapter(model, adapter)
+        yield Session(model, protection is not None)
+
+
+@contextmanager
+def _protected(directory: Path, dtype: Any, protection: Protection) -> Iterator[Any]:
+    import obfuscatune
+
+    given = asdict(protection)
+    knobs = {name: given[name] for name in ("first_blocks",) if given[name] is not None}
+    key = None if protection.key_file is None else obfuscatune.RootKey.from_file(protection.key_file)
+    tls = _tls(protection)
+    with ExitStack() as stack:
+        address = protection.worker
+        if address is None:
+            address = stack.enter_context(_started_worker()).address
+        with output.progress("sending the transformed matrices") as meter:
+            model = obfuscatune.load(
+                directory,
+                workers=address,
+                profile=protection.profile or "private",
+                dtype=dtype,
+                key=key,
+                tls=tls,
+                progress=_forward_progress(meter),
+                **knobs,
+            )
+        stack.callback(model.protection.close)
+        yield model
+
+
+def _forward_progress(meter: output.Meter) -> Callable[[int, int, str], None]:
+    def progress(_done: int, total: int, _name: str) -> None:
+        meter.expect(total)
+        meter.advance(1)
+
+    return progress
+
+
+@contextmanager
+def _started_worker() -> Iterator[Any]:
+    import obfuscatune
+
+    with ExitStack() as stack:
+        with output.progress("starting a worker on this machine"):
+            worker = stack.enter_context(obfuscatune.local_worker())
+        yield worker
+
+
+def _load_plain(directory: Path, dtype: Any) -> "PreTrainedModel":
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelFileError(f"{directory} cannot be read as a model in safetensors: {error}") from error
+
+
+def _dtype(name: str | None) -> Any:
+    import torch
+
+    if name is not None and name not in DTYPES:
+        raise ConfigError(f"--dtype: expected one of {', '.join(DTYPES)}, found {name}")
+    return getattr(torch, name or "float32")
+
+
+def _tls(protection: Protection) -> "TlsConfig | None":
+    given = {
+        "--tls-cert": protection.tls_cert,
+        "--tls-key": protection.tls_key,
+        "--peer": protection.peer,
+    }
+    missing = [option for option, value in given.items() if value is None]
+    if len(missing) == len(given):
+        return None
+    if missing:
+        raise ConfigError(f"TLS needs --tls-cert, --tls-key and --peer together; missing: {', '.join(missing)}")
+    import obfuscatune
+
+    return obfuscatune.TlsConfig(protection.tls_cert, protection.tls_key, protection.peer)
+
+
+def _quieten_transformers() -> None:
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()

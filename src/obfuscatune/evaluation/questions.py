@@ -1,0 +1,129 @@
+"""Prompts answered in the model's own words: greedy text up to the end of its first line, matched exactly."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from obfuscatune.evaluation.results import Metric, Verdict
+from obfuscatune.tuning.jsonl import read_jsonl
+from obfuscatune.tuning.records import Completion, parse_record
+from obfuscatune.tuning.tokens import context_window, encode_pair, encode_prompt, end_id
+from obfuscatune.wire.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_SPARE_TOKENS = 4
+"""Written beyond the longest expected answer, so that one which goes on is seen to."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    ids: tuple[int, ...]
+    expected: str
+
+
+def load_completions(path: Path, limit: int | None = None) -> list[Completion]:
+    """The first `limit` prompts and completions of a file (all of them if None).
+
+    Raises:
+        DataError: the file cannot be read, holds other records, or an expected answer of several lines.
+    """
+    found: list[Completion] = []
+    for line in read_jsonl(path):
+        record = parse_record(line)
+        if not isinstance(record, Completion):
+            raise DataError(f"{line.where}: expected prompt and completion: only those can be asked and matched")
+        if "\n" in record.completion.strip():
+            raise DataError(f"{line.where}: the completion has several lines; an answer is read up to the first")
+        found.append(record)
+        if len(found) == limit:
+            break
+    return found
+
+
+def evaluate_completions(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    completions: Sequence[Completion],
+    *,
+    batch_size: int,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Metric:
+    """Ask every prompt, and compare the first line written with the completion, white space at both ends aside.
+
+    Args:
+        batch_size: Prompts in one batch.
+        advance: Called after each batch with the number of prompts in it.
+
+    Returns:
+        `exact_match`; the answers are the lines written.
+
+    Raises:
+        DataError: a prompt and its answer do not fit the model's window.
+    """
+    longest = max(len(encode_pair(tokenizer, c.prompt, c.completion)[1]) for c in completions) + _SPARE_TOKENS
+    asked = [_Asked(tuple(encode_prompt(tokenizer, c.prompt)), c.completion.strip()) for c in completions]
+    window = context_window(model.config)
+    for one in asked:
+        if len(one.ids) + longest > window:
+            raise DataError(
+                f"a prompt of {len(one.ids)} tokens leaves no room for an answer of {longest} "
+                f"in the model's window of {window}"
+            )
+    longest_first = sorted(range(len(asked)), key=lambda index: (-len(asked[index].ids), index))
+    verdicts: dict[int, Verdict] = {}
+    model.eval()
+    for start in range(0, len(asked), batch_size):
+        chosen = longest_first[start : start + batch_size]
+        answers = _answer(model, tokenizer, [asked[index].ids for index in chosen], longest)
+        for index, (text, margin) in zip(chosen, answers, strict=True):
+            verdicts[index] = Verdict(text, text == asked[index].expected, margin)
+        advance(len(chosen))
+    return Metric("exact_match", tuple(verdicts[index] for index in range(len(asked))))
+
+
+@torch.no_grad()
+def _answer(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[tuple[int, ...]], most: int
+) -> list[tuple[str, float]]:
+    """The first line that greedy decoding writes after each prompt, and its smallest lead over another token."""
+    end = end_id(tokenizer)
+    length = max(len(ids) for ids in prompts)
+    ids = torch.full((len(prompts), length), end, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):  # padded on the left: what is written continues every row at once
+        ids[row, length - len(prompt) :] = torch.tensor(prompt)
+        mask[row, length - len(prompt) :] = 1
+
+    def first_line(written: torch.Tensor) -> str:
+        return str(tokenizer.decode(written, skip_special_tokens=True)).lstrip()
+
+    def line_ended(sequences: torch.Tensor, _scores: object, **_: object) -> torch.Tensor:
+        return torch.tensor([first_line(row[length:]).count("\n") > 0 for row in sequences], device=sequences.device)
+
+    output = model.generate(
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        max_new_tokens=most,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=end,
+        eos_token_id=end,
+        stopping_criteria=[line_ended],
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    top = torch.stack(output.logits, dim=1).topk(2).values  # (prompts, tokens written, 2)
+    leads = (top[..., 0] - top[..., 1]).float()
+    answers = []
+    for row, sequence in enumerate(output.sequences):
+        written = sequence[length:]
+        ends = (written == end).nonzero()
+        count = int(ends[0]) + 1 if len(ends) else len(written)
+        text = first_line(written[:count])
+        answers.append((text.split("\n")[0].strip(), leads[row, :count].min().item()))
+    return answers

@@ -1,0 +1,111 @@
+"""How likely a model finds a continuation: log-likelihoods as lm-evaluation-harness computes them.
+
+The input is context and continuation without the last token, the oldest tokens cut off where the model's window
+is too short (`HFLM._loglikelihood_tokens`). Every pair is one row of a batch, the longest first: to share
+the pass over a context among its choices would change the rounding, hence perhaps an answer.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from obfuscatune.wire.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Token ids of a context (at least one) and of a continuation (at least one)."""
+
+    context: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One continuation: its log-likelihood in nats, and whether greedy decoding would write it.
+
+    `margin` is by how much logits would have to change for `greedy` to be otherwise.
+    """
+
+    loglikelihood: float
+    greedy: bool
+    margin: float
+
+
+def score_pairs(
+    model: "PreTrainedModel",
+    pairs: Sequence[Pair],
+    *,
+    window: int,
+    batch_size: int,
+    pad_id: int,
+    advance: Callable[[int], None],
+) -> list[Score]:
+    """Score every pair, in the order given.
+
+    Args:
+        window: The most tokens that the model takes.
+        advance: Called after each batch with the number of pairs in it.
+
+    Raises:
+        DataError: a continuation has no token, or more than the window holds.
+    """
+    for pair in pairs:
+        if not 0 < len(pair.continuation) <= window:
+            raise DataError(
+                f"an answer of {len(pair.continuation)} tokens cannot be scored; between 1 and {window} can"
+            )
+    rows = [_Row.of(pair, window) for pair in pairs]
+    longest_first = sorted(range(len(rows)), key=lambda index: (-len(rows[index].inputs), index))
+    scores: dict[int, Score] = {}
+    model.eval()
+    for start in range(0, len(longest_first), batch_size):
+        chosen = longest_first[start : start + batch_size]
+        batch = [rows[index] for index in chosen]
+        scores.update(zip(chosen, _score_batch(model, batch, pad_id), strict=True))
+        advance(len(chosen))
+    return [scores[index] for index in range(len(rows))]
+
+
+@dataclass(frozen=True)
+class _Row:
+    inputs: tuple[int, ...]
+    targets: tuple[int, ...]
+    """Predicted by the last `len(targets)` positions of `inputs`."""
+
+    @classmethod
+    def of(cls, pair: Pair, window: int) -> "_Row":
+        whole = (*pair.context, *pair.continuation)
+        return cls(whole[-(window + 1) :][:-1], pair.continuation)
+
+
+@torch.no_grad()
+def _score_batch(model: "PreTrainedModel", rows: Sequence[_Row], pad_id: int) -> list[Score]:
+    length = max(len(row.inputs) for row in rows)
+    ids = torch.full((len(rows), length), pad_id, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):  # padded on the right: no position looks to its right
+        ids[index, : len(row.inputs)] = torch.tensor(row.inputs)
+        mask[index, : len(row.inputs)] = 1
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (rows, length, vocabulary)
+    return [_score(row, logits[index]) for index, row in enumerate(rows)]
+
+
+def _score(row: _Row, logits: torch.Tensor) -> Score:
+    """`logits` of one row, (length, vocabulary)."""
+    end = len(row.inputs)
+    logits = logits[end - len(row.targets) : end]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    targets = torch.tensor(row.targets, device=logits.device)[:, None]
+    chosen = logits.gather(1, targets)
+    total = (chosen - logits.logsumexp(1, keepdim=True)).sum().item()
+    greedy = bool((logits.argmax(1, keepdim=True) == targets).all())
+    lead = (chosen - logits.scatter(1, targets, -torch.inf).amax(1, keepdim=True)).squeeze(1)
+    margin = lead.min() if greedy else (-lead).max()
+    return Score(total, greedy, max(0.0, margin.item()))
