@@ -17,9 +17,10 @@ from obfuscatune.enclave.link_pending import MatrixSource, Pending, StoredMatrix
 from obfuscatune.enclave.link_retry import RetryPolicy
 from obfuscatune.enclave.link_stats import LinkStats
 from obfuscatune.wire.address import parse_address
-from obfuscatune.wire.connect import check_plain_tcp, connect
+from obfuscatune.wire.connect import check_tls, connect
 from obfuscatune.wire.deadline import Deadline
 from obfuscatune.wire.errors import ConfigError
+from obfuscatune.wire.tls import PinnedTls, TlsConfig
 from obfuscatune.wire.transport import Transport
 
 __all__ = ["LinkStats", "MatrixSource", "Pending", "RetryPolicy", "WorkerLink"]
@@ -51,19 +52,28 @@ class WorkerLink:
         cls,
         address: str,
         *,
+        tls: TlsConfig | None = None,
         deadline_s: float = 120.0,
         retry: RetryPolicy | None = None,
         allow_plain_tcp: bool = False,
     ) -> Self:
-        """A link to the worker at `address` (unix:/path or tcp:host:port), connected.
+        """A link to a worker, connected.
+
+        Args:
+            address: unix:/path or tcp:host:port.
+            tls: our certificate and the worker's, for tcp that leaves this machine.
+            deadline_s: seconds from sending a request to the last byte of its reply.
+            retry: bounds of insistence.
+            allow_plain_tcp: leave this machine without TLS. Unsafe: whoever is on the way reads and changes what passes.
 
         Raises:
             ConfigError: the address cannot be used, or leaves this machine without TLS.
             WireError: nobody answers there, or not as a worker.
         """
         parsed = parse_address(address)
-        check_plain_tcp(parsed, allowed=allow_plain_tcp)
-        link = cls(lambda: connect(parsed, Deadline(deadline_s)), deadline_s=deadline_s, retry=retry)
+        check_tls(parsed, tls=tls is not None, plain_tcp=allow_plain_tcp)
+        pinned = None if tls is None else PinnedTls(tls, server=False)
+        link = cls(lambda: connect(parsed, Deadline(deadline_s), pinned), deadline_s=deadline_s, retry=retry)
         with link._lock:
             link._driver.drive(lambda: link._driver.connected)
         return link

@@ -12,7 +12,6 @@ from obfuscatune.wire.deadline import Deadline
 from obfuscatune.wire.dtypes import DType
 from obfuscatune.wire.errors import (
     BadReply,
-    ConnectionLost,
     LimitExceeded,
     MalformedMessage,
     ProtocolError,
@@ -41,13 +40,11 @@ _REFUSALS: dict[ErrorCode, type[WireError]] = {
     ErrorCode.MALFORMED: ProtocolError,
     ErrorCode.VERSION: UnsupportedVersion,
     ErrorCode.LIMIT: LimitExceeded,
-    ErrorCode.IN_FLIGHT: ProtocolError,
     ErrorCode.UNKNOWN_MATRIX: UnknownMatrix,
     ErrorCode.QUOTA: QuotaExceeded,
     ErrorCode.SHAPE: WorkerRefused,
     ErrorCode.BUSY: WorkerRefused,
     ErrorCode.FAILED: WorkerRefused,
-    ErrorCode.STOPPED: ConnectionLost,
 }
 
 

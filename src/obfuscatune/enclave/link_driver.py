@@ -13,7 +13,7 @@ from obfuscatune.enclave.link_connection import LinkConnection
 from obfuscatune.enclave.link_pending import Pending, StoredMatrix
 from obfuscatune.enclave.link_retry import Insistence, RetryPolicy
 from obfuscatune.enclave.link_stats import LinkStats
-from obfuscatune.wire.deadline import Deadline
+from obfuscatune.wire.deadline import Deadline, transfer_seconds
 from obfuscatune.wire.errors import (
     BadReply,
     ConnectionLost,
@@ -176,8 +176,6 @@ class LinkDriver:
 
     def _refused(self, pending: Pending, error: WireError) -> None:
         """The worker answered with an error: a matrix that it lacks is sent, anything else is final for this request."""
-        if not isinstance(error, WorkerRefused):
-            raise error
         matrix = self.matrices.get(pending.matrix_id)
         pending.times_unknown += 1
         if isinstance(error, UnknownMatrix) and matrix is not None and pending.times_unknown <= self._retry.attempts:
@@ -209,7 +207,7 @@ class LinkDriver:
     def _ask(
         self, connection: LinkConnection, header: Header, payload: Buffer = b"", seconds: float | None = None
     ) -> MessageType:
-        deadline = Deadline(self._deadline_s if seconds is None else seconds)
+        deadline = Deadline(seconds or self._deadline_s + transfer_seconds(header.payload_bytes))
         return connection.exchange(header, payload, _ANSWERS[header.type], deadline)
 
     def _fail(self, pendings: list[Pending], error: WireError) -> None:

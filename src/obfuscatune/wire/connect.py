@@ -2,44 +2,68 @@
 
 import socket
 
-from obfuscatune.wire.address import Address, TcpAddress, UnixAddress
+from obfuscatune.wire.address import Address, TcpAddress
 from obfuscatune.wire.deadline import Deadline
 from obfuscatune.wire.errors import ConfigError, ConnectionLost
+from obfuscatune.wire.tls import PinnedTls
+from obfuscatune.wire.tls_transport import TlsTransport
 from obfuscatune.wire.transport import SocketTransport, Transport, tune
 
 
-def check_plain_tcp(address: Address, *, allowed: bool) -> None:
+def check_tls(address: Address, *, tls: bool, plain_tcp: bool) -> None:
     """Plain TCP stays on this machine unless asked for by name: anyone on the way could read and change what passes.
 
     Raises:
-        ConfigError: it would leave the machine.
+        ConfigError: it would leave the machine; or TLS was asked for on a unix socket.
     """
-    if isinstance(address, TcpAddress) and not address.is_loopback and not allowed:
+    if tls and not isinstance(address, TcpAddress):
+        raise ConfigError(
+            f"{address} does not leave this machine and takes no TLS: leave the certificates out, or use tcp:"
+        )
+    if isinstance(address, TcpAddress) and not (address.is_loopback or tls or plain_tcp):
         raise ConfigError(
             f"{address} leaves this machine without TLS: pin certificates on both sides, or accept the risk by "
             "--unsafe-plain-tcp (allow_plain_tcp=True)"
         )
 
 
-def connect(address: Address, deadline: Deadline) -> Transport:
-    """A plain connection to `address`.
+def connect(address: Address, deadline: Deadline, tls: PinnedTls | None = None) -> Transport:
+    """A connection to `address`, by TLS where `tls` says with whom.
 
     Raises:
         ConnectionLost: nobody listens there.
+        UntrustedPeer: somebody else listens there than the one pinned.
         DeadlineExceeded: nobody answered in time.
     """
-    family = socket.AF_UNIX if isinstance(address, UnixAddress) else socket.AF_INET
-    target: str | tuple[str, int]
-    if isinstance(address, UnixAddress):
-        target = str(address.path)
-    else:
-        target = (address.host, address.port)
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock = _connected(address, deadline)
+    except OSError as error:
+        raise ConnectionLost(f"no worker answers at {address}: {error.strerror or error}") from error
+    transport: SocketTransport
+    try:
+        transport = SocketTransport(sock, str(address)) if tls is None else TlsTransport(sock, str(address), tls)
+    except OSError as error:
+        sock.close()
+        raise ConnectionLost(f"lost the connection to {address}: {error}") from error
+    try:
+        transport.establish(deadline)
+    except BaseException:
+        transport.close()
+        raise
+    return transport
+
+
+def _connected(address: Address, deadline: Deadline) -> socket.socket:
+    if isinstance(address, TcpAddress):
+        sock = socket.create_connection((address.host, address.port), timeout=deadline.remaining())
+        tune(sock)
+        return sock
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         tune(sock)
         sock.settimeout(deadline.remaining())
-        sock.connect(target)
-    except OSError as error:
+        sock.connect(str(address.path))
+    except BaseException:
         sock.close()
-        raise ConnectionLost(f"no worker answers at {address}: {error.strerror or error}") from error
-    return SocketTransport(sock, str(address))
+        raise
+    return sock

@@ -3,6 +3,7 @@
 import time
 
 from obfuscatune.wire.errors import DeadlineExceeded
+from obfuscatune.wire.limits import SLOWEST_BYTES_PER_SECOND
 
 
 class Deadline:
@@ -30,3 +31,8 @@ class Deadline:
 
 
 NEVER = Deadline(None)
+
+
+def transfer_seconds(size: int) -> float:
+    """What `size` bytes may take on the slowest link that is still waited for."""
+    return size / SLOWEST_BYTES_PER_SECOND

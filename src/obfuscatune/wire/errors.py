@@ -10,6 +10,7 @@
     └── WireError                 between enclave and worker
         ├── ConnectionLost        the peer closed, died or could not be reached
         ├── DeadlineExceeded      the peer did not answer in time
+        ├── UntrustedPeer         the peer's certificate is not a pinned one, or ours is not for the peer
         ├── ProtocolError         bytes that break docs/spec/wire.md
         │   ├── BadMagic          not our protocol
         │   ├── UnsupportedVersion
@@ -64,6 +65,10 @@ class ConnectionLost(WireError):
 
 class DeadlineExceeded(WireError):
     """The peer did not answer in time."""
+
+
+class UntrustedPeer(WireError):
+    """The peer's certificate is not one of those pinned here, or ours is not one of those pinned there."""
 
 
 class ProtocolError(WireError):

@@ -34,5 +34,14 @@ HANDSHAKE_SECONDS = 10.0
 IDLE_SECONDS = 3600.0
 """A session without a connection is forgotten after this. Longer than any restart of an enclave."""
 
+MAX_CONNECTIONS = 256
+"""Open connections of a worker, greeted or not: each takes two threads."""
+
 STALL_SECONDS = 120.0
-"""From the first byte of a request to its last, and from the first byte of a reply to its last, on the worker's side."""
+"""From the first byte of a message to its last, on the worker's side, besides what its size takes at the slowest rate."""
+
+SLOWEST_BYTES_PER_SECOND = MIB
+"""A link slower than 8 Mbit/s is taken for broken."""
+
+LINGER_SECONDS = 2.0
+"""How long a worker that hangs up waits for its last words to be read."""

@@ -6,6 +6,8 @@ import stat
 
 from obfuscatune.wire.address import Address, TcpAddress, UnixAddress
 from obfuscatune.wire.errors import ConfigError
+from obfuscatune.wire.tls import PinnedTls
+from obfuscatune.wire.tls_transport import TlsTransport
 from obfuscatune.wire.transport import SocketTransport, tune
 
 BACKLOG = 64
@@ -14,18 +16,19 @@ BACKLOG = 64
 class Listener:
     """Accepts connections until `stop`, which any thread (or a signal handler) may call."""
 
-    def __init__(self, address: Address) -> None:
-        """Bind and listen.
+    def __init__(self, address: Address, tls: PinnedTls | None = None) -> None:
+        """Bind and listen; by TLS where `tls` says with whom.
 
         Raises:
             ConfigError: the address is taken, or cannot be bound.
         """
+        self._tls = tls
         self._sock = _bind(address)
         self._wake, self._waker = socket.socketpair()
         self.address = _bound(address, self._sock)
 
     def accept(self) -> SocketTransport | None:
-        """The next connection, None after `stop`."""
+        """The next connection, None after `stop`. It is for the caller to `establish` it, in a thread of its own."""
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
         poll.register(self._wake, select.POLLIN)
@@ -37,8 +40,12 @@ class Listener:
                 sock, peer = self._sock.accept()
             except OSError:  # the peer went away between poll and accept: wait for the next
                 continue
-            tune(sock)
-            return SocketTransport(sock, f"tcp:{peer[0]}:{peer[1]}" if peer else str(self.address))
+            name = f"tcp:{peer[0]}:{peer[1]}" if peer else str(self.address)
+            try:
+                tune(sock)
+                return SocketTransport(sock, name) if self._tls is None else TlsTransport(sock, name, self._tls)
+            except OSError:  # the same, a moment later
+                sock.close()
 
     def stop(self) -> None:
         """Make `accept` return None."""
@@ -54,8 +61,7 @@ class Listener:
 
 
 def _bind(address: Address) -> socket.socket:
-    family = socket.AF_UNIX if isinstance(address, UnixAddress) else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock = socket.socket(_family(address), socket.SOCK_STREAM)
     try:
         if isinstance(address, UnixAddress):
             _clear_stale(address)
@@ -70,6 +76,12 @@ def _bind(address: Address) -> socket.socket:
         sock.close()
         raise ConfigError(f"cannot listen at {address}: {error.strerror or error}") from error
     return sock
+
+
+def _family(address: Address) -> socket.AddressFamily:
+    if isinstance(address, UnixAddress):
+        return socket.AF_UNIX
+    return socket.AF_INET6 if ":" in address.host else socket.AF_INET
 
 
 def _bound(address: Address, sock: socket.socket) -> Address:

@@ -46,18 +46,16 @@ class MessageType(IntEnum):
 
 
 class ErrorCode(IntEnum):
-    """Why a worker refuses. MALFORMED to IN_FLIGHT, and STOPPED, end the connection; the rest answer one request."""
+    """Why a worker refuses. With a request id it answers that request; without one it ends the connection."""
 
     MALFORMED = 1
     VERSION = 2
     LIMIT = 3
-    IN_FLIGHT = 4
-    UNKNOWN_MATRIX = 5
-    QUOTA = 6
-    SHAPE = 7
-    BUSY = 8
-    FAILED = 9
-    STOPPED = 10
+    UNKNOWN_MATRIX = 4
+    QUOTA = 5
+    SHAPE = 6
+    BUSY = 7
+    FAILED = 8
 
 
 REQUESTS = frozenset(
@@ -158,7 +156,7 @@ class Header:
             raise BadMagic(f"expected the magic {MAGIC!r}, got {magic!r}: the peer speaks another protocol")
         if version != VERSION:
             raise UnsupportedVersion(f"expected protocol version {VERSION}, got {version}: install the same release")
-        if kind not in MessageType.__members__.values() or MessageType(kind) not in expected:
+        if kind not in expected:
             raise MalformedMessage(f"message type {kind} has no place here")
         try:
             dtypes = DType(dtype), DType(reply_dtype)
@@ -182,7 +180,7 @@ def _check(header: Header, form: Form) -> None:
         raise MalformedMessage(f"{name} came with the reply dtype {header.reply_dtype.name}")
     if form.code != (header.code != 0):
         raise MalformedMessage(f"{name} came with the error code {header.code}")
-    if form.code and header.code not in ErrorCode.__members__.values():
+    if header.code > max(ErrorCode):
         raise MalformedMessage(f"error code {header.code}: 1 to {max(ErrorCode)} exist")
     _check_size(header, form)
 

@@ -50,12 +50,14 @@ class SocketTransport:
         self._sock = sock
         self._peer = peer
 
+    def establish(self, deadline: Deadline) -> None:
+        """Whatever is to be done before the first byte of ours: nothing here, the handshake where there is TLS."""
+
     def send(self, buffers: Sequence[Buffer], deadline: Deadline) -> None:
         """See `Transport.send`; header and payload leave in one system call where they fit."""
         views = [memoryview(buffer) for buffer in buffers if len(buffer)]
         while views:
-            pending = views
-            sent = self._wait(lambda: self._write(pending), deadline)
+            sent = self._wait(self._write, views, deadline)
             while views and sent >= len(views[0]):
                 sent -= len(views[0])
                 views = views[1:]
@@ -64,7 +66,7 @@ class SocketTransport:
 
     def recv_into(self, view: memoryview, deadline: Deadline) -> int:
         """See `Transport.recv_into`."""
-        return self._wait(lambda: self._read(view), deadline)
+        return self._wait(self._read, view, deadline)
 
     def shutdown(self) -> None:
         """See `Transport.shutdown`."""
@@ -80,31 +82,33 @@ class SocketTransport:
 
     def _end(self, how: int) -> None:
         try:
-            self._sock.shutdown(how)
+            socket.socket.shutdown(self._sock, how)  # not that of SSLSocket, which would go on in clear text
         except OSError as error:
             if error.errno not in (errno.ENOTCONN, errno.EBADF):  # the peer, or our own other thread, was faster
                 raise ConnectionLost(f"{self._peer}: {error.strerror}") from error
 
-    def _wait(self, attempt: Callable[[], T], deadline: Deadline) -> T:
+    def _wait(self, attempt: Callable[[T], int], argument: T, deadline: Deadline) -> int:
         """`attempt` until it goes through, waiting for the socket in between."""
         while True:
             remaining = deadline.remaining()
             try:
-                return attempt()
+                return attempt(argument)
             except WouldBlock as blocked:
                 poll = select.poll()
-                poll.register(self._sock, blocked.events)
+                poll.register(self._sock.fileno(), blocked.events)
                 poll.poll(None if remaining is None else remaining * 1000)
             except OSError as error:
                 raise ConnectionLost(f"lost the connection to {self._peer}: {error.strerror or error}") from error
 
     def _write(self, views: list[memoryview]) -> int:
+        """Send what fits; how much. Raises WouldBlock, OSError."""
         try:
             return self._sock.sendmsg(views)
         except BlockingIOError:
             raise WouldBlock(select.POLLOUT) from None
 
     def _read(self, view: memoryview) -> int:
+        """Receive what is there; how much. Raises WouldBlock, OSError."""
         try:
             return self._sock.recv_into(view)
         except BlockingIOError:

@@ -1,18 +1,22 @@
 """From one request to its reply: the whole of what a worker does, without a socket."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
-from obfuscatune.wire.dtypes import DType
-from obfuscatune.wire.errors import LimitExceeded, ProtocolError, QuotaExceeded, StorageError, UnknownMatrix
+from obfuscatune.wire.errors import MalformedMessage, QuotaExceeded, StorageError, UnknownMatrix
 from obfuscatune.wire.limits import MAX_ERROR_BYTES, MAX_MATRIX_BYTES
-from obfuscatune.wire.messages import NO_MATRIX, ErrorCode, Header, MessageType
+from obfuscatune.wire.messages import CONTENT_STORE, NO_DIGEST, NO_MATRIX, ErrorCode, Header, MessageType
 from obfuscatune.wire.tensors import bytes_of
 from obfuscatune.wire.transport import Buffer
+from obfuscatune.worker.buffers import Buffers
 from obfuscatune.worker.compute import Computer
-from obfuscatune.worker.store import MatrixStore
+from obfuscatune.worker.disk import ContentStore
+from obfuscatune.worker.store import Key, MatrixStore
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,8 @@ class Reply:
     payload: Buffer = b""
     last: bool = False
     """Whether the connection ends with it."""
+    product: torch.Tensor | None = None
+    """The memory of `payload`, lent by the connection's buffers, to be given back once it is sent."""
 
 
 @dataclass
@@ -45,7 +51,8 @@ class Answerer:
 
     store: MatrixStore
     computer: Computer
-    _answers: dict[MessageType, Callable[[bytes, Request], Reply]] = field(init=False, repr=False)
+    disk: ContentStore | None = None
+    _answers: dict[MessageType, Callable[[bytes, Request, Buffers], Reply]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._answers = {
@@ -55,32 +62,55 @@ class Answerer:
             MessageType.FORGET: self._forget,
         }
 
-    def answer(self, session: bytes, request: Request) -> Reply:
+    @property
+    def features(self) -> int:
+        """What WELCOME says of this worker."""
+        return 0 if self.disk is None else CONTENT_STORE
+
+    def answer(self, session: bytes, request: Request, buffers: Buffers) -> Reply:
         """The reply to one request of the session with that key. Refusals are replies; nothing is raised for them."""
         header = request.header
         try:
-            return self._answers[header.type](session, request)
+            return self._answers[header.type](session, request, buffers)
         except UnknownMatrix as error:
             return refusal(ErrorCode.UNKNOWN_MATRIX, str(error), header)
         except QuotaExceeded as error:
             return refusal(ErrorCode.QUOTA, str(error), header)
-        except (StorageError, torch.OutOfMemoryError, MemoryError) as error:
+        except (RuntimeError, MemoryError) as error:  # what torch raises, out of memory or on a device that fails
+            log.error("%s failed: %s", header.type.name, error)  # noqa: TRY400 - one line, no traceback
             return refusal(ErrorCode.FAILED, str(error) or "out of memory", header)
 
-    def _offer(self, session: bytes, request: Request) -> Reply:
+    def _offer(self, session: bytes, request: Request, buffers: Buffers) -> Reply:
         header = request.header
         if header.rows * header.cols * header.dtype.itemsize > MAX_MATRIX_BYTES:
             return refusal(ErrorCode.LIMIT, f"a matrix has at most {MAX_MATRIX_BYTES} bytes", header)
-        return _short(MessageType.WANT, header)
+        key = (session, header.matrix_id)
+        self.store.forget(key)
+        size = header.rows * header.cols * header.dtype.itemsize
+        self.store.reserve(size)
+        try:
+            kept = self._kept(request)
+        except BaseException:
+            self.store.release(size)
+            raise
+        if kept is None:
+            self.store.release(size)  # claimed again when it comes: nothing is kept for who offers and never sends
+            return _short(MessageType.WANT, header)
+        self._adopt(key, kept, size)
+        return _short(MessageType.HAVE, header)
 
-    def _store(self, session: bytes, request: Request) -> Reply:
+    def _store(self, session: bytes, request: Request, buffers: Buffers) -> Reply:
         header = request.header
-        self.store.put(
-            (session, header.matrix_id), self.computer.adopt(_tensor(request)), reserved=header.payload_bytes
-        )
+        matrix = _tensor(request)
+        if self.disk is not None:
+            try:
+                self.disk.save(matrix)
+            except StorageError as error:  # it is in memory all the same, and can be uploaded again
+                log.warning("%s", error)
+        self._adopt((session, header.matrix_id), matrix, header.payload_bytes)
         return _short(MessageType.STORED, header)
 
-    def _multiply(self, session: bytes, request: Request) -> Reply:
+    def _multiply(self, session: bytes, request: Request, buffers: Buffers) -> Reply:
         header = request.header
         matrix = self.store.get((session, header.matrix_id))
         inner, outer = matrix.shape[::-1] if header.transposed else matrix.shape
@@ -89,23 +119,39 @@ class Answerer:
         size = header.rows * outer * header.reply_dtype.itemsize
         if size > MAX_MATRIX_BYTES:
             return refusal(ErrorCode.LIMIT, f"the product would have {size} bytes; split the rows", header)
-        product = self.computer.multiply(
-            _tensor(request), matrix, transpose=header.transposed, reply_dtype=header.reply_dtype.torch_dtype
-        )
+        product = buffers.lend(header.rows, outer, header.reply_dtype.torch_dtype)
+        self.computer.multiply(_tensor(request), matrix, product, transpose=header.transposed)
         return Reply(
             Header(
                 MessageType.PRODUCT,
                 header.request_id,
                 header.matrix_id,
-                DType.of(product.dtype),
+                header.reply_dtype,
                 rows=header.rows,
                 cols=outer,
                 payload_bytes=size,
             ),
             bytes_of(product),
+            product=product,
         )
 
-    def _forget(self, session: bytes, request: Request) -> Reply:
+    def _kept(self, request: Request) -> torch.Tensor | None:
+        """What was offered, where it lies on disk."""
+        if self.disk is None or request.body == NO_DIGEST:
+            return None
+        header = request.header
+        return self.disk.load(request.body, (header.rows, header.cols), header.dtype.torch_dtype)
+
+    def _adopt(self, key: Key, matrix: torch.Tensor, reserved: int) -> None:
+        """Hold a matrix for which room was claimed."""
+        try:
+            adopted = self.computer.adopt(matrix)
+        except BaseException:
+            self.store.release(reserved)
+            raise
+        self.store.put(key, adopted, reserved=reserved)
+
+    def _forget(self, session: bytes, request: Request, buffers: Buffers) -> Reply:
         header = request.header
         if header.matrix_id == NO_MATRIX:
             self.store.forget_session(session)
@@ -123,17 +169,11 @@ def refusal(code: ErrorCode, text: str, request: Header | None = None, *, last: 
     return Reply(header, body, last=last)
 
 
-def refusal_for(error: ProtocolError) -> Reply:
-    """The ERROR that ends a connection after bytes that broke the protocol."""
-    code = ErrorCode.LIMIT if isinstance(error, LimitExceeded) else ErrorCode.MALFORMED
-    return refusal(code, str(error), last=True)
-
-
 def _short(kind: MessageType, request: Header) -> Reply:
     return Reply(Header(kind, request.request_id, request.matrix_id))
 
 
 def _tensor(request: Request) -> torch.Tensor:
     if request.tensor is None:
-        raise StorageError(f"{request.header.type.name} reached the worker without its matrix")
+        raise MalformedMessage(f"{request.header.type.name} came without its matrix")
     return request.tensor

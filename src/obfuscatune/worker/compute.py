@@ -18,20 +18,19 @@ class Computer:
         """A received (p, q) matrix as it is kept; the same memory when neither device nor dtype change."""
         return matrix.to(device=self.device, dtype=self.dtype or matrix.dtype)
 
-    def multiply(
-        self, rows: torch.Tensor, matrix: torch.Tensor, *, transpose: bool, reply_dtype: torch.dtype
-    ) -> torch.Tensor:
-        """The product on the CPU, in `reply_dtype`.
+    def multiply(self, rows: torch.Tensor, matrix: torch.Tensor, out: torch.Tensor, *, transpose: bool) -> None:
+        """Write the product into `out`, in its dtype.
 
         Args:
             rows: (m, p), or (m, q) when `transpose`; on the CPU.
             matrix: (p, q), on this computer's device.
+            out: (m, q), or (m, p) when `transpose`; contiguous, on the CPU.
             transpose: multiply by the transpose.
-
-        Returns:
-            (m, q), or (m, p) when `transpose`; contiguous.
         """
         factor = matrix.t() if transpose else matrix
         with self._lock, torch.inference_mode():
-            product = torch.mm(rows.to(device=self.device, dtype=matrix.dtype), factor)
-            return product.to(device="cpu", dtype=reply_dtype).contiguous()
+            rows = rows.to(device=self.device, dtype=matrix.dtype)
+            if self.device.type == "cpu" and out.dtype == matrix.dtype:
+                torch.mm(rows, factor, out=out)
+            else:
+                out.copy_(torch.mm(rows, factor))

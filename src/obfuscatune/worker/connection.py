@@ -1,43 +1,28 @@
 """One connection of an enclave: a thread that always reads, and one that answers in order.
 
-That the first never waits for the second is what a client relies on: with no more than max_in_flight requests outstanding it
-may send all of them before it reads a reply, and neither side ever waits for the other for ever.
+That the first never waits for the second is what a client relies on: with no more requests outstanding than WELCOME allows,
+it may send all of them before it reads a reply, and neither side waits for the other for ever.
 """
 
 import logging
 import queue
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
-from obfuscatune.wire.deadline import Deadline
-from obfuscatune.wire.errors import (
-    ConnectionLost,
-    LimitExceeded,
-    MalformedMessage,
-    ProtocolError,
-    QuotaExceeded,
-    Truncated,
-    UnsupportedVersion,
-    WireError,
-    WorkerRefused,
-)
-from obfuscatune.wire.framing import recv_body, recv_header, recv_payload, send_message
-from obfuscatune.wire.limits import (
-    CHUNK_BYTES,
-    HANDSHAKE_SECONDS,
-    MAX_IN_FLIGHT,
-    MAX_MATRIX_BYTES,
-    MAX_WINDOW_BYTES,
-    STALL_SECONDS,
-    VERSION,
-)
-from obfuscatune.wire.messages import REQUESTS, ErrorCode, Header, Hello, MessageType, Welcome
-from obfuscatune.wire.tensors import bytes_of
-from obfuscatune.wire.transport import Transport
-from obfuscatune.worker.answer import Answerer, Reply, Request, refusal, refusal_for
-from obfuscatune.worker.sessions import Sessions, session_key, session_label
+from obfuscatune.wire.deadline import Deadline, transfer_seconds
+from obfuscatune.wire.errors import StorageError, WireError
+from obfuscatune.wire.framing import send_message
+from obfuscatune.wire.limits import CHUNK_BYTES, HANDSHAKE_SECONDS, LINGER_SECONDS, STALL_SECONDS
+from obfuscatune.wire.messages import ErrorCode, Header, Hello, MessageType
+from obfuscatune.wire.transcript import Direction
+from obfuscatune.wire.transport import Buffer, Transport
+from obfuscatune.worker.answer import Answerer, Reply, Request, refusal
+from obfuscatune.worker.buffers import Buffers
+from obfuscatune.worker.greeting import farewell, read_hello, welcome
+from obfuscatune.worker.intake import Intake
+from obfuscatune.worker.recorder import Recorder
+from obfuscatune.worker.sessions import Sessions, session_label
 
 log = logging.getLogger(__name__)
 
@@ -48,177 +33,134 @@ class Service:
 
     answerer: Answerer
     sessions: Sessions
-    features: int = 0
+    recorder: Recorder | None = None
+    on_failure: Callable[[], None] = lambda: None
+    """Called when the recorder failed: the worker is to stop."""
 
 
 class Connection:
-    """Serves one transport until either side ends it."""
+    """Serves one transport until either side ends it, then closes it."""
 
     def __init__(self, transport: Transport, service: Service) -> None:
         self._transport = transport
         self._service = service
-        self._session = b""
+        self._store = service.answerer.store
+        self._buffers = Buffers()
+        self._intake = Intake(transport, self._store, self._buffers)
         self._inbox: queue.SimpleQueue[Request | Reply | None] = queue.SimpleQueue()
-        self._outstanding = 0
-        self._outstanding_bytes = 0
-        self._lock = threading.Lock()
+        self._session = b""
+        self._label = "not yet greeted"
 
     def serve(self) -> None:
-        """Handshake, then read requests until the end; returns when the last reply is sent."""
+        """Greet, then read requests until the end; returns when the last reply is sent."""
         try:
-            entered = self._welcome()
+            self._greet()
         except WireError as error:
-            log.info("a connection ended before its greeting: %s", error)
+            log.info("a connection was not greeted: %s", error)
+            self._send_last(farewell(error))
             self._transport.close()
             return
-        if not entered:
-            self._transport.close()
-            return
-        label = session_label(self._session)
-        log.info("session %s: connected", label)
-        answering = threading.Thread(target=self._answer_all, name=f"answer-{label}", daemon=True)
+        answering = threading.Thread(target=self._answer_all, name=f"answer-{self._label}", daemon=True)
         answering.start()
         self._inbox.put(self._read_all())
         answering.join()
+        self._linger()
         self._transport.close()
-        self._service.sessions.leave(self._session, keep=self._service.answerer.store.holds_any(self._session))
-        log.info("session %s: connection closed", label)
+        self._give_up_claims()
+        self._service.sessions.leave(self._session, keep=self._store.holds_any(self._session))
+        log.info("session %s: connection closed", self._label)
 
-    def _welcome(self) -> bool:
-        """HELLO and WELCOME; False when it was refused. Raises WireError when nobody is left to tell."""
+    def _greet(self) -> None:
         deadline = Deadline(HANDSHAKE_SECONDS)
+        session = read_hello(self._transport, deadline)
+        self._service.sessions.enter(session)
+        self._session, self._label = session, session_label(session)
+        log.info("session %s: connected", self._label)
         try:
-            header = recv_header(self._transport, frozenset({MessageType.HELLO}), deadline=deadline)
-            hello = Hello.unpack(recv_body(self._transport, header, deadline))
-            if not hello.oldest <= VERSION <= hello.newest:
-                raise UnsupportedVersion(f"versions {hello.oldest} to {hello.newest} offered, {VERSION} spoken here")
-            self._session = session_key(hello.session_id)
-            self._service.sessions.enter(self._session)
-        except UnsupportedVersion as error:
-            self._send(refusal(ErrorCode.VERSION, str(error), last=True), deadline)
-            return False
-        except ProtocolError as error:
-            self._send(refusal_for(error), deadline)
-            return False
-        except WorkerRefused as error:
-            self._send(refusal(ErrorCode.BUSY, str(error), last=True), deadline)
-            return False
-        quota = self._service.answerer.store.quota_bytes
-        body = Welcome(
-            VERSION,
-            MAX_IN_FLIGHT,
-            self._service.features,
-            MAX_WINDOW_BYTES,
-            min(MAX_MATRIX_BYTES, quota),
-            quota,
-        ).pack()
-        self._send(Reply(Header(MessageType.WELCOME, payload_bytes=len(body)), body), deadline)
-        return True
+            body = Hello(bytes(32)).pack()
+            self._record("request", Header(MessageType.HELLO, payload_bytes=len(body)), body)
+            self._send(welcome(self._store.quota_bytes, self._service.answerer.features), deadline)
+        except BaseException:
+            self._service.sessions.leave(session, keep=self._store.holds_any(session))
+            raise
 
     def _read_all(self) -> Reply | None:
         """Read requests into the inbox until the end. Returns what to say last, None for nothing."""
-        while True:
-            try:
-                self._inbox.put(self._read())
-            except QuotaRefused as refused:
-                self._inbox.put(refused.reply)
-            except ProtocolError as error:
-                log.warning("session %s: %s", session_label(self._session), error)
-                return None if isinstance(error, Truncated) else refusal_for(error)
-            except _TooMany as error:
-                return refusal(ErrorCode.IN_FLIGHT, str(error), last=True)
-            except WireError as error:
-                log.info("session %s: %s", session_label(self._session), error)
-                return None
-
-    def _read(self) -> Request:
-        header = recv_header(self._transport, REQUESTS, rest_seconds=STALL_SECONDS)
-        self._count(header)
-        deadline = Deadline(STALL_SECONDS)
-        if header.type is MessageType.HELLO:
-            raise MalformedMessage("HELLO came a second time")
-        if header.type is MessageType.STORE:
-            return self._read_matrix(header)
-        if header.type is MessageType.MULTIPLY:
-            return Request(header, tensor=self._read_tensor(header, deadline))
-        return Request(header, recv_body(self._transport, header, deadline))
-
-    def _read_matrix(self, header: Header) -> Request:
-        """A STORE: its room is claimed first. Without room, its bytes are thrown away as they come."""
-        deadline = Deadline(STALL_SECONDS)
-        store = self._service.answerer.store
         try:
-            store.reserve(header.payload_bytes)
-        except QuotaExceeded as error:
-            self._discard(header.payload_bytes, deadline)
-            raise QuotaRefused(refusal(ErrorCode.QUOTA, str(error), header)) from error
-        try:
-            return Request(header, tensor=self._read_tensor(header, deadline))
-        except BaseException:
-            store.release(header.payload_bytes)
-            raise
-
-    def _read_tensor(self, header: Header, deadline: Deadline) -> torch.Tensor:
-        tensor = torch.empty(header.rows, header.cols, dtype=header.dtype.torch_dtype)
-        recv_payload(self._transport, bytes_of(tensor), deadline)
-        return tensor
-
-    def _discard(self, size: int, deadline: Deadline) -> None:
-        scratch = memoryview(bytearray(min(size, CHUNK_BYTES)))
-        while size:
-            part = scratch[: min(size, len(scratch))]
-            recv_payload(self._transport, part, deadline)
-            size -= len(part)
-
-    def _count(self, header: Header) -> None:
-        """Hold the client to what WELCOME said."""
-        with self._lock:
-            self._outstanding += 1
-            self._outstanding_bytes += header.payload_bytes if header.type is MessageType.MULTIPLY else 0
-            if self._outstanding > MAX_IN_FLIGHT:
-                raise _TooMany(f"more than {MAX_IN_FLIGHT} requests await their reply")
-            if self._outstanding_bytes > MAX_WINDOW_BYTES:
-                raise LimitExceeded(f"more than {MAX_WINDOW_BYTES} bytes of requests await their reply")
-
-    def _uncount(self, header: Header) -> None:
-        """Before the reply leaves: whoever has it may send the next request at once."""
-        with self._lock:
-            self._outstanding -= 1
-            self._outstanding_bytes -= header.payload_bytes if header.type is MessageType.MULTIPLY else 0
+            while True:
+                self._inbox.put(self._intake.next())
+        except WireError as error:
+            log.info("session %s: %s", self._label, error)
+            return farewell(error)
+        except (RuntimeError, MemoryError) as error:  # what torch raises where memory cannot be had
+            log.error("session %s: %s", self._label, error)  # noqa: TRY400 - one line, no traceback
+            return refusal(ErrorCode.FAILED, f"no memory for this request: {error}", last=True)
 
     def _answer_all(self) -> None:
         """Answer what is in the inbox, in order, until its end or the first reply that cannot be sent."""
-        while True:
-            item = self._inbox.get()
-            if item is None:
-                return
-            if isinstance(item, Request):
-                reply = self._service.answerer.answer(self._session, item)
-                self._uncount(item.header)
-            else:
-                reply = item
-                if not item.last:
-                    self._uncount(item.header)
-            try:
-                self._send(reply, Deadline(STALL_SECONDS))
-            except WireError as error:
-                log.info("session %s: %s", session_label(self._session), error)
+        finished = False
+        item: Request | Reply | None = None
+        try:
+            while (item := self._inbox.get()) is not None:
+                self._respond(item)
+                if isinstance(item, Reply) and item.last:
+                    break
+            finished = True
+        except WireError as error:
+            log.info("session %s: %s", self._label, error)
+        except StorageError as error:
+            log.error("%s", error)  # noqa: TRY400 - one line, no traceback
+            self._send_last(refusal(ErrorCode.FAILED, str(error), item.header if item else None, last=True))
+            self._service.on_failure()
+        finally:
+            if not finished:
                 self._transport.shutdown()  # so that the reader ends too
-                return
-            if reply.last:
-                return
+
+    def _respond(self, item: Request | Reply) -> None:
+        """Answer one request, or send what the reader had to say itself."""
+        if isinstance(item, Request):
+            self._record("request", item.header, item.payload)
+            reply = self._service.answerer.answer(self._session, item, self._buffers)
+        else:
+            reply = item
+        self._intake.settle(item.header)
+        self._send(reply, Deadline(STALL_SECONDS + transfer_seconds(reply.header.payload_bytes)))
+        if isinstance(item, Request) and item.header.type is MessageType.MULTIPLY and item.tensor is not None:
+            self._buffers.give_back(item.tensor)
+        if reply.product is not None:
+            self._buffers.give_back(reply.product)
 
     def _send(self, reply: Reply, deadline: Deadline) -> None:
+        self._record("reply", reply.header, reply.payload)
         send_message(self._transport, reply.header, reply.payload, deadline=deadline)
 
+    def _send_last(self, reply: Reply | None) -> None:
+        """Say why, to a peer that may not listen any more, and not in the transcript of a session."""
+        if reply is None:
+            return
+        try:
+            send_message(self._transport, reply.header, reply.payload, deadline=Deadline(LINGER_SECONDS))
+            self._linger()
+        except WireError as error:
+            log.info("session %s: %s", self._label, error)
 
-class QuotaRefused(WorkerRefused):
-    """A STORE without room for it; carries the reply."""
+    def _linger(self) -> None:
+        """Read on, for a moment, until the peer closes: closing with unread bytes would take our last words from it."""
+        scratch = memoryview(bytearray(CHUNK_BYTES))
+        deadline = Deadline(LINGER_SECONDS)
+        try:
+            while self._transport.recv_into(scratch, deadline):
+                pass
+        except WireError as error:
+            log.debug("session %s: %s", self._label, error)
 
-    def __init__(self, reply: Reply) -> None:
-        super().__init__("no room")
-        self.reply = reply
+    def _record(self, direction: Direction, header: Header, payload: Buffer) -> None:
+        if self._service.recorder is not None:
+            self._service.recorder.record(direction, self._label, header, payload)
 
-
-class _TooMany(ConnectionLost):
-    """More requests in flight than WELCOME allowed."""
+    def _give_up_claims(self) -> None:
+        """Requests that nobody will answer any more: only the room that a STORE has claimed is left to give back."""
+        while not self._inbox.empty():
+            item = self._inbox.get()
+            if isinstance(item, Request) and item.header.type is MessageType.STORE:
+                self._store.release(item.header.payload_bytes)

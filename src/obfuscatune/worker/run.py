@@ -11,13 +11,16 @@ from typing import TypeVar
 import torch
 
 from obfuscatune.wire.address import parse_address
-from obfuscatune.wire.connect import check_plain_tcp
+from obfuscatune.wire.connect import check_tls
 from obfuscatune.wire.errors import ConfigError
 from obfuscatune.wire.listen import Listener
+from obfuscatune.wire.tls import PinnedTls, TlsConfig
 from obfuscatune.worker.answer import Answerer
 from obfuscatune.worker.compute import Computer
 from obfuscatune.worker.connection import Service
+from obfuscatune.worker.disk import ContentStore
 from obfuscatune.worker.options import WorkerOptions, parse_size
+from obfuscatune.worker.recorder import Recorder
 from obfuscatune.worker.server import Server
 from obfuscatune.worker.sessions import Sessions
 from obfuscatune.worker.store import MatrixStore, WhenFull
@@ -37,20 +40,25 @@ def run(options: WorkerOptions) -> None:
     """
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     address = parse_address(options.listen)
-    check_plain_tcp(address, allowed=options.unsafe_plain_tcp)
+    tls = _tls(options)
+    check_tls(address, tls=tls is not None, plain_tcp=options.unsafe_plain_tcp)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     store = MatrixStore(_quota(options.quota), _chosen(POLICIES, options.when_full, "--when-full"))
     computer = Computer(_device(options.device), _chosen(DTYPES, options.dtype, "--dtype"))
-    service = Service(Answerer(store, computer), Sessions(options.max_sessions, store.forget_session))
-    listener = Listener(address)
-    server = Server(listener, service)
+    disk = None if options.store is None else ContentStore(options.store)
+    recorder = None if options.record is None else Recorder(options.record)
+    listener = Listener(address, tls)
+    sessions = Sessions(options.max_sessions, store.forget_session)
+    server = Server(listener, Service(Answerer(store, computer, disk), sessions, recorder, listener.stop))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.stop())
     if options.until_stdin_closes:
         threading.Thread(target=_watch_stdin, args=(server,), name="stdin", daemon=True).start()
     _announce(options, str(listener.address))
     server.serve()
+    if recorder is not None:
+        recorder.close()
 
 
 def _announce(options: WorkerOptions, address: str) -> None:
@@ -66,6 +74,15 @@ def _watch_stdin(server: Server) -> None:
     while os.read(0, 4096):
         pass
     server.stop()
+
+
+def _tls(options: WorkerOptions) -> PinnedTls | None:
+    files = (options.tls_cert, options.tls_key, options.peer)
+    if not any(files):
+        return None
+    if options.tls_cert is None or options.tls_key is None or options.peer is None:
+        raise ConfigError("TLS takes all three of --tls-cert, --tls-key and --peer")
+    return PinnedTls(TlsConfig(options.tls_cert, options.tls_key, options.peer), server=True)
 
 
 def _quota(text: str | None) -> int:

@@ -3,7 +3,9 @@
 import logging
 import threading
 
-from obfuscatune.wire.errors import ConnectionLost
+from obfuscatune.wire.deadline import Deadline
+from obfuscatune.wire.errors import ConnectionLost, WireError
+from obfuscatune.wire.limits import HANDSHAKE_SECONDS, MAX_CONNECTIONS
 from obfuscatune.wire.listen import Listener
 from obfuscatune.wire.transport import SocketTransport
 from obfuscatune.worker.connection import Connection, Service
@@ -27,7 +29,13 @@ class Server:
         while (transport := self._listener.accept()) is not None:
             thread = threading.Thread(target=self._serve_one, args=(transport,), name="connection", daemon=True)
             with self._lock:
-                self._open[thread] = transport
+                crowded = len(self._open) >= MAX_CONNECTIONS
+                if not crowded:
+                    self._open[thread] = transport
+            if crowded:
+                log.warning("a connection was refused: %d are open", MAX_CONNECTIONS)
+                transport.close()
+                continue
             thread.start()
         self._wind_down()
 
@@ -37,8 +45,12 @@ class Server:
 
     def _serve_one(self, transport: SocketTransport) -> None:
         try:
+            transport.establish(Deadline(HANDSHAKE_SECONDS))
             Connection(transport, self._service).serve()
+        except WireError as error:
+            log.warning("a connection was refused: %s", error)
         finally:
+            transport.close()
             with self._lock:
                 del self._open[threading.current_thread()]
 

@@ -1,0 +1,105 @@
+"""A TLS connection as a transport that one thread may read while another writes.
+
+OpenSSL forbids two threads in one connection at a time, and Python does not keep them apart. So each call into it is short
+(the socket never blocks) and made under a lock; the waiting is done outside of it.
+"""
+
+import select
+import socket
+import ssl
+import threading
+from collections.abc import Sequence
+
+from obfuscatune.wire.deadline import Deadline
+from obfuscatune.wire.errors import ConnectionLost, UntrustedPeer
+from obfuscatune.wire.limits import CHUNK_BYTES, KIB
+from obfuscatune.wire.tls import PinnedTls
+from obfuscatune.wire.transport import SocketTransport, WouldBlock
+
+RECORD_BYTES = 16 * KIB
+"""Most plain bytes in one TLS record (RFC 8446, section 5.1)."""
+
+
+class TlsTransport(SocketTransport):
+    """TLS 1.3 over a connected TCP socket. `establish` comes first."""
+
+    def __init__(self, sock: socket.socket, peer: str, tls: PinnedTls) -> None:
+        sock.setblocking(False)
+        self._tls_sock = tls.wrap(sock)
+        super().__init__(self._tls_sock, peer)
+        self._tls = tls
+        self._lock = threading.Lock()
+
+    def establish(self, deadline: Deadline) -> None:
+        """Handshake, and check of the pin.
+
+        Raises:
+            UntrustedPeer: the peer is not the one that is pinned, or does not take us for the one it pinned, or speaks no TLS.
+            ConnectionLost, DeadlineExceeded: it went away, or does not answer.
+        """
+        self._wait(self._handshake, None, deadline)
+        self._tls.check(self._tls_sock)
+
+    def _handshake(self, _: None) -> int:
+        try:
+            self._tls_sock.do_handshake()
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
+            raise _would_block(error) from None
+        except ssl.SSLEOFError as error:
+            raise ConnectionLost(f"{self._peer} closed the connection during the TLS handshake") from error
+        except ssl.SSLError as error:
+            raise UntrustedPeer(
+                f"no TLS 1.3 with {self._peer}: {_reason(error)}; compare the certificates pinned"
+            ) from error
+        return 0
+
+    def _write(self, views: list[memoryview]) -> int:
+        """Records of 16 KiB each until the socket is full or a chunk is sent."""
+        sent = 0
+        try:
+            with self._lock:
+                for view in _joined(views):
+                    done = 0
+                    while done < len(view):
+                        count = self._tls_sock.send(view[done:])
+                        done += count
+                        sent += count
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
+            if not sent:
+                raise _would_block(error) from None
+        return sent
+
+    def _read(self, view: memoryview) -> int:
+        """Records of 16 KiB each until the socket is empty or the view is full."""
+        came = 0
+        try:
+            with self._lock:
+                while came < len(view):
+                    count = self._tls_sock.recv_into(view[came:])
+                    if not count:
+                        break
+                    came += count
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
+            if not came:
+                raise _would_block(error) from None
+        except ssl.SSLError as error:
+            if "ALERT" in (error.reason or ""):  # TLS 1.3: the peer checks our certificate after our handshake is done
+                raise UntrustedPeer(f"{self._peer} refused our certificate: {_reason(error)}") from error
+            raise
+        return came
+
+
+def _joined(views: Sequence[memoryview]) -> list[memoryview]:
+    """A header and the first bytes of its payload together; then the rest of one chunk."""
+    if len(views) < 2:
+        return [views[0][:CHUNK_BYTES]]
+    first = max(0, RECORD_BYTES - len(views[0]))
+    return [memoryview(bytes(views[0]) + bytes(views[1][:first])), views[1][first:CHUNK_BYTES]]
+
+
+def _would_block(error: ssl.SSLError) -> WouldBlock:
+    return WouldBlock(select.POLLIN if isinstance(error, ssl.SSLWantReadError) else select.POLLOUT)
+
+
+def _reason(error: ssl.SSLError) -> str:
+    return (error.reason or str(error)).replace("_", " ").lower()

@@ -1,0 +1,120 @@
+"""A transcript: all that a worker saw, in order, as it wrote it down. Read back by the parser that the wire itself uses.
+
+A folder with two files. `frames.bin`: every message exactly as it crossed the wire, one after the other; only the session id
+in each HELLO is zeroed, for it is a key. `index.jsonl`: one line per run of the worker that begins or ends, and per message
+where in frames.bin it lies:
+
+    {"event": "begin", "version": 1}
+    {"event": "request", "session": "3f2a90b1c4d5", "type": "MULTIPLY", "offset": 148, "length": 1572920}
+    {"event": "reply",   "session": "3f2a90b1c4d5", "type": "PRODUCT",  "offset": 1573068, "length": 1572920}
+    {"event": "end", "messages": 2}
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import torch
+
+from obfuscatune.wire.dtypes import DType
+from obfuscatune.wire.errors import ProtocolError, StorageError
+from obfuscatune.wire.messages import HEADER_BYTES, REPLIES, REQUESTS, Header
+from obfuscatune.wire.tensors import bytes_of
+
+INDEX = "index.jsonl"
+FRAMES = "frames.bin"
+VERSION = 1
+Direction = Literal["request", "reply"]
+
+
+@dataclass(frozen=True)
+class TranscriptEntry:
+    """One message that a worker received or sent."""
+
+    direction: Direction
+    session: str
+    """Label of the session (12 hex digits): the same for all its connections, and tells nothing of its id."""
+    header: Header
+    body: bytes
+    """The payload, where it is no matrix."""
+    tensor: torch.Tensor | None
+    """The payload (rows, cols) of a STORE, a MULTIPLY or a PRODUCT; on the CPU."""
+
+
+def read_transcript(folder: Path, *, allow_cut: bool = False) -> Iterator[TranscriptEntry]:
+    """All messages in order, one in memory at a time.
+
+    Args:
+        folder: what the worker was given as --record.
+        allow_cut: take a transcript that stops short, as of a worker that still runs or was killed.
+
+    Raises:
+        StorageError: the folder cannot be read as a transcript, or stops short.
+        ProtocolError: a message in it breaks the protocol.
+    """
+    try:
+        lines = (folder / INDEX).read_text().splitlines()
+        with (folder / FRAMES).open("rb") as frames:
+            yield from _entries(lines, frames, folder, allow_cut)
+    except (OSError, UnicodeDecodeError) as error:
+        raise StorageError(f"cannot read the transcript in {folder}: {error}") from error
+
+
+def _entries(lines: list[str], frames: BinaryIO, folder: Path, allow_cut: bool) -> Iterator[TranscriptEntry]:
+    running, count = False, 0
+    for number, line in enumerate(lines, start=1):
+        where = f"{folder / INDEX}, line {number}"
+        record = _record(line, where)
+        event = None if record is None else record["event"]
+        if event in ("request", "reply") and record is not None and running:
+            yield _entry(record, frames, where)
+            count += 1
+        elif event == "begin" and (allow_cut or not running):
+            running, count = True, 0
+        elif event == "end" and running and record is not None and record["messages"] == count:
+            running = False
+        elif record is not None or not allow_cut:
+            raise StorageError(f"{where}: not what follows here; the transcript is damaged, or its worker was killed")
+    if (running or not lines) and not allow_cut:
+        raise StorageError(f"the transcript in {folder} has no end: its worker still runs, or was killed")
+
+
+def _record(line: str, where: str) -> dict[str, Any] | None:
+    """One line of the index; None for one that was cut off."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or "event" not in record:
+        raise StorageError(f"{where}: not a record of a transcript")
+    if record["event"] == "begin" and record.get("version") != VERSION:
+        raise StorageError(f"{where}: version {record.get('version')} of the format, {VERSION} is understood")
+    return record
+
+
+def _entry(record: dict[str, Any], frames: BinaryIO, where: str) -> TranscriptEntry:
+    try:
+        direction, session, offset, length = (record[key] for key in ("event", "session", "offset", "length"))
+        frames.seek(offset)
+        header = Header.unpack(frames.read(HEADER_BYTES), expected=REQUESTS if direction == "request" else REPLIES)
+        if header.payload_bytes != length - HEADER_BYTES:
+            raise StorageError(f"{where}: {length} bytes, but the message has {HEADER_BYTES + header.payload_bytes}")
+        if header.dtype is DType.NONE or header.payload_bytes == 32:
+            return TranscriptEntry(direction, session, header, _exactly(frames, header.payload_bytes, where), None)
+        tensor = torch.empty(header.rows, header.cols, dtype=header.dtype.torch_dtype)
+        if frames.readinto(bytes_of(tensor)) != header.payload_bytes:  # type: ignore[attr-defined]
+            raise StorageError(f"{where}: {FRAMES} ends before the message does")
+    except (KeyError, TypeError, ValueError) as error:
+        raise StorageError(f"{where}: not a record of a transcript ({error})") from error
+    except ProtocolError as error:
+        raise type(error)(f"{where}: {error}") from error
+    return TranscriptEntry(direction, session, header, b"", tensor)
+
+
+def _exactly(frames: BinaryIO, size: int, where: str) -> bytes:
+    data = frames.read(size)
+    if len(data) != size:
+        raise StorageError(f"{where}: {FRAMES} ends before the message does")
+    return data

@@ -1,0 +1,94 @@
+"""What a connection lets in: the next request, within the limits that WELCOME announced."""
+
+import threading
+
+import torch
+
+from obfuscatune.wire.deadline import Deadline, transfer_seconds
+from obfuscatune.wire.errors import LimitExceeded, MalformedMessage, QuotaExceeded
+from obfuscatune.wire.framing import recv_body, recv_header, recv_payload
+from obfuscatune.wire.limits import CHUNK_BYTES, MAX_IN_FLIGHT, MAX_WINDOW_BYTES, STALL_SECONDS
+from obfuscatune.wire.messages import REQUESTS, ErrorCode, Header, MessageType
+from obfuscatune.wire.tensors import bytes_of
+from obfuscatune.wire.transport import Transport
+from obfuscatune.worker.answer import Reply, Request, refusal
+from obfuscatune.worker.buffers import Buffers
+from obfuscatune.worker.store import MatrixStore
+
+
+class TooManyInFlight(LimitExceeded):
+    """More requests await their reply than WELCOME allowed."""
+
+
+class Intake:
+    """Reads the requests of one connection, by one thread; another one reports what was answered."""
+
+    def __init__(self, transport: Transport, store: MatrixStore, buffers: Buffers) -> None:
+        self._transport = transport
+        self._store = store
+        self._buffers = buffers
+        self._in_flight = 0
+        self._window_bytes = 0
+        self._lock = threading.Lock()
+
+    def next(self) -> Request | Reply:
+        """Wait for the next request; a STORE for which there is no room comes back as its refusal.
+
+        Raises:
+            ConnectionLost: the peer closed.
+            DeadlineExceeded: it fell silent in the middle of a request.
+            ProtocolError: it broke the protocol.
+        """
+        header = recv_header(self._transport, REQUESTS, rest_seconds=STALL_SECONDS)
+        deadline = Deadline(STALL_SECONDS + transfer_seconds(header.payload_bytes))
+        if header.type is MessageType.HELLO:
+            raise MalformedMessage("HELLO came a second time")
+        self._admit(header)
+        if header.type is MessageType.STORE:
+            return self._matrix(header, deadline)
+        if header.type is MessageType.MULTIPLY:
+            rows = self._buffers.lend(header.rows, header.cols, header.dtype.torch_dtype)
+            recv_payload(self._transport, bytes_of(rows), deadline)
+            return Request(header, tensor=rows)
+        return Request(header, recv_body(self._transport, header, deadline))
+
+    def settle(self, header: Header) -> None:
+        """A request is about to be answered. Not later: whoever has the reply may send the next request at once."""
+        with self._lock:
+            self._in_flight -= 1
+            self._window_bytes -= _window_share(header)
+
+    def _admit(self, header: Header) -> None:
+        with self._lock:
+            self._in_flight += 1
+            self._window_bytes += _window_share(header)
+            if self._in_flight > MAX_IN_FLIGHT:
+                raise TooManyInFlight(f"more than {MAX_IN_FLIGHT} requests await their reply")
+            if self._window_bytes > MAX_WINDOW_BYTES:
+                raise TooManyInFlight(f"more than {MAX_WINDOW_BYTES} bytes of requests await their reply")
+
+    def _matrix(self, header: Header, deadline: Deadline) -> Request | Reply:
+        """A STORE. Its room is claimed before memory is asked for; without room its bytes are thrown away as they come."""
+        try:
+            self._store.reserve(header.payload_bytes)
+        except QuotaExceeded as error:
+            self._discard(header.payload_bytes, deadline)
+            return refusal(ErrorCode.QUOTA, str(error), header)
+        try:
+            matrix = torch.empty(header.rows, header.cols, dtype=header.dtype.torch_dtype)
+            recv_payload(self._transport, bytes_of(matrix), deadline)
+        except BaseException:
+            self._store.release(header.payload_bytes)
+            raise
+        return Request(header, tensor=matrix)
+
+    def _discard(self, size: int, deadline: Deadline) -> None:
+        scratch = memoryview(bytearray(min(size, CHUNK_BYTES)))
+        while size:
+            part = scratch[: min(size, len(scratch))]
+            recv_payload(self._transport, part, deadline)
+            size -= len(part)
+
+
+def _window_share(header: Header) -> int:
+    return header.payload_bytes if header.type is MessageType.MULTIPLY else 0
