@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def inspect(
     model: Annotated[
         str | None,
-        option("--model", "A config.json, its directory, or a Hub name; weights are not read.", default="the embedded"),
+        option("--model", "A config.json, its directory, or a Hub name.", default="the embedded model"),
     ] = None,
     profile: options.Profile = None,
     first_blocks: options.FirstBlocks = None,
@@ -83,8 +83,14 @@ def _print(plan: "Plan", full: bool) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 140  # a pipe has no width: let no line be cut
-    for part in (_layers_table(plan, full), _enclave_table(plan), *_totals(plan), *_warnings(plan)):
-        console.print(part)
+    console.print(_layers_table(plan, full))
+    console.print()
+    console.print(_enclave_table(plan))
+    console.print()
+    for line in _totals(plan):
+        console.print(line, soft_wrap=True)
+    for line in _warnings(plan):
+        console.print(line, style="yellow", soft_wrap=True)
 
 
 def _layers_table(plan: "Plan", full: bool) -> "RenderableType":
@@ -98,7 +104,15 @@ def _layers_table(plan: "Plan", full: bool) -> "RenderableType":
     table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left", title_style="bold")
     table.add_column("layer")
     table.add_column("runs on")
-    for heading in ("W (p x q)", "parameters", "crossings\nforward", "\nbackward", "bytes/token\nforward", "\nbackward"):
+    numbers = ("W (p x q)", "parameters", "crossings\nforward", "\nbackward", "bytes/token\nforward", "\nbackward")
+    for heading in numbers:
+        "W (p x q)",
+        "parameters",
+        "crossings\nforward",
+        "\nbackward",
+        "bytes/token\nforward",
+        "\nbackward",
+    ):
         table.add_column(heading, justify="right")
 
     def add(name: str, layers: "tuple[LayerPlan, ...]") -> None:
@@ -128,7 +142,6 @@ def _layers_table(plan: "Plan", full: bool) -> "RenderableType":
 
 
 def _enclave_table(plan: "Plan") -> "RenderableType":
-    from rich.padding import Padding
     from rich.table import Table
 
     from obfuscatune.report.units import format_count, format_share
@@ -139,45 +152,44 @@ def _enclave_table(plan: "Plan") -> "RenderableType":
     table.add_column("share", justify="right")
     for kind, count in plan.enclave.items():
         if count:
-            table.add_row(f"  {kind}", format_count(count), format_share(count / plan.parameters))
+            table.add_row(f"  {kind.replace('_', ' ')}", format_count(count), format_share(count / plan.parameters))
     table.add_row(
         "in the enclave", format_count(plan.enclave_parameters), format_share(plan.enclave_share), style="bold cyan"
     )
     table.add_row(
         "on the worker", format_count(plan.worker_parameters), format_share(1 - plan.enclave_share), style="magenta"
     )
-    return Padding(table, (1, 0))
+    return table
 
 
 def _totals(plan: "Plan") -> list[str]:
     from obfuscatune.report.units import format_bytes
 
+    forward, backward = format_bytes(plan.forward_bytes), format_bytes(plan.backward_bytes)
+    spared = "" if plan.profile.first_blocks else "; what feeds the first layer is not trained, so it needs none"
     lines = [
-        f"Sent once: {format_bytes(plan.upload_bytes)} of transformed matrices.",
-        f"Forward:   {plan.forward_crossings} crossings a pass, {format_bytes(plan.forward_bytes)} a token "
-        "(request and reply).",
-        f"Backward:  {plan.backward_crossings} crossings a pass, {format_bytes(plan.backward_bytes)} a token; "
-        "what feeds the first layer is not trained, so it needs none.",
+        f"sent once  {format_bytes(plan.upload_bytes)} of transformed matrices",
+        f"forward    {plan.forward_crossings} crossings a pass, {forward} a token, request and reply together",
+        f"backward   {plan.backward_crossings} crossings a pass, {backward} a token{spared}",
     ]
     if plan.shield_rows:
+        more_forward = format_bytes(plan.shield_rows * plan.forward_bytes)
+        more_backward = format_bytes(plan.shield_rows * plan.backward_bytes)
         lines.append(
-            f"Shield:    at least {plan.shield_rows} random rows in each crossing, each as large as a token's; "
-            f"so {format_bytes(plan.shield_rows * plan.forward_bytes)} more a forward pass, "
-            f"{format_bytes(plan.shield_rows * plan.backward_bytes)} more a backward pass."
+            f"shield     not in these figures: at least {plan.shield_rows} random rows a crossing, each as large as a "
+            f"token's ({more_forward} a forward pass, {more_backward} a backward pass)"
         )
     return lines
 
 
-def _warnings(plan: "Plan") -> "list[RenderableType]":
-    from rich.text import Text
-
+def _warnings(plan: "Plan") -> list[str]:
     from obfuscatune.report.units import format_count, format_share
 
     if not plan.unmoved:
         return []
-    lines = ["", "Matrices inside the blocks that are no linear layers stay in the enclave, and are computed there:"]
+    lines = ["", "Not offloaded: matrices inside the blocks that are no linear layers. The enclave computes with them."]
     for it in plan.unmoved:
         shape = " x ".join(map(str, it.shape))
         share = format_share(it.parameters / plan.parameters)
         lines.append(f"  {it.name}  ({shape}) x{it.count}: {format_count(it.parameters)} parameters, {share}")
-    return [Text("\n".join(lines), style="yellow")]
+    return lines
