@@ -168,19 +168,14 @@ def _dtype(name: str | None) -> Any:
 
 
 def _tls(protection: Protection) -> "TlsConfig | None":
-    given = {
-        "--tls-cert": protection.tls_cert,
-        "--tls-key": protection.tls_key,
-        "--peer": protection.peer,
-    }
-    missing = [option for option, value in given.items() if value is None]
-    if len(missing) == len(given):
+    certificate, private_key, peer = protection.tls_cert, protection.tls_key, protection.peer
+    if certificate is None and private_key is None and peer is None:
         return None
-    if missing:
-        raise ConfigError(f"TLS needs --tls-cert, --tls-key and --peer together; missing: {', '.join(missing)}")
+    if certificate is None or private_key is None or peer is None:
+        raise ConfigError("TLS needs --tls-cert, --tls-key and --peer, all three")
     import obfuscatune
 
-    return obfuscatune.TlsConfig(protection.tls_cert, protection.tls_key, protection.peer)
+    return obfuscatune.TlsConfig(certificate, private_key, peer)
 
 
 def _quieten_transformers() -> None:
