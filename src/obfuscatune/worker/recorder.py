@@ -60,6 +60,11 @@ class Recorder:
                 raise self._failed(error) from error
             self._messages += 1
 
+    @property
+    def failed(self) -> bool:
+        """Whether something is missing from the transcript."""
+        return self._failure is not None
+
     def close(self) -> None:
         """Write the end, unless something failed before.
 

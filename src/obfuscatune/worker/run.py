@@ -32,8 +32,11 @@ DEFAULT_QUOTA = 0.8
 """Share of the machine's memory: the rest is for requests in flight and the system."""
 
 
-def run(options: WorkerOptions) -> None:
+def run(options: WorkerOptions) -> int:
     """Serve until SIGTERM, SIGINT or (with until_stdin_closes) the end of stdin.
+
+    Returns:
+        0 after such an end, 1 when the transcript could not be written any further.
 
     Raises:
         ConfigError: an option that cannot be used.
@@ -57,8 +60,11 @@ def run(options: WorkerOptions) -> None:
         threading.Thread(target=_watch_stdin, args=(server,), name="stdin", daemon=True).start()
     _announce(options, str(listener.address))
     server.serve()
-    if recorder is not None:
-        recorder.close()
+    if recorder is None:
+        return 0
+    failed = recorder.failed
+    recorder.close()
+    return 1 if failed else 0
 
 
 def _announce(options: WorkerOptions, address: str) -> None:

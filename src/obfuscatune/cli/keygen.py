@@ -1,0 +1,49 @@
+"""`obfuscatune keygen`."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+from obfuscatune.cli import output
+from obfuscatune.cli.options import option
+from obfuscatune.wire.errors import ConfigError
+
+CERTIFICATE, KEY = "cert.pem", "key.pem"
+
+
+def keygen(
+    out: Annotated[Path, option("--out", "Folder for cert.pem and key.pem; made if missing.")],
+    name: Annotated[str, option("--name", "Who it is, for people to read.", default="obfuscatune")] = "obfuscatune",
+    as_json: Annotated[bool, option("--json", "Print one JSON document on stdout, and nothing else.")] = False,
+) -> None:
+    """Make the certificate and the private key of an enclave or a worker, for TLS.
+
+    Once for each side. Then give each side the other's cert.pem as --peer, over a channel you trust, and compare the
+    fingerprints. key.pem stays where it is.
+    """
+    from obfuscatune.wire.tls import fingerprint, make_identity
+
+    if not 1 <= len(name) <= 64:
+        raise ConfigError("--name has 1 to 64 characters")
+    certificate, key = make_identity(name)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _write_new(out / KEY, key, 0o600)
+        _write_new(out / CERTIFICATE, certificate, 0o644)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {out}: {error.strerror or error}") from error
+    result = {"certificate": str(out / CERTIFICATE), "key": str(out / KEY), "fingerprint": fingerprint(certificate)}
+    if as_json:
+        output.write_json(result)
+    else:
+        output.write_text("\n".join(f"{label:<12} {value}" for label, value in result.items()))
+
+
+def _write_new(path: Path, data: bytes, mode: int) -> None:
+    """Write a file that must not be there yet: keys in use are never overwritten."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    except FileExistsError:
+        raise ConfigError(f"{path} exists and is not overwritten: choose another folder, or remove it") from None
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
