@@ -19,7 +19,7 @@ class Recipe(BaseModel):
     Paths are relative to the directory that the command is run in.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
     model: str | None = None
     """A directory or a Hub name; None is the embedded model."""
@@ -44,7 +44,7 @@ class Recipe(BaseModel):
     lora_r: Positive = 16
     lora_alpha: Annotated[float, Field(gt=0)] = 32.0
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    lora_targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    lora_targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
 
     lr: Annotated[float, Field(gt=0)] = 2e-4
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -126,10 +126,14 @@ class _UniqueKeys(yaml.SafeLoader):
     """PyYAML keeps the last of two equal keys; a run file with two is a mistake."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice} is given twice", node.start_mark)
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                continue  # refused beneath
+            if key in seen:
+                raise yaml.MarkedYAMLError(None, None, f"the key {key} is given twice", key_node.start_mark)
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 

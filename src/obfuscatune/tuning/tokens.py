@@ -124,19 +124,19 @@ def _render(
 ) -> tuple[list[int], str]:
     """Ids to put first, and the text; `open_turn` ends it where the assistant would begin to write."""
     if tokenizer.chat_template is None:
-        return leading_ids(tokenizer), _render_plainly(tokenizer, messages) + ("Assistant:" if open_turn else "")
-    turns = [{"role": message.role, "content": message.content} for message in messages]
+        turns = [_plain_turn(tokenizer, message) for message in messages] + ["Assistant:"] * open_turn
+        return leading_ids(tokenizer), "\n".join(turns)
+    fields = [{"role": message.role, "content": message.content} for message in messages]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=open_turn)
+        text = tokenizer.apply_chat_template(fields, tokenize=False, add_generation_prompt=open_turn)
     except Exception as error:  # a template is a program of the model's author and raises what it likes
         raise ConfigError(f"the tokenizer's chat template refuses a conversation: {error}") from error
     return [], str(text)  # a template writes the beginning-of-sequence token itself
 
 
-def _render_plainly(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> str:
-    end_id(tokenizer)
-    ends = {"assistant": str(tokenizer.eos_token)}
-    return "".join(f"{m.role.capitalize()}: {m.content}{ends.get(m.role, '')}\n" for m in messages)
+def _plain_turn(tokenizer: "PreTrainedTokenizerBase", message: Message) -> str:
+    end = tokenizer.convert_ids_to_tokens(end_id(tokenizer)) if message.role == "assistant" else ""
+    return f"{message.role.capitalize()}: {message.content}{end}"
 
 
 def _plain_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:

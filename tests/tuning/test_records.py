@@ -1,0 +1,88 @@
+"""The three layouts of a record, and what is refused."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from obfuscatune.evaluation.tasks import TASKS
+from obfuscatune.tuning.jsonl import Line
+from obfuscatune.tuning.records import (
+    ROLES,
+    Completion,
+    Conversation,
+    Message,
+    Text,
+    parse_record,
+    parse_task_record,
+)
+from obfuscatune.wire.errors import DataError
+
+words = st.text(min_size=1).filter(str.strip)
+messages = st.lists(st.builds(Message, st.sampled_from(ROLES), words), min_size=1).filter(
+    lambda turns: any(turn.role == "assistant" for turn in turns)
+)
+
+
+def line(fields: dict) -> Line:
+    return Line("notes.jsonl:7", fields)
+
+
+@given(words)
+def test_text(text):
+    assert parse_record(line({"text": text})) == Text(text)
+
+
+@given(st.text().filter(lambda text: text == "" or text.strip()), words)
+def test_prompt_and_completion(prompt, completion):
+    assert parse_record(line({"prompt": prompt, "completion": completion})) == Completion(prompt, completion)
+
+
+@given(messages)
+def test_messages(turns):
+    fields = {"messages": [{"role": turn.role, "content": turn.content} for turn in turns]}
+    assert parse_record(line(fields)) == Conversation(tuple(turns))
+
+
+@given(st.dictionaries(st.sampled_from(["text", "prompt", "completion", "messages", "label"]), st.integers() | words))
+def test_any_fields_are_a_record_or_a_data_error(fields):
+    try:
+        parse_record(line(fields))
+    except DataError as error:
+        assert "notes.jsonl:7" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "found the fields: none"),
+        ({"question": "?"}, "found the fields: question"),
+        ({"prompt": "a"}, "missing completion"),
+        ({"completion": "a"}, "missing prompt"),
+        ({"text": "a", "label": 1}, "unknown label"),
+        ({"prompt": "a", "completion": "b", "id": 3}, "unknown id"),
+        ({"prompt": "a", "text": "b"}, "expected the fields text alone; unknown prompt"),
+        ({"text": 3}, "text must be a string, found a number"),
+        ({"text": None}, "text must be a string, found null"),
+        ({"text": "  \n"}, "text is empty"),
+        ({"prompt": " ", "completion": "a"}, "prompt is empty"),
+        ({"prompt": "a", "completion": ""}, "completion is empty"),
+        ({"prompt": ["a"], "completion": "b"}, "prompt must be a string, found an array"),
+        ({"messages": "hi"}, "messages must be an array, found a string"),
+        ({"messages": []}, "no turn of the assistant"),
+        ({"messages": [{"role": "user", "content": "hi"}]}, "no turn of the assistant"),
+        ({"messages": ["hi"]}, r"messages\[0\] must be an object"),
+        ({"messages": [{"role": "assistant", "content": "a", "name": "b"}]}, r"messages\[0\] must be an object"),
+        ({"messages": [{"role": "robot", "content": "a"}]}, r"messages\[0\].role must be one of"),
+        ({"messages": [{"role": ["user"], "content": "a"}]}, r"messages\[0\].role must be one of"),
+        ({"messages": [{"role": "assistant", "content": 1}]}, r"messages\[0\].content must be a string"),
+    ],
+)
+def test_each_fault_is_named_with_its_line(fields, message):
+    with pytest.raises(DataError, match=message) as caught:
+        parse_record(line(fields))
+    assert str(caught.value).startswith("notes.jsonl:7: ")
+
+
+def test_a_task_record_is_its_evaluation_prompt_and_gold_answer():
+    record = line({"goal": "open a jar", "sol1": "twist", "sol2": "sing", "label": 0})
+    assert parse_task_record(TASKS["piqa"], record) == Completion("Question: open a jar\nAnswer:", " twist")
