@@ -1,8 +1,9 @@
 """The enclave's side of the boundary: multiply by a matrix that lies on a worker, whatever the worker does.
 
-A worker is stateless but for the matrices it holds, so every failure has one remedy: drop the connection, make it again, send
-what is missing, ask again. `WorkerLink` does so a bounded number of times, then raises the last error. It has no thread of its
-own: requests are sent by whoever submits, replies read by whoever waits (docs/adr/0002 says why that cannot deadlock).
+A worker is stateless but for the matrices it holds, so every failure has one remedy: drop the connection, make it
+again, send what is missing, ask again. `WorkerLink` does so a bounded number of times, then raises the last error. It
+has no thread of its own: requests are sent by whoever submits, replies read by whoever waits (docs/adr/0002 says why
+that cannot deadlock).
 """
 
 import threading
@@ -64,7 +65,8 @@ class WorkerLink:
             tls: our certificate and the worker's, for tcp that leaves this machine.
             deadline_s: seconds from sending a request to the last byte of its reply.
             retry: bounds of insistence.
-            allow_plain_tcp: leave this machine without TLS. Unsafe: whoever is on the way reads and changes what passes.
+            allow_plain_tcp: leave this machine without TLS. Unsafe: whoever is on the way reads and changes what
+                passes.
 
         Raises:
             ConfigError: the address cannot be used, or leaves this machine without TLS.
@@ -138,7 +140,7 @@ class WorkerLink:
     def submit(
         self, matrix_id: bytes, rows: torch.Tensor, *, transpose: bool, reply_dtype: torch.dtype | None = None
     ) -> Pending:
-        """As `multiply`, but return once the request is sent; `Pending.result` waits. `rows` must not change until then."""
+        """As `multiply`, but return once it is sent; `Pending.result` waits. `rows` must not change until then."""
         driver = self._driver
         with self._lock:
             matrix = driver.matrices.get(matrix_id)

@@ -1,8 +1,8 @@
 """What a link does next: connect, upload, forget, send, receive; and, when any of these fails, the same again.
 
-One step at a time, in that order, until what the caller waits for has come about. All that a step changes survives the loss of
-the connection: requests that were sent go back to those that wait, and get a new id when they are sent again, so that no
-reply of an earlier connection, nor a reply played a second time, is ever taken for an answer.
+One step at a time, in that order, until what the caller waits for has come about. All that a step changes survives
+the loss of the connection: requests that were sent go back to those that wait, and get a new id when they are sent
+again, so that no reply of an earlier connection, nor a reply played a second time, is ever taken for an answer.
 """
 
 import secrets
@@ -71,7 +71,8 @@ class LinkDriver:
         """Step until `done`.
 
         Raises:
-            WireError: the worker failed more often, or longer, than the policy bears. All that waited has failed with it.
+            WireError: the worker failed more often, or longer, than the policy bears. All that waited has failed with
+                it.
         """
         insistence = Insistence(self._retry, self.stats.crossings)
         while not done():
@@ -175,7 +176,7 @@ class LinkDriver:
         del self._in_flight[header.request_id]
 
     def _refused(self, pending: Pending, error: WireError) -> None:
-        """The worker answered with an error: a matrix that it lacks is sent, anything else is final for this request."""
+        """The worker answered with an error: what it lacks is sent; anything else is final for this request."""
         matrix = self.matrices.get(pending.matrix_id)
         pending.times_unknown += 1
         if isinstance(error, UnknownMatrix) and matrix is not None and pending.times_unknown <= self._retry.attempts:

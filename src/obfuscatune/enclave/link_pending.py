@@ -57,7 +57,8 @@ class StoredMatrix:
         tensor = self.source() if self.at_hand is None else self.at_hand
         if tuple(tensor.shape) != self.shape or tensor.dtype != self.dtype:
             raise ConfigError(
-                f"a matrix of {self.shape} {self.dtype} was announced, its source made {tuple(tensor.shape)} {tensor.dtype}"
+                f"a matrix of {self.shape} {self.dtype} was announced, "
+                f"its source made {tuple(tensor.shape)} {tensor.dtype}"
             )
         if not is_finite(tensor):
             raise NonFiniteError(f"a protected matrix of {self.shape} contains NaN or infinity; it was not sent")
@@ -134,6 +135,6 @@ def _check_rows(rows: torch.Tensor, inner: int) -> None:
         )
     if not is_finite(rows):
         raise NonFiniteError(
-            "the rows to be multiplied contain NaN or infinity; they were not sent. Lower the learning rate, or compute in "
-            "a wider dtype"
+            "the rows to be multiplied contain NaN or infinity; they were not sent. "
+            "Lower the learning rate, or compute in a wider dtype"
         )

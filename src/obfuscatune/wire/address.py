@@ -33,7 +33,7 @@ class TcpAddress:
 
     @property
     def is_loopback(self) -> bool:
-        """Whether nothing leaves this machine. Only for what the address itself says: no name but localhost is looked up."""
+        """Whether nothing leaves this machine. No name but localhost is taken for that."""
         if self.host == "localhost":
             return True
         try:

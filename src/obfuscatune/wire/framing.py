@@ -24,7 +24,8 @@ def recv_header(
 
     Args:
         deadline: for the first byte, and for the rest unless `rest_seconds` is given.
-        rest_seconds: time for the rest once the first byte is there: a peer may be silent, but not in the middle of a word.
+        rest_seconds: time for the rest once the first byte is there: a peer may be silent, but not in the middle of a
+            word.
 
     Raises:
         ConnectionLost: the peer closed between two messages.

@@ -1,4 +1,4 @@
-"""Every number of the wire protocol, with its unit and its reason. docs/spec/wire.md repeats the table; a test compares them."""
+"""Every number of the wire protocol, with unit and reason. docs/spec/wire.md has the same; a test compares them."""
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -8,13 +8,13 @@ VERSION = 1
 """The protocol version spoken here; also the only one."""
 
 MAX_DIM = 2**20
-"""Rows or columns of any matrix. Four times the largest vocabulary in use (262,144), and 1,048,576 tokens in one call."""
+"""Rows or columns of any matrix: four times the largest vocabulary in use (262,144)."""
 
 MAX_MATRIX_BYTES = 16 * GIB
 """Payload of a STORE or a PRODUCT. A Llama-3-70B head in float64 (128,256 x 8,192 x 8) takes 8.4 GB."""
 
 MAX_WINDOW_BYTES = 2 * GIB
-"""Payload of all MULTIPLY requests of one connection that await their reply: 4,096 tokens of a 57,344-wide MLP take 0.94 GB."""
+"""Payload of the MULTIPLY requests of one connection that await their reply: twice 4,096 rows of 57,344 float32."""
 
 MAX_IN_FLIGHT = 8
 """Requests of one connection that await their reply. Two hide the worker's latency; the rest is slack."""
@@ -23,13 +23,13 @@ MAX_ERROR_BYTES = 512
 """Text of an ERROR: a few lines of terminal."""
 
 CHUNK_BYTES = 4 * MIB
-"""Most bytes handed to one system call, so that a deadline is noticed within a chunk, and TLS works within the cache."""
+"""Most bytes handed to one system call, so that a deadline is noticed soon, and TLS works within the cache."""
 
 SOCKET_BUFFER_BYTES = 4 * MIB
 """SO_SNDBUF and SO_RCVBUF: a 512 x 2048 float32 matrix leaves the sender in one call."""
 
 HANDSHAKE_SECONDS = 10.0
-"""From the accepted connection to a complete HELLO. A stranger who connects and says nothing costs a thread no longer."""
+"""From the accepted connection to a complete HELLO: a stranger who says nothing costs a thread no longer."""
 
 IDLE_SECONDS = 3600.0
 """A session without a connection is forgotten after this. Longer than any restart of an enclave."""
@@ -38,7 +38,7 @@ MAX_CONNECTIONS = 256
 """Open connections of a worker, greeted or not: each takes two threads."""
 
 STALL_SECONDS = 120.0
-"""From the first byte of a message to its last, on the worker's side, besides what its size takes at the slowest rate."""
+"""From the first byte of a message to its last, at the worker, besides what its size takes at the slowest rate."""
 
 SLOWEST_BYTES_PER_SECOND = MIB
 """A link slower than 8 Mbit/s is taken for broken."""

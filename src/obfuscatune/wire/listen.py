@@ -72,6 +72,9 @@ def _bind(address: Address) -> socket.socket:
             sock.bind((address.host, address.port))
         sock.listen(BACKLOG)
         sock.setblocking(False)
+    except ConfigError:
+        sock.close()
+        raise
     except OSError as error:
         sock.close()
         raise ConfigError(f"cannot listen at {address}: {error.strerror or error}") from error

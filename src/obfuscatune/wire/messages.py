@@ -1,7 +1,8 @@
 """Messages as bytes and back. Pure: no socket, no file, no allocation beyond the message itself.
 
-Every message is a header of 56 bytes and a payload, whose length the header states. `FORMS` says for each type what it may
-carry; `Header.unpack` holds a header against its form and refuses everything else. docs/spec/wire.md has the same in words.
+Every message is a header of 56 bytes and a payload, whose length the header states. `FORMS` says for each type what
+it may carry; `Header.unpack` holds a header against its form and refuses everything else. docs/spec/wire.md has the
+same in words.
 """
 
 import struct

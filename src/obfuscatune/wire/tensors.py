@@ -36,8 +36,8 @@ def content_digest(tensor: torch.Tensor) -> bytes:
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether no element is NaN or infinite.
 
-    One pass for the sum, at memory speed: a NaN or an infinity never leaves a sum finite. A sum may overflow although every
-    element is finite, so only then each is looked at.
+    One pass for the sum, at memory speed: a NaN or an infinity never leaves a sum finite. A sum may overflow although
+        every element is finite, so only then each is looked at.
     """
     if tensor.dtype in (torch.float64, torch.float32):
         # numpy and not torch: as fast on one core, and it wakes no OpenMP threads that spin next to the worker's

@@ -1,8 +1,8 @@
 """TLS 1.3 with certificates pinned on both sides. No authority: each side knows the other's certificate beforehand.
 
-Two checks, either of which would do. OpenSSL verifies the chain with the pinned certificates as its only trust anchors; and
-after the handshake the SHA-256 of the peer's public key is compared with theirs, so that a pinned certificate that could
-sign others gains nothing by it.
+Two checks, either of which would do. OpenSSL verifies the chain with the pinned certificates as its only trust
+anchors; and after the handshake the SHA-256 of the peer's public key is compared with theirs, so that a pinned
+certificate that could sign others gains nothing by it.
 """
 
 import datetime

@@ -1,7 +1,7 @@
 """A TLS connection as a transport that one thread may read while another writes.
 
-OpenSSL forbids two threads in one connection at a time, and Python does not keep them apart. So each call into it is short
-(the socket never blocks) and made under a lock; the waiting is done outside of it.
+OpenSSL forbids two threads in one connection at a time, and Python does not keep them apart. So each call into it is
+short (the socket never blocks) and made under a lock; the waiting is done outside of it.
 """
 
 import select
@@ -34,7 +34,8 @@ class TlsTransport(SocketTransport):
         """Handshake, and check of the pin.
 
         Raises:
-            UntrustedPeer: the peer is not the one that is pinned, or does not take us for the one it pinned, or speaks no TLS.
+            UntrustedPeer: the peer is not the one that is pinned, or does not take us for the one it pinned, or
+                speaks no TLS.
             ConnectionLost, DeadlineExceeded: it went away, or does not answer.
         """
         self._wait(self._handshake, None, deadline)

@@ -1,8 +1,8 @@
-"""A transcript: all that a worker saw, in order, as it wrote it down. Read back by the parser that the wire itself uses.
+"""A transcript: all that a worker saw, in order, as it wrote it down. Read back by the parser of the wire itself.
 
-A folder with two files. `frames.bin`: every message exactly as it crossed the wire, one after the other; only the session id
-in each HELLO is zeroed, for it is a key. `index.jsonl`: one line per run of the worker that begins or ends, and per message
-where in frames.bin it lies:
+A folder with two files. `frames.bin`: every message exactly as it crossed the wire, one after the other; only the
+session id in each HELLO is zeroed, for it is a key. `index.jsonl`: one line per run of the worker that begins or
+ends, and per message where in frames.bin it lies:
 
     {"event": "begin", "version": 1}
     {"event": "request", "session": "3f2a90b1c4d5", "type": "MULTIPLY", "offset": 148, "length": 1572920}
@@ -18,9 +18,8 @@ from typing import Any, BinaryIO, Literal
 
 import torch
 
-from obfuscatune.wire.dtypes import DType
 from obfuscatune.wire.errors import ProtocolError, StorageError
-from obfuscatune.wire.messages import HEADER_BYTES, REPLIES, REQUESTS, Header
+from obfuscatune.wire.messages import FORMS, HEADER_BYTES, REPLIES, REQUESTS, Header
 from obfuscatune.wire.tensors import bytes_of
 
 INDEX = "index.jsonl"
@@ -101,7 +100,7 @@ def _entry(record: dict[str, Any], frames: BinaryIO, where: str) -> TranscriptEn
         header = Header.unpack(frames.read(HEADER_BYTES), expected=REQUESTS if direction == "request" else REPLIES)
         if header.payload_bytes != length - HEADER_BYTES:
             raise StorageError(f"{where}: {length} bytes, but the message has {HEADER_BYTES + header.payload_bytes}")
-        if header.dtype is DType.NONE or header.payload_bytes == 32:
+        if not FORMS[header.type].tensor_bytes:
             return TranscriptEntry(direction, session, header, _exactly(frames, header.payload_bytes, where), None)
         tensor = torch.empty(header.rows, header.cols, dtype=header.dtype.torch_dtype)
         if frames.readinto(bytes_of(tensor)) != header.payload_bytes:  # type: ignore[attr-defined]

@@ -25,7 +25,7 @@ class Transport(Protocol):
         """Send all bytes of all buffers, in order. Raises ConnectionLost, DeadlineExceeded."""
 
     def recv_into(self, view: memoryview, deadline: Deadline) -> int:
-        """Wait for at least one byte; how many came, 0 when the peer has closed. Raises ConnectionLost, DeadlineExceeded."""
+        """Wait for a byte or more; how many came, 0 at the end. Raises ConnectionLost, DeadlineExceeded."""
 
     def shutdown(self) -> None:
         """End the stream both ways: a call that waits in another thread returns or raises. Only `close` frees it."""
@@ -73,7 +73,7 @@ class SocketTransport:
         self._end(socket.SHUT_RDWR)
 
     def stop_reading(self) -> None:
-        """Make a `recv_into` that waits in another thread see the end of the stream; what is to be sent still goes out."""
+        """Make a `recv_into` that waits in another thread see the end of the stream; sending goes on."""
         self._end(socket.SHUT_RD)
 
     def close(self) -> None:

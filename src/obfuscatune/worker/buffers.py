@@ -1,6 +1,7 @@
 """Memory that a connection uses over and over.
 
-A fresh buffer of 33 MB costs 8,000 page faults, which take longer than to receive 33 MB into one that has been used before.
+A fresh buffer of 33 MB costs 8,000 page faults, which take longer than to receive 33 MB into one that has been used
+before.
 """
 
 import threading

@@ -1,7 +1,7 @@
 """One connection of an enclave: a thread that always reads, and one that answers in order.
 
-That the first never waits for the second is what a client relies on: with no more requests outstanding than WELCOME allows,
-it may send all of them before it reads a reply, and neither side waits for the other for ever.
+That the first never waits for the second is what a client relies on: with no more requests outstanding than WELCOME
+allows, it may send all of them before it reads a reply, and neither side waits for the other for ever.
 """
 
 import logging

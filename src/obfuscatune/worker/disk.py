@@ -1,7 +1,7 @@
 """Matrices on disk by their content, so that a second run need not upload them again.
 
-A file bears the SHA-256 of dtype, shape and elements as its name and holds the elements alone. It is checked whenever it is
-read, so the folder need not be trusted; whoever names a digest had the matrix, or was told by someone who had.
+A file bears the SHA-256 of dtype, shape and elements as its name and holds the elements alone. It is checked whenever
+it is read, so the folder need not be trusted; whoever names a digest had the matrix, or was told by someone who had.
 """
 
 import logging

@@ -68,7 +68,7 @@ class Intake:
                 raise TooManyInFlight(f"more than {MAX_WINDOW_BYTES} bytes of requests await their reply")
 
     def _matrix(self, header: Header, deadline: Deadline) -> Request | Reply:
-        """A STORE. Its room is claimed before memory is asked for; without room its bytes are thrown away as they come."""
+        """A STORE. Its room is claimed before memory is asked for; without room, its bytes are thrown away."""
         try:
             self._store.reserve(header.payload_bytes)
         except QuotaExceeded as error:

@@ -17,8 +17,8 @@ _REDACTED = Hello(bytes(32))
 class Recorder:
     """Appends messages to a transcript, from any thread, in one order.
 
-    After the first failure nothing more is recorded and every call raises: a worker that cannot record must stop, for what
-    it leaves must not pass for the whole.
+    After the first failure nothing more is recorded and every call raises: a worker that cannot record must stop, for
+        what it leaves must not pass for the whole.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Who is connected. A session outlives its connections by a while, so that an enclave that reconnects finds its matrices."""
+"""Who is connected. A session outlives its connections by a while: an enclave that comes back finds its matrices."""
 
 import hashlib
 import threading

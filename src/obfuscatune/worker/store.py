@@ -95,5 +95,6 @@ class MatrixStore:
         taken = self._taken()
         if taken + size > self.quota_bytes:
             raise QuotaExceeded(
-                f"{size} bytes do not fit: {taken} of {self.quota_bytes} are taken; raise --quota, or use --when-full evict"
+                f"{size} bytes do not fit: {taken} of {self.quota_bytes} are taken; "
+                "raise --quota, or use --when-full evict"
             )

@@ -1,0 +1,127 @@
+"""Each side refuses whom it has not pinned, and whoever speaks no TLS 1.3."""
+
+import socket
+import ssl
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tests.wire.peers import TEN_SECONDS, Accepting, identity, make_identities
+
+from obfuscatune.wire.address import parse_address
+from obfuscatune.wire.connect import connect
+from obfuscatune.wire.deadline import Deadline
+from obfuscatune.wire.errors import ConfigError, ConnectionLost, UntrustedPeer
+from obfuscatune.wire.listen import Listener
+from obfuscatune.wire.messages import Header, MessageType
+from obfuscatune.wire.tls import PinnedTls
+
+
+@pytest.fixture(scope="module")
+def identities(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_identities(tmp_path_factory.mktemp("identities"))
+
+
+def test_we_refuse_a_worker_that_is_not_pinned(identities: Path) -> None:
+    listener = Listener(
+        parse_address("tcp:127.0.0.1:0"), PinnedTls(identity(identities, "worker", "enclave"), server=True)
+    )
+    accepting = Accepting(listener)
+    with pytest.raises(UntrustedPeer):
+        connect(
+            listener.address,
+            Deadline(TEN_SECONDS),
+            PinnedTls(identity(identities, "enclave", "stranger"), server=False),
+        )
+    assert accepting.finish() is not None
+
+
+def test_the_worker_refuses_an_enclave_that_is_not_pinned(identities: Path) -> None:
+    listener = Listener(
+        parse_address("tcp:127.0.0.1:0"), PinnedTls(identity(identities, "worker", "stranger"), server=True)
+    )
+    accepting = Accepting(listener)
+    transport = connect(
+        listener.address, Deadline(TEN_SECONDS), PinnedTls(identity(identities, "enclave", "worker"), server=False)
+    )
+    try:
+        with pytest.raises((UntrustedPeer, ConnectionLost)):
+            while transport.recv_into(memoryview(bytearray(1)), Deadline(TEN_SECONDS)) == 0:
+                raise ConnectionLost("closed without a word")
+    finally:
+        transport.close()
+        error = accepting.finish()
+    assert isinstance(error, UntrustedPeer)
+
+
+def test_the_worker_refuses_an_enclave_without_a_certificate(identities: Path) -> None:
+    listener = Listener(
+        parse_address("tcp:127.0.0.1:0"), PinnedTls(identity(identities, "worker", "enclave"), server=True)
+    )
+    accepting = Accepting(listener)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    host, port = str(listener.address).split(":")[1:]
+    with socket.create_connection((host, int(port))) as plain, context.wrap_socket(plain) as sock:  # noqa: SIM117
+        with pytest.raises(ssl.SSLError):  # not earlier: TLS 1.3 finishes its handshake before the worker looks
+            sock.recv(1)
+    assert isinstance(accepting.finish(), UntrustedPeer)
+
+
+def test_the_worker_refuses_tls_1_2(identities: Path) -> None:
+    listener = Listener(
+        parse_address("tcp:127.0.0.1:0"), PinnedTls(identity(identities, "worker", "enclave"), server=True)
+    )
+    accepting = Accepting(listener)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.load_verify_locations(identities / "worker.cert")
+    context.load_cert_chain(identities / "enclave.cert", identities / "enclave.key")
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    host, port = str(listener.address).split(":")[1:]
+    with socket.create_connection((host, int(port))) as plain, pytest.raises((ssl.SSLError, ConnectionResetError)):
+        context.wrap_socket(plain)
+    assert isinstance(accepting.finish(), UntrustedPeer)
+
+
+def test_the_worker_refuses_a_plain_enclave(identities: Path) -> None:
+    listener = Listener(
+        parse_address("tcp:127.0.0.1:0"), PinnedTls(identity(identities, "worker", "enclave"), server=True)
+    )
+    accepting = Accepting(listener)
+    transport = connect(listener.address, Deadline(TEN_SECONDS))
+    transport.send([Header(MessageType.HELLO, payload_bytes=36).pack(), bytes(36)], Deadline(TEN_SECONDS))
+    assert isinstance(accepting.finish(), UntrustedPeer)
+    transport.close()
+
+
+def test_we_refuse_a_worker_without_tls(identities: Path) -> None:
+    listener = Listener(parse_address("tcp:127.0.0.1:0"))
+    answering = threading.Thread(target=_answer_in_clear, args=(listener,))
+    answering.start()
+    with pytest.raises(UntrustedPeer, match="no TLS"):
+        connect(
+            listener.address, Deadline(TEN_SECONDS), PinnedTls(identity(identities, "enclave", "worker"), server=False)
+        )
+    answering.join()
+    listener.close()
+
+
+def _answer_in_clear(listener: Listener) -> None:
+    transport = listener.accept()
+    assert transport is not None
+    transport.recv_into(memoryview(bytearray(4096)), Deadline(TEN_SECONDS))
+    transport.send([Header(MessageType.WELCOME, payload_bytes=32).pack(), bytes(32)], Deadline(TEN_SECONDS))
+    transport.close()
+
+
+@pytest.mark.parametrize("missing", ["certificate", "private_key", "peers"])
+def test_tls_files_that_cannot_be_used(missing: str, identities: Path, tmp_path: Path) -> None:
+    config = identity(identities, "enclave", "worker")
+    with pytest.raises(ConfigError):
+        PinnedTls(replace(config, **{missing: tmp_path / "absent"}), server=False)
+    (tmp_path / "junk").write_text("no certificate")
+    with pytest.raises(ConfigError):
+        PinnedTls(replace(config, **{missing: tmp_path / "junk"}), server=False)
