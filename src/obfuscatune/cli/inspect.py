@@ -106,13 +106,6 @@ def _layers_table(plan: "Plan", full: bool) -> "RenderableType":
     table.add_column("runs on")
     numbers = ("W (p x q)", "parameters", "crossings\nforward", "\nbackward", "bytes/token\nforward", "\nbackward")
     for heading in numbers:
-        "W (p x q)",
-        "parameters",
-        "crossings\nforward",
-        "\nbackward",
-        "bytes/token\nforward",
-        "\nbackward",
-    ):
         table.add_column(heading, justify="right")
 
     def add(name: str, layers: "tuple[LayerPlan, ...]") -> None:
