@@ -1,0 +1,129 @@
+"""A worker in memory, on the interface that sockets implement; it may do what no honest worker would."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import torch
+
+from obfuscatune.wire.deadline import Deadline
+from obfuscatune.wire.errors import ConnectionLost
+from obfuscatune.wire.messages import HEADER_BYTES, REQUESTS, Header, Hello, MessageType
+from obfuscatune.wire.transport import Buffer
+from obfuscatune.worker.answer import Answerer, Request
+from obfuscatune.worker.buffers import Buffers
+from obfuscatune.worker.compute import Computer
+from obfuscatune.worker.greeting import welcome
+from obfuscatune.worker.store import MatrixStore
+
+Mischief = Callable[[bytes], bytes | None]
+"""What is sent instead of a reply. None: nothing, ever again on this connection."""
+
+
+class MemoryWorker:
+    """What a worker holds. Call it for a connection, as `WorkerLink` does."""
+
+    def __init__(self, *, quota_bytes: int = 2**20, mischief: Mischief | None = None, times: int = 10**9) -> None:
+        """`mischief` befalls the first `times` products."""
+        self.store = MatrixStore(quota_bytes)
+        self.answerer = Answerer(self.store, Computer(torch.device("cpu")))
+        self.mischief = mischief
+        self.times = times
+        self.connections: list[MemoryTransport] = []
+        self.seen: list[Header] = []
+        self.greeting: Mischief | None = None
+        self.last_words = b""
+        """The last product that was sent as it should be."""
+
+    def __call__(self) -> MemoryTransport:
+        self.connections.append(MemoryTransport(self))
+        return self.connections[-1]
+
+
+class MemoryTransport:
+    """One connection: requests are answered as soon as they are whole; replies wait in a buffer."""
+
+    def __init__(self, worker: MemoryWorker) -> None:
+        self._worker = worker
+        self._session = b""
+        self._received = bytearray()
+        self._replies = bytearray()
+        self._mute = False
+        self.ended = False
+        """The peer's end: no more bytes will come."""
+        self.closed = False
+
+    def send(self, buffers: Sequence[Buffer], deadline: Deadline) -> None:
+        self._check_open()
+        for buffer in buffers:
+            self._received += buffer
+        while (request := self._next_request()) is not None:
+            self._answer(request)
+
+    def recv_into(self, view: memoryview, deadline: Deadline) -> int:
+        self._check_open()
+        if not self._replies:
+            if self.ended:
+                return 0
+            while True:
+                deadline.remaining()  # no thread here that could send: the time can only run out
+        came = min(len(view), len(self._replies))
+        view[:came] = self._replies[:came]
+        del self._replies[:came]
+        return came
+
+    def shutdown(self) -> None:
+        self.ended = True
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ConnectionLost("used after it was closed")
+
+    def _next_request(self) -> Request | None:
+        if len(self._received) < HEADER_BYTES:
+            return None
+        header = Header.unpack(self._received, expected=REQUESTS)
+        size = HEADER_BYTES + header.payload_bytes
+        if len(self._received) < size:
+            return None
+        payload = bytes(self._received[HEADER_BYTES:size])
+        del self._received[:size]
+        if header.type in (MessageType.STORE, MessageType.MULTIPLY):
+            flat = torch.frombuffer(bytearray(payload), dtype=header.dtype.torch_dtype)
+            return Request(header, tensor=flat.view(header.rows, header.cols))
+        return Request(header, payload)
+
+    def _answer(self, request: Request) -> None:
+        worker = self._worker
+        worker.seen.append(request.header)
+        if request.header.type is MessageType.HELLO:
+            self._session = hashlib.sha256(Hello.unpack(request.body).session_id).digest()
+            reply = welcome(worker.store.quota_bytes, worker.answerer.features)
+            self._say(reply.header.pack() + bytes(reply.payload), worker.greeting)
+            return
+        if request.header.type is MessageType.STORE:
+            worker.store.reserve(request.header.payload_bytes)
+        reply = worker.answerer.answer(self._session, request, Buffers())
+        data = reply.header.pack() + bytes(reply.payload)
+        mischief = None
+        if reply.header.type is MessageType.PRODUCT and worker.times > 0:
+            mischief = worker.mischief
+            worker.times -= mischief is not None
+        if mischief is None and reply.header.type is MessageType.PRODUCT:
+            worker.last_words = data
+        self._say(data, mischief)
+
+    def _say(self, data: bytes, mischief: Mischief | None) -> None:
+        if self._mute or self.ended:
+            return
+        said = data if mischief is None else mischief(data)
+        if said is None:
+            self._mute = True
+            return
+        self._replies += said
+        if mischief is not None and len(said) < len(data):
+            self.ended = True
