@@ -125,5 +125,5 @@ class MemoryTransport:
             self._mute = True
             return
         self._replies += said
-        if mischief is not None and len(said) < len(data):
-            self.ended = True
+        if len(said) < len(data) and data.startswith(said):
+            self.ended = True  # it hung up in the middle
