@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.profiler import record_function
 
 from obfuscatune.enclave.link import WorkerLink
 from obfuscatune.enclave.mixing import Mixer
@@ -33,21 +34,33 @@ class OffloadedProduct:
         """y = x W: (n, p) -> (n, q), in x's dtype and on its device."""
         if x.shape[0] == 0:
             return x.new_zeros(0, self._R_out.dim)
-        x_wide = _widen(x)
         A = self._mixer.draw(x.shape[0])
-        X_star = A.mix(self._R_in.apply(x_wide))  # (m, p)
-        Y_star = self._cross(X_star, x, transpose=False)  # (m, q)
-        return self._R_out.inverse(A.unmix(Y_star)).to(x.dtype)
+        with record_function("obfuscatune.rotate"):
+            rotated = self._R_in.apply(_widen(x))  # (n, p)
+        with record_function("obfuscatune.mix"):
+            X_star = A.mix(rotated)  # (m, p)
+        with record_function("obfuscatune.cross"):
+            Y_star = self._cross(X_star, x, transpose=False)  # (m, q)
+        with record_function("obfuscatune.mix"):
+            unmixed = A.unmix(Y_star)  # (n, q)
+        with record_function("obfuscatune.rotate"):
+            return self._R_out.inverse(unmixed).to(x.dtype)
 
     def backward(self, g: Tensor) -> Tensor:
         """dx = g Wᵀ: (n, q) -> (n, p), in g's dtype and on its device."""
         if g.shape[0] == 0:
             return g.new_zeros(0, self._R_in.dim)
-        g_wide = _widen(g)
         A = self._mixer.draw(g.shape[0])
-        G_star = A.mix(self._R_out.inverse_transpose(g_wide))  # (m, q)
-        D_star = self._cross(G_star, g, transpose=True)  # (m, p)
-        return self._R_in.apply_transpose(A.unmix(D_star)).to(g.dtype)
+        with record_function("obfuscatune.rotate"):
+            rotated = self._R_out.inverse_transpose(_widen(g))  # (n, q)
+        with record_function("obfuscatune.mix"):
+            G_star = A.mix(rotated)  # (m, q)
+        with record_function("obfuscatune.cross"):
+            D_star = self._cross(G_star, g, transpose=True)  # (m, p)
+        with record_function("obfuscatune.mix"):
+            unmixed = A.unmix(D_star)  # (n, p)
+        with record_function("obfuscatune.rotate"):
+            return self._R_in.apply_transpose(unmixed).to(g.dtype)
 
     def _cross(self, rows: Tensor, like: Tensor, *, transpose: bool) -> Tensor:
         """One request and its reply; the rows travel in the model's dtype, rounded once."""

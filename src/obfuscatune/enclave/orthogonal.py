@@ -38,6 +38,14 @@ def kronecker_columns(x: Tensor, Q_a: Tensor, Q_b: Tensor) -> Tensor:
     return torch.matmul(Q_a.T, inner.view(-1, a, b)).view(-1, a * b)  # across the groups
 
 
+def permute_columns(x: Tensor, permutation: Tensor) -> Tensor:
+    """x Π for x (n, p): column j of the result is column ``permutation[j]`` of x.
+
+    ``gather``, because ``index_select`` along the last dimension runs on one thread.
+    """
+    return torch.gather(x, 1, permutation.expand(x.shape))
+
+
 def covering_grid(size: int) -> tuple[int, int]:
     """The smallest near-square grid with at least ``size`` cells: a <= b, size <= a*b < size + a."""
     a = max(math.isqrt(size), 1)

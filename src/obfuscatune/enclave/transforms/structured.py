@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from obfuscatune.enclave.keys import SecretStream
-from obfuscatune.enclave.orthogonal import haar, inner_grid, kronecker_columns
+from obfuscatune.enclave.orthogonal import haar, inner_grid, kronecker_columns, permute_columns
 from obfuscatune.enclave.transforms.base import OrthogonalTransform
 
 DENSE_BELOW = 64  # up to here one dense factor costs no more than two small ones
@@ -52,23 +52,22 @@ class StructuredTransform(OrthogonalTransform):
 
     def _apply(self, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
         permutation, Q_a, Q_b, *rest = factors
-        x = torch.index_select(x, 1, permutation)
+        x = permute_columns(x, permutation)
         if len(self._pairs) == 1:
-            return torch.index_select(kronecker_columns(x, Q_a, Q_b), 1, rest[0])
+            return permute_columns(kronecker_columns(x, Q_a, Q_b), rest[0])
         between, Q_c, Q_d, last, *_ = rest
-        x = torch.index_select(self._on_first(x, Q_a, Q_b), 1, between)
-        return torch.index_select(self._on_last(x, Q_c, Q_d), 1, last)
+        x = permute_columns(self._on_first(x, Q_a, Q_b), between)
+        return permute_columns(self._on_last(x, Q_c, Q_d), last)
 
     def _inverse(self, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
         if len(self._pairs) == 1:
             _, Q_a, Q_b, _, undo_first, undo_last = factors
-            return torch.index_select(
-                kronecker_columns(torch.index_select(x, 1, undo_last), Q_a.T, Q_b.T), 1, undo_first
-            )
+            x = kronecker_columns(permute_columns(x, undo_last), Q_a.T, Q_b.T)
+            return permute_columns(x, undo_first)
         _, Q_a, Q_b, _, Q_c, Q_d, _, undo_first, undo_between, undo_last = factors
-        x = self._on_last(torch.index_select(x, 1, undo_last), Q_c.T, Q_d.T)
-        x = self._on_first(torch.index_select(x, 1, undo_between), Q_a.T, Q_b.T)
-        return torch.index_select(x, 1, undo_first)
+        x = self._on_last(permute_columns(x, undo_last), Q_c.T, Q_d.T)
+        x = self._on_first(permute_columns(x, undo_between), Q_a.T, Q_b.T)
+        return permute_columns(x, undo_first)
 
     def _on_first(self, x: Tensor, Q_a: Tensor, Q_b: Tensor) -> Tensor:
         covered, left_over = x[:, : self._covered], x[:, self._covered :]

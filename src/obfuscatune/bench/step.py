@@ -1,0 +1,208 @@
+"""``bench step``: a LoRA step protected and plain, in turn, in one run.
+
+Plain runs in its own process at its own best settings: before the contest it tries each way for OpenMP's threads to
+wait, and the fastest stays. Both sides get the same number of threads; while one works, the other sleeps in a read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from obfuscatune.version import __version__
+from obfuscatune.wire.errors import ConfigError
+
+OWN_WAITING: dict[str, str] = {}  # as ``settle_process`` sets it
+PLAIN_WAITING = {
+    "active": {"OMP_WAIT_POLICY": "ACTIVE"},
+    "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
+    "brief": OWN_WAITING,
+}
+CALIBRATION_STEPS = 3
+_WAITING_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class StepBench:
+    """What is measured. ``batch`` sequences of ``length`` tokens a step; ``rounds`` counted steps of each."""
+
+    shape: str = "gpt2"
+    layers: int | None = None
+    batch: int = 2
+    length: int = 256
+    threads: int = 2
+    rounds: int = 7
+    warmup: int = 2
+    profile: str = "private"
+
+    def run(self, progress: Progress) -> StepResult:
+        """Measure; several minutes at GPT-2's shapes.
+
+        Raises:
+            ConfigError: a contender could not be started, with what it said.
+        """
+        waiting = self._best_plain_waiting(progress)
+        with (
+            self._contender("plain", PLAIN_WAITING[waiting]) as plain,
+            self._contender("protected", OWN_WAITING) as protected,
+        ):
+            contenders = {"plain": plain, "protected": protected}
+            answers: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
+            for round_number in range(self.warmup + self.rounds):
+                for name, contender in contenders.items():
+                    answer = contender.step()
+                    progress(f"round {round_number + 1}/{self.warmup + self.rounds}: {name} {answer['seconds']:.3f} s")
+                    if round_number >= self.warmup:
+                        answers[name].append(answer)
+            spans = protected.profile()["spans"]
+        return StepResult(self, waiting, answers["plain"], answers["protected"], spans, machine())
+
+    def _best_plain_waiting(self, progress: Progress) -> str:
+        medians = {}
+        for name, environment in PLAIN_WAITING.items():
+            with self._contender("plain", environment) as plain:
+                plain.step()
+                medians[name] = statistics.median(plain.step()["seconds"] for _ in range(CALIBRATION_STEPS))
+            progress(f"plain, OpenMP waiting {name}: {medians[name]:.3f} s")
+        return min(medians, key=lambda name: medians[name])
+
+    def _contender(self, kind: str, waiting: dict[str, str]) -> Contender:
+        settings = {key: value for key, value in asdict(self).items() if key not in ("rounds", "warmup")}
+        return Contender({**settings, "kind": kind}, waiting)
+
+
+class Contender:
+    """The parent's side of a contender process."""
+
+    def __init__(self, settings: dict[str, Any], waiting: dict[str, str]) -> None:
+        inherited = {name: value for name, value in os.environ.items() if name not in _WAITING_VARIABLES}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "obfuscatune.bench.contender", json.dumps(settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**inherited, **waiting, "OMP_NUM_THREADS": str(settings["threads"])},
+        )
+        self._listen()
+
+    def step(self) -> dict[str, Any]:
+        """One timed step."""
+        return self._tell("step")
+
+    def profile(self) -> dict[str, Any]:
+        """One step under the profiler; its time is not to be compared."""
+        return self._tell("profile")
+
+    def _tell(self, word: str) -> dict[str, Any]:
+        if self._process.stdin is not None:
+            print(word, file=self._process.stdin, flush=True)
+        return self._listen()
+
+    def _listen(self) -> dict[str, Any]:
+        line = self._process.stdout.readline() if self._process.stdout is not None else ""
+        if not line:
+            raise ConfigError(f"a contender ended with status {self._process.wait()}; what it said stands above")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.communicate("quit\n")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What was measured; seconds and bytes."""
+
+    bench: StepBench
+    plain_waiting: str
+    plain: list[dict[str, Any]] = field(repr=False)
+    protected: list[dict[str, Any]] = field(repr=False)
+    spans: dict[str, float]
+    machine: dict[str, Any]
+
+    @property
+    def plain_seconds(self) -> float:
+        """Median of a plain step."""
+        return statistics.median(answer["seconds"] for answer in self.plain)
+
+    @property
+    def protected_seconds(self) -> float:
+        """Median of a protected step."""
+        return statistics.median(answer["seconds"] for answer in self.protected)
+
+    @property
+    def ratios(self) -> list[float]:
+        """Protected over plain, round by round: what drifts with the machine cancels."""
+        return [b["seconds"] / a["seconds"] for a, b in zip(self.plain, self.protected, strict=True)]
+
+    @property
+    def ratio(self) -> float:
+        """Median of the ratios."""
+        return statistics.median(self.ratios)
+
+    @property
+    def loss_difference(self) -> float:
+        """Largest difference between the losses of equal steps, in nats."""
+        return max(abs(a["loss"] - b["loss"]) for a, b in zip(self.plain, self.protected, strict=True))
+
+    @property
+    def breakdown(self) -> dict[str, float]:
+        """Where the median protected step goes, in seconds: shares of the profiled step, times the median."""
+        waiting = statistics.median(answer["waiting_seconds"] for answer in self.protected)
+        parts = {name: seconds for name, seconds in self.spans.items() if name != "cross"}
+        sending = max(self.spans.get("cross", 0.0) - waiting, 0.0)
+        named = {**parts, "send and check": sending, "worker and receiving": waiting}
+        return {**named, "model, LoRA and optimizer": max(self.protected_seconds - sum(named.values()), 0.0)}
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, for the file."""
+        return {
+            "bench": asdict(self.bench),
+            "plain_waiting": self.plain_waiting,
+            "plain_seconds": self.plain_seconds,
+            "protected_seconds": self.protected_seconds,
+            "ratio": self.ratio,
+            "ratios": self.ratios,
+            "loss_difference": self.loss_difference,
+            "breakdown_seconds": self.breakdown,
+            "crossings": self.protected[0]["crossings"],
+            "bytes": self.protected[0]["bytes"],
+            "peak_bytes": {"plain": self.plain[-1]["peak_bytes"], "enclave": self.protected[-1]["peak_bytes"]},
+            "machine": self.machine,
+            "rounds": {"plain": self.plain, "protected": self.protected},
+        }
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "obfuscatune": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123 - not a file of ours
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

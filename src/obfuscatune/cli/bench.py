@@ -1,0 +1,99 @@
+"""`obfuscatune bench`: protected and plain, timed in turn on this machine."""
+
+import json
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from obfuscatune.cli import options
+from obfuscatune.cli.options import option
+from obfuscatune.cli.output import notice, readable_bytes, write_json, write_text
+from obfuscatune.wire.errors import StorageError
+
+if TYPE_CHECKING:
+    from obfuscatune.bench.step import StepResult
+
+bench = typer.Typer(
+    name="bench",
+    help="Time protected work beside plain work on this machine.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+
+@bench.callback()
+def _group() -> None:
+    """Time protected work beside plain work on this machine."""
+
+
+@bench.command(epilog="Example: obfuscatune bench step --shape gpt2 --rounds 9 --out benchmarks/results")
+def step(
+    shape: Annotated[str, typer.Option(help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, … or a config.json.")] = "gpt2",
+    layers: Annotated[int | None, option("--layers", "Fewer blocks than the shape has.", default="all")] = None,
+    batch: Annotated[int, typer.Option(help="Sequences a step.", min=1)] = 2,
+    length: Annotated[int, typer.Option(help="Tokens a sequence.", min=2)] = 256,
+    threads: Annotated[int | None, option("--threads", "For every process.", default="all cores")] = None,
+    rounds: Annotated[int, typer.Option(help="Counted steps of each side.", min=1)] = 7,
+    profile: options.Profile = None,
+    out: Annotated[Path | None, option("--out", "Also write the figures to a JSON file in this folder.")] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Time a LoRA step (forward, backward, AdamW) protected and plain.
+
+    Each side has its own process and they take turns, so neither disturbs the other. Plain runs at its own best
+    setting of OpenMP's waiting, which is tried first. Weights are random: time does not depend on them.
+    """
+    from obfuscatune.bench.shapes import config_of
+    from obfuscatune.bench.step import StepBench
+    from obfuscatune.enclave.profiles import resolve
+
+    config_of(shape, layers)  # a wrong name fails here, not in a child process
+    resolve(profile or "private")
+    measured = StepBench(
+        shape=shape,
+        layers=layers,
+        batch=batch,
+        length=length,
+        threads=threads or os.cpu_count() or 1,
+        rounds=rounds,
+        profile=profile or "private",
+    ).run(notice)
+    if out is not None:
+        notice(f"written: {_write(measured, out)}")
+    if as_json:
+        write_json(measured.as_json())
+    else:
+        _print(measured)
+
+
+def _print(measured: "StepResult") -> None:
+    b, plain = measured.bench, measured.plain_seconds
+    depth = "all" if b.layers is None else str(b.layers)
+    write_text(f"LoRA step, {b.shape} ({depth} layers), batch {b.batch} x {b.length}, {b.threads} threads, float32")
+    write_text(f"  plain      {plain:7.3f} s   median of {b.rounds}; OpenMP waiting: {measured.plain_waiting}")
+    write_text(
+        f"  protected  {measured.protected_seconds:7.3f} s   profile {b.profile}; "
+        f"{measured.protected[0]['crossings']} crossings, {readable_bytes(measured.protected[0]['bytes'])} a step"
+    )
+    spread = f"{min(measured.ratios):.2f} to {max(measured.ratios):.2f}"
+    write_text(f"  ratio      {measured.ratio:7.2f}     round by round {spread}")
+    write_text(f"  largest difference of a loss: {measured.loss_difference:.1e}")
+    write_text("  where a protected step goes:")
+    for name, seconds in sorted(measured.breakdown.items(), key=lambda item: -item[1]):
+        write_text(f"    {seconds:7.3f} s  {seconds / measured.protected_seconds:5.1%}  {name}")
+
+
+def _write(measured: "StepResult", folder: Path) -> Path:
+    day = datetime.now(UTC).strftime("%Y-%m-%d")
+    depth = "" if measured.bench.layers is None else f"-{measured.bench.layers}-layers"
+    name = Path(measured.bench.shape).stem
+    path = folder / f"{day}-step-{name}{depth}-{measured.bench.profile}.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(measured.as_json(), indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}") from error
+    return path

@@ -1,0 +1,43 @@
+"""How a process of ours sets itself up, before torch is imported. Shared; imports nothing of the package.
+
+Two defaults cost a protected run dearly, because enclave and worker take turns on the same cores:
+
+- OpenMP threads that wait for work either spin, and take the core that the other process computes on, or sleep,
+  and must be woken at every operation. They should spin for about as long as the gap between two operations.
+- glibc gives each freed tensor of some size straight back to the kernel and faults it in again, page by page, at
+  the next allocation. Kept in the heap, it is there at once. (On other C libraries nothing is done.)
+"""
+
+import ctypes
+import os
+
+SPIN_COUNT = "20000"  # turns of libgomp's waiting loop, some 50 to 100 microseconds
+
+_M_TRIM_THRESHOLD = -1  # malloc.h
+_M_TOP_PAD = -2
+_M_MMAP_THRESHOLD = -3
+_M_ARENA_MAX = -8
+_KEEP_BELOW = 1 << 30  # bytes: blocks up to here come from the heap
+_KEEP_FREE = (1 << 31) - 1  # bytes at the heap's top that are not given back
+_GROW_BY = 64 << 20
+
+
+def settle_process() -> None:
+    """Spin briefly while waiting, and keep freed memory. What the environment says wins.
+
+    To be called before torch is imported, which reads the environment then.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+    _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    if any(name.startswith("MALLOC_") for name in os.environ) or "GLIBC_TUNABLES" in os.environ:
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _KEEP_BELOW)
+        mallopt(_M_TRIM_THRESHOLD, _KEEP_FREE)
+        mallopt(_M_TOP_PAD, _GROW_BY)
+        mallopt(_M_ARENA_MAX, 1)  # a thread's own arena could not hold a large block
