@@ -73,6 +73,9 @@ class MemoryTransport:
         del self._replies[:came]
         return came
 
+    def stop_sending(self) -> None:
+        self._mute = True
+
     def shutdown(self) -> None:
         self.ended = True
 

@@ -48,8 +48,9 @@ class Listener:
                 sock.close()
 
     def stop(self) -> None:
-        """Make `accept` return None."""
-        self._waker.send(b"x")
+        """Make `accept` return None. From any thread or signal handler, also when all is over."""
+        if self._waker.fileno() >= 0:
+            self._waker.send(b"x")
 
     def close(self) -> None:
         """Close, and remove the socket file."""

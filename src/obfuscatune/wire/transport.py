@@ -27,6 +27,9 @@ class Transport(Protocol):
     def recv_into(self, view: memoryview, deadline: Deadline) -> int:
         """Wait for a byte or more; how many came, 0 at the end. Raises ConnectionLost, DeadlineExceeded."""
 
+    def stop_sending(self) -> None:
+        """Nothing more will be sent: the peer sees the end after what was. Receiving goes on."""
+
     def shutdown(self) -> None:
         """End the stream both ways: a call that waits in another thread returns or raises. Only `close` frees it."""
 
@@ -67,6 +70,10 @@ class SocketTransport:
     def recv_into(self, view: memoryview, deadline: Deadline) -> int:
         """See `Transport.recv_into`."""
         return self._wait(self._read, view, deadline)
+
+    def stop_sending(self) -> None:
+        """See `Transport.stop_sending`."""
+        self._end(socket.SHUT_WR)
 
     def shutdown(self) -> None:
         """See `Transport.shutdown`."""

@@ -149,6 +149,7 @@ class Connection:
         scratch = memoryview(bytearray(CHUNK_BYTES))
         deadline = Deadline(LINGER_SECONDS)
         try:
+            self._transport.stop_sending()
             while self._transport.recv_into(scratch, deadline):
                 pass
         except WireError as error:

@@ -1,0 +1,118 @@
+"""A worker in this process, on a real socket; and raw clients of it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from obfuscatune.wire.address import UnixAddress
+from obfuscatune.wire.connect import connect
+from obfuscatune.wire.deadline import Deadline
+from obfuscatune.wire.framing import recv_body, recv_header, recv_payload, send_message
+from obfuscatune.wire.listen import Listener
+from obfuscatune.wire.messages import FORMS, REPLIES, Header, Hello, MessageType
+from obfuscatune.wire.tensors import bytes_of
+from obfuscatune.wire.transport import Buffer
+from obfuscatune.worker.answer import Answerer
+from obfuscatune.worker.compute import Computer
+from obfuscatune.worker.connection import Service
+from obfuscatune.worker.disk import ContentStore
+from obfuscatune.worker.recorder import Recorder
+from obfuscatune.worker.server import Server
+from obfuscatune.worker.sessions import Sessions
+from obfuscatune.worker.store import MatrixStore, WhenFull
+
+SECONDS = 20.0
+"""For anything here: far more than it takes, far less than for ever."""
+
+
+class Serving:
+    """What a test may look into while the worker serves."""
+
+    def __init__(self, address: UnixAddress, service: Service, server: Server) -> None:
+        self.address = address
+        self.service = service
+        self.server = server
+        self.store = service.answerer.store
+
+
+@contextmanager
+def serving(
+    folder: Path,
+    *,
+    quota_bytes: int = 2**24,
+    when_full: WhenFull = "refuse",
+    dtype: torch.dtype | None = None,
+    disk: Path | None = None,
+    record: Path | None = None,
+    max_sessions: int = 64,
+    idle_seconds: float = 3600,
+) -> Iterator[Serving]:
+    """A worker that listens in `folder`."""
+    store = MatrixStore(quota_bytes, when_full)
+    sessions = Sessions(max_sessions, store.forget_session, idle_seconds)
+    recorder = None if record is None else Recorder(record)
+    content = None if disk is None else ContentStore(disk)
+    listener = Listener(UnixAddress(folder / "worker.sock"))
+    answerer = Answerer(store, Computer(torch.device("cpu"), dtype), content)
+    service = Service(answerer, sessions, recorder, listener.stop)
+    server = Server(listener, service)
+    thread = threading.Thread(target=server.serve)
+    thread.start()
+    try:
+        yield Serving(UnixAddress(folder / "worker.sock"), service, server)
+    finally:
+        server.stop()
+        thread.join(SECONDS)
+        if recorder is not None:
+            recorder.close()
+    assert not thread.is_alive()
+
+
+class RawClient:
+    """Says whatever it is told to, and reads replies."""
+
+    def __init__(self, address: UnixAddress, session_id: bytes = bytes(32)) -> None:
+        self.transport = connect(address, Deadline(SECONDS))
+        self.session_id = session_id
+
+    def hello(self) -> Header:
+        """Greet; the reply."""
+        body = Hello(self.session_id).pack()
+        self.say(Header(MessageType.HELLO, payload_bytes=len(body)), body)
+        return self.reply()[0]
+
+    def say(self, header: Header, payload: Buffer = b"") -> None:
+        send_message(self.transport, header, payload, deadline=Deadline(SECONDS))
+
+    def raw(self, data: bytes) -> None:
+        self.transport.send([data], Deadline(SECONDS))
+
+    def reply(self) -> tuple[Header, bytes | torch.Tensor]:
+        header = recv_header(self.transport, REPLIES, deadline=Deadline(SECONDS))
+        if not FORMS[header.type].tensor_bytes:
+            return header, recv_body(self.transport, header, Deadline(SECONDS))
+        tensor = torch.empty(header.rows, header.cols, dtype=header.dtype.torch_dtype)
+        recv_payload(self.transport, bytes_of(tensor), Deadline(SECONDS))
+        return header, tensor
+
+    def ask(self, header: Header, payload: Buffer = b"") -> tuple[Header, bytes | torch.Tensor]:
+        self.say(header, payload)
+        return self.reply()
+
+    def at_end(self) -> bool:
+        """Whether the worker has closed the connection (waits for it)."""
+        return self.transport.recv_into(memoryview(bytearray(1)), Deadline(SECONDS)) == 0
+
+    def __enter__(self) -> RawClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.transport.close()

@@ -1,0 +1,127 @@
+"""What a worker holds: within its quota, each session apart, and on disk by content."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from obfuscatune.wire.errors import QuotaExceeded, StorageError, UnknownMatrix
+from obfuscatune.wire.tensors import content_digest
+from obfuscatune.worker.disk import ContentStore
+from obfuscatune.worker.store import MatrixStore
+
+A, B = b"session a", b"session b"
+SIZE = 400
+MATRIX = torch.ones(10, 10)
+
+
+def held(store: MatrixStore, *ids: bytes, session: bytes = A) -> None:
+    for matrix_id in ids:
+        store.reserve(SIZE)
+        store.put((session, matrix_id), MATRIX.clone(), reserved=SIZE)
+
+
+def holds(store: MatrixStore, matrix_id: bytes, session: bytes = A) -> bool:
+    try:
+        store.get((session, matrix_id))
+    except UnknownMatrix:
+        return False
+    return True
+
+
+def test_quota_refuses() -> None:
+    store = MatrixStore(2 * SIZE)
+    held(store, b"1", b"2")
+    with pytest.raises(QuotaExceeded, match="800 of 800"):
+        store.reserve(1)
+    store.forget((A, b"1"))
+    held(store, b"3")
+    assert store.held_bytes == 2 * SIZE
+
+
+def test_claims_count_until_they_are_given_back() -> None:
+    store = MatrixStore(2 * SIZE)
+    store.reserve(SIZE)
+    store.reserve(SIZE)
+    with pytest.raises(QuotaExceeded):
+        store.reserve(1)
+    store.release(SIZE)
+    store.reserve(SIZE)
+
+
+def test_evicts_what_was_not_used_for_longest() -> None:
+    store = MatrixStore(2 * SIZE, "evict")
+    held(store, b"1", b"2")
+    store.get((A, b"1"))
+    held(store, b"3")
+    assert [holds(store, matrix_id) for matrix_id in (b"1", b"2", b"3")] == [True, False, True]
+
+
+def test_what_can_never_fit_evicts_nothing() -> None:
+    store = MatrixStore(2 * SIZE, "evict")
+    held(store, b"1", b"2")
+    with pytest.raises(QuotaExceeded):
+        store.reserve(3 * SIZE)
+    assert holds(store, b"1")
+    assert holds(store, b"2")
+
+
+def test_a_matrix_replaces_the_one_of_the_same_id() -> None:
+    store = MatrixStore(2 * SIZE)
+    held(store, b"1", b"1", b"1")
+    assert store.held_bytes == SIZE
+
+
+def test_sessions_are_apart() -> None:
+    store = MatrixStore(10 * SIZE)
+    held(store, b"1")
+    assert not holds(store, b"1", session=B)
+    store.forget((B, b"1"))
+    store.forget_session(B)
+    assert holds(store, b"1")
+    held(store, b"1", session=B)
+    store.forget_session(A)
+    assert holds(store, b"1", session=B)
+    assert not holds(store, b"1")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_content_comes_back(dtype: torch.dtype, tmp_path: Path) -> None:
+    matrix = torch.randn(5, 7, generator=torch.Generator().manual_seed(1)).to(dtype)
+    ContentStore(tmp_path).save(matrix)
+    again = ContentStore(tmp_path).load(content_digest(matrix), (5, 7), dtype)
+    assert again is not None
+    assert torch.equal(again, matrix)
+    (file,) = tmp_path.iterdir()
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "grow"])
+def test_damaged_content_is_removed(damage: str, tmp_path: Path) -> None:
+    store = ContentStore(tmp_path)
+    store.save(MATRIX)
+    (file,) = tmp_path.iterdir()
+    data = bytearray(file.read_bytes())
+    if damage == "flip":
+        data[200] ^= 1
+    file.write_bytes({"flip": data, "cut": data[:-4], "grow": data + b"0"}[damage])
+    assert store.load(content_digest(MATRIX), (10, 10), MATRIX.dtype) is None
+    assert not file.exists()
+
+
+def test_the_same_bytes_in_another_shape_are_other_content(tmp_path: Path) -> None:
+    store = ContentStore(tmp_path)
+    store.save(MATRIX)
+    assert store.load(content_digest(MATRIX.view(5, 20)), (5, 20), MATRIX.dtype) is None
+
+
+def test_absent_content(tmp_path: Path) -> None:
+    assert ContentStore(tmp_path).load(bytes(32), (1, 1), torch.float32) is None
+
+
+def test_a_folder_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError):
+        ContentStore(tmp_path / "file")
