@@ -1,0 +1,11 @@
+"""The demo: the embedded model learns private notes, protected and plain, and both are laid side by side.
+
+    recipe    seed               -> the settings of both runs, and what counts as success
+    folder    a path             -> an empty place for what the demo writes, or a refusal
+    side      a model            -> answers before, training, answers after
+    compare   two sides          -> differences, and whether they are within the tolerances
+    result    all of it          -> result.json
+    page      all of it          -> report.html
+
+Showing it on a terminal is the command's part (cli/demo.py).
+"""

@@ -1,0 +1,35 @@
+"""What a run's times depend on: versions, processor, threads. No host name, and nothing of the user's."""
+
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+_PACKAGES = ("torch", "transformers", "peft")
+
+
+def environment() -> dict[str, str]:
+    """Names and values, in the order in which they are shown."""
+    import torch
+
+    from obfuscatune.version import __version__
+
+    return {
+        "obfuscatune": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in _PACKAGES},
+        "processor": _processor(),
+        "cores": str(len(os.sched_getaffinity(0))),
+        "torch threads": str(torch.get_num_threads()),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _processor() -> str:
+    """The kernel's name for it, which `platform.processor()` does not give on Linux."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
