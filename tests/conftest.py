@@ -1,0 +1,42 @@
+"""What all tests share: one worker process for the session, and quiet libraries."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from obfuscatune.enclave.local import LocalWorker
+
+os.environ.update(
+    OMP_NUM_THREADS="1",  # the models are tiny: threads that wait for each other cost ten times what they save
+    HF_HUB_OFFLINE="1",  # nothing is fetched: what a test needs is made by it or lies in ../shared
+    TRANSFORMERS_VERBOSITY="error",
+    TRANSFORMERS_NO_ADVISORY_WARNINGS="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    TOKENIZERS_PARALLELISM="false",
+)
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def worker() -> Iterator[LocalWorker]:
+    """A worker process. Every protected model opens a session of its own with it."""
+    from obfuscatune import local_worker
+
+    with local_worker(threads=1) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def stories260k() -> Path:
+    """Directory of a real pre-trained model of 260,032 parameters."""
+    directory = SHARED / "models" / "stories260K"
+    if not directory.is_dir():
+        pytest.skip("the pre-trained model ../shared/models/stories260K is not on this machine")
+    return directory
