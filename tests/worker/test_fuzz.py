@@ -1,0 +1,126 @@
+"""Ten thousand mutated requests: typed errors or requests within the limits, and no memory on a stranger's word."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from obfuscatune.wire.deadline import Deadline
+from obfuscatune.wire.dtypes import DType
+from obfuscatune.wire.errors import WireError
+from obfuscatune.wire.limits import MAX_WINDOW_BYTES
+from obfuscatune.wire.messages import HEADER_BYTES, Header, Hello, MessageType
+from obfuscatune.wire.transport import Buffer
+from obfuscatune.worker import buffers as buffers_module
+from obfuscatune.worker.answer import Answerer, Request
+from obfuscatune.worker.buffers import Buffers
+from obfuscatune.worker.compute import Computer
+from obfuscatune.worker.connection import Connection, Service
+from obfuscatune.worker.intake import Intake
+from obfuscatune.worker.sessions import Sessions
+from obfuscatune.worker.store import MatrixStore
+
+ID = bytes(range(1, 17))
+X = torch.arange(6, dtype=torch.float32).reshape(2, 3)
+QUOTA = 2**20
+HELLO = Header(MessageType.HELLO, payload_bytes=36).pack() + Hello(bytes(32)).pack()
+REQUESTS = [
+    Header(MessageType.OFFER, 1, ID, DType.FLOAT32, 2, 3, 32).pack() + bytes(32),
+    Header(MessageType.STORE, 2, ID, DType.FLOAT32, 2, 3, 24).pack() + X.numpy().tobytes(),
+    Header(MessageType.MULTIPLY, 3, ID, DType.FLOAT32, 2, 2, 16, DType.BFLOAT16).pack() + bytes(16),
+    Header(MessageType.FORGET, 4, ID).pack(),
+]
+
+
+class Tape:
+    """A transport that plays bytes, and keeps what is said to it."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = memoryview(data)
+        self.said = bytearray()
+        self.closed = False
+
+    def send(self, buffers: Sequence[Buffer], deadline: Deadline) -> None:
+        for buffer in buffers:
+            self.said += buffer
+
+    def recv_into(self, view: memoryview, deadline: Deadline) -> int:
+        came = min(len(view), len(self._data))
+        view[:came] = self._data[:came]
+        self._data = self._data[came:]
+        return came
+
+    def stop_sending(self) -> None:
+        pass
+
+    def shutdown(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def mutated(data: bytes, dice: random.Random) -> bytes:
+    """One to four changes, half of them in a header."""
+    changed = bytearray(data)
+    for _ in range(dice.randint(1, 4)):
+        at = dice.randrange(min(HEADER_BYTES, len(changed)) if dice.random() < 0.5 else len(changed))
+        kind = dice.randrange(5)
+        if kind == 0:
+            changed[at] ^= 1 << dice.randrange(8)
+        elif kind == 1:
+            changed[at] = dice.choice([0, 1, 0x7F, 0x80, 0xFF])
+        elif kind == 2 and len(changed) > 16:
+            del changed[at : at + dice.randint(1, 8)]
+        elif kind == 3:
+            changed[at:at] = changed[at : at + dice.randint(1, 8)]
+        else:
+            changed[at:at] = dice.randbytes(dice.randint(1, 8))
+    return bytes(changed)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes of each buffer asked for. None of them is really had: the largest is as large as all is allowed to be."""
+    sizes: list[int] = []
+    take = buffers_module.Buffers._take
+
+    def counting(self: Buffers, size: int) -> torch.Tensor:
+        sizes.append(size)
+        return take(self, size)
+
+    monkeypatch.setattr(buffers_module.Buffers, "_take", counting)
+    return sizes
+
+
+def test_the_intake(asked: list[int]) -> None:
+    dice = random.Random(20261123)
+    refused = 0
+    for _ in range(10_000):
+        asked.clear()
+        store = MatrixStore(QUOTA)
+        intake = Intake(Tape(mutated(dice.choice(REQUESTS), dice)), store, Buffers())
+        try:
+            for _ in range(10):
+                item = intake.next()
+                if isinstance(item, Request) and item.header.type is MessageType.STORE:
+                    store.release(item.header.payload_bytes)
+        except WireError:
+            refused += 1
+        assert sum(asked) <= MAX_WINDOW_BYTES
+        assert store.held_bytes == 0  # no claim is left behind
+    assert refused == 10_000  # if only because the tape ends
+
+
+def test_whole_connections() -> None:
+    dice = random.Random(20261123)
+    for _ in range(1_000):
+        store = MatrixStore(QUOTA)
+        service = Service(Answerer(store, Computer(torch.device("cpu"))), Sessions(4, store.forget_session))
+        tape = Tape(HELLO + mutated(b"".join(REQUESTS), dice) if dice.random() < 0.9 else mutated(HELLO, dice))
+        Connection(tape, service).serve()
+        assert tape.closed
+        assert store._reserved_bytes == 0
