@@ -1,0 +1,27 @@
+"""A real model, and the question sets that lie beside the project."""
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@pytest.fixture(scope="session")
+def shared_data(pytestconfig: pytest.Config) -> Path:
+    """The public question sets."""
+    directory = pytestconfig.rootpath.parent / "shared" / "data"
+    if not directory.is_dir():
+        pytest.skip("the question sets ../shared/data are not on this machine")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def model(stories260k: Path) -> PreTrainedModel:
+    """A model that has learned to write stories for children."""
+    return AutoModelForCausalLM.from_pretrained(stories260k).eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(stories260k: Path) -> PreTrainedTokenizerBase:
+    """Its tokenizer."""
+    return AutoTokenizer.from_pretrained(stories260k)
