@@ -161,7 +161,8 @@ def _tell(result: "Result", out: Path) -> None:
                 f"FAILED  {check.name}: {check.measured:.3g}, the limit is {check.limit:.3g}", style="bold red"
             )
     if result.passed:
-        console.print("Neither model nor text went to the worker in the clear, and both runs agree.", style="bold green")
+        said = "Neither model nor text went to the worker in the clear, and both runs agree."
+        console.print(said, style="bold green")
     console.print()
     console.print(f"report     {out / REPORT}", soft_wrap=True)
     console.print(f"adapters   {result.protected.adapter}  {result.plain.adapter}", soft_wrap=True)

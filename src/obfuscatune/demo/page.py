@@ -41,9 +41,9 @@ def _verdict(result: Result) -> Verdict:
     if failed:
         return Verdict(f"Something is not as it should be. {'; '.join(failed)}.", "bad")
     return Verdict(
-        "Neither model nor text was sent to the worker in the clear, and the result is the same: no step's loss differs "
-        f"by more than {format_small(result.differences.loss)}, and {result.same_answers} of {len(result.questions)} "
-        "answers are equal.",
+        "Neither model nor text was sent to the worker in the clear, and the result is the same: no step's loss "
+        f"differs by more than {format_small(result.differences.loss)}, and {result.same_answers} of "
+        f"{len(result.questions)} answers are equal.",
         "good",
     )
 
@@ -71,12 +71,12 @@ def _losses(result: Result) -> Chart:
     return Chart(
         "Training loss",
         [
-            Series("protected", _by_step(result.protected.losses)),
-            Series("plain", _by_step(result.plain.losses), dashed=True),
+            Series("protected", _by_step(result.protected.losses), wide=True),
+            Series("plain", _by_step(result.plain.losses)),
         ],
         x_label="step",
         y_label="nats per token",
-        caption="Where only the dashes of one colour on the other show, the curves coincide.",
+        caption="The thin curve is drawn on the wide one.",
     )
 
 
@@ -87,7 +87,7 @@ def _differences(result: Result) -> Chart:
         "Difference of the two losses",
         [Series("|protected − plain|", _by_step(result.differences.losses))],
         x_label="step",
-        y_label="nats per token, logarithmic",
+        y_label="nats per token",
         caption=f"Float32 rounds each number by up to 6e-08 of itself.{gaps}",
         log_y=True,
     )

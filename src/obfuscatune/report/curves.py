@@ -8,17 +8,17 @@ from itertools import groupby
 
 from obfuscatune.report.ticks import Axis, linear_axis, log_axis
 
-WIDTH, HEIGHT = 720, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 40, 46
+WIDTH, HEIGHT = 540, 290
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 48, 48
 _COLOURS = 4
 
 STYLE = """
 .chart { width: 100%; height: auto; display: block; }
-.chart text { font-size: 12px; fill: var(--quiet); }
+.chart text { font-size: 13px; fill: var(--quiet); }
 .chart .grid { stroke: var(--line); stroke-width: 1; }
 .chart .axis { stroke: var(--quiet); stroke-width: 1; }
 .chart .curve { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
-.chart .dashed { stroke-dasharray: 3 6; stroke-width: 3; }
+.chart .wide { stroke-width: 8; stroke-opacity: 0.4; }
 .chart .mark { stroke: none; }
 .chart .s0 { stroke: var(--s0); } .chart .s1 { stroke: var(--s1); }
 .chart .s2 { stroke: var(--s2); } .chart .s3 { stroke: var(--s3); }
@@ -30,11 +30,11 @@ STYLE = """
 
 @dataclass(frozen=True)
 class Series:
-    """One curve: points (x, y). `dashed` lets the curve beneath it be seen where the two coincide."""
+    """One curve: points (x, y). A `wide` one is a pale band, on which another that coincides with it can be seen."""
 
     label: str
     points: tuple[tuple[float, float], ...]
-    dashed: bool = False
+    wide: bool = False
 
 
 def line_chart(series: Sequence[Series], *, title: str, x_label: str, y_label: str, log_y: bool = False) -> str:
@@ -57,7 +57,7 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str, y_label: s
         *_legend(series),
     ]
     for index, one in enumerate(series):
-        parts += _curve(frame, one, f"s{index % _COLOURS}")
+        parts += _curve(frame, one, index)
     parts.append("</svg>")
     return "\n".join(parts)
 
@@ -91,29 +91,29 @@ def _axes(frame: _Frame, x_label: str, y_label: str) -> Iterator[str]:
         yield f'<text x="{x}" y="{floor + 19}" text-anchor="middle">{escape(label)}</text>'
     yield f'<line class="axis" x1="{_LEFT}" y1="{floor}" x2="{right}" y2="{floor}"/>'
     yield f'<text x="{(_LEFT + right) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_label)}</text>'
-    yield f'<text x="4" y="{_TOP - 20}">{escape(y_label)}</text>'
+    yield f'<text x="0" y="18">{escape(y_label)}</text>'
 
 
 def _legend(series: Sequence[Series]) -> Iterator[str]:
-    """In the top right corner, the last label ending at the edge."""
+    """In the top right corner: each label before a stroke of its curve."""
     end = float(WIDTH - _RIGHT)
     for index, one in reversed(list(enumerate(series))):
-        y = _TOP - 24
-        yield f'<text x="{end}" y="{y + 4}" text-anchor="end">{escape(one.label)}</text>'
-        end -= 6.6 * len(one.label) + 8  # about the width of a letter at this size
-        dashed = " dashed" if one.dashed else ""
-        yield f'<line class="curve s{index % _COLOURS}{dashed}" x1="{end - 24:.0f}" y1="{y}" x2="{end:.0f}" y2="{y}"/>'
-        end -= 24 + 20
+        yield f'<line class="{_classes(one, index)}" x1="{end - 20:.0f}" y1="14" x2="{end:.0f}" y2="14"/>'
+        yield f'<text x="{end - 28:.0f}" y="18" text-anchor="end">{escape(one.label)}</text>'
+        end -= 28 + 7.5 * len(one.label) + 18  # a letter is about so wide
 
 
-def _curve(frame: _Frame, one: Series, colour: str) -> Iterator[str]:
-    dashed = " dashed" if one.dashed else ""
+def _curve(frame: _Frame, one: Series, index: int) -> Iterator[str]:
     for shown, stretch in groupby(one.points, key=frame.shows):
         if not shown:
             continue
         places = [(frame.x(x), frame.y(y)) for x, y in stretch]
         if len(places) == 1:
-            yield f'<circle class="mark {colour}" cx="{places[0][0]}" cy="{places[0][1]}" r="2"/>'
+            yield f'<circle class="mark s{index % _COLOURS}" cx="{places[0][0]}" cy="{places[0][1]}" r="2"/>'
         else:
             points = " ".join(f"{x},{y}" for x, y in places)
-            yield f'<polyline class="curve {colour}{dashed}" points="{points}"/>'
+            yield f'<polyline class="{_classes(one, index)}" points="{points}"/>'
+
+
+def _classes(one: Series, index: int) -> str:
+    return f"curve s{index % _COLOURS}{' wide' if one.wide else ''}"

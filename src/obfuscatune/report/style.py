@@ -31,7 +31,7 @@ figure { margin: 0; }
 .verdict { padding: 12px 16px; margin: 0 0 16px; border-radius: 10px; font-weight: 600; }
 .verdict.good { color: var(--good); background: var(--good-back); }
 .verdict.bad { color: var(--bad); background: var(--bad-back); }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(165px, 1fr)); gap: 12px; margin: 0 0 16px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(215px, 1fr)); gap: 12px; margin: 0 0 16px; }
 .card { padding: 14px 16px; }
 .card .value { font-size: 23px; font-weight: 650; letter-spacing: -0.01em; font-variant-numeric: tabular-nums; }
 .card .label { color: var(--quiet); font-size: 13px; }
