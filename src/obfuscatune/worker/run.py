@@ -45,6 +45,9 @@ def run(options: WorkerOptions) -> int:
     address = parse_address(options.listen)
     tls = _tls(options)
     check_tls(address, tls=tls is not None, plain_tcp=options.unsafe_plain_tcp)
+    for option, value in (("--threads", options.threads), ("--max-sessions", options.max_sessions)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{option} {value}: 1 or more")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     store = MatrixStore(_quota(options.quota), _chosen(POLICIES, options.when_full, "--when-full"))

@@ -1,0 +1,72 @@
+"""A real worker process that is killed again and again costs nothing but time."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from obfuscatune.enclave.link import RetryPolicy, WorkerLink
+from obfuscatune.enclave.local import local_worker
+from obfuscatune.wire.errors import ConnectionLost
+
+KILLS = 10
+ID = bytes(range(1, 17))
+
+
+def test_killed_ten_times_and_every_product_is_exact() -> None:
+    """SIGKILL at any moment: before, in the middle of, and between requests of 1.2 MB, several of them in flight."""
+    generator = torch.Generator().manual_seed(1)
+    W = torch.randint(-8, 8, (300, 400), generator=generator).double()  # whole numbers: exact in any order of summation
+    rows = torch.randint(-8, 8, (500, 300), generator=generator).double()
+    expected = rows @ W
+    served, over = threading.Event(), threading.Event()
+
+    def kill() -> None:
+        try:
+            for _ in range(KILLS):
+                served.wait()
+                worker.restart()
+                served.clear()  # what comes from here on, the new one has served
+        finally:
+            over.set()
+
+    retry = RetryPolicy(longest_backoff_s=0.1)  # only to be quicker: the worker is back after seconds
+    with local_worker(threads=1) as worker, WorkerLink.open(worker.address, retry=retry) as link:
+        link.store(ID, lambda: W, shape=(300, 400), dtype=W.dtype)
+        killer = threading.Thread(target=kill)
+        killer.start()
+        number = 0
+        while not over.is_set():
+            pendings = [(factor, link.submit(ID, rows * factor, transpose=False)) for factor in (1, 2, 3)]
+            for factor, pending in pendings:
+                assert torch.equal(pending.result(), expected * factor)
+                number += 1
+                served.set()
+        killer.join()
+        assert torch.equal(link.multiply(ID, rows, transpose=False), expected)
+        assert link.stats.crossings == number + 1
+        assert link.stats.reconnects >= KILLS
+        assert link.stats.uploads >= KILLS
+
+
+def test_a_worker_that_does_not_start_says_why() -> None:
+    with (
+        pytest.raises(ConnectionLost, match=r"did not start; its last words: .*is no size"),
+        local_worker(extra=("--quota", "x")),
+    ):
+        pass
+
+
+def test_a_local_worker_leaves_nothing_behind() -> None:
+    from obfuscatune.wire.address import UnixAddress, parse_address
+
+    with local_worker(threads=1) as worker:
+        address = parse_address(worker.address)
+        assert isinstance(address, UnixAddress)
+        assert address.path.parent.stat().st_mode & 0o777 == 0o700
+        with WorkerLink.open(worker.address, retry=RetryPolicy(patience_s=1)):
+            pass
+    assert worker.process.returncode == 0
+    assert not address.path.parent.exists()
