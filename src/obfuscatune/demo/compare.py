@@ -1,5 +1,6 @@
 """The two sides against each other, and whether they agree."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ class Differences:
     @property
     def loss(self) -> float:
         """Largest of any step."""
-        return max(self.losses)
+        return _largest(self.losses)
 
 
 def compare_sides(protected: Side, plain: Side) -> Differences:
@@ -79,5 +80,10 @@ def _compare_adapters(one: Path, other: Path) -> tuple[float, float]:
     a, b = (load_tensors((folder / WEIGHTS).read_bytes()) for folder in (one, other))
     if {name: it.shape for name, it in a.items()} != {name: it.shape for name, it in b.items()}:
         raise ModelFileError(f"{one} and {other} are not adapters of the same layers")
-    difference = max((a[name] - b[name]).abs().max().item() for name in a)
-    return difference, max(it.abs().max().item() for it in b.values())
+    difference = _largest([(a[name] - b[name]).abs().max().item() for name in a])
+    return difference, _largest([it.abs().max().item() for it in b.values()])
+
+
+def _largest(values: Sequence[float]) -> float:
+    """The maximum, or NaN if there is any: Python's `max` would pass over it."""
+    return max(values, key=lambda value: math.inf if math.isnan(value) else value)

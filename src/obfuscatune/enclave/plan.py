@@ -249,11 +249,8 @@ def _what_stays(
     left: Counter[tuple[str, tuple[int, ...]]] = Counter()
     for name, parameter in model.named_parameters():  # each once, though it be tied to others
         path, _, leaf = name.rpartition(".")
-        if path in in_enclave:
-            if leaf == "bias":
-                counts["biases"] += parameter.numel()
-            elif in_enclave[path]:
-                counts["first_blocks"] += parameter.numel()
+        if leaf == "weight" and path in in_enclave:
+            counts["first_blocks"] += parameter.numel() if in_enclave[path] else 0
             continue
         in_block = name.startswith(stems)
         kind = _kind(model.get_submodule(path), leaf, in_block)

@@ -1,0 +1,104 @@
+"""Sides that differ are seen to differ, each in its own check."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from obfuscatune.demo.compare import check, compare_sides
+from obfuscatune.demo.recipe import LOSS_TOLERANCE, WEIGHT_TOLERANCE, Plan
+from obfuscatune.demo.side import Seconds, Side
+from obfuscatune.evaluation.results import Metric, Verdict
+from obfuscatune.tuning.adapter import WEIGHTS
+from obfuscatune.tuning.loop import StepEvent
+from obfuscatune.wire.errors import ModelFileError
+
+FULL = Plan(seed=0, quick=False)
+
+
+def step(number, loss):
+    return StepEvent(step=number, epoch=1, loss=loss, lr=0.1, grad_norm=1.0, tokens=10, seconds=0.1)
+
+
+def metric(right, answers=None, margin=1.0):
+    answers = answers or ["x"] * 10
+    return Metric("exact_match", tuple(Verdict(a, index < right, margin) for index, a in enumerate(answers)))
+
+
+def adapter(folder, **weights):
+    folder.mkdir(exist_ok=True)
+    (folder / WEIGHTS).write_bytes(save({name: torch.tensor(values) for name, values in weights.items()}))
+    return folder
+
+
+@pytest.fixture
+def sides(tmp_path):
+    steps = (step(1, 7.0), step(2, 1.0))
+    seconds = Seconds(1.0, 1.0, 1.0, 1.0)
+    made = [
+        Side(name, metric(0), metric(9), steps, adapter(tmp_path / name, a=[0.5, -2.0]), seconds, None)
+        for name in ("protected", "plain")
+    ]
+    return tuple(made)
+
+
+def failed(protected, plain, plan=FULL):
+    return [it.name for it in check(plan, protected, plain, compare_sides(protected, plain)) if not it.passed]
+
+
+def test_equal_sides_pass(sides):
+    assert failed(*sides) == []
+    differences = compare_sides(*sides)
+    assert (differences.loss, differences.weight, differences.largest_weight) == (0.0, 0.0, 2.0)
+
+
+def test_one_step_of_another_loss_fails(sides):
+    protected, plain = sides
+    apart = replace(protected, steps=(step(1, 7.0 + 2 * LOSS_TOLERANCE), step(2, 1.0)))
+    assert failed(apart, plain) == ["largest loss difference"]
+
+
+def test_one_other_weight_fails(sides, tmp_path):
+    protected, plain = sides
+    apart = replace(protected, adapter=adapter(tmp_path / "other", a=[0.5, -2.0 + 2 * WEIGHT_TOLERANCE]))
+    assert failed(apart, plain) == ["largest adapter weight difference"]
+
+
+def test_another_answer_fails_unless_it_is_a_tie(sides):
+    protected, plain = sides
+    answers = ["y"] + ["x"] * 9
+    apart = replace(protected, after=metric(9, answers))
+    assert failed(apart, plain) == ["questions answered differently, ties aside"]
+    tied = replace(protected, after=metric(9, answers, margin=1e-6))
+    assert failed(tied, plain) == []
+
+
+def test_too_few_right_answers_fail_on_each_side(sides):
+    protected, plain = (replace(side, after=metric(7)) for side in sides)
+    assert failed(protected, plain) == ["accuracy after, protected", "accuracy after, plain"]
+    assert failed(protected, plain, Plan(seed=0, quick=True)) == []
+
+
+def test_a_nan_passes_nothing(sides):
+    protected, plain = sides
+    apart = replace(protected, steps=(step(1, float("nan")), step(2, 1.0)))
+    assert failed(apart, plain) == ["largest loss difference"]
+
+
+def test_nan_in_a_later_step_passes_nothing(sides):
+    protected, plain = sides
+    apart = replace(protected, steps=(step(1, 7.0), step(2, float("nan"))))
+    assert failed(apart, plain) == ["largest loss difference"]
+
+
+def test_nan_weights_pass_nothing(sides, tmp_path):
+    protected, plain = sides
+    apart = replace(protected, adapter=adapter(tmp_path / "other", a=[0.5, float("nan")]))
+    assert failed(apart, plain) == ["largest adapter weight difference"]
+
+
+def test_adapters_of_other_layers_are_refused(sides, tmp_path):
+    protected, plain = sides
+    with pytest.raises(ModelFileError, match="not adapters of the same layers"):
+        compare_sides(replace(protected, adapter=adapter(tmp_path / "other", b=[0.5, -2.0])), plain)

@@ -1,0 +1,62 @@
+"""Pages are whole documents that load nothing and show text as text."""
+
+import re
+
+import pytest
+from tests.report.documents import Document, check_self_contained
+
+from obfuscatune.report.curves import Series
+from obfuscatune.report.page import Beside, Chart, Facts, Figure, KeyFigures, Table, Verdict, render_page
+from obfuscatune.report.style import STYLE
+
+EVIL = "<script>alert(1)</script> & \"quoted\" 'text'"
+SECTIONS = [
+    Verdict(EVIL, "good"),
+    KeyFigures([Figure(EVIL, EVIL, "bad")]),
+    Chart(EVIL, [Series(EVIL, ((1.0, 2.0), (2.0, 1.0)))], x_label=EVIL, y_label=EVIL, caption=EVIL),
+    Table(EVIL, (EVIL, EVIL), [(EVIL, EVIL)], caption=EVIL),
+    Facts(EVIL, {EVIL: EVIL}),
+]
+
+
+def test_text_is_escaped_everywhere():
+    page = render_page(title=EVIL, subtitle=EVIL, sections=[*SECTIONS, Beside(*SECTIONS[:2])], footer=EVIL)
+    document = check_self_contained(page)
+    assert "<script" not in page
+    assert document.text.count(EVIL) == page.count("&lt;script") - 1, "all but the chart's title, which is spoken"
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: type(section).__name__)
+def test_each_section_is_one_element(section):
+    document = Document(section.html())
+    assert document.open == []
+
+
+def test_both_colour_schemes_define_every_colour():
+    light, dark = re.findall(r":root \{(.*?)\}", STYLE, flags=re.DOTALL)
+    names = [set(re.findall(r"(--[\w-]+):", block)) for block in (light, dark)]
+    page = render_page(title="t", subtitle="s", sections=SECTIONS, footer="f")
+    assert names[0] == names[1] >= set(re.findall(r"var\((--[\w-]+)\)", page))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_colours_stand_out_from_their_background(scheme):
+    """WCAG: 4.5 for text, 3 for curves."""
+    blocks = re.findall(r":root \{(.*?)\}", STYLE, flags=re.DOTALL)
+    colours = dict(re.findall(r"--([\w-]+): (#\w{6})", blocks[scheme == "dark"]))
+    for name, back, least in [
+        ("text", "back", 7), ("quiet", "back", 4.5), ("quiet", "card", 4.5), ("good", "good-back", 4.5),
+        ("bad", "bad-back", 4.5), *((f"s{index}", "card", 3) for index in range(4)),
+    ]:  # fmt: skip
+        assert contrast(colours[name], colours[back]) >= least, (name, back)
+
+
+def contrast(one, other):
+    brighter, darker = sorted((luminance(one), luminance(other)), reverse=True)
+    return (brighter + 0.05) / (darker + 0.05)
+
+
+def luminance(colour):
+    parts = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
+    red, green, blue = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
