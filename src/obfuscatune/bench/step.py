@@ -139,12 +139,12 @@ class StepResult:
     @property
     def plain_seconds(self) -> float:
         """Median of a plain step."""
-        return statistics.median(answer["seconds"] for answer in self.plain)
+        return float(statistics.median(answer["seconds"] for answer in self.plain))
 
     @property
     def protected_seconds(self) -> float:
         """Median of a protected step."""
-        return statistics.median(answer["seconds"] for answer in self.protected)
+        return float(statistics.median(answer["seconds"] for answer in self.protected))
 
     @property
     def ratios(self) -> list[float]:
@@ -159,7 +159,7 @@ class StepResult:
     @property
     def loss_difference(self) -> float:
         """Largest difference between the losses of equal steps, in nats."""
-        return max(abs(a["loss"] - b["loss"]) for a, b in zip(self.plain, self.protected, strict=True))
+        return max(abs(float(a["loss"] - b["loss"])) for a, b in zip(self.plain, self.protected, strict=True))
 
     @property
     def breakdown(self) -> dict[str, float]:

@@ -57,15 +57,14 @@ class KroneckerMixing:
     """One crossing's A (m, m), and the source of its shield rows."""
 
     def __init__(self, rows: int, places: Tensor, Q_a: Tensor, Q_b: Tensor, stream: SecretStream) -> None:
-        self._rows, self._places = rows, places
+        self._rows, self._places = rows, places  # where each row of [x; N] goes
+        self._sources = torch.argsort(places).remainder_(rows)  # which row of x to lay there; N overwrites its own
         self._Q_a, self._Q_b = Q_a, Q_b
         self._stream = stream
 
     def mix(self, x: Tensor) -> Tensor:
         """A [x; N] for x (n, p)."""
-        m, p = self._places.numel(), x.shape[1]
-        stacked = x.new_empty(m, p)
-        stacked.index_copy_(0, self._places[: self._rows].to(x.device), x)
+        stacked = torch.index_select(x, 0, self._sources.to(x.device))
         stacked.index_copy_(0, self._places[self._rows :].to(x.device), self._shield(x))
         return kronecker_rows(self._Q_a.to(x), self._Q_b.to(x), stacked)
 
