@@ -81,7 +81,7 @@ ARCHITECTURES = {
     ),
     "qwen3": Architecture(
         "qwen3",
-        {"hidden_size": 50, "intermediate_size": 73, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 14},
+        {"hidden_size": 52, "intermediate_size": 73, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 14},
     ),
     "mistral": Architecture(
         "mistral",
@@ -90,12 +90,12 @@ ARCHITECTURES = {
     ),
     "gemma2": Architecture(
         "gemma2",
-        {"hidden_size": 42, "intermediate_size": 61, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10}
+        {"hidden_size": 44, "intermediate_size": 61, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10}
         | {"sliding_window": 7, "query_pre_attn_scalar": 10},
     ),
     "gemma3": Architecture(
         "gemma3_text",
-        {"hidden_size": 46, "intermediate_size": 83, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 12}
+        {"hidden_size": 52, "intermediate_size": 83, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 12}
         | {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]},
     ),
     "phi": Architecture(

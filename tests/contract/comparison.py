@@ -72,6 +72,15 @@ class Batch:
         """As the model takes them."""
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "labels": self.labels}
 
+    def attended(self, logits: Tensor) -> Tensor:
+        """The rows of (b, t, v) that are not padding.
+
+        Mixing spreads the rounding of all rows evenly, so a row that is exactly zero comes back as zero give or
+        take an ulp of the others. Gemma 3 embeds padding as zero and then normalises: there nothing becomes
+        noise of size one. Nothing reads those rows (docs/adr/0006).
+        """
+        return logits[self.attention_mask.bool()]
+
 
 def batch(lengths: tuple[int, ...], vocabulary: int, seed: int = 0) -> Batch:
     """Random sequences of these lengths, padded on the right."""
