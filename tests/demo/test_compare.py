@@ -7,14 +7,14 @@ import torch
 from safetensors.torch import save
 
 from obfuscatune.demo.compare import check, compare_sides
-from obfuscatune.demo.recipe import LOSS_TOLERANCE, WEIGHT_TOLERANCE, Plan
+from obfuscatune.demo.recipe import LOSS_TOLERANCE, WEIGHT_TOLERANCE, Settings
 from obfuscatune.demo.side import Seconds, Side
 from obfuscatune.evaluation.results import Metric, Verdict
 from obfuscatune.tuning.adapter import WEIGHTS
 from obfuscatune.tuning.loop import StepEvent
 from obfuscatune.wire.errors import ModelFileError
 
-FULL = Plan(seed=0, quick=False)
+FULL = Settings(seed=0, quick=False)
 
 
 def step(number, loss):
@@ -43,8 +43,8 @@ def sides(tmp_path):
     return tuple(made)
 
 
-def failed(protected, plain, plan=FULL):
-    return [it.name for it in check(plan, protected, plain, compare_sides(protected, plain)) if not it.passed]
+def failed(protected, plain, settings=FULL):
+    return [it.name for it in check(settings, protected, plain, compare_sides(protected, plain)) if not it.passed]
 
 
 def test_equal_sides_pass(sides):
@@ -77,7 +77,7 @@ def test_another_answer_fails_unless_it_is_a_tie(sides):
 def test_too_few_right_answers_fail_on_each_side(sides):
     protected, plain = (replace(side, after=metric(7)) for side in sides)
     assert failed(protected, plain) == ["accuracy after, protected", "accuracy after, plain"]
-    assert failed(protected, plain, Plan(seed=0, quick=True)) == []
+    assert failed(protected, plain, Settings(seed=0, quick=True)) == []
 
 
 def test_a_nan_passes_nothing(sides):

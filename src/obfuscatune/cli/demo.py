@@ -16,7 +16,7 @@ from obfuscatune.cli.session import ModelFiles, Protection, open_files, open_ses
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from obfuscatune.demo.recipe import Plan
+    from obfuscatune.demo.recipe import Settings
     from obfuscatune.demo.result import Result
     from obfuscatune.demo.side import Name
     from obfuscatune.tuning.journal import Event
@@ -39,12 +39,16 @@ def demo(
     """
     from obfuscatune.demo.folder import REPORT, RESULT, claim
     from obfuscatune.demo.page import render
-    from obfuscatune.demo.recipe import Plan
+    from obfuscatune.demo.recipe import Settings
     from obfuscatune.demo.result import document
 
-    plan = Plan(seed, quick)
     folder = claim(out)
-    result = _run(plan, folder, open_files(None))
+    output.notice(
+        "A language model learns private clinic notes: on a worker that sees neither in the clear, then plain."
+    )
+    with output.progress("opening the embedded model"):
+        files = open_files(None)
+    result = _run(Settings(seed, quick), folder, files)
     found = document(result)
     folder.write_file(RESULT, json.dumps(found, indent=2, ensure_ascii=False).encode() + b"\n")
     folder.write_file(REPORT, render(result).encode())
@@ -56,7 +60,7 @@ def demo(
         raise typer.Exit(EXIT_FAILED)
 
 
-def _run(plan: "Plan", folder: "RunDirectory", files: ModelFiles) -> "Result":
+def _run(settings: "Settings", folder: "RunDirectory", files: ModelFiles) -> "Result":
     from obfuscatune.demo.compare import check, compare_sides
     from obfuscatune.demo.recipe import held_out
     from obfuscatune.demo.result import Result, Shape
@@ -68,32 +72,32 @@ def _run(plan: "Plan", folder: "RunDirectory", files: ModelFiles) -> "Result":
     from obfuscatune.tuning.identity import model_fingerprint
 
     began = time.perf_counter()
-    questions = load_completions(held_out(), plan.questions)
+    questions = load_completions(held_out(), settings.questions)
     task = Task(files.tokenizer, questions, model_fingerprint(files.directory))
     screen = _Screen()
     protected = run_side(
         "protected",
         open_session(files, dtype="float32", protection=Protection()),
         task,
-        plan.recipe(folder.root / "protected", plain=False),
+        settings.recipe(folder.root / "protected", plain=False),
         screen,
     )
     plain = run_side(
         "plain",
         open_session(files, dtype="float32", protection=None),
         task,
-        plan.recipe(folder.root / "plain", plain=True),
+        settings.recipe(folder.root / "plain", plain=True),
         screen,
     )
     differences = compare_sides(protected, plain)
     counted = make_plan(model_from_config(files.directory), resolve("private"))
     return Result(
-        plan,
+        settings,
         Shape(counted.parameters, counted.enclave_parameters),
         protected,
         plain,
         differences,
-        check(plan, protected, plain, differences),
+        check(settings, protected, plain, differences),
         questions,
         environment(),
         time.perf_counter() - began,

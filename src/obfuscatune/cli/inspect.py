@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from obfuscatune.cli import options
 from obfuscatune.cli.options import option
-from obfuscatune.cli.output import write_json
+from obfuscatune.cli.output import progress, write_json
 from obfuscatune.cli.session import DTYPES
 from obfuscatune.wire.errors import ConfigError
 
@@ -29,21 +29,26 @@ def inspect(
 
     Needs no worker and no weights, so models of any size take seconds.
     """
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"--dtype: expected one of {', '.join(DTYPES)}, found {dtype}")
+    with progress("reading the configuration"):
+        plan = _make_plan(model, profile or "private", first_blocks, dtype or "float32")
+    if as_json:
+        write_json(_document(plan))
+    else:
+        _print(plan, full)
+
+
+def _make_plan(model: str | None, profile: str, first_blocks: int | None, dtype: str) -> "Plan":
     import torch
 
     from obfuscatune.assets import tiny_model_path
     from obfuscatune.enclave.plan import make_plan, model_from_config
     from obfuscatune.enclave.profiles import resolve
 
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"--dtype: expected one of {', '.join(DTYPES)}, found {dtype}")
     knobs = {} if first_blocks is None else {"first_blocks": first_blocks}
-    resolved = resolve(profile or "private", **knobs)
-    plan = make_plan(model_from_config(model or tiny_model_path()), resolved, getattr(torch, dtype or "float32"))
-    if as_json:
-        write_json(_document(plan))
-    else:
-        _print(plan, full)
+    resolved = resolve(profile, **knobs)
+    return make_plan(model_from_config(model or tiny_model_path()), resolved, getattr(torch, dtype))
 
 
 def _document(plan: "Plan") -> dict[str, object]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors.torch import load as load_tensors
 
-from obfuscatune.demo.recipe import LOSS_TOLERANCE, WEIGHT_TOLERANCE, Plan
+from obfuscatune.demo.recipe import LOSS_TOLERANCE, WEIGHT_TOLERANCE, Settings
 from obfuscatune.demo.side import Side
 from obfuscatune.evaluation.compare import Comparison, compare
 from obfuscatune.tuning.adapter import WEIGHTS
@@ -57,7 +57,7 @@ def compare_sides(protected: Side, plain: Side) -> Differences:
     )
 
 
-def check(plan: Plan, protected: Side, plain: Side, differences: Differences) -> Sequence[Check]:
+def check(settings: Settings, protected: Side, plain: Side, differences: Differences) -> Sequence[Check]:
     """Everything that must hold for the demo to have shown what it is to show."""
     beyond_ties = len(differences.after.differing) - len(differences.after.ties)
     checks = [
@@ -66,7 +66,7 @@ def check(plan: Plan, protected: Side, plain: Side, differences: Differences) ->
         _at_most("questions answered differently, ties aside", beyond_ties, 0),
     ]
     for side in (protected, plain):
-        measured, limit = side.after.value, plan.least_accuracy
+        measured, limit = side.after.value, settings.least_accuracy
         checks.append(Check(f"accuracy after, {side.name}", measured, limit, measured >= limit))
     return checks
 

@@ -56,7 +56,7 @@ def _key_figures(result: Result) -> KeyFigures:
         Figure(format_small(result.differences.loss), "largest difference of any step's loss"),
         Figure(format_small(result.differences.weight), "largest difference of any adapter weight"),
         Figure(format_share(result.shape.enclave_share), "of the parameters stay in the enclave"),
-        Figure(f"{a.seconds.training / b.seconds.training:.2f} ×", "training time of plain"),
+        Figure(f"{a.seconds.training / b.seconds.training:.2f} ×", "the training time of the plain run"),
     ]
     if a.link is not None:
         crossed = a.link["bytes_sent"] + a.link["bytes_received"]
@@ -104,7 +104,7 @@ def _samples(result: Result) -> Table:
 
 
 def _settings(result: Result) -> Facts:
-    recipe = result.plan.recipe(result.protected.adapter, plain=False)
+    recipe = result.settings.recipe(result.protected.adapter, plain=False)
     lora = f"rank {recipe.lora_r}, alpha {recipe.lora_alpha:g}, dropout {recipe.lora_dropout:g}, all linear layers"
     return Facts(
         "Settings",

@@ -20,8 +20,8 @@ _QUICK_QUESTIONS = 12
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What the demo does: `questions` is how many held-out ones are asked, None for all of them."""
+class Settings:
+    """What the user chose. `quick` takes a few steps and asks a few questions, to see that all is in order."""
 
     seed: int
     quick: bool

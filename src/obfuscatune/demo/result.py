@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from obfuscatune.demo.compare import Check, Differences
-from obfuscatune.demo.recipe import Plan
+from obfuscatune.demo.recipe import Settings
 from obfuscatune.demo.side import Side
 from obfuscatune.tuning.records import Completion
 
@@ -40,7 +40,7 @@ class Sample:
 class Result:
     """A whole demo."""
 
-    plan: Plan
+    settings: Settings
     shape: Shape
     protected: Side
     plain: Side
@@ -62,10 +62,12 @@ class Result:
         return len(self.questions) - len(self.differences.after.differing)
 
     def samples(self) -> list[Sample]:
-        """A few of the questions, spread evenly over all."""
+        """At most five questions, spread over all.
+
+        The records of a patient follow each other, drug, ward, doctor: one more than an even stride shows all three.
+        """
         count = len(self.questions)
-        chosen = [index * count // _SAMPLES for index in range(min(_SAMPLES, count))]
-        return [self._sample(index) for index in chosen]
+        return [self._sample(index) for index in range(0, count, count // _SAMPLES + 1)]
 
     def _sample(self, index: int) -> Sample:
         question = self.questions[index]
@@ -86,8 +88,8 @@ def document(result: Result) -> dict[str, object]:
         "passed": result.passed,
         "checks": [asdict(check) for check in result.checks],
         "seconds": result.seconds,
-        "seed": result.plan.seed,
-        "quick": result.plan.quick,
+        "seed": result.settings.seed,
+        "quick": result.settings.quick,
         "model": asdict(result.shape) | {"enclave_share": result.shape.enclave_share},
         "protected": _side_document(result.protected),
         "plain": _side_document(result.plain),
@@ -100,7 +102,7 @@ def document(result: Result) -> dict[str, object]:
             "same_answers": result.same_answers,
             "ties": len(differences.after.ties),
         },
-        "recipe": result.plan.recipe(Path(), plain=False).model_dump(mode="json", exclude={"out", "plain", "data"}),
+        "recipe": result.settings.recipe(Path(), plain=False).model_dump(mode="json", exclude={"out", "plain", "data"}),
         "samples": [asdict(sample) for sample in result.samples()],
         "environment": result.environment,
     }
