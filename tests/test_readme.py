@@ -1,0 +1,57 @@
+"""What the README tells people to type is run as it is written."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = [line.partition("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    return [line for line in lines if line.startswith("obfuscatune ")]
+
+
+def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
+
+
+def test_the_python_example_runs_as_written(tmp_path: Path) -> None:
+    (example,) = blocks("python")
+    code_lines = [line for line in example.splitlines() if line.strip()]
+    assert len(code_lines) <= 15
+    (tmp_path / "example.py").write_text(example, "utf-8")
+    done = run([sys.executable, "-W", "ignore", "example.py"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "It was late in the evening when" in done.stdout
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_shell_commands_run_as_written(tmp_path: Path) -> None:
+    records = [{"prompt": f"Question: who is number {n}?\nAnswer:", "completion": f" Ann{n}"} for n in range(8)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
+    assert len(commands()) >= 6
+    for command in commands():
+        done = run([sys.executable, "-m", *shlex.split(command)], tmp_path)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("target", re.findall(r"\]\(((?!http)[^)#]+)\)", README))
+def test_links_lead_to_files(target: str) -> None:
+    assert (ROOT / target).exists()
+
+
+def test_the_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    for target in re.findall(r"^make (\S+)", "\n".join(blocks("sh")), re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
