@@ -81,7 +81,13 @@ ARCHITECTURES = {
     ),
     "qwen3": Architecture(
         "qwen3",
-        {"hidden_size": 52, "intermediate_size": 73, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 14},
+        {
+            "hidden_size": 52,
+            "intermediate_size": 73,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 14,
+        },
     ),
     "mistral": Architecture(
         "mistral",

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from tests.contract.architectures import Architecture
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from obfuscatune import RootKey, protect
 from obfuscatune.enclave.local import LocalWorker
-from tests.contract.architectures import Architecture
 
 KEY = RootKey(bytes(range(32)))
 
@@ -46,7 +46,9 @@ def protected(model: nn.Module, worker: LocalWorker, **knobs: Any) -> Iterator[A
         model.protection.close()
 
 
-def with_lora(model: nn.Module, architecture: Architecture | None = None, *, seed: int = 11, **settings: Any) -> PeftModel:
+def with_lora(
+    model: nn.Module, architecture: Architecture | None = None, *, seed: int = 11, **settings: Any
+) -> PeftModel:
     """The model with LoRA factors on all its linear layers; B is random too, so that no gradient is zero."""
     extra = architecture.lora if architecture else {}
     defaults = {"r": 3, "lora_alpha": 5, "target_modules": "all-linear", "init_lora_weights": False, **extra}

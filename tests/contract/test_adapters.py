@@ -8,9 +8,6 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-
-from obfuscatune.enclave.local import LocalWorker
-from obfuscatune.wire.errors import ProtectionError
 from tests.contract.architectures import ARCHITECTURES
 from tests.contract.comparison import (
     KEY,
@@ -25,7 +22,10 @@ from tests.contract.comparison import (
     with_lora,
 )
 
-pytestmark = pytest.mark.usefixtures("float64_throughout")
+from obfuscatune.enclave.local import LocalWorker
+from obfuscatune.wire.errors import ProtectionError
+
+exact = pytest.mark.usefixtures("float64_throughout")
 
 LLAMA = ARCHITECTURES["llama-biased"]
 EXACT = {
@@ -48,6 +48,7 @@ def llama() -> Any:
     return LLAMA.build(torch.float64)
 
 
+@exact
 @pytest.mark.parametrize("settings", EXACT.values(), ids=EXACT)
 @pytest.mark.parametrize("order", ["protect then wrap", "wrap then protect"])
 def test_gradients_are_exact(llama: Any, worker: LocalWorker, settings: dict[str, Any], order: str) -> None:
@@ -86,6 +87,7 @@ def test_merging_is_refused(llama: Any, worker: LocalWorker, merge: str, safely:
             getattr(adapted, merge)(safe_merge=safely)
 
 
+@exact
 def test_two_adapters_and_none(llama: Any, worker: LocalWorker) -> None:
     """Switching adapters on and off is PEFT's own business and goes on working."""
     inputs = batch((6,), llama.config.vocab_size).inputs()
@@ -108,6 +110,7 @@ def test_two_adapters_and_none(llama: Any, worker: LocalWorker) -> None:
     assert deviation(expected[0], expected[1]) > 1e-3 < deviation(expected[1], expected[2])
 
 
+@exact
 def test_saved_adapter_fits_the_plain_model(llama: Any, worker: LocalWorker, tmp_path: Path) -> None:
     inputs = batch((9, 4), llama.config.vocab_size).inputs()
     with protected(copy_of(llama), worker) as model:
@@ -121,7 +124,11 @@ def test_saved_adapter_fits_the_plain_model(llama: Any, worker: LocalWorker, tmp
     with torch.no_grad():
         assert deviation(outside(**inputs).logits, inside) < 1e-9
         assert deviation(llama(**inputs).logits, inside) > 1e-3
-    assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+    }
     assert KEY._key not in (tmp_path / "adapter_model.safetensors").read_bytes()
 
 

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-
-from obfuscatune.enclave.local import LocalWorker
 from tests.contract.architectures import Architecture
 from tests.contract.comparison import (
     backward,
@@ -25,6 +23,8 @@ from tests.contract.comparison import (
     trained,
     with_lora,
 )
+
+from obfuscatune.enclave.local import LocalWorker
 
 pytestmark = pytest.mark.usefixtures("float64_throughout")
 
@@ -77,9 +77,7 @@ def test_ten_steps_of_adamw(architecture: Architecture, plain: Any, worker: Loca
 
 
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
-def test_greedy_generation(
-    architecture: Architecture, plain: Any, shielded: Any, use_cache: bool
-) -> None:
+def test_greedy_generation(architecture: Architecture, plain: Any, shielded: Any, use_cache: bool) -> None:
     if not architecture.is_causal:
         pytest.skip("an encoder does not generate")
     prompt = batch((6,), plain.config.vocab_size)

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-
-from obfuscatune.enclave.local import LocalWorker
 from tests.contract.architectures import ARCHITECTURES, Architecture
 from tests.contract.comparison import backward, batch, copy_of, deviation, largest_deviation, protected, with_lora
+
+from obfuscatune.enclave.local import LocalWorker
 
 LLAMA = ARCHITECTURES["llama"]
 

@@ -15,14 +15,16 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from obfuscatune.enclave.checkpoint import Checkpoint
 from obfuscatune.enclave.keys import RootKey
 from obfuscatune.enclave.link import RetryPolicy, WorkerLink
 from obfuscatune.enclave.obfuscate import joint_weight
 from obfuscatune.enclave.profiles import Profile, resolve
-from obfuscatune.enclave.protect import Progress, adopt, open_link
-from obfuscatune.enclave.protection import Protection
+from obfuscatune.enclave.protect import Progress, adopt, open_link, released_on_failure
+from obfuscatune.enclave.protection import Protection, place
 from obfuscatune.enclave.sites import SiteGroup, find_groups
 from obfuscatune.wire.errors import ModelFileError
 from obfuscatune.wire.tls import TlsConfig
@@ -70,11 +72,12 @@ def load(
     groups = find_groups(skeleton, resolved.first_blocks)
     reader = _Reader(checkpoint, skeleton)
     protection = Protection.start(open_link(workers, tls, deadline_s, retry), resolved, key)
-    for done, group in enumerate(groups, start=1):
-        _offload(skeleton, group, reader, protection)
-        if progress is not None:
-            progress(done, len(groups), group.name)
-    reader.fill(skeleton)
+    with released_on_failure(protection, workers):
+        for done, group in enumerate(groups, start=1):
+            place(skeleton, _offload(group, reader, protection))
+            if progress is not None:
+                progress(done, len(groups), group.name)
+        reader.fill(skeleton)
     if (directory / "generation_config.json").is_file():
         skeleton.generation_config = GenerationConfig.from_pretrained(directory)
     adopt(skeleton, protection)
@@ -107,7 +110,7 @@ def empty_model(config: PretrainedConfig, auto_class: Any, dtype: torch.dtype | 
         return auto_class.from_config(config, dtype=dtype or config.dtype or torch.float32)
 
 
-def _offload(model: nn.Module, group: SiteGroup, reader: _Reader, protection: Protection) -> None:
+def _offload(group: SiteGroup, reader: _Reader, protection: Protection) -> dict[str, nn.Module]:
     """Read one group, send it, and keep nothing but the way to read it again."""
     layers = tuple(site.layer for site in group.sites)
     shapes = tuple((f"{site.name}.weight", site.layer.weight.shape, site.layer.weight.dtype) for site in group.sites)
@@ -118,15 +121,27 @@ def _offload(model: nn.Module, group: SiteGroup, reader: _Reader, protection: Pr
     def make_again() -> Tensor:
         return protection.obfuscate(read_joint_weight(), group).W_star
 
-    protection.offload(model, group, protection.obfuscate(read_joint_weight(), group), make_again)
+    return protection.offload(group, protection.obfuscate(read_joint_weight(), group), make_again)
 
 
 class _Reader:
-    """Finds a parameter's tensor, whether or not the files carry the model's own prefix."""
+    """Finds a parameter's tensor under the name that it has in the files.
+
+    That may be another than in the model: without the base model's prefix, or as it was called when the files
+    were written (GPT-NeoX's head is ``embed_out`` there). ``transformers`` knows what became of which.
+    """
 
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
         self._checkpoint = checkpoint
-        self._prefix = f"{model.base_model_prefix}."
+        conversions = get_model_conversion_mapping(model)
+        renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+        converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
+        expected = model.state_dict()
+        self._stored_name: dict[str, str] = {}
+        for stored in checkpoint.names():
+            name, converter = rename_source_key(stored, renamings, converters, model.base_model_prefix, expected)
+            if converter is None:  # the others are made of several tensors, and are no tensor of the model as they are
+                self._stored_name[name] = stored
 
     def read(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         return self._checkpoint.read(self._locate(name), shape, dtype)
@@ -146,10 +161,7 @@ class _Reader:
             raise ModelFileError(f"the model's files lack {len(absent)} parameters, the first is {absent[0]!r}")
 
     def _locate(self, name: str) -> str:
-        if name in self._checkpoint:
-            return name
-        without = name.removeprefix(self._prefix)
-        return without if without in self._checkpoint else self._prefix + name
+        return self._stored_name.get(name, name)
 
 
 def _put(model: nn.Module, name: str, tensor: Tensor) -> None:

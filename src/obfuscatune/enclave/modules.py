@@ -4,14 +4,15 @@
         ->  OffloadedLinear (autograd)  ->  OffloadedProduct
 
 They are subclasses of what they replace, so that PEFT, ``Trainer`` and the models' own code treat them
-alike. There is no weight: what stands under that name is one NaN, expanded to the weight's shape, so that
-code which asks for shape, dtype or device is answered, and code which computes with it gets NaN at once.
+alike. There is no weight: what stands under that name answers for its shape, dtype and device, and refuses
+to be computed with.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -20,23 +21,73 @@ from transformers.pytorch_utils import Conv1D
 from obfuscatune.enclave.linear import OffloadedLinear, OffloadedProduct
 from obfuscatune.wire.errors import ProtectionError
 
+_ANSWERED = {
+    *(
+        getattr(Tensor, name).__get__
+        for name in ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "grad", "grad_fn")
+    ),
+    *(getattr(Tensor, name).__get__ for name in ("is_cpu", "is_cuda", "is_meta", "is_sparse", "is_quantized")),
+    *(getattr(Tensor, name) for name in ("size", "dim", "numel", "nelement", "element_size", "stride", "get_device")),
+    *(getattr(Tensor, name) for name in ("is_floating_point", "is_complex", "is_contiguous", "__len__")),
+    torch.is_floating_point,
+    torch.is_complex,
+    torch.numel,
+}
+
+
+class AbsentWeight(Tensor):
+    """In the place of a weight that lies on the worker: what it is like can be asked, its values cannot.
+
+    Code that would compute with them, PEFT's merging, DoRA or PiSSA say, gets one clear error in place of
+    numbers that mean nothing. Should some path pass that by, what lies beneath is NaN.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func not in _ANSWERED:
+            _refuse_weight()
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"AbsentWeight(shape={tuple(self.shape)}, dtype={self.dtype}, on the worker)"
+
+
+def _refuse_weight() -> NoReturn:
+    raise ProtectionError(
+        "the weight of a protected layer lies on the worker and can be neither read nor set here: merging an adapter, "
+        "DoRA, PiSSA, OLoRA and the like need it. Use LoRA or rsLoRA, save the adapter, and merge it into the plain "
+        "model where that is allowed to be"
+    )
+
 
 @dataclass
 class _Visit:
     """The input that is being served, and the parts of its product that were not fetched yet."""
 
     x: Tensor
-    version: int
+    state: int | Tensor
     grad_mode: bool
     parts: dict[int, Tensor] = field(default_factory=dict)
 
     def serves(self, x: Tensor, slot: int) -> bool:
-        return (
-            self.x is x
-            and self.version == x._version
-            and self.grad_mode == torch.is_grad_enabled()
-            and slot in self.parts
-        )
+        return self.x is x and self.grad_mode == torch.is_grad_enabled() and slot in self.parts and self._is_unchanged()
+
+    def _is_unchanged(self) -> bool:
+        if isinstance(self.state, Tensor):
+            return torch.equal(self.state, self.x)
+        return self.state == self.x._version
+
+
+def _state(x: Tensor) -> int | Tensor:
+    """What tells whether x was changed in place: its version, or a copy where torch keeps no version."""
+    return x.clone() if x.is_inference() else x._version
 
 
 class SharedCrossing:
@@ -63,7 +114,7 @@ class SharedCrossing:
             parts: tuple[Tensor, ...] = OffloadedLinear.apply(  # type: ignore[no-untyped-call]
                 x, self._product, self._widths, *biases
             )
-            self._visit = _Visit(x, x._version, torch.is_grad_enabled(), dict(enumerate(parts)))
+            self._visit = _Visit(x, _state(x), torch.is_grad_enabled(), dict(enumerate(parts)))
         y = self._visit.parts.pop(slot)
         if not self._visit.parts:
             self._visit = None  # all have come: let go of the input
@@ -83,16 +134,13 @@ class _ProtectedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """NaN in the shape of the weight that is not here: it never was in this module."""
+        """An ``AbsentWeight``: its shape, dtype and device; its values never were in this module."""
         absent: Tensor = self._absent_weight  # type: ignore[assignment]
-        return absent.expand(self._weight_shape)
+        return absent.expand(self._weight_shape).as_subclass(AbsentWeight)
 
     @weight.setter
     def weight(self, value: object) -> NoReturn:
-        raise ProtectionError(
-            "the weight of a protected layer lies on the worker and cannot be set or merged into; "
-            "save the adapter and merge it into the plain model where the plain model is allowed to be"
-        )
+        _refuse_weight()
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""

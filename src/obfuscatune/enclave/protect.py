@@ -5,7 +5,8 @@ find the groups of layers  ->  W  ->  W_star  ->  worker  ->  protected layer in
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -16,7 +17,7 @@ from obfuscatune.enclave.keys import RootKey
 from obfuscatune.enclave.link import RetryPolicy, WorkerLink
 from obfuscatune.enclave.obfuscate import joint_weight
 from obfuscatune.enclave.profiles import Profile, resolve
-from obfuscatune.enclave.protection import Protection
+from obfuscatune.enclave.protection import Protection, place
 from obfuscatune.enclave.sites import find_groups
 from obfuscatune.enclave.spool import Spool
 from obfuscatune.wire.errors import ProtectionError
@@ -41,8 +42,9 @@ def protect(
 ) -> Model:
     """Move a model's large linear layers, transformed, to a worker.
 
-    The model is changed in place and returned. Everything else about it stays as it was: PEFT may have
-    wrapped it before or may wrap it afterwards, ``generate``, ``Trainer`` and gradient checkpointing work.
+    The model is changed in place and returned; should this raise, nothing was changed. Everything else about it
+    stays as it was: PEFT may have wrapped it before or may wrap it afterwards, ``generate``, ``Trainer`` and
+    gradient checkpointing work.
     Until this returns the plain weights are in this process's memory; ``load`` avoids that.
 
     Args:
@@ -73,14 +75,17 @@ def protect(
     groups = find_groups(model, resolved.first_blocks)
     protection = Protection.start(open_link(workers, tls, deadline_s, retry), resolved, key)
     spool = Spool()
-    for done, group in enumerate(groups, start=1):
-        with torch.no_grad():
-            layers = tuple(site.layer for site in group.sites)
-            W = joint_weight(layers, tuple(layer.weight.cpu() for layer in layers))
-            obfuscated = protection.obfuscate(W, group)
-        protection.offload(model, group, obfuscated, spool.keep(obfuscated.W_star))
-        if progress is not None:
-            progress(done, len(groups), group.name)
+    layers: dict[str, nn.Module] = {}
+    with released_on_failure(protection, workers):
+        for done, group in enumerate(groups, start=1):
+            with torch.no_grad():
+                plain = tuple(site.layer for site in group.sites)
+                W = joint_weight(plain, tuple(layer.weight.cpu() for layer in plain))
+                obfuscated = protection.obfuscate(W, group)
+            layers |= protection.offload(group, obfuscated, spool.keep(obfuscated.W_star))
+            if progress is not None:
+                progress(done, len(groups), group.name)
+    place(model, layers)
     adopt(model, protection)
     return model
 
@@ -92,6 +97,17 @@ def open_link(
     if isinstance(workers, WorkerLink):
         return workers
     return WorkerLink.open(workers, tls=tls, deadline_s=deadline_s, retry=retry or RetryPolicy())
+
+
+@contextmanager
+def released_on_failure(protection: Protection, workers: str | WorkerLink) -> Iterator[None]:
+    """Should what follows fail, have the worker forget and hang up; a link that was handed in stays open."""
+    try:
+        yield
+    except BaseException:
+        if not isinstance(workers, WorkerLink):
+            protection.close()
+        raise
 
 
 def adopt(model: nn.Module, protection: Protection) -> None:

@@ -45,19 +45,19 @@ class Protection:
         """W_star and the transforms of one group, from the root key."""
         return obfuscate(W, self.key, self.profile.transform_spec, group.name)
 
-    def offload(self, model: nn.Module, group: SiteGroup, obfuscated: Obfuscated, source: MatrixSource) -> None:
-        """Send W_star, and put protected layers where the group's plain ones are."""
+    def offload(self, group: SiteGroup, obfuscated: Obfuscated, source: MatrixSource) -> dict[str, nn.Module]:
+        """Send W_star; the layers that are to take the plain ones' places, by path."""
         matrix_id = secrets.token_bytes(MATRIX_ID_BYTES)
         W_star = obfuscated.W_star
         p, q = W_star.shape
         self.link.store(matrix_id, source, shape=(p, q), dtype=W_star.dtype, tensor=W_star)
         product = OffloadedProduct(self.link, matrix_id, obfuscated.R_in, obfuscated.R_out, self.mixer)
         crossing = SharedCrossing(product, group.widths)
+        layers: dict[str, nn.Module] = {}
         for site in group.sites:
             kind = ProtectedConv1D if isinstance(site.layer, Conv1D) else ProtectedLinear
-            protected = kind(crossing, site.layer)
-            protected.train(site.layer.training)
-            model.set_submodule(site.path, protected)
+            layers[site.path] = kind(crossing, site.layer).train(site.layer.training)
+        return layers
 
     def close(self) -> None:
         """Let the worker forget, and close the connection."""
@@ -65,3 +65,9 @@ class Protection:
 
     def __repr__(self) -> str:
         return f"Protection(profile={self.profile.name!r}, {self.stats})"
+
+
+def place(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+    """Put protected layers where the plain ones are."""
+    for path, layer in layers.items():
+        model.set_submodule(path, layer)

@@ -106,12 +106,18 @@ def find_groups(model: nn.Module, first_blocks: int) -> list[SiteGroup]:
 
 
 def find_sites(model: nn.Module) -> Iterator[Site]:
-    """Every linear layer inside a block, in the model's order; what PEFT added is left out."""
+    """Every linear layer inside a block, in the model's order; what PEFT added is left out.
+
+    Raises:
+        ProtectionError: an adapter that cannot do without the weights.
+    """
     adapters: list[str] = []
     for path, module in model.named_modules():
         if any(path.startswith(prefix) for prefix in adapters):
             continue
         if isinstance(module, BaseTunerLayer):
+            if getattr(module, "lora_magnitude_vector", None):
+                raise ProtectionError(f"{path} has DoRA, which needs the weights at every step; use LoRA or rsLoRA")
             adapters += [f"{path}.{name}." for name, _ in module.named_children() if name != "base_layer"]
         elif isinstance(module, ModulesToSaveWrapper):
             adapters.append(f"{path}.")
