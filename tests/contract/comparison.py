@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tests.contract.architectures import Architecture
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from obfuscatune import RootKey, protect
 from obfuscatune.enclave.local import LocalWorker
+from tests.contract.architectures import Architecture
 
 KEY = RootKey(bytes(range(32)))
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.contract.architectures import ARCHITECTURES, Architecture
-from tests.contract.comparison import copy_of, protected
 from torch import Tensor
 from torch.nn import functional
 
 from obfuscatune.enclave.keys import RootKey, SecretStream
 from obfuscatune.enclave.local import LocalWorker
+from tests.contract.architectures import ARCHITECTURES, Architecture
+from tests.contract.comparison import copy_of, protected
 
 
 @pytest.fixture(autouse=True)

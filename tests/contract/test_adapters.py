@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+
+from obfuscatune.enclave.local import LocalWorker
+from obfuscatune.wire.errors import ProtectionError
 from tests.contract.architectures import ARCHITECTURES
 from tests.contract.comparison import (
     KEY,
@@ -21,9 +24,6 @@ from tests.contract.comparison import (
     trained,
     with_lora,
 )
-
-from obfuscatune.enclave.local import LocalWorker
-from obfuscatune.wire.errors import ProtectionError
 
 exact = pytest.mark.usefixtures("float64_throughout")
 
@@ -74,8 +74,9 @@ def test_what_needs_the_weight_is_refused(worker: LocalWorker, settings: dict[st
 
 def test_dora_put_on_before_is_refused(llama: Any, worker: LocalWorker) -> None:
     model = with_lora(copy_of(llama), **NEEDS_THE_WEIGHT["dora"])
-    with protected(model, worker), pytest.raises(ProtectionError, match="DoRA"):
-        model(**batch((4,), llama.config.vocab_size).inputs())
+    with pytest.raises(ProtectionError, match="DoRA"), protected(model, worker):
+        pass
+    model(**batch((4,), llama.config.vocab_size).inputs())  # it is as it was
 
 
 @pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])

@@ -1,7 +1,7 @@
 """Protected against plain, for every architecture, in float64: the same numbers.
 
-Tolerances: 1e-9 relative for one pass, 1e-8 after ten steps. What is measured is about 1e-14: a layer costs three or four
-more roundings of 1e-16 per element, and ten steps of Adam divide small gradients by their own size.
+Tolerances: 1e-9 relative for one pass, 1e-8 after ten steps. Measured is about 1e-14: a layer costs three or four more
+roundings of 1e-16 per element, and ten steps of Adam divide small gradients by their own size.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from obfuscatune.enclave.local import LocalWorker
 from tests.contract.architectures import Architecture
 from tests.contract.comparison import (
     backward,
@@ -23,8 +25,6 @@ from tests.contract.comparison import (
     trained,
     with_lora,
 )
-
-from obfuscatune.enclave.local import LocalWorker
 
 pytestmark = pytest.mark.usefixtures("float64_throughout")
 

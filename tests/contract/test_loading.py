@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.contract.architectures import ARCHITECTURES, Architecture
-from tests.contract.comparison import KEY, batch, deviation, greedy
 from transformers import AutoModelForCausalLM
 
 from obfuscatune import load
 from obfuscatune.enclave.local import LocalWorker
+from tests.contract.architectures import ARCHITECTURES, Architecture
+from tests.contract.comparison import KEY, batch, deviation, greedy
 
 # max_shard_size: one file, or about one tensor to a file and an index
 FILES = {"one file": "1GB", "shards": "20KB"}

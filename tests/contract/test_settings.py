@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+
+from obfuscatune.enclave.local import LocalWorker
 from tests.contract.architectures import ARCHITECTURES, Architecture
 from tests.contract.comparison import backward, batch, copy_of, deviation, largest_deviation, protected, with_lora
 
-from obfuscatune.enclave.local import LocalWorker
-
 LLAMA = ARCHITECTURES["llama"]
 
-# Relative to the largest logit. float32: 24 bits, about ten roundings deep. bfloat16: 8 bits, each layer rounds by 0.4 %
-# anyway, and the two runs round differently; plain bfloat16 is as far from plain float64.
+# Relative to the largest logit. float32: 24 bits, some ten roundings deep. bfloat16: 8 bits, so that each layer
+# rounds by 0.4 % in any case, and the two runs round differently; plain bfloat16 is as far from plain float64.
 DTYPES = {"float32": (torch.float32, 1e-4), "bfloat16": (torch.bfloat16, 1e-1)}
 
 # Rounding of 1e-16 is amplified by at most the condition number per layer: kappa = 1 for orthogonal transforms, 32

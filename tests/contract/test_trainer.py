@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.contract.architectures import ARCHITECTURES
-from tests.contract.comparison import batch, largest_deviation, protected, trained, with_lora
 from transformers import Trainer, TrainingArguments
 
 from obfuscatune.enclave.local import LocalWorker
+from tests.contract.architectures import ARCHITECTURES
+from tests.contract.comparison import batch, largest_deviation, protected, trained, with_lora
 
 LLAMA = ARCHITECTURES["llama"]
 

@@ -55,7 +55,7 @@ class AbsentWeight(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> Any:
         return f"AbsentWeight(shape={tuple(self.shape)}, dtype={self.dtype}, on the worker)"
 
 
