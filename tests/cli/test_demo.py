@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from peft import PeftModel
-from tests.report.documents import check_self_contained
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from obfuscatune.assets import tiny_model_path
@@ -13,6 +12,7 @@ from obfuscatune.cli.app import run
 from obfuscatune.demo.recipe import LOSS_TOLERANCE, WEIGHT_TOLERANCE
 from obfuscatune.enclave.plan import make_plan, model_from_config
 from obfuscatune.enclave.profiles import resolve
+from tests.report.documents import check_self_contained
 
 
 @pytest.fixture(scope="module")

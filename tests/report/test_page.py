@@ -3,11 +3,11 @@
 import re
 
 import pytest
-from tests.report.documents import Document, check_self_contained
 
 from obfuscatune.report.curves import Series
 from obfuscatune.report.page import Beside, Chart, Facts, Figure, KeyFigures, Table, Verdict, render_page
 from obfuscatune.report.style import STYLE
+from tests.report.documents import Document, check_self_contained
 
 EVIL = "<script>alert(1)</script> & \"quoted\" 'text'"
 SECTIONS = [

@@ -12,6 +12,7 @@ import typer
 from obfuscatune.cli import output
 from obfuscatune.cli.options import AsJson, option
 from obfuscatune.cli.session import ModelFiles, Protection, open_files, open_session
+from obfuscatune.report.units import format_seconds
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from obfuscatune.demo.recipe import Settings
     from obfuscatune.demo.result import Result
     from obfuscatune.demo.side import Name
+    from obfuscatune.report.braille import Curve
     from obfuscatune.tuning.journal import Event
     from obfuscatune.tuning.storage import RunDirectory
 
@@ -105,7 +107,10 @@ def _run(settings: "Settings", folder: "RunDirectory", files: ModelFiles) -> "Re
 
 
 class _Screen:
-    """Progress on stderr; a line stays for everything that is done."""
+    """Progress on stderr: a picture on a terminal, lines elsewhere. A line stays for each run that is done."""
+
+    def __init__(self) -> None:
+        self._curves: list[Curve] = []
 
     @contextmanager
     def asking(self, name: "Name", *, tuned: bool, total: int) -> Iterator[Callable[[int], None]]:
@@ -116,28 +121,43 @@ class _Screen:
 
     @contextmanager
     def training(self, name: "Name") -> Iterator[Callable[["Event"], None]]:
-        from obfuscatune.tuning.journal import Measured, Started
+        from obfuscatune.demo.live import STYLES, live_curve
+        from obfuscatune.report.braille import Curve
+        from obfuscatune.tuning.loop import StepEvent
 
+        console = output.stderr()
         losses: list[float] = []
         began = time.perf_counter()
-        with output.progress(f"{name}: fine-tuning") as meter:
+        showing = live_curve(console, name, self._curves) if console.is_terminal else _lines(name)
+        with showing as show:
 
             def see(event: "Event") -> None:
-                match event:
-                    case Started(total_steps=total):
-                        meter.expect(total)
-                    case Measured():
-                        pass
-                    case _:
-                        losses.append(event.loss)
-                        meter.advance(1, f"{output.sparkline(losses, width=24)} loss {event.loss:.4f}")
+                if isinstance(event, StepEvent):
+                    losses.append(event.loss)
+                show(event)
 
             yield see
-        curve = output.sparkline(losses, width=24)
-        seconds = time.perf_counter() - began
-        output.notice(
-            f"{name:<9}  {curve}  loss {losses[0]:.4f} -> {losses[-1]:.4f}, {len(losses)} steps, {seconds:.1f} s"
-        )
+        self._curves.append(Curve(name, losses, STYLES[name]))
+        curve, seconds = output.sparkline(losses, width=24), format_seconds(time.perf_counter() - began)
+        output.notice(f"{name:<9}  {curve}  loss {losses[0]:.4f} -> {losses[-1]:.4f}, {len(losses)} steps, {seconds}")
+
+
+@contextmanager
+def _lines(name: "Name") -> Iterator[Callable[["Event"], None]]:
+    """For logs and pipes."""
+    from obfuscatune.tuning.journal import Started
+    from obfuscatune.tuning.loop import StepEvent
+
+    with output.progress(f"{name}: fine-tuning") as meter:
+
+        def see(event: "Event") -> None:
+            match event:
+                case Started(total_steps=total):
+                    meter.expect(total)
+                case StepEvent(loss=loss):
+                    meter.advance(1, f"loss {loss:.4f}")
+
+        yield see
 
 
 def _tell(result: "Result", out: Path) -> None:
@@ -146,6 +166,8 @@ def _tell(result: "Result", out: Path) -> None:
 
     from obfuscatune.demo import table
     from obfuscatune.demo.folder import REPORT
+    from obfuscatune.demo.live import STYLES, chart
+    from obfuscatune.report.braille import Curve
 
     console = Console(highlight=False)
     if not console.is_terminal:
@@ -155,6 +177,10 @@ def _tell(result: "Result", out: Path) -> None:
         beside.add_column(column, style="" if index else "bold")
     for row in table.rows(result):
         beside.add_row(*row)
+    if console.is_terminal:
+        sides = (result.protected, result.plain)
+        curves = [Curve(side.name, side.losses, STYLES[side.name]) for side in sides]
+        console.print(chart(curves, len(result.plain.steps), console.width))
     console.print()
     console.print(beside)
     console.print()
@@ -180,10 +206,10 @@ def _tell_samples(result: "Result", console: "Console") -> None:
     from rich.table import Table
     from rich.text import Text
 
-    samples = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
+    samples = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     samples.add_column("asked")
     for heading in ("true", "before", "protected", "plain"):
-        samples.add_column(heading, max_width=24, no_wrap=True, overflow="ellipsis")
+        samples.add_column(heading, max_width=18, no_wrap=True, overflow="ellipsis")
     for it in result.samples():
         after = (Text(answer, style="green" if answer == it.truth else "red") for answer in (it.protected, it.plain))
         samples.add_row(Text(it.question), Text(it.truth), Text(it.before, style="dim"), *after)

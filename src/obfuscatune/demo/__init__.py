@@ -1,11 +1,13 @@
 """The demo: the embedded model learns private notes, protected and plain, and both are laid side by side.
 
-    recipe    seed               -> the settings of both runs, and what counts as success
-    folder    a path             -> an empty place for what the demo writes, or a refusal
-    side      a model            -> answers before, training, answers after
-    compare   two sides          -> differences, and whether they are within the tolerances
-    result    all of it          -> result.json
-    page      all of it          -> report.html
+    recipe    seed                 -> the settings of both runs, and what counts as success
+    folder    a path               -> an empty place for what the demo writes, or a refusal
+    side      a model              -> answers before, training, answers after
+    live      losses as they come  -> a picture on the terminal
+    compare   two sides            -> differences, and whether they are within the tolerances
+    result    all of it            -> result.json
+    table     all of it            -> rows for the terminal and the page
+    page      all of it            -> report.html
 
-Showing it on a terminal is the command's part (cli/demo.py).
+The command that runs it is cli/demo.py.
 """

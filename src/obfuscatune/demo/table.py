@@ -31,7 +31,7 @@ def rows(result: Result) -> list[Row]:
         Row("right after", _right(a, tuned=True), _right(b, tuned=True), f"{result.same_answers}/{asked} the same"),
         Row("training", format_seconds(a.seconds.training), format_seconds(b.seconds.training), _times(a, b)),
         Row("answering after", format_seconds(a.seconds.after), format_seconds(b.seconds.after), ""),
-        Row("parameters in the enclave", format_share(result.shape.enclave_share), "all", ""),
+        Row("in the enclave", f"{format_share(result.shape.enclave_share)} of the weights", "all", ""),
     ]
     if a.link is not None:
         steps = len(a.steps)
@@ -39,7 +39,7 @@ def rows(result: Result) -> list[Row]:
         crossings = int(a.link["crossings"])
         lines += [
             Row("crossings, training", f"{format_count(crossings)} ({crossings // steps} a step)", "none", ""),
-            Row("bytes, training", f"{sent} sent, {received} received", "none", ""),
+            Row("bytes, training", f"{sent} out, {received} in", "none", ""),
         ]
     return lines
 
