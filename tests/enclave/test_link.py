@@ -6,7 +6,6 @@ import threading
 
 import pytest
 import torch
-from tests.enclave.link_peers import MemoryWorker
 
 from obfuscatune.enclave.link import RetryPolicy, WorkerLink
 from obfuscatune.wire.errors import (
@@ -17,6 +16,7 @@ from obfuscatune.wire.errors import (
     QuotaExceeded,
 )
 from obfuscatune.wire.messages import MessageType
+from tests.enclave.link_peers import MemoryWorker
 
 ID = bytes(range(1, 17))
 OTHER = bytes(range(2, 18))

@@ -9,8 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tests.enclave.link_peers import MemoryTransport, MemoryWorker, Mischief
-from tests.enclave.test_link import ID, QUICK, W, X, linked
 
 from obfuscatune.enclave.link import RetryPolicy, WorkerLink
 from obfuscatune.wire.dtypes import DType
@@ -27,6 +25,8 @@ from obfuscatune.wire.errors import (
     WorkerRefused,
 )
 from obfuscatune.wire.messages import HEADER_BYTES, REPLIES, ErrorCode, Header, MessageType
+from tests.enclave.link_peers import MemoryTransport, MemoryWorker, Mischief
+from tests.enclave.test_link import ID, QUICK, W, X, linked
 
 
 def _with_header(**changes: object) -> Mischief:

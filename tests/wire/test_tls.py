@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.wire.peers import TEN_SECONDS, Accepting, identity, make_identities
 
 from obfuscatune.wire.address import parse_address
 from obfuscatune.wire.connect import connect
@@ -16,6 +15,7 @@ from obfuscatune.wire.errors import ConfigError, ConnectionLost, UntrustedPeer
 from obfuscatune.wire.listen import Listener
 from obfuscatune.wire.messages import Header, MessageType
 from obfuscatune.wire.tls import PinnedTls
+from tests.wire.peers import TEN_SECONDS, Accepting, identity, make_identities
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.wire.peers import TEN_SECONDS, Accepting, echo, identity, make_identities
 
 from obfuscatune.wire.address import UnixAddress, parse_address
 from obfuscatune.wire.connect import connect
@@ -23,6 +22,7 @@ from obfuscatune.wire.listen import Listener
 from obfuscatune.wire.messages import REQUESTS, Header, MessageType
 from obfuscatune.wire.tls import PinnedTls
 from obfuscatune.wire.transport import SocketTransport
+from tests.wire.peers import TEN_SECONDS, Accepting, echo, identity, make_identities
 
 
 @pytest.fixture

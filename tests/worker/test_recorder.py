@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.worker.serving import RawClient, serving
 
 from obfuscatune.enclave.link import WorkerLink
 from obfuscatune.wire.errors import ProtocolError, StorageError
 from obfuscatune.wire.messages import Header, MessageType
 from obfuscatune.wire.transcript import FRAMES, INDEX, TranscriptEntry, read_transcript
 from obfuscatune.worker.recorder import Recorder
+from tests.worker.serving import RawClient, serving
 
 ID = bytes(range(1, 17))
 W = torch.arange(12, dtype=torch.float32).reshape(3, 4)

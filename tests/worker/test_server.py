@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.worker.serving import RawClient, Serving, serving
 
 from obfuscatune.enclave.link import WorkerLink
 from obfuscatune.wire.dtypes import DType
@@ -15,6 +14,7 @@ from obfuscatune.wire.errors import QuotaExceeded, WorkerRefused
 from obfuscatune.wire.limits import MAX_IN_FLIGHT
 from obfuscatune.wire.messages import NO_MATRIX, ErrorCode, Header, Hello, MessageType
 from obfuscatune.wire.tensors import bytes_of
+from tests.worker.serving import RawClient, Serving, serving
 
 ID = bytes(range(1, 17))
 W = torch.arange(12, dtype=torch.float32).reshape(3, 4)
