@@ -80,7 +80,7 @@ def test_the_margin_is_the_smallest_lead(model, tokenizer):
 
 def test_a_prompt_that_leaves_no_room_is_refused(model, tokenizer):
     with pytest.raises(DataError, match="leaves no room for an answer of"):
-        evaluate_completions(model, tokenizer, [Completion("Lily " * 400, "b")], batch_size=1)
+        evaluate_completions(model, tokenizer, [Completion("Lily " * 600, "b")], batch_size=1)
 
 
 def write(tmp_path, *records):

@@ -41,7 +41,7 @@ _COMMANDS = {
     "inspect": _Command("Show where each layer runs and what crosses.", "obfuscatune inspect --model ./llama"),
     "bench": _Command("Time a protected step beside a plain one.", "obfuscatune bench step"),
     "worker": _Command("Run the untrusted worker.", "obfuscatune worker --listen unix:/run/obfuscatune.sock"),
-    "keygen": _Command("Make the keys of an enclave and a worker.", "obfuscatune keygen --help"),
+    "keygen": _Command("Make the keys of an enclave and a worker.", "obfuscatune keygen --out keys/enclave"),
 }
 """Each is the function, or the typer app, of its own name in the module of its own name."""
 
@@ -102,10 +102,11 @@ def run(arguments: list[str]) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         # Without standalone mode, typer raises what it would else print, and returns an Exit's code.
-        return int(make_app()(arguments, prog_name="obfuscatune", standalone_mode=False) or 0)
-    except typer.Abort:
-        return EXIT_INTERRUPTED
-    except KeyboardInterrupt:
+        code = int(make_app()(arguments, prog_name="obfuscatune", standalone_mode=False) or 0)
+        if code == EXIT_INTERRUPTED:  # so typer reports Ctrl-C; older ones raise Abort
+            raise KeyboardInterrupt
+        return code
+    except (KeyboardInterrupt, typer.Abort):
         _say("interrupted")
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # whoever read our output has gone, which is theirs to do

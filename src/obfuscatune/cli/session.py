@@ -12,6 +12,8 @@ from obfuscatune.wire.errors import ConfigError, ModelFileError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from obfuscatune.enclave.link import WorkerLink
+    from obfuscatune.enclave.profiles import Profile
     from obfuscatune.wire.tls import TlsConfig
 
 DTYPES = ("float32", "bfloat16", "float64")
@@ -106,27 +108,40 @@ def open_session(
 def _protected(directory: Path, dtype: Any, protection: Protection) -> Iterator[Any]:
     import obfuscatune
 
-    given = asdict(protection)
-    knobs = {name: given[name] for name in ("first_blocks",) if given[name] is not None}
     key = None if protection.key_file is None else obfuscatune.RootKey.from_file(protection.key_file)
-    tls = _tls(protection)
+    profile = _profile(protection)
     with ExitStack() as stack:
-        address = protection.worker
-        if address is None:
-            address = stack.enter_context(_started_worker()).address
+        link = stack.enter_context(_opened_link(protection))
         with output.progress("sending the transformed matrices") as meter:
             model = obfuscatune.load(
-                directory,
-                workers=address,
-                profile=protection.profile or "private",
-                dtype=dtype,
-                key=key,
-                tls=tls,
-                progress=_forward_progress(meter),
-                **knobs,
+                directory, workers=link, profile=profile, dtype=dtype, key=key, progress=_forward_progress(meter)
             )
-        stack.callback(model.protection.close)
         yield model
+
+
+def _profile(protection: Protection) -> "Profile":
+    from obfuscatune.enclave.profiles import resolve
+
+    knobs = {} if protection.first_blocks is None else {"first_blocks": protection.first_blocks}
+    return resolve(protection.profile or "private", **knobs)
+
+
+@contextmanager
+def _opened_link(protection: Protection) -> Iterator["WorkerLink"]:
+    """A link to the worker that was named, or to one started for as long as the `with` lasts."""
+    import obfuscatune
+
+    tls = _tls(protection)
+    with ExitStack() as stack:
+        if protection.worker is None:
+            with output.progress("starting a worker on this machine"):
+                address = stack.enter_context(obfuscatune.local_worker()).address
+        else:
+            address = protection.worker
+            output.notice(f"connecting to the worker at {address}")  # it may be waited for
+        link = obfuscatune.WorkerLink.open(address, tls=tls)
+        stack.callback(link.close)
+        yield link
 
 
 def _forward_progress(meter: output.Meter) -> Callable[[int, int, str], None]:
@@ -135,16 +150,6 @@ def _forward_progress(meter: output.Meter) -> Callable[[int, int, str], None]:
         meter.advance(1)
 
     return progress
-
-
-@contextmanager
-def _started_worker() -> Iterator[Any]:
-    import obfuscatune
-
-    with ExitStack() as stack:
-        with output.progress("starting a worker on this machine"):
-            worker = stack.enter_context(obfuscatune.local_worker())
-        yield worker
 
 
 def _load_plain(directory: Path, dtype: Any) -> "PreTrainedModel":

@@ -1,0 +1,224 @@
+"""The commands as users run them: protected, with a real worker process."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from obfuscatune.assets import tiny_model_path
+from obfuscatune.cli.session import Protection, open_files, open_session
+
+STORY = ", there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red ball."
+
+# float32: losses of protected and plain runs differ by rounding, which the steps before have amplified.
+LOSS_TOLERANCE = 1e-4
+
+
+def losses(out: Path) -> list[float]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.fixture
+def finetune(obfuscatune, stories260k, notes, tmp_path):
+    """Runs `finetune` for eight steps with dropout and accumulation."""
+
+    def run(name, *options):
+        out = tmp_path / name
+        ran = obfuscatune(
+            *("finetune", "--model", stories260k, "--data", notes, "--eval", notes, "--out", out, "--max-steps", 8),
+            *("--batch-size", 3, "--accumulation", 2, "--lr", 0.005, "--lora-dropout", 0.1, "--seed", 7, "--json"),
+            *options,
+        )
+        assert ran.code == 0, ran.stderr
+        return out, ran
+
+    return run
+
+
+def test_protected_and_plain_runs_agree(finetune, worker):
+    protected, ran = finetune("protected", "--worker", worker.address)
+    plain, _ = finetune("plain", "--plain")
+    assert losses(protected) == pytest.approx(losses(plain), abs=LOSS_TOLERANCE)
+    assert "PLAIN" not in ran.stderr
+    assert ran.document["protected"] is True
+    assert ran.document["link"]["crossings"] > 0
+    weights, expected = (load_file(out / "adapter" / "adapter_model.safetensors") for out in (protected, plain))
+    assert weights.keys() == expected.keys()
+    for name, tensor in weights.items():
+        # Adam divides by the gradient's own size, so a gradient near zero may turn its step of lr = 0.005 either
+        # way; all others agree to rounding.
+        assert (tensor - expected[name]).abs().mean() < 1e-4, name
+
+
+def test_the_adapter_is_the_same_in_the_enclave_and_in_plain_peft(finetune, worker, stories260k):
+    out, _ = finetune("run", "--worker", worker.address)
+    ids = torch.arange(3, 40)[None]
+    files = open_files(str(stories260k))
+    with open_session(
+        files, dtype=None, protection=Protection(worker=worker.address), adapter=out / "adapter"
+    ) as session:
+        inside = session.model(ids).logits
+    model = AutoModelForCausalLM.from_pretrained(stories260k)
+    outside = PeftModel.from_pretrained(model, out / "adapter").eval()(ids).logits
+    torch.testing.assert_close(inside, outside, rtol=0, atol=1e-4)
+
+
+def test_answers_are_the_same_but_for_ties(obfuscatune, finetune, worker, stories260k, shared_data):
+    out, _ = finetune("run", "--worker", worker.address)
+    ran = obfuscatune(
+        *("evaluate", "--model", stories260k, "--adapter", out / "adapter", "--task", "openbookqa"),
+        *("--data-dir", shared_data, "--limit", 25, "--worker", worker.address, "--compare-plain", "--json"),
+    )
+    assert ran.code == 0, ran.stderr
+    assert [run["protected"] for run in ran.document["runs"]] == [True, False]
+    assert [found["metric"] for found in ran.document["comparisons"]] == ["acc", "acc_norm"]
+    for found in ran.document["comparisons"]:
+        assert found["differing"] == found["ties"]
+
+
+def test_comparison_is_told_to_people(obfuscatune, worker, stories260k, notes):
+    ran = obfuscatune(
+        *("evaluate", "--model", stories260k, "--data", notes, "--limit", 4),
+        *("--worker", worker.address, "--compare-plain"),
+    )
+    assert ran.code == 0, ran.stderr
+    assert "protected (" in ran.stdout
+    assert "crossings to the worker" in ran.stdout
+    assert "answered differently by exact_match: 0, of which ties: 0" in ran.stdout
+
+
+def test_generate_starts_a_worker_of_its_own(obfuscatune, stories260k):
+    ran = obfuscatune(
+        *("generate", "--model", stories260k, "--prompt", "Once upon a time", "--max-new-tokens", 48, "--json")
+    )
+    assert ran.code == 0, ran.stderr
+    assert ran.document["text"].startswith(STORY)
+    assert ran.document["link"]["uploads"] > 0
+
+
+def test_the_first_block_stays_in_the_enclave(obfuscatune, stories260k, worker):
+    crossings = []
+    for blocks in (0, 1):
+        ran = obfuscatune(
+            *("generate", "--model", stories260k, "--prompt", "Once", "--max-new-tokens", 4, "--json"),
+            *("--worker", worker.address, "--first-blocks", blocks),
+        )
+        crossings.append(ran.document["link"]["crossings"])
+    assert crossings[1] == crossings[0] * 4 / 5  # of five blocks
+
+
+def test_a_key_file_is_made_for_its_owner_alone_and_used_again(obfuscatune, stories260k, worker, tmp_path):
+    key = tmp_path / "root.key"
+    command = ("generate", "--model", stories260k, "--prompt", "Once upon a time", "--json", "--worker", worker.address)
+    first = obfuscatune(*command, "--key-file", key)
+    assert key.stat().st_mode & 0o777 == 0o600
+    assert obfuscatune(*command, "--key-file", key).document["text"] == first.document["text"]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (("--profile", "secret"), 2, "unknown profile 'secret'"),
+        (("--worker", "somewhere"), 2, "the address 'somewhere' cannot be used"),
+        (("--tls-cert", "a.pem"), 2, "TLS needs --tls-cert, --tls-key and --peer, all three"),
+        (("--worker", "tcp:127.0.0.1:1", "--tls-cert", "a", "--tls-key", "b", "--peer", "c"), 2, "cannot use TLS"),
+        (("--first-blocks", "-1"), 2, "first_blocks must not be negative"),
+        (("--key-file", "/absent/root.key"), 1, "cannot make the key file /absent/root.key"),
+    ],
+)
+def test_what_cannot_be_protected_is_one_line(obfuscatune, stories260k, options, code, message):
+    ran = obfuscatune("generate", "--model", stories260k, "--prompt", "a", "--json", *options)
+    assert (ran.code, ran.stdout) == (code, "")
+    (line,) = [line for line in ran.stderr.splitlines() if line.startswith("error: ")]
+    assert message in line
+
+
+def test_tls_from_keygen_to_generate(obfuscatune, stories260k, tmp_path):
+    for side in ("enclave", "worker"):
+        assert obfuscatune("keygen", "--out", tmp_path / side).code == 0
+    enclave, worker = (tmp_path / side for side in ("enclave", "worker"))
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "obfuscatune", "worker", "--listen", "tcp:127.0.0.1:0", "--json"),
+            *("--tls-cert", worker / "cert.pem", "--tls-key", worker / "key.pem", "--peer", enclave / "cert.pem"),
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        address = json.loads(process.stdout.readline())["address"]
+        ran = obfuscatune(
+            *("generate", "--model", stories260k, "--prompt", "Once upon a time", "--json", "--worker", address),
+            *("--tls-cert", enclave / "cert.pem", "--tls-key", enclave / "key.pem", "--peer", worker / "cert.pem"),
+        )
+        assert ran.code == 0, ran.stderr
+        assert ran.document["text"].startswith(STORY)
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_until(condition, seconds=60):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def test_a_run_killed_from_outside_is_resumed(finetune, stories260k, notes, tmp_path):
+    whole, _ = finetune("whole", "--checkpoint-every", 2)
+    out = tmp_path / "killed"
+    again = yaml_options(whole, out)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "obfuscatune", "finetune", *again], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    metrics = out / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and metrics.read_text().count('"grad_norm"') >= 3)
+    (worker,) = children(process.pid)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    # The worker that it had started notices, and goes.
+    wait_until(lambda: not Path(f"/proc/{worker}").exists() or is_zombie(worker))
+    _, ran = finetune("killed", "--checkpoint-every", 2, "--resume")
+    assert "going on after step" in ran.stderr
+    assert losses(out) == pytest.approx(losses(whole), abs=LOSS_TOLERANCE)
+
+
+def yaml_options(whole: Path, out: Path) -> list[str]:
+    """The options that begin the run of another directory once more."""
+    return ["--config", str(whole / "recipe.yaml"), "--out", str(out)]
+
+
+def is_zombie(pid: int) -> bool:
+    """Ended, and orphaned in a container whose first process does not reap."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+@pytest.mark.skipif(not (tiny_model_path() / "model.safetensors").is_file(), reason="no embedded model yet")
+def test_the_embedded_model_learns_facts_by_heart(obfuscatune, worker, notes, tmp_path):
+    out = tmp_path / "run"
+    before = obfuscatune("evaluate", "--data", notes, "--worker", worker.address, "--json")
+    ran = obfuscatune(
+        *("finetune", "--data", notes, "--worker", worker.address, "--out", out),
+        *("--epochs", 20, "--lr", 0.005, "--lora-dropout", 0),
+    )
+    assert ran.code == 0, ran.stderr
+    after = obfuscatune(
+        *("evaluate", "--data", notes, "--worker", worker.address, "--adapter", out / "adapter", "--json")
+    )
+    values = [found.document["runs"][0]["metrics"]["exact_match"]["value"] for found in (before, after)]
+    assert values[0] == 0
+    assert values[1] > 0.9
