@@ -3,44 +3,18 @@
 from dataclasses import replace
 
 import pytest
-import torch
-from safetensors.torch import save
 
 from obfuscatune.demo.compare import check, compare_sides
 from obfuscatune.demo.recipe import LOSS_TOLERANCE, WEIGHT_TOLERANCE, Settings
-from obfuscatune.demo.side import Seconds, Side
-from obfuscatune.evaluation.results import Metric, Verdict
-from obfuscatune.tuning.adapter import WEIGHTS
-from obfuscatune.tuning.loop import StepEvent
 from obfuscatune.wire.errors import ModelFileError
+from tests.demo.made import adapter, metric, side, step
 
 FULL = Settings(seed=0, quick=False)
 
 
-def step(number, loss):
-    return StepEvent(step=number, epoch=1, loss=loss, lr=0.1, grad_norm=1.0, tokens=10, seconds=0.1)
-
-
-def metric(right, answers=None, margin=1.0):
-    answers = answers or ["x"] * 10
-    return Metric("exact_match", tuple(Verdict(a, index < right, margin) for index, a in enumerate(answers)))
-
-
-def adapter(folder, **weights):
-    folder.mkdir(exist_ok=True)
-    (folder / WEIGHTS).write_bytes(save({name: torch.tensor(values) for name, values in weights.items()}))
-    return folder
-
-
 @pytest.fixture
 def sides(tmp_path):
-    steps = (step(1, 7.0), step(2, 1.0))
-    seconds = Seconds(1.0, 1.0, 1.0, 1.0)
-    made = [
-        Side(name, metric(0), metric(9), steps, adapter(tmp_path / name, a=[0.5, -2.0]), seconds, None)
-        for name in ("protected", "plain")
-    ]
-    return tuple(made)
+    return side("protected", tmp_path), side("plain", tmp_path)
 
 
 def failed(protected, plain, settings=FULL):

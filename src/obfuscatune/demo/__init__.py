@@ -9,5 +9,7 @@
     table     all of it            -> rows for the terminal and the page
     page      all of it            -> report.html
 
-The command that runs it is cli/demo.py.
+    terminal  all of it            -> what is printed at the end
+
+run.py is all but the writing; the command that calls it is cli/demo.py.
 """

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from obfuscatune.assets import clinic_notes_path
 from obfuscatune.tuning.recipe import Recipe
+from obfuscatune.wire.errors import ConfigError
 
 ACCURACY = 0.8
 """Least share of held-out questions answered right after fine-tuning."""
@@ -25,6 +26,10 @@ class Settings:
 
     seed: int
     quick: bool
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ConfigError(f"--seed: expected 0 or more, found {self.seed}")
 
     @property
     def questions(self) -> int | None:

@@ -1,0 +1,78 @@
+"""What the demo prints when it is done."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from obfuscatune.demo import table
+from obfuscatune.demo.folder import REPORT
+from obfuscatune.demo.live import STYLES, chart
+from obfuscatune.demo.result import Result
+from obfuscatune.report.braille import Curve
+
+_PIPE_WIDTH = 120
+"""A pipe has no width of its own: let no line be cut."""
+
+
+def print_result(result: Result, out: Path) -> None:
+    """Curves (on a terminal), the table, a few questions, what failed, where the files are, and what to try next."""
+    console = Console(highlight=False)
+    sides = (result.protected, result.plain)
+    if console.is_terminal:
+        curves = [Curve(side.name, side.losses, STYLES[side.name]) for side in sides]
+        console.print(chart(curves, len(result.plain.steps), console.width))
+    else:
+        console.width = _PIPE_WIDTH
+    for part in ("", _beside(result), "", _samples(result), "", _verdict(result), ""):
+        console.print(part)
+    files = {"report": out / REPORT} | {f"{side.name} adapter": side.adapter for side in sides}
+    for what, path in files.items():
+        console.print(f"{what:<19}{path}", soft_wrap=True, markup=False)
+    console.print()
+    console.print("Next", style="bold")
+    for what, command in _next_steps(result):
+        console.print(f"  {what:<25}{command}", soft_wrap=True, markup=False)
+
+
+def _beside(result: Result) -> Table:
+    beside = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
+    for index, column in enumerate(table.COLUMNS):
+        beside.add_column(column, style="" if index else "bold")
+    for row in table.rows(result):
+        beside.add_row(*map(Text, row))
+    return beside
+
+
+def _samples(result: Result) -> Table:
+    samples = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    samples.add_column("asked")
+    for heading in ("true", "before", "protected", "plain"):
+        samples.add_column(heading, max_width=18, no_wrap=True, overflow="ellipsis")
+    for it in result.samples():
+        after = (Text(answer, style="green" if answer == it.truth else "red") for answer in (it.protected, it.plain))
+        samples.add_row(Text(it.question), Text(it.truth), Text(it.before, style="dim"), *after)
+    return samples
+
+
+def _verdict(result: Result) -> Text:
+    if result.passed:
+        return Text("Neither model nor text went to the worker in the clear, and both runs agree.", style="bold green")
+    failed = [it for it in result.checks if not it.passed]
+    lines = [f"FAILED  {it.name}: {it.measured:.3g}, the limit is {it.limit:.3g}" for it in failed]
+    return Text("\n".join(lines), style="bold red")
+
+
+def _next_steps(result: Result) -> list[tuple[str, str]]:
+    question = result.questions[0].prompt.partition("\n")[0]
+    ask = f"obfuscatune generate --adapter {result.protected.adapter} --prompt $'{question}\\nAnswer:'"
+    return [
+        ("ask the tuned model", ask),
+        ("your own model and text", "obfuscatune finetune --model MODEL --data train.jsonl --out runs/mine"),
+        (
+            "a worker elsewhere",
+            "obfuscatune keygen --help, obfuscatune worker --help; then finetune --worker tcp:HOST:7600",
+        ),
+        ("what would run where", "obfuscatune inspect --model MODEL"),
+    ]
