@@ -141,6 +141,12 @@ class _ProtectedLayer(nn.Module):
     def weight(self, value: object) -> NoReturn:
         _refuse_weight()
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As everywhere, but for the weight."""
+        if name == "weight":
+            _refuse_weight()
+        super().register_parameter(name, param)
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
         return self._crossing.output_for(self._slot, x)

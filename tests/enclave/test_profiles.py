@@ -1,0 +1,51 @@
+"""Profiles: presets with single knobs changed, and everything else refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from obfuscatune import Profile
+from obfuscatune.enclave.profiles import resolve
+from obfuscatune.wire.errors import ConfigError
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "near miss": ({"sheild_rows": 3}, "did you mean 'shield_rows'"),
+    "unknown": ({"colour": "red"}, "known are: transform, mixing, shield_rows"),
+    "name": ({"name": "mine"}, "unknown knob 'name'"),
+    "negative shield rows": ({"shield_rows": -1}, "between 0 and 65536, got -1"),
+    "too many shield rows": ({"shield_rows": 65537}, "between 0 and 65536"),
+    "negative first blocks": ({"first_blocks": -1}, "not be negative"),
+    "no such transform": ({"transform": "harr"}, "unknown transform 'harr'"),
+    "identity": ({"transform": "identity"}, "allow_unsafe"),
+}
+
+
+def test_private_is_what_the_design_says() -> None:
+    profile = resolve("private")
+    assert (profile.transform, profile.mixing, profile.first_blocks) == ("structured", True, 0)
+    assert profile.shield_rows >= 1
+    assert not profile.allow_unsafe
+
+
+def test_knobs_change_one_thing() -> None:
+    changed = resolve("private", shield_rows=32)
+    assert changed.shield_rows == 32
+    assert resolve(changed, transform="haar") == Profile("private", transform="haar", shield_rows=32)
+    assert resolve("private").shield_rows != 32
+
+
+def test_identity_only_when_asked_for_twice() -> None:
+    assert resolve("private", transform="identity", allow_unsafe=True).transform_spec.is_unsafe
+
+
+@pytest.mark.parametrize(("knobs", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_is_refused(knobs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve("private", **knobs)
+
+
+def test_unknown_profile() -> None:
+    with pytest.raises(ConfigError, match="unknown profile 'paranoid'.*private"):
+        resolve("paranoid")
