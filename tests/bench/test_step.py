@@ -1,0 +1,61 @@
+"""``bench step`` on a tiny shape: both contenders are real processes, one of them with a real worker."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import GPT2Config
+
+from obfuscatune.bench import step as step_module
+from obfuscatune.bench.shapes import NAMES, config_of
+from obfuscatune.bench.step import OWN_WAITING, StepBench, StepResult
+from obfuscatune.wire.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def tiny_shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shape")
+    GPT2Config(n_embd=32, n_head=2, n_layer=2, vocab_size=64, n_positions=32).save_pretrained(folder)
+    return folder / "config.json"
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_shape: Path) -> StepResult:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_module, "PLAIN_WAITING", {"brief": OWN_WAITING})
+        bench = StepBench(shape=str(tiny_shape), batch=2, length=16, threads=1, rounds=3, warmup=1)
+        return bench.run(lambda line: None)
+
+
+def test_both_sides_do_the_same_work(measured: StepResult) -> None:
+    assert len(measured.plain) == len(measured.protected) == 3
+    assert measured.loss_difference < 1e-5
+    assert measured.plain[0]["loss"] != measured.plain[1]["loss"]  # it learns: the steps are real
+
+
+def test_a_step_crosses_once_per_group_and_direction(measured: StepResult) -> None:
+    groups = 2 * 4  # two blocks of c_attn, c_proj, c_fc, c_proj
+    assert measured.protected[0]["crossings"] == 2 * groups - 1  # nothing flows back through the first layer
+
+
+def test_the_breakdown_adds_up(measured: StepResult) -> None:
+    assert set(measured.breakdown) >= {"rotate", "mix", "worker and receiving", "model, LoRA and optimizer"}
+    assert sum(measured.breakdown.values()) == pytest.approx(measured.protected_seconds, rel=0.5)
+    assert measured.ratio == sorted(measured.ratios)[1]
+
+
+def test_the_document_is_json_and_names_the_machine(measured: StepResult) -> None:
+    document = json.loads(json.dumps(measured.as_json()))
+    assert document["machine"]["cores"] >= 1
+    assert document["bench"]["profile"] == "private"
+    assert document["peak_bytes"]["plain"] > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_named_shapes_have_configurations(name: str) -> None:
+    assert config_of(name, layers=2).num_hidden_layers == 2
+
+
+def test_an_unknown_shape_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="gpt2-xl"):
+        config_of("gpt5")
