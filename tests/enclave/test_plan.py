@@ -160,6 +160,12 @@ def test_experts_that_are_no_linear_layers_are_named(tmp_path):
     assert plan.enclave["other"] == sum(it.parameters for it in plan.unmoved)
 
 
+def test_experts_beyond_any_memory_are_planned(tmp_path):
+    config = MixtralConfig(hidden_size=2**14, intermediate_size=2**16, num_local_experts=2**12, num_hidden_layers=2)
+    plan = plan_of(config, tmp_path)
+    assert plan.enclave["other"] > 2 * 2**12 * 3 * 2**30, "26 trillion parameters, none of them allocated"
+
+
 def test_an_encoder_is_planned_too(tmp_path):
     config = BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, vocab_size=50)
     plan = plan_of(config, tmp_path)

@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-from obfuscatune.enclave.load import empty_model, read_config
+from obfuscatune.enclave.load import read_config
 from obfuscatune.enclave.profiles import Profile
 from obfuscatune.enclave.sites import SiteGroup, find_groups
 from obfuscatune.wire.errors import ModelFileError
@@ -67,7 +67,11 @@ class LayerPlan:
 
     @property
     def backward_crossings(self) -> int:
-        """Crossings of one backward pass of LoRA."""
+        """Crossings of one backward pass of LoRA.
+
+        Where attention and MLP read one input side by side (GPT-NeoX, Phi), the first MLP needs none either, and
+        this counts one too many for the model.
+        """
         return int(self.place == "worker" and self.trained_before)
 
     @property
@@ -190,7 +194,8 @@ def model_from_config(model: str | Path) -> PreTrainedModel:
     config = read_config(_find_config(model))
     for auto_class in (AutoModelForCausalLM, AutoModel):
         try:
-            skeleton = empty_model(config, auto_class, None)
+            with torch.device("meta"):  # even what a layer allocates before it becomes a parameter: experts are large
+                skeleton: PreTrainedModel = auto_class.from_config(config)
         except ValueError as error:  # not a causal language model: perhaps an encoder
             reason = error
             continue
