@@ -40,7 +40,8 @@ def test_a_step_crosses_once_per_group_and_direction(measured: StepResult) -> No
 
 def test_the_breakdown_adds_up(measured: StepResult) -> None:
     assert set(measured.breakdown) >= {"rotate", "mix", "worker and receiving", "model, LoRA and optimizer"}
-    assert sum(measured.breakdown.values()) == pytest.approx(measured.protected_seconds, rel=0.5)
+    assert sum(measured.breakdown.values()) == pytest.approx(measured.protected_seconds)
+    assert min(measured.breakdown.values()) >= 0
     assert measured.ratio == sorted(measured.ratios)[1]
 
 

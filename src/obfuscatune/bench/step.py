@@ -65,8 +65,8 @@ class StepBench:
                     progress(f"round {round_number + 1}/{self.warmup + self.rounds}: {name} {answer['seconds']:.3f} s")
                     if round_number >= self.warmup:
                         answers[name].append(answer)
-            spans = protected.profile()["spans"]
-        return StepResult(self, waiting, answers["plain"], answers["protected"], spans, machine())
+            profiled = protected.profile()
+        return StepResult(self, waiting, answers["plain"], answers["protected"], profiled, machine())
 
     def _best_plain_waiting(self, progress: Progress) -> str:
         medians = {}
@@ -133,7 +133,7 @@ class StepResult:
     plain_waiting: str
     plain: list[dict[str, Any]] = field(repr=False)
     protected: list[dict[str, Any]] = field(repr=False)
-    spans: dict[str, float]
+    profiled: dict[str, Any] = field(repr=False)
     machine: dict[str, Any]
 
     @property
@@ -163,12 +163,17 @@ class StepResult:
 
     @property
     def breakdown(self) -> dict[str, float]:
-        """Where the median protected step goes, in seconds: shares of the profiled step, times the median."""
+        """Where the median protected step goes, in seconds; adds up to it.
+
+        Waiting for the worker was clocked in every round. The enclave's spans come from one profiled step, scaled
+        to the median; what is in none of them is the model's own work.
+        """
         waiting = statistics.median(answer["waiting_seconds"] for answer in self.protected)
-        parts = {name: seconds for name, seconds in self.spans.items() if name != "cross"}
-        sending = max(self.spans.get("cross", 0.0) - waiting, 0.0)
-        named = {**parts, "send and check": sending, "worker and receiving": waiting}
-        return {**named, "model, LoRA and optimizer": max(self.protected_seconds - sum(named.values()), 0.0)}
+        scale = self.protected_seconds / self.profiled["seconds"]
+        spans = {name: seconds * scale for name, seconds in self.profiled["spans"].items()}
+        parts = {"worker and receiving": waiting, "sending and checking": max(spans.pop("cross", 0.0) - waiting, 0.0)}
+        parts |= spans
+        return {**parts, "model, LoRA and optimizer": self.protected_seconds - sum(parts.values())}
 
     def as_json(self) -> dict[str, Any]:
         """Everything, for the file."""
