@@ -47,5 +47,5 @@ def test_what_is_refused(knobs: dict[str, Any], message: str) -> None:
 
 
 def test_unknown_profile() -> None:
-    with pytest.raises(ConfigError, match="unknown profile 'paranoid'.*private"):
+    with pytest.raises(ConfigError, match=r"unknown profile 'paranoid'.*private"):
         resolve("paranoid")

@@ -13,36 +13,36 @@ from obfuscatune.enclave.sites import find_groups, find_sites
 from obfuscatune.wire.errors import ProtectionError
 from tests.contract.architectures import ARCHITECTURES
 
-LLAMA_BLOCK = [
-    "model.layers.{}.self_attn.q_proj+k_proj+v_proj",
-    "model.layers.{}.self_attn.o_proj",
-    "model.layers.{}.mlp.gate_proj+up_proj",
-    "model.layers.{}.mlp.down_proj",
-]
+ATTENTION = "self_attn.q_proj+k_proj+v_proj"
+
+
+def block(stem: str, *leaves: str) -> list[str]:
+    """Names of the groups of one block."""
+    return [f"{stem}.{{}}.{leaf}" for leaf in leaves]
+
+
 BLOCKS = {
-    "gpt2": [f"transformer.h.{{}}.{leaf}" for leaf in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")],
-    **dict.fromkeys(("llama", "llama-biased", "qwen2", "qwen3", "mistral", "gemma2", "gemma3"), LLAMA_BLOCK),
-    "phi": [
-        f"model.layers.{{}}.{leaf}"
-        for leaf in ("self_attn.q_proj+k_proj+v_proj", "self_attn.dense", "mlp.fc1", "mlp.fc2")
-    ],
-    "opt": [
-        f"model.decoder.layers.{{}}.{leaf}"
-        for leaf in ("self_attn.q_proj+k_proj+v_proj", "self_attn.out_proj", "fc1", "fc2")
-    ],
-    "gpt_neox": [
-        f"gpt_neox.layers.{{}}.{leaf}"
-        for leaf in ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
-    ],
-    "bert": [
-        f"bert.encoder.layer.{{}}.{leaf}"
-        for leaf in (
-            "attention.self.query+key+value",
-            "attention.output.dense",
-            "intermediate.dense",
-            "output.dense",
-        )
-    ],
+    "gpt2": block("transformer.h", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+    **dict.fromkeys(
+        ("llama", "llama-biased", "qwen2", "qwen3", "mistral", "gemma2", "gemma3"),
+        block("model.layers", ATTENTION, "self_attn.o_proj", "mlp.gate_proj+up_proj", "mlp.down_proj"),
+    ),
+    "phi": block("model.layers", ATTENTION, "self_attn.dense", "mlp.fc1", "mlp.fc2"),
+    "opt": block("model.decoder.layers", ATTENTION, "self_attn.out_proj", "fc1", "fc2"),
+    "gpt_neox": block(
+        "gpt_neox.layers",
+        "attention.query_key_value",
+        "attention.dense",
+        "mlp.dense_h_to_4h",
+        "mlp.dense_4h_to_h",
+    ),
+    "bert": block(
+        "bert.encoder.layer",
+        "attention.self.query+key+value",
+        "attention.output.dense",
+        "intermediate.dense",
+        "output.dense",
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""Every transform against its own dense matrix: products, inverses, transposes, sizes, dtypes, and where secrets come from."""
+"""Every transform against its own dense matrix: products, inverses, sizes, dtypes, and where its secrets come from."""
 
 from __future__ import annotations
 

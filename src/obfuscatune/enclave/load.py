@@ -6,6 +6,8 @@ config  ->  model without weights  ->  for each group: read W, send W_star, forg
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,8 @@ from obfuscatune.enclave.sites import SiteGroup, find_groups
 from obfuscatune.wire.errors import ModelFileError
 from obfuscatune.wire.tls import TlsConfig
 
+LONGEST_REASON = 300
+"""Characters of an upstream error that are passed on; some list every architecture there is."""
 DOWNLOADED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model"]
 
 
@@ -69,6 +73,7 @@ def load(
     directory = find_directory(model, revision)
     checkpoint = Checkpoint(directory)  # stays open: a worker that lost a matrix is sent it again from here
     skeleton = empty_model(read_config(directory), auto_class, dtype)
+    generation = read_generation_config(directory)
     groups = find_groups(skeleton, resolved.first_blocks)
     reader = _Reader(checkpoint, skeleton)
     protection = Protection.start(open_link(workers, tls, deadline_s, retry), resolved, key)
@@ -78,8 +83,8 @@ def load(
             if progress is not None:
                 progress(done, len(groups), group.name)
         reader.fill(skeleton)
-    if (directory / "generation_config.json").is_file():
-        skeleton.generation_config = GenerationConfig.from_pretrained(directory)
+    if generation is not None:
+        skeleton.generation_config = generation
     adopt(skeleton, protection)
     return skeleton.eval()
 
@@ -97,17 +102,46 @@ def find_directory(model: str | Path, revision: str | None = None) -> Path:
 
 
 def read_config(directory: Path) -> PretrainedConfig:
-    """The model's configuration; its own code is never run."""
-    try:
+    """The model's configuration; its own code is never run.
+
+    Raises:
+        ModelFileError: there is none, or it is not one that transformers knows.
+    """
+    with _blamed_on(directory / "config.json"):
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelFileError(f"{directory} has no config.json that can be used: {error}") from error
+
+
+def read_generation_config(directory: Path) -> GenerationConfig | None:
+    """How the model is to generate, where the directory says so.
+
+    Raises:
+        ModelFileError: it says so in a way that cannot be read.
+    """
+    path = directory / "generation_config.json"
+    if not path.is_file():
+        return None
+    with _blamed_on(path):
+        return GenerationConfig.from_pretrained(directory)
 
 
 def empty_model(config: PretrainedConfig, auto_class: Any, dtype: torch.dtype | None) -> PreTrainedModel:
-    """The model with parameters on the meta device and real buffers: all of its shape, none of its weight."""
-    with init_empty_weights(include_buffers=False):
+    """The model with parameters on the meta device and real buffers: all of its shape, none of its weight.
+
+    Raises:
+        ModelFileError: no model can be made of that configuration, or none with that head.
+    """
+    with _blamed_on("config.json"), init_empty_weights(include_buffers=False):
         return auto_class.from_config(config, dtype=dtype or config.dtype or torch.float32)
+
+
+@contextmanager
+def _blamed_on(file: Path | str) -> Iterator[None]:
+    """Whatever transformers raises over a file's content, as one ModelFileError that names the file."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:LONGEST_REASON]
+        raise ModelFileError(f"{file} cannot be used: {type(error).__name__}: {reason}") from error
 
 
 def _offload(group: SiteGroup, reader: _Reader, protection: Protection) -> dict[str, nn.Module]:
