@@ -1,5 +1,6 @@
 """Each side refuses whom it has not pinned, and whoever speaks no TLS 1.3."""
 
+import datetime
 import socket
 import ssl
 import threading
@@ -7,14 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from obfuscatune.wire.address import parse_address
 from obfuscatune.wire.connect import connect
 from obfuscatune.wire.deadline import Deadline
 from obfuscatune.wire.errors import ConfigError, ConnectionLost, UntrustedPeer
+from obfuscatune.wire.framing import recv_payload
 from obfuscatune.wire.listen import Listener
 from obfuscatune.wire.messages import Header, MessageType
-from obfuscatune.wire.tls import PinnedTls
+from obfuscatune.wire.tls import PinnedTls, TlsConfig
 from tests.wire.peers import TEN_SECONDS, Accepting, identity, make_identities
 
 
@@ -115,6 +121,72 @@ def _answer_in_clear(listener: Listener) -> None:
     transport.recv_into(memoryview(bytearray(4096)), Deadline(TEN_SECONDS))
     transport.send([Header(MessageType.WELCOME, payload_bytes=32).pack(), bytes(32)], Deadline(TEN_SECONDS))
     transport.close()
+
+
+def test_a_pinned_certificate_vouches_for_no_other(identities: Path, tmp_path: Path) -> None:
+    """The pinned certificate may sign, and has signed the stranger's: OpenSSL is content, the pin is not."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    pinned, leaf = _signed(key.public_key(), key, ca=True), _signed((other := _new_key()).public_key(), key, ca=False)
+    (tmp_path / "pinned.cert").write_bytes(pinned)
+    (tmp_path / "leaf.cert").write_bytes(leaf)
+    (tmp_path / "leaf.key").write_bytes(
+        other.private_bytes(Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    signed = TlsConfig(tmp_path / "leaf.cert", tmp_path / "leaf.key", identities / "enclave.cert")
+    listener = Listener(parse_address("tcp:127.0.0.1:0"), PinnedTls(signed, server=True))
+    accepting = Accepting(listener)
+    here = PinnedTls(replace(identity(identities, "enclave", "worker"), peers=tmp_path / "pinned.cert"), server=False)
+    with pytest.raises(UntrustedPeer, match="not one of those pinned"):
+        connect(listener.address, Deadline(TEN_SECONDS), here)
+    accepting.finish()
+
+
+def _new_key() -> ec.EllipticCurvePrivateKey:
+    return ec.generate_private_key(ec.SECP256R1())
+
+
+def _signed(public: ec.EllipticCurvePublicKey, issuer: ec.EllipticCurvePrivateKey, *, ca: bool) -> bytes:
+    now = datetime.datetime.now(datetime.UTC)
+    names = [x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)]) for name in ("ca" if ca else "leaf", "ca")]
+    builder = x509.CertificateBuilder(
+        names[1], names[0], public, x509.random_serial_number(), now, now + datetime.timedelta(1)
+    )
+    return (
+        builder.add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
+        .sign(issuer, hashes.SHA256())
+        .public_bytes(Encoding.PEM)
+    )
+
+
+def test_what_is_sent_after_reading_stopped_is_still_encrypted(identities: Path) -> None:
+    """`SSLSocket.shutdown` would drop the TLS layer, and go on in clear text."""
+    listener = Listener(
+        parse_address("tcp:127.0.0.1:0"), PinnedTls(identity(identities, "worker", "enclave"), server=True)
+    )
+    came: list[bytes] = []
+
+    def receive() -> None:
+        transport = connect(
+            listener.address, Deadline(TEN_SECONDS), PinnedTls(identity(identities, "enclave", "worker"), server=False)
+        )
+        data = bytearray(10)
+        try:
+            recv_payload(transport, memoryview(data), Deadline(TEN_SECONDS))
+            came.append(bytes(data))
+        finally:
+            transport.close()
+
+    thread = threading.Thread(target=receive)
+    thread.start()
+    transport = listener.accept()
+    assert transport is not None
+    transport.establish(Deadline(TEN_SECONDS))
+    transport.stop_reading()
+    transport.send([b"last words"], Deadline(TEN_SECONDS))
+    thread.join(TEN_SECONDS)
+    transport.close()
+    listener.close()
+    assert came == [b"last words"]
 
 
 @pytest.mark.parametrize("missing", ["certificate", "private_key", "peers"])

@@ -35,7 +35,7 @@ def process(
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A worker process that is ready, and its address. `package_at`: folder to import from, and nowhere else."""
     isolated = [] if package_at is None else ["-P"]
-    environment = {**os.environ, "PYTHONPATH": "" if package_at is None else str(package_at)}
+    environment = dict(os.environ) if package_at is None else {**os.environ, "PYTHONPATH": str(package_at)}
     started = subprocess.Popen(
         [
             sys.executable,

@@ -93,9 +93,7 @@ class LinkDriver:
                 raise
 
     def give_up(self, pending: Pending) -> None:
-        """Nobody waits for this one any more. Its reply, if it was asked for, is not waited for either."""
-        if pending in self._in_flight.values():
-            self.disconnect()
+        """Nobody waits for this one any more: it is not sent again."""
         if pending in self.waiting:
             self.waiting.remove(pending)
 

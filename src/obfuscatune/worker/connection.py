@@ -77,7 +77,7 @@ class Connection:
         self._session, self._label = session, session_label(session)
         log.info("session %s: connected", self._label)
         try:
-            body = Hello(bytes(32)).pack()
+            body = Hello(bytes(32)).pack()  # without the session id, which is a key and is not kept
             self._record("request", Header(MessageType.HELLO, payload_bytes=len(body)), body)
             self._send(welcome(self._store.quota_bytes, self._service.answerer.features), deadline)
         except BaseException:

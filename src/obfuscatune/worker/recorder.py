@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from obfuscatune.wire.errors import StorageError
-from obfuscatune.wire.messages import HEADER_BYTES, Header, Hello, MessageType
+from obfuscatune.wire.messages import HEADER_BYTES, Header
 from obfuscatune.wire.transcript import FRAMES, INDEX, VERSION, Direction
 from obfuscatune.wire.transport import Buffer
-
-_REDACTED = Hello(bytes(32))
 
 
 class Recorder:
@@ -46,8 +44,6 @@ class Recorder:
         Raises:
             StorageError: the disk refused, now or before.
         """
-        if header.type is MessageType.HELLO:
-            payload = _REDACTED.pack()
         with self._lock:
             if self._failure is not None:
                 raise self._failure
