@@ -1,14 +1,18 @@
 """The commands as users run them: protected, with a real worker process."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -146,29 +150,34 @@ def test_tls_from_keygen_to_generate(obfuscatune, stories260k, tmp_path):
     for side in ("enclave", "worker"):
         assert obfuscatune("keygen", "--out", tmp_path / side).code == 0
     enclave, worker = (tmp_path / side for side in ("enclave", "worker"))
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "obfuscatune", "worker", "--listen", "tcp:127.0.0.1:0", "--json"),
-            *("--tls-cert", worker / "cert.pem", "--tls-key", worker / "key.pem", "--peer", enclave / "cert.pem"),
-        ],
-        stdout=subprocess.PIPE,
-        text=True,
+    command = (
+        *("worker", "--listen", "tcp:127.0.0.1:0", "--json"),
+        *("--tls-cert", worker / "cert.pem", "--tls-key", worker / "key.pem", "--peer", enclave / "cert.pem"),
     )
-    try:
+    with started(*command) as process:
         address = json.loads(process.stdout.readline())["address"]
         ran = obfuscatune(
             *("generate", "--model", stories260k, "--prompt", "Once upon a time", "--json", "--worker", address),
             *("--tls-cert", enclave / "cert.pem", "--tls-key", enclave / "key.pem", "--peer", worker / "cert.pem"),
         )
-        assert ran.code == 0, ran.stderr
-        assert ran.document["text"].startswith(STORY)
-    finally:
-        process.terminate()
-        process.communicate(timeout=60)
+    assert ran.code == 0, ran.stderr
+    assert ran.document["text"].startswith(STORY)
 
 
 def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    """Processes that any of its threads has started."""
+    return [int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()]
+
+
+@contextmanager
+def started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """A command line as a process of its own, which does not outlive the test."""
+    command = [sys.executable, "-m", "obfuscatune", *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def wait_until(condition, seconds=60):
@@ -178,23 +187,54 @@ def wait_until(condition, seconds=60):
         time.sleep(0.02)
 
 
-def test_a_run_killed_from_outside_is_resumed(finetune, stories260k, notes, tmp_path):
+def test_a_run_killed_from_outside_is_resumed(finetune, tmp_path):
     whole, _ = finetune("whole", "--checkpoint-every", 2)
     out = tmp_path / "killed"
-    again = yaml_options(whole, out)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "obfuscatune", "finetune", *again], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    metrics = out / "metrics.jsonl"
-    wait_until(lambda: metrics.exists() and metrics.read_text().count('"grad_norm"') >= 3)
-    (worker,) = children(process.pid)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    with started("finetune", *yaml_options(whole, out)) as process:
+        wait_until(lambda: steps_taken(out) >= 3)
+        (worker,) = children(process.pid)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
     # The worker that it had started notices, and goes.
     wait_until(lambda: not Path(f"/proc/{worker}").exists() or is_zombie(worker))
     _, ran = finetune("killed", "--checkpoint-every", 2, "--resume")
     assert "going on after step" in ran.stderr
     assert losses(out) == pytest.approx(losses(whole), abs=LOSS_TOLERANCE)
+
+
+def test_a_run_survives_the_death_of_its_worker(finetune, worker, tmp_path):
+    whole, _ = finetune("whole", "--worker", worker.address)
+    recipe = yaml.safe_load((whole / "recipe.yaml").read_text()) | {"worker": None}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(recipe))
+    out = tmp_path / "bereaved"
+    with started("finetune", "--config", tmp_path / "own.yaml", "--out", out) as process:
+        for steps in (1, 4):
+            wait_until(lambda steps=steps: steps_taken(out) >= steps)
+            (own_worker,) = children(process.pid)
+            os.kill(own_worker, signal.SIGKILL)
+        _, told = process.communicate(timeout=120)
+        assert process.returncode == 0, told
+    assert "the worker ended unexpectedly; starting it again" in told
+    assert losses(out) == pytest.approx(losses(whole), abs=LOSS_TOLERANCE)
+
+
+def test_ctrl_c_says_how_to_go_on(stories260k, notes, tmp_path):
+    out = tmp_path / "run"
+    command = ("finetune", "--plain", "--model", stories260k, "--data", notes, "--out", out, "--max-steps", 100_000)
+    with started(*command) as process:
+        wait_until(lambda: steps_taken(out) >= 1)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout) == (130, "")
+    assert stderr.splitlines()[-2:] == [
+        f"to go on: obfuscatune finetune --config {out / 'recipe.yaml'} --resume",
+        "interrupted",
+    ]
+
+
+def steps_taken(out: Path) -> int:
+    metrics = out / "metrics.jsonl"
+    return metrics.read_text().count('"grad_norm"') if metrics.exists() else 0
 
 
 def yaml_options(whole: Path, out: Path) -> list[str]:

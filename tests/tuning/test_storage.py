@@ -45,6 +45,10 @@ def test_files_and_directories_are_written_and_replaced(directory):
     assert not (directory.root / "deep/er/b").exists()
 
 
+def test_a_directory_is_made_for_its_owner_alone(directory):
+    assert directory.root.stat().st_mode & 0o777 == 0o700
+
+
 def test_a_full_disk_leaves_what_was_there(directory, full_disk):
     directory.write_file("a.json", b"old")
     directory.write_directory("b", {"x": b"old"})

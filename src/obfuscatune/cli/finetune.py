@@ -1,6 +1,7 @@
 """`obfuscatune finetune`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -137,7 +138,7 @@ def _run(recipe: "Recipe", protection: Protection | None, *, resume: bool, as_js
     files = open_files(recipe.model)
     data = load_data(recipe, files.tokenizer, files.config)
     with open_session(files, dtype=recipe.dtype, protection=protection) as session:
-        with output.progress("fine-tuning") as meter:
+        with output.progress("fine-tuning") as meter, _resumption_told(recipe):
             outcome = run_recipe(
                 session.model,
                 files.tokenizer,
@@ -153,6 +154,16 @@ def _run(recipe: "Recipe", protection: Protection | None, *, resume: bool, as_js
         output.write_json({**made, **summary(outcome.progress), "link": link})
     else:
         _tell(outcome, link)
+
+
+@contextmanager
+def _resumption_told(recipe: "Recipe") -> Iterator[None]:
+    """Say how to go on, when Ctrl-C ends a run."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        output.notice(f"to go on: obfuscatune finetune --config {recipe.out / 'recipe.yaml'} --resume")
+        raise
 
 
 class _Watcher:

@@ -1,5 +1,6 @@
 """A model made ready for a command, protected or plain, and its worker put away afterwards."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -7,14 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from obfuscatune.cli import output
-from obfuscatune.wire.errors import ConfigError, ModelFileError
+from obfuscatune.wire.errors import ConfigError, ModelFileError, WireError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from obfuscatune.enclave.link import WorkerLink
+    from obfuscatune.enclave.local import LocalWorker
     from obfuscatune.enclave.profiles import Profile
     from obfuscatune.wire.tls import TlsConfig
+
+_SECONDS_BETWEEN_LOOKS = 0.2
 
 DTYPES = ("float32", "bfloat16", "float64")
 
@@ -135,13 +139,39 @@ def _opened_link(protection: Protection) -> Iterator["WorkerLink"]:
     with ExitStack() as stack:
         if protection.worker is None:
             with output.progress("starting a worker on this machine"):
-                address = stack.enter_context(obfuscatune.local_worker()).address
+                worker = stack.enter_context(obfuscatune.local_worker())
+            stack.enter_context(_restarted_when_it_dies(worker))
+            address = worker.address
         else:
             address = protection.worker
             output.notice(f"connecting to the worker at {address}")  # it may be waited for
         link = obfuscatune.WorkerLink.open(address, tls=tls)
         stack.callback(link.close)
         yield link
+
+
+@contextmanager
+def _restarted_when_it_dies(worker: "LocalWorker") -> Iterator[None]:
+    """Start our own worker again whenever it ends: the link then sends it what it lacks, and gives up in time."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(_SECONDS_BETWEEN_LOOKS):
+            if worker.process.poll() is not None:
+                output.notice("the worker ended unexpectedly; starting it again")
+                try:
+                    worker.restart()
+                except WireError as error:
+                    output.notice(f"the worker cannot be started again: {error}")
+                    return
+
+    watcher = threading.Thread(target=watch, name="worker-watcher", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
 
 
 def _forward_progress(meter: output.Meter) -> Callable[[int, int, str], None]:

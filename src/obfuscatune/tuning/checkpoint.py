@@ -74,7 +74,7 @@ def save_checkpoint(
         "evals": progress.evals,
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
     }
-    files[STATE] = json.dumps(state, indent=1).encode()
+    files[STATE] = json.dumps(state).encode()
     directory.write_directory(f"{_FOLDER}/{_name(progress.step)}", files)
     for name in _names(directory)[:-_KEPT]:
         directory.remove_directory(f"{_FOLDER}/{name}")

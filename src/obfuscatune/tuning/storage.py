@@ -17,14 +17,14 @@ class RunDirectory:
     """Files that are whole or absent, whenever the process is killed and whenever the power fails."""
 
     def __init__(self, root: Path) -> None:
-        """Make the directory if it is missing.
+        """Make the directory if it is missing, for its owner alone: adapters and losses speak of private text.
 
         Raises:
             StorageError: it cannot be made.
         """
         self.root = root
         with _storage_errors(root):
-            root.mkdir(parents=True, exist_ok=True)
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
