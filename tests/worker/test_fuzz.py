@@ -10,7 +10,7 @@ import torch
 
 from obfuscatune.wire.deadline import Deadline
 from obfuscatune.wire.dtypes import DType
-from obfuscatune.wire.errors import WireError
+from obfuscatune.wire.errors import ConnectionLost, WireError
 from obfuscatune.wire.limits import MAX_WINDOW_BYTES
 from obfuscatune.wire.messages import HEADER_BYTES, Header, Hello, MessageType
 from obfuscatune.wire.transport import Buffer
@@ -113,6 +113,21 @@ def test_the_intake(asked: list[int]) -> None:
         assert sum(asked) <= MAX_WINDOW_BYTES
         assert store.held_bytes == 0  # no claim is left behind
     assert refused == 10_000  # if only because the tape ends
+
+
+def test_claims_of_requests_that_nobody_answers_are_given_back() -> None:
+    """The peer goes away while several matrices wait to be stored."""
+
+    class Deaf(Tape):
+        def send(self, buffers: Sequence[Buffer], deadline: Deadline) -> None:
+            if self.said:
+                raise ConnectionLost("gone")
+            super().send(buffers, deadline)
+
+    store = MatrixStore(QUOTA)
+    service = Service(Answerer(store, Computer(torch.device("cpu"))), Sessions(4, store.forget_session))
+    Connection(Deaf(HELLO + REQUESTS[0] + 5 * REQUESTS[1]), service).serve()
+    assert store._reserved_bytes == 0
 
 
 def test_whole_connections() -> None:

@@ -86,9 +86,8 @@ class LinkDriver:
                 except WireError as final:
                     self._fail(self.waiting, final)
                     raise
-            except (
-                BaseException
-            ):  # Ctrl-C too: the stream may be in the middle of a message, so it is of no use any more
+            except BaseException:
+                # Ctrl-C too: the stream may be in the middle of a message, and is of no use any more.
                 self.disconnect()
                 raise
 

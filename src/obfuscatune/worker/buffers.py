@@ -17,7 +17,9 @@ KEPT_BYTES = 256 * MIB
 class Buffers:
     """Buffers of one connection, lent and given back. Safe from any thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, pinned: bool = False) -> None:
+        """`pinned`: memory that a CUDA device reads and writes itself, at twice the speed or more."""
+        self._pinned = pinned
         self._free: list[torch.Tensor] = []
         self._lock = threading.Lock()
 
@@ -40,4 +42,4 @@ class Buffers:
             if fitting:
                 return self._free.pop(min(fitting, key=lambda index: self._free[index].nbytes))
             self._free[:] = [buffer for buffer in self._free if buffer.nbytes > size]  # outgrown
-        return torch.empty(size, dtype=torch.uint8)
+        return torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)

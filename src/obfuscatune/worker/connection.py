@@ -45,7 +45,7 @@ class Connection:
         self._transport = transport
         self._service = service
         self._store = service.answerer.store
-        self._buffers = Buffers()
+        self._buffers = Buffers(pinned=service.answerer.computer.device.type == "cuda")
         self._intake = Intake(transport, self._store, self._buffers)
         self._inbox: queue.SimpleQueue[Request | Reply | None] = queue.SimpleQueue()
         self._session = b""
