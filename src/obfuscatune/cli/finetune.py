@@ -136,7 +136,8 @@ def _run(recipe: "Recipe", protection: Protection | None, *, resume: bool, as_js
     from obfuscatune.tuning.run import load_data, summary
 
     files = open_files(recipe.model)
-    data = load_data(recipe, files.tokenizer, files.config)
+    with output.progress("reading the data"):
+        data = load_data(recipe, files.tokenizer, files.config)
     with open_session(files, dtype=recipe.dtype, protection=protection) as session:
         with output.progress("fine-tuning") as meter, _resumption_told(recipe):
             outcome = run_recipe(

@@ -63,18 +63,19 @@ def open_files(model: str | None) -> ModelFiles:
     Raises:
         ModelFileError: there is no such model, or its configuration or tokenizer cannot be read.
     """
-    from transformers import AutoTokenizer
+    with output.progress("reading configuration and tokenizer"):  # and importing what that takes
+        from transformers import AutoTokenizer
 
-    from obfuscatune.assets import tiny_model_path
-    from obfuscatune.enclave.load import find_directory, read_config
+        from obfuscatune.assets import tiny_model_path
+        from obfuscatune.enclave.load import find_directory, read_config
 
-    _quieten_transformers()
-    directory = find_directory(model if model is not None else tiny_model_path())
-    config = read_config(directory)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # transformers and tokenizers raise what they like, Exception itself too
-        raise ModelFileError(f"{directory} has no tokenizer that can be used: {error}") from error
+        _quieten_transformers()
+        directory = find_directory(model if model is not None else tiny_model_path())
+        config = read_config(directory)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        except Exception as error:  # transformers and tokenizers raise what they like, Exception itself too
+            raise ModelFileError(f"{directory} has no tokenizer that can be used: {error}") from error
     return ModelFiles(directory, tokenizer, config)
 
 
@@ -98,7 +99,8 @@ def open_session(
     with ExitStack() as stack:
         if protection is None:
             output.warn_plain()
-            model = _load_plain(files.directory, torch_dtype)
+            with output.progress("reading the model"):
+                model = _load_plain(files.directory, torch_dtype)
         else:
             model = stack.enter_context(_protected(files.directory, torch_dtype, protection))
         if adapter is not None:
