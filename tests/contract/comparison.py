@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from obfuscatune import RootKey, protect
@@ -18,6 +20,36 @@ from obfuscatune.enclave.local import LocalWorker
 from tests.contract.architectures import Architecture
 
 KEY = RootKey(bytes(range(32)))
+
+
+@contextmanager
+def float64_kept() -> Iterator[None]:
+    """Leave float64 tensors in float64 where a model asks for float32; for the plain and the protected run alike.
+
+    Norms, softmax, rotary embeddings and losses cast to float32, in a float64 model too. Two runs that differ by
+    1e-16 then now and then round to neighbouring float32 numbers, 6e-8 apart (docs/adr/0006).
+    """
+    to, to_float, softmax = Tensor.to, Tensor.float, functional.softmax
+
+    def wider(tensor: Tensor, dtype: Any) -> Any:
+        return torch.float64 if dtype is torch.float32 and tensor.dtype == torch.float64 else dtype
+
+    def to_kept(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        args = tuple(wider(tensor, argument) for argument in args)
+        return to(tensor, *args, **{name: wider(tensor, value) for name, value in kwargs.items()})
+
+    def float_kept(tensor: Tensor) -> Tensor:
+        return tensor if tensor.dtype == torch.float64 else to_float(tensor)
+
+    def softmax_kept(x: Tensor, *args: Any, dtype: Any = None, **kwargs: Any) -> Tensor:
+        return softmax(x, *args, dtype=wider(x, dtype), **kwargs)
+
+    with (
+        patch.object(Tensor, "to", to_kept),
+        patch.object(Tensor, "float", float_kept),
+        patch.object(functional, "softmax", softmax_kept),
+    ):
+        yield
 
 
 def deviation(plain: Tensor, protected: Tensor) -> float:

@@ -8,13 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn import functional
 
 from obfuscatune.enclave.keys import RootKey, SecretStream
 from obfuscatune.enclave.local import LocalWorker
 from tests.contract.architectures import ARCHITECTURES, Architecture
-from tests.contract.comparison import copy_of, protected
+from tests.contract.comparison import copy_of, float64_kept, protected
 
 
 @pytest.fixture(autouse=True)
@@ -26,26 +24,10 @@ def repeatable_draws(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def float64_throughout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave float64 tensors in float64 where a model asks for float32; for the plain and the protected run alike.
-
-    Norms, softmax, rotary embeddings and losses cast to float32, in a float64 model too. Two runs that differ by
-    1e-16 then now and then round to neighbouring float32 numbers, 6e-8 apart (docs/adr/0006).
-    """
-    to, to_float, softmax = Tensor.to, Tensor.float, functional.softmax
-
-    def wider(tensor: Tensor, dtype: Any) -> Any:
-        return torch.float64 if dtype is torch.float32 and tensor.dtype == torch.float64 else dtype
-
-    def to_kept(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        args = tuple(wider(tensor, argument) for argument in args)
-        return to(tensor, *args, **{name: wider(tensor, value) for name, value in kwargs.items()})
-
-    monkeypatch.setattr(Tensor, "to", to_kept)
-    monkeypatch.setattr(Tensor, "float", lambda tensor: tensor if tensor.dtype == torch.float64 else to_float(tensor))
-    monkeypatch.setattr(
-        functional, "softmax", lambda x, *args, dtype=None, **kw: softmax(x, *args, dtype=wider(x, dtype), **kw)
-    )
+def float64_throughout() -> Iterator[None]:
+    """No float32 casts inside a float64 model, neither plain nor protected (docs/adr/0006)."""
+    with float64_kept():
+        yield
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)

@@ -94,7 +94,7 @@ FAULTS: dict[str, tuple[Damage, str]] = {
     "missing norm": (weights(lambda t: t.pop(NORM)), f"{NORM}.* is missing"),
     "missing head": (weights(lambda t: t.pop("lm_head.weight")), "lm_head.weight.* is missing"),
     "pickle only": (only_a_pickle, "safe_serialization"),
-    "no config": (lambda directory: (directory / "config.json").unlink(), "config.json cannot be used"),
+    "no config": (lambda directory: (directory / "config.json").unlink(), "holds no config.json"),
     "config is no JSON": (text("config.json", "{"), "config.json cannot be used"),
     "config is a list": (text("config.json", "[1]"), "config.json cannot be used"),
     "config is empty": (text("config.json", "{}"), "config.json cannot be used"),

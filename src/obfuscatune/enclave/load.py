@@ -107,6 +107,8 @@ def read_config(directory: Path) -> PretrainedConfig:
     Raises:
         ModelFileError: there is none, or it is not one that transformers knows.
     """
+    if not (directory / "config.json").is_file():
+        raise ModelFileError(f"{directory} holds no config.json, so it is no model in Hugging Face's layout")
     with _blamed_on(directory / "config.json"):
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
 
