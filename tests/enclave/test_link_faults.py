@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 from obfuscatune.enclave.link import RetryPolicy, WorkerLink
 from obfuscatune.enclave.local import local_worker
-from obfuscatune.wire.errors import ConnectionLost
+from obfuscatune.wire.errors import ConnectionLost, DeadlineExceeded
 
 KILLS = 10
 ID = bytes(range(1, 17))
@@ -49,6 +53,40 @@ def test_killed_ten_times_and_every_product_is_exact() -> None:
         assert link.stats.crossings == number + 1
         assert link.stats.reconnects >= KILLS
         assert link.stats.uploads >= KILLS
+
+
+def test_a_worker_that_hangs() -> None:
+    """Stopped by SIGSTOP: the kernel still takes connections for it, and nobody ever answers."""
+    rows = torch.ones(500, 300)
+    W = torch.eye(300)
+    retry = RetryPolicy(attempts=2, backoff_s=0.001)
+    with local_worker(threads=1) as worker, WorkerLink.open(worker.address, deadline_s=0.5, retry=retry) as link:
+        link.store(ID, lambda: W, shape=(300, 300), dtype=W.dtype)
+        os.kill(worker.pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(DeadlineExceeded, match=r"within 0\.5 s, none came; gave up after 2 attempts"):
+                link.multiply(ID, rows, transpose=False)
+            with pytest.raises(KeyboardInterrupt), interrupted_in(0.1):
+                link.multiply(ID, rows, transpose=False)
+        finally:
+            os.kill(worker.pid, signal.SIGCONT)
+        assert torch.equal(link.multiply(ID, rows, transpose=False), rows)
+
+
+@contextmanager
+def interrupted_in(seconds: float) -> Iterator[None]:
+    """Ctrl-C after a while."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_worker_that_does_not_start_says_why() -> None:

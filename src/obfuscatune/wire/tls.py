@@ -53,7 +53,7 @@ class PinnedTls:
         self._server = server
 
     def wrap(self, sock: socket.socket) -> ssl.SSLSocket:
-        """TLS around a connected, non-blocking socket; the handshake is still to be done."""
+        """TLS around a connected socket; the handshake is still to be done."""
         return self._context.wrap_socket(sock, server_side=self._server, do_handshake_on_connect=False)
 
     def check(self, sock: ssl.SSLSocket) -> None:

@@ -24,9 +24,9 @@ class TlsTransport(SocketTransport):
     """TLS 1.3 over a connected TCP socket. `establish` comes first."""
 
     def __init__(self, sock: socket.socket, peer: str, tls: PinnedTls) -> None:
-        sock.setblocking(False)
         self._tls_sock = tls.wrap(sock)
         super().__init__(self._tls_sock, peer)
+        self._tls_sock.setblocking(False)
         self._tls = tls
         self._lock = threading.Lock()
 
@@ -40,6 +40,10 @@ class TlsTransport(SocketTransport):
         """
         self._wait(self._handshake, None, deadline)
         self._tls.check(self._tls_sock)
+
+    def recv_into(self, view: memoryview, deadline: Deadline) -> int:
+        """See `Transport.recv_into`."""
+        return self._wait(self._read, view, deadline)
 
     def _handshake(self, _: None) -> int:
         try:

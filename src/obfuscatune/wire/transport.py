@@ -1,18 +1,23 @@
 """A stream that carries bytes between two processes: unix socket, TCP, or TLS 1.3 over TCP.
 
-Everything above sees only `Transport`; a test puts an adversary there. The sockets are non-blocking and each call waits
-with `poll` under the deadline of its own request, so that one thread may read while another writes.
+Everything above sees only `Transport`; a test puts an adversary there. Each call waits under the deadline of
+its own request, and in its own way, so that one thread may read while another writes.
 """
 
 import errno
+import math
 import select
 import socket
+import struct
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 from obfuscatune.wire.deadline import Deadline
 from obfuscatune.wire.errors import ConnectionLost
-from obfuscatune.wire.limits import SOCKET_BUFFER_BYTES
+from obfuscatune.wire.limits import KIB, SOCKET_BUFFER_BYTES
+
+WHOLE_BYTES = 64 * KIB
+"""From this size on a read waits for all of it."""
 
 Buffer = bytes | bytearray | memoryview
 T = TypeVar("T")
@@ -49,7 +54,7 @@ class SocketTransport:
     """A connected stream socket."""
 
     def __init__(self, sock: socket.socket, peer: str) -> None:
-        sock.setblocking(False)
+        sock.setblocking(True)  # each call says for itself whether it waits
         self._sock = sock
         self._peer = peer
 
@@ -69,7 +74,9 @@ class SocketTransport:
 
     def recv_into(self, view: memoryview, deadline: Deadline) -> int:
         """See `Transport.recv_into`."""
-        return self._wait(self._read, view, deadline)
+        if len(view) < WHOLE_BYTES:
+            return self._wait(self._read, view, deadline)
+        return self._read_whole(view, deadline)
 
     def stop_sending(self) -> None:
         """See `Transport.stop_sending`."""
@@ -105,21 +112,42 @@ class SocketTransport:
                 poll.register(self._sock.fileno(), blocked.events)
                 poll.poll(None if remaining is None else remaining * 1000)
             except OSError as error:
-                raise ConnectionLost(f"lost the connection to {self._peer}: {error.strerror or error}") from error
+                raise self._lost(error) from error
+
+    def _read_whole(self, view: memoryview, deadline: Deadline) -> int:
+        """Have the kernel fill all of `view`: to be woken for every part that arrives costs more than the copying."""
+        while True:
+            remaining = deadline.remaining() or 0.0  # 0 is for ever
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(remaining))
+            try:
+                return self._sock.recv_into(view, 0, socket.MSG_WAITALL)
+            except BlockingIOError:  # the time is over, as `remaining` will tell
+                continue
+            except OSError as error:
+                raise self._lost(error) from error
+
+    def _lost(self, error: OSError) -> ConnectionLost:
+        return ConnectionLost(f"lost the connection to {self._peer}: {error.strerror or error}")
 
     def _write(self, views: list[memoryview]) -> int:
         """Send what fits; how much. Raises WouldBlock, OSError."""
         try:
-            return self._sock.sendmsg(views)
+            return self._sock.sendmsg(views, [], socket.MSG_DONTWAIT)
         except BlockingIOError:
             raise WouldBlock(select.POLLOUT) from None
 
     def _read(self, view: memoryview) -> int:
         """Receive what is there; how much. Raises WouldBlock, OSError."""
         try:
-            return self._sock.recv_into(view)
+            return self._sock.recv_into(view, 0, socket.MSG_DONTWAIT)
         except BlockingIOError:
             raise WouldBlock(select.POLLIN) from None
+
+
+def _timeval(seconds: float) -> bytes:
+    """struct timeval, not less than a microsecond unless it is 0."""
+    microseconds = math.ceil(seconds * 1_000_000)
+    return struct.pack("@ll", *divmod(microseconds, 1_000_000))
 
 
 def tune(sock: socket.socket) -> None:
