@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -242,3 +243,10 @@ def test_stats_count_what_crossed() -> None:
     spent = link.stats.since(before)
     assert (spent.crossings, spent.bytes_sent, spent.bytes_received) == (1, 56 + 48, 56 + 64)
     assert (spent.uploads, spent.retries, spent.reconnects) == (0, 0, 0)
+
+
+def test_opening_where_nobody_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the whole patience: that is for a worker that has been seen."""
+    monkeypatch.setattr("obfuscatune.enclave.link.OPENING_SECONDS", 0.05)
+    with pytest.raises(ConnectionLost, match=r"no worker answers at unix:.*/absent: .*; gave up after 0\.05 s"):
+        WorkerLink.open(f"unix:{tmp_path}/absent")

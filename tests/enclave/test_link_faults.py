@@ -63,6 +63,7 @@ def test_a_worker_that_hangs() -> None:
     with local_worker(threads=1) as worker, WorkerLink.open(worker.address, deadline_s=0.5, retry=retry) as link:
         link.store(ID, lambda: W, shape=(300, 300), dtype=W.dtype)
         os.kill(worker.pid, signal.SIGSTOP)
+        os.waitpid(worker.pid, os.WUNTRACED)  # until all its threads stand still
         try:
             with pytest.raises(DeadlineExceeded, match=r"within 0\.5 s, none came; gave up after 2 attempts"):
                 link.multiply(ID, rows, transpose=False)

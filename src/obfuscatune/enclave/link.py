@@ -8,6 +8,7 @@ that cannot deadlock).
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
@@ -23,6 +24,9 @@ from obfuscatune.wire.deadline import Deadline
 from obfuscatune.wire.errors import ConfigError
 from obfuscatune.wire.tls import PinnedTls, TlsConfig
 from obfuscatune.wire.transport import Transport
+
+OPENING_SECONDS = 5.0
+"""How long `open` waits for a worker that has never been seen: it may just be starting, or the address is wrong."""
 
 __all__ = ["LinkStats", "MatrixSource", "Pending", "RetryPolicy", "WorkerLink"]
 
@@ -75,9 +79,10 @@ class WorkerLink:
         parsed = parse_address(address)
         check_tls(parsed, tls=tls is not None, plain_tcp=allow_plain_tcp)
         pinned = None if tls is None else PinnedTls(tls, server=False)
-        link = cls(lambda: connect(parsed, Deadline(deadline_s), pinned), deadline_s=deadline_s, retry=retry)
-        with link._lock:
-            link._driver.drive(lambda: link._driver.connected)
+        policy = retry or RetryPolicy()
+        link = cls(lambda: connect(parsed, Deadline(deadline_s), pinned), deadline_s=deadline_s, retry=policy)
+        opening = replace(policy, patience_s=min(policy.patience_s, OPENING_SECONDS))
+        link._driver.drive(lambda: link._driver.connected, opening)
         return link
 
     def store(

@@ -67,14 +67,14 @@ class LinkDriver:
         """Whether there is a connection that has not failed yet."""
         return self._connection is not None
 
-    def drive(self, done: Callable[[], bool]) -> None:
-        """Step until `done`.
+    def drive(self, done: Callable[[], bool], retry: RetryPolicy | None = None) -> None:
+        """Step until `done`, within the bounds of `retry` or else those of the link.
 
         Raises:
             WireError: the worker failed more often, or longer, than the policy bears. All that waited has failed with
                 it.
         """
-        insistence = Insistence(self._retry, self.stats.crossings)
+        insistence = Insistence(retry or self._retry, self.stats.crossings)
         while not done():
             connected = self.connected
             try:
