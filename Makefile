@@ -2,10 +2,11 @@
 #   make demo         fine-tune the embedded model protected and plain, side by side
 #   make test         lint and the default test suite (under 10 minutes on 2 cores)
 #   make test-long    the long tests too
-#   make benchmarks   the figures of docs/benchmarks.md
+#   make benchmarks   the figures of docs/benchmarks.md; DATA=folder with sciq/ and openbookqa/
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 VENV   ?= .venv
+DATA   ?= ../shared/data
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
@@ -27,7 +28,8 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 benchmarks: $(READY)
-	$(BIN)/obfuscatune bench step --shape gpt2 --out benchmarks/results
+	$(BIN)/obfuscatune bench step --shape gpt2 --rounds 11 --out benchmarks/results
+	$(BIN)/python scripts/compare_on_real_data.py --data-root $(DATA) --out benchmarks/results
 
 # torch first and by itself: a range would pull the newest build with its CUDA libraries.
 $(READY): pyproject.toml constraints.txt
