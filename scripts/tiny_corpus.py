@@ -71,8 +71,18 @@ class Corpus:
     heldout_bytes: int
 
 
+def encode_once(path: Path, tokenizer: Tokenizer, novels: list[str], resume: bool) -> Tokens:
+    """Return ``encode`` of the novels, kept in ``path`` for a resumed run to read."""
+    if resume and path.exists():
+        kept: Tokens = np.load(path, allow_pickle=False)
+        return kept
+    tokens = encode(tokenizer, novels)
+    np.save(path, tokens)
+    return tokens
+
+
 def load_corpus(settings: Settings) -> Corpus:
-    """Read and tokenize the corpus; a tokenizer already in ``settings.work`` is used again when resuming."""
+    """Read and tokenize the corpus; what is already in ``settings.work`` is used again when resuming."""
     training, heldout = split_novels(read_novels(settings.corpus), settings.heldout, settings.seed)
     saved = settings.work / "tokenizer.json"
     if settings.resume and saved.exists():
@@ -82,7 +92,9 @@ def load_corpus(settings: Settings) -> Corpus:
         tokenizer.save(str(saved))
     words = sum(len(novel.split()) for novel in heldout)
     size = sum(len(novel.encode()) for novel in heldout)
-    return Corpus(tokenizer, encode(tokenizer, training), encode(tokenizer, heldout), words, size)
+    train_tokens = encode_once(settings.work / "train.npy", tokenizer, training, settings.resume)
+    heldout_tokens = encode_once(settings.work / "heldout.npy", tokenizer, heldout, settings.resume)
+    return Corpus(tokenizer, train_tokens, heldout_tokens, words, size)
 
 
 def batches(tokens: Tokens, settings: Settings, step: int) -> Iterator[torch.Tensor]:

@@ -43,6 +43,7 @@ SAMPLE_PROMPTS = (
     "When they reached the village,",
 )
 CHECKPOINT = "checkpoint.safetensors"
+SNAPSHOT_WINDOWS = 128  # held-out windows measured at a snapshot; the end of the run measures all
 
 
 # ---------------------------------------------------------------- model
@@ -83,22 +84,22 @@ def token_losses(model: GPT2LMHeadModel, windows: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
 
 
-def perplexities(model: GPT2LMHeadModel, corpus: Corpus, settings: Settings) -> dict[str, float]:
-    """Measure the held-out text in windows of ``positions`` tokens that do not overlap, in float32."""
+def perplexities(model: GPT2LMHeadModel, corpus: Corpus, settings: Settings, windows: int) -> dict[str, float]:
+    """Measure the first ``windows`` stretches of ``positions`` held-out tokens, which do not overlap, in float32."""
     span = settings.positions
-    count = (len(corpus.heldout) - 1) // span
-    starts = np.arange(count) * span
-    model.eval()
     total = 0.0
+    model.eval()
     with torch.inference_mode():
-        for chunk in np.array_split(starts, max(1, count // 32)):
-            windows = np.stack([corpus.heldout[start : start + span + 1] for start in chunk]).astype(np.int64)
-            loss = token_losses(model, torch.from_numpy(windows).to(settings.device))
-            total += float(loss) * len(chunk) * span
+        for first in range(0, windows, 32):
+            chunk = range(first, min(first + 32, windows))
+            rows = [corpus.heldout[window * span : window * span + span + 1] for window in chunk]
+            batch = torch.from_numpy(np.stack(rows).astype(np.int64))
+            total += float(token_losses(model, batch.to(settings.device))) * len(chunk)
     model.train()
-    nats = total / (count * span) * (len(corpus.heldout) - 1)  # the last, short window counts at the mean
+    per_token = total / windows
+    nats = per_token * len(corpus.heldout)  # what was not measured counts at the mean
     return {
-        "perplexity per token": math.exp(nats / (len(corpus.heldout) - 1)),
+        "perplexity per token": math.exp(per_token),
         "perplexity per word": math.exp(nats / corpus.heldout_words),
         "bits per byte": nats / math.log(2) / corpus.heldout_bytes,
     }
@@ -167,7 +168,9 @@ def load_checkpoint(path: Path, model: GPT2LMHeadModel, optimizers: list[torch.o
     return progressed
 
 
-def export(model: GPT2LMHeadModel, corpus: Corpus, settings: Settings, progressed: Progressed) -> dict[str, float]:
+def export(
+    model: GPT2LMHeadModel, corpus: Corpus, settings: Settings, progressed: Progressed, windows: int
+) -> dict[str, float]:
     """Write the model folder (float16 weights, tokenizer, card); return the perplexities of what is stored."""
     stored = GPT2LMHeadModel(model.config)
     stored.load_state_dict(model.state_dict())
@@ -178,9 +181,9 @@ def export(model: GPT2LMHeadModel, corpus: Corpus, settings: Settings, progresse
     )  # fmt: skip
     wrapped.save_pretrained(settings.out)
     reloaded = GPT2LMHeadModel.from_pretrained(settings.out, dtype=torch.float32).to(settings.device)
-    scores = perplexities(reloaded, corpus, settings)
+    scores = perplexities(reloaded, corpus, settings, windows)
     samples = greedy_samples(reloaded, corpus.tokenizer)
-    card = model_card(settings, corpus, progressed, scores, samples, reloaded.num_parameters())
+    card = model_card(settings, corpus, progressed, scores, samples, reloaded.num_parameters(), windows)
     (settings.out / "README.md").write_text(card, encoding="utf-8")
     return scores
 
@@ -196,7 +199,7 @@ def machine(settings: Settings) -> str:
 
 def model_card(
     settings: Settings, corpus: Corpus, progressed: Progressed, scores: dict[str, float],
-    samples: list[tuple[str, str]], parameters: int,
+    samples: list[tuple[str, str]], parameters: int, windows: int,
 ) -> str:  # fmt: skip
     """Return the model card in Markdown, from what was measured."""
     hidden = {"out", "work", "corpus", "resume", "snapshot_minutes"}
@@ -231,7 +234,7 @@ both sides.
 | machine | {machine(settings)}, shared with other work |
 {measured}
 
-Perplexity is of the stored weights, in float32, over windows of {settings.positions} tokens without overlap.
+Perplexity is of the stored weights, in float32, over {windows:,} windows of {settings.positions} tokens each.
 
 | setting | |
 |---|---|
@@ -289,10 +292,12 @@ class Run:
     console: Console
     mean_loss: float = math.nan
 
-    def snapshot(self) -> dict[str, float]:
-        """Write the checkpoint and the model folder; return the held-out perplexities."""
+    def snapshot(self, final: bool = False) -> dict[str, float]:
+        """Write the checkpoint and the model folder; return the held-out perplexities, of all the text if final."""
+        every = (len(self.corpus.heldout) - 1) // self.settings.positions
+        windows = every if final else min(every, SNAPSHOT_WINDOWS)
         save_checkpoint(self.settings.work / CHECKPOINT, self.model, self.optimizers, self.progressed)
-        scores = export(self.model, self.corpus, self.settings, self.progressed)
+        scores = export(self.model, self.corpus, self.settings, self.progressed, windows)
         said = ", ".join(f"{key} {value:.2f}" for key, value in scores.items())
         share = self.progressed.share(self.settings)
         self.console.print(f"step {self.progressed.step}, {share:.0%}, loss {self.mean_loss:.3f}: held-out {said}")
@@ -314,7 +319,7 @@ class Run:
                     saved = self.progressed.seconds
                     self.snapshot()
             bar.update(task, completed=1.0)
-        return self.snapshot()
+        return self.snapshot(final=True)
 
     def advance(self, take_step: Callable[[torch.Tensor], torch.Tensor], windows: torch.Tensor, share: float) -> None:
         """Take one step and account for it; raises ``TrainingError`` where the loss is no longer finite."""
