@@ -81,7 +81,7 @@ def test_a_run_is_not_overwritten_and_may_be_resumed(obfuscatune, tuned):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("--data", "{notes}", "--model", "{tmp}"), 1, "config.json cannot be used"),
+        (("--data", "{notes}", "--model", "{tmp}"), 1, "config.json"),
         (("--data", "{tmp}/absent.jsonl"), 1, "absent.jsonl: cannot be read: No such file"),
         (("--data", "{tmp}"), 1, "a directory; name a file"),
         (("--data", "{tmp}/bad.jsonl"), 1, "bad.jsonl:2: malformed JSON at column 9"),

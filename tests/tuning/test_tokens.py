@@ -5,7 +5,7 @@ import copy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, GPT2Config, LlamaConfig
+from transformers import AutoTokenizer, GenerationConfig, GPT2Config, LlamaConfig
 
 from obfuscatune.tuning.records import Completion, Conversation, Message, Text
 from obfuscatune.tuning.tokens import (
@@ -18,6 +18,7 @@ from obfuscatune.tuning.tokens import (
     end_id,
     leading_ids,
     render_prompt,
+    stop_ids,
 )
 from obfuscatune.wire.errors import ConfigError
 
@@ -135,6 +136,13 @@ def test_a_tokenizer_without_end_is_refused(tokenizer):
             encode_record(endless, record)
     with pytest.raises(ConfigError, match="no end-of-sequence token"):
         end_id(endless)
+
+
+@pytest.mark.parametrize(
+    ("named", "stops"), [(None, [256]), (256, [256]), (7, [7, 256]), ([256, 9, 7], [7, 9, 256]), ([], [256])]
+)
+def test_a_text_ends_with_any_of_the_ends(tokenizer, named, stops):
+    assert stop_ids(tokenizer, GenerationConfig(eos_token_id=named)) == stops
 
 
 def test_the_window_is_the_configs():

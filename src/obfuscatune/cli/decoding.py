@@ -68,7 +68,7 @@ def decode(
     import torch
     from transformers import TextStreamer
 
-    from obfuscatune.tuning.tokens import end_id
+    from obfuscatune.tuning.tokens import end_id, stop_ids
 
     class Shown(TextStreamer):  # type: ignore[misc]  # transformers is not checked; its class is Any
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -89,7 +89,7 @@ def decode(
             attention_mask=torch.ones_like(inputs),
             max_new_tokens=sampling.max_new_tokens,
             pad_token_id=end,
-            eos_token_id=end,
+            eos_token_id=stop_ids(files.tokenizer, session.model.generation_config),
             streamer=Shown(files.tokenizer, skip_prompt=True, skip_special_tokens=True),
             **how,
         )

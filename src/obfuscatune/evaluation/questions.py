@@ -10,7 +10,7 @@ import torch
 from obfuscatune.evaluation.results import Metric, Verdict
 from obfuscatune.tuning.jsonl import read_jsonl
 from obfuscatune.tuning.records import Completion, parse_record
-from obfuscatune.tuning.tokens import context_window, encode_pair, encode_prompt, end_id
+from obfuscatune.tuning.tokens import context_window, encode_pair, encode_prompt, end_id, stop_ids
 from obfuscatune.wire.errors import DataError
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _answer(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[tuple[int, ...]], most: int
 ) -> list[tuple[str, float]]:
     """The first line that greedy decoding writes after each prompt, and its smallest lead over another token."""
-    end = end_id(tokenizer)
+    end, stops = end_id(tokenizer), stop_ids(tokenizer, model.generation_config)
     length = max(len(ids) for ids in prompts)
     ids = torch.full((len(prompts), length), end, dtype=torch.int64)
     mask = torch.zeros_like(ids)
@@ -112,7 +112,7 @@ def _answer(
         do_sample=False,
         num_beams=1,
         pad_token_id=end,
-        eos_token_id=end,
+        eos_token_id=stops,
         stopping_criteria=[line_ended],
         output_logits=True,
         return_dict_in_generate=True,
@@ -122,7 +122,7 @@ def _answer(
     answers = []
     for row, sequence in enumerate(output.sequences):
         written = sequence[length:]
-        ends = (written == end).nonzero()
+        ends = torch.isin(written, torch.tensor(stops, device=written.device)).nonzero()
         count = int(ends[0]) + 1 if len(ends) else len(written)
         text = first_line(written[:count])
         answers.append((text.split("\n")[0].strip(), leads[row, :count].min().item()))

@@ -52,6 +52,17 @@ def end_id(tokenizer: "PreTrainedTokenizerBase") -> int:
     return int(tokenizer.eos_token_id)
 
 
+def stop_ids(tokenizer: "PreTrainedTokenizerBase", generation_config: Any) -> list[int]:
+    """All tokens that end what a model writes: the tokenizer's, and those that its generation config names beside it.
+
+    Raises:
+        ConfigError: the tokenizer has none.
+    """
+    named = generation_config.eos_token_id
+    others = named if isinstance(named, list) else [] if named is None else [named]
+    return sorted({end_id(tokenizer), *others})
+
+
 def encode_open(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     """Text that a model is to continue, as it stands. Never without a token."""
     ids = leading_ids(tokenizer) + _plain_ids(tokenizer, text)
