@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from obfuscatune.enclave.local import local_worker
     from obfuscatune.enclave.profiles import Profile
     from obfuscatune.enclave.protect import protect
+    from obfuscatune.process import settle_process
     from obfuscatune.wire.errors import ObfuscaTuneError
     from obfuscatune.wire.tls import TlsConfig
 
@@ -30,6 +31,7 @@ _HOMES = {
     "load": "enclave.load",
     "local_worker": "enclave.local",
     "protect": "enclave.protect",
+    "settle_process": "process",
 }
 
 
@@ -56,4 +58,5 @@ __all__ = [
     "load",
     "local_worker",
     "protect",
+    "settle_process",
 ]

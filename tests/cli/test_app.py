@@ -9,6 +9,7 @@ import time
 import pytest
 
 from obfuscatune.cli import app, evaluate, finetune
+from obfuscatune.process import SPIN_COUNT
 from obfuscatune.wire import errors
 
 COMMANDS = list(app._COMMANDS)
@@ -167,12 +168,12 @@ def test_an_interruption_is_one_word_and_130(obfuscatune, failing):
     assert (ran.code, ran.stderr) == (130, "interrupted\n")
 
 
-def test_threads_wait_without_spinning_unless_told_otherwise():
-    show = "import os; from obfuscatune.cli.app import run; run(['--version']); print(os.environ['OMP_WAIT_POLICY'])"
-    assert python(show, OMP_WAIT_POLICY="ACTIVE").stdout.split()[-1] == "ACTIVE"
-    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    result = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, env=env, check=True)
-    assert result.stdout.split()[-1] == "PASSIVE"
+def test_threads_spin_briefly_while_they_wait_unless_told_otherwise():
+    show = "import os; from obfuscatune.cli.app import run; run(['--version']); print(os.environ.get('GOMP_SPINCOUNT'))"
+    env = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    for told, expected in ({}, SPIN_COUNT), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None"):
+        shown = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, env=env | told, check=True)
+        assert shown.stdout.split()[-1] == expected
 
 
 def test_a_reader_that_goes_away_is_no_error():

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from obfuscatune.process import settle_process
 from obfuscatune.version import __version__
 from obfuscatune.wire.errors import ConfigError, ObfuscaTuneError
 
@@ -97,6 +98,7 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code."""
+    settle_process()
     _prepare_libraries()
     debug = "--debug" in arguments or os.environ.get("OBFUSCATUNE_DEBUG", "") not in ("", "0")
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -134,7 +136,6 @@ def run(arguments: list[str]) -> int:
 def _prepare_libraries() -> None:
     """Settings that the libraries read when they are imported. What the user has set stays."""
     for name, value in {
-        "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin would take the cores that the worker needs
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",

@@ -65,14 +65,12 @@ class LocalWorker:
         return self._messages.read_text(errors="replace")[-TAIL_CHARS:]
 
     def _start(self) -> "subprocess.Popen[bytes]":
-        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
         with self._messages.open("ab") as messages:
             process = subprocess.Popen(
                 self._command,
                 stdin=subprocess.PIPE,  # closed by the kernel when we die: the worker then ends too
                 stdout=subprocess.PIPE,
                 stderr=messages,
-                env=environment,
                 start_new_session=True,  # Ctrl-C is for us alone: the worker is still needed to finish in good order
             )
         try:

@@ -2,13 +2,14 @@
 
 import sys
 
+from obfuscatune.process import settle_process
 from obfuscatune.wire.errors import ObfuscaTuneError
-from obfuscatune.worker.options import WorkerOptions, parse_arguments, settle_environment
+from obfuscatune.worker.options import WorkerOptions, parse_arguments
 
 
 def main(options: WorkerOptions) -> int:
     """Run a worker; 0 after a graceful end, 1 when it had to stop, 2 after an option that cannot be used."""
-    settle_environment()
+    settle_process()
     from obfuscatune.worker.run import run  # imports torch, which reads the environment then
 
     try:

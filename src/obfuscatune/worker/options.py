@@ -1,7 +1,6 @@
 """What a worker can be told on the command line; argparse, so that it needs no more than torch."""
 
 import argparse
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,14 +29,6 @@ class WorkerOptions:
     unsafe_plain_tcp: bool = False
     until_stdin_closes: bool = False
     json: bool = False
-
-
-def settle_environment() -> None:
-    """To be called before torch is imported, which reads it then.
-
-    OpenMP threads that wait for the next product would spin, on cores that the enclave or another worker computes on.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def parse_size(text: str) -> int:
