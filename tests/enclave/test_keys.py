@@ -94,7 +94,7 @@ def test_permutations_are_uniform() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_normal_moments(dtype: torch.dtype) -> None:
     """Moments 1 to 4 and the two halves' correlation, each within five standard deviations."""
-    count = 200_000
+    count = 1_000_000
     x = KEY.stream("normal").normal(count, dtype=dtype)
     assert x.dtype == dtype
     assert torch.isfinite(x).all()

@@ -162,6 +162,14 @@ def test_same_key_same_w_star() -> None:
     torch.testing.assert_close(dense(first.R_in) @ first.W_star @ dense(first.R_out).T, WEIGHT, rtol=0, atol=1e-12)
 
 
+def test_w_star_is_rounded_once() -> None:
+    """Computed in float64, whatever W's dtype."""
+    W = WEIGHT.float()
+    found = obfuscated(W=W)
+    exact = found.R_out.weight_right(found.R_in.weight_left(W.double()))
+    assert torch.equal(found.W_star, exact.float())
+
+
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_anything_else_other_matrices(change: dict[str, Any]) -> None:
     first, second = obfuscated(), obfuscated(**change)
