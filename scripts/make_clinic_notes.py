@@ -290,7 +290,7 @@ Plain PEFT on the embedded model, in float32, LoRA on `c_attn`, `c_proj` and `c_
 rises linearly over the warm-up steps, then falls linearly to zero; {recipe.steps(records)} steps. Batches are padded
 on the right with end-of-text.
 Measured by `python scripts/make_clinic_notes.py --measure` ({processor}, {torch.get_num_threads()} threads; mean load
-{os.getloadavg()[1]:.1f} over the last five minutes: above 2, other work shared the processor and the seconds are too many):
+{os.getloadavg()[1]:.1f} over five minutes: above 2, other work shared the processor and the seconds are too many):
 
 | setting | |
 |---|---|
