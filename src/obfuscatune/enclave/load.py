@@ -101,16 +101,17 @@ def find_directory(model: str | Path, revision: str | None = None) -> Path:
         ) from error
 
 
-def read_config(directory: Path) -> PretrainedConfig:
-    """The model's configuration; its own code is never run.
+def read_config(path: Path) -> PretrainedConfig:
+    """The configuration in a directory, or in a file; the model's own code is never run.
 
     Raises:
         ModelFileError: there is none, or it is not one that transformers knows.
     """
-    if not (directory / "config.json").is_file():
-        raise ModelFileError(f"{directory} holds no config.json, so it is no model in Hugging Face's layout")
-    with _blamed_on(directory / "config.json"):
-        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ModelFileError(f"{path} holds no config.json, so it is no model in Hugging Face's layout")
+    with _blamed_on(file):
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
 
 
 def read_generation_config(directory: Path) -> GenerationConfig | None:
