@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -17,9 +16,7 @@ from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
-import torch
-
-from obfuscatune.version import __version__
+from obfuscatune.report.environment import environment
 from obfuscatune.wire.errors import ConfigError
 
 OWN_WAITING: dict[str, str] = {}  # as ``settle_process`` sets it
@@ -30,6 +27,7 @@ PLAIN_WAITING = {
 }
 CALIBRATION_STEPS = 3
 _WAITING_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+_SILENT = {"PYTHONWARNINGS": "ignore", "KINETO_LOG_LEVEL": "99", "TRANSFORMERS_VERBOSITY": "error"}
 Progress = Callable[[str], None]
 
 
@@ -66,7 +64,7 @@ class StepBench:
                     if round_number >= self.warmup:
                         answers[name].append(answer)
             profiled = protected.profile()
-        return StepResult(self, waiting, answers["plain"], answers["protected"], profiled, machine())
+        return StepResult(self, waiting, answers["plain"], answers["protected"], profiled, environment())
 
     def _best_plain_waiting(self, progress: Progress) -> str:
         medians = {}
@@ -92,7 +90,7 @@ class Contender:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**inherited, **waiting, "OMP_NUM_THREADS": str(settings["threads"])},
+            env={**inherited, **_SILENT, **waiting, "OMP_NUM_THREADS": str(settings["threads"])},
         )
         self._listen()
 
@@ -134,7 +132,7 @@ class StepResult:
     plain: list[dict[str, Any]] = field(repr=False)
     protected: list[dict[str, Any]] = field(repr=False)
     profiled: dict[str, Any] = field(repr=False)
-    machine: dict[str, Any]
+    environment: dict[str, str]
 
     @property
     def plain_seconds(self) -> float:
@@ -189,25 +187,6 @@ class StepResult:
             "crossings": self.protected[0]["crossings"],
             "bytes": self.protected[0]["bytes"],
             "peak_bytes": {"plain": self.plain[-1]["peak_bytes"], "enclave": self.protected[-1]["peak_bytes"]},
-            "machine": self.machine,
+            "environment": self.environment,
             "rounds": {"plain": self.plain, "protected": self.protected},
         }
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    return {
-        "obfuscatune": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123 - not a file of ours
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
