@@ -41,7 +41,7 @@ def test_the_result_says_what_was_measured(quick):
     out, *_ = quick
     result = json.loads((out / "result.json").read_text())
     assert result["passed"] is True
-    assert [check["passed"] for check in result["checks"]] == [True] * 5
+    assert [check["passed"] for check in result["checks"]] == [True] * 6
     steps = len(result["protected"]["loss"]["steps"])
     assert steps == len(result["plain"]["loss"]["steps"]) == len(result["differences"]["losses"]) == 6
     assert result["differences"]["largest_loss"] == max(result["differences"]["losses"]) <= LOSS_TOLERANCE

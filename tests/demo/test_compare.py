@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from obfuscatune.demo.compare import check, compare_sides
-from obfuscatune.demo.recipe import LOSS_TOLERANCE, WEIGHT_TOLERANCE, Settings
+from obfuscatune.demo.recipe import LAST_LOSS_TOLERANCE, LOSS_TOLERANCE, WEIGHT_TOLERANCE, Settings
 from obfuscatune.wire.errors import ModelFileError
 from tests.demo.made import adapter, metric, side, step
 
@@ -31,6 +31,12 @@ def test_one_step_of_another_loss_fails(sides):
     protected, plain = sides
     apart = replace(protected, steps=(step(1, 7.0 + 2 * LOSS_TOLERANCE), step(2, 1.0)))
     assert failed(apart, plain) == ["largest loss difference"]
+
+
+def test_another_loss_at_the_end_fails_sooner(sides):
+    protected, plain = sides
+    apart = replace(protected, steps=(step(1, 7.0), step(2, 1.0 + 2 * LAST_LOSS_TOLERANCE)))
+    assert failed(apart, plain) == ["last loss difference"]
 
 
 def test_one_other_weight_fails(sides, tmp_path):
@@ -63,7 +69,7 @@ def test_a_nan_passes_nothing(sides):
 def test_nan_in_a_later_step_passes_nothing(sides):
     protected, plain = sides
     apart = replace(protected, steps=(step(1, 7.0), step(2, float("nan"))))
-    assert failed(apart, plain) == ["largest loss difference"]
+    assert failed(apart, plain) == ["last loss difference", "largest loss difference"]
 
 
 def test_nan_weights_pass_nothing(sides, tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors.torch import load as load_tensors
 
-from obfuscatune.demo.recipe import LOSS_TOLERANCE, WEIGHT_TOLERANCE, Settings
+from obfuscatune.demo.recipe import LAST_LOSS_TOLERANCE, LOSS_TOLERANCE, WEIGHT_TOLERANCE, Settings
 from obfuscatune.demo.side import Side
 from obfuscatune.evaluation.compare import Comparison, compare
 from obfuscatune.tuning.adapter import WEIGHTS
@@ -61,6 +61,7 @@ def check(settings: Settings, protected: Side, plain: Side, differences: Differe
     """Everything that must hold for the demo to have shown what it is to show."""
     beyond_ties = len(differences.after.differing) - len(differences.after.ties)
     checks = [
+        _at_most("last loss difference", differences.losses[-1], LAST_LOSS_TOLERANCE),
         _at_most("largest loss difference", differences.loss, LOSS_TOLERANCE),
         _at_most("largest adapter weight difference", differences.weight, WEIGHT_TOLERANCE),
         _at_most("questions answered differently, ties aside", beyond_ties, 0),
