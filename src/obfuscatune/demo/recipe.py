@@ -10,8 +10,8 @@ from obfuscatune.wire.errors import ConfigError
 ACCURACY = 0.8
 """Least share of held-out questions answered right after fine-tuning."""
 LAST_LOSS_TOLERANCE = 1e-4
-"""Nats per token, at the last step. The two runs do the same arithmetic in another order in float32, and what they round
-differently is carried through all steps. Measured: 4e-7."""
+"""Nats per token, at the last step. The two runs do the same arithmetic in another order in float32, and what they
+round differently is carried through all steps. Measured: 4e-7."""
 LOSS_TOLERANCE = 1e-3
 """Nats per token, at any step: where the loss jumps, midway, so does the difference. Measured: 5e-6 with seed 0; with
 seeds 1 and 2, between plain runs with and without noise of float32's size, 8e-5 and 2e-5."""
