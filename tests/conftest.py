@@ -40,3 +40,12 @@ def stories260k() -> Path:
     if not directory.is_dir():
         pytest.skip("the pre-trained model ../shared/models/stories260K is not on this machine")
     return directory
+
+
+@pytest.fixture(scope="session")
+def shared_data(pytestconfig: pytest.Config) -> Path:
+    """The public question sets."""
+    directory = pytestconfig.rootpath.parent / "shared" / "data"
+    if not directory.is_dir():
+        pytest.skip("the question sets ../shared/data are not on this machine")
+    return directory

@@ -47,12 +47,3 @@ def notes(tmp_path: Path) -> Path:
     lines = [{"prompt": f"{a} has the", "completion": f" {b}."} for a, b in zip(owners, things, strict=True)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
-
-
-@pytest.fixture
-def shared_data(pytestconfig: pytest.Config) -> Path:
-    """The public question sets."""
-    directory = pytestconfig.rootpath.parent / "shared" / "data"
-    if not directory.is_dir():
-        pytest.skip("the question sets ../shared/data are not on this machine")
-    return directory

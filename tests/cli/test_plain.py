@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from obfuscatune.evaluation.tasks import TASKS, load_questions
+from obfuscatune.tuning.tasks import TASKS, load_questions
 
 PLAIN = "PLAIN RUN: nothing is protected."
 START = "Once upon a time"
@@ -73,6 +73,11 @@ def test_a_run_is_not_overwritten_and_may_be_resumed(obfuscatune, tuned):
     refused = obfuscatune(*again)
     assert refused.code == 2
     assert "holds a run; go on with it by --resume" in refused.stderr
+    other = obfuscatune(*again, "--resume", "--lr", "0.5")
+    assert other.code == 2
+    assert "this is another run: lr was" in other.stderr
+    for refusal in (refused, other):
+        assert "PLAIN RUN" not in refusal.stderr, "a refused run loads no model"
     resumed = obfuscatune(*again, "--resume", "--json")
     assert resumed.document["last_loss"] == first.document["last_loss"]
     assert "going on after step 3 of 3" in resumed.stderr

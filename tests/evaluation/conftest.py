@@ -1,18 +1,9 @@
-"""A real model, and the question sets that lie beside the project."""
+"""A real model."""
 
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-
-
-@pytest.fixture(scope="session")
-def shared_data(pytestconfig: pytest.Config) -> Path:
-    """The public question sets."""
-    directory = pytestconfig.rootpath.parent / "shared" / "data"
-    if not directory.is_dir():
-        pytest.skip("the question sets ../shared/data are not on this machine")
-    return directory
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import pytest
 
 from obfuscatune.evaluation.choices import evaluate_task
 from obfuscatune.evaluation.scoring import Pair, score_pairs
-from obfuscatune.evaluation.tasks import TASKS, Question, load_questions
+from obfuscatune.tuning.tasks import TASKS, Question, load_questions
 from obfuscatune.tuning.tokens import encode_pair
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from obfuscatune.evaluation.scoring import Pair, score_pairs
-from obfuscatune.evaluation.tasks import TASKS, load_questions
+from obfuscatune.tuning.tasks import TASKS, load_questions
 from obfuscatune.tuning.tokens import encode_pair
 from obfuscatune.wire.errors import DataError
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import yaml
 
-from obfuscatune.evaluation.tasks import TASKS
 from obfuscatune.tuning.jsonl import Line
 from obfuscatune.tuning.recipe import Recipe, load_recipe
 from obfuscatune.tuning.records import ROLES, parse_record
+from obfuscatune.tuning.tasks import TASKS
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "finetune.md").read_text(encoding="utf-8")
 

@@ -4,7 +4,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from obfuscatune.evaluation.tasks import TASKS
 from obfuscatune.tuning.jsonl import Line
 from obfuscatune.tuning.records import (
     ROLES,
@@ -15,6 +14,7 @@ from obfuscatune.tuning.records import (
     parse_record,
     parse_task_record,
 )
+from obfuscatune.tuning.tasks import TASKS
 from obfuscatune.wire.errors import DataError
 
 words = st.text(min_size=1).filter(str.strip)

@@ -1,7 +1,7 @@
 """`obfuscatune chat`."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -47,7 +47,7 @@ def chat(
     from obfuscatune.tuning.records import Message
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    protection = None if plain else Protection(worker, profile, first_blocks, key_file, tls_cert, tls_key, peer)
+    protection = Protection(worker, profile, first_blocks, key_file, tls_cert, tls_key, peer).unless(plain)
     files = open_files(model)
     beginning = [] if system is None else [Message("system", system)]
     messages = list(beginning)
@@ -58,7 +58,7 @@ def chat(
                 continue
             messages.append(Message("user", line))
             ids = _fitting(messages, len(beginning), files, sampling)
-            written = decode(session, files, ids, sampling, show=None if as_json else output.write_part)
+            written = decode(session, files, ids, sampling, show=None if as_json else _without_leading_space())
             if not as_json:
                 output.write_text("")
             messages.append(Message("assistant", written.text.strip()))
@@ -78,6 +78,19 @@ def _lines() -> Iterator[str]:
             return
         if line.strip():
             yield line.strip()
+
+
+def _without_leading_space() -> Callable[[str], None]:
+    """Prints an answer as it comes, from its first word on: many begin with line breaks."""
+    begun = False
+
+    def show(text: str) -> None:
+        nonlocal begun
+        text = text if begun else text.lstrip()
+        begun = begun or bool(text)
+        output.write_part(text)
+
+    return show
 
 
 def _fitting(messages: "Sequence[Message]", fixed: int, files: ModelFiles, sampling: Sampling) -> list[int]:

@@ -58,10 +58,10 @@ def evaluate(
         if value is not None and value < 1:
             raise ConfigError(f"{name}: expected at least 1, found {value}")
     ask = _load_questions(task, data_dir, data, limit, batch_size)
-    protection = Protection(worker, profile, first_blocks, key_file, tls_cert, tls_key, peer)
+    protection = Protection(worker, profile, first_blocks, key_file, tls_cert, tls_key, peer).unless(plain)
     files = open_files(model)
     results = []
-    for chosen in [None] if plain else [protection, None] if compare_plain else [protection]:
+    for chosen in [protection, None] if compare_plain else [protection]:
         with open_session(files, dtype=dtype, protection=chosen, adapter=adapter) as session:
             results.append(_measure(ask, session, files))
     comparisons = _compare(results)
@@ -90,7 +90,7 @@ class _Result:
 def _load_questions(
     task: str | None, data_dir: Path | None, data: Path | None, limit: int | None, batch_size: int
 ) -> _Questions:
-    from obfuscatune.evaluation.tasks import find_task, load_questions
+    from obfuscatune.tuning.tasks import find_task, load_questions
 
     if task is not None and data_dir is not None and data is None:
         questions = load_questions(find_task(task), data_dir, limit)

@@ -43,7 +43,7 @@ def generate(
 
     text = _read_prompt(prompt, prompt_file)
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    protection = None if plain else Protection(worker, profile, first_blocks, key_file, tls_cert, tls_key, peer)
+    protection = Protection(worker, profile, first_blocks, key_file, tls_cert, tls_key, peer).unless(plain)
     files = open_files(model)
     ids = encode_open(files.tokenizer, text)
     sampling.check_room(len(ids), files.config)

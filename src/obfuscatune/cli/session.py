@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,19 @@ class Protection:
     tls_cert: Path | None = None
     tls_key: Path | None = None
     peer: Path | None = None
+
+    def unless(self, plain: bool) -> "Protection | None":
+        """None where a run is to be plain.
+
+        Raises:
+            ConfigError: it is to be plain, yet an option says how to protect it.
+        """
+        if not plain:
+            return self
+        given = [field.name for field in fields(self) if getattr(self, field.name) is not None]
+        if given:
+            raise ConfigError(f"--plain protects nothing: leave it out, or --{given[0].replace('_', '-')}")
+        return None
 
 
 @dataclass(frozen=True)
@@ -140,6 +153,8 @@ def _opened_link(protection: Protection) -> Iterator["WorkerLink"]:
     tls = _tls(protection)
     with ExitStack() as stack:
         if protection.worker is None:
+            if tls is not None:
+                raise ConfigError("certificates are for a worker across a network: name it by --worker tcp:HOST:PORT")
             with output.progress("starting a worker on this machine"):
                 worker = stack.enter_context(obfuscatune.local_worker())
             stack.enter_context(_restarted_when_it_dies(worker))

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from obfuscatune.evaluation.results import Metric, Verdict
 from obfuscatune.evaluation.scoring import Pair, Score, score_pairs
-from obfuscatune.evaluation.tasks import Question, Task
+from obfuscatune.tuning.tasks import Question, Task
 from obfuscatune.tuning.tokens import context_window, encode_pair, end_id
 
 if TYPE_CHECKING:

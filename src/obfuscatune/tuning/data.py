@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from obfuscatune.evaluation.tasks import Rows, Task, find_task
 from obfuscatune.tuning.jsonl import Line, file_digest, read_jsonl
 from obfuscatune.tuning.records import Record, parse_record, parse_task_record
+from obfuscatune.tuning.tasks import Rows, Task, find_task
 from obfuscatune.tuning.tokens import Encoded, encode_record
 from obfuscatune.wire.errors import DataError
 

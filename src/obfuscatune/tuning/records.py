@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from obfuscatune.evaluation.tasks import Task
 from obfuscatune.tuning.jsonl import Line, json_type
+from obfuscatune.tuning.tasks import Task
 from obfuscatune.wire.errors import DataError
 
 ROLES = ("system", "user", "assistant")

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from obfuscatune.evaluation.tasks import TASKS, Question, find_task, load_questions
 from obfuscatune.tuning.jsonl import Line
+from obfuscatune.tuning.tasks import TASKS, Question, find_task, load_questions
 from obfuscatune.wire.errors import ConfigError, DataError
 
 SCIQ = {"question": "What is water?", "choices": ["ice", "H2O", "salt"], "label": 1, "answer": "H2O"}
