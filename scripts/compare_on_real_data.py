@@ -18,9 +18,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from obfuscatune.bench.step import machine
 from obfuscatune.evaluation.compare import compare
 from obfuscatune.evaluation.results import Metric, Verdict
+from obfuscatune.report.environment import environment
 
 LOSS_TOLERANCE = 1e-4  # nats
 
@@ -29,7 +29,8 @@ def main() -> int:
     """Run all tasks; 0 where protected and plain agree."""
     arguments = parse_arguments()
     rows = [compare_task(task, arguments) for task in arguments.tasks]
-    document = {"settings": {**vars(arguments), "data_root": "", "out": ""}, "machine": machine(), "tasks": rows}
+    settings = {**vars(arguments), "data_root": "", "out": ""}
+    document = {"settings": settings, "environment": environment(), "tasks": rows}
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"{datetime.now(UTC):%Y-%m-%d}-real-data.json"
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

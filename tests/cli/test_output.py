@@ -35,21 +35,15 @@ def test_json_is_one_document_without_nan(capsys):
     assert "é" in text
 
 
-@pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 B"), (999, "999 B"), (12_345, "12.3 kB"), (3.2e9, "3.2 GB"), (5e15, "5e+03 TB")]
-)
-def test_sizes(count, text):
-    assert output.readable_bytes(count) == text
-
-
 def test_progress_without_a_terminal_is_a_line_now_and_then(capsys, monkeypatch):
     now = 0.0
     monkeypatch.setattr(output.time, "monotonic", lambda: now)
     with output.progress("working") as meter:
         meter.expect(3)
         meter.advance(1)
-        now = 6.0
+        now = 2.0
         meter.advance(1, "loss 2.5")
+        now = 6.9
         meter.advance(1)
     captured = capsys.readouterr()
     assert captured.out == ""

@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def _profiled(step: LoraStep) -> dict[str, float]:
-    """Seconds of one step inside each of the enclave's own spans, ``obfuscatune.*``."""
+    """Seconds of one step inside each of the enclave's own spans, `obfuscatune.*`."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         step()
     return {

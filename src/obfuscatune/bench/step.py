@@ -1,4 +1,4 @@
-"""``bench step``: a LoRA step protected and plain, in turn, in one run.
+"""`bench step`: a LoRA step protected and plain, in turn, in one run.
 
 Plain runs in its own process at its own best settings: before the contest it tries each way for OpenMP's threads to
 wait, and the fastest stays. Both sides get the same number of threads; while one works, the other sleeps in a read.
@@ -19,7 +19,7 @@ from typing import Any, Self
 from obfuscatune.report.environment import environment
 from obfuscatune.wire.errors import ConfigError
 
-OWN_WAITING: dict[str, str] = {}  # as ``settle_process`` sets it
+OWN_WAITING: dict[str, str] = {}  # as `settle_process` sets it
 PLAIN_WAITING = {
     "active": {"OMP_WAIT_POLICY": "ACTIVE"},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
@@ -33,7 +33,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class StepBench:
-    """What is measured. ``batch`` sequences of ``length`` tokens a step; ``rounds`` counted steps of each."""
+    """What is measured. `batch` sequences of `length` tokens a step; `rounds` counted steps of each."""
 
     shape: str = "gpt2"
     layers: int | None = None
@@ -64,12 +64,12 @@ class StepBench:
                     if round_number >= self.warmup:
                         answers[name].append(answer)
             profiled = protected.profile()
-        return StepResult(self, waiting, answers["plain"], answers["protected"], profiled, environment())
+        return StepResult(self, waiting, answers["plain"], answers["protected"], profiled, environment(self.threads))
 
     def _best_plain_waiting(self, progress: Progress) -> str:
         medians = {}
-        for name, environment in PLAIN_WAITING.items():
-            with self._contender("plain", environment) as plain:
+        for name, waiting in PLAIN_WAITING.items():
+            with self._contender("plain", waiting) as plain:
                 plain.step()
                 medians[name] = statistics.median(plain.step()["seconds"] for _ in range(CALIBRATION_STEPS))
             progress(f"plain, OpenMP waiting {name}: {medians[name]:.3f} s")

@@ -10,7 +10,8 @@ import typer
 
 from obfuscatune.cli import options
 from obfuscatune.cli.options import option
-from obfuscatune.cli.output import notice, readable_bytes, write_json, write_text
+from obfuscatune.cli.output import notice, write_json, write_text
+from obfuscatune.report.units import format_bytes
 from obfuscatune.wire.errors import StorageError
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def _print(measured: "StepResult") -> None:
     write_text(f"  plain      {plain:7.3f} s   median of {b.rounds}; OpenMP waiting: {measured.plain_waiting}")
     write_text(
         f"  protected  {measured.protected_seconds:7.3f} s   profile {b.profile}; "
-        f"{measured.protected[0]['crossings']} crossings, {readable_bytes(measured.protected[0]['bytes'])} a step"
+        f"{measured.protected[0]['crossings']} crossings, {format_bytes(measured.protected[0]['bytes'])} a step"
     )
     spread = f"{min(measured.ratios):.2f} to {max(measured.ratios):.2f}"
     write_text(f"  ratio      {measured.ratio:7.2f}     round by round {spread}")

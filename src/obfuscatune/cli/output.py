@@ -21,7 +21,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from obfuscatune.report.units import format_bytes
+
 _BARS = "▁▂▃▄▅▆▇█"
+_SECONDS_BEFORE_A_LINE = 2.0
 _SECONDS_BETWEEN_LINES = 5.0
 
 
@@ -79,7 +82,7 @@ class Meter(Protocol):
 
 @contextmanager
 def progress(what: str) -> Iterator[Meter]:
-    """Show progress while the `with` lasts: a bar on a terminal, else a line every few seconds."""
+    """Show progress while the `with` lasts: a bar on a terminal, else a line every few seconds, the first after two."""
     console = stderr()
     if not console.is_terminal:
         yield _Lines(what)
@@ -115,7 +118,7 @@ class _Lines:
 
     def __init__(self, what: str) -> None:
         self._what, self._of, self._done = what, "", 0
-        self._next = time.monotonic() + _SECONDS_BETWEEN_LINES
+        self._next = time.monotonic() + _SECONDS_BEFORE_A_LINE
 
     def expect(self, total: int) -> None:
         self._of = f"/{total}"
@@ -127,20 +130,11 @@ class _Lines:
             notice(f"{self._what}: {self._done}{self._of} {note}".rstrip())
 
 
-def readable_bytes(count: float) -> str:
-    """A size in decimal units: "12.3 MB"."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
 def readable_link(link: Mapping[str, int | float]) -> str:
     """What crossed to the worker and back, in one line."""
     return (
-        f"{link['crossings']:,} crossings to the worker: {readable_bytes(link['bytes_sent'])} sent, "
-        f"{readable_bytes(link['bytes_received'])} received, {link['seconds_waiting']:.1f} s waited"
+        f"{link['crossings']:,} crossings to the worker: {format_bytes(link['bytes_sent'])} sent, "
+        f"{format_bytes(link['bytes_received'])} received, {link['seconds_waiting']:.1f} s waited"
     )
 
 

@@ -8,8 +8,12 @@ from pathlib import Path
 _PACKAGES = ("torch", "transformers", "peft")
 
 
-def environment() -> dict[str, str]:
-    """Names and values, in the order in which they are shown."""
+def environment(threads: int | None = None) -> dict[str, str]:
+    """Names and values, in the order in which they are shown.
+
+    Args:
+        threads: torch's, where other processes computed; those of this one if None.
+    """
     import torch
 
     from obfuscatune.version import __version__
@@ -20,7 +24,7 @@ def environment() -> dict[str, str]:
         **{name: version(name) for name in _PACKAGES},
         "processor": _processor(),
         "cores": str(len(os.sched_getaffinity(0))),
-        "torch threads": str(torch.get_num_threads()),
+        "torch threads": str(threads or torch.get_num_threads()),
         "system": f"{platform.system()} {platform.machine()}",
     }
 

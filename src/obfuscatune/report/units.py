@@ -2,7 +2,7 @@
 
 
 def format_bytes(count: float) -> str:
-    """``1.23 MB``: three significant digits."""
+    """`1.23 MB`: three significant digits."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(count) < 999.5:
             return f"{count:.0f} {unit}" if unit == "B" else f"{_three_digits(count)} {unit}"
@@ -11,17 +11,17 @@ def format_bytes(count: float) -> str:
 
 
 def format_count(count: int) -> str:
-    """``1,557,611,200``."""
+    """`1,557,611,200`."""
     return f"{count:,}"
 
 
 def format_share(share: float) -> str:
-    """``5.3 %`` of a share between 0 and 1."""
+    """`5.3 %` of a share between 0 and 1."""
     return f"{100 * share:.1f} %"
 
 
 def format_seconds(seconds: float) -> str:
-    """``4.2 s`` or ``1 min 32 s``."""
+    """`4.2 s` or `1 min 32 s`."""
     if seconds < 99.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -29,7 +29,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_small(value: float) -> str:
-    """A difference: ``0`` where it is exactly that, else ``1.2e-06``."""
+    """A difference: `0` where it is exactly that, else `1.2e-06`."""
     return "0" if value == 0 else f"{value:.1e}"
 
 
