@@ -66,6 +66,14 @@ def test_every_option_is_described(obfuscatune):
                 pytest.fail(f"no description: {match.group()}")
 
 
+def test_defaults_look_alike_and_paragraphs_fill_their_lines(obfuscatune):
+    text = obfuscatune("bench", "step", "--help").stdout + obfuscatune("demo", "--help").stdout
+    assert "[default: 7]" in text
+    assert "[default: all cores]" in text
+    assert "[default: (" not in text
+    assert "fine-tunes it with LoRA on their notes" in text  # broken between "their" and "notes" in the docstring
+
+
 def test_version(obfuscatune):
     ran = obfuscatune("--version")
     assert ran.code == 0
@@ -83,6 +91,7 @@ def test_python_dash_m():
     ("arguments", "message"),
     [
         (["finetunes"], "No such command 'finetunes'"),
+        (["help"], "--help says what there is"),
         (["finetune", "--lora-rank", "3"], "No such option: --lora-rank"),
         (["finetune", "--lora-r", "three"], "Invalid value for '--lora-r'"),
         (["finetune", "extra"], "unexpected extra argument"),

@@ -134,13 +134,19 @@ def test_a_key_file_is_made_for_its_owner_alone_and_used_again(obfuscatune, stor
         (("--profile", "secret"), 2, "unknown profile 'secret'"),
         (("--worker", "somewhere"), 2, "the address 'somewhere' cannot be used"),
         (("--tls-cert", "a.pem"), 2, "TLS needs --tls-cert, --tls-key and --peer, all three"),
+        (("--tls-cert", "{id}/cert.pem", "--tls-key", "{id}/key.pem", "--peer", "{id}/cert.pem"), 2, "by --worker tcp:"),
+        (("--worker", "tcp:10.0.0.1:1"), 2, "give both sides --tls-cert, --tls-key and --peer"),
+        (("--plain", "--worker", "unix:/x"), 2, "--plain protects nothing: leave it out, or --worker"),
+        (("--plain", "--first-blocks", "1"), 2, "leave it out, or --first-blocks"),
         (("--worker", "tcp:127.0.0.1:1", "--tls-cert", "a", "--tls-key", "b", "--peer", "c"), 2, "cannot use TLS"),
         (("--first-blocks", "-1"), 2, "first_blocks must not be negative"),
         (("--key-file", "/absent/root.key"), 1, "cannot make the key file /absent/root.key"),
     ],
 )
-def test_what_cannot_be_protected_is_one_line(obfuscatune, stories260k, options, code, message):
-    ran = obfuscatune("generate", "--model", stories260k, "--prompt", "a", "--json", *options)
+def test_what_cannot_be_protected_is_one_line(obfuscatune, stories260k, tmp_path, options, code, message):
+    assert obfuscatune("keygen", "--out", tmp_path / "id").code == 0
+    filled = [option.format(id=tmp_path / "id") for option in options]
+    ran = obfuscatune("generate", "--model", stories260k, "--prompt", "a", "--json", *filled)
     assert (ran.code, ran.stdout) == (code, "")
     (line,) = [line for line in ran.stderr.splitlines() if line.startswith("error: ")]
     assert message in line

@@ -64,8 +64,13 @@ def _import_command(name: str) -> Any:
     if isinstance(found, typer.Typer):
         return typer.main.get_command(found)
     app = typer.Typer(add_completion=False)
-    app.command(name, help=found.__doc__, epilog=f"Example: {_COMMANDS[name].example}")(found)
+    app.command(name, help=_unwrapped(found.__doc__ or ""), epilog=f"Example: {_COMMANDS[name].example}")(found)
     return typer.main.get_command(app)
+
+
+def _unwrapped(text: str) -> str:
+    """A docstring with its paragraphs in one line each, for the terminal to break where it ends."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 
 def _version(value: bool) -> None:
@@ -118,7 +123,7 @@ def run(arguments: list[str]) -> int:
         if type(error).__name__ == "NoArgsIsHelpError":
             typer.echo(error.format_message())
         else:
-            _say(f"error: {error.format_message()}")
+            _say(f"error: {error.format_message().removesuffix('.')}; --help says what there is")
         return EXIT_USAGE
     except ObfuscaTuneError as error:
         if debug:
@@ -138,6 +143,7 @@ def _prepare_libraries() -> None:
     for name, value in {
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }.items():

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -126,18 +127,23 @@ def finetune(
             "first_blocks": first_blocks,
         },
     )
-    protection = Protection(recipe.worker, recipe.profile, recipe.first_blocks, key_file, tls_cert, tls_key, peer)
-    _run(recipe, None if recipe.plain else protection, resume=resume, as_json=as_json)
+    asked = Protection(worker, profile, first_blocks, key_file, tls_cert, tls_key, peer).unless(recipe.plain)
+    protection = asked and replace(
+        asked, worker=recipe.worker, profile=recipe.profile, first_blocks=recipe.first_blocks
+    )
+    _run(recipe, protection, resume=resume, as_json=as_json)
 
 
 def _run(recipe: "Recipe", protection: Protection | None, *, resume: bool, as_json: bool) -> None:
     from obfuscatune.tuning.identity import model_fingerprint
+    from obfuscatune.tuning.run import check_out, load_data, summary
     from obfuscatune.tuning.run import finetune as run_recipe
-    from obfuscatune.tuning.run import load_data, summary
 
     files = open_files(recipe.model)
     with output.progress("reading the data"):
         data = load_data(recipe, files.tokenizer, files.config)
+        fingerprint = model_fingerprint(files.directory)
+        check_out(recipe, data, fingerprint=fingerprint, resume_run=resume)
     with open_session(files, dtype=recipe.dtype, protection=protection) as session:
         with output.progress("fine-tuning") as meter, _resumption_told(recipe):
             outcome = run_recipe(
@@ -145,7 +151,7 @@ def _run(recipe: "Recipe", protection: Protection | None, *, resume: bool, as_js
                 files.tokenizer,
                 recipe,
                 data,
-                fingerprint=model_fingerprint(files.directory),
+                fingerprint=fingerprint,
                 report=_Watcher(meter).see,
                 resume_run=resume,
             )

@@ -13,7 +13,9 @@ def option(name: str, text: str, *, default: str | None = None, panel: str | Non
         default: What to call the default in the help, where it is settled further in (a recipe, a profile).
         panel: The heading it stands under in the help.
     """
-    return typer.Option(name, help=text, show_default=default or False, rich_help_panel=panel)
+    # Typer puts a default that is given as text in brackets of its own; this looks like those that it finds itself.
+    told = "" if default is None else rf" [dim]\[default: {default}][/dim]"
+    return typer.Option(name, help=text + told, show_default=False, rich_help_panel=panel)
 
 
 _PROTECTION = "Protection"

@@ -35,6 +35,7 @@ OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 _FOLDER = "checkpoints"
 _KEPT = 2
+_ADVICE = "delete it to go on from the checkpoint before it"
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,18 @@ def save_checkpoint(
         directory.remove_directory(f"{_FOLDER}/{name}")
 
 
+def refuse_other_run(directory: RunDirectory, ingredients: Mapping[str, Any]) -> None:
+    """Refuse to go on from the newest checkpoint, if there is one, with other things than it is made of.
+
+    Raises:
+        ConfigError: they differ; the message names them.
+        StorageError: the checkpoint is damaged, or of another format.
+    """
+    names = _names(directory)
+    if names:
+        _read_state(directory, f"{_FOLDER}/{names[-1]}").refuse_other(ingredients)
+
+
 def resume(
     directory: RunDirectory,
     peft_model: "PeftModel",
@@ -97,11 +110,28 @@ def resume(
         return Progress()
     folder = f"{_FOLDER}/{names[-1]}"
     where = directory.root / folder
-    before, progress, files = _read(directory, folder)
-    _refuse_other_run(before, ingredients)
+    state = _read_state(directory, folder)
+    state.refuse_other(ingredients)
+    files = _read_files(directory, folder, state)
     set_adapter_weights(peft_model, files[WEIGHTS], where=str(where / WEIGHTS))
     _load_optimizer(peft_model, optimizer, files[OPTIMIZER], str(where / OPTIMIZER))
-    return progress
+    return state.progress
+
+
+@dataclass(frozen=True)
+class _State:
+    """What state.json says."""
+
+    ingredients: Mapping[str, Any]
+    progress: Progress
+    sha256: Mapping[str, str]
+
+    def refuse_other(self, ingredients: Mapping[str, Any]) -> None:
+        before, now = self.ingredients, json.loads(json.dumps(dict(ingredients)))  # as from disk: tuples are lists
+        keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        if keys:
+            changes = "; ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in keys)
+            raise ConfigError(f"cannot resume, this is another run: {changes}. Undo that, or choose another --out")
 
 
 def _name(step: int) -> str:
@@ -113,32 +143,28 @@ def _names(directory: RunDirectory) -> list[str]:
     return sorted(found, key=lambda name: int(name[5:]))
 
 
-def _read(directory: RunDirectory, folder: str) -> tuple[dict[str, Any], Progress, dict[str, bytes]]:
-    """What the run was made of, how far it was, and the contents of the two binary files."""
+def _read_state(directory: RunDirectory, folder: str) -> _State:
     where = directory.root / folder
-    advice = "delete it to go on from the checkpoint before it"
     try:
         state = json.loads(directory.read(f"{folder}/{STATE}"))
         version, made_of, digests = state["format"], dict(state["ingredients"]), dict(state["sha256"])
         steps = tuple(StepEvent(**event) for event in state["steps"])
         evals = tuple((int(step), float(loss)) for step, loss in state["evals"])
     except (ValueError, KeyError, TypeError) as error:
-        raise StorageError(f"{where}: damaged: {STATE} is not what was written; {advice}") from error
+        raise StorageError(f"{where}: damaged: {STATE} is not what was written; {_ADVICE}") from error
     if version != FORMAT:
         raise StorageError(f"{where}: format {version}; this version reads format {FORMAT} alone")
+    return _State(made_of, Progress(steps, evals), digests)
+
+
+def _read_files(directory: RunDirectory, folder: str, state: _State) -> dict[str, bytes]:
+    """The contents of the two binary files."""
+    where = directory.root / folder
     files = {name: directory.read(f"{folder}/{name}") for name in (WEIGHTS, OPTIMIZER)}
     for name, content in files.items():
-        if hashlib.sha256(content).hexdigest() != digests.get(name):
-            raise StorageError(f"{where}: damaged: {name} is not what was written; {advice}")
-    return made_of, Progress(steps, evals), files
-
-
-def _refuse_other_run(before: Mapping[str, Any], ingredients: Mapping[str, Any]) -> None:
-    now = json.loads(json.dumps(dict(ingredients)))  # as it comes back from disk: tuples are lists
-    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    if keys:
-        changes = "; ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in keys)
-        raise ConfigError(f"cannot resume, this is another run: {changes}. Undo that, or choose another --out")
+        if hashlib.sha256(content).hexdigest() != state.sha256.get(name):
+            raise StorageError(f"{where}: damaged: {name} is not what was written; {_ADVICE}")
+    return files
 
 
 def _optimizer_bytes(peft_model: "PeftModel", optimizer: torch.optim.AdamW) -> bytes:

@@ -68,7 +68,8 @@ def _parse_object(where: str, raw: bytes) -> dict[str, Any]:
     try:
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: malformed JSON at column {error.colno}: {error.msg}") from error
+        reason = error.msg.removesuffix(" at")  # as json ends some of its messages, before the position
+        raise DataError(f"{where}: malformed JSON at column {error.colno}: {reason}") from error
     except RecursionError as error:
         raise DataError(f"{where}: malformed JSON: nested too deeply") from error
     except ValueError as error:  # from the two hooks below, and from integers of thousands of digits

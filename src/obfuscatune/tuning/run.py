@@ -8,14 +8,14 @@
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from obfuscatune.tuning.adapter import adapter_files, add_lora
 from obfuscatune.tuning.batches import Plan
-from obfuscatune.tuning.checkpoint import Progress, resume, save_checkpoint
+from obfuscatune.tuning.checkpoint import Progress, refuse_other_run, resume, save_checkpoint
 from obfuscatune.tuning.data import Data, Dataset, Source, load_dataset
 from obfuscatune.tuning.identity import ingredients
 from obfuscatune.tuning.journal import Event, Journal, Started
@@ -57,6 +57,22 @@ def load_data(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", config: Any)
     return Data(train_set, None if recipe.eval is None else load(Source.of(recipe.eval, recipe.task, "test")))
 
 
+def check_out(recipe: Recipe, data: Data, *, fingerprint: str, resume_run: bool) -> None:
+    """Refuse a run directory that `finetune` would refuse, before a model is loaded for it.
+
+    Args:
+        data, fingerprint, resume_run: As for `finetune`.
+
+    Raises:
+        ConfigError: it holds a run that is not to be resumed, or another one than this.
+        StorageError: it is no directory, or its newest checkpoint is damaged.
+    """
+    if recipe.out.exists():
+        directory = RunDirectory(recipe.out)
+        _refuse_accident(directory, resume_run)
+        refuse_other_run(directory, _made_of(recipe, data, fingerprint))
+
+
 def finetune(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -82,8 +98,7 @@ def finetune(
         NonFiniteError: a loss or gradient is NaN or infinite.
         StorageError: the disk refused, or a checkpoint is damaged.
     """
-    eval_digest = None if data.eval is None else data.eval.digest
-    made_of = ingredients(recipe, model=fingerprint, data=data.train.digest, evaluation=eval_digest)
+    made_of = _made_of(recipe, data, fingerprint)
     plan = Plan(len(data.train.examples), recipe.batch_size, recipe.accumulation, recipe.seed)
     total_steps = recipe.max_steps or recipe.epochs * plan.steps_per_epoch
     descent = Descent(recipe.lr, recipe.schedule, recipe.warmup_steps, recipe.clip, total_steps)
@@ -132,6 +147,11 @@ def summary(progress: Progress) -> dict[str, object]:
         "tokens": sum(event.tokens for event in progress.steps),
         "seconds": sum(event.seconds for event in progress.steps),
     }
+
+
+def _made_of(recipe: Recipe, data: Data, fingerprint: str) -> Mapping[str, Any]:
+    evaluation = None if data.eval is None else data.eval.digest
+    return ingredients(recipe, model=fingerprint, data=data.train.digest, evaluation=evaluation)
 
 
 def _with_lora(model: "PreTrainedModel", recipe: Recipe) -> "PeftModel":

@@ -22,8 +22,8 @@ def check_tls(address: Address, *, tls: bool, plain_tcp: bool) -> None:
         )
     if isinstance(address, TcpAddress) and not (address.is_loopback or tls or plain_tcp):
         raise ConfigError(
-            f"{address} leaves this machine without TLS: pin certificates on both sides, or accept the risk by "
-            "--unsafe-plain-tcp (allow_plain_tcp=True)"
+            f"{address} leaves this machine without TLS: give both sides --tls-cert, --tls-key and --peer "
+            "(obfuscatune keygen), or accept the risk (worker: --unsafe-plain-tcp; Python: allow_plain_tcp=True)"
         )
 
 

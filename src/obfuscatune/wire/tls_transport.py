@@ -89,7 +89,9 @@ class TlsTransport(SocketTransport):
                 raise _would_block(error) from None
         except ssl.SSLError as error:
             if "ALERT" in (error.reason or ""):  # TLS 1.3: the peer checks our certificate after our handshake is done
-                raise UntrustedPeer(f"{self._peer} refused our certificate: {_reason(error)}") from error
+                raise UntrustedPeer(
+                    f"{self._peer} refused our certificate: {_reason(error)}; its --peer must be our --tls-cert"
+                ) from error
             raise
         return came
 
