@@ -6,7 +6,10 @@ import copy
 import hashlib
 import hmac
 import math
+import os
 import pickle
+import resource
+import warnings
 from pathlib import Path
 
 import pytest
@@ -73,6 +76,24 @@ def test_every_purpose_has_its_own_stream() -> None:
 def test_fresh_streams_are_fresh() -> None:
     assert SecretStream.fresh().random_bytes(16) != SecretStream.fresh().random_bytes(16)
     assert RootKey.generate().stream("x").random_bytes(16) != RootKey.generate().stream("x").random_bytes(16)
+
+
+def test_a_forked_process_draws_otherwise() -> None:
+    """Else two processes would mix different rows alike, and the worker see the difference."""
+    stream, kept = SecretStream.fresh(), KEY.stream("kept")
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads: the child runs no torch
+        child = os.fork()
+    if not child:
+        os.write(writer, stream.random_bytes(16) + kept.random_bytes(16))
+        os._exit(0)
+    os.waitpid(child, 0)
+    drawn = os.read(reader, 32)
+    os.close(reader)
+    os.close(writer)
+    assert drawn[:16] != stream.random_bytes(16)
+    assert drawn[16:] == kept.random_bytes(16)  # what follows from the root key is the same everywhere
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 67, 4096])
@@ -164,3 +185,16 @@ def test_key_file_that_cannot_be(tmp_path: Path, place: str) -> None:
     path.chmod(0o700) if path.is_dir() else None
     with pytest.raises(StorageError, match="key file"):
         RootKey.from_file(path)
+
+
+def test_a_full_disk_leaves_no_key_file(tmp_path: Path) -> None:
+    """A process that may write no file over 10 bytes stands for a full disk. Half a key would be refused for ever."""
+    path = tmp_path / "root.key"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        with pytest.raises(StorageError, match="cannot write the key file"):
+            RootKey.from_file(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not path.exists()

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from obfuscatune import load, protect
+from obfuscatune.enclave.link import MatrixSource, WorkerLink
 from obfuscatune.enclave.load import find_directory
 from obfuscatune.enclave.local import LocalWorker
-from obfuscatune.wire.errors import ModelFileError, ProtectionError
+from obfuscatune.wire.errors import ModelFileError, ProtectionError, StorageError
 from tests.contract.architectures import ARCHITECTURES
 
 Damage = Callable[[Path], None]
@@ -152,6 +153,48 @@ def test_a_protected_model_is_not_saved(directory: Path, worker: LocalWorker, tm
             protected.save_pretrained(tmp_path / "copy")
         protected.protection.close()
     assert not (tmp_path / "copy").exists()
+
+
+class KeepingLink(WorkerLink):
+    """Keeps what would make each matrix again, and whether it was closed."""
+
+    def __init__(self) -> None:
+        self.sources: list[MatrixSource] = []
+        self.closed = False
+
+    def store(self, matrix_id: bytes, source: MatrixSource, **_: Any) -> None:
+        self.sources.append(source)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_files_that_change_under_a_run_are_noticed(directory: Path) -> None:
+    """W_star of other weights, under other secrets, would give wrong numbers and no error."""
+    link = KeepingLink()
+    load(directory, link)
+    before = [source() for source in link.sources]
+    with (directory / "model.safetensors").open("r+b") as file:  # in place: the file is mapped
+        header_bytes = int.from_bytes(file.read(8), "little")
+        begin, _ = json.loads(file.read(header_bytes))[DOWN]["data_offsets"]
+        file.seek(8 + header_bytes + begin)
+        file.write(bytes(4))
+    *others, last = link.sources
+    with pytest.raises(ModelFileError, match=r"other weights for model.layers.1.mlp.down_proj"):
+        last()
+    for source, W_star in zip(others, before, strict=False):
+        assert torch.equal(source(), W_star)
+
+
+def test_no_place_to_spool_leaves_no_link_open(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    link = KeepingLink()
+    monkeypatch.setattr("obfuscatune.enclave.protect.open_link", lambda *_: link)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "absent"))
+    with pytest.raises(StorageError, match="spool directory"):
+        protect(AutoModelForCausalLM.from_pretrained(directory), "unix:/nowhere")
+    assert link.closed
 
 
 def test_a_failed_protect_changes_nothing(directory: Path, worker: LocalWorker) -> None:

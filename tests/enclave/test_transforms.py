@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from obfuscatune import RootKey
-from obfuscatune.enclave.obfuscate import obfuscate
+from obfuscatune.enclave.obfuscate import fingerprint, obfuscate
 from obfuscatune.enclave.orthogonal import covering_grid, haar, inner_grid, kronecker_columns, kronecker_rows
 from obfuscatune.enclave.transforms import Transform, TransformSpec
 from obfuscatune.wire.errors import ConfigError, ProtectionError
@@ -152,8 +152,9 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 def obfuscated(**changes: Any) -> Any:
-    standard: dict[str, Any] = {"W": WEIGHT, "key": KEY, "name": "layers.0.up_proj", "epoch": 0}
-    return obfuscate(spec=TransformSpec.parse("structured"), **{**standard, **changes})
+    spec = TransformSpec.parse("structured")
+    standard: dict[str, Any] = {"W": WEIGHT, "key": KEY, "spec": spec, "name": "layers.0.up_proj", "epoch": 0}
+    return obfuscate(**{**standard, **changes})
 
 
 def test_same_key_same_w_star() -> None:
@@ -176,6 +177,21 @@ def test_anything_else_other_matrices(change: dict[str, Any]) -> None:
     for one, other in ((first.R_in, second.R_in), (first.R_out, second.R_out)):
         assert not torch.allclose(dense(one), dense(other), atol=1e-3)
     assert not torch.allclose(first.W_star, second.W_star, atol=1e-3)
+
+
+def test_transforms_share_no_secret() -> None:
+    """Q_a S Q_b with one Q_a and two S would have R Rᵀ with the same eigenvectors, which commute."""
+    first, second = (dense(obfuscated(spec=TransformSpec.parse(f"conditioned({kappa})")).R_in) for kappa in (2, 8))
+    one, other = first @ first.T, second @ second.T
+    assert (one @ other - other @ one).abs().max() > 1e-3
+
+
+def test_one_element_makes_another_model() -> None:
+    """Of many: two W under the same secrets would show the worker in what they differ."""
+    W = torch.zeros(1024, 1024)
+    changed = W.clone()
+    changed[1, 1] = 1
+    assert fingerprint(W) != fingerprint(changed)
 
 
 def test_the_two_sides_differ() -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import os
 import secrets
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -60,8 +61,12 @@ class RootKey:
         except OSError as error:
             raise StorageError(f"cannot make the key file {path}: {error.strerror}") from error
         key = cls.generate()
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(key._key)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(key._key)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise StorageError(f"cannot write the key file {path}: {error.strerror}") from error
         return key
 
     @classmethod
@@ -90,15 +95,17 @@ class RootKey:
 class SecretStream:
     """Numbers from a CSPRNG. Draws advance the stream; two streams of one key agree draw by draw."""
 
-    __slots__ = ("_cipher",)
+    __slots__ = ("__weakref__", "_cipher")
 
     def __init__(self, key: bytes) -> None:
         self._cipher = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
 
     @classmethod
     def fresh(cls) -> SecretStream:
-        """A stream that nothing can repeat: what is drawn anew for each crossing comes from here."""
-        return cls(secrets.token_bytes(KEY_BYTES))
+        """A stream that nothing can repeat, nor a forked process: what is drawn anew for each crossing."""
+        stream = cls(secrets.token_bytes(KEY_BYTES))
+        _fresh_streams.add(stream)
+        return stream
 
     def random_bytes(self, count: int) -> bytes:
         """The next ``count`` bytes."""
@@ -136,3 +143,15 @@ class SecretStream:
 
     def __repr__(self) -> str:
         return "SecretStream(<redacted>)"
+
+
+_fresh_streams: weakref.WeakSet[SecretStream] = weakref.WeakSet()
+
+
+def _renew_fresh_streams() -> None:
+    """In a forked child: else it would mix its rows as its parent does, and the difference of theirs would show."""
+    for stream in _fresh_streams:
+        stream._cipher = SecretStream(secrets.token_bytes(KEY_BYTES))._cipher
+
+
+os.register_at_fork(after_in_child=_renew_fresh_streams)

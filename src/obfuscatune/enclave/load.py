@@ -155,10 +155,16 @@ def _offload(group: SiteGroup, reader: _Reader, protection: Protection) -> dict[
     def read_joint_weight() -> Tensor:
         return joint_weight(layers, tuple(reader.read(*shape) for shape in shapes))
 
-    def make_again() -> Tensor:
-        return protection.obfuscate(read_joint_weight(), group).W_star
+    obfuscated = protection.obfuscate(read_joint_weight(), group)
+    print_of_W = obfuscated.fingerprint
 
-    return protection.offload(group, protection.obfuscate(read_joint_weight(), group), make_again)
+    def make_again() -> Tensor:
+        again = protection.obfuscate(read_joint_weight(), group)
+        if again.fingerprint != print_of_W:  # under other secrets too: it would not fit the transforms that are kept
+            raise ModelFileError(f"the files hold other weights for {group.name} than when they were loaded: load anew")
+        return again.W_star
+
+    return protection.offload(group, obfuscated, make_again)
 
 
 class _Reader:

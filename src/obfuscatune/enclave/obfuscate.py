@@ -16,8 +16,6 @@ from obfuscatune.enclave.keys import RootKey
 from obfuscatune.enclave.transforms import Transform, TransformSpec
 from obfuscatune.wire.tensors import bytes_of
 
-FINGERPRINT_ELEMENTS = 1 << 18
-
 
 @dataclass(frozen=True)
 class Obfuscated:
@@ -26,6 +24,8 @@ class Obfuscated:
     W_star: Tensor
     R_in: Transform
     R_out: Transform
+    fingerprint: str
+    """Of the W that it was made from."""
 
 
 def joint_weight(layers: tuple[nn.Linear | Conv1D, ...], weights: tuple[Tensor, ...]) -> Tensor:
@@ -36,22 +36,24 @@ def joint_weight(layers: tuple[nn.Linear | Conv1D, ...], weights: tuple[Tensor, 
 def obfuscate(W: Tensor, key: RootKey, spec: TransformSpec, name: str, epoch: int = 0) -> Obfuscated:
     """W_star = R_in⁻¹ W R_out for W (p, q): computed in float64, rounded once to W's dtype.
 
-    The secrets follow from the root key, the re-keying ``epoch``, the layer's ``name``, the side, and a
-    fingerprint of W itself: two models under one root key share no secret, though their layers have the
-    same names.
+    The secrets follow from the root key, the kind of transform, the re-keying ``epoch``, the layer's ``name``,
+    the side, and a fingerprint of W itself: two models under one root key share no secret, though their layers
+    have the same names, and W* of one transform tells nothing of another's.
     """
     p, q = W.shape
     print_of_W = fingerprint(W)
-    R_in = spec.make(p, key.stream("transform", print_of_W, epoch, name, "in"))
-    R_out = spec.make(q, key.stream("transform", print_of_W, epoch, name, "out"))
+    R_in = spec.make(p, key.stream("transform", str(spec), print_of_W, epoch, name, "in"))
+    R_out = spec.make(q, key.stream("transform", str(spec), print_of_W, epoch, name, "out"))
     W_star = R_out.weight_right(R_in.weight_left(W.double()))
-    return Obfuscated(W_star.to(W.dtype).contiguous(), R_in, R_out)
+    return Obfuscated(W_star.to(W.dtype).contiguous(), R_in, R_out, print_of_W)
 
 
 def fingerprint(W: Tensor) -> str:
-    """SHA-256 of W's shape, dtype and at most 2¹⁸ evenly spaced elements; tells models apart, no more."""
-    flat = W.detach().reshape(-1)
-    sample = flat[:: max(1, flat.numel() // FINGERPRINT_ELEMENTS)].contiguous()
+    """SHA-256 of W's shape, dtype and elements.
+
+    All of them: under shared secrets, two W that differ somewhere would show their difference to the worker, as
+    R_in⁻¹ (W' - W) R_out.
+    """
     digest = hashlib.sha256(f"{tuple(W.shape)} {W.dtype}".encode())
-    digest.update(bytes_of(sample))
+    digest.update(bytes_of(W.detach().contiguous()))
     return digest.hexdigest()

@@ -74,9 +74,9 @@ def protect(
     resolved = resolve(profile, **knobs)
     groups = find_groups(model, resolved.first_blocks)
     protection = Protection.start(open_link(workers, tls, deadline_s, retry), resolved, key)
-    spool = Spool()
     layers: dict[str, nn.Module] = {}
     with released_on_failure(protection, workers):
+        spool = Spool()
         for done, group in enumerate(groups, start=1):
             with torch.no_grad():
                 plain = tuple(site.layer for site in group.sites)
