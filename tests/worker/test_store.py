@@ -117,6 +117,18 @@ def test_the_same_bytes_in_another_shape_are_other_content(tmp_path: Path) -> No
     assert store.load(content_digest(MATRIX.view(5, 20)), (5, 20), MATRIX.dtype) is None
 
 
+OTHERWISE = [((5, 20), torch.float32), ((10, 9), torch.float32), ((10, 10), torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("shape", "dtype"), OTHERWISE)
+def test_to_name_another_shape_removes_nothing(shape: tuple[int, int], dtype: torch.dtype, tmp_path: Path) -> None:
+    """Else whoever knows a digest could empty the folder of other sessions' matrices."""
+    store = ContentStore(tmp_path)
+    store.save(MATRIX)
+    assert store.load(content_digest(MATRIX), shape, dtype) is None
+    assert store.load(content_digest(MATRIX), (10, 10), MATRIX.dtype) is not None
+
+
 def test_absent_content(tmp_path: Path) -> None:
     assert ContentStore(tmp_path).load(bytes(32), (1, 1), torch.float32) is None
 

@@ -1,7 +1,9 @@
 """Matrices on disk by their content, so that a second run need not upload them again.
 
-A file bears the SHA-256 of dtype, shape and elements as its name and holds the elements alone. It is checked whenever
-it is read, so the folder need not be trusted; whoever names a digest had the matrix, or was told by someone who had.
+A file bears the SHA-256 of dtype, shape and elements as its name, with dtype and shape beside it, and holds the
+elements alone. It is checked whenever it is read, so the folder need not be trusted; whoever names a digest had the
+matrix, or was told by someone who had. Who names it with another shape asks for another file, so that nobody can have
+one taken for damaged.
 """
 
 import logging
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from obfuscatune.wire.dtypes import DType
 from obfuscatune.wire.errors import StorageError
 from obfuscatune.wire.tensors import bytes_of, content_digest
 
@@ -31,7 +34,7 @@ class ContentStore:
 
     def load(self, digest: bytes, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor | None:
         """The matrix (p, q) with that digest; None where it is not here, or damaged (then it is removed)."""
-        path = self._path(digest)
+        path = self._path(digest, shape, dtype)
         try:
             size = path.stat().st_size
             matrix = torch.empty(shape, dtype=dtype)
@@ -54,7 +57,8 @@ class ContentStore:
         Raises:
             StorageError: the disk refused.
         """
-        path = self._path(content_digest(matrix))
+        rows, cols = matrix.shape
+        path = self._path(content_digest(matrix), (rows, cols), matrix.dtype)
         if path.exists():
             return
         draft = self._folder / f".{path.name}.{secrets.token_hex(8)}"
@@ -70,8 +74,9 @@ class ContentStore:
             draft.unlink(missing_ok=True)
             raise StorageError(f"cannot keep a matrix in {self._folder}: {error.strerror}") from error
 
-    def _path(self, digest: bytes) -> Path:
-        return self._folder / f"{digest.hex()}.matrix"
+    def _path(self, digest: bytes, shape: tuple[int, int], dtype: torch.dtype) -> Path:
+        rows, cols = shape
+        return self._folder / f"{digest.hex()}-{rows}x{cols}-{DType.of(dtype).name.lower()}.matrix"
 
 
 def _fill(file: FileIO, view: memoryview) -> bool:
