@@ -121,6 +121,14 @@ assert not {"transformers", "peft", "typer", "pydantic"} & set(sys.modules)
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+def test_it_imports_nothing_from_where_it_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of data may hold a file of any name; `python -m` looks there first."""
+    (tmp_path / "logging.py").write_text("raise SystemExit('imported from the working directory')")
+    monkeypatch.chdir(tmp_path)
+    with obfuscatune.local_worker(threads=1) as worker:
+        assert worker.process.poll() is None
+
+
 def test_sigterm_ends_it_gracefully(tmp_path: Path) -> None:
     record = ["--record", str(tmp_path / "t"), "--store", str(tmp_path / "matrices")]
     with process(*record, listen=f"unix:{tmp_path}/s") as (running, address):

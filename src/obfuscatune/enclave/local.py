@@ -28,6 +28,7 @@ class LocalWorker:
         self.address = f"unix:{folder / 'worker.sock'}"
         self._command = [
             sys.executable,
+            "-P",  # else `-m` imports what lies in the folder that we were called in, a data set's torch.py say
             "-m",
             "obfuscatune.worker",
             "--listen",
