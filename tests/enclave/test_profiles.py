@@ -19,6 +19,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "negative first blocks": ({"first_blocks": -1}, "not be negative"),
     "no such transform": ({"transform": "harr"}, "unknown transform 'harr'"),
     "identity": ({"transform": "identity"}, "allow_unsafe"),
+    "no mixing": ({"mixing": False}, "mixing=False sends every row .* allow_unsafe"),
+    "no shield rows": ({"shield_rows": 0}, "shield_rows=0 sends a row that crosses alone .* allow_unsafe"),
 }
 
 
@@ -38,6 +40,12 @@ def test_knobs_change_one_thing() -> None:
 
 def test_identity_only_when_asked_for_twice() -> None:
     assert resolve("private", transform="identity", allow_unsafe=True).transform_spec.is_unsafe
+
+
+@pytest.mark.parametrize("knobs", [{"mixing": False}, {"shield_rows": 0}])
+def test_what_weakens_only_when_asked_for_twice(knobs: dict[str, Any]) -> None:
+    profile = resolve("private", **knobs, allow_unsafe=True)
+    assert all(getattr(profile, knob) == value for knob, value in knobs.items())
 
 
 @pytest.mark.parametrize(("knobs", "message"), REFUSED.values(), ids=REFUSED)

@@ -25,7 +25,7 @@ class Profile:
         mixing: whether rows are mixed afresh at each crossing.
         shield_rows: random rows mixed in at each crossing, at least; ignored without mixing.
         first_blocks: how many of the first blocks stay in the enclave.
-        allow_unsafe: permits settings that protect nothing; for tests and positive controls.
+        allow_unsafe: permits settings that do not keep the promise; for tests and positive controls.
     """
 
     name: str
@@ -40,9 +40,19 @@ class Profile:
             raise ConfigError(f"shield_rows must be between 0 and 65536, got {self.shield_rows}")
         if self.first_blocks < 0:
             raise ConfigError(f"first_blocks must not be negative, got {self.first_blocks}")
-        if self.transform_spec.is_unsafe and not self.allow_unsafe:
+        if not self.allow_unsafe:
+            self._refuse_unsafe()
+
+    def _refuse_unsafe(self) -> None:
+        if self.transform_spec.is_unsafe:
             raise ConfigError(
                 "transform 'identity' protects nothing and is refused; tests and controls pass allow_unsafe=True"
+            )
+        if not self.mixing or self.shield_rows == 0:
+            knob, rows = ("shield_rows=0", "a row that crosses alone") if self.mixing else ("mixing=False", "every row")
+            raise ConfigError(
+                f"{knob} sends {rows} under one static rotation, where equal rows are seen to be equal; "
+                "it is refused, tests and controls pass allow_unsafe=True"
             )
 
     @property
