@@ -71,6 +71,26 @@ def test_the_same_input_gives_unrelated_requests() -> None:
     assert (again @ again.T).abs().max() == pytest.approx(1)
 
 
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_what_mixing_leaves_open(rows: int, dtype: torch.dtype) -> None:
+    """Calls of fewer rows than columns that share a row share a direction, as docs/threat-model.md says.
+
+    The cosine of the least angle between two calls' row spaces: 1 to rounding where they share a row, and no other.
+    """
+    x, others = some(rows, 256, dtype=dtype), some(rows + 1, 256, dtype=dtype)
+    calls = (x, torch.cat([others[:-1], x[:1]]), others)
+    first, sharing, apart = (_row_space(mixer().draw(len(call)).mix(call)) for call in calls)
+    closest, second, *_ = torch.linalg.svdvals(first.T @ sharing).tolist()
+    assert closest == pytest.approx(1, abs=1e-5)
+    assert max(second, torch.linalg.svdvals(first.T @ apart)[0].item()) < 0.95
+
+
+def _row_space(request: Tensor) -> Tensor:
+    """An orthonormal basis, as columns."""
+    return torch.linalg.qr(request.double().T).Q
+
+
 def test_two_mixers_of_one_stream_never_meet() -> None:
     stream = KEY.stream("one")
     first, second = KroneckerMixer(4, stream).draw(9), KroneckerMixer(4, stream).draw(9)
