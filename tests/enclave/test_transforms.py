@@ -132,6 +132,14 @@ def test_structured_spreads_every_coordinate(dim: int) -> None:
     assert (R != 0).double().mean() > 0.5
 
 
+def test_no_feature_passes_both_grids_by() -> None:
+    """66 of 67 lie in each grid: the one that is left over by the first is never left over by the second too."""
+    for number in range(300):
+        R = dense(make("structured", 67, number))
+        assert (R != 0).sum(dim=0).min() > 1
+        assert (R != 0).sum(dim=1).min() > 1
+
+
 @pytest.mark.parametrize("spec", [name for name in SPECS if name != "identity"])
 def test_secrets_follow_from_the_root_key_alone(spec: str) -> None:
     torch.manual_seed(0)

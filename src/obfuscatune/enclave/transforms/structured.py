@@ -8,7 +8,7 @@
 coordinate that the worker sees depends on all p. Π₁ takes the features out of their natural
 order (heads, groups); the last Π hides the grid from the worker. Where p has no near-square
 factorisation the first grid leaves fewer than sqrt(p) coordinates over, and the second grid,
-laid from the other end behind a permutation, covers them.
+laid from the other end behind a permutation that brings them there, covers them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class StructuredTransform(OrthogonalTransform):
         a, b = (1, dim) if dim <= DENSE_BELOW else inner_grid(dim)
         self._covered = a * b
         grids = 1 if self._covered == dim else 2
-        self._permutations = [stream.permutation(dim) for _ in range(grids + 1)]
+        first, between = stream.permutation(dim), [self._draw_between(stream)] if grids == 2 else []
+        self._permutations = [first, *between, stream.permutation(dim)]
         self._pairs = [(haar(stream, a), haar(stream, b)) for _ in range(grids)]
 
     @property
@@ -68,6 +69,17 @@ class StructuredTransform(OrthogonalTransform):
         x = self._on_last(permute_columns(x, undo_last), Q_c.T, Q_d.T)
         x = self._on_first(permute_columns(x, undo_between), Q_a.T, Q_b.T)
         return permute_columns(x, undo_first)
+
+    def _draw_between(self, stream: SecretStream) -> Tensor:
+        """A permutation that leaves no coordinate outside both grids: of all of these, each as likely.
+
+        About one in p would: then a feature went to the worker as it is but for its place and the mixing of rows.
+        """
+        left_over = self.dim - self._covered
+        while True:
+            permutation = stream.permutation(self.dim)
+            if bool((permutation[:left_over] < self._covered).all()):
+                return permutation
 
     def _on_first(self, x: Tensor, Q_a: Tensor, Q_b: Tensor) -> Tensor:
         covered, left_over = x[:, : self._covered], x[:, self._covered :]
