@@ -67,6 +67,16 @@ def index(content: Any) -> Damage:
     return damage
 
 
+def text_index(content: str) -> Damage:
+    """The same, of any text."""
+
+    def damage(directory: Path) -> None:
+        index({})(directory)
+        (directory / "model.safetensors.index.json").write_text(content)
+
+    return damage
+
+
 def cut(keep: Callable[[bytes], bytes]) -> Damage:
     """Cut the file."""
 
@@ -113,6 +123,7 @@ FAULTS: dict[str, tuple[Damage, str]] = {
     "index names nothing": (index({"weight_map": {DOWN: ""}}), "not a file beside it|not a whole safetensors"),
     "index without a map": (index({}), "not a safetensors index"),
     "index is a list": (index([]), "not a safetensors index"),
+    "index nested too deeply": (text_index("[" * 10**5), "not a safetensors index"),
     "map is a list": (index({"weight_map": []}), "not a safetensors index"),
     "map of lists": (index({"weight_map": {DOWN: ["shard.safetensors"]}}), "not a safetensors index"),
     "shard is absent": (index({"weight_map": {DOWN: "other.safetensors"}}), "not a whole safetensors file"),

@@ -67,7 +67,7 @@ def _shard_paths(directory: Path) -> list[Path]:
         )
     try:
         names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelFileError(f"{index} is not a safetensors index: {error}") from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
