@@ -12,7 +12,7 @@ from obfuscatune.wire.deadline import Deadline
 from obfuscatune.wire.dtypes import DType
 from obfuscatune.wire.errors import ConnectionLost, WireError
 from obfuscatune.wire.limits import MAX_WINDOW_BYTES
-from obfuscatune.wire.messages import HEADER_BYTES, Header, Hello, MessageType
+from obfuscatune.wire.messages import Header, Hello, MessageType
 from obfuscatune.wire.transport import Buffer
 from obfuscatune.worker import buffers as buffers_module
 from obfuscatune.worker.answer import Answerer, Request
@@ -22,6 +22,7 @@ from obfuscatune.worker.connection import Connection, Service
 from obfuscatune.worker.intake import Intake
 from obfuscatune.worker.sessions import Sessions
 from obfuscatune.worker.store import MatrixStore
+from tests.wire.mutation import mutated
 
 ID = bytes(range(1, 17))
 X = torch.arange(6, dtype=torch.float32).reshape(2, 3)
@@ -61,25 +62,6 @@ class Tape:
 
     def close(self) -> None:
         self.closed = True
-
-
-def mutated(data: bytes, dice: random.Random) -> bytes:
-    """One to four changes, half of them in a header."""
-    changed = bytearray(data)
-    for _ in range(dice.randint(1, 4)):
-        at = dice.randrange(min(HEADER_BYTES, len(changed)) if dice.random() < 0.5 else len(changed))
-        kind = dice.randrange(5)
-        if kind == 0:
-            changed[at] ^= 1 << dice.randrange(8)
-        elif kind == 1:
-            changed[at] = dice.choice([0, 1, 0x7F, 0x80, 0xFF])
-        elif kind == 2 and len(changed) > 16:
-            del changed[at : at + dice.randint(1, 8)]
-        elif kind == 3:
-            changed[at:at] = changed[at : at + dice.randint(1, 8)]
-        else:
-            changed[at:at] = dice.randbytes(dice.randint(1, 8))
-    return bytes(changed)
 
 
 @pytest.fixture

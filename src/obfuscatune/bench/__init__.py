@@ -1,4 +1,9 @@
 """Side-by-side measurements: protected and plain, in turn, in one run, each in a process of its own.
 
-step (the command's work)  ->  contender (one process each, in turn)  ->  table and JSON (results)
+In the order in which data passes through:
+
+    shapes     a name            -> a model's configuration
+    workload   a configuration   -> a model, and one LoRA step of it
+    contender  a word on stdin   -> one step, timed, as a line of JSON; a process for each side
+    step       what to measure   -> both contenders in turn, and what came of it
 """

@@ -1,8 +1,11 @@
 """TRUSTED. Holds the secrets, the text and the small parameters; everything large goes to a worker.
 
 How a model comes under protection:
-    load / protect -> checkpoint | spool -> sites -> obfuscate (keys, transforms) -> protection -> link
+    profiles -> load / protect -> checkpoint | spool -> sites -> obfuscate (keys, transforms) -> protection -> link
 
 How a call passes through:
     modules -> linear (transforms, mixing) -> link -> worker -> link -> linear -> modules
+
+Beside these: `plan` counts what would run where, `local` starts a worker on this machine, and `orthogonal` has the
+random matrices that transforms and mixing are made of.
 """

@@ -1,6 +1,7 @@
-"""The untrusted half: holds matrices it knows nothing about and multiplies by them. Imports the wire alone.
+"""The untrusted half: holds matrices it knows nothing about and multiplies by them. Imports what is shared alone.
 
-In the order in which a request passes through: `server` (accepts), `connection` (reads requests, sends replies),
-`answer` (decides), `store` with `disk` (holds), `compute` (multiplies), `recorder` (writes down all of it).
-`sessions` keeps those who are connected apart; `options` and `__main__` start it.
+In the order in which a request passes through: `server` (accepts), `greeting` (learns who is there), `connection` with
+`intake` (reads requests, sends replies) and `buffers` (its memory), `answer` (decides), `store` with `disk` (holds),
+`compute` (multiplies), `recorder` (writes down all of it). `sessions` keeps those who are connected apart; `__main__`,
+`options` and `run` start it.
 """

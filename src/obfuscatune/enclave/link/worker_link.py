@@ -1,10 +1,4 @@
-"""The enclave's side of the boundary: multiply by a matrix that lies on a worker, whatever the worker does.
-
-A worker is stateless but for the matrices it holds, so every failure has one remedy: drop the connection, make it
-again, send what is missing, ask again. `WorkerLink` does so a bounded number of times, then raises the last error. It
-has no thread of its own: requests are sent by whoever submits, replies read by whoever waits (docs/adr/0002 says why
-that cannot deadlock).
-"""
+"""What the rest of the enclave sees of a worker: store a matrix, multiply by it, forget it."""
 
 import threading
 from collections.abc import Callable
@@ -14,10 +8,10 @@ from typing import Self
 
 import torch
 
-from obfuscatune.enclave.link_driver import LinkDriver
-from obfuscatune.enclave.link_pending import MatrixSource, Pending, StoredMatrix
-from obfuscatune.enclave.link_retry import RetryPolicy
-from obfuscatune.enclave.link_stats import LinkStats
+from obfuscatune.enclave.link.driver import LinkDriver
+from obfuscatune.enclave.link.pending import MatrixSource, Pending, StoredMatrix
+from obfuscatune.enclave.link.retry import RetryPolicy
+from obfuscatune.enclave.link.stats import LinkStats
 from obfuscatune.wire.address import parse_address
 from obfuscatune.wire.connect import check_tls, connect
 from obfuscatune.wire.deadline import Deadline
@@ -27,8 +21,6 @@ from obfuscatune.wire.transport import Transport
 
 OPENING_SECONDS = 5.0
 """How long `open` waits for a worker that has never been seen: it may just be starting, or the address is wrong."""
-
-__all__ = ["LinkStats", "MatrixSource", "Pending", "RetryPolicy", "WorkerLink"]
 
 
 class WorkerLink:

@@ -25,8 +25,9 @@ from obfuscatune.wire.errors import (
     WorkerRefused,
 )
 from obfuscatune.wire.messages import HEADER_BYTES, REPLIES, ErrorCode, Header, MessageType
-from tests.enclave.link_peers import MemoryTransport, MemoryWorker, Mischief
-from tests.enclave.test_link import ID, QUICK, W, X, linked
+from tests.enclave.link.peers import MemoryTransport, MemoryWorker, Mischief
+from tests.enclave.link.test_worker_link import ID, QUICK, W, X, linked
+from tests.wire.mutation import mutated
 
 
 def _with_header(**changes: object) -> Mischief:
@@ -233,7 +234,7 @@ def test_a_worker_that_never_finds_the_matrix() -> None:
 
 def test_no_memory_is_asked_for_on_a_worker_s_word(monkeypatch: pytest.MonkeyPatch) -> None:
     """Announcements of up to 16 GiB that are within the protocol, yet not what was asked for."""
-    import obfuscatune.enclave.link_connection as module
+    import obfuscatune.enclave.link.connection as module
 
     asked: list[object] = []
     monkeypatch.setattr(module, "torch", SimpleNamespace(empty=lambda *shape, **_: asked.append(shape)))
@@ -247,7 +248,7 @@ def test_no_memory_is_asked_for_on_a_worker_s_word(monkeypatch: pytest.MonkeyPat
 def test_ten_thousand_mutated_products() -> None:
     """Each is refused with a typed error, or is a finite product of the right shape."""
     dice = random.Random(20261123)
-    worker = MemoryWorker(mischief=lambda data: _mutated(data, dice))
+    worker = MemoryWorker(mischief=lambda data: mutated(data, dice))
     link = WorkerLink(worker, deadline_s=0.0005, retry=RetryPolicy(attempts=1, patience_s=0, backoff_s=0))
     link.store(ID, lambda: W, shape=(3, 4), dtype=W.dtype)
     refused = 0
@@ -261,22 +262,3 @@ def test_ten_thousand_mutated_products() -> None:
             assert product.shape == (2, 4)
             assert bool(torch.isfinite(product).all())
     assert refused > 5_000
-
-
-def _mutated(data: bytes, dice: random.Random) -> bytes:
-    """One to four changes: bits flipped, bytes set, a part cut out, doubled or put in."""
-    changed = bytearray(data)
-    for _ in range(dice.randint(1, 4)):
-        at = dice.randrange(len(changed)) if dice.random() < 0.5 else dice.randrange(min(HEADER_BYTES, len(changed)))
-        kind = dice.randrange(5)
-        if kind == 0:
-            changed[at] ^= 1 << dice.randrange(8)
-        elif kind == 1:
-            changed[at] = dice.choice([0, 1, 0x7F, 0x80, 0xFF])
-        elif kind == 2 and len(changed) > 8:
-            del changed[at : at + dice.randint(1, 8)]
-        elif kind == 3:
-            changed[at:at] = changed[at : at + dice.randint(1, 8)]
-        else:
-            changed[at:at] = dice.randbytes(dice.randint(1, 8))
-    return bytes(changed)

@@ -17,7 +17,7 @@ from obfuscatune.wire.errors import (
     QuotaExceeded,
 )
 from obfuscatune.wire.messages import MessageType
-from tests.enclave.link_peers import MemoryWorker
+from tests.enclave.link.peers import MemoryWorker
 
 ID = bytes(range(1, 17))
 OTHER = bytes(range(2, 18))
@@ -247,6 +247,6 @@ def test_stats_count_what_crossed() -> None:
 
 def test_opening_where_nobody_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not the whole patience: that is for a worker that has been seen."""
-    monkeypatch.setattr("obfuscatune.enclave.link.OPENING_SECONDS", 0.05)
+    monkeypatch.setattr("obfuscatune.enclave.link.worker_link.OPENING_SECONDS", 0.05)
     with pytest.raises(ConnectionLost, match=r"no worker answers at unix:.*/absent: .*; gave up after 0\.05 s"):
         WorkerLink.open(f"unix:{tmp_path}/absent")

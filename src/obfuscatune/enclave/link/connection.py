@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from obfuscatune.enclave.link_stats import LinkStats
+from obfuscatune.enclave.link.stats import LinkStats
 from obfuscatune.wire.deadline import Deadline
 from obfuscatune.wire.dtypes import DType
 from obfuscatune.wire.errors import (

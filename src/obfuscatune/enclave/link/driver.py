@@ -9,10 +9,10 @@ import secrets
 from collections import OrderedDict
 from collections.abc import Callable
 
-from obfuscatune.enclave.link_connection import LinkConnection
-from obfuscatune.enclave.link_pending import Pending, StoredMatrix
-from obfuscatune.enclave.link_retry import Insistence, RetryPolicy
-from obfuscatune.enclave.link_stats import LinkStats
+from obfuscatune.enclave.link.connection import LinkConnection
+from obfuscatune.enclave.link.pending import Pending, StoredMatrix
+from obfuscatune.enclave.link.retry import Insistence, RetryPolicy
+from obfuscatune.enclave.link.stats import LinkStats
 from obfuscatune.wire.deadline import Deadline, transfer_seconds
 from obfuscatune.wire.errors import (
     BadReply,

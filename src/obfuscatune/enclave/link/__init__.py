@@ -1,0 +1,23 @@
+"""The enclave's side of the boundary: multiply by a matrix that lies on a worker, whatever the worker does.
+
+A worker is stateless but for the matrices it holds, so every failure has one remedy: drop the connection, make it
+again, send what is missing, ask again. `WorkerLink` does so a bounded number of times, then raises the last error. It
+has no thread of its own: requests are sent by whoever submits, replies read by whoever waits (docs/adr/0002 says why
+that cannot deadlock).
+
+In the order in which a request passes through:
+
+    worker_link  store, multiply, forget: for any thread, which take turns
+    pending      a product asked for       -> a request, and what its reply must be
+    driver       all that is asked for     -> one step at a time until it is done, whatever fails on the way
+    connection   a request                 -> its reply, or an error; no retries
+    retry        a failure                 -> a pause, or the end of patience
+    stats        everything that crossed   -> counts
+"""
+
+from obfuscatune.enclave.link.pending import MatrixSource, Pending
+from obfuscatune.enclave.link.retry import RetryPolicy
+from obfuscatune.enclave.link.stats import LinkStats
+from obfuscatune.enclave.link.worker_link import WorkerLink
+
+__all__ = ["LinkStats", "MatrixSource", "Pending", "RetryPolicy", "WorkerLink"]
