@@ -66,6 +66,8 @@ def test_without_a_model_it_is_the_embedded_one(capsys):
         (["--profile", "secret"], 2, "unknown profile 'secret'"),
         (["--first-blocks", "9"], 1, "no linear layers to offload"),
         (["--model", "/nowhere/at/all"], 1, "neither a config.json"),
+        (["--model", "/nowhere/at/all"], 1, "there are no such names there"),
+        (["--model", "nobody/nothing"], 1, "it cannot be reached, and nothing of the model was kept here"),
     ],
 )
 def test_each_mistake_is_one_line(arguments, code, message, tiny, capsys):

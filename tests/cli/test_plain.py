@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from obfuscatune.cli import chat, output
 from obfuscatune.tuning.tasks import TASKS, load_questions
 
 PLAIN = "PLAIN RUN: nothing is protected."
@@ -203,6 +204,15 @@ def test_chat_shows_the_answers(obfuscatune, stories260k, monkeypatch):
     ran = obfuscatune("chat", "--plain", "--model", stories260k, "--max-new-tokens", 8)
     assert ran.code == 0
     assert len(ran.stdout.splitlines()) == 2
+
+
+def test_answers_are_shown_from_their_first_word_on(monkeypatch):
+    shown = []
+    monkeypatch.setattr(output, "write_part", shown.append)
+    show = chat._without_leading_space()
+    for part in ("\n", " ", "\n Yes", ", ", "indeed"):
+        show(part)
+    assert "".join(shown) == "Yes, indeed"
 
 
 def test_chat_leaves_out_the_oldest_turns_when_the_window_is_full(obfuscatune, stories260k, monkeypatch):

@@ -133,8 +133,12 @@ def test_a_key_file_is_made_for_its_owner_alone_and_used_again(obfuscatune, stor
     [
         (("--profile", "secret"), 2, "unknown profile 'secret'"),
         (("--worker", "somewhere"), 2, "the address 'somewhere' cannot be used"),
-        (("--tls-cert", "a.pem"), 2, "TLS needs --tls-cert, --tls-key and --peer, all three"),
-        (("--tls-cert", "{id}/cert.pem", "--tls-key", "{id}/key.pem", "--peer", "{id}/cert.pem"), 2, "by --worker tcp:"),
+        (("--tls-cert", "a.pem"), 2, "TLS takes --tls-cert, --tls-key and --peer, all three"),
+        (
+            ("--tls-cert", "{id}/cert.pem", "--tls-key", "{id}/key.pem", "--peer", "{id}/cert.pem"),
+            2,
+            "by --worker tcp:",
+        ),
         (("--worker", "tcp:10.0.0.1:1"), 2, "give both sides --tls-cert, --tls-key and --peer"),
         (("--plain", "--worker", "unix:/x"), 2, "--plain protects nothing: leave it out, or --worker"),
         (("--plain", "--first-blocks", "1"), 2, "leave it out, or --first-blocks"),

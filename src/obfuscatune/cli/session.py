@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from obfuscatune.enclave.link import WorkerLink
     from obfuscatune.enclave.local import LocalWorker
     from obfuscatune.enclave.profiles import Profile
-    from obfuscatune.wire.tls import TlsConfig
 
 _SECONDS_BETWEEN_LOOKS = 0.2
 
@@ -150,7 +149,7 @@ def _opened_link(protection: Protection) -> Iterator["WorkerLink"]:
     """A link to the worker that was named, or to one started for as long as the `with` lasts."""
     import obfuscatune
 
-    tls = _tls(protection)
+    tls = obfuscatune.TlsConfig.from_options(protection.tls_cert, protection.tls_key, protection.peer)
     with ExitStack() as stack:
         if protection.worker is None:
             if tls is not None:
@@ -217,17 +216,6 @@ def _dtype(name: str | None) -> Any:
     if name is not None and name not in DTYPES:
         raise ConfigError(f"--dtype: expected one of {', '.join(DTYPES)}, found {name}")
     return getattr(torch, name or "float32")
-
-
-def _tls(protection: Protection) -> "TlsConfig | None":
-    certificate, private_key, peer = protection.tls_cert, protection.tls_key, protection.peer
-    if certificate is None and private_key is None and peer is None:
-        return None
-    if certificate is None or private_key is None or peer is None:
-        raise ConfigError("TLS needs --tls-cert, --tls-key and --peer, all three")
-    import obfuscatune
-
-    return obfuscatune.TlsConfig(certificate, private_key, peer)
 
 
 def _quieten_transformers() -> None:

@@ -1,4 +1,4 @@
-"""``load``: protect a model straight from its files, so that this process never holds the large matrices together.
+"""`load`: protect a model straight from its files, so that this process never holds the large matrices together.
 
 config  ->  model without weights  ->  for each group: read W, send W_star, forget W
                                    ->  read what stays in the enclave
@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -33,6 +33,11 @@ from obfuscatune.wire.tls import TlsConfig
 
 LONGEST_REASON = 300
 """Characters of an upstream error that are passed on; some list every architecture there is."""
+_HUB_REASONS = (
+    (RepositoryNotFoundError, "it has none of that name, or shows it to members alone: log in by `hf auth login`"),
+    (HFValidationError, "there are no such names there"),
+    (LocalEntryNotFoundError, "it cannot be reached, and nothing of the model was kept here"),
+)
 DOWNLOADED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model"]
 
 
@@ -54,20 +59,20 @@ def load(
     """A protected model from a local directory or from the Hugging Face hub.
 
     Args:
-        model: a directory with ``config.json`` and safetensors, or a hub id.
+        model: a directory with `config.json` and safetensors, or a hub id.
         workers: the worker's address, or an open link.
         profile: name of a profile, or a profile.
         dtype: dtype of the parameters in the enclave and on the worker; that of the config by default.
-        auto_class: which head, as in ``transformers``: ``AutoModelForCausalLM``, ``AutoModel``, ...
+        auto_class: which head, as in `transformers`: `AutoModelForCausalLM`, `AutoModel`, ...
         revision: branch, tag or commit on the hub.
-        key, tls, deadline_s, retry, progress, knobs: as in ``protect``.
+        key, tls, deadline_s, retry, progress, knobs: as in `protect`.
 
     Returns:
-        The model in evaluation mode, as ``from_pretrained`` returns it.
+        The model in evaluation mode, as `from_pretrained` returns it.
 
     Raises:
         ModelFileError: the directory cannot be read as a model of floating-point safetensors.
-        ConfigError, ProtectionError, WireError: as in ``protect``.
+        ConfigError, ProtectionError, WireError: as in `protect`.
     """
     resolved = resolve(profile, **knobs)
     directory = find_directory(model, revision)
@@ -90,14 +95,38 @@ def load(
 
 
 def find_directory(model: str | Path, revision: str | None = None) -> Path:
-    """The local directory of a model, downloaded from the hub where it is not a directory here."""
+    """The local directory of a model, downloaded from the hub where it is not a directory here.
+
+    Raises:
+        ModelFileError: it is not, and the hub gave none.
+    """
     if Path(model).is_dir():
         return Path(model)
-    try:
+    with _from_hub(model, "a directory here"):
         return Path(snapshot_download(str(model), revision=revision, allow_patterns=DOWNLOADED))
+
+
+def find_config(model: str | Path) -> Path:
+    """The `config.json` of a model or the directory that it is in; of the hub nothing else is fetched.
+
+    Raises:
+        ModelFileError: there is none here, and the hub gave none.
+    """
+    if Path(model).exists():
+        return Path(model)
+    with _from_hub(model, "a config.json, nor a directory with one,"):
+        return Path(hf_hub_download(str(model), "config.json"))
+
+
+@contextmanager
+def _from_hub(model: str | Path, sought: str) -> Iterator[None]:
+    """What the hub answers in place of files, as one ModelFileError that says what to do."""
+    try:
+        yield
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = next((text for kind, text in _HUB_REASONS if isinstance(error, kind)), type(error).__name__)
         raise ModelFileError(
-            f"{str(model)!r} is neither a directory here nor a model that the hub gave us ({type(error).__name__})"
+            f"{str(model)!r} is neither {sought} nor a model that the hub gave us: {reason}"
         ) from error
 
 
@@ -171,7 +200,7 @@ class _Reader:
     """Finds a parameter's tensor under the name that it has in the files.
 
     That may be another than in the model: without the base model's prefix, or as it was called when the files
-    were written (GPT-NeoX's head is ``embed_out`` there). ``transformers`` knows what became of which.
+    were written (GPT-NeoX's head is `embed_out` there). `transformers` knows what became of which.
     """
 
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel) -> None:

@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-from obfuscatune.enclave.load import read_config
+from obfuscatune.enclave.load import find_config, read_config
 from obfuscatune.enclave.profiles import Profile
 from obfuscatune.enclave.sites import SiteGroup, find_groups
 from obfuscatune.wire.errors import ModelFileError
@@ -35,7 +33,7 @@ class LayerPlan:
     """One group of layers that multiply the same input: W (p, q).
 
     Attributes:
-        block: index of its block; ``stem`` is the list that the block is in, ``leaf`` the name inside the block.
+        block: index of its block; `stem` is the list that the block is in, `leaf` the name inside the block.
         place: where W lies and is multiplied by.
         trained_before: whether anything that LoRA trains comes before it, so that its input needs a gradient.
         element_bytes: bytes of one number on the wire.
@@ -52,7 +50,7 @@ class LayerPlan:
 
     @property
     def name(self) -> str:
-        """``model.layers.0.self_attn.q_proj+k_proj+v_proj``."""
+        """`model.layers.0.self_attn.q_proj+k_proj+v_proj`."""
         return f"{self.stem}.{self.block}.{self.leaf}"
 
     @property
@@ -87,7 +85,7 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class BlockRun:
-    """Consecutive blocks of the same layers: ``columns`` holds, layer by layer, that layer of every block."""
+    """Consecutive blocks of the same layers: `columns` holds, layer by layer, that layer of every block."""
 
     stem: str
     first: int
@@ -97,7 +95,7 @@ class BlockRun:
 
 @dataclass(frozen=True)
 class Unmoved:
-    """Matrices inside blocks that no linear layer holds, so that they stay: ``count`` parameters of one shape."""
+    """Matrices inside blocks that no linear layer holds, so that they stay: `count` parameters of one shape."""
 
     name: str
     shape: tuple[int, ...]
@@ -113,7 +111,7 @@ class Plan:
         model: the model's class.
         layers: in the model's order.
         enclave: parameters in the enclave by kind.
-        unmoved: what ``enclave["other"]`` holds of matrices inside blocks.
+        unmoved: what `enclave["other"]` holds of matrices inside blocks.
     """
 
     model: str
@@ -186,12 +184,12 @@ def model_from_config(model: str | Path) -> PreTrainedModel:
     """The model that a configuration describes, without weights.
 
     Args:
-        model: a ``config.json``, a directory that holds one, or a hub id (of which nothing else is fetched).
+        model: a `config.json`, a directory that holds one, or a hub id (of which nothing else is fetched).
 
     Raises:
         ModelFileError: no configuration there, or one of no transformer that we can build.
     """
-    config = read_config(_find_config(model))
+    config = read_config(find_config(model))
     for auto_class in (AutoModelForCausalLM, AutoModel):
         try:
             with torch.device("meta"):  # even what a layer allocates before it becomes a parameter: experts are large
@@ -205,7 +203,7 @@ def model_from_config(model: str | Path) -> PreTrainedModel:
 
 
 def make_plan(model: nn.Module, profile: Profile, dtype: torch.dtype = torch.float32) -> Plan:
-    """Count what ``protect`` would do to a model; it is not changed and may be without weights.
+    """Count what `protect` would do to a model; it is not changed and may be without weights.
 
     Args:
         model: plain, with no adapter on it.
@@ -223,18 +221,6 @@ def make_plan(model: nn.Module, profile: Profile, dtype: torch.dtype = torch.flo
     )
     enclave, unmoved = _what_stays(model, groups, moved)
     return Plan(type(model).__name__, profile, dtype, layers, enclave, unmoved)
-
-
-def _find_config(model: str | Path) -> Path:
-    if Path(model).exists():
-        return Path(model)
-    try:
-        return Path(hf_hub_download(str(model), "config.json"))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelFileError(
-            f"{str(model)!r} is neither a config.json, nor a directory with one, nor a model that the hub gave us "
-            f"({type(error).__name__})"
-        ) from error
 
 
 def _plan_layer(group: SiteGroup, place: Place, trained_before: bool, element_bytes: int) -> LayerPlan:

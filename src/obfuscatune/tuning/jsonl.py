@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,6 +78,26 @@ def _parse_object(where: str, raw: bytes) -> dict[str, Any]:
         raise DataError(f"{where}: expected a JSON object, found {json_type(value)}")
     if "\\u" in text:
         _refuse_surrogates(where, value)
+    return value
+
+
+def field_faults(line: Line, required: Set[str], optional: Set[str] = frozenset()) -> str:
+    """Which fields are missing and which are unknown: "missing a; unknown b, c", or nothing."""
+    missing, unknown = required - line.fields.keys(), line.fields.keys() - required - optional
+    found = (("missing", missing), ("unknown", unknown))
+    return "; ".join(f"{word} {', '.join(sorted(names))}" for word, names in found if names)
+
+
+def text_of(line: Line, name: str, value: object) -> str:
+    """The value of the field `name`, which must be a string of more than white space.
+
+    Raises:
+        DataError: it is not.
+    """
+    if not isinstance(value, str):
+        raise DataError(f"{line.where}: {name} must be a string, found {json_type(value)}")
+    if not value.strip():
+        raise DataError(f"{line.where}: {name} is empty")
     return value
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from obfuscatune.tuning.jsonl import Line, json_type
+from obfuscatune.tuning.jsonl import Line, field_faults, json_type, text_of
 from obfuscatune.tuning.tasks import Task
 from obfuscatune.wire.errors import DataError
 
@@ -57,11 +57,8 @@ def parse_record(line: Line) -> Record:
             return parse(line)
     for fields in _LAYOUTS:
         if keys & set(fields):
-            missing, unknown = sorted(set(fields) - keys), sorted(keys - set(fields))
-            faults = [
-                f"{word} {', '.join(names)}" for word, names in (("missing", missing), ("unknown", unknown)) if names
-            ]
-            raise DataError(f"{line.where}: expected the fields {' and '.join(fields)} alone; {'; '.join(faults)}")
+            faults = field_faults(line, set(fields))
+            raise DataError(f"{line.where}: expected the fields {' and '.join(fields)} alone; {faults}")
     found = ", ".join(sorted(keys)) or "none"
     raise DataError(f"{line.where}: expected text, or prompt and completion, or messages; found the fields: {found}")
 
@@ -77,14 +74,14 @@ def parse_task_record(task: Task, line: Line) -> Completion:
 
 
 def _text(line: Line) -> Text:
-    return Text(_string(line, "text", line.fields["text"]))
+    return Text(text_of(line, "text", line.fields["text"]))
 
 
 def _completion(line: Line) -> Completion:
     prompt = line.fields["prompt"]
     if prompt != "":  # an empty prompt is one: the model starts from nothing
-        prompt = _string(line, "prompt", prompt)
-    return Completion(prompt, _string(line, "completion", line.fields["completion"]))
+        prompt = text_of(line, "prompt", prompt)
+    return Completion(prompt, text_of(line, "completion", line.fields["completion"]))
 
 
 def _conversation(line: Line) -> Conversation:
@@ -103,15 +100,7 @@ def _message(line: Line, index: int, item: Any) -> Message:
         raise DataError(f"{line.where}: {name} must be an object with the fields role and content alone")
     if item["role"] not in ROLES:
         raise DataError(f"{line.where}: {name}.role must be one of {', '.join(ROLES)}; found {item['role']!r}")
-    return Message(item["role"], _string(line, f"{name}.content", item["content"]))
-
-
-def _string(line: Line, name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{line.where}: {name} must be a string, found {json_type(value)}")
-    if not value.strip():
-        raise DataError(f"{line.where}: {name} is empty")
-    return value
+    return Message(item["role"], text_of(line, f"{name}.content", item["content"]))
 
 
 _LAYOUTS: dict[tuple[str, ...], Callable[[Line], Record]] = {

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from obfuscatune.tuning.jsonl import Line, json_type, read_jsonl
+from obfuscatune.tuning.jsonl import Line, field_faults, json_type, read_jsonl, text_of
 from obfuscatune.wire.errors import ConfigError, DataError
 
 
@@ -125,31 +125,20 @@ def _labelled(line: Line, optional: set[str]) -> tuple[str, tuple[str, ...], int
 
 
 def _fields(line: Line, required: set[str], optional: set[str]) -> None:
-    missing, unknown = required - line.fields.keys(), line.fields.keys() - required - optional
-    faults = [
-        f"{word} {', '.join(sorted(names))}" for word, names in (("missing", missing), ("unknown", unknown)) if names
-    ]
+    faults = field_faults(line, required, optional)
     if faults:
-        raise DataError(f"{line.where}: expected the fields {', '.join(sorted(required))}; {'; '.join(faults)}")
+        raise DataError(f"{line.where}: expected the fields {', '.join(sorted(required))}; {faults}")
 
 
 def _string(line: Line, name: str) -> str:
-    return _checked(line, name, line.fields[name])
+    return text_of(line, name, line.fields[name])
 
 
 def _strings(line: Line, name: str) -> tuple[str, ...]:
     value = line.fields[name]
     if not isinstance(value, list) or not value:
         raise DataError(f"{line.where}: {name} must be a non-empty array of strings, found {json_type(value)}")
-    return tuple(_checked(line, f"{name}[{index}]", item) for index, item in enumerate(value))
-
-
-def _checked(line: Line, name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{line.where}: {name} must be a string, found {json_type(value)}")
-    if not value.strip():
-        raise DataError(f"{line.where}: {name} is empty")
-    return value
+    return tuple(text_of(line, f"{name}[{index}]", item) for index, item in enumerate(value))
 
 
 def _label(line: Line, choices: tuple[str, ...]) -> int:

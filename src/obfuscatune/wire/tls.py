@@ -34,6 +34,19 @@ class TlsConfig:
     peers: Path
     """The certificate of the other side; several, one after the other, where several may be there."""
 
+    @classmethod
+    def from_options(cls, tls_cert: Path | None, tls_key: Path | None, peer: Path | None) -> "TlsConfig | None":
+        """What the command line says; None where it says nothing of TLS.
+
+        Raises:
+            ConfigError: only one or two of the three are given.
+        """
+        if tls_cert is None and tls_key is None and peer is None:
+            return None
+        if tls_cert is None or tls_key is None or peer is None:
+            raise ConfigError("TLS takes --tls-cert, --tls-key and --peer, all three")
+        return cls(tls_cert, tls_key, peer)
+
 
 class PinnedTls:
     """The files of a `TlsConfig`, read and checked once."""

@@ -82,11 +82,11 @@ class Answerer:
 
     def _offer(self, session: bytes, request: Request, buffers: Buffers) -> Reply:
         header = request.header
-        if header.rows * header.cols * header.dtype.itemsize > MAX_MATRIX_BYTES:
+        size = header.rows * header.cols * header.dtype.itemsize
+        if size > MAX_MATRIX_BYTES:
             return refusal(ErrorCode.LIMIT, f"a matrix has at most {MAX_MATRIX_BYTES} bytes", header)
         key = (session, header.matrix_id)
         self.store.forget(key)
-        size = header.rows * header.cols * header.dtype.itemsize
         self.store.reserve(size)
         try:
             kept = self._kept(request)

@@ -86,12 +86,8 @@ def _watch_stdin(server: Server) -> None:
 
 
 def _tls(options: WorkerOptions) -> PinnedTls | None:
-    files = (options.tls_cert, options.tls_key, options.peer)
-    if not any(files):
-        return None
-    if options.tls_cert is None or options.tls_key is None or options.peer is None:
-        raise ConfigError("TLS takes all three of --tls-cert, --tls-key and --peer")
-    return PinnedTls(TlsConfig(options.tls_cert, options.tls_key, options.peer), server=True)
+    config = TlsConfig.from_options(options.tls_cert, options.tls_key, options.peer)
+    return None if config is None else PinnedTls(config, server=True)
 
 
 def _quota(text: str | None) -> int:
