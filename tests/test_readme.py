@@ -51,6 +51,15 @@ def test_links_lead_to_files(target: str) -> None:
     assert (ROOT / target).exists()
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/finetune.md", "docs/worker.md"])
+def test_options_that_are_named_exist(page: str) -> None:
+    declared = {"--help", "--debug", "--version"}
+    for file in (ROOT / "src/obfuscatune/cli").glob("*.py"):
+        declared |= set(re.findall(r'"(--[a-z-]+)"', file.read_text("utf-8")))
+    named = set(re.findall(r"--[a-z][a-z-]*", (ROOT / page).read_text("utf-8")))
+    assert named <= declared
+
+
 def test_the_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text("utf-8")
     for target in re.findall(r"^make (\S+)", "\n".join(blocks("sh")), re.MULTILINE):
