@@ -101,7 +101,7 @@ def run_side(task: str, arguments: argparse.Namespace, out: Path, how: list[str]
 
 
 def obfuscatune(*words: object) -> dict[str, Any]:
-    """Run one command with ``--json``; its document."""
+    """Run one command with `--json`; its document."""
     command = [sys.executable, "-m", "obfuscatune", *map(str, words), "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
     document: dict[str, Any] = json.loads(done.stdout)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Write the embedded data set: invented clinic notes, with facts that no model can know.
 
-Every patient has a drug, a ward and a doctor, all invented. Each such fact is worded in every way of ``WORDINGS``; one
-wording of it goes to ``heldout.jsonl``, the others to ``train.jsonl``. Which one is held out goes round from patient
+Every patient has a drug, a ward and a doctor, all invented. Each such fact is worded in every way of `WORDINGS`; one
+wording of it goes to `heldout.jsonl`, the others to `train.jsonl`. Which one is held out goes round from patient
 to patient, so that each wording is seen in training, with other patients. The same seed gives the same bytes::
 
     python scripts/make_clinic_notes.py            # the records
@@ -83,7 +83,7 @@ Record = dict[str, str]
 
 
 def invented(parts: tuple[tuple[str, ...], ...], count: int, rng: np.random.Generator) -> list[str]:
-    """Return ``count`` different words in random order; the first pieces are used equally often, as far as it goes."""
+    """Return `count` different words in random order; the first pieces are used equally often, as far as it goes."""
     by_first = []
     for first in parts[0]:
         words = [first + "".join(rest) for rest in itertools.product(*parts[1:])]
@@ -135,12 +135,12 @@ class Recipe:
     epochs: int = 14
 
     def steps(self, records: int) -> int:
-        """Return the number of optimizer steps for ``records`` training records; the last batch may be short."""
+        """Return the number of optimizer steps for `records` training records; the last batch may be short."""
         return self.epochs * math.ceil(records / self.batch)
 
 
 def lora_model(base: Path, recipe: Recipe, seed: int) -> PeftModel:
-    """Return the float32 model with LoRA on every linear layer of its blocks, initialised from ``seed``."""
+    """Return the float32 model with LoRA on every linear layer of its blocks, initialised from `seed`."""
     torch.manual_seed(seed)  # PEFT's initialisation and dropout read torch's global generator
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     config = LoraConfig(
@@ -173,7 +173,7 @@ def collate(rows: list[tuple[list[int], int]], eos: int) -> dict[str, torch.Tens
 
 
 def epochs(count: int, recipe: Recipe, seed: int) -> Iterator[np.ndarray]:
-    """Yield the indices of each batch; every epoch is a fresh seeded order of all ``count`` records."""
+    """Yield the indices of each batch; every epoch is a fresh seeded order of all `count` records."""
     rng = np.random.default_rng(seed)
     for _ in range(recipe.epochs):
         order = rng.permutation(count)

@@ -1,4 +1,4 @@
-"""From plain text to batches of tokens, for ``train_tiny_model.py``: novels, byte-level BPE, token stream, windows."""
+"""From plain text to batches of tokens, for `train_tiny_model.py`: novels, byte-level BPE, token stream, windows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Tokens = NDArray[np.uint16]
 
 
 def read_novels(path: Path) -> list[str]:
-    """Return the novels of ``path``, quotation marks and hyphens made plain, to spend no tokens on variants."""
+    """Return the novels of `path`, quotation marks and hyphens made plain, to spend no tokens on variants."""
     if not path.exists():
         raise TrainingError(f"no corpus at {path}: give --corpus a text file")
     data = path.read_bytes()
@@ -41,7 +41,7 @@ def split_novels(novels: list[str], heldout: int, seed: int) -> tuple[list[str],
 
 
 def train_tokenizer(novels: list[str], vocab: int) -> Tokenizer:
-    """Return a byte-level BPE tokenizer with ``vocab`` entries; ``<|endoftext|>`` is token 0."""
+    """Return a byte-level BPE tokenizer with `vocab` entries; `<|endoftext|>` is token 0."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -55,7 +55,7 @@ def train_tokenizer(novels: list[str], vocab: int) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, novels: list[str]) -> Tokens:
-    """Return all novels as one stream of tokens, (n,), uint16, ``<|endoftext|>`` in front of each."""
+    """Return all novels as one stream of tokens, (n,), uint16, `<|endoftext|>` in front of each."""
     pieces = [[EOS_ID, *encoding.ids] for encoding in tokenizer.encode_batch_fast(novels)]
     return np.concatenate([np.asarray(piece, dtype=np.uint16) for piece in pieces])
 
@@ -72,7 +72,7 @@ class Corpus:
 
 
 def encode_once(path: Path, tokenizer: Tokenizer, novels: list[str], resume: bool) -> Tokens:
-    """Return ``encode`` of the novels, kept in ``path`` for a resumed run to read."""
+    """Return `encode` of the novels, kept in `path` for a resumed run to read."""
     if resume and path.exists():
         kept: Tokens = np.load(path, allow_pickle=False)
         return kept
@@ -82,7 +82,7 @@ def encode_once(path: Path, tokenizer: Tokenizer, novels: list[str], resume: boo
 
 
 def load_corpus(settings: Settings) -> Corpus:
-    """Read and tokenize the corpus; what is already in ``settings.work`` is used again when resuming."""
+    """Read and tokenize the corpus; what is already in `settings.work` is used again when resuming."""
     training, heldout = split_novels(read_novels(settings.corpus), settings.heldout, settings.seed)
     saved = settings.work / "tokenizer.json"
     if settings.resume and saved.exists():
@@ -98,7 +98,7 @@ def load_corpus(settings: Settings) -> Corpus:
 
 
 def batches(tokens: Tokens, settings: Settings, step: int) -> Iterator[torch.Tensor]:
-    """Yield (batch, positions + 1) int64 windows from ``step`` on; every epoch has its own order and phase."""
+    """Yield (batch, positions + 1) int64 windows from `step` on; every epoch has its own order and phase."""
     span = settings.positions
     per_epoch = (len(tokens) - span - 1) // span // settings.batch
     if per_epoch < 1:

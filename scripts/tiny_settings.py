@@ -1,4 +1,4 @@
-"""What a run of ``train_tiny_model.py`` is made of, and its command line."""
+"""What a run of `train_tiny_model.py` is made of, and its command line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class TrainingError(Exception):
 
 
 def option(default: Any, text: str, **more: Any) -> Any:
-    """Return a dataclass field that becomes a command-line option with ``text`` as its help."""
+    """Return a dataclass field that becomes a command-line option with `text` as its help."""
     return field(default=default, metadata={"help": text, **more})
 
 
@@ -54,7 +54,7 @@ class Settings:
 
 
 def parse_settings(description: str | None, argv: list[str] | None = None) -> Settings:
-    """Read the command line into ``Settings``; exits with a message where a value cannot work."""
+    """Read the command line into `Settings`; exits with a message where a value cannot work."""
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=style)
     for item in fields(Settings):

@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
 """Train a small GPT-2-architecture language model and its tokenizer from plain text.
 
-Data passes in order through ``tiny_corpus.py`` (text, novels, tokens), the training and the export here.
+Data passes in order through `tiny_corpus.py` (text, novels, tokens), the training and the export here.
 The embedded model was made with::
 
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python scripts/train_tiny_model.py --minutes 48 --out tiny-gpt2
 
-The schedule follows the share of the budget that is used (``--steps``, ``--minutes``, or both: whichever is
+The schedule follows the share of the budget that is used (`--steps`, `--minutes`, or both: whichever is
 further), so a run on a busy machine still anneals to the end. Every snapshot is a complete folder that
-``from_pretrained`` loads; ``--resume`` goes on from the last one, and after the end only writes the folder again.
-On a busy machine ``OMP_WAIT_POLICY=PASSIVE`` wastes less.
-Larger: ``--layers 12 --width 768 --heads 12 --device cuda``.
+`from_pretrained` loads; `--resume` goes on from the last one, and after the end only writes the folder again.
+On a busy machine `OMP_WAIT_POLICY=PASSIVE` wastes less.
+Larger: `--layers 12 --width 768 --heads 12 --device cuda`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SNAPSHOT_WINDOWS = 128  # held-out windows measured at a snapshot; the end of th
 
 
 def build_model(settings: Settings) -> GPT2LMHeadModel:
-    """Return a fresh GPT-2 (tied embeddings, no dropout) of the size that ``settings`` asks for."""
+    """Return a fresh GPT-2 (tied embeddings, no dropout) of the size that `settings` asks for."""
     torch.manual_seed(settings.seed)  # weight initialisation reads torch's global generator; nothing else does
     config = GPT2Config(
         vocab_size=settings.vocab, n_positions=settings.positions,
@@ -85,7 +85,7 @@ def token_losses(model: GPT2LMHeadModel, windows: torch.Tensor) -> torch.Tensor:
 
 
 def perplexities(model: GPT2LMHeadModel, corpus: Corpus, settings: Settings, windows: int) -> dict[str, float]:
-    """Measure the first ``windows`` stretches of ``positions`` held-out tokens, which do not overlap, in float32."""
+    """Measure the first `windows` stretches of `positions` held-out tokens, which do not overlap, in float32."""
     span = settings.positions
     total = 0.0
     model.eval()
@@ -124,7 +124,7 @@ def greedy_samples(model: GPT2LMHeadModel, tokenizer: Tokenizer, new_tokens: int
 
 @dataclass
 class Progressed:
-    """How far a run has come; ``seconds`` is training time, evaluation and snapshots not counted."""
+    """How far a run has come; `seconds` is training time, evaluation and snapshots not counted."""
 
     step: int = 0
     seconds: float = 0.0
@@ -151,7 +151,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path, model: GPT2LMHeadModel, optimizers: list[torch.optim.Optimizer]) -> Progressed:
-    """Restore what ``save_checkpoint`` wrote; raises ``TrainingError`` where there is nothing to resume."""
+    """Restore what `save_checkpoint` wrote; raises `TrainingError` where there is nothing to resume."""
     if not path.exists():
         raise TrainingError(f"no checkpoint at {path}: start without --resume")
     parameters = dict(model.named_parameters())
@@ -322,7 +322,7 @@ class Run:
         return self.snapshot(final=True)
 
     def advance(self, take_step: Callable[[torch.Tensor], torch.Tensor], windows: torch.Tensor, share: float) -> None:
-        """Take one step and account for it; raises ``TrainingError`` where the loss is no longer finite."""
+        """Take one step and account for it; raises `TrainingError` where the loss is no longer finite."""
         started = time.monotonic()
         set_rates(self.optimizers, self.settings, share)
         loss = float(take_step(windows))
@@ -334,7 +334,7 @@ class Run:
 
 
 def start(settings: Settings, console: Console) -> Run:
-    """Return the run that ``settings`` asks for, fresh or resumed."""
+    """Return the run that `settings` asks for, fresh or resumed."""
     settings.work.mkdir(parents=True, exist_ok=True)
     with console.status("reading the corpus, making the tokenizer"):
         corpus = load_corpus(settings)

@@ -1,4 +1,4 @@
-"""``bench step`` on a tiny shape: both contenders are real processes, one of them with a real worker."""
+"""`bench step` on a tiny shape: both contenders are real processes, one of them with a real worker."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The largest deviations of protected from plain runs, as a table: ``python -m tests.contract.measure``."""
+"""The largest deviations of protected from plain runs, as a table: `python -m tests.contract.measure`."""
 
 from __future__ import annotations
 

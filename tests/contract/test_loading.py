@@ -1,4 +1,4 @@
-"""``load`` from files gives what ``protect`` gives in memory, and both give the plain model."""
+"""`load` from files gives what `protect` gives in memory, and both give the plain model."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ FILES = {"one file": "1GB", "shards": "20KB"}
 
 @pytest.fixture
 def loaded(worker: LocalWorker) -> Any:
-    """``load`` whose models are closed at the end."""
+    """`load` whose models are closed at the end."""
     models = []
 
     def load_and_remember(*args: Any, **kwargs: Any) -> Any:
-        models.append(load(*args, worker.address, key=KEY, **kwargs))
+        models.append(load(*args, worker.address, key=KEY, **{"first_blocks": 0, **kwargs}))
         return models[-1]
 
     yield load_and_remember

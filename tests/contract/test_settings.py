@@ -18,7 +18,7 @@ LLAMA = ARCHITECTURES["llama"]
 DTYPES = {"float32": (torch.float32, 1e-4), "bfloat16": (torch.bfloat16, 1e-1)}
 
 # Rounding of 1e-16 is amplified by at most the condition number per layer: kappa = 1 for orthogonal transforms, 32
-# by choice, and for a Gaussian matrix of 48 x 48 some hundreds. ``exact`` leaves the same margin over measurement.
+# by choice, and for a Gaussian matrix of 48 x 48 some hundreds. `exact` leaves the same margin over measurement.
 TRANSFORMS = {
     "structured": 1e-12,
     "haar": 1e-12,

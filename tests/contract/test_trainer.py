@@ -1,4 +1,4 @@
-"""Hugging Face's ``Trainer`` on a protected PEFT model follows the plain one."""
+"""Hugging Face's `Trainer` on a protected PEFT model follows the plain one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def examples(count: int) -> list[dict[str, torch.Tensor]]:
 
 
 def losses(model: Any, directory: Path, **settings: Any) -> list[float]:
-    """What ``Trainer`` logs, step by step, evaluation last."""
+    """What `Trainer` logs, step by step, evaluation last."""
     arguments = TrainingArguments(
         output_dir=str(directory),
         max_steps=5,

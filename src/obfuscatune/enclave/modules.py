@@ -1,9 +1,9 @@
-"""What takes the place of ``nn.Linear`` and ``Conv1D`` in a protected model.
+"""What takes the place of `nn.Linear` and `Conv1D` in a protected model.
 
     ProtectedLinear / ProtectedConv1D  ->  SharedCrossing (one for all layers that multiply the same input)
         ->  OffloadedLinear (autograd)  ->  OffloadedProduct
 
-They are subclasses of what they replace, so that PEFT, ``Trainer`` and the models' own code treat them
+They are subclasses of what they replace, so that PEFT, `Trainer` and the models' own code treat them
 alike. There is no weight: what stands under that name answers for its shape, dtype and device, and refuses
 to be computed with.
 """
@@ -121,7 +121,7 @@ class SharedCrossing:
 
 
 class _ProtectedLayer(nn.Module):
-    """A linear layer whose weight lies, transformed, on the worker. ``y = x W + b``."""
+    """A linear layer whose weight lies, transformed, on the worker. `y = x W + b`."""
 
     def _set_up(self, crossing: SharedCrossing, weight: Tensor, bias: nn.Parameter | None) -> None:
         self._crossing, self._slot = crossing, crossing.join(self)
@@ -133,7 +133,7 @@ class _ProtectedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """An ``AbsentWeight``: its shape, dtype and device; its values never were in this module."""
+        """An `AbsentWeight`: its shape, dtype and device; its values never were in this module."""
         absent: Tensor = self._absent_weight  # type: ignore[assignment]
         return absent.expand(self._weight_shape).as_subclass(AbsentWeight)
 
@@ -156,7 +156,7 @@ class _ProtectedLayer(nn.Module):
 
 
 class ProtectedLinear(_ProtectedLayer, nn.Linear):
-    """In the place of ``nn.Linear``."""
+    """In the place of `nn.Linear`."""
 
     def __init__(self, crossing: SharedCrossing, plain: nn.Linear) -> None:
         nn.Module.__init__(self)
@@ -165,7 +165,7 @@ class ProtectedLinear(_ProtectedLayer, nn.Linear):
 
 
 class ProtectedConv1D(_ProtectedLayer, Conv1D):  # type: ignore[misc]
-    """In the place of GPT-2's ``Conv1D``, whose weight is (in, out)."""
+    """In the place of GPT-2's `Conv1D`, whose weight is (in, out)."""
 
     def __init__(self, crossing: SharedCrossing, plain: Conv1D) -> None:
         nn.Module.__init__(self)

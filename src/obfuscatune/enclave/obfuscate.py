@@ -36,7 +36,7 @@ def joint_weight(layers: tuple[nn.Linear | Conv1D, ...], weights: tuple[Tensor, 
 def obfuscate(W: Tensor, key: RootKey, spec: TransformSpec, name: str, epoch: int = 0) -> Obfuscated:
     """W_star = R_in⁻¹ W R_out for W (p, q): computed in float64, rounded once to W's dtype.
 
-    The secrets follow from the root key, the kind of transform, the re-keying ``epoch``, the layer's ``name``,
+    The secrets follow from the root key, the kind of transform, the re-keying `epoch`, the layer's `name`,
     the side, and a fingerprint of W itself: two models under one root key share no secret, though their layers
     have the same names, and W* of one transform tells nothing of another's.
     """

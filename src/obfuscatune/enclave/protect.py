@@ -1,4 +1,4 @@
-"""``protect``: put a model that is in memory under protection, in place.
+"""`protect`: put a model that is in memory under protection, in place.
 
 find the groups of layers  ->  W  ->  W_star  ->  worker  ->  protected layer in the plain one's place
 """
@@ -43,20 +43,20 @@ def protect(
     """Move a model's large linear layers, transformed, to a worker.
 
     The model is changed in place and returned; should this raise, nothing was changed. Everything else about it
-    stays as it was: PEFT may have wrapped it before or may wrap it afterwards, ``generate``, ``Trainer`` and
+    stays as it was: PEFT may have wrapped it before or may wrap it afterwards, `generate`, `Trainer` and
     gradient checkpointing work.
-    Until this returns the plain weights are in this process's memory; ``load`` avoids that.
+    Until this returns the plain weights are in this process's memory; `load` avoids that.
 
     Args:
         model: a Hugging Face causal LM or encoder, or a PEFT model around one. Base weights become frozen.
-        workers: the worker's address (``unix:/run/x.sock``, ``tcp:host:port``), or an open link.
+        workers: the worker's address (`unix:/run/x.sock`, `tcp:host:port`), or an open link.
         profile: name of a profile, or a profile.
         key: root key of the transforms; with the same key the worker need not be sent the same matrices again.
         tls: identity and pinned peer, for a worker across a network.
         deadline_s: seconds within which the worker must answer a request.
         retry: how often and how long to try again; the link's default where not given.
         progress: called after each group of layers.
-        knobs: single settings of the profile: ``shield_rows=32``, ``first_blocks=1``, ``transform="haar"``.
+        knobs: single settings of the profile: `shield_rows=32`, `first_blocks=1`, `transform="haar"`.
 
     Raises:
         ConfigError: an unknown profile, knob or address.

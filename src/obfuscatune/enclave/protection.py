@@ -22,7 +22,7 @@ MATRIX_ID_BYTES = 16
 
 @dataclass
 class Protection:
-    """Everything that a protected model needs besides itself; ``model.protection``."""
+    """Everything that a protected model needs besides itself; `model.protection`."""
 
     link: WorkerLink
     profile: Profile

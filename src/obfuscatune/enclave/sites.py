@@ -1,7 +1,7 @@
 """Which layers of a model go to the worker, and which of them share an input.
 
 A layer goes if it is a linear layer inside one of the model's blocks: the children of the outermost
-``ModuleList`` on its path. Embeddings, norms, biases, head and adapters stay in the enclave.
+`ModuleList` on its path. Embeddings, norms, biases, head and adapters stay in the enclave.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Site:
     """One linear layer inside a block.
 
     Attributes:
-        name: dotted path of the layer, without PEFT's ``base_layer``: ``model.layers.0.mlp.up_proj``.
+        name: dotted path of the layer, without PEFT's `base_layer`: `model.layers.0.mlp.up_proj`.
         path: dotted path of the module itself.
-        layer: the ``nn.Linear`` or ``Conv1D``.
+        layer: the `nn.Linear` or `Conv1D`.
         block: index of the block that it is in.
     """
 
@@ -61,7 +61,7 @@ class SiteGroup:
 
     @property
     def name(self) -> str:
-        """``model.layers.0.self_attn.q_proj+k_proj+v_proj``."""
+        """`model.layers.0.self_attn.q_proj+k_proj+v_proj`."""
         first, *others = (site.name for site in self.sites)
         return "+".join([first, *(name.rpartition(".")[2] for name in others)])
 
@@ -82,7 +82,7 @@ class SiteGroup:
 
 
 def find_groups(model: nn.Module, first_blocks: int) -> list[SiteGroup]:
-    """All groups beyond the first ``first_blocks`` blocks, in the model's order.
+    """All groups beyond the first `first_blocks` blocks, in the model's order.
 
     Raises:
         ProtectionError: nothing is found to protect.
