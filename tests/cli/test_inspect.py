@@ -17,7 +17,7 @@ def tiny(tmp_path):
 
 
 def test_blocks_that_are_alike_share_a_line(tiny, capsys):
-    assert run(["inspect", "--model", tiny]) == 0
+    assert run(["inspect", "--model", tiny, "--first-blocks", "0"]) == 0
     shown = capsys.readouterr().out
     assert "blocks 0-2  x3" in shown
     assert shown.count("mlp.c_fc") == 1
@@ -32,7 +32,7 @@ def test_full_shows_every_layer(tiny, capsys):
 
 
 def test_json_is_one_document(tiny, capsys):
-    assert run(["inspect", "--model", tiny, "--json", "--first-blocks", "1", "--dtype", "bfloat16"]) == 0
+    assert run(["inspect", "--model", tiny, "--json", "--dtype", "bfloat16"]) == 0
     captured = capsys.readouterr()
     document = json.loads(captured.out)
     assert captured.err == ""
@@ -41,7 +41,7 @@ def test_json_is_one_document(tiny, capsys):
     assert document["layers"][4]["bytes_per_token"] == {"forward": (16 + 48) * 2, "backward": (16 + 48) * 2}
     assert document["crossings"] == {"forward": 8, "backward": 8}
     assert document["parameters"] == document["enclave"]["parameters"] + document["worker"]["parameters"]
-    assert document["shield_rows_per_crossing"] == 16
+    assert document["shield_rows_per_crossing"] == 8
 
 
 def test_what_is_not_offloaded_is_said(tmp_path, capsys):

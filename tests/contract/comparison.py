@@ -70,8 +70,8 @@ def largest_deviation(plain: dict[str, Tensor], protected: dict[str, Tensor]) ->
 
 @contextmanager
 def protected(model: nn.Module, worker: LocalWorker, **knobs: Any) -> Iterator[Any]:
-    """The model, protected in place; the worker forgets it afterwards."""
-    protect(model, worker.address, key=KEY, **knobs)
+    """The model, protected in place, with every block on the worker; the worker forgets it afterwards."""
+    protect(model, worker.address, key=KEY, **{"first_blocks": 0, **knobs})
     try:
         yield model
     finally:

@@ -47,7 +47,7 @@ def plain() -> Block:
 def model(plain: Block, worker: LocalWorker) -> Iterator[Any]:
     wrapper = Model()
     wrapper.layers[0] = copy.deepcopy(plain)
-    protect(wrapper, worker.address)
+    protect(wrapper, worker.address, first_blocks=0)
     yield wrapper
     wrapper.protection.close()  # type: ignore[operator, union-attr]
 

@@ -26,7 +26,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 def test_private_is_what_the_design_says() -> None:
     profile = resolve("private")
-    assert (profile.transform, profile.mixing, profile.first_blocks) == ("structured", True, 0)
+    assert (profile.transform, profile.mixing, profile.first_blocks) == ("structured", True, 1)
     assert profile.shield_rows >= 1
     assert not profile.allow_unsafe
 
@@ -34,7 +34,7 @@ def test_private_is_what_the_design_says() -> None:
 def test_knobs_change_one_thing() -> None:
     changed = resolve("private", shield_rows=32)
     assert changed.shield_rows == 32
-    assert resolve(changed, transform="haar") == Profile("private", transform="haar", shield_rows=32)
+    assert resolve(changed, transform="haar") == Profile("private", transform="haar", shield_rows=32, first_blocks=1)
     assert resolve("private").shield_rows != 32
 
 

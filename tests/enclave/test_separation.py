@@ -26,6 +26,7 @@ from torch.nn.functional import normalize
 import obfuscatune
 from obfuscatune import local_worker
 from obfuscatune.enclave.keys import SecretStream
+from obfuscatune.enclave.profiles import resolve
 from obfuscatune.enclave.sites import SiteGroup, find_groups
 from obfuscatune.wire.messages import MessageType
 from obfuscatune.wire.transcript import FRAMES, INDEX, TranscriptEntry, read_transcript
@@ -258,7 +259,7 @@ def test_no_text_no_names_no_keys(recorded: Recorded, plain: Plain) -> None:
 
 
 def test_every_request_has_shield_rows(recorded: Recorded) -> None:
-    assert min(map(len, recorded.protected.requests())) >= token_ids().numel() + 16
+    assert min(map(len, recorded.protected.requests())) >= token_ids().numel() + resolve("private").shield_rows
     assert {len(request) for request in recorded.control.requests()} == {token_ids().numel()}
 
 

@@ -203,6 +203,17 @@ def test_rows_of_the_wrong_width(worker: Serving) -> None:
         assert client.ask(multiply(), bytes_of(X))[0].type is MessageType.PRODUCT
 
 
+def test_few_bytes_do_not_ask_for_many(worker: Serving) -> None:
+    """2 KB of rows times a matrix of one row would be a product of 2 GiB and more."""
+    wide, rows = torch.ones(1, 2**20), torch.ones(513, 1)
+    with RawClient(worker.address) as client:
+        client.hello()
+        client.ask(Header(MessageType.STORE, 1, ID, DType.FLOAT32, *wide.shape, wide.nbytes), bytes_of(wide))
+        header, text = client.ask(multiply(rows), bytes_of(rows))
+        assert header.code == ErrorCode.LIMIT
+        assert b"split the rows" in text
+
+
 def test_versions_without_one_in_common(worker: Serving) -> None:
     with RawClient(worker.address) as client:
         body = Hello(bytes(32), 2, 9).pack()

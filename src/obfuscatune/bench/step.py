@@ -1,13 +1,15 @@
 """`bench step`: a LoRA step protected and plain, in turn, in one run.
 
 Plain runs in its own process at its own best settings: before the contest it tries each way for OpenMP's threads to
-wait, and the fastest stays. Both sides get the same number of threads; while one works, the other sleeps in a read.
+wait, and the fastest stays. Both sides get the same number of threads. While one works the other is stopped by a
+signal: waiting threads that spin would take its cores.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -103,14 +105,17 @@ class Contender:
         return self._tell("profile")
 
     def _tell(self, word: str) -> dict[str, Any]:
+        self._process.send_signal(signal.SIGCONT)
         if self._process.stdin is not None:
             print(word, file=self._process.stdin, flush=True)
         return self._listen()
 
     def _listen(self) -> dict[str, Any]:
+        """The next answer; the process stands still from then on."""
         line = self._process.stdout.readline() if self._process.stdout is not None else ""
         if not line:
             raise ConfigError(f"a contender ended with status {self._process.wait()}; what it said stands above")
+        self._process.send_signal(signal.SIGSTOP)
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -120,6 +125,7 @@ class Contender:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._process.send_signal(signal.SIGCONT)
         self._process.communicate("quit\n")
 
 

@@ -40,7 +40,7 @@ FirstBlocks = Annotated[
     int | None,
     option(
         "--first-blocks",
-        "Blocks that stay in the enclave; 1 or more for a public base model.",
+        "How many of the first blocks stay in the enclave.",
         default="the profile's",
         panel=_PROTECTION,
     ),

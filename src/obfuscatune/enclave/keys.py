@@ -79,7 +79,7 @@ class RootKey:
             raise StorageError(f"cannot read the key file {path}: {error.strerror}") from error
 
     def stream(self, purpose: str, *parts: str | int) -> SecretStream:
-        """The key stream of one purpose, e.g. ``("transform", model, epoch, layer, "in")``."""
+        """The key stream of one purpose, e.g. `("transform", model, epoch, layer, "in")`."""
         fields = [LABEL, purpose.encode(), *(str(part).encode() for part in parts)]
         info = b"".join(len(field).to_bytes(4, "big") + field for field in fields)
         derived = HKDF(algorithm=hashes.SHA256(), length=KEY_BYTES, salt=None, info=info).derive(self._key)
@@ -108,7 +108,7 @@ class SecretStream:
         return stream
 
     def random_bytes(self, count: int) -> bytes:
-        """The next ``count`` bytes."""
+        """The next `count` bytes."""
         return self._cipher.update(bytes(count))
 
     def permutation(self, size: int) -> Tensor:
@@ -126,8 +126,9 @@ class SecretStream:
         """
         count = math.prod(shape)
         pairs = (count + 1) // 2
-        radius = self._uniform(pairs, dtype).neg_().log1p_().mul_(-2.0).sqrt_()  # 1 - u is never 0
-        angle = self._uniform(pairs, dtype).mul_(2.0 * math.pi)
+        u, angle = self._uniform(2 * pairs, dtype).view(2, pairs)
+        radius = u.neg_().log1p_().mul_(-2.0).sqrt_()  # 1 - u is never 0
+        angle.mul_(2.0 * math.pi)
         deviates = torch.empty(2 * pairs, dtype=dtype)
         torch.mul(radius, angle.cos(), out=deviates[:pairs])
         torch.mul(radius, angle.sin_(), out=deviates[pairs:])
@@ -138,8 +139,8 @@ class SecretStream:
         if dtype == torch.float64:
             bits = np.frombuffer(self.random_bytes(8 * count), dtype=np.uint64) >> np.uint64(11)
             return torch.from_numpy(bits.astype(np.float64)).mul_(2.0**-53)
-        words = torch.frombuffer(bytearray(self.random_bytes(4 * count)), dtype=torch.int32)
-        return words.bitwise_and_(0xFFFFFF).to(torch.float32).mul_(2.0**-24)
+        words = np.frombuffer(self.random_bytes(4 * count), dtype=np.uint32) >> np.uint32(8)
+        return torch.from_numpy(words.astype(np.float32)).mul_(2.0**-24)
 
     def __repr__(self) -> str:
         return "SecretStream(<redacted>)"

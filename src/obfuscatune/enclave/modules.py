@@ -108,14 +108,15 @@ class SharedCrossing:
 
     def output_for(self, slot: int, x: Tensor) -> Tensor:
         """x (..., p) -> that layer's x W + b (..., q_slot)."""
-        if self._visit is None or not self._visit.serves(x, slot):
+        visit = self._visit
+        if visit is None or not visit.serves(x, slot):
             biases = [member.bias for member in self._members]
             parts: tuple[Tensor, ...] = OffloadedLinear.apply(  # type: ignore[no-untyped-call]
                 x, self._product, self._widths, *biases
             )
-            self._visit = _Visit(x, _state(x), torch.is_grad_enabled(), dict(enumerate(parts)))
-        y = self._visit.parts.pop(slot)
-        if not self._visit.parts:
+            visit = self._visit = _Visit(x, _state(x), torch.is_grad_enabled(), dict(enumerate(parts)))
+        y = visit.parts.pop(slot)
+        if not visit.parts:
             self._visit = None  # all have come: let go of the input
         return y
 

@@ -39,23 +39,27 @@ def kronecker_columns(x: Tensor, Q_a: Tensor, Q_b: Tensor) -> Tensor:
 
 
 def permute_columns(x: Tensor, permutation: Tensor) -> Tensor:
-    """x Π for x (n, p): column j of the result is column ``permutation[j]`` of x.
+    """x Π for x (n, p): column j of the result is column `permutation[j]` of x.
 
-    ``gather``, because ``index_select`` along the last dimension runs on one thread.
+    `gather`, because `index_select` along the last dimension runs on one thread.
     """
     return torch.gather(x, 1, permutation.expand(x.shape))
 
 
 def covering_grid(size: int) -> tuple[int, int]:
-    """The smallest near-square grid with at least ``size`` cells: a <= b, size <= a*b < size + a."""
-    a = max(math.isqrt(size), 1)
-    return a, -(-size // a)
+    """The smallest grid a <= b <= 2a with at least ``size`` >= 2 cells: 520 = 20*26, 4104 = 54*76."""
+    cells = size
+    while True:
+        for a in range(math.isqrt(cells), math.isqrt(max(cells // 2 - 1, 0)), -1):
+            if cells % a == 0:
+                return a, cells // a
+        cells += 1
 
 
 def inner_grid(size: int) -> tuple[int, int]:
-    """The near-square grid a <= b <= 4a that fills ``size`` best from within: a*b <= size.
+    """The near-square grid a <= b <= 4a that fills `size` best from within: a*b <= size.
 
-    Exact where ``size`` has such a factorisation (768 = 24*32, 3072 = 48*64, 1600 = 40*40); for
+    Exact where `size` has such a factorisation (768 = 24*32, 3072 = 48*64, 1600 = 40*40); for
     the rest, primes too, it leaves less than the smaller side over.
     """
     side = math.isqrt(size)

@@ -1,8 +1,8 @@
 """Profiles: presets of independent knobs, resolved once, before anything is sent.
 
-    profile="private"  ->  resolve("private", first_blocks=1)  ->  Profile(...)  ->  parts that are composed
+    profile="private"  ->  resolve("private", first_blocks=2)  ->  Profile(...)  ->  parts that are composed
 
-A later profile is a further row of ``PRESETS``.
+A later profile is a further row of `PRESETS`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ class Profile:
         transform: kind of R_in and R_out: structured, haar, gaussian, conditioned(KAPPA), identity.
         mixing: whether rows are mixed afresh at each crossing.
         shield_rows: random rows mixed in at each crossing, at least; ignored without mixing.
-        first_blocks: how many of the first blocks stay in the enclave.
+        first_blocks: how many of the first blocks stay in the enclave. In the first, rows follow from single tokens,
+            and a worker sees which of them are equal (docs/threat-model.md).
         allow_unsafe: permits settings that do not keep the promise; for tests and positive controls.
     """
 
     name: str
     transform: str = "structured"
     mixing: bool = True
-    shield_rows: int = 16
+    shield_rows: int = 8
     first_blocks: int = 0
     allow_unsafe: bool = False
 
@@ -61,7 +62,7 @@ class Profile:
         return TransformSpec.parse(self.transform)
 
 
-PRESETS = {"private": Profile("private")}
+PRESETS = {"private": Profile("private", first_blocks=1)}
 
 
 def resolve(profile: str | Profile, **knobs: Any) -> Profile:

@@ -93,7 +93,7 @@ FORMS: Mapping[MessageType, Form] = MappingProxyType(
         MessageType.STORE: Form(dtype=True, tensor_bytes=MAX_MATRIX_BYTES),
         MessageType.STORED: Form(),
         MessageType.MULTIPLY: Form(dtype=True, tensor_bytes=MAX_WINDOW_BYTES, multiply=True),
-        MessageType.PRODUCT: Form(dtype=True, tensor_bytes=MAX_MATRIX_BYTES),
+        MessageType.PRODUCT: Form(dtype=True, tensor_bytes=MAX_WINDOW_BYTES),
         MessageType.FORGET: Form(),
         MessageType.DONE: Form(),
         MessageType.ERROR: Form(matrix=False, code=True, body_bytes=(1, MAX_ERROR_BYTES)),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from obfuscatune.wire.errors import MalformedMessage, QuotaExceeded, StorageError, UnknownMatrix
-from obfuscatune.wire.limits import MAX_ERROR_BYTES, MAX_MATRIX_BYTES
+from obfuscatune.wire.limits import MAX_ERROR_BYTES, MAX_MATRIX_BYTES, MAX_WINDOW_BYTES
 from obfuscatune.wire.messages import CONTENT_STORE, NO_DIGEST, NO_MATRIX, ErrorCode, Header, MessageType
 from obfuscatune.wire.tensors import bytes_of
 from obfuscatune.wire.transport import Buffer
@@ -117,7 +117,7 @@ class Answerer:
         if header.cols != inner:
             return refusal(ErrorCode.SHAPE, f"rows have {header.cols} columns, the matrix takes {inner}", header)
         size = header.rows * outer * header.reply_dtype.itemsize
-        if size > MAX_MATRIX_BYTES:
+        if size > MAX_WINDOW_BYTES:
             return refusal(ErrorCode.LIMIT, f"the product would have {size} bytes; split the rows", header)
         product = buffers.lend(header.rows, outer, header.reply_dtype.torch_dtype)
         self.computer.multiply(_tensor(request), matrix, product, transpose=header.transposed)

@@ -233,12 +233,12 @@ def test_a_worker_that_never_finds_the_matrix() -> None:
 
 
 def test_no_memory_is_asked_for_on_a_worker_s_word(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Announcements of up to 16 GiB that are within the protocol, yet not what was asked for."""
+    """Announcements of up to 2 GiB that are within the protocol, yet not what was asked for."""
     import obfuscatune.enclave.link.connection as module
 
     asked: list[object] = []
     monkeypatch.setattr(module, "torch", SimpleNamespace(empty=lambda *shape, **_: asked.append(shape)))
-    worker = MemoryWorker(mischief=_with_header(rows=2**20, cols=2**11, payload_bytes=2**34))
+    worker = MemoryWorker(mischief=_with_header(rows=2**20, cols=2**8, payload_bytes=2**31))
     link = linked(worker)
     with pytest.raises(BadReply):
         link.multiply(ID, X, transpose=False)
