@@ -65,6 +65,7 @@ class StepBench:
                     progress(f"round {round_number + 1}/{self.warmup + self.rounds}: {name} {answer['seconds']:.3f} s")
                     if round_number >= self.warmup:
                         answers[name].append(answer)
+            protected.profile()  # the first starts the profiler
             profiled = protected.profile()
         return StepResult(self, waiting, answers["plain"], answers["protected"], profiled, environment(self.threads))
 
