@@ -111,8 +111,8 @@ PARAMETERS = {
     ("gaussian", 67): 67 * 67,
     ("conditioned(32)", 67): 67 * 66,
     ("identity", 67): 0,
-    ("structured", 48): 48 * 47 // 2 + 2 * 48,
-    ("structured", 768): 24 * 23 // 2 + 32 * 31 // 2 + 2 * 768,
+    ("structured", 48): 48 * 47 // 2 + 24 + 48,
+    ("structured", 768): 24 * 23 // 2 + 32 * 31 // 2 + 384 + 768,
 }
 
 

@@ -10,7 +10,8 @@ import json
 import resource
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from obfuscatune.process import settle_process
@@ -43,11 +44,12 @@ def main() -> None:
             if line.strip() == "quit":
                 break
             before = protection.stats.snapshot() if protection else None
-            started = time.perf_counter()
-            spans = _profiled(step) if line.strip() == "profile" else None
-            loss = step() if spans is None else None
+            with _spans() if line.strip() == "profile" else nullcontext() as spans:
+                started = time.perf_counter()
+                loss = step()
+                seconds = time.perf_counter() - started
             answer: dict[str, Any] = {
-                "seconds": time.perf_counter() - started,
+                "seconds": seconds,
                 "loss": loss,
                 "spans": spans,
                 "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -60,15 +62,15 @@ def main() -> None:
             _say(answer)
 
 
-def _profiled(step: LoraStep) -> dict[str, float]:
-    """Seconds of one step inside each of the enclave's own spans, `obfuscatune.*`."""
+@contextmanager
+def _spans() -> Iterator[dict[str, float]]:
+    """Seconds that pass inside each of the enclave's own spans, `obfuscatune.*`; filled in at the end."""
+    spans: dict[str, float] = {}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        step()
-    return {
-        event.key.removeprefix("obfuscatune."): event.cpu_time_total / 1e6
-        for event in profiler.key_averages()
-        if event.key.startswith("obfuscatune.")
-    }
+        yield spans
+    for event in profiler.key_averages():
+        if event.key.startswith("obfuscatune."):
+            spans[event.key.removeprefix("obfuscatune.")] = event.cpu_time_total / 1e6
 
 
 def _say(answer: dict[str, Any]) -> None:

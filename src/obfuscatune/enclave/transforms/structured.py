@@ -6,7 +6,8 @@
 
 Π are secret permutations, Q small secret Haar matrices. The Kronecker product is dense: each
 coordinate that the worker sees depends on all p. Π₁ takes the features out of their natural
-order (heads, groups); the last Π hides the grid from the worker. Where p has no near-square
+order (heads, groups), in pairs where there is one grid and p is even: that is half the work, and
+neighbours mean nothing to each other. The last Π hides the grid from the worker. Where p has no near-square
 factorisation the first grid leaves fewer than sqrt(p) coordinates over, and the second grid,
 laid from the other end behind a permutation that brings them there, covers them.
 """
@@ -33,7 +34,8 @@ class StructuredTransform(OrthogonalTransform):
         a, b = (1, dim) if dim <= DENSE_BELOW else inner_grid(dim)
         self._covered = a * b
         grids = 1 if self._covered == dim else 2
-        first, between = stream.permutation(dim), [self._draw_between(stream)] if grids == 2 else []
+        first = stream.permutation(dim // 2 if grids == 1 and dim % 2 == 0 else dim)
+        between = [self._draw_between(stream)] if grids == 2 else []
         self._permutations = [first, *between, stream.permutation(dim)]
         self._pairs = [(haar(stream, a), haar(stream, b)) for _ in range(grids)]
 
@@ -41,7 +43,7 @@ class StructuredTransform(OrthogonalTransform):
     def parameter_count(self) -> int:
         """Degrees of freedom of the small matrices, and the entries of the permutations."""
         continuous = sum(Q.shape[0] * (Q.shape[0] - 1) // 2 for pair in self._pairs for Q in pair)
-        return continuous + self.dim * len(self._permutations)
+        return continuous + sum(permutation.numel() for permutation in self._permutations)
 
     def _master_factors(self) -> tuple[Tensor, ...]:
         """Π₁, Q_a, Q_b, Π₂ (, Q_c, Q_d, Π₃), then the inverse permutations in the same order."""
