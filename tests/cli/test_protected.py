@@ -17,7 +17,6 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from obfuscatune.assets import tiny_model_path
 from obfuscatune.cli.session import Protection, open_files, open_session
 
 STORY = ", there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red ball."
@@ -257,7 +256,6 @@ def is_zombie(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
 
-@pytest.mark.skipif(not (tiny_model_path() / "model.safetensors").is_file(), reason="no embedded model yet")
 def test_the_embedded_model_learns_facts_by_heart(obfuscatune, worker, notes, tmp_path):
     out = tmp_path / "run"
     before = obfuscatune("evaluate", "--data", notes, "--worker", worker.address, "--json")
