@@ -14,6 +14,7 @@ from obfuscatune.wire.errors import QuotaExceeded, WorkerRefused
 from obfuscatune.wire.limits import MAX_IN_FLIGHT
 from obfuscatune.wire.messages import NO_MATRIX, ErrorCode, Header, Hello, MessageType
 from obfuscatune.wire.tensors import bytes_of
+from obfuscatune.worker.intake import TooManyInFlight
 from tests.worker.serving import RawClient, Serving, serving
 
 ID = bytes(range(1, 17))
@@ -77,22 +78,25 @@ def test_many_large_requests_in_flight_do_not_deadlock(worker: Serving) -> None:
             assert torch.equal(pending.result(), rows + i)
 
 
-def test_more_in_flight_than_allowed_ends_the_connection(worker: Serving) -> None:
+def test_more_in_flight_than_allowed_ends_the_connection(worker: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = threading.Event()
+    answer = worker.service.answerer._answers[MessageType.FORGET]
+
+    class Seen(TooManyInFlight):
+        def __init__(self, text: str) -> None:
+            super().__init__(text)
+            refused.set()
+
+    def once_one_was_too_many(*arguments: object) -> object:
+        refused.wait()
+        return answer(*arguments)
+
+    monkeypatch.setattr("obfuscatune.worker.intake.TooManyInFlight", Seen)
+    worker.service.answerer._answers[MessageType.FORGET] = once_one_was_too_many
     with RawClient(worker.address) as client:
         client.hello()
-        started, release = threading.Event(), threading.Event()
-        answer = worker.service.answerer._answers[MessageType.FORGET]
-
-        def slow(*arguments: object) -> object:
-            started.set()
-            release.wait()
-            return answer(*arguments)
-
-        worker.service.answerer._answers[MessageType.FORGET] = slow
         for request_id in range(1, MAX_IN_FLIGHT + 2):
             client.say(Header(MessageType.FORGET, request_id, ID))
-        started.wait()
-        release.set()
         replies = [client.reply()[0] for _ in range(MAX_IN_FLIGHT + 1)]
         assert [reply.type for reply in replies[:-1]] == [MessageType.DONE] * MAX_IN_FLIGHT
         assert (replies[-1].code, replies[-1].request_id) == (ErrorCode.LIMIT, 0)
