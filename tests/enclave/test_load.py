@@ -98,8 +98,8 @@ FAULTS: dict[str, tuple[Damage, str]] = {
     "cut in the header": (cut(lambda data: data[:100]), "not a whole safetensors file"),
     "empty": (cut(lambda _: b""), "not a whole safetensors file"),
     "header of 2^60 bytes": (cut(lambda data: (2**60).to_bytes(8, "little") + data[8:]), "not a whole safetensors"),
-    "int8 weight": (weights(lambda t: t.update({DOWN: t[DOWN].to(torch.int8)})), f"{DOWN}.*torch.int8"),
-    "int8 norm": (weights(lambda t: t.update({NORM: t[NORM].to(torch.int8)})), f"{NORM}.*torch.int8"),
+    "int8 weight": (weights(lambda t: t.update({DOWN: t[DOWN].to(torch.int8)})), f"{DOWN}.*holds I8"),
+    "int8 norm": (weights(lambda t: t.update({NORM: t[NORM].to(torch.int8)})), f"{NORM}.*holds I8"),
     "wrong shape": (weights(lambda t: t.update({DOWN: t[DOWN].T.contiguous()})), r"shape \(67, 48\).*\(48, 67\)"),
     "missing weight": (weights(lambda t: t.pop(DOWN)), f"{DOWN}.* is missing"),
     "missing norm": (weights(lambda t: t.pop(NORM)), f"{NORM}.* is missing"),
@@ -185,7 +185,7 @@ def test_files_that_change_under_a_run_are_noticed(directory: Path) -> None:
     link = KeepingLink()
     load(directory, link)
     before = [source() for source in link.sources]
-    with (directory / "model.safetensors").open("r+b") as file:  # in place: the file is mapped
+    with (directory / "model.safetensors").open("r+b") as file:  # in place: the file stays open
         header_bytes = int.from_bytes(file.read(8), "little")
         begin, _ = json.loads(file.read(header_bytes))[DOWN]["data_offsets"]
         file.seek(8 + header_bytes + begin)

@@ -1,12 +1,16 @@
 """A model directory of safetensors shards, read tensor by tensor.
 
-Only safetensors are read: they hold numbers and nothing that runs. A tensor is mapped from disk when it
-is asked for, so that memory holds what is being worked on and no more.
+Only safetensors are read: they hold numbers and nothing that runs. A tensor is read when it is asked for, into
+memory of its own, and nothing is mapped: so memory holds what is being worked on and no more.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,46 +18,103 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from obfuscatune.wire.errors import ModelFileError
+from obfuscatune.wire.tensors import bytes_of
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+PANEL_BYTES = 1 << 20
+"""Of the rows that are read at a time, as far as one row is not longer: they stay in the cache until they are used."""
+_LENGTH_BYTES = 8
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+class _Shard:
+    """An open file, closed when nothing refers to it any more. Safe from any thread."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def fill(self, view: memoryview, offset: int) -> None:
+        """Read `view` full of the bytes from `offset` on.
+
+        Raises:
+            ModelFileError: the disk failed, or the file is shorter.
+        """
+        try:
+            while view and (came := os.preadv(self._descriptor, [view], offset)):
+                view, offset = view[came:], offset + came
+        except OSError as error:
+            raise ModelFileError(f"{self._path} cannot be read: {error.strerror}") from error
+        if view:
+            raise ModelFileError(f"{self._path} is not a whole safetensors file: it ends too early; load it anew")
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where a tensor lies: as the header says, but for `begin`, which counts from the file's start."""
+
+    shard: _Shard
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
 
 
 class Checkpoint:
-    """The tensors of a model directory by name.
+    """The tensors of a model directory by name. Its files stay open.
 
     Raises:
         ModelFileError: no safetensors, an unreadable or truncated shard, an index that does not fit.
     """
 
     def __init__(self, directory: Path) -> None:
-        self._shards = {path: _open_shard(path) for path in _shard_paths(directory)}
-        self._shard_of = {name: shard for shard in self._shards.values() for name in shard.keys()}  # noqa: SIM118
+        self._entries = {name: entry for path in _shard_paths(directory) for name, entry in _entries(path).items()}
 
     def __contains__(self, name: str) -> bool:
-        return name in self._shard_of
+        return name in self._entries
 
     def names(self) -> list[str]:
         """All tensors' names."""
-        return list(self._shard_of)
+        return list(self._entries)
 
     def read(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """One tensor, checked and converted.
 
         Raises:
-            ModelFileError: absent, of another shape, or not of floating-point numbers.
+            ModelFileError: absent, of another shape, not of floating-point numbers, or cut off.
         """
-        if name not in self._shard_of:
-            raise ModelFileError(f"tensor {name!r} is missing from the model's files")
-        try:
-            tensor: Tensor = self._shard_of[name].get_tensor(name)
-        except SafetensorError as error:
-            raise ModelFileError(f"tensor {name!r} cannot be read: {error}") from error
-        if tensor.shape != shape:
-            raise ModelFileError(f"tensor {name!r} has shape {tuple(tensor.shape)}, the config says {tuple(shape)}")
-        if not tensor.is_floating_point():
-            raise ModelFileError(f"tensor {name!r} holds {tensor.dtype}; quantised weights cannot be protected")
+        entry, stored = self._checked(name, shape)
+        tensor = torch.empty(shape, dtype=stored)
+        entry.shard.fill(bytes_of(tensor), entry.begin)
         return tensor.to(dtype)
+
+    def read_rows(self, name: str, shape: torch.Size) -> Iterator[tuple[int, Tensor]]:
+        """A matrix, some rows at a time: (number of the first, rows (r, shape[1]) in the dtype of the file).
+
+        The rows are overwritten by the next.
+
+        Raises:
+            ModelFileError: as `read`.
+        """
+        entry, stored = self._checked(name, shape)
+        rows, columns = shape
+        panel = torch.empty(min(rows, max(PANEL_BYTES // (columns * stored.itemsize), 1)), columns, dtype=stored)
+        for start in range(0, rows, len(panel)):
+            part = panel[: min(len(panel), rows - start)]
+            entry.shard.fill(bytes_of(part), entry.begin + start * columns * stored.itemsize)
+            yield start, part
+
+    def _checked(self, name: str, shape: torch.Size) -> tuple[_Entry, torch.dtype]:
+        entry = self._entries.get(name)
+        if entry is None:
+            raise ModelFileError(f"tensor {name!r} is missing from the model's files")
+        if entry.shape != tuple(shape):
+            raise ModelFileError(f"tensor {name!r} has shape {entry.shape}, the config says {tuple(shape)}")
+        stored = _FLOATS.get(entry.dtype)
+        if stored is None:
+            raise ModelFileError(f"tensor {name!r} holds {entry.dtype}; quantised weights cannot be protected")
+        return entry, stored
 
 
 def _shard_paths(directory: Path) -> list[Path]:
@@ -75,9 +136,20 @@ def _shard_paths(directory: Path) -> list[Path]:
     return [directory / name for name in sorted(names)]
 
 
-def _open_shard(path: Path) -> safe_open:
+def _entries(path: Path) -> dict[str, _Entry]:
+    """What a shard holds, by name. The safetensors library judges whether the file is whole and its header sound."""
     try:
-        shard: safe_open = safe_open(path, framework="pt", device="cpu").__enter__()
-        return shard
-    except (SafetensorError, OSError) as error:
+        with safe_open(path, framework="pt", device="cpu"):
+            shard = _Shard(path)
+        length = bytearray(_LENGTH_BYTES)
+        shard.fill(memoryview(length), 0)
+        header = bytearray(int.from_bytes(length, "little"))
+        shard.fill(memoryview(header), _LENGTH_BYTES)
+        start = _LENGTH_BYTES + len(header)
+        return {
+            name: _Entry(shard, said["dtype"], tuple(said["shape"]), start + said["data_offsets"][0])
+            for name, said in json.loads(header).items()
+            if name != "__metadata__"
+        }
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise ModelFileError(f"{path} is not a whole safetensors file: {error}") from error

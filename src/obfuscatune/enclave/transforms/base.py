@@ -44,13 +44,13 @@ class Transform(ABC):
         """x R⁻ᵀ."""
         return self._act(x, self._inverse_transpose)
 
-    def weight_left(self, W: Tensor) -> Tensor:
-        """R⁻¹ W for W (dim, q)."""
-        return self.inverse_transpose(W.T).T
+    def weight_left(self, W: Tensor, *, wide: torch.dtype = torch.float64) -> Tensor:
+        """R⁻¹ W for W (dim, q): computed in `wide`, rounded once to W's dtype."""
+        return self.inverse_transpose(W.T.to(wide)).T.to(W.dtype)
 
-    def weight_right(self, W: Tensor) -> Tensor:
-        """W R for W (p, dim)."""
-        return self.apply(W)
+    def weight_right(self, W: Tensor, *, wide: torch.dtype = torch.float64) -> Tensor:
+        """W R for W (p, dim), likewise."""
+        return self.apply(W.to(wide)).to(W.dtype)
 
     @property
     @abstractmethod

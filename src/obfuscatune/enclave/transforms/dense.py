@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from obfuscatune.enclave.transforms.base import Transform
@@ -13,6 +14,10 @@ class DenseTransform(Transform):
     def __init__(self, R: Tensor, R_inverse: Tensor) -> None:
         super().__init__(R.shape[0])
         self._R, self._R_inverse = R, R_inverse
+
+    def weight_left(self, W: Tensor, *, wide: torch.dtype = torch.float64) -> Tensor:
+        """R⁻¹ W for W (dim, q), in one product: nothing is transposed."""
+        return (self._factors_in(wide, W.device)[1] @ W.to(wide)).to(W.dtype)
 
     def _master_factors(self) -> tuple[Tensor, ...]:
         return (self._R, self._R_inverse)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from obfuscatune.enclave.keys import SecretStream
@@ -22,6 +23,10 @@ class HaarTransform(OrthogonalTransform):
     def parameter_count(self) -> int:
         """Dimension of O(p)."""
         return self.dim * (self.dim - 1) // 2
+
+    def weight_left(self, W: Tensor, *, wide: torch.dtype = torch.float64) -> Tensor:
+        """R⁻¹ W = Qᵀ W for W (dim, q), in one product: nothing is transposed."""
+        return (self._factors_in(wide, W.device)[0].T @ W.to(wide)).to(W.dtype)
 
     def _master_factors(self) -> tuple[Tensor, ...]:
         return (self._Q,)

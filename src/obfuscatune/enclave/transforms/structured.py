@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from obfuscatune.enclave.keys import SecretStream
-from obfuscatune.enclave.orthogonal import haar, inner_grid, kronecker_columns, permute_columns
+from obfuscatune.enclave.orthogonal import haar, inner_grid, kronecker_columns, kronecker_rows, permute_columns
 from obfuscatune.enclave.transforms.base import OrthogonalTransform
 
 DENSE_BELOW = 64  # up to here one dense factor costs no more than two small ones
@@ -38,6 +38,31 @@ class StructuredTransform(OrthogonalTransform):
         between = [self._draw_between(stream)] if grids == 2 else []
         self._permutations = [first, *between, stream.permutation(dim)]
         self._pairs = [(haar(stream, a), haar(stream, b)) for _ in range(grids)]
+
+    def weight_left(self, W: Tensor, *, wide: torch.dtype = torch.float64) -> Tensor:
+        """R⁻¹ W = Rᵀ W for W (dim, q): what `apply` does to features is done to rows here.
+
+        The outer permutations move numbers of W's dtype, which is the same as to move wide ones and costs half.
+        """
+        first, Q_a, Q_b, second, *rest = self._factors_in(wide, W.device)
+        x = permute_rows(W, first).to(wide)
+        if len(self._pairs) == 1:
+            return permute_rows(kronecker_rows(Q_a.T, Q_b.T, x).to(W.dtype), second)
+        Q_c, Q_d, last, *_ = rest
+        covered, start = self._covered, self.dim - self._covered
+        x = permute_rows(torch.cat([kronecker_rows(Q_a.T, Q_b.T, x[:covered]), x[covered:]]), second)
+        x = torch.cat([x[:start], kronecker_rows(Q_c.T, Q_d.T, x[start:])])
+        return permute_rows(x.to(W.dtype), last)
+
+    def weight_right(self, W: Tensor, *, wide: torch.dtype = torch.float64) -> Tensor:
+        """W R for W (p, dim), likewise."""
+        first, Q_a, Q_b, second, *rest = self._factors_in(wide, W.device)
+        x = permute_columns(W, first).to(wide)
+        if len(self._pairs) == 1:
+            return permute_columns(kronecker_columns(x, Q_a, Q_b).to(W.dtype), second)
+        Q_c, Q_d, last, *_ = rest
+        x = permute_columns(self._on_first(x, Q_a, Q_b), second)
+        return permute_columns(self._on_last(x, Q_c, Q_d).to(W.dtype), last)
 
     @property
     def parameter_count(self) -> int:
@@ -90,3 +115,10 @@ class StructuredTransform(OrthogonalTransform):
     def _on_last(self, x: Tensor, Q_a: Tensor, Q_b: Tensor) -> Tensor:
         start = self.dim - self._covered
         return torch.cat([x[:, :start], kronecker_columns(x[:, start:], Q_a, Q_b)], dim=1)
+
+
+def permute_rows(x: Tensor, permutation: Tensor) -> Tensor:
+    """Πᵀ x for x (p, n): row i of the result is row `permutation[i]` of x; one of p / 2 moves pairs of rows."""
+    if 2 * permutation.numel() == x.shape[0]:
+        permutation = torch.stack([2 * permutation, 2 * permutation + 1], dim=1).flatten()
+    return torch.index_select(x, 0, permutation)
