@@ -30,8 +30,8 @@ def transform_in_place(W: Tensor, R_in: Transform, R_out: Transform, *, wide: to
     Args:
         W: (p, q), contiguous, on the CPU, in any dtype that crosses the wire. It is overwritten.
         R_in, R_out: of dimension p and q. One that is 1 is passed over.
-        wide: dtype of a panel while it is worked on, W's own where that is wider. Each of both sides rounds once, to W's dtype or, where that has
-            16 bits, to float32 and at last to W's.
+        wide: dtype of a panel while it is worked on, W's own where that is wider. Each of both sides rounds once,
+            to W's dtype or, where that has 16 bits, to float32 and at last to W's.
     """
     p, q = W.shape
     wide = torch.promote_types(wide, W.dtype)
