@@ -20,6 +20,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no such transform": ({"transform": "harr"}, "unknown transform 'harr'"),
     "identity": ({"transform": "identity"}, "allow_unsafe"),
     "no mixing": ({"mixing": False}, "mixing=False sends every row .* allow_unsafe"),
+    "one side": ({"sides": "paper"}, "sides='paper' leaves outputs plain .* allow_unsafe"),
+    "no such sides": ({"sides": "left"}, "sides is one of both, paper, not 'left'"),
+    "nowhere": ({"lora_on": "moon"}, "lora_on is one of enclave, worker, not 'moon'"),
+    "LoRA outside and mixing": ({"lora_on": "worker"}, "lora_on='worker' needs mixing=False and sides='paper'"),
     "no shield rows": ({"shield_rows": 0}, "shield_rows=0 sends a row that crosses alone .* allow_unsafe"),
 }
 
@@ -29,6 +33,24 @@ def test_private_is_what_the_design_says() -> None:
     assert (profile.transform, profile.mixing, profile.first_blocks) == ("structured", True, 1)
     assert profile.shield_rows >= 1
     assert not profile.allow_unsafe
+
+
+def test_paper_is_what_the_paper_says() -> None:
+    profile = resolve("paper")
+    assert (profile.transform, profile.mixing, profile.sides) == ("haar", False, "paper")
+    assert (profile.lora_on, profile.first_blocks, profile.shield_rows) == ("worker", 0, 0)
+    assert profile.is_as_published
+    assert not resolve("private").is_as_published
+
+
+@pytest.mark.parametrize("transform", ["gaussian", "conditioned(160)", "structured", "haar"])
+def test_the_ablations_of_the_paper(transform: str) -> None:
+    assert resolve("paper", transform=transform).transform == transform
+
+
+def test_enclave_offloads_nothing() -> None:
+    assert not resolve("enclave").offload
+    assert all(resolve(name).offload for name in ("private", "paper"))
 
 
 def test_knobs_change_one_thing() -> None:
@@ -52,6 +74,11 @@ def test_what_weakens_only_when_asked_for_twice(knobs: dict[str, Any]) -> None:
 def test_what_is_refused(knobs: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         resolve("private", **knobs)
+
+
+def test_identity_is_refused_in_the_paper_too() -> None:
+    with pytest.raises(ConfigError, match="allow_unsafe"):
+        resolve("paper", transform="identity")
 
 
 def test_unknown_profile() -> None:

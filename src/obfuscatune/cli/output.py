@@ -70,6 +70,16 @@ def warn_plain() -> None:
     )
 
 
+def warn_as_published() -> None:
+    """Say that the paper's scheme hides less than our own."""
+    stderr().print(
+        "PROFILE paper: the scheme as published. It hides less than private: a worker sees which rows are equal, "
+        "and q, k, v and the MLP's inner values as they are (docs/paper.md).",
+        style="bold yellow",
+        soft_wrap=True,
+    )
+
+
 class Meter(Protocol):
     """Progress of something that takes more than a moment."""
 

@@ -128,9 +128,13 @@ def _protected(directory: Path, dtype: Any, protection: Protection) -> Iterator[
 
     key = None if protection.key_file is None else obfuscatune.RootKey.from_file(protection.key_file)
     profile = _profile(protection)
+    if protection.worker is not None and not profile.offload:
+        raise ConfigError(f"--profile {profile.name} runs without a worker: leave out --worker")
+    if profile.is_as_published:
+        output.warn_as_published()
     with ExitStack() as stack:
-        link = stack.enter_context(_opened_link(protection))
-        with output.progress("sending the transformed matrices") as meter:
+        link = stack.enter_context(_opened_link(protection)) if profile.offload else None
+        with output.progress("sending the transformed matrices" if profile.offload else "reading the model") as meter:
             model = obfuscatune.load(
                 directory, workers=link, profile=profile, dtype=dtype, key=key, progress=_forward_progress(meter)
             )

@@ -24,8 +24,9 @@ from obfuscatune.enclave.checkpoint import Checkpoint
 from obfuscatune.enclave.keys import RootKey
 from obfuscatune.enclave.link import RetryPolicy, WorkerLink
 from obfuscatune.enclave.obfuscate import joint_weight
+from obfuscatune.enclave.offloaded import WeightFromFiles
 from obfuscatune.enclave.profiles import Profile, resolve
-from obfuscatune.enclave.protect import Progress, adopt, open_link, released_on_failure
+from obfuscatune.enclave.protect import Progress, adopt, open_link, released_on_failure, width_of
 from obfuscatune.enclave.protection import Protection, place
 from obfuscatune.enclave.sites import SiteGroup, find_groups
 from obfuscatune.wire.errors import ModelFileError
@@ -43,7 +44,7 @@ DOWNLOADED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*
 
 def load(
     model: str | Path,
-    workers: str | WorkerLink,
+    workers: str | WorkerLink | None,
     profile: str | Profile = "private",
     *,
     dtype: torch.dtype | None = None,
@@ -60,7 +61,7 @@ def load(
 
     Args:
         model: a directory with `config.json` and safetensors, or a hub id.
-        workers: the worker's address, or an open link.
+        workers: the worker's address, or an open link; None for profile `enclave`.
         profile: name of a profile, or a profile.
         dtype: dtype of the parameters in the enclave and on the worker; that of the config by default.
         auto_class: which head, as in `transformers`: `AutoModelForCausalLM`, `AutoModel`, ...
@@ -79,9 +80,10 @@ def load(
     checkpoint = Checkpoint(directory)  # stays open: a worker that lost a matrix is sent it again from here
     skeleton = empty_model(read_config(directory), auto_class, dtype)
     generation = read_generation_config(directory)
-    groups = find_groups(skeleton, resolved.first_blocks)
+    groups = find_groups(skeleton, resolved.first_blocks) if resolved.offload else []
     reader = _Reader(checkpoint, skeleton)
-    protection = Protection.start(open_link(workers, tls, deadline_s, retry), resolved, key)
+    link = open_link(workers, resolved, tls, deadline_s, retry)
+    protection = Protection.start(link, resolved, key, width_of(skeleton))
     with released_on_failure(protection, workers):
         for done, group in enumerate(groups, start=1):
             place(skeleton, _offload(group, reader, protection))
@@ -184,16 +186,7 @@ def _offload(group: SiteGroup, reader: _Reader, protection: Protection) -> dict[
     def read_joint_weight() -> Tensor:
         return joint_weight(layers, tuple(reader.read(*shape) for shape in shapes))
 
-    obfuscated = protection.obfuscate(read_joint_weight(), group)
-    print_of_W = obfuscated.fingerprint
-
-    def make_again() -> Tensor:
-        again = protection.obfuscate(read_joint_weight(), group)
-        if again.fingerprint != print_of_W:  # under other secrets too: it would not fit the transforms that are kept
-            raise ModelFileError(f"the files hold other weights for {group.name} than when they were loaded: load anew")
-        return again.W_star
-
-    return protection.offload(group, obfuscated, make_again)
+    return protection.offload(group, read_joint_weight(), WeightFromFiles(read_joint_weight, group.name))
 
 
 class _Reader:

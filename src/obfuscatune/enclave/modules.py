@@ -106,6 +106,10 @@ class SharedCrossing:
         self._members.append(member)
         return len(self._members) - 1
 
+    def multiply_by(self, product: OffloadedProduct) -> None:
+        """From here on cross for this product, of the same shape; what was crossed for the other is let go."""
+        self._product, self._visit = product, None
+
     def output_for(self, slot: int, x: Tensor) -> Tensor:
         """x (..., p) -> that layer's x W + b (..., q_slot)."""
         visit = self._visit

@@ -13,8 +13,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from obfuscatune.enclave.keys import RootKey
+from obfuscatune.enclave.sides import ResidualSide
 from obfuscatune.enclave.transforms import Transform, TransformSpec
 from obfuscatune.wire.tensors import bytes_of
+
+PLAIN = TransformSpec("identity")
+"""The side that the paper's scheme leaves as it is."""
 
 
 @dataclass(frozen=True)
@@ -33,19 +37,37 @@ def joint_weight(layers: tuple[nn.Linear | Conv1D, ...], weights: tuple[Tensor, 
     return torch.cat([W if isinstance(layer, Conv1D) else W.T for layer, W in zip(layers, weights, strict=True)], dim=1)
 
 
-def obfuscate(W: Tensor, key: RootKey, spec: TransformSpec, name: str, epoch: int = 0) -> Obfuscated:
+def obfuscate(
+    W: Tensor, key: RootKey, spec: TransformSpec, name: str, epoch: int = 0, only: ResidualSide | None = None
+) -> Obfuscated:
     """W_star = R_in⁻¹ W R_out for W (p, q): computed in float64, rounded once to W's dtype.
 
     The secrets follow from the root key, the kind of transform, the re-keying `epoch`, the layer's `name`,
     the side, and a fingerprint of W itself: two models under one root key share no secret, though their layers
     have the same names, and W* of one transform tells nothing of another's.
+
+    `only`: rotate the paper's one side alone; the other transform is then 1. Under secrets of its own too.
     """
     p, q = W.shape
     print_of_W = fingerprint(W)
-    R_in = spec.make(p, key.stream("transform", str(spec), print_of_W, epoch, name, "in"))
-    R_out = spec.make(q, key.stream("transform", str(spec), print_of_W, epoch, name, "out"))
-    W_star = R_out.weight_right(R_in.weight_left(W.double()))
-    return Obfuscated(W_star.to(W.dtype).contiguous(), R_in, R_out, print_of_W)
+
+    def draw(dim: int, side: str, rotates: ResidualSide) -> Transform:
+        if only not in (None, rotates):
+            return PLAIN.make(dim, key.stream("plain"))
+        return spec.make(dim, key.stream("transform", str(spec), print_of_W, epoch, name, only or side))
+
+    R_in, R_out = draw(p, "in", "reads"), draw(q, "out", "writes")
+    return Obfuscated(transformed(W, R_in, R_out), R_in, R_out, print_of_W)
+
+
+def transformed(W: Tensor, R_in: Transform, R_out: Transform) -> Tensor:
+    """R_in⁻¹ W R_out for W (p, q): computed in float64, rounded once to W's dtype; contiguous."""
+    return R_out.weight_right(R_in.weight_left(W.double())).to(W.dtype).contiguous()
+
+
+def restored(W_star: Tensor, R_in: Transform, R_out: Transform) -> Tensor:
+    """R_in W_star R_out⁻¹, likewise: W but for two roundings to its dtype."""
+    return R_out.inverse(R_in.apply_transpose(W_star.double().T).T).to(W_star.dtype).contiguous()
 
 
 def fingerprint(W: Tensor) -> str:

@@ -213,7 +213,7 @@ def make_plan(model: nn.Module, profile: Profile, dtype: torch.dtype = torch.flo
     Raises:
         ProtectionError: there would be nothing to protect.
     """
-    moved = {group.name for group in find_groups(model, profile.first_blocks)}
+    moved = {group.name for group in find_groups(model, profile.first_blocks)} if profile.offload else set()
     groups = find_groups(model, 0)
     layers = tuple(
         _plan_layer(group, "worker" if group.name in moved else "enclave", group is not groups[0], dtype.itemsize)

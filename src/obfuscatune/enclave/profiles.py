@@ -2,6 +2,10 @@
 
     profile="private"  ->  resolve("private", first_blocks=2)  ->  Profile(...)  ->  parts that are composed
 
+    private   the default: rows mixed afresh, both sides rotated, LoRA in the enclave
+    paper     ObfuscaTune as published: one static rotation on one side, LoRA on the worker; weaker (docs/paper.md)
+    enclave   nothing leaves: what the others are measured against
+
 A later profile is a further row of `PRESETS`.
 """
 
@@ -9,10 +13,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Literal, get_args
 
 from obfuscatune.enclave.transforms import TransformSpec
 from obfuscatune.wire.errors import ConfigError
+
+Sides = Literal["both", "paper"]
+LoraOn = Literal["enclave", "worker"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,10 @@ class Profile:
         shield_rows: random rows mixed in at each crossing, at least; ignored without mixing.
         first_blocks: how many of the first blocks stay in the enclave. In the first, rows follow from single tokens,
             and a worker sees which of them are equal (docs/threat-model.md).
+        sides: which sides of a matrix are rotated: `both`, or as in the `paper`: the input of layers that read the
+            residual stream, whose outputs are then plain outside, and the output of layers that write to it.
+        lora_on: where LoRA's factors, their gradients and the optimizer's state are, once the adapter was moved.
+        offload: whether anything goes to a worker at all.
         allow_unsafe: permits settings that do not keep the promise; for tests and positive controls.
     """
 
@@ -34,6 +45,9 @@ class Profile:
     mixing: bool = True
     shield_rows: int = 8
     first_blocks: int = 0
+    sides: Sides = "both"
+    lora_on: LoraOn = "enclave"
+    offload: bool = True
     allow_unsafe: bool = False
 
     def __post_init__(self) -> None:
@@ -41,13 +55,33 @@ class Profile:
             raise ConfigError(f"shield_rows must be between 0 and 65536, got {self.shield_rows}")
         if self.first_blocks < 0:
             raise ConfigError(f"first_blocks must not be negative, got {self.first_blocks}")
+        for knob, value, known in (("sides", self.sides, Sides), ("lora_on", self.lora_on, LoraOn)):
+            if value not in get_args(known):
+                raise ConfigError(f"{knob} is one of {', '.join(get_args(known))}, not {value!r}")
+        if self.lora_on == "worker" and (self.mixing or self.sides != "paper"):
+            raise ConfigError(
+                "lora_on='worker' needs mixing=False and sides='paper': a factor's gradient is a product of rows that "
+                "were sent apart, and of the columns of one layer; use profile 'paper', or lora_on='enclave'"
+            )
         if not self.allow_unsafe:
             self._refuse_unsafe()
+
+    @property
+    def is_as_published(self) -> bool:
+        """Whether it is the paper's scheme: chosen by that name, and weaker than `private` on purpose."""
+        return self.name == AS_PUBLISHED
 
     def _refuse_unsafe(self) -> None:
         if self.transform_spec.is_unsafe:
             raise ConfigError(
                 "transform 'identity' protects nothing and is refused; tests and controls pass allow_unsafe=True"
+            )
+        if self.is_as_published:
+            return
+        if self.sides == "paper":
+            raise ConfigError(
+                "sides='paper' leaves outputs plain on the worker; it is refused outside profile 'paper', "
+                "tests and controls pass allow_unsafe=True"
             )
         if not self.mixing or self.shield_rows == 0:
             knob, rows = ("shield_rows=0", "a row that crosses alone") if self.mixing else ("mixing=False", "every row")
@@ -62,7 +96,15 @@ class Profile:
         return TransformSpec.parse(self.transform)
 
 
-PRESETS = {"private": Profile("private", first_blocks=1)}
+AS_PUBLISHED = "paper"
+PRESETS = {
+    profile.name: profile
+    for profile in (
+        Profile("private", first_blocks=1),
+        Profile(AS_PUBLISHED, transform="haar", mixing=False, shield_rows=0, sides="paper", lora_on="worker"),
+        Profile("enclave", offload=False),
+    )
+}
 
 
 def resolve(profile: str | Profile, **knobs: Any) -> Profile:

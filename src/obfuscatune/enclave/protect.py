@@ -16,11 +16,12 @@ from torch import nn
 from obfuscatune.enclave.keys import RootKey
 from obfuscatune.enclave.link import RetryPolicy, WorkerLink
 from obfuscatune.enclave.obfuscate import joint_weight
+from obfuscatune.enclave.offloaded import WeightFromSpool
 from obfuscatune.enclave.profiles import Profile, resolve
 from obfuscatune.enclave.protection import Protection, place
 from obfuscatune.enclave.sites import find_groups
 from obfuscatune.enclave.spool import Spool
-from obfuscatune.wire.errors import ProtectionError
+from obfuscatune.wire.errors import ConfigError, ProtectionError
 from obfuscatune.wire.tls import TlsConfig
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -30,7 +31,7 @@ Progress = Callable[[int, int, str], None]
 
 def protect(
     model: Model,
-    workers: str | WorkerLink,
+    workers: str | WorkerLink | None,
     profile: str | Profile = "private",
     *,
     key: RootKey | None = None,
@@ -49,7 +50,8 @@ def protect(
 
     Args:
         model: a Hugging Face causal LM or encoder, or a PEFT model around one. Base weights become frozen.
-        workers: the worker's address (`unix:/run/x.sock`, `tcp:host:port`), or an open link.
+        workers: the worker's address (`unix:/run/x.sock`, `tcp:host:port`), or an open link; None for profile
+            `enclave`, which needs none.
         profile: name of a profile, or a profile.
         key: root key of the transforms; with the same key the worker need not be sent the same matrices again.
         tls: identity and pinned peer, for a worker across a network.
@@ -72,8 +74,8 @@ def protect(
     if getattr(model, "protection", None) is not None:
         raise ProtectionError("this model is protected already")
     resolved = resolve(profile, **knobs)
-    groups = find_groups(model, resolved.first_blocks)
-    protection = Protection.start(open_link(workers, tls, deadline_s, retry), resolved, key)
+    groups = find_groups(model, resolved.first_blocks) if resolved.offload else []
+    protection = Protection.start(open_link(workers, resolved, tls, deadline_s, retry), resolved, key, width_of(model))
     layers: dict[str, nn.Module] = {}
     with released_on_failure(protection, workers):
         spool = Spool()
@@ -81,8 +83,7 @@ def protect(
             with torch.no_grad():
                 plain = tuple(site.layer for site in group.sites)
                 W = joint_weight(plain, tuple(layer.weight.cpu() for layer in plain))
-                obfuscated = protection.obfuscate(W, group)
-            layers |= protection.offload(group, obfuscated, spool.keep(obfuscated.W_star))
+                layers |= protection.offload(group, W, WeightFromSpool(spool))
             if progress is not None:
                 progress(done, len(groups), group.name)
     place(model, layers)
@@ -90,17 +91,39 @@ def protect(
     return model
 
 
+def width_of(model: nn.Module) -> int | None:
+    """Of the residual stream, where the model's configuration tells."""
+    width = getattr(getattr(model, "config", None), "hidden_size", None)
+    return width if isinstance(width, int) else None
+
+
 def open_link(
-    workers: str | WorkerLink, tls: TlsConfig | None, deadline_s: float, retry: RetryPolicy | None
-) -> WorkerLink:
-    """The link itself, or a new one to that address."""
+    workers: str | WorkerLink | None,
+    profile: Profile,
+    tls: TlsConfig | None,
+    deadline_s: float,
+    retry: RetryPolicy | None,
+) -> WorkerLink | None:
+    """The link itself, or a new one to that address; None where the profile offloads nothing.
+
+    Raises:
+        ConfigError: a worker is named that is not needed, or none that is.
+        WireError: it cannot be reached.
+    """
+    if (workers is not None) != profile.offload:
+        raise ConfigError(
+            f"profile {profile.name!r} "
+            + ("needs a worker: give its address" if profile.offload else "runs without a worker: name none")
+        )
+    if workers is None:
+        return None
     if isinstance(workers, WorkerLink):
         return workers
     return WorkerLink.open(workers, tls=tls, deadline_s=deadline_s, retry=retry or RetryPolicy())
 
 
 @contextmanager
-def released_on_failure(protection: Protection, workers: str | WorkerLink) -> Iterator[None]:
+def released_on_failure(protection: Protection, workers: str | WorkerLink | None) -> Iterator[None]:
     """Should what follows fail, have the worker forget and hang up; a link that was handed in stays open."""
     try:
         yield

@@ -1,21 +1,25 @@
-"""What a protected model carries with it: the link, the profile, the account of what crossed."""
+"""What a protected model carries with it: the link, the profile, what lies on the worker, and what crossed."""
 
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from obfuscatune.enclave.keys import RootKey, SecretStream
 from obfuscatune.enclave.linear import OffloadedProduct
-from obfuscatune.enclave.link import LinkStats, MatrixSource, WorkerLink
+from obfuscatune.enclave.link import LinkStats, WorkerLink
 from obfuscatune.enclave.mixing import KroneckerMixer, Mixer, NoMixing
 from obfuscatune.enclave.modules import ProtectedConv1D, ProtectedLinear, SharedCrossing
 from obfuscatune.enclave.obfuscate import Obfuscated, obfuscate
+from obfuscatune.enclave.offloaded import Offloaded, WeightSource
 from obfuscatune.enclave.profiles import Profile
+from obfuscatune.enclave.sides import residual_side
 from obfuscatune.enclave.sites import SiteGroup
+from obfuscatune.wire.errors import ProtectionError
 
 MATRIX_ID_BYTES = 16
 
@@ -24,44 +28,89 @@ MATRIX_ID_BYTES = 16
 class Protection:
     """Everything that a protected model needs besides itself; `model.protection`."""
 
-    link: WorkerLink
+    link: WorkerLink | None
+    """None where nothing is offloaded."""
     profile: Profile
     key: RootKey
     mixer: Mixer
+    width: int | None = None
+    """Of the residual stream, where the model's configuration tells."""
+    epoch: int = 0
+    """How often the transforms were drawn anew."""
+    offloaded: list[Offloaded] = field(default_factory=list)
 
     @classmethod
-    def start(cls, link: WorkerLink, profile: Profile, key: RootKey | None) -> Protection:
+    def start(
+        cls, link: WorkerLink | None, profile: Profile, key: RootKey | None, width: int | None = None
+    ) -> Protection:
         """The parts that a profile composes; a fresh root key where none is given."""
         stream = SecretStream.fresh()
         mixer = KroneckerMixer(profile.shield_rows, stream) if profile.mixing else NoMixing()
-        return cls(link, profile, key or RootKey.generate(), mixer)
+        return cls(link, profile, key or RootKey.generate(), mixer, width)
 
     @property
     def stats(self) -> LinkStats:
         """Crossings, bytes, seconds of waiting, uploads, retries; since the link was opened."""
-        return self.link.stats
+        return LinkStats() if self.link is None else self.link.stats
 
-    def obfuscate(self, W: Tensor, group: SiteGroup) -> Obfuscated:
-        """W_star and the transforms of one group, from the root key."""
-        return obfuscate(W, self.key, self.profile.transform_spec, group.name)
-
-    def offload(self, group: SiteGroup, obfuscated: Obfuscated, source: MatrixSource) -> dict[str, nn.Module]:
-        """Send W_star; the layers that are to take the plain ones' places, by path."""
-        matrix_id = secrets.token_bytes(MATRIX_ID_BYTES)
-        W_star = obfuscated.W_star
-        p, q = W_star.shape
-        self.link.store(matrix_id, source, shape=(p, q), dtype=W_star.dtype, tensor=W_star)
-        product = OffloadedProduct(self.link, matrix_id, obfuscated.R_in, obfuscated.R_out, self.mixer)
+    def offload(self, group: SiteGroup, W: Tensor, weights: WeightSource) -> dict[str, nn.Module]:
+        """Send W (p, q) as W_star; the layers that are to take the plain ones' places, by path."""
+        side = None
+        if self.profile.sides == "paper":
+            first = group.sites[0]
+            side = residual_side(first.name, first.in_features, first.out_features, self.width)
+        obfuscated = obfuscate(W, self.key, self.profile.transform_spec, group.name, self.epoch, side)
+        matrix_id, product = self._send(obfuscated, weights)
         crossing = SharedCrossing(product, group.widths)
+        self.offloaded.append(
+            Offloaded(group.name, side, weights, crossing, matrix_id, obfuscated.R_in, obfuscated.R_out)
+        )
         layers: dict[str, nn.Module] = {}
         for site in group.sites:
             kind = ProtectedConv1D if isinstance(site.layer, Conv1D) else ProtectedLinear
             layers[site.path] = kind(crossing, site.layer).train(site.layer.training)
         return layers
 
+    def rekey(self, progress: Callable[[int, int, str], None] | None = None) -> None:
+        """Draw all transforms anew and have the worker hold the matrices under these, one after the other.
+
+        Between two steps: what was computed before cannot be differentiated any more. Should it raise, every layer
+        is under its old transforms or its new ones, and works; call it again to finish.
+
+        Raises:
+            WireError: the worker failed, or has no room for one more matrix.
+        """
+        self.epoch += 1
+        for done, layer in enumerate(self.offloaded, start=1):
+            fresh = obfuscate(
+                layer.weights.weight(), self.key, self.profile.transform_spec, layer.name, self.epoch, layer.side
+            )
+            outdated = layer.matrix_id
+            layer.matrix_id, product = self._send(fresh, layer.weights)
+            layer.R_in, layer.R_out = fresh.R_in, fresh.R_out
+            layer.crossing.multiply_by(product)
+            self._worker.forget(outdated)
+            if progress is not None:
+                progress(done, len(self.offloaded), layer.name)
+
+    @property
+    def _worker(self) -> WorkerLink:
+        if self.link is None:
+            raise ProtectionError("this profile offloads nothing: there is no worker")
+        return self.link
+
+    def _send(self, obfuscated: Obfuscated, weights: WeightSource) -> tuple[bytes, OffloadedProduct]:
+        """Have the worker hold W_star; the id that it lies under, and the product with it."""
+        link, W_star = self._worker, obfuscated.W_star
+        matrix_id = secrets.token_bytes(MATRIX_ID_BYTES)
+        p, q = W_star.shape
+        link.store(matrix_id, weights.keep(obfuscated), shape=(p, q), dtype=W_star.dtype, tensor=W_star)
+        return matrix_id, OffloadedProduct(link, matrix_id, obfuscated.R_in, obfuscated.R_out, self.mixer)
+
     def close(self) -> None:
         """Let the worker forget, and close the connection."""
-        self.link.close()
+        if self.link is not None:
+            self.link.close()
 
     def __repr__(self) -> str:
         return f"Protection(profile={self.profile.name!r}, {self.stats})"

@@ -45,7 +45,9 @@ class Spool:
             raise StorageError(
                 f"cannot spool a matrix to {path}: {error.strerror}; point TMPDIR to a disk with room for the model"
             ) from error
-        return _SpooledMatrix(self, path, content_digest(W_star), W_star.shape, W_star.dtype)
+        kept = _SpooledMatrix(self, path, content_digest(W_star), W_star.shape, W_star.dtype)
+        weakref.finalize(kept, path.unlink, missing_ok=True)  # re-keyed: another matrix has taken its place
+        return kept
 
 
 @dataclass(frozen=True)

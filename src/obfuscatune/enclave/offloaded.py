@@ -1,0 +1,94 @@
+"""A group of layers on the worker, as the enclave remembers it: enough to send it again, or under new secrets.
+
+W  ->  obfuscate  ->  W_star, sent once  ->  WeightSource: W_star again for a worker that lost it; W to re-key
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from obfuscatune.enclave.link import MatrixSource
+from obfuscatune.enclave.modules import SharedCrossing
+from obfuscatune.enclave.obfuscate import Obfuscated, fingerprint, restored, transformed
+from obfuscatune.enclave.sides import ResidualSide
+from obfuscatune.enclave.spool import Spool
+from obfuscatune.enclave.transforms import Transform
+from obfuscatune.wire.errors import ModelFileError, ProtectionError
+
+
+class WeightSource(Protocol):
+    """Where a group's matrix is to be had again. It holds neither W nor W_star."""
+
+    def weight(self) -> Tensor:
+        """W (p, q)."""
+
+    def keep(self, obfuscated: Obfuscated) -> MatrixSource:
+        """What makes this W_star again; what was kept before is let go."""
+
+
+class WeightFromFiles:
+    """W is read from the model's files each time."""
+
+    def __init__(self, read: Callable[[], Tensor], name: str) -> None:
+        self._read, self._name = read, name
+
+    def weight(self) -> Tensor:
+        """W (p, q), as the files have it."""
+        return self._read()
+
+    def keep(self, obfuscated: Obfuscated) -> MatrixSource:
+        """Reads W and transforms it again.
+
+        The source raises ModelFileError where the files hold another W than before: it would not fit the
+        transforms that are kept, and under these would show its difference.
+        """
+        R_in, R_out, print_of_W = obfuscated.R_in, obfuscated.R_out, obfuscated.fingerprint
+
+        def make_again() -> Tensor:
+            W = self._read()
+            if fingerprint(W) != print_of_W:
+                raise ModelFileError(
+                    f"the files hold other weights for {self._name} than when they were loaded: load anew"
+                )
+            return transformed(W, R_in, R_out)
+
+        return make_again
+
+
+class WeightFromSpool:
+    """W_star lies on the enclave's disk, and W follows from it: rounded twice more, to its own dtype."""
+
+    def __init__(self, spool: Spool) -> None:
+        self._spool = spool
+        self._kept: tuple[MatrixSource, Transform, Transform] | None = None
+
+    def weight(self) -> Tensor:
+        """W (p, q), from what was last kept."""
+        if self._kept is None:
+            raise ProtectionError("nothing was spooled yet")
+        source, R_in, R_out = self._kept
+        return restored(source(), R_in, R_out)
+
+    def keep(self, obfuscated: Obfuscated) -> MatrixSource:
+        """Writes W_star to the spool."""
+        source = self._spool.keep(obfuscated.W_star)
+        self._kept = source, obfuscated.R_in, obfuscated.R_out
+        return source
+
+
+@dataclass
+class Offloaded:
+    """One group on the worker: W_star (p, q) under `matrix_id`."""
+
+    name: str
+    side: ResidualSide | None
+    """The one side that is rotated, None for both."""
+    weights: WeightSource
+    crossing: SharedCrossing
+    matrix_id: bytes
+    R_in: Transform
+    R_out: Transform
