@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from obfuscatune.enclave.profiles import Profile
     from obfuscatune.enclave.protect import protect
     from obfuscatune.process import settle_process
+    from obfuscatune.reproduction.run import reproduce
     from obfuscatune.wire.errors import ObfuscaTuneError
     from obfuscatune.wire.tls import TlsConfig
 
@@ -31,6 +32,7 @@ _HOMES = {
     "load": "enclave.load",
     "local_worker": "enclave.local",
     "protect": "enclave.protect",
+    "reproduce": "reproduction.run",
     "settle_process": "process",
 }
 
@@ -58,5 +60,6 @@ __all__ = [
     "load",
     "local_worker",
     "protect",
+    "reproduce",
     "settle_process",
 ]

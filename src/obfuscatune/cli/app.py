@@ -41,6 +41,9 @@ _COMMANDS = {
     ),
     "inspect": _Command("Show where each layer runs and what crosses.", "obfuscatune inspect --model ./llama"),
     "bench": _Command("Time a protected step beside a plain one.", "obfuscatune bench step"),
+    "reproduce": _Command(
+        "Make the paper's tables anew.", "obfuscatune reproduce --preset cpu --data-root data --out reproduce-out"
+    ),
     "worker": _Command("Run the untrusted worker.", "obfuscatune worker --listen unix:/run/obfuscatune.sock"),
     "keygen": _Command("Make the keys of an enclave and a worker.", "obfuscatune keygen --out keys/enclave"),
 }

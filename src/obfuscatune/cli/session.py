@@ -112,7 +112,9 @@ def open_session(
         if protection is None:
             output.warn_plain()
             with output.progress("reading the model"):
-                model = _load_plain(files.directory, torch_dtype)
+                from obfuscatune.tuning.plain import load_plain
+
+                model = load_plain(files.directory, torch_dtype)
         else:
             model = stack.enter_context(_protected(files.directory, torch_dtype, protection))
         if adapter is not None:
@@ -200,18 +202,6 @@ def _forward_progress(meter: output.Meter) -> Callable[[int, int, str], None]:
         meter.advance(1)
 
     return progress
-
-
-def _load_plain(directory: Path, dtype: Any) -> "PreTrainedModel":
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelFileError(f"{directory} cannot be read as a model in safetensors: {error}") from error
 
 
 def _dtype(name: str | None) -> Any:

@@ -1,0 +1,90 @@
+"""`obfuscatune reproduce`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from obfuscatune.cli import options, output
+from obfuscatune.cli.options import option
+from obfuscatune.wire.errors import ConfigError
+
+if TYPE_CHECKING:
+    from obfuscatune.reproduction.run import Reproduction
+
+
+def reproduce(
+    out: Annotated[Path, option("--out", "Folder for results and report.", default="reproduce-out")] = Path(
+        "reproduce-out"
+    ),
+    preset: Annotated[
+        str, option("--preset", "paper: its recipe in full; cpu, smoke: scaled down.", default="cpu")
+    ] = "cpu",
+    parts: Annotated[
+        str,
+        option("--parts", "Of accuracy, error, share, slowdown, obfuscate.", default="accuracy,error,share"),
+    ] = "accuracy,error,share",
+    tasks: Annotated[
+        str, option("--tasks", "Of webqs, openbookqa, piqa, sciq.", default="all")
+    ] = "webqs,openbookqa,piqa,sciq",
+    methods: Annotated[
+        str | None,
+        option(
+            "--methods",
+            "Of plain, paper, private, enclave, gaussian, conditioned(KAPPA); plain comes always.",
+            default="the preset's",
+        ),
+    ] = None,
+    seeds: Annotated[str | None, option("--seeds", "As in 0,1,2.", default="the preset's")] = None,
+    model: options.Model = None,
+    data_root: Annotated[
+        str | None, option("--data-root", "Folder, or data set on the Hub, with the tasks' files.")
+    ] = None,
+    limit: Annotated[int | None, option("--limit", "Test questions of each task.", default="the preset's")] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Make the paper's tables: accuracy, error, enclave's share, slowdown, time to obfuscate.
+
+    Every cell is kept when it is done: run the command again after an interruption, or with more tasks, methods or
+    seeds, and it does what is missing. Ends with a page, Markdown and CSV in --out. What the data root must
+    hold, and what each table says: docs/reproduce.md.
+    """
+    from obfuscatune.reproduction.run import reproduce as run
+
+    found = run(
+        out,
+        preset=preset,
+        parts=_names(parts),
+        tasks=_names(tasks),
+        methods=None if methods is None else _names(methods),
+        seeds=None if seeds is None else [_whole(seed) for seed in _names(seeds)],
+        model=model,
+        data_root=data_root,
+        limit=limit,
+        watch=output.progress,
+    )
+    if as_json:
+        output.write_json(_document(found))
+    else:
+        output.write_text(found.markdown.read_text("utf-8"))
+        output.write_text(f"report: {found.report}")
+
+
+def _names(text: str) -> list[str]:
+    return [name for part in text.split(",") if (name := part.strip())]
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"--seeds: expected whole numbers, found {text!r}") from None
+
+
+def _document(found: "Reproduction") -> dict[str, object]:
+    return {
+        "report": str(found.report),
+        "checks": [vars(check) for check in found.checks],
+        "cells": [
+            {"kind": cell.kind, "name": cell.name, "settings": cell.settings, "result": cell.result}
+            for cell in found.cells
+        ],
+    }

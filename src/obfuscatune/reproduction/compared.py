@@ -1,0 +1,77 @@
+"""Tuned cells beside the plain ones of the same task and seeds: the numbers of table 1, and whether they agree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+from obfuscatune.evaluation.compare import Comparison, compare
+from obfuscatune.reproduction.accuracy import headline, metric_of
+from obfuscatune.reproduction.cells import Measured
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """One method on one task, and plain: two lists of cells, seed by seed."""
+
+    task: str
+    method: str
+    protected: Sequence[Measured]
+    plain: Sequence[Measured]
+
+    def accuracies(self, cells: Iterable[Measured], which: str) -> list[float]:
+        """Per cent of `test` or `recall` questions right, for each seed."""
+        return [100 * cell.result[which][headline(self.task)]["value"] for cell in cells]
+
+    def difference(self, which: str) -> float:
+        """Points: the mean over seeds of protected less plain."""
+        return fmean(self.accuracies(self.protected, which)) - fmean(self.accuracies(self.plain, which))
+
+    @property
+    def spread(self) -> float:
+        """Points: the larger of both sides' standard deviations over seeds, on the test questions."""
+        return max(deviation(self.accuracies(side, "test")) for side in (self.protected, self.plain))
+
+    def losses(self, cells: Iterable[Measured], name: str) -> list[float]:
+        """`final_loss`, `heldout_after`, … of each seed, in nats per token."""
+        return [cell.result[name] for cell in cells]
+
+    def loss_difference(self, name: str) -> float:
+        """Share: how far the mean over seeds is from plain's."""
+        plain = fmean(self.losses(self.plain, name))
+        return (fmean(self.losses(self.protected, name)) - plain) / plain
+
+    @property
+    def answers(self) -> list[Comparison]:
+        """Test questions answered otherwise than by the plain model of the same seed."""
+        name = headline(self.task)
+        pairs = zip(self.protected, self.plain, strict=True)
+        return [compare(metric_of(a.result, "test", name), metric_of(b.result, "test", name)) for a, b in pairs]
+
+    @property
+    def questions(self) -> int:
+        """Test questions of all seeds together."""
+        name = headline(self.task)
+        return sum(len(cell.result["test"][name]["verdicts"]) for cell in self.plain)
+
+
+def pairings(cells: Iterable[Measured]) -> list[Pairing]:
+    """Every protected method on every task, for the seeds that plain has been run with too."""
+    tuned = {
+        (cell.settings["task"], cell.settings["method"], cell.settings["seed"]): cell
+        for cell in cells
+        if cell.kind == "accuracy"
+    }
+    found = []
+    for task, method in dict.fromkeys((task, method) for task, method, _ in tuned if method != "plain"):
+        seeds = sorted(seed for t, m, seed in tuned if (t, m) == (task, method) and (task, "plain", seed) in tuned)
+        if seeds:
+            protected = [tuned[task, method, seed] for seed in seeds]
+            found.append(Pairing(task, method, protected, [tuned[task, "plain", seed] for seed in seeds]))
+    return found
+
+
+def deviation(values: Sequence[float]) -> float:
+    """Standard deviation of a sample; 0 for a single value."""
+    return stdev(values) if len(values) > 1 else 0.0

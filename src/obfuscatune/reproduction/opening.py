@@ -1,0 +1,99 @@
+"""The model that is measured, and one worker process for all cells that need one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from obfuscatune.assets import tiny_model_path
+from obfuscatune.enclave.load import find_directory, load, read_config
+from obfuscatune.enclave.local import local_worker
+from obfuscatune.enclave.profiles import resolve
+from obfuscatune.enclave.protect import protect
+from obfuscatune.reproduction.methods import Method
+from obfuscatune.tuning.identity import model_fingerprint
+from obfuscatune.tuning.plain import load_plain
+from obfuscatune.wire.errors import ModelFileError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model in its files; `fingerprint` tells it from others."""
+
+    directory: Path
+    tokenizer: PreTrainedTokenizerBase
+    config: Any
+    fingerprint: str
+
+    @classmethod
+    def find(cls, model: str | None) -> Subject:
+        """A directory, a hub id, or the embedded model if None.
+
+        Raises:
+            ModelFileError: there is no such model, or its configuration or tokenizer cannot be read.
+        """
+        from transformers import AutoTokenizer
+
+        directory = find_directory(model if model is not None else tiny_model_path())
+        config = read_config(directory)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        except Exception as error:  # transformers and tokenizers raise what they like, Exception itself too
+            raise ModelFileError(f"{directory} has no tokenizer that can be used: {error}") from error
+        return cls(directory, tokenizer, config, model_fingerprint(directory))
+
+
+class Opening:
+    """Opens models, protected or plain; the worker starts with the first that needs it."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+
+    @cached_property
+    def worker(self) -> str:
+        """Its address."""
+        return self._stack.enter_context(local_worker()).address
+
+    @contextmanager
+    def model(self, directory: Path, method: Method, dtype: torch.dtype) -> Iterator[PreTrainedModel]:
+        """A model from its files.
+
+        Raises:
+            ModelFileError, ConfigError, WireError: as `load` does.
+        """
+        if method.profile is None:
+            yield load_plain(directory, dtype).eval()
+            return
+        with _let_go(load(directory, self._worker_for(method), method.profile, dtype=dtype, **method.knobs)) as model:
+            yield model
+
+    @contextmanager
+    def protected(self, model: PreTrainedModel, method: Method) -> Iterator[PreTrainedModel]:
+        """A model that is in memory, protected in place; as it is where the method protects nothing."""
+        if method.profile is None:
+            yield model
+            return
+        with _let_go(protect(model, self._worker_for(method), method.profile, **method.knobs)):
+            yield model
+
+    def _worker_for(self, method: Method) -> str | None:
+        """None where nothing leaves the enclave."""
+        return self.worker if resolve(method.profile or "enclave", **method.knobs).offload else None
+
+
+@contextmanager
+def _let_go(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Have the worker forget the model's matrices afterwards."""
+    try:
+        yield model
+    finally:
+        model.protection.close()

@@ -1,0 +1,160 @@
+"""How much is measured. `paper` is the paper's own recipe; the others are scaled down, and named as such."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from obfuscatune.wire.errors import ConfigError
+
+TASKS = ("webqs", "openbookqa", "piqa", "sciq")
+"""In the paper's order."""
+KAPPAS = (1, 8, 32, 128, 160)
+"""The condition numbers of the paper's table."""
+ABLATIONS = (*(f"conditioned({kappa})" for kappa in KAPPAS), "gaussian")
+
+
+@dataclass(frozen=True)
+class ShapeDepth:
+    """A named shape (bench/shapes.py), and how many of its blocks are built; all of them if None."""
+
+    shape: str
+    layers: int | None = None
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One size of the whole reproduction.
+
+    Attributes:
+        epochs, batch_size, lr, schedule: of every fine-tuning; the rest is the paper's: r 16, alpha 32, dropout 0.05.
+        records: training records of each task, the first ones; None for all.
+        heldout: test records whose loss is measured before and after.
+        questions: test questions of each task; None for all.
+        recalled: training questions that are asked too: what was learnt from them shows there first.
+        methods: those that every task is tuned with.
+        ablations: those that only `ablation_tasks` are tuned with, and that are asked in 16 bits.
+        depths: blocks after which the logits' error is measured, in a model that has so many.
+        error_shapes: random-weight shapes for the error, with how many of their blocks.
+        error_tokens: length of the sequence that the error is measured on.
+        slowdown: shapes that are timed.
+        slowdown_rounds: counted steps of each side.
+        step_batch, step_length: sequences of one timed step, and tokens of each.
+    """
+
+    name: str
+    epochs: int
+    batch_size: int
+    lr: float
+    schedule: str
+    records: int | None
+    heldout: int
+    questions: int | None
+    recalled: int
+    seeds: tuple[int, ...]
+    methods: tuple[str, ...]
+    ablations: tuple[str, ...]
+    ablation_tasks: tuple[str, ...]
+    depths: tuple[int, ...]
+    error_shapes: tuple[ShapeDepth, ...]
+    error_tokens: int
+    slowdown: tuple[ShapeDepth, ...]
+    slowdown_rounds: int
+    step_batch: int
+    step_length: int
+
+
+_MAIN = ("plain", "paper", "private")
+
+PRESETS: Mapping[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            "paper",
+            epochs=10,
+            batch_size=1,
+            lr=3e-5,
+            schedule="constant",
+            records=None,
+            heldout=200,
+            questions=None,
+            recalled=200,
+            seeds=(0, 1, 2),
+            methods=("plain", "enclave", "paper", "private"),
+            ablations=ABLATIONS,
+            ablation_tasks=TASKS,
+            depths=(1, 2, 4, 8, 12, 24, 36, 48),
+            error_shapes=(
+                ShapeDepth("gpt2"),
+                ShapeDepth("gpt2-medium"),
+                ShapeDepth("gpt2-large"),
+                ShapeDepth("gpt2-xl"),
+            ),
+            error_tokens=256,
+            slowdown=(ShapeDepth("gpt2"), ShapeDepth("gpt2-medium"), ShapeDepth("gpt2-large"), ShapeDepth("gpt2-xl")),
+            slowdown_rounds=11,
+            step_batch=2,
+            step_length=256,
+        ),
+        Preset(
+            "cpu",
+            epochs=10,
+            batch_size=16,
+            lr=2e-3,
+            schedule="linear",
+            records=128,
+            heldout=64,
+            questions=None,
+            recalled=128,
+            seeds=(0, 1, 2),
+            methods=_MAIN,
+            ablations=ABLATIONS,
+            ablation_tasks=("sciq",),
+            depths=(1, 2, 4, 8, 12),
+            error_shapes=(ShapeDepth("gpt2"), ShapeDepth("gpt2-xl", 4)),
+            error_tokens=64,
+            slowdown=(
+                ShapeDepth("gpt2"),
+                ShapeDepth("gpt2-medium", 8),
+                ShapeDepth("gpt2-large", 6),
+                ShapeDepth("gpt2-xl", 4),
+            ),
+            slowdown_rounds=5,
+            step_batch=2,
+            step_length=256,
+        ),
+        Preset(
+            "smoke",
+            epochs=2,
+            batch_size=8,
+            lr=2e-3,
+            schedule="linear",
+            records=16,
+            heldout=8,
+            questions=16,
+            recalled=16,
+            seeds=(0, 1),
+            methods=_MAIN,
+            ablations=("conditioned(8)", "gaussian"),
+            ablation_tasks=("sciq",),
+            depths=(1, 2),
+            error_shapes=(ShapeDepth("gpt2", 2),),
+            error_tokens=16,
+            slowdown=(ShapeDepth("gpt2", 2),),
+            slowdown_rounds=1,
+            step_batch=1,
+            step_length=32,
+        ),
+    )
+}
+
+
+def find_preset(name: str) -> Preset:
+    """The preset of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"--preset: unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
+    return PRESETS[name]

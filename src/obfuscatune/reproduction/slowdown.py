@@ -1,0 +1,34 @@
+"""A protected LoRA step over a plain one, by size: `bench step` with the preset's shapes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from obfuscatune.bench.step import StepBench
+from obfuscatune.reproduction.cells import Cell, Watch
+from obfuscatune.reproduction.presets import Preset, ShapeDepth
+
+PROFILES = ("paper", "private")
+
+
+def slowdown_cell(preset: Preset, shape: ShapeDepth, profile: str) -> Cell:
+    """One shape under one profile, plain beside it in the same run."""
+    bench = StepBench(
+        shape=shape.shape,
+        layers=shape.layers,
+        batch=preset.step_batch,
+        length=preset.step_length,
+        threads=len(os.sched_getaffinity(0)),
+        rounds=preset.slowdown_rounds,
+        warmup=1 if preset.slowdown_rounds < 3 else 2,
+        profile=profile,
+    )
+
+    def measure(watch: Watch) -> Mapping[str, Any]:
+        with watch(f"timing {shape.shape}, {profile}") as meter:
+            return bench.run(lambda line: meter.advance(1, line)).as_json()
+
+    settings = {name: getattr(bench, name) for name in ("shape", "layers", "batch", "length", "threads", "rounds")}
+    return Cell("slowdown", f"{shape.shape} {profile}", {**settings, "profile": profile}, measure)

@@ -1,0 +1,227 @@
+"""The paper's tables from finished cells. Accuracies in per cent, differences in points, losses in nats per token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from statistics import fmean, median
+from typing import Any
+
+from obfuscatune.report.page import Table
+from obfuscatune.report.units import format_bytes, format_count, format_seconds, format_share, format_small
+from obfuscatune.reproduction.accuracy import headline
+from obfuscatune.reproduction.cells import Measured
+from obfuscatune.reproduction.checks import Check
+from obfuscatune.reproduction.compared import Pairing, deviation, pairings
+from obfuscatune.reproduction.methods import find_method
+
+
+def make_tables(cells: Sequence[Measured]) -> list[Table]:
+    """All tables that these cells have something for, in the paper's order."""
+    made: list[Callable[[Sequence[Measured]], Iterator[Table]]] = [
+        _accuracy,
+        _condition,
+        _error_by_depth,
+        _share,
+        _slowdown,
+    ]
+    return [table for make in made for table in make(cells)]
+
+
+def check_table(checks: Sequence[Check]) -> Table:
+    """What must hold, and whether it does."""
+    rows = [(it.claim, it.measured, "holds" if it.held else "DOES NOT HOLD") for it in checks]
+    return Table("What must hold", ("claim", "measured", ""), rows, text_columns=3)
+
+
+def _accuracy(cells: Sequence[Measured]) -> Iterator[Table]:
+    found = pairings(cells)
+    if not found:
+        return
+    seeds = max(len(it.plain) for it in found)
+    yield Table(
+        "1. Accuracy, plain and protected",
+        (
+            "task",
+            "method",
+            "plain %",
+            "protected %",
+            "points",
+            "plain recall %",
+            "recall %",
+            "plain loss",
+            "loss",
+            "loss, relative",
+            "answers that differ",
+        ),
+        [_accuracy_row(it) for it in found] + list(_mean_rows(found)),
+        caption=f"Mean ± standard deviation over {seeds} seeds. Right answers to the test questions (exact match for "
+        "webqs, the likeliest choice for the others, as lm-evaluation-harness has it); recall: of questions that were "
+        "trained on. Loss: over the whole last epoch. Answers that differ from those of the plain model, ties among "
+        "them in brackets, are of all seeds together.",
+        text_columns=2,
+    )
+
+
+def _accuracy_row(it: Pairing) -> tuple[str, ...]:
+    differing = sum(len(one.differing) for one in it.answers)
+    ties = sum(len(one.ties) for one in it.answers)
+    return (
+        it.task,
+        it.method,
+        _spread(it.accuracies(it.plain, "test")),
+        _spread(it.accuracies(it.protected, "test")),
+        f"{it.difference('test'):+.2f}",
+        _spread(it.accuracies(it.plain, "recall")),
+        _spread(it.accuracies(it.protected, "recall")),
+        _spread(it.losses(it.plain, "final_loss"), digits=4),
+        _spread(it.losses(it.protected, "final_loss"), digits=4),
+        f"{100 * it.loss_difference('final_loss'):+.3f} %",
+        f"{differing} ({ties}) of {it.questions}",
+    )
+
+
+def _mean_rows(found: Sequence[Pairing]) -> Iterator[tuple[str, ...]]:
+    """The mean over tasks, for methods that have several."""
+    for method in dict.fromkeys(it.method for it in found):
+        own = [it for it in found if it.method == method]
+        if len(own) > 1:
+            plain, protected = (
+                fmean(fmean(it.accuracies(side(it), "test")) for it in own) for side in (_plain, _protected)
+            )
+            means = (f"{plain:.2f}", f"{protected:.2f}", f"{protected - plain:+.2f}")
+            yield (f"mean of {len(own)} tasks", method, *means, "", "", "", "", "", "")
+
+
+def _plain(it: Pairing) -> Sequence[Measured]:
+    return it.plain
+
+
+def _protected(it: Pairing) -> Sequence[Measured]:
+    return it.protected
+
+
+def _condition(cells: Sequence[Measured]) -> Iterator[Table]:
+    """Table 2, for every task that was asked in 16 bits."""
+    rounded = [cell for cell in cells if cell.kind == "rounded"]
+    errors = {cell.settings["method"]: cell for cell in cells if cell.kind == "error" and "model" in cell.settings}
+    for task in dict.fromkeys(cell.settings["task"] for cell in rounded):
+        own = [cell for cell in rounded if cell.settings["task"] == task]
+        tuned = [cell for cell in cells if cell.kind == "accuracy" and cell.settings["task"] == task]
+        dtypes = list(dict.fromkeys(cell.settings["dtype"] for cell in own))
+        rows = []
+        for method in dict.fromkeys(cell.settings["method"] for cell in own):
+            row = [method, _kappa(method)]
+            for dtype in ("float32", *dtypes):
+                error = errors[method].result["errors"][dtype][-1] if method in errors else None
+                row.append("" if error is None else format_small(error))
+            here = [cell for cell in tuned if cell.settings["method"] == method]
+            row += [_right(here, task, "test"), _right(here, task, "recall")]
+            for dtype in dtypes:
+                here = [cell for cell in own if (cell.settings["method"], cell.settings["dtype"]) == (method, dtype)]
+                row += [_right(here, task, "test"), _right(here, task, "recall")]
+            rows.append(tuple(row))
+        names = ("float32", *dtypes)
+        yield Table(
+            f"2. Over the condition number: {task}",
+            (
+                "method",
+                "condition number",
+                *(f"error, {name}" for name in names),
+                *(f"{what} %, {name}" for name in names for what in ("accuracy", "recall")),
+            ),
+            rows,
+            caption="Error of the logits of the trained model, relative, against plain in float64. float32: tuned and "
+            "asked under the method. 16 bits: the model that was tuned plain, asked under the method.",
+        )
+
+
+def _error_by_depth(cells: Sequence[Measured]) -> Iterator[Table]:
+    found = [cell for cell in cells if cell.kind == "error"]
+    for subject in dict.fromkeys(_subject(cell) for cell in found):
+        own = [cell for cell in found if _subject(cell) == subject]
+        depths = own[0].result["depths"]
+        rows = [
+            (cell.settings["method"], dtype, *map(format_small, errors))
+            for dtype in own[0].result["errors"]
+            for cell in own
+            for errors in [cell.result["errors"][dtype]]
+        ]
+        yield Table(
+            f"2a. Error of the logits by depth: {subject}",
+            ("method", "numbers", *(f"{depth} block{'s' if depth > 1 else ''}" for depth in depths)),
+            rows,
+            caption="Relative, in the Frobenius norm, against the plain model in float64: the rows of plain show what "
+            "the number format alone does. "
+            + ("English text." if "model" in own[0].settings else "Random weights, random tokens."),
+            text_columns=2,
+        )
+
+
+def _share(cells: Sequence[Measured]) -> Iterator[Table]:
+    found = [cell for cell in cells if cell.kind == "share"]
+    if found:
+        yield Table(
+            "3. Parameters inside the enclave",
+            ("model", "parameters", "paper", "private", "private, of these the first block"),
+            [
+                (
+                    cell.settings["shape"],
+                    format_count(cell.result["parameters"]),
+                    format_share(cell.result["share"]["paper"]),
+                    format_share(cell.result["share"]["private"]),
+                    format_count(cell.result["kinds"]["private"]["first_blocks"]),
+                )
+                for cell in found
+            ],
+            caption="Counted from the configurations, tied parameters once. `private` keeps the first block.",
+        )
+
+
+def _slowdown(cells: Sequence[Measured]) -> Iterator[Table]:
+    found = [cell for cell in cells if cell.kind == "slowdown"]
+    if found:
+        bench = found[0].settings
+        yield Table(
+            "4. Slowdown by size",
+            ("model", "blocks", "profile", "plain", "protected", "slowdown", "round by round", "crossed a step"),
+            [_slowdown_row(cell.settings, cell.result) for cell in found],
+            caption=f"One LoRA step of {bench['batch']} x {bench['length']} tokens, float32, {bench['threads']} "
+            "threads, plain at its own best way to wait, in turn in one run; random weights. The paper reports 1.5x to "
+            "4.3x on two GPUs.",
+            text_columns=3,
+        )
+
+
+def _slowdown_row(settings: Mapping[str, Any], result: Mapping[str, Any]) -> tuple[str, ...]:
+    ratios = result["ratios"]
+    return (
+        settings["shape"],
+        "all" if settings["layers"] is None else str(settings["layers"]),
+        settings["profile"],
+        format_seconds(result["plain_seconds"]),
+        format_seconds(result["protected_seconds"]),
+        f"{median(ratios):.2f}x",
+        f"{min(ratios):.2f} to {max(ratios):.2f}",
+        format_bytes(result["bytes"]),
+    )
+
+
+def _right(cells: Iterable[Measured], task: str, which: str) -> str:
+    values = [100 * cell.result[which][headline(task)]["value"] for cell in cells]
+    return _spread(values) if values else ""
+
+
+def _spread(values: Sequence[float], digits: int = 2) -> str:
+    mean = f"{fmean(values):.{digits}f}"
+    return f"{mean} ± {deviation(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def _kappa(method: str) -> str:
+    if method == "gaussian":
+        return "uncontrolled"
+    kappa = find_method(method).condition_number
+    return "" if kappa is None else f"{kappa:g}"
+
+
+def _subject(cell: Measured) -> str:
+    return cell.name.removesuffix(f" {cell.settings['method']}")
