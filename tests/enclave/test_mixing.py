@@ -10,7 +10,7 @@ from torch import Tensor
 
 from obfuscatune import RootKey
 from obfuscatune.enclave.keys import SecretStream
-from obfuscatune.enclave.mixing import KroneckerMixer, KroneckerMixing, NoMixing
+from obfuscatune.enclave.mixing import KroneckerMixer, KroneckerMixing, NoMixer
 
 KEY = RootKey(b"m" * 32)
 ROWS = (1, 2, 3, 15, 16, 17, 32, 33, 47, 48, 97, 512, 1009, 4096)
@@ -18,6 +18,13 @@ ROWS = (1, 2, 3, 15, 16, 17, 32, 33, 47, 48, 97, 512, 1009, 4096)
 
 def mixer(shield_rows: int = 16) -> KroneckerMixer:
     return KroneckerMixer(shield_rows, KEY.stream("mixing", shield_rows))
+
+
+def mix(mixing: KroneckerMixing, x: Tensor) -> Tensor:
+    """A [x; N] for shield rows as large as x."""
+    mixed = x.new_empty(mixing.rows, x.shape[1])
+    mixing.mix(x, x.norm().item() / x.numel() ** 0.5, mixed)
+    return mixed
 
 
 def some(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -28,7 +35,7 @@ def some(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 @given(st.one_of(st.sampled_from(ROWS[:-2]), st.integers(1, 300)), st.sampled_from([0, 1, 16, 40]), st.integers(1, 5))
 def test_unmixing_undoes_mixing(rows: int, shield_rows: int, columns: int) -> None:
     x, mixing = some(rows, columns), mixer(shield_rows).draw(rows)
-    mixed = mixing.mix(x)
+    mixed = mix(mixing, x)
     assert mixed.shape[1] == columns
     assert mixed.shape[0] >= rows + shield_rows
     torch.testing.assert_close(mixing.unmix(mixed), x, rtol=0, atol=1e-13 * x.abs().max().item() * 10)
@@ -39,7 +46,7 @@ def test_unmixing_undoes_mixing(rows: int, shield_rows: int, columns: int) -> No
 def test_multiplying_between_goes_through(rows: int, dtype: torch.dtype) -> None:
     """(Aᵀ (A [x; N]) W)[:n] = x W, to rounding."""
     x, W, mixing = some(rows, 8, dtype=dtype), some(8, 5, dtype=dtype), mixer().draw(rows)
-    found = mixing.unmix(mixing.mix(x) @ W)
+    found = mixing.unmix(mix(mixing, x) @ W)
     assert (found.shape, found.dtype) == ((rows, 5), dtype)
     torch.testing.assert_close(found, x @ W, rtol=0, atol=100 * torch.finfo(dtype).eps)
 
@@ -56,16 +63,16 @@ def test_every_row_of_the_request_depends_on_every_row_of_the_call(rows: int) ->
 def _share_of(x: Tensor, mixing: KroneckerMixing) -> Tensor:
     """A [x; 0]: the request less what shield rows bring to it."""
     mixing._stream = SecretStream(bytes(32))
-    mixed = mixing.mix(x)
+    mixed = mix(mixing, x)
     mixing._stream = SecretStream(bytes(32))
-    shield = mixing.mix(torch.zeros_like(x))  # beside zero rows they have unit size, else that of x
+    shield = mix(mixing, torch.zeros_like(x))  # beside zero rows they have unit size, else that of x
     return mixed - shield * (x.norm() / x.numel() ** 0.5)
 
 
 def test_the_same_input_gives_unrelated_requests() -> None:
     """Largest correlation between any row of one request and any of another: that of random rows, no more."""
     x, drawn = some(64, 256), mixer()
-    first, second = (torch.nn.functional.normalize(drawn.draw(64).mix(x), dim=1) for _ in range(2))
+    first, second = (torch.nn.functional.normalize(mix(drawn.draw(64), x), dim=1) for _ in range(2))
     assert (first @ second.T).abs().max() < 0.75
     again = torch.nn.functional.normalize(x, dim=1)
     assert (again @ again.T).abs().max() == pytest.approx(1)
@@ -80,7 +87,7 @@ def test_what_mixing_leaves_open(rows: int, dtype: torch.dtype) -> None:
     """
     x, others = some(rows, 256, dtype=dtype), some(rows + 1, 256, dtype=dtype)
     calls = (x, torch.cat([others[:-1], x[:1]]), others)
-    first, sharing, apart = (_row_space(mixer().draw(len(call)).mix(call)) for call in calls)
+    first, sharing, apart = (_row_space(mix(mixer().draw(len(call)), call)) for call in calls)
     closest, second, *_ = torch.linalg.svdvals(first.T @ sharing).tolist()
     assert closest == pytest.approx(1, abs=1e-5)
     assert max(second, torch.linalg.svdvals(first.T @ apart)[0].item()) < 0.95
@@ -101,23 +108,26 @@ def test_two_mixers_of_one_stream_never_meet() -> None:
 def test_shield_rows_are_as_large_as_the_input(scale: float) -> None:
     """Mixing keeps the norm, so what is over the input's norm is the shield's."""
     x = some(20, 50) * scale
-    mixed = mixer(200).draw(20).mix(x)
+    mixed = mix(mixer(200).draw(20), x)
     shield = (mixed.pow(2).sum() - x.pow(2).sum()) / ((mixed.shape[0] - 20) * 50)
     assert shield.sqrt().item() == pytest.approx((x.pow(2).mean().sqrt()).item(), rel=0.05)
 
 
 def test_shield_rows_of_nothing_are_not_nothing() -> None:
-    assert mixer().draw(4).mix(torch.zeros(4, 8)).pow(2).sum() > 1
+    assert mix(mixer().draw(4), torch.zeros(4, 8)).pow(2).sum() > 1
 
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 100, 4096])
 def test_how_many_rows_are_added(rows: int) -> None:
     """The shield rows asked for, and fewer than the square root of all to fill the grid."""
-    extra = mixer().draw(rows).mix(torch.ones(rows, 1)).shape[0] - rows
+    extra = mix(mixer().draw(rows), torch.ones(rows, 1)).shape[0] - rows
     assert 16 <= extra < 16 + (rows + 16) ** 0.5
 
 
 def test_no_mixing_is_none() -> None:
     x = some(3, 4)
-    assert NoMixing().draw(3).mix(x) is x
-    assert NoMixing().draw(3).unmix(x) is x
+    mixing = NoMixer().draw(3)
+    mixing.mix(x, 1.0, sent := x.new_empty(mixing.rows, 4))
+    assert torch.equal(sent, x)
+    assert torch.equal(mixing.unmix(sent), x)
+    assert mixing.unmix(sent).data_ptr() != sent.data_ptr()  # the worker could change what it sent

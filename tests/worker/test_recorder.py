@@ -20,30 +20,44 @@ from tests.worker.serving import RawClient, serving
 ID = bytes(range(1, 17))
 W = torch.arange(12, dtype=torch.float32).reshape(3, 4)
 X = torch.arange(6, dtype=torch.float32).reshape(2, 3)
-ONE_MULTIPLY = ["HELLO", "WELCOME", "OFFER", "WANT", "STORE", "STORED", "MULTIPLY", "PRODUCT", "FORGET", "DONE"]
+ONE_MULTIPLY = [
+    "HELLO",
+    "WELCOME",
+    "SHARE",
+    "DONE",
+    "OFFER",
+    "WANT",
+    "STORE",
+    "STORED",
+    "MULTIPLY",
+    "PRODUCT",
+    "FORGET",
+    "DONE",
+]
 
 
-def recorded(folder: Path, record: Path, rows: torch.Tensor = X) -> None:
-    """One session that stores W, multiplies `rows`, and closes."""
+def recorded(folder: Path, record: Path, rows: torch.Tensor = X, *, shared: bool = False) -> None:
+    """One session that stores W, multiplies `rows`, in shared memory or not, and closes."""
     folder.mkdir()
     with serving(folder, record=record) as worker, WorkerLink.open(str(worker.address)) as link:
         link.store(ID, lambda: W, shape=(3, 4), dtype=W.dtype)
-        link.multiply(ID, rows, transpose=False)
+        link.multiply(ID, link.lend(*rows.shape, rows.dtype).copy_(rows) if shared else rows, transpose=False)
 
 
 def types(entries: list[TranscriptEntry]) -> list[str]:
     return [entry.header.type.name for entry in entries]
 
 
-def test_what_is_read_back_is_what_was_sent(tmp_path: Path) -> None:
-    recorded(tmp_path / "run", tmp_path / "t")
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_is_read_back_is_what_was_sent(tmp_path: Path, shared: bool) -> None:
+    recorded(tmp_path / "run", tmp_path / "t", shared=shared)
     entries = list(read_transcript(tmp_path / "t"))
     assert types(entries) == ONE_MULTIPLY
-    assert [entry.direction for entry in entries] == ["request", "reply"] * 5
+    assert [entry.direction for entry in entries] == ["request", "reply"] * 6
     assert len({entry.session for entry in entries}) == 1
     tensors = [entry.tensor for entry in entries if entry.tensor is not None]
     assert all(torch.equal(got, sent) for got, sent in zip(tensors, [W, X, X @ W], strict=True))
-    assert {entry.header.matrix_id for entry in entries[2:8]} == {ID}
+    assert {entry.header.matrix_id for entry in entries[4:10]} == {ID}
 
 
 def test_frames_are_the_bytes_of_the_wire(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
@@ -9,10 +10,23 @@ import pytest
 import torch
 
 from obfuscatune.enclave.link import WorkerLink
+from obfuscatune.wire.deadline import Deadline
 from obfuscatune.wire.dtypes import DType
 from obfuscatune.wire.errors import QuotaExceeded, WorkerRefused
+from obfuscatune.wire.framing import recv_header, send_message
 from obfuscatune.wire.limits import MAX_IN_FLIGHT
-from obfuscatune.wire.messages import NO_MATRIX, ErrorCode, Header, Hello, MessageType
+from obfuscatune.wire.messages import (
+    NO_MATRIX,
+    REPLIES,
+    SHARED,
+    ErrorCode,
+    Header,
+    Hello,
+    MessageType,
+    Places,
+    pack_size,
+)
+from obfuscatune.wire.shared_memory import SharedMemory
 from obfuscatune.wire.tensors import bytes_of
 from obfuscatune.worker.intake import TooManyInFlight
 from tests.worker.serving import RawClient, Serving, serving
@@ -323,3 +337,95 @@ def test_content_cannot_be_poisoned(tmp_path: Path) -> None:
         with link_to(worker) as link:
             assert link.stats.uploads == 1
             assert torch.equal(link.multiply(ID, X, transpose=False), X @ W)
+
+
+def shared_multiply(request_id: int, rows: int, product: int) -> tuple[Header, bytes]:
+    """X @ W with both in shared memory at these offsets."""
+    body = Places(rows, product).pack()
+    fields = {"rows": 2, "cols": 3, "payload_bytes": len(body), "reply_dtype": DType.FLOAT32, "flags": SHARED}
+    return Header(MessageType.MULTIPLY, request_id, ID, DType.FLOAT32, **fields), body
+
+
+def share(client: RawClient, size: int, descriptor: int | None) -> Header:
+    """Say SHARE; the reply."""
+    header = Header(MessageType.SHARE, 99, payload_bytes=8)
+    send_message(client.transport, header, pack_size(size), deadline=Deadline(20), descriptor=descriptor)
+    return client.reply()[0]
+
+
+def test_products_through_shared_memory(worker: Serving) -> None:
+    memory, descriptor = SharedMemory.create(8192)
+    with RawClient(worker.address) as client:
+        client.hello()
+        client.ask(Header(MessageType.STORE, 1, ID, DType.FLOAT32, 3, 4, 48), bytes_of(W))
+        assert share(client, 8192, descriptor).type is MessageType.DONE
+        memory.matrix(64, 2, 3, torch.float32).copy_(X)
+        client.say(*shared_multiply(2, 64, 4096))
+        reply = recv_header(client.transport, REPLIES, deadline=Deadline(20))
+        assert (reply.type, reply.shared, reply.payload_bytes) == (MessageType.PRODUCT, True, 0)
+        assert torch.equal(memory.matrix(4096, 2, 4, torch.float32), X @ W)
+
+
+@pytest.mark.parametrize(
+    ("rows", "product"), [(8192, 0), (8192 - 16, 0), (4, 0), (0, 8192), (0, 2**63), (2**64 - 64, 0)]
+)
+def test_nothing_outside_of_shared_memory_is_touched(worker: Serving, rows: int, product: int) -> None:
+    _, descriptor = SharedMemory.create(8192)
+    with RawClient(worker.address) as client:
+        client.hello()
+        share(client, 8192, descriptor)
+        reply = client.ask(*shared_multiply(2, rows, product))[0]
+        assert (reply.code, reply.request_id) == (ErrorCode.MALFORMED, 0)
+        assert client.at_end()
+
+
+def test_a_product_that_does_not_fit_behind_its_offset_is_refused(worker: Serving) -> None:
+    _, descriptor = SharedMemory.create(8192)
+    matrix = torch.ones(3, 4000)
+    with RawClient(worker.address) as client:
+        client.hello()
+        client.ask(Header(MessageType.STORE, 1, ID, DType.FLOAT32, 3, 4000, matrix.nbytes), bytes_of(matrix))
+        share(client, 8192, descriptor)
+        assert client.ask(*shared_multiply(2, 0, 64))[0].code == ErrorCode.LIMIT
+
+
+@pytest.mark.parametrize("what", ["no descriptor", "a pipe", "unsealed", "twice", "never"])
+def test_memory_that_is_not_as_agreed_ends_the_connection(worker: Serving, what: str) -> None:
+    with RawClient(worker.address) as client:
+        client.hello()
+        if what == "never":
+            reply = client.ask(*shared_multiply(2, 0, 64))[0]
+        elif what == "twice":
+            for _ in range(2):
+                reply = share(client, 8192, SharedMemory.create(8192)[1])
+        else:
+            unsealed = os.memfd_create("test")
+            os.ftruncate(unsealed, 8192)
+            descriptors = {"no descriptor": None, "a pipe": os.pipe()[0], "unsealed": unsealed}
+            reply = share(client, 8192, descriptors[what])
+        assert (reply.code, reply.request_id) == (ErrorCode.MALFORMED, 0)
+        assert client.at_end()
+
+
+def test_descriptors_that_nobody_asked_for_are_closed(worker: Serving) -> None:
+    with RawClient(worker.address) as client:
+        client.hello()
+        before = len(os.listdir("/proc/self/fd"))
+        pipe = os.pipe()
+        for request_id in range(1, 200):
+            header = Header(MessageType.FORGET, request_id, ID)
+            send_message(client.transport, header, deadline=Deadline(20), descriptor=pipe[0])
+            client.reply()
+        assert len(os.listdir("/proc/self/fd")) < before + 10
+        for descriptor in pipe:
+            os.close(descriptor)
+
+
+def test_a_full_arena_sends_through_the_socket(worker: Serving) -> None:
+    with link_to(worker) as link:
+        rows = link.lend(2, 3, torch.float32).copy_(X)
+        full = link.lend(1, 256 * 2**20 - 64, torch.uint8)
+        assert torch.equal(link.multiply(ID, rows, transpose=False), X @ W)
+        assert torch.equal(link.multiply(ID, link.lend(2, 3, torch.float32).copy_(X), transpose=False), X @ W)
+        del full
+        assert torch.equal(link.multiply(ID, link.lend(2, 3, torch.float32).copy_(X), transpose=False), X @ W)

@@ -176,8 +176,8 @@ class StepResult:
         waiting = statistics.median(answer["waiting_seconds"] for answer in self.protected)
         scale = self.protected_seconds / self.profiled["seconds"]
         spans = {name: seconds * scale for name, seconds in self.profiled["spans"].items()}
-        parts = {"worker and receiving": waiting, "sending and checking": max(spans.pop("cross", 0.0) - waiting, 0.0)}
-        parts |= spans
+        checking = max(spans.pop("wait", 0.0) - waiting, 0.0)
+        parts = {"waiting for the worker": waiting, "checking": checking} | spans
         return {**parts, "model, LoRA and optimizer": self.protected_seconds - sum(parts.values())}
 
     def as_json(self) -> dict[str, Any]:

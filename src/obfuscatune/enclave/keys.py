@@ -23,6 +23,7 @@ import torch
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from numpy.typing import NDArray
 from torch import Tensor
 
 from obfuscatune.wire.errors import ConfigError, StorageError
@@ -126,21 +127,22 @@ class SecretStream:
         """
         count = math.prod(shape)
         pairs = (count + 1) // 2
-        u, angle = self._uniform(2 * pairs, dtype).view(2, pairs)
-        radius = u.neg_().log1p_().mul_(-2.0).sqrt_()  # 1 - u is never 0
-        angle.mul_(2.0 * math.pi)
-        deviates = torch.empty(2 * pairs, dtype=dtype)
-        torch.mul(radius, angle.cos(), out=deviates[:pairs])
-        torch.mul(radius, angle.sin_(), out=deviates[pairs:])
-        return deviates[:count].view(shape)
+        u, angle = self._uniform(2 * pairs, dtype).reshape(2, pairs)
+        radius = np.sqrt(-2 * np.log1p(-u))  # 1 - u is never 0
+        angle *= 2 * math.pi
+        deviates = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
+        return torch.from_numpy(deviates[:count].reshape(shape))
 
-    def _uniform(self, count: int, dtype: torch.dtype) -> Tensor:
-        """Uniform in [0, 1), as many bits as the significand holds."""
+    def _uniform(self, count: int, dtype: torch.dtype) -> NDArray[np.floating]:
+        """Uniform in [0, 1), as many bits as the significand holds.
+
+        numpy and not torch, here as above: a few hundred numbers are drawn at each crossing, and it starts no threads.
+        """
         if dtype == torch.float64:
             bits = np.frombuffer(self.random_bytes(8 * count), dtype=np.uint64) >> np.uint64(11)
-            return torch.from_numpy(bits.astype(np.float64)).mul_(2.0**-53)
+            return bits.astype(np.float64) * 2.0**-53
         words = np.frombuffer(self.random_bytes(4 * count), dtype=np.uint32) >> np.uint32(8)
-        return torch.from_numpy(words.astype(np.float32)).mul_(2.0**-24)
+        return words.astype(np.float32) * np.float32(2.0**-24)
 
     def __repr__(self) -> str:
         return "SecretStream(<redacted>)"

@@ -1,4 +1,4 @@
-"""The offloaded product y = x W: forward and backward, and the one autograd function around them.
+"""The offloaded product y = x W: forward and backward, and the autograd functions around them.
 
     worker holds      W* = R_in⁻¹ W R_out                      sent once
     forward           X* = A [x R_in; N]    ->  Y* = X* W*     ->  y  = (Aᵀ Y*)[:n] R_out⁻¹
@@ -6,10 +6,14 @@
 
 Exact up to rounding for any invertible R; for orthogonal R the inverse is the transpose and nothing
 is amplified. W is frozen, so there is no gradient for it and nothing of the activations is kept.
+
+A crossing is started, and finished when its product is needed: in between, the enclave does what else there is to do.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,9 +21,19 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.profiler import record_function
 
-from obfuscatune.enclave.link import WorkerLink
-from obfuscatune.enclave.mixing import Mixer
+from obfuscatune.enclave.link import Pending, WorkerLink, check_finite
+from obfuscatune.enclave.mixing import Mixer, Mixing
 from obfuscatune.enclave.transforms import Transform
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """A crossing that was started: what undoes its mixing, and the reply to come; both None where no row crosses."""
+
+    like: Tensor
+    """An empty tensor of the dtype and on the device of what was asked."""
+    mixing: Mixing | None = None
+    pending: Pending | None = None
 
 
 class OffloadedProduct:
@@ -30,42 +44,57 @@ class OffloadedProduct:
         self._R_in, self._R_out = R_in, R_out
         self._mixer = mixer
 
-    def forward(self, x: Tensor) -> Tensor:
-        """y = x W: (n, p) -> (n, q), in x's dtype and on its device."""
-        if x.shape[0] == 0:
-            return x.new_zeros(0, self._R_out.dim)
-        A = self._mixer.draw(x.shape[0])
+    def start_forward(self, x: Tensor) -> InFlight:
+        """Send x (n, p)."""
         with record_function("obfuscatune.rotate"):
             rotated = self._R_in.apply(_widen(x))  # (n, p)
-        with record_function("obfuscatune.mix"):
-            X_star = A.mix(rotated)  # (m, p)
-        with record_function("obfuscatune.cross"):
-            Y_star = self._cross(X_star, x, transpose=False)  # (m, q)
-        with record_function("obfuscatune.mix"):
-            unmixed = A.unmix(Y_star)  # (n, q)
-        with record_function("obfuscatune.rotate"):
-            return self._R_out.inverse(unmixed).to(x.dtype)
+        return self._send(rotated, x, transpose=False)
 
-    def backward(self, g: Tensor) -> Tensor:
-        """dx = g Wᵀ: (n, q) -> (n, p), in g's dtype and on its device."""
-        if g.shape[0] == 0:
-            return g.new_zeros(0, self._R_in.dim)
-        A = self._mixer.draw(g.shape[0])
+    def finish_forward(self, crossing: InFlight) -> Tensor:
+        """y = x W (n, q), in x's dtype and on its device; memory of its own."""
+        unmixed = self._receive(crossing, self._R_out.dim)  # (n, q)
+        with record_function("obfuscatune.rotate"):
+            return self._R_out.inverse(unmixed).to(crossing.like.dtype)
+
+    def start_backward(self, g: Tensor) -> InFlight:
+        """Send g (n, q)."""
         with record_function("obfuscatune.rotate"):
             rotated = self._R_out.inverse_transpose(_widen(g))  # (n, q)
-        with record_function("obfuscatune.mix"):
-            G_star = A.mix(rotated)  # (m, q)
-        with record_function("obfuscatune.cross"):
-            D_star = self._cross(G_star, g, transpose=True)  # (m, p)
-        with record_function("obfuscatune.mix"):
-            unmixed = A.unmix(D_star)  # (n, p)
-        with record_function("obfuscatune.rotate"):
-            return self._R_in.apply_transpose(unmixed).to(g.dtype)
+        return self._send(rotated, g, transpose=True)
 
-    def _cross(self, rows: Tensor, like: Tensor, *, transpose: bool) -> Tensor:
-        """One request and its reply; the rows travel in the model's dtype, rounded once."""
-        sent = rows.to("cpu", like.dtype).contiguous()
-        return self._link.multiply(self._matrix_id, sent, transpose=transpose).to(rows)
+    def finish_backward(self, crossing: InFlight) -> Tensor:
+        """dx = g Wᵀ (n, p), in g's dtype and on its device; memory of its own."""
+        unmixed = self._receive(crossing, self._R_in.dim)  # (n, p)
+        with record_function("obfuscatune.rotate"):
+            return self._R_in.apply_transpose(unmixed).to(crossing.like.dtype)
+
+    def _send(self, rotated: Tensor, like: Tensor, *, transpose: bool) -> InFlight:
+        """Mix and send; the rows travel in the model's dtype, rounded once."""
+        like = like.new_empty(0)
+        if rotated.shape[0] == 0:
+            return InFlight(like)
+        with record_function("obfuscatune.mix"):
+            A = self._mixer.draw(rotated.shape[0])
+            scale = _root_mean_square(rotated)
+            X_star = self._link.lend(A.rows, rotated.shape[1], like.dtype)  # (m, p)
+            as_sent = rotated.dtype == like.dtype and rotated.device.type == "cpu"
+            mixed = X_star if as_sent else rotated.new_empty(X_star.shape)
+            A.mix(rotated, scale, mixed)
+            if not as_sent:
+                X_star.copy_(mixed)
+        with record_function("obfuscatune.send"):
+            pending = self._link.submit(self._matrix_id, X_star, transpose=transpose, known_finite=as_sent)
+        return InFlight(like, A, pending)
+
+    def _receive(self, crossing: InFlight, width: int) -> Tensor:
+        """Wait for the product and unmix it: (n, width)."""
+        like = crossing.like
+        if crossing.mixing is None or crossing.pending is None:
+            return _widen(like).new_zeros(0, width)
+        with record_function("obfuscatune.wait"):
+            Y_star = crossing.pending.result()  # (m, width)
+        with record_function("obfuscatune.mix"):
+            return crossing.mixing.unmix(_widen(Y_star.to(like.device)))
 
 
 def _widen(x: Tensor) -> Tensor:
@@ -73,20 +102,73 @@ def _widen(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-class OffloadedLinear(torch.autograd.Function):
-    """Autograd around an ``OffloadedProduct`` that may serve several layers at once.
+def _root_mean_square(x: Tensor) -> float:
+    """Of all elements of x.
 
-    The q columns of the product are those of the layers side by side; each gets its part, plus its bias.
+    Raises:
+        NonFiniteError: some are NaN or infinite.
+    """
+    norm = float(torch.linalg.vector_norm(x))
+    if not math.isfinite(norm):
+        check_finite(x)
+        norm = float(torch.linalg.vector_norm(x.double()))  # it was the sum of squares that overflowed
+    return norm / math.sqrt(x.numel())
+
+
+class OffloadedCall:
+    """One call of an `OffloadedProduct` that may serve several layers at once, with its place in the autograd graph.
+
+        x  ->  start  ->  token  ->  finish  ->  y
+
+    Two nodes, so that each way what lies between start and finish runs while the worker computes: forward, what the
+    caller does before it calls `finish`; backward, what hangs on the same gradient and came into the graph before
+    `finish` did.
     """
 
+    def __init__(self, product: OffloadedProduct, widths: tuple[int, ...]) -> None:
+        """The q columns of the product are those of the layers side by side: `widths` of them each."""
+        self.product, self.widths = product, widths
+        self.forth: InFlight | None = None
+        self.back: InFlight | None = None
+        self._shape = torch.Size()
+        self._token: Tensor | None = None
+
+    def start(self, x: Tensor) -> None:
+        """Send x (..., p)."""
+        self._shape = x.shape[:-1]
+        self._token = _Start.apply(x, self)  # type: ignore[no-untyped-call]
+
+    def finish(self, *biases: Tensor | None) -> tuple[Tensor, ...]:
+        """Wait; one (..., q_i) for each layer, plus its bias."""
+        token, self._token = self._token, None
+        parts: tuple[Tensor, ...] = _Finish.apply(token, self, self._shape, *biases)  # type: ignore[no-untyped-call]
+        return parts
+
+
+class _Start(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, call: OffloadedCall) -> Tensor:
+        ctx.call, ctx.shape = call, x.shape  # type: ignore[attr-defined]
+        call.forth = call.product.start_forward(x.reshape(-1, x.shape[-1]))
+        return x.new_zeros(())  # y's autograd graph hangs on it
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, *_: Tensor) -> tuple[Any, ...]:
+        call = ctx.call  # type: ignore[attr-defined]
+        crossing, call.back = call.back, None
+        return call.product.finish_backward(crossing).view(ctx.shape), None  # type: ignore[attr-defined]
+
+
+class _Finish(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, product: OffloadedProduct, widths: tuple[int, ...], *biases: Tensor | None
+        ctx: FunctionCtx, token: Tensor, call: OffloadedCall, shape: torch.Size, *biases: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """x (..., p) -> one (..., q_i) for each width q_i."""
-        ctx.product, ctx.widths = product, widths  # type: ignore[attr-defined]
-        y = product.forward(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], sum(widths))
-        parts = y.split(widths, dim=-1)
+        ctx.call = call  # type: ignore[attr-defined]
+        crossing, call.forth = call.forth, None
+        y = call.product.finish_forward(crossing).view(*shape, sum(call.widths))  # type: ignore[arg-type]
+        parts = y.split(call.widths, dim=-1)
         for part, bias in zip(parts, biases, strict=True):
             if bias is not None:
                 part.add_(bias)
@@ -95,16 +177,13 @@ class OffloadedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Any, ...]:
-        """Gradients (..., q_i) -> that of x (..., p), and those of the biases where they are trained."""
-        needs_x, _, _, *needs_bias = ctx.needs_input_grad  # type: ignore[attr-defined]
-        dx = None
-        if needs_x:
+        needs_token, _, _, *needs_bias = ctx.needs_input_grad  # type: ignore[attr-defined]
+        call = ctx.call  # type: ignore[attr-defined]
+        if needs_token:
             g = grads[0] if len(grads) == 1 else torch.cat(grads, dim=-1)
-            rows = g.reshape(-1, g.shape[-1])
-            dx = ctx.product.backward(rows)  # type: ignore[attr-defined]
-            dx = dx.view(*g.shape[:-1], dx.shape[-1])
+            call.back = call.product.start_backward(g.reshape(-1, g.shape[-1]))
         d_biases = [
             grad.sum_to_size(grad.shape[-1:]) if needed else None
             for grad, needed in zip(grads, needs_bias, strict=True)
         ]
-        return (dx, None, None, *d_biases)
+        return (grads[0].new_zeros(()) if needs_token else None, None, None, *d_biases)

@@ -10,6 +10,7 @@ call. N is isotropic, so it is drawn in the worker's basis directly: N and N R a
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -24,11 +25,15 @@ DENSE_BELOW = 32  # rows; up to here one dense factor costs no more than two sma
 class Mixing(Protocol):
     """What one crossing does to its rows."""
 
-    def mix(self, x: Tensor) -> Tensor:
-        """(n, p) -> (m, p), float64 or float32."""
+    @property
+    def rows(self) -> int:
+        """m: how many rows cross."""
+
+    def mix(self, x: Tensor, scale: float, out: Tensor) -> None:
+        """(n, p) -> `out` (m, p), float64 or float32; `scale` is the root mean square of x."""
 
     def unmix(self, y: Tensor) -> Tensor:
-        """(m, q) -> (n, q): the inverse on the rows that were not shield rows."""
+        """(m, q) -> (n, q), in memory of its own: the inverse on the rows that were not shield rows."""
 
 
 class Mixer(Protocol):
@@ -62,35 +67,42 @@ class KroneckerMixing:
         self._Q_a, self._Q_b = Q_a, Q_b
         self._stream = stream
 
-    def mix(self, x: Tensor) -> Tensor:
-        """A [x; N] for x (n, p)."""
+    @property
+    def rows(self) -> int:
+        """m = a·b."""
+        return self._places.numel()
+
+    def mix(self, x: Tensor, scale: float, out: Tensor) -> None:
+        """A [x; N] for x (n, p). Shield rows are as large as x is on average; of unit size where x is zero."""
         stacked = torch.index_select(x, 0, self._sources.to(x.device))
-        stacked.index_copy_(0, self._places[self._rows :].to(x.device), self._shield(x))
-        return kronecker_rows(self._Q_a.to(x), self._Q_b.to(x), stacked)
+        shield = self._stream.normal(self.rows - self._rows, x.shape[1], dtype=x.dtype)
+        stacked.index_copy_(0, self._places[self._rows :].to(x.device), shield.mul_(scale or 1.0).to(x.device))
+        kronecker_rows(self._Q_a.to(x), self._Q_b.to(x), stacked, out)
 
     def unmix(self, y: Tensor) -> Tensor:
         """(Aᵀ y)[:n] for y (m, q)."""
         stacked = kronecker_rows(self._Q_a.T.to(y), self._Q_b.T.to(y), y)
         return torch.index_select(stacked, 0, self._places[: self._rows].to(y.device))
 
-    def _shield(self, x: Tensor) -> Tensor:
-        """N (m - n, p): normal, as large as x is on average; of unit size where x is zero."""
-        count, p = self._places.numel() - self._rows, x.shape[1]
-        rms = float(torch.linalg.vector_norm(x)) / (x.numel() ** 0.5)
-        return self._stream.normal(count, p, dtype=x.dtype).to(x.device).mul_(rms or 1.0)
 
-
+@dataclass(frozen=True)
 class NoMixing:
     """A = 1, no shield rows: the worker sees x R as it is. The paper's scheme."""
 
-    def draw(self, rows: int) -> NoMixing:
-        """Itself: there is nothing to draw."""
-        return self
+    rows: int
 
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor, scale: float, out: Tensor) -> None:
         """x."""
-        return x
+        out.copy_(x)
 
     def unmix(self, y: Tensor) -> Tensor:
-        """y."""
-        return y
+        """y, copied: what a worker sent may lie where the worker can change it."""
+        return y.clone()
+
+
+class NoMixer:
+    """Draws nothing."""
+
+    def draw(self, rows: int) -> NoMixing:
+        """A = 1."""
+        return NoMixing(rows)

@@ -1,7 +1,7 @@
 """What takes the place of `nn.Linear` and `Conv1D` in a protected model.
 
     ProtectedLinear / ProtectedConv1D  ->  SharedCrossing (one for all layers that multiply the same input)
-        ->  OffloadedLinear (autograd)  ->  OffloadedProduct
+        ->  OffloadedCall (autograd)  ->  OffloadedProduct
 
 They are subclasses of what they replace, so that PEFT, `Trainer` and the models' own code treat them
 alike. There is no weight: what stands under that name answers for its shape, dtype and device, and refuses
@@ -11,14 +11,17 @@ to be computed with.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
+from peft.tuners import lora
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers.pytorch_utils import Conv1D
 
-from obfuscatune.enclave.linear import OffloadedLinear, OffloadedProduct
+from obfuscatune.enclave.awaited import AwaitedProduct
+from obfuscatune.enclave.linear import OffloadedCall, OffloadedProduct
 from obfuscatune.wire.errors import ProtectionError
 
 _ANSWERED = {
@@ -68,15 +71,27 @@ def _refuse_weight() -> NoReturn:
 
 @dataclass
 class _Visit:
-    """The input that is being served, and the parts of its product that were not fetched yet."""
+    """The input that is being served, and the layers that did not take their part of its product yet."""
 
     x: Tensor
     state: int | Tensor
     grad_mode: bool
-    parts: dict[int, Tensor] = field(default_factory=dict)
+    call: OffloadedCall
+    members: list[_ProtectedLayer]
+    waiting: set[int]
+    parts: tuple[Tensor, ...] | None = None
 
     def serves(self, x: Tensor, slot: int) -> bool:
-        return self.x is x and self.grad_mode == torch.is_grad_enabled() and slot in self.parts and self._is_unchanged()
+        return (
+            self.x is x and self.grad_mode == torch.is_grad_enabled() and slot in self.waiting and self._is_unchanged()
+        )
+
+    def part(self, slot: int) -> Tensor:
+        """That layer's x W + b; waits where it has not come yet."""
+        if self.parts is None:
+            with torch.set_grad_enabled(self.grad_mode):
+                self.parts = self.call.finish(*(member.bias for member in self.members))  # type: ignore[arg-type]
+        return self.parts[slot]
 
     def _is_unchanged(self) -> bool:
         if isinstance(self.state, Tensor):
@@ -110,23 +125,28 @@ class SharedCrossing:
         """From here on cross for this product, of the same shape; what was crossed for the other is let go."""
         self._product, self._visit = product, None
 
-    def output_for(self, slot: int, x: Tensor) -> Tensor:
-        """x (..., p) -> that layer's x W + b (..., q_slot)."""
+    def output_for(self, slot: int, x: Tensor, *, awaited: bool) -> Tensor:
+        """x (..., p) -> that layer's x W + b (..., q_slot); where `awaited`, as an `AwaitedProduct`."""
         visit = self._visit
         if visit is None or not visit.serves(x, slot):
-            biases = [member.bias for member in self._members]
-            parts: tuple[Tensor, ...] = OffloadedLinear.apply(  # type: ignore[no-untyped-call]
-                x, self._product, self._widths, *biases
-            )
-            visit = self._visit = _Visit(x, _state(x), torch.is_grad_enabled(), dict(enumerate(parts)))
-        y = visit.parts.pop(slot)
-        if not visit.parts:
+            call = OffloadedCall(self._product, self._widths)
+            call.start(x)
+            waiting = set(range(len(self._members)))
+            visit = self._visit = _Visit(x, _state(x), torch.is_grad_enabled(), call, self._members, waiting)
+        visit.waiting.remove(slot)
+        if not visit.waiting:
             self._visit = None  # all have come: let go of the input
-        return y
+        if awaited and visit.parts is None:
+            shape = (*x.shape[:-1], self._widths[slot])
+            return AwaitedProduct(shape, x.detach(), lambda: visit.part(slot))
+        return visit.part(slot)
 
 
 class _ProtectedLayer(nn.Module):
     """A linear layer whose weight lies, transformed, on the worker. `y = x W + b`."""
+
+    _is_awaited = False
+    """Whether what calls this layer can go on with other work until the product is there."""
 
     def _set_up(self, crossing: SharedCrossing, weight: Tensor, bias: nn.Parameter | None) -> None:
         self._crossing, self._slot = crossing, crossing.join(self)
@@ -154,7 +174,7 @@ class _ProtectedLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
-        return self._crossing.output_for(self._slot, x)
+        return self._crossing.output_for(self._slot, x, awaited=self._is_awaited)
 
     def __deepcopy__(self, memo: object) -> NoReturn:
         raise ProtectionError("a protected layer cannot be copied: it holds a connection to the worker")
@@ -176,3 +196,12 @@ class ProtectedConv1D(_ProtectedLayer, Conv1D):  # type: ignore[misc]
         nn.Module.__init__(self)
         self.nx, self.nf = plain.nx, plain.nf
         self._set_up(crossing, plain.weight, plain.bias)
+
+
+def _note_caller(caller: nn.Module, name: str, layer: nn.Module | None) -> None:
+    """PEFT's LoRA layer computes its own part before it touches that of its base layer; of others we do not know."""
+    if isinstance(layer, _ProtectedLayer):
+        layer._is_awaited = type(caller) is lora.Linear and name == "base_layer"
+
+
+register_module_module_registration_hook(_note_caller)

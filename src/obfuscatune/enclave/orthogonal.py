@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from obfuscatune.enclave.keys import SecretStream
+
+ONE_THREAD_UP_TO = 128
+"""Size of a matrix below which waking threads for its QR takes longer than the QR."""
 
 
 def haar(stream: SecretStream, size: int) -> Tensor:
@@ -16,17 +20,28 @@ def haar(stream: SecretStream, size: int) -> Tensor:
     QR of a Gaussian matrix, with the signs of R's diagonal moved into Q (Mezzadri 2007, arXiv
     math-ph/0609050): without that step QR's own sign convention shows in the distribution.
     """
-    Q, R = torch.linalg.qr(stream.normal(size, size))
+    normal = stream.normal(size, size)
+    if size <= ONE_THREAD_UP_TO:
+        q, r = np.linalg.qr(normal.numpy())
+        Q, R = torch.from_numpy(q), torch.from_numpy(r)
+    else:
+        Q, R = torch.linalg.qr(normal)
     return torch.where(R.diagonal() < 0, -Q, Q)
 
 
-def kronecker_rows(Q_a: Tensor, Q_b: Tensor, x: Tensor) -> Tensor:
-    """(Q_a ⊗ Q_b) x for x (a*b, p), without building the product: two small multiplications."""
+def kronecker_rows(Q_a: Tensor, Q_b: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """(Q_a ⊗ Q_b) x for x (a*b, p), without building the product: two small multiplications.
+
+    `out` (a*b, p), contiguous, takes the result where it is given.
+    """
     a, b = Q_a.shape[0], Q_b.shape[0]
+    if out is None:
+        out = torch.empty_like(x)
     if a == 1:
-        return torch.mm(Q_b, x)
+        return torch.mm(Q_b, x, out=out)
     outer = torch.mm(Q_a, x.view(a, -1))  # across groups: one (a, a) @ (a, b*p)
-    return torch.matmul(Q_b, outer.view(a, b, -1)).view(a * b, -1)  # within each group of b rows
+    torch.matmul(Q_b, outer.view(a, b, -1), out=out.view(a, b, -1))  # within each group of b rows
+    return out
 
 
 def kronecker_columns(x: Tensor, Q_a: Tensor, Q_b: Tensor) -> Tensor:

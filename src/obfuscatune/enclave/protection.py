@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from obfuscatune.enclave.keys import RootKey, SecretStream
 from obfuscatune.enclave.linear import OffloadedProduct
 from obfuscatune.enclave.link import LinkStats, WorkerLink
-from obfuscatune.enclave.mixing import KroneckerMixer, Mixer, NoMixing
+from obfuscatune.enclave.mixing import KroneckerMixer, Mixer, NoMixer
 from obfuscatune.enclave.modules import ProtectedConv1D, ProtectedLinear, SharedCrossing
 from obfuscatune.enclave.obfuscate import Obfuscated, obfuscate
 from obfuscatune.enclave.offloaded import Offloaded, WeightSource
@@ -45,7 +45,7 @@ class Protection:
     ) -> Protection:
         """The parts that a profile composes; a fresh root key where none is given."""
         stream = SecretStream.fresh()
-        mixer = KroneckerMixer(profile.shield_rows, stream) if profile.mixing else NoMixing()
+        mixer = KroneckerMixer(profile.shield_rows, stream) if profile.mixing else NoMixer()
         return cls(link, profile, key or RootKey.generate(), mixer, width)
 
     @property

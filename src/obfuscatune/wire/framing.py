@@ -7,9 +7,14 @@ from obfuscatune.wire.messages import HEADER_BYTES, Header, MessageType
 from obfuscatune.wire.transport import Buffer, Transport
 
 
-def send_message(transport: Transport, header: Header, payload: Buffer = b"", *, deadline: Deadline) -> int:
+def send_message(
+    transport: Transport, header: Header, payload: Buffer = b"", *, deadline: Deadline, descriptor: int | None = None
+) -> int:
     """Send one message; `payload` has header.payload_bytes bytes. Returns the bytes sent."""
-    transport.send([header.pack(), payload], deadline)
+    if descriptor is None:
+        transport.send([header.pack(), payload], deadline)
+    else:
+        transport.send([header.pack(), payload], deadline, descriptor)
     return HEADER_BYTES + len(payload)
 
 

@@ -22,6 +22,12 @@ MAX_IN_FLIGHT = 8
 MAX_ERROR_BYTES = 512
 """Text of an ERROR: a few lines of terminal."""
 
+MAX_SHARED_BYTES = GIB
+"""Memory that one connection shares. It is the enclave's; the worker only maps it."""
+
+SHARED_BYTES = 256 * MIB
+"""Memory that an enclave shares by default: 8 matrices of 512 x 14,336 float32. Pages never touched cost nothing."""
+
 CHUNK_BYTES = 4 * MIB
 """Most bytes handed to one system call, so that a deadline is noticed soon, and TLS works within the cache."""
 

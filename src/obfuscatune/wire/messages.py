@@ -7,9 +7,10 @@ same in words.
 
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from types import MappingProxyType
+from typing import ClassVar
 
 from obfuscatune.wire.dtypes import DType
 from obfuscatune.wire.errors import BadMagic, LimitExceeded, MalformedMessage, Truncated, UnsupportedVersion
@@ -18,14 +19,21 @@ from obfuscatune.wire.limits import MAX_DIM, MAX_ERROR_BYTES, MAX_IN_FLIGHT, MAX
 MAGIC = b"OBFT"
 TRANSPOSED = 1
 """Flag of MULTIPLY: by W* transposed."""
+SHARED = 2
+"""Flag of MULTIPLY and PRODUCT: the matrix lies in shared memory."""
 CONTENT_STORE = 1
 """Feature of a worker: it keeps matrices on disk by their content, and so wants the digest in an OFFER."""
+SHARED_MEMORY = 2
+"""Feature of a connection: SHARE is welcome on it."""
+FEATURES = CONTENT_STORE | SHARED_MEMORY
 NO_MATRIX = bytes(16)
 NO_DIGEST = bytes(32)
 
 _HEADER = struct.Struct("<4sBBBBIIIIQ16sQ")
 _HELLO = struct.Struct("<32sHH")
 _WELCOME = struct.Struct("<HHIQQQ")
+_PLACES = struct.Struct("<QQ")
+_SIZE = struct.Struct("<Q")
 HEADER_BYTES = _HEADER.size
 
 
@@ -44,6 +52,7 @@ class MessageType(IntEnum):
     FORGET = 10
     DONE = 11
     ERROR = 12
+    SHARE = 13
 
 
 class ErrorCode(IntEnum):
@@ -60,7 +69,14 @@ class ErrorCode(IntEnum):
 
 
 REQUESTS = frozenset(
-    {MessageType.HELLO, MessageType.OFFER, MessageType.STORE, MessageType.MULTIPLY, MessageType.FORGET}
+    {
+        MessageType.HELLO,
+        MessageType.SHARE,
+        MessageType.OFFER,
+        MessageType.STORE,
+        MessageType.MULTIPLY,
+        MessageType.FORGET,
+    }
 )
 REPLIES = frozenset(MessageType) - REQUESTS
 
@@ -78,7 +94,11 @@ class Form:
     body_bytes: tuple[int, int] = (0, 0)
     """Least and most bytes of a payload that is not a matrix."""
     multiply: bool = False
-    """Flags and the element type wanted in the reply."""
+    """The element type wanted in the reply."""
+    flags: int = 0
+    """Flags that it may have."""
+    shared_bytes: int = 0
+    """Bytes of the payload where the matrix lies in shared memory."""
     code: bool = False
     """An error code; request and matrix id may be zero, for an error that answers no request."""
 
@@ -92,11 +112,18 @@ FORMS: Mapping[MessageType, Form] = MappingProxyType(
         MessageType.WANT: Form(),
         MessageType.STORE: Form(dtype=True, tensor_bytes=MAX_MATRIX_BYTES),
         MessageType.STORED: Form(),
-        MessageType.MULTIPLY: Form(dtype=True, tensor_bytes=MAX_WINDOW_BYTES, multiply=True),
-        MessageType.PRODUCT: Form(dtype=True, tensor_bytes=MAX_WINDOW_BYTES),
+        MessageType.MULTIPLY: Form(
+            dtype=True,
+            tensor_bytes=MAX_WINDOW_BYTES,
+            multiply=True,
+            flags=TRANSPOSED | SHARED,
+            shared_bytes=_PLACES.size,
+        ),
+        MessageType.PRODUCT: Form(dtype=True, tensor_bytes=MAX_WINDOW_BYTES, flags=SHARED),
         MessageType.FORGET: Form(),
         MessageType.DONE: Form(),
         MessageType.ERROR: Form(matrix=False, code=True, body_bytes=(1, MAX_ERROR_BYTES)),
+        MessageType.SHARE: Form(body_bytes=(_SIZE.size, _SIZE.size)),
     }
 )
 
@@ -120,6 +147,20 @@ class Header:
     def transposed(self) -> bool:
         """Whether a MULTIPLY is by the transpose."""
         return bool(self.flags & TRANSPOSED)
+
+    @property
+    def shared(self) -> bool:
+        """Whether the matrix lies in shared memory."""
+        return bool(self.flags & SHARED)
+
+    @property
+    def matrix_bytes(self) -> int:
+        """Bytes of the matrix, wherever it lies."""
+        return self.rows * self.cols * self.dtype.itemsize
+
+    def inline(self) -> "Header":
+        """The same message with its matrix as the payload."""
+        return replace(self, flags=self.flags & ~SHARED, payload_bytes=self.matrix_bytes) if self.shared else self
 
     def pack(self) -> bytes:
         """The header as 56 bytes."""
@@ -175,7 +216,7 @@ def _check(header: Header, form: Form) -> None:
         raise MalformedMessage(f"{name} needs a request id other than 0")
     if not form.matrix and not form.code and (header.request_id or header.matrix_id != NO_MATRIX):
         raise MalformedMessage(f"{name} carries neither a request id nor a matrix id")
-    if header.flags & ~TRANSPOSED or (header.flags and not form.multiply):
+    if header.flags & ~form.flags:
         raise MalformedMessage(f"{name} came with the flags {header.flags:#x}, which it has not")
     if form.multiply != (header.reply_dtype is not DType.NONE):
         raise MalformedMessage(f"{name} came with the reply dtype {header.reply_dtype.name}")
@@ -198,7 +239,9 @@ def _check_size(header: Header, form: Form) -> None:
     if form.tensor_bytes:
         if header.payload_bytes > form.tensor_bytes:
             raise LimitExceeded(f"{name} of {header.payload_bytes} bytes: at most {form.tensor_bytes}")
-        exact = header.rows * header.cols * header.dtype.itemsize
+        if header.matrix_bytes > form.tensor_bytes:
+            raise LimitExceeded(f"{name} of {header.matrix_bytes} bytes: at most {form.tensor_bytes}")
+        exact = form.shared_bytes if header.shared else header.matrix_bytes
         if header.payload_bytes != exact:
             raise MalformedMessage(
                 f"{name} of {header.rows} x {header.cols} {header.dtype.name} has {exact} bytes, "
@@ -280,13 +323,41 @@ class Welcome:
         welcome = cls(*_WELCOME.unpack(body))
         if welcome.version != VERSION:
             raise UnsupportedVersion(f"the worker chose version {welcome.version}, offered was {VERSION}")
-        if welcome.features & ~CONTENT_STORE:
+        if welcome.features & ~FEATURES:
             raise MalformedMessage(f"WELCOME names unknown features {welcome.features:#x}")
         if not 1 <= welcome.max_in_flight <= MAX_IN_FLIGHT:
             raise MalformedMessage(f"WELCOME allows {welcome.max_in_flight} in flight: 1 to {MAX_IN_FLIGHT} may be")
         if not 1 <= welcome.window_bytes <= MAX_WINDOW_BYTES or not 1 <= welcome.matrix_bytes <= MAX_MATRIX_BYTES:
             raise MalformedMessage("WELCOME states a window or a matrix size outside the limits of the protocol")
         return welcome
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Payload of a MULTIPLY in shared memory (16 bytes): where its rows lie, and where the product is to be laid."""
+
+    BYTES: ClassVar[int] = _PLACES.size
+    rows: int
+    product: int
+
+    def pack(self) -> bytes:
+        """The payload as bytes."""
+        return _PLACES.pack(self.rows, self.product)
+
+    @classmethod
+    def unpack(cls, body: bytes) -> "Places":
+        """Read 16 bytes; that they lie within the memory is for whoever has it to check."""
+        return cls(*_PLACES.unpack(body))
+
+
+def pack_size(size: int) -> bytes:
+    """Payload of SHARE: bytes of the memory whose descriptor comes with it."""
+    return _SIZE.pack(size)
+
+
+def unpack_size(body: bytes) -> int:
+    """Read the payload of SHARE."""
+    return int(_SIZE.unpack(body)[0])
 
 
 def error_text(body: bytes) -> str:

@@ -6,6 +6,7 @@ its own request, and in its own way, so that one thread may read while another w
 
 import errno
 import math
+import os
 import select
 import socket
 import struct
@@ -15,10 +16,14 @@ from typing import Protocol, TypeVar
 from obfuscatune.wire.deadline import Deadline
 from obfuscatune.wire.errors import ConnectionLost
 from obfuscatune.wire.limits import KIB, SOCKET_BUFFER_BYTES
+from obfuscatune.wire.shared_memory import AVAILABLE
 
 WHOLE_BYTES = 64 * KIB
 """From this size on a read waits for all of it."""
 
+_DESCRIPTOR = struct.Struct("@i")
+_ONE_DESCRIPTOR = socket.CMSG_SPACE(_DESCRIPTOR.size)
+_READ_FLAGS = socket.MSG_DONTWAIT | getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 Buffer = bytes | bytearray | memoryview
 T = TypeVar("T")
 
@@ -26,8 +31,18 @@ T = TypeVar("T")
 class Transport(Protocol):
     """What messages are carried by."""
 
-    def send(self, buffers: Sequence[Buffer], deadline: Deadline) -> None:
-        """Send all bytes of all buffers, in order. Raises ConnectionLost, DeadlineExceeded."""
+    @property
+    def shares_memory(self) -> bool:
+        """Whether a descriptor of shared memory can go along: both ends are on one host, and it has such memory."""
+
+    def send(self, buffers: Sequence[Buffer], deadline: Deadline, descriptor: int | None = None) -> None:
+        """Send all bytes of all buffers, in order, and a copy of the descriptor.
+
+        Raises ConnectionLost, DeadlineExceeded.
+        """
+
+    def take_descriptor(self) -> int | None:
+        """The descriptor that came with what was received last, for the caller to close; None where none did."""
 
     def recv_into(self, view: memoryview, deadline: Deadline) -> int:
         """Wait for a byte or more; how many came, 0 at the end. Raises ConnectionLost, DeadlineExceeded."""
@@ -57,13 +72,22 @@ class SocketTransport:
         sock.setblocking(True)  # each call says for itself whether it waits
         self._sock = sock
         self._peer = peer
+        self._descriptors: list[int] = []
 
     def establish(self, deadline: Deadline) -> None:
         """Whatever is to be done before the first byte of ours: nothing here, the handshake where there is TLS."""
 
-    def send(self, buffers: Sequence[Buffer], deadline: Deadline) -> None:
+    @property
+    def shares_memory(self) -> bool:
+        """See `Transport.shares_memory`."""
+        return AVAILABLE and self._sock.family == socket.AF_UNIX
+
+    def send(self, buffers: Sequence[Buffer], deadline: Deadline, descriptor: int | None = None) -> None:
         """See `Transport.send`; header and payload leave in one system call where they fit."""
         views = [memoryview(buffer) for buffer in buffers if len(buffer)]
+        if descriptor is not None:
+            self._wait(lambda first: self._write_with(first, descriptor), views[0][:1], deadline)
+            views[0] = views[0][1:]
         while views:
             sent = self._wait(self._write, views, deadline)
             while views and sent >= len(views[0]):
@@ -77,6 +101,10 @@ class SocketTransport:
         if len(view) < WHOLE_BYTES:
             return self._wait(self._read, view, deadline)
         return self._read_whole(view, deadline)
+
+    def take_descriptor(self) -> int | None:
+        """See `Transport.take_descriptor`."""
+        return self._descriptors.pop() if self._descriptors else None
 
     def stop_sending(self) -> None:
         """See `Transport.stop_sending`."""
@@ -92,6 +120,7 @@ class SocketTransport:
 
     def close(self) -> None:
         """See `Transport.close`."""
+        self._drop_descriptors()
         self._sock.close()
 
     def _end(self, how: int) -> None:
@@ -139,9 +168,29 @@ class SocketTransport:
     def _read(self, view: memoryview) -> int:
         """Receive what is there; how much. Raises WouldBlock, OSError."""
         try:
-            return self._sock.recv_into(view, 0, socket.MSG_DONTWAIT)
+            if not self.shares_memory:
+                return self._sock.recv_into(view, 0, socket.MSG_DONTWAIT)
+            came, ancillary, _, _ = self._sock.recvmsg_into([view], _ONE_DESCRIPTOR, _READ_FLAGS)
         except BlockingIOError:
             raise WouldBlock(select.POLLIN) from None
+        for level, kind, data in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                self._drop_descriptors()  # what nobody took; a peer must not fill our table
+                whole = len(data) - len(data) % _DESCRIPTOR.size
+                self._descriptors = [number for (number,) in _DESCRIPTOR.iter_unpack(data[:whole])]
+        return came
+
+    def _write_with(self, view: memoryview, descriptor: int) -> int:
+        """Send a byte with a descriptor. Raises WouldBlock, OSError."""
+        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, _DESCRIPTOR.pack(descriptor))
+        try:
+            return self._sock.sendmsg([view], [rights], socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            raise WouldBlock(select.POLLOUT) from None
+
+    def _drop_descriptors(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.pop())
 
 
 def _timeval(seconds: float) -> bytes:

@@ -8,7 +8,7 @@ import torch
 
 from obfuscatune.wire.errors import MalformedMessage, QuotaExceeded, StorageError, UnknownMatrix
 from obfuscatune.wire.limits import MAX_ERROR_BYTES, MAX_MATRIX_BYTES, MAX_WINDOW_BYTES
-from obfuscatune.wire.messages import CONTENT_STORE, NO_DIGEST, NO_MATRIX, ErrorCode, Header, MessageType
+from obfuscatune.wire.messages import CONTENT_STORE, NO_DIGEST, NO_MATRIX, SHARED, ErrorCode, Header, MessageType
 from obfuscatune.wire.tensors import bytes_of
 from obfuscatune.wire.transport import Buffer
 from obfuscatune.worker.buffers import Buffers
@@ -26,6 +26,8 @@ class Request:
     header: Header
     body: bytes = b""
     tensor: torch.Tensor | None = None
+    landing: torch.Tensor | None = None
+    """Where in shared memory the product is to be laid, as bytes; None where it goes back as a payload."""
 
     @property
     def payload(self) -> Buffer:
@@ -42,7 +44,7 @@ class Reply:
     last: bool = False
     """Whether the connection ends with it."""
     product: torch.Tensor | None = None
-    """The memory of `payload`, lent by the connection's buffers, to be given back once it is sent."""
+    """The product: in shared memory, or the memory of `payload`, lent by the connection's buffers."""
 
 
 @dataclass
@@ -56,6 +58,7 @@ class Answerer:
 
     def __post_init__(self) -> None:
         self._answers = {
+            MessageType.SHARE: self._share,
             MessageType.OFFER: self._offer,
             MessageType.STORE: self._store,
             MessageType.MULTIPLY: self._multiply,
@@ -119,21 +122,26 @@ class Answerer:
         size = header.rows * outer * header.reply_dtype.itemsize
         if size > MAX_WINDOW_BYTES:
             return refusal(ErrorCode.LIMIT, f"the product would have {size} bytes; split the rows", header)
-        product = buffers.lend(header.rows, outer, header.reply_dtype.torch_dtype)
+        landing = request.landing
+        if landing is not None and landing.nbytes < size:
+            return refusal(ErrorCode.LIMIT, f"the product has {size} bytes, there is room for {landing.nbytes}", header)
+        dtype = header.reply_dtype.torch_dtype
+        if landing is None:
+            product = buffers.lend(header.rows, outer, dtype)
+        else:
+            product = landing[:size].view(dtype).view(header.rows, outer)
         self.computer.multiply(_tensor(request), matrix, product, transpose=header.transposed)
-        return Reply(
-            Header(
-                MessageType.PRODUCT,
-                header.request_id,
-                header.matrix_id,
-                header.reply_dtype,
-                rows=header.rows,
-                cols=outer,
-                payload_bytes=size,
-            ),
-            bytes_of(product),
-            product=product,
+        reply = Header(
+            MessageType.PRODUCT,
+            header.request_id,
+            header.matrix_id,
+            header.reply_dtype,
+            rows=header.rows,
+            cols=outer,
+            payload_bytes=size if landing is None else 0,
+            flags=0 if landing is None else SHARED,
         )
+        return Reply(reply, bytes_of(product) if landing is None else b"", product=product)
 
     def _kept(self, request: Request) -> torch.Tensor | None:
         """What was offered, where it lies on disk."""
@@ -150,6 +158,9 @@ class Answerer:
             self.store.release(reserved)
             raise
         self.store.put(key, adopted, reserved=reserved)
+
+    def _share(self, session: bytes, request: Request, buffers: Buffers) -> Reply:
+        return _short(MessageType.DONE, request.header)  # the connection has mapped it, or ended
 
     def _forget(self, session: bytes, request: Request, buffers: Buffers) -> Reply:
         header = request.header

@@ -14,7 +14,8 @@ from obfuscatune.wire.deadline import Deadline, transfer_seconds
 from obfuscatune.wire.errors import StorageError, WireError
 from obfuscatune.wire.framing import send_message
 from obfuscatune.wire.limits import CHUNK_BYTES, HANDSHAKE_SECONDS, LINGER_SECONDS, STALL_SECONDS
-from obfuscatune.wire.messages import ErrorCode, Header, Hello, MessageType
+from obfuscatune.wire.messages import SHARED_MEMORY, ErrorCode, Header, Hello, MessageType
+from obfuscatune.wire.tensors import bytes_of
 from obfuscatune.wire.transcript import Direction
 from obfuscatune.wire.transport import Buffer, Transport
 from obfuscatune.worker.answer import Answerer, Reply, Request, refusal
@@ -79,7 +80,8 @@ class Connection:
         try:
             body = Hello(bytes(32)).pack()  # without the session id, which is a key and is not kept
             self._record("request", Header(MessageType.HELLO, payload_bytes=len(body)), body)
-            self._send(welcome(self._store.quota_bytes, self._service.answerer.features), deadline)
+            features = self._service.answerer.features | (SHARED_MEMORY if self._transport.shares_memory else 0)
+            self._send(welcome(self._store.quota_bytes, features), deadline)
         except BaseException:
             self._service.sessions.leave(session, keep=self._store.holds_any(session))
             raise
@@ -119,19 +121,23 @@ class Connection:
     def _respond(self, item: Request | Reply) -> None:
         """Answer one request, or send what the reader had to say itself."""
         if isinstance(item, Request):
-            self._record("request", item.header, item.payload)
+            self._record("request", item.header.inline(), item.payload)
             reply = self._service.answerer.answer(self._session, item, self._buffers)
         else:
             reply = item
         self._intake.settle(item.header)
         self._send(reply, Deadline(STALL_SECONDS + transfer_seconds(reply.header.payload_bytes)))
+        if item.header.shared:
+            return
         if isinstance(item, Request) and item.header.type is MessageType.MULTIPLY and item.tensor is not None:
             self._buffers.give_back(item.tensor)
         if reply.product is not None:
             self._buffers.give_back(reply.product)
 
     def _send(self, reply: Reply, deadline: Deadline) -> None:
-        self._record("reply", reply.header, reply.payload)
+        if self._service.recorder is not None:
+            seen = reply.payload if reply.product is None else bytes_of(reply.product)
+            self._record("reply", reply.header.inline(), seen)
         send_message(self._transport, reply.header, reply.payload, deadline=deadline)
 
     def _send_last(self, reply: Reply | None) -> None:

@@ -8,7 +8,8 @@ from obfuscatune.wire.deadline import Deadline, transfer_seconds
 from obfuscatune.wire.errors import LimitExceeded, MalformedMessage, QuotaExceeded
 from obfuscatune.wire.framing import recv_body, recv_header, recv_payload
 from obfuscatune.wire.limits import CHUNK_BYTES, MAX_IN_FLIGHT, MAX_WINDOW_BYTES, STALL_SECONDS
-from obfuscatune.wire.messages import REQUESTS, ErrorCode, Header, MessageType
+from obfuscatune.wire.messages import REQUESTS, ErrorCode, Header, MessageType, Places, unpack_size
+from obfuscatune.wire.shared_memory import SharedMemory
 from obfuscatune.wire.tensors import bytes_of
 from obfuscatune.wire.transport import Transport
 from obfuscatune.worker.answer import Reply, Request, refusal
@@ -27,6 +28,7 @@ class Intake:
         self._transport = transport
         self._store = store
         self._buffers = buffers
+        self._shared: SharedMemory | None = None
         self._in_flight = 0
         self._window_bytes = 0
         self._lock = threading.Lock()
@@ -46,11 +48,16 @@ class Intake:
         self._admit(header)
         if header.type is MessageType.STORE:
             return self._matrix(header, deadline)
+        if header.type is MessageType.MULTIPLY and header.shared:
+            return self._in_shared_memory(header, deadline)
         if header.type is MessageType.MULTIPLY:
             rows = self._buffers.lend(header.rows, header.cols, header.dtype.torch_dtype)
             recv_payload(self._transport, bytes_of(rows), deadline)
             return Request(header, tensor=rows)
-        return Request(header, recv_body(self._transport, header, deadline))
+        body = recv_body(self._transport, header, deadline)
+        if header.type is MessageType.SHARE:
+            self._share(unpack_size(body))
+        return Request(header, body)
 
     def settle(self, header: Header) -> None:
         """A request is about to be answered. Not later: whoever has the reply may send the next request at once."""
@@ -66,6 +73,20 @@ class Intake:
                 raise TooManyInFlight(f"more than {MAX_IN_FLIGHT} requests await their reply")
             if self._window_bytes > MAX_WINDOW_BYTES:
                 raise TooManyInFlight(f"more than {MAX_WINDOW_BYTES} bytes of requests await their reply")
+
+    def _share(self, size: int) -> None:
+        """Map the memory whose descriptor came along. A connection has one, from then on."""
+        if self._shared is not None:
+            raise MalformedMessage("this connection shares memory already")
+        self._shared = SharedMemory.attach(self._transport.take_descriptor(), size)
+
+    def _in_shared_memory(self, header: Header, deadline: Deadline) -> Request:
+        """A MULTIPLY whose rows are read, and whose product is written, where the enclave says."""
+        places = Places.unpack(recv_body(self._transport, header, deadline))
+        if self._shared is None:
+            raise MalformedMessage("rows in shared memory, and no memory is shared")
+        rows = self._shared.matrix(places.rows, header.rows, header.cols, header.dtype.torch_dtype)
+        return Request(header, tensor=rows, landing=self._shared.rest(places.product))
 
     def _matrix(self, header: Header, deadline: Deadline) -> Request | Reply:
         """A STORE. Its room is claimed before memory is asked for; without room, its bytes are thrown away."""

@@ -54,7 +54,12 @@ class MemoryTransport:
         """The peer's end: no more bytes will come."""
         self.closed = False
 
-    def send(self, buffers: Sequence[Buffer], deadline: Deadline) -> None:
+    shares_memory = False
+
+    def take_descriptor(self) -> int | None:
+        return None
+
+    def send(self, buffers: Sequence[Buffer], deadline: Deadline, descriptor: int | None = None) -> None:
         self._check_open()
         for buffer in buffers:
             self._received += buffer

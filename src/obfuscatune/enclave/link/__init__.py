@@ -8,6 +8,7 @@ that cannot deadlock).
 In the order in which a request passes through:
 
     worker_link  store, multiply, forget: for any thread, which take turns
+    arena        rows and products in shared memory, where enclave and worker are on one host
     pending      a product asked for       -> a request, and what its reply must be
     driver       all that is asked for     -> one step at a time until it is done, whatever fails on the way
     connection   a request                 -> its reply, or an error; no retries
@@ -15,9 +16,9 @@ In the order in which a request passes through:
     stats        everything that crossed   -> counts
 """
 
-from obfuscatune.enclave.link.pending import MatrixSource, Pending
+from obfuscatune.enclave.link.pending import MatrixSource, Pending, check_finite
 from obfuscatune.enclave.link.retry import RetryPolicy
 from obfuscatune.enclave.link.stats import LinkStats
 from obfuscatune.enclave.link.worker_link import WorkerLink
 
-__all__ = ["LinkStats", "MatrixSource", "Pending", "RetryPolicy", "WorkerLink"]
+__all__ = ["LinkStats", "MatrixSource", "Pending", "RetryPolicy", "WorkerLink", "check_finite"]

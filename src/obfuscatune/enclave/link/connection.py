@@ -3,10 +3,12 @@
 No retries here: whatever goes wrong is raised, and the connection is not used again.
 """
 
+import os
 import time
 
 import torch
 
+from obfuscatune.enclave.link.arena import Arena
 from obfuscatune.enclave.link.stats import LinkStats
 from obfuscatune.wire.deadline import Deadline
 from obfuscatune.wire.dtypes import DType
@@ -26,13 +28,16 @@ from obfuscatune.wire.messages import (
     CONTENT_STORE,
     HEADER_BYTES,
     REPLIES,
+    SHARED_MEMORY,
     ErrorCode,
     Header,
     Hello,
     MessageType,
     Welcome,
     error_text,
+    pack_size,
 )
+from obfuscatune.wire.shared_memory import SharedMemory
 from obfuscatune.wire.tensors import bytes_of, is_finite
 from obfuscatune.wire.transport import Buffer, Transport
 
@@ -54,6 +59,8 @@ class LinkConnection:
     def __init__(self, transport: Transport, session_id: bytes, stats: LinkStats, deadline: Deadline) -> None:
         self._transport = transport
         self._stats = stats
+        self.arena: Arena | None = None
+        """Memory shared with the worker, after `share`."""
         try:
             body = Hello(session_id).pack()
             self.send(Header(MessageType.HELLO, payload_bytes=len(body)), body, deadline)
@@ -72,9 +79,25 @@ class LinkConnection:
         """Whether the worker keeps matrices by their content."""
         return bool(self.welcome.features & CONTENT_STORE)
 
-    def send(self, header: Header, payload: Buffer, deadline: Deadline) -> None:
+    def share(self, request_id: int, size: int, deadline: Deadline) -> None:
+        """Share memory with the worker, where it is on this host and there is some; else this does nothing."""
+        if not self.welcome.features & SHARED_MEMORY or not self._transport.shares_memory:
+            return
+        try:
+            memory, descriptor = SharedMemory.create(size)
+        except OSError:
+            return  # rows are sent through the socket then
+        try:
+            header = Header(MessageType.SHARE, request_id, payload_bytes=8)
+            self.exchange(header, pack_size(size), {MessageType.DONE}, deadline, descriptor)
+        finally:
+            os.close(descriptor)
+        self.arena = Arena(memory)
+
+    def send(self, header: Header, payload: Buffer, deadline: Deadline, descriptor: int | None = None) -> None:
         """Send one request."""
-        self._stats.bytes_sent += send_message(self._transport, header, payload, deadline=deadline)
+        send_message(self._transport, header, payload, deadline=deadline, descriptor=descriptor)
+        self._stats.bytes_sent += HEADER_BYTES + header.inline().payload_bytes
 
     def receive(self, deadline: Deadline) -> Header:
         """The header of the next reply; its payload is to be taken next, by `body`, `refusal` or `product`."""
@@ -83,7 +106,7 @@ class LinkConnection:
             header = recv_header(self._transport, REPLIES, deadline=deadline)
         finally:
             self._stats.seconds_waiting += time.monotonic() - started
-        self._stats.bytes_received += HEADER_BYTES + header.payload_bytes
+        self._stats.bytes_received += HEADER_BYTES + header.inline().payload_bytes
         return header
 
     def body(self, header: Header, deadline: Deadline) -> bytes:
@@ -95,14 +118,21 @@ class LinkConnection:
         text = error_text(self.body(header, deadline))
         return _REFUSALS[ErrorCode(header.code)](f"the worker answered: {text}")
 
-    def exchange(self, header: Header, payload: Buffer, allowed: set[MessageType], deadline: Deadline) -> MessageType:
+    def exchange(
+        self,
+        header: Header,
+        payload: Buffer,
+        allowed: set[MessageType],
+        deadline: Deadline,
+        descriptor: int | None = None,
+    ) -> MessageType:
         """Send one request that carries no product, and take its reply. Nothing else may be in flight.
 
         Raises:
             WorkerRefused: the worker answered this request with an error.
             MalformedMessage: the reply is not of an `allowed` type, or answers something else.
         """
-        self.send(header, payload, deadline)
+        self.send(header, payload, deadline, descriptor)
         reply = self.receive(deadline)
         if reply.type is MessageType.ERROR and reply.request_id in (0, header.request_id):
             raise self.refusal(reply, deadline)
@@ -111,12 +141,18 @@ class LinkConnection:
         return reply.type
 
     def product(
-        self, header: Header, matrix_id: bytes, shape: tuple[int, int], dtype: torch.dtype, deadline: Deadline
+        self,
+        header: Header,
+        matrix_id: bytes,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        landing: torch.Tensor | None,
+        deadline: Deadline,
     ) -> torch.Tensor:
-        """The payload of a PRODUCT, received into a fresh tensor of the `shape` and `dtype` that were asked for.
+        """The matrix of a PRODUCT: in `landing`, or received into a fresh tensor of the `shape` and `dtype` asked for.
 
         Raises:
-            BadReply: another matrix, shape or dtype came, or NaN or infinity.
+            BadReply: another matrix, shape or dtype came, or in another way, or NaN or infinity.
         """
         came = (header.matrix_id, header.rows, header.cols, header.dtype)
         if came != (matrix_id, *shape, DType.of(dtype)):
@@ -125,12 +161,15 @@ class LinkConnection:
                 f"{header.rows} x {header.cols} {header.dtype.name}"
                 + ("" if header.matrix_id == matrix_id else " of another matrix")
             )
-        product = torch.empty(shape, dtype=dtype)
-        started = time.monotonic()
-        try:
-            recv_payload(self._transport, bytes_of(product), deadline)
-        finally:
-            self._stats.seconds_waiting += time.monotonic() - started
+        if header.shared != (landing is not None):
+            raise BadReply("the product was to come through shared memory, or was not, and came the other way")
+        product = torch.empty(shape, dtype=dtype) if landing is None else landing
+        if landing is None:
+            started = time.monotonic()
+            try:
+                recv_payload(self._transport, bytes_of(product), deadline)
+            finally:
+                self._stats.seconds_waiting += time.monotonic() - started
         if not is_finite(product):
             raise BadReply("the worker's product contains NaN or infinity, although all that was sent is finite")
         return product

@@ -9,6 +9,7 @@ import secrets
 from collections import OrderedDict
 from collections.abc import Callable
 
+from obfuscatune.enclave.link.arena import Arena
 from obfuscatune.enclave.link.connection import LinkConnection
 from obfuscatune.enclave.link.pending import Pending, StoredMatrix
 from obfuscatune.enclave.link.retry import Insistence, RetryPolicy
@@ -25,7 +26,8 @@ from obfuscatune.wire.errors import (
     WireError,
     WorkerRefused,
 )
-from obfuscatune.wire.messages import NO_DIGEST, Header, MessageType
+from obfuscatune.wire.limits import SHARED_BYTES
+from obfuscatune.wire.messages import NO_DIGEST, Header, MessageType, Places
 from obfuscatune.wire.tensors import bytes_of, content_digest
 from obfuscatune.wire.transport import Buffer, Transport
 
@@ -61,6 +63,11 @@ class LinkDriver:
         self._connected_before = False
         self._last_id = 0
         self._in_flight: OrderedDict[int, Pending] = OrderedDict()
+
+    @property
+    def arena(self) -> Arena | None:
+        """The memory shared with the worker that is connected now."""
+        return None if self._connection is None else self._connection.arena
 
     @property
     def connected(self) -> bool:
@@ -131,7 +138,14 @@ class LinkDriver:
             self._receive(connection)
 
     def _greet(self) -> None:
-        self._connection = LinkConnection(self._connect(), self._session_id, self.stats, Deadline(self._deadline_s))
+        deadline = Deadline(self._deadline_s)
+        connection = LinkConnection(self._connect(), self._session_id, self.stats, deadline)
+        try:
+            connection.share(self._next_id(), SHARED_BYTES, deadline)
+        except BaseException:
+            connection.close()
+            raise
+        self._connection = connection
         self.stats.reconnects += self._connected_before
         self._connected_before = True
 
@@ -150,9 +164,27 @@ class LinkDriver:
         pending.times_sent += 1
         pending.deadline = Deadline(self._deadline_s)
         request_id = self._next_id()
-        connection.send(pending.header(request_id), bytes_of(pending.rows), pending.deadline)
+        places = self._places(connection, pending)
+        if places is None:
+            connection.send(pending.header(request_id), bytes_of(pending.rows), pending.deadline)
+        else:
+            connection.send(pending.header(request_id, shared=True), places.pack(), pending.deadline)
         self.waiting.remove(pending)
         self._in_flight[request_id] = pending
+
+    def _places(self, connection: LinkConnection, pending: Pending) -> Places | None:
+        """Where rows and product lie in the memory of this connection; None where the rows do not, or it is full."""
+        pending.landing = None
+        arena = connection.arena
+        offset = None if arena is None else arena.offset_of(pending.rows)
+        if arena is None or offset is None:
+            return None
+        landing = arena.lend(*pending.shape, pending.dtype)
+        landing_offset = None if landing is None else arena.offset_of(landing)
+        if landing_offset is None:
+            return None
+        pending.landing = landing
+        return Places(offset, landing_offset)
 
     def _receive(self, connection: LinkConnection) -> None:
         """Take one reply, in whatever order the worker gives them."""
@@ -164,7 +196,9 @@ class LinkDriver:
         if pending is None:
             raise MalformedMessage(f"{header.type.name} came for a request that is not in flight")
         if header.type is MessageType.PRODUCT:
-            pending.product = connection.product(header, pending.matrix_id, pending.shape, pending.dtype, deadline)
+            pending.product = connection.product(
+                header, pending.matrix_id, pending.shape, pending.dtype, pending.landing, deadline
+            )
             self.stats.crossings += 1
         elif header.type is MessageType.ERROR:
             self._refused(pending, connection.refusal(header, deadline))

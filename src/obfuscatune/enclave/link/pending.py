@@ -1,7 +1,7 @@
 """What a link keeps in mind while it waits: the products asked for, and how to make again what the worker lacks."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -9,7 +9,7 @@ from obfuscatune.wire.deadline import Deadline
 from obfuscatune.wire.dtypes import DType
 from obfuscatune.wire.errors import ConfigError, LimitExceeded, NonFiniteError, WireError, WorkerRefused
 from obfuscatune.wire.limits import MAX_DIM, MAX_MATRIX_BYTES, MAX_WINDOW_BYTES
-from obfuscatune.wire.messages import NO_DIGEST, TRANSPOSED, Header, MessageType
+from obfuscatune.wire.messages import NO_DIGEST, SHARED, TRANSPOSED, Header, MessageType, Places
 from obfuscatune.wire.tensors import is_finite
 
 MatrixSource = Callable[[], torch.Tensor]
@@ -86,6 +86,8 @@ class Pending:
         """Of the sending that is under way."""
         self.times_sent = 0
         self.times_unknown = 0
+        self.landing: torch.Tensor | None = None
+        """Where in shared memory the product is to lie, for the sending that is under way."""
         self.product: torch.Tensor | None = None
         self.error: WireError | None = None
         self._wait = wait
@@ -96,9 +98,9 @@ class Pending:
         """Whether `result` returns, or raises, at once."""
         return self.product is not None or self.error is not None
 
-    def header(self, request_id: int) -> Header:
-        """The MULTIPLY that asks for it."""
-        return Header(
+    def header(self, request_id: int, *, shared: bool = False) -> Header:
+        """The MULTIPLY that asks for it, with the rows as payload or in shared memory."""
+        inline = Header(
             MessageType.MULTIPLY,
             request_id,
             self.matrix_id,
@@ -109,9 +111,13 @@ class Pending:
             reply_dtype=DType.of(self.dtype),
             flags=TRANSPOSED if self.transpose else 0,
         )
+        return replace(inline, flags=inline.flags | SHARED, payload_bytes=Places.BYTES) if shared else inline
 
     def result(self) -> torch.Tensor:
-        """Wait for the product: (m, q), or (m, p) when transposed; on the CPU, contiguous, the caller's own.
+        """Wait for the product: (m, q), or (m, p) when transposed; on the CPU, contiguous.
+
+        The caller's own; but where the rows came from `WorkerLink.lend`, it may lie in memory that the worker can still
+        write to: compute from it once, into memory of one's own.
 
         Raises:
             WireError: see `WorkerLink.multiply`.
@@ -133,6 +139,14 @@ def _check_rows(rows: torch.Tensor, inner: int) -> None:
         raise LimitExceeded(
             f"{rows.shape[0]} rows ({rows.nbytes} bytes) in one call: split it, the wire takes {MAX_WINDOW_BYTES} bytes"
         )
+
+
+def check_finite(rows: torch.Tensor) -> None:
+    """Nothing that is not finite crosses.
+
+    Raises:
+        NonFiniteError: `rows` contain NaN or infinity.
+    """
     if not is_finite(rows):
         raise NonFiniteError(
             "the rows to be multiplied contain NaN or infinity; they were not sent. "

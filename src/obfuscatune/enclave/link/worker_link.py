@@ -9,7 +9,7 @@ from typing import Self
 import torch
 
 from obfuscatune.enclave.link.driver import LinkDriver
-from obfuscatune.enclave.link.pending import MatrixSource, Pending, StoredMatrix
+from obfuscatune.enclave.link.pending import MatrixSource, Pending, StoredMatrix, check_finite
 from obfuscatune.enclave.link.retry import RetryPolicy
 from obfuscatune.enclave.link.stats import LinkStats
 from obfuscatune.wire.address import parse_address
@@ -112,6 +112,16 @@ class WorkerLink:
             if matrix.refused is not None:
                 raise matrix.refused
 
+    def lend(self, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
+        """Memory for rows that are to be multiplied: shared with the worker where that can be, then nothing is copied.
+
+        A contiguous (rows, cols) matrix on the CPU with arbitrary elements. It is the worker's to read and to change
+        from now on: only what it may know may be laid there, and nothing may be read back.
+        """
+        arena = self._driver.arena
+        lent = None if arena is None else arena.lend(rows, cols, dtype)
+        return torch.empty(rows, cols, dtype=dtype) if lent is None else lent
+
     def multiply(
         self, matrix_id: bytes, rows: torch.Tensor, *, transpose: bool, reply_dtype: torch.dtype | None = None
     ) -> torch.Tensor:
@@ -135,14 +145,25 @@ class WorkerLink:
         return self.submit(matrix_id, rows, transpose=transpose, reply_dtype=reply_dtype).result()
 
     def submit(
-        self, matrix_id: bytes, rows: torch.Tensor, *, transpose: bool, reply_dtype: torch.dtype | None = None
+        self,
+        matrix_id: bytes,
+        rows: torch.Tensor,
+        *,
+        transpose: bool,
+        reply_dtype: torch.dtype | None = None,
+        known_finite: bool = False,
     ) -> Pending:
-        """As `multiply`, but return once it is sent; `Pending.result` waits. `rows` must not change until then."""
+        """As `multiply`, but return once it is sent; `Pending.result` waits. `rows` must not change until then.
+
+        `known_finite`: the caller has made sure that `rows` contain neither NaN nor infinity.
+        """
         driver = self._driver
         with self._lock:
             matrix = driver.matrices.get(matrix_id)
             if matrix is None:
                 raise ConfigError("no matrix was stored under this id: store it first")
+            if not known_finite:
+                check_finite(rows)
             pending = Pending(matrix, rows.detach(), transpose, reply_dtype or rows.dtype, self._finish)
             driver.waiting.append(pending)
             self._drive_for(pending, lambda: pending not in driver.waiting)
