@@ -2,6 +2,7 @@
 #   make demo         fine-tune the embedded model protected and plain, side by side
 #   make test         lint and the default test suite (under 10 minutes on 2 cores)
 #   make test-long    the long tests too
+#   make reproduce-small   the paper's tables, scaled down (under 30 minutes on 2 cores); DATA=folder with the questions
 #   make benchmarks   the figures of docs/benchmarks.md; DATA=folder with sciq/ and openbookqa/
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
@@ -10,7 +11,7 @@ DATA   ?= ../shared/data
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-long lint benchmarks clean
+.PHONY: demo test test-long lint reproduce-small benchmarks clean
 
 demo: $(READY)
 	$(BIN)/obfuscatune demo
@@ -26,6 +27,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# What DATA must hold: docs/reproduce.md. Stopped and started again, it goes on where it was.
+reproduce-small: $(READY)
+	$(BIN)/obfuscatune reproduce --preset cpu --data-root $(DATA) --out reproduce-out
 
 benchmarks: $(READY)
 	$(BIN)/obfuscatune bench step --shape gpt2 --rounds 11 --out benchmarks/results

@@ -7,7 +7,7 @@ a small model shows there what it has learnt long before it knows anything about
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -48,15 +48,18 @@ class Study:
     data: Path
     preset: Preset
     out: RunDirectory
+    _read: dict[str, Data] = field(default_factory=dict, repr=False)
+    """By task: reading and tokenising takes longer than a small model takes to learn it."""
 
     def tuned(self, task: str, method: str, seed: int) -> Cell:
         """Fine-tune in float32, then ask."""
         recipe = self._recipe(task, method, seed)
-        data = self._data(recipe)
+        data = self._data(task, recipe)
         settings = {
             **self._asked(task),
             **recipe.model_dump(mode="json", exclude={"model", "data", "eval", "out", "worker", "checkpoint_every"}),
             "method": method,
+            "protection": find_method(method).resolved,
             "records": len(data.train.examples),
             "heldout": 0 if data.eval is None else len(data.eval.examples),
             "train_data": data.train.digest,
@@ -69,8 +72,8 @@ class Study:
 
     def rounded(self, tuned: Cell, method: str, dtype: str) -> Cell:
         """Ask the model that another cell has tuned, protected otherwise and in another number format."""
-        settings = {"tuned": tuned.key, "method": method, "dtype": dtype, "seed": tuned.settings["seed"]}
-        settings |= {name: tuned.settings[name] for name in ("task", "questions", "recalled")}
+        settings = {"tuned": tuned.key, "method": method, "protection": find_method(method).resolved, "dtype": dtype}
+        settings |= {name: tuned.settings[name] for name in ("task", "seed", "questions", "recalled")}
 
         def measure(watch: Watch) -> Mapping[str, Any]:
             return self._ask_again(find_method(method), tuned, dtype, watch)
@@ -99,10 +102,13 @@ class Study:
             checkpoint_every=_CHECKPOINT_EVERY,
         )
 
-    def _data(self, recipe: Recipe) -> Data:
-        data = load_data(recipe, self.subject.tokenizer, self.subject.config)
-        heldout = None if data.eval is None else _first(data.eval, self.preset.heldout)
-        return Data(_first(data.train, self.preset.records), heldout)
+    def _data(self, task: str, recipe: Recipe) -> Data:
+        """The task's examples, as many as the preset says: the same for every method and seed."""
+        if task not in self._read:
+            data = load_data(recipe, self.subject.tokenizer, self.subject.config)
+            heldout = None if data.eval is None else _first(data.eval, self.preset.heldout)
+            self._read[task] = Data(_first(data.train, self.preset.records), heldout)
+        return self._read[task]
 
     def _asked(self, task: str) -> dict[str, Any]:
         questions = load_questions(find_task(task), self.data, self.preset.questions)

@@ -79,6 +79,7 @@ class ErrorStudy:
         settings = {
             **settings,
             "method": method,
+            "protection": find_method(method).resolved,
             "tokens": self.preset.error_tokens,
             "depths": self.preset.depths,
             "dtypes": list(DTYPES),

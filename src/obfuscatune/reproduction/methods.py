@@ -11,7 +11,7 @@ conditioned(8)     the paper's scheme with matrices of that condition number
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from obfuscatune.enclave.profiles import PRESETS, resolve
@@ -26,6 +26,11 @@ class Method:
     name: str
     profile: str | None
     knobs: Mapping[str, Any]
+
+    @property
+    def resolved(self) -> Mapping[str, Any] | None:
+        """Every knob, as it stands in the settings of a cell."""
+        return None if self.profile is None else asdict(resolve(self.profile, **self.knobs))
 
     @property
     def condition_number(self) -> float | None:

@@ -121,10 +121,8 @@ def _slowdown(cells: Sequence[Measured]) -> Iterator[Plot]:
 
 
 def _figure() -> tuple[Figure, Axes]:
-    import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    mpl.rcParams["svg.fonttype"] = "none"
     figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
     axes = figure.add_subplot()
     axes.grid(visible=True, axis="y", alpha=0.3)
@@ -143,9 +141,11 @@ def _svg(figure: Figure, name: str) -> str:
 
     nothing: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     text = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": name, "svg.id": re.sub("[^a-z0-9]+", "-", name.lower())}):
+    with mpl.rc_context({"svg.hashsalt": "obfuscatune", "svg.fonttype": "none"}):
         figure.savefig(text, format="svg", metadata=nothing)
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    own = re.sub("[^a-z0-9]+", "-", name.lower())
+    svg = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{own}-", svg)
     return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', f'role="img" aria-label="{escape(name)}"', svg, count=1)

@@ -12,6 +12,7 @@ from obfuscatune.enclave.load import empty_model
 from obfuscatune.enclave.plan import make_plan
 from obfuscatune.enclave.profiles import resolve
 from obfuscatune.reproduction.cells import Cell, Watch
+from obfuscatune.reproduction.methods import find_method
 
 SHAPES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 PROFILES = ("paper", "private")
@@ -32,5 +33,5 @@ def share_cell(shape: str) -> Cell:
             "kinds": {name: plan.enclave for name, plan in plans.items()},
         }
 
-    settings = {"shape": shape, "first_blocks": {name: resolve(name).first_blocks for name in PROFILES}}
+    settings = {"shape": shape, "protection": {name: find_method(name).resolved for name in PROFILES}}
     return Cell("share", shape, settings, measure)

@@ -8,6 +8,7 @@ from typing import Any
 
 from obfuscatune.bench.step import StepBench
 from obfuscatune.reproduction.cells import Cell, Watch
+from obfuscatune.reproduction.methods import find_method
 from obfuscatune.reproduction.presets import Preset, ShapeDepth
 
 PROFILES = ("paper", "private")
@@ -31,4 +32,5 @@ def slowdown_cell(preset: Preset, shape: ShapeDepth, profile: str) -> Cell:
             return bench.run(lambda line: meter.advance(1, line)).as_json()
 
     settings = {name: getattr(bench, name) for name in ("shape", "layers", "batch", "length", "threads", "rounds")}
-    return Cell("slowdown", f"{shape.shape} {profile}", {**settings, "profile": profile}, measure)
+    settings |= {"profile": profile, "protection": find_method(profile).resolved}
+    return Cell("slowdown", f"{shape.shape} {profile}", settings, measure)

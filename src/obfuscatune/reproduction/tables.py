@@ -37,45 +37,43 @@ def _accuracy(cells: Sequence[Measured]) -> Iterator[Table]:
     found = pairings(cells)
     if not found:
         return
-    seeds = max(len(it.plain) for it in found)
+    seeds = f"Mean ± standard deviation over {max(len(it.plain) for it in found)} seeds. "
     yield Table(
         "1. Accuracy, plain and protected",
-        (
-            "task",
-            "method",
-            "plain %",
-            "protected %",
-            "points",
-            "plain recall %",
-            "recall %",
-            "plain loss",
-            "loss",
-            "loss, relative",
-            "answers that differ",
-        ),
+        ("task", "method", "plain %", "protected %", "points", "recall, plain %", "recall, protected %", "points"),
         [_accuracy_row(it) for it in found] + list(_mean_rows(found)),
-        caption=f"Mean ± standard deviation over {seeds} seeds. Right answers to the test questions (exact match for "
-        "webqs, the likeliest choice for the others, as lm-evaluation-harness has it); recall: of questions that were "
-        "trained on. Loss: over the whole last epoch. Answers that differ from those of the plain model, ties among "
-        "them in brackets, are of all seeds together.",
+        caption=seeds + "Test questions answered right (exact match for webqs, the likeliest choice for the others, as "
+        "lm-evaluation-harness has it); recall: of questions that were trained on.",
+        text_columns=2,
+    )
+    yield Table(
+        "1a. Losses and answers",
+        ("task", "method", "loss, plain", "loss, protected", "relative", "held out, relative", "answers that differ"),
+        [_loss_row(it) for it in found],
+        caption=seeds
+        + "Loss: nats per token over the whole last epoch; held out: on test records, after the last step. "
+        "Answers to test questions that differ from those of the plain model of the same seed, of all seeds together; "
+        "in brackets those of them that are ties.",
         text_columns=2,
     )
 
 
 def _accuracy_row(it: Pairing) -> tuple[str, ...]:
+    row = [it.task, it.method]
+    for which in ("test", "recall"):
+        row += [_spread(it.accuracies(side, which)) for side in (it.plain, it.protected)]
+        row.append(f"{it.difference(which):+.2f}")
+    return tuple(row)
+
+
+def _loss_row(it: Pairing) -> tuple[str, ...]:
     differing = sum(len(one.differing) for one in it.answers)
     ties = sum(len(one.ties) for one in it.answers)
     return (
         it.task,
         it.method,
-        _spread(it.accuracies(it.plain, "test")),
-        _spread(it.accuracies(it.protected, "test")),
-        f"{it.difference('test'):+.2f}",
-        _spread(it.accuracies(it.plain, "recall")),
-        _spread(it.accuracies(it.protected, "recall")),
-        _spread(it.losses(it.plain, "final_loss"), digits=4),
-        _spread(it.losses(it.protected, "final_loss"), digits=4),
-        f"{100 * it.loss_difference('final_loss'):+.3f} %",
+        *(_spread(it.losses(side, "final_loss"), digits=4) for side in (it.plain, it.protected)),
+        *(f"{100 * it.loss_difference(name):+.3f} %" for name in ("final_loss", "heldout_after")),
         f"{differing} ({ties}) of {it.questions}",
     )
 
@@ -85,53 +83,34 @@ def _mean_rows(found: Sequence[Pairing]) -> Iterator[tuple[str, ...]]:
     for method in dict.fromkeys(it.method for it in found):
         own = [it for it in found if it.method == method]
         if len(own) > 1:
-            plain, protected = (
-                fmean(fmean(it.accuracies(side(it), "test")) for it in own) for side in (_plain, _protected)
-            )
-            means = (f"{plain:.2f}", f"{protected:.2f}", f"{protected - plain:+.2f}")
-            yield (f"mean of {len(own)} tasks", method, *means, "", "", "", "", "", "")
-
-
-def _plain(it: Pairing) -> Sequence[Measured]:
-    return it.plain
-
-
-def _protected(it: Pairing) -> Sequence[Measured]:
-    return it.protected
+            row = [f"mean of {len(own)} tasks", method]
+            for which in ("test", "recall"):
+                plain = fmean(fmean(it.accuracies(it.plain, which)) for it in own)
+                protected = fmean(fmean(it.accuracies(it.protected, which)) for it in own)
+                row += [f"{plain:.2f}", f"{protected:.2f}", f"{protected - plain:+.2f}"]
+            yield tuple(row)
 
 
 def _condition(cells: Sequence[Measured]) -> Iterator[Table]:
     """Table 2, for every task that was asked in 16 bits."""
     rounded = [cell for cell in cells if cell.kind == "rounded"]
-    errors = {cell.settings["method"]: cell for cell in cells if cell.kind == "error" and "model" in cell.settings}
     for task in dict.fromkeys(cell.settings["task"] for cell in rounded):
-        own = [cell for cell in rounded if cell.settings["task"] == task]
-        tuned = [cell for cell in cells if cell.kind == "accuracy" and cell.settings["task"] == task]
-        dtypes = list(dict.fromkeys(cell.settings["dtype"] for cell in own))
+        asked = [cell for cell in rounded if cell.settings["task"] == task]
+        asked += [cell for cell in cells if cell.kind == "accuracy" and cell.settings["task"] == task]
+        dtypes = ("float32", *dict.fromkeys(cell.settings["dtype"] for cell in rounded))
         rows = []
-        for method in dict.fromkeys(cell.settings["method"] for cell in own):
+        for method in dict.fromkeys(cell.settings["method"] for cell in asked):
             row = [method, _kappa(method)]
-            for dtype in ("float32", *dtypes):
-                error = errors[method].result["errors"][dtype][-1] if method in errors else None
-                row.append("" if error is None else format_small(error))
-            here = [cell for cell in tuned if cell.settings["method"] == method]
-            row += [_right(here, task, "test"), _right(here, task, "recall")]
             for dtype in dtypes:
-                here = [cell for cell in own if (cell.settings["method"], cell.settings["dtype"]) == (method, dtype)]
-                row += [_right(here, task, "test"), _right(here, task, "recall")]
+                own = [c for c in asked if (c.settings["method"], c.settings["dtype"]) == (method, dtype)]
+                row += [_right(own, task, which) for which in ("test", "recall")]
             rows.append(tuple(row))
-        names = ("float32", *dtypes)
         yield Table(
-            f"2. Over the condition number: {task}",
-            (
-                "method",
-                "condition number",
-                *(f"error, {name}" for name in names),
-                *(f"{what} %, {name}" for name in names for what in ("accuracy", "recall")),
-            ),
+            f"2. Accuracy over the condition number: {task}",
+            ("method", "cond.", *(f"{what}, {name} %" for name in dtypes for what in ("test", "recall"))),
             rows,
-            caption="Error of the logits of the trained model, relative, against plain in float64. float32: tuned and "
-            "asked under the method. 16 bits: the model that was tuned plain, asked under the method.",
+            caption="float32: tuned and asked under the method. 16 bits: the model that was tuned plain in float32, "
+            "asked under the method.",
         )
 
 
@@ -141,19 +120,19 @@ def _error_by_depth(cells: Sequence[Measured]) -> Iterator[Table]:
         own = [cell for cell in found if _subject(cell) == subject]
         depths = own[0].result["depths"]
         rows = [
-            (cell.settings["method"], dtype, *map(format_small, errors))
+            (cell.settings["method"], _kappa(cell.settings["method"]), dtype, *map(format_small, errors))
             for dtype in own[0].result["errors"]
             for cell in own
             for errors in [cell.result["errors"][dtype]]
         ]
         yield Table(
             f"2a. Error of the logits by depth: {subject}",
-            ("method", "numbers", *(f"{depth} block{'s' if depth > 1 else ''}" for depth in depths)),
+            ("method", "cond.", "numbers", *(f"{depth} block{'s' if depth > 1 else ''}" for depth in depths)),
             rows,
             caption="Relative, in the Frobenius norm, against the plain model in float64: the rows of plain show what "
             "the number format alone does. "
             + ("English text." if "model" in own[0].settings else "Random weights, random tokens."),
-            text_columns=2,
+            text_columns=3,
         )
 
 
@@ -218,7 +197,7 @@ def _spread(values: Sequence[float], digits: int = 2) -> str:
 
 def _kappa(method: str) -> str:
     if method == "gaussian":
-        return "uncontrolled"
+        return "any"
     kappa = find_method(method).condition_number
     return "" if kappa is None else f"{kappa:g}"
 
