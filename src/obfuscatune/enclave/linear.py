@@ -44,6 +44,11 @@ class OffloadedProduct:
         self._R_in, self._R_out = R_in, R_out
         self._mixer = mixer
 
+    @property
+    def is_computed_apart(self) -> bool:
+        """Whether there is anything to be had from working on while a product is computed."""
+        return self._link.computes_apart
+
     def start_forward(self, x: Tensor) -> InFlight:
         """Send x (n, p)."""
         with record_function("obfuscatune.rotate"):

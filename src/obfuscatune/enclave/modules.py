@@ -126,7 +126,7 @@ class SharedCrossing:
         self._product, self._visit = product, None
 
     def output_for(self, slot: int, x: Tensor, *, awaited: bool) -> Tensor:
-        """x (..., p) -> that layer's x W + b (..., q_slot); where `awaited`, as an `AwaitedProduct`."""
+        """x (..., p) -> that layer's x W + b (..., q_slot); where `awaited`, as an `AwaitedProduct`, if that helps."""
         visit = self._visit
         if visit is None or not visit.serves(x, slot):
             call = OffloadedCall(self._product, self._widths)
@@ -136,7 +136,7 @@ class SharedCrossing:
         visit.waiting.remove(slot)
         if not visit.waiting:
             self._visit = None  # all have come: let go of the input
-        if awaited and visit.parts is None:
+        if awaited and visit.parts is None and self._product.is_computed_apart:
             shape = (*x.shape[:-1], self._widths[slot])
             return AwaitedProduct(shape, x.detach(), lambda: visit.part(slot))
         return visit.part(slot)

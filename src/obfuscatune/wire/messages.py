@@ -25,7 +25,9 @@ CONTENT_STORE = 1
 """Feature of a worker: it keeps matrices on disk by their content, and so wants the digest in an OFFER."""
 SHARED_MEMORY = 2
 """Feature of a connection: SHARE is welcome on it."""
-FEATURES = CONTENT_STORE | SHARED_MEMORY
+ACCELERATOR = 4
+"""Feature of a worker: it computes on a device of its own, not on its host's processor."""
+FEATURES = CONTENT_STORE | SHARED_MEMORY | ACCELERATOR
 NO_MATRIX = bytes(16)
 NO_DIGEST = bytes(32)
 

@@ -8,7 +8,16 @@ import torch
 
 from obfuscatune.wire.errors import MalformedMessage, QuotaExceeded, StorageError, UnknownMatrix
 from obfuscatune.wire.limits import MAX_ERROR_BYTES, MAX_MATRIX_BYTES, MAX_WINDOW_BYTES
-from obfuscatune.wire.messages import CONTENT_STORE, NO_DIGEST, NO_MATRIX, SHARED, ErrorCode, Header, MessageType
+from obfuscatune.wire.messages import (
+    ACCELERATOR,
+    CONTENT_STORE,
+    NO_DIGEST,
+    NO_MATRIX,
+    SHARED,
+    ErrorCode,
+    Header,
+    MessageType,
+)
 from obfuscatune.wire.tensors import bytes_of
 from obfuscatune.wire.transport import Buffer
 from obfuscatune.worker.buffers import Buffers
@@ -68,7 +77,8 @@ class Answerer:
     @property
     def features(self) -> int:
         """What WELCOME says of this worker."""
-        return 0 if self.disk is None else CONTENT_STORE
+        keeps = 0 if self.disk is None else CONTENT_STORE
+        return keeps | (0 if self.computer.device.type == "cpu" else ACCELERATOR)
 
     def answer(self, session: bytes, request: Request, buffers: Buffers) -> Reply:
         """The reply to one request of the session with that key. Refusals are replies; nothing is raised for them."""

@@ -25,6 +25,7 @@ from obfuscatune.wire.errors import (
 )
 from obfuscatune.wire.framing import recv_body, recv_header, recv_payload, send_message
 from obfuscatune.wire.messages import (
+    ACCELERATOR,
     CONTENT_STORE,
     HEADER_BYTES,
     REPLIES,
@@ -78,6 +79,11 @@ class LinkConnection:
     def wants_digests(self) -> bool:
         """Whether the worker keeps matrices by their content."""
         return bool(self.welcome.features & CONTENT_STORE)
+
+    @property
+    def computes_apart(self) -> bool:
+        """Whether the worker computes on other cores than this process's: on a device, or on another host."""
+        return bool(self.welcome.features & ACCELERATOR) or not self._transport.shares_memory
 
     def share(self, request_id: int, size: int, deadline: Deadline) -> None:
         """Share memory with the worker, where it is on this host and there is some; else this does nothing."""

@@ -70,6 +70,11 @@ class LinkDriver:
         return None if self._connection is None else self._connection.arena
 
     @property
+    def computes_apart(self) -> bool:
+        """Whether the worker that is connected now computes on other cores than this process's."""
+        return self._connection is not None and self._connection.computes_apart
+
+    @property
     def connected(self) -> bool:
         """Whether there is a connection that has not failed yet."""
         return self._connection is not None

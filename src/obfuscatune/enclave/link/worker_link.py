@@ -44,6 +44,11 @@ class WorkerLink:
         """What went over the link so far; it goes on counting."""
         return self._driver.stats
 
+    @property
+    def computes_apart(self) -> bool:
+        """Whether the worker computes on other cores than this process's, so that both can work at the same time."""
+        return self._driver.computes_apart
+
     @classmethod
     def open(
         cls,
