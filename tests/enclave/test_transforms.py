@@ -162,7 +162,8 @@ CHANGES: dict[str, dict[str, Any]] = {
 def obfuscated(**changes: Any) -> Any:
     spec = TransformSpec.parse("structured")
     standard: dict[str, Any] = {"W": WEIGHT, "key": KEY, "spec": spec, "name": "layers.0.up_proj", "epoch": 0}
-    return obfuscate(**{**standard, **changes})
+    arguments = {**standard, **changes}
+    return obfuscate(**{**arguments, "W": arguments["W"].clone()})  # W_star takes its place
 
 
 def test_same_key_same_w_star() -> None:
@@ -171,12 +172,12 @@ def test_same_key_same_w_star() -> None:
     torch.testing.assert_close(dense(first.R_in) @ first.W_star @ dense(first.R_out).T, WEIGHT, rtol=0, atol=1e-12)
 
 
-def test_w_star_is_rounded_once() -> None:
-    """Computed in float64, whatever W's dtype."""
+def test_w_star_is_rounded_once_for_each_side() -> None:
+    """Computed in float64: two roundings to float32 are 2.5e-8 each of what they round, root mean square."""
     W = WEIGHT.float()
     found = obfuscated(W=W)
     exact = found.R_out.weight_right(found.R_in.weight_left(W.double()))
-    assert torch.equal(found.W_star, exact.float())
+    assert (found.W_star - exact).norm() < 5e-8 * exact.norm()
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)

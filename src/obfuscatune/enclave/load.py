@@ -1,13 +1,16 @@
 """`load`: protect a model straight from its files, so that this process never holds the large matrices together.
 
-config  ->  model without weights  ->  for each group: read W, send W_star, forget W
+config  ->  model without weights  ->  for each group: read W, make W_star in its place, send it
                                    ->  read what stays in the enclave
+
+While one W_star is sent, the next is read and made: two large matrices are in memory, in two places used in turn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +22,19 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
 
+from obfuscatune.enclave.ahead import one_ahead
 from obfuscatune.enclave.checkpoint import Checkpoint
 from obfuscatune.enclave.keys import RootKey
 from obfuscatune.enclave.link import RetryPolicy, WorkerLink
-from obfuscatune.enclave.obfuscate import joint_weight
+from obfuscatune.enclave.obfuscate import Obfuscated
 from obfuscatune.enclave.offloaded import WeightFromFiles
 from obfuscatune.enclave.profiles import Profile, resolve
 from obfuscatune.enclave.protect import Progress, adopt, open_link, released_on_failure, width_of
 from obfuscatune.enclave.protection import Protection, place
 from obfuscatune.enclave.sites import SiteGroup, find_groups
+from obfuscatune.enclave.stages import StageClock
 from obfuscatune.wire.errors import ModelFileError
 from obfuscatune.wire.tls import TlsConfig
 
@@ -55,6 +61,7 @@ def load(
     deadline_s: float = 120.0,
     retry: RetryPolicy | None = None,
     progress: Progress | None = None,
+    clock: StageClock | None = None,
     **knobs: Any,
 ) -> PreTrainedModel:
     """A protected model from a local directory or from the Hugging Face hub.
@@ -67,6 +74,7 @@ def load(
         auto_class: which head, as in `transformers`: `AutoModelForCausalLM`, `AutoModel`, ...
         revision: branch, tag or commit on the hub.
         key, tls, deadline_s, retry, progress, knobs: as in `protect`.
+        clock: filled in with the seconds that each stage takes.
 
     Returns:
         The model in evaluation mode, as `from_pretrained` returns it.
@@ -84,12 +92,16 @@ def load(
     reader = _Reader(checkpoint, skeleton)
     link = open_link(workers, resolved, tls, deadline_s, retry)
     protection = Protection.start(link, resolved, key, width_of(skeleton))
-    with released_on_failure(protection, workers):
-        for done, group in enumerate(groups, start=1):
-            place(skeleton, _offload(group, reader, protection))
+    clock = clock or StageClock()
+    with released_on_failure(protection, workers), closing(_made_ahead(groups, reader, protection, clock)) as made:
+        for done, (group, obfuscated) in enumerate(made, start=1):
+            again = WeightFromFiles(partial(reader.joint_weight, group), group.name)
+            with clock.measure("sending"):
+                place(skeleton, protection.offload(group, obfuscated, again))
             if progress is not None:
                 progress(done, len(groups), group.name)
-        reader.fill(skeleton)
+        with clock.measure("reading"):
+            reader.fill(skeleton)
     if generation is not None:
         skeleton.generation_config = generation
     adopt(skeleton, protection)
@@ -178,15 +190,20 @@ def _blamed_on(file: Path | str) -> Iterator[None]:
         raise ModelFileError(f"{file} cannot be used: {type(error).__name__}: {reason}") from error
 
 
-def _offload(group: SiteGroup, reader: _Reader, protection: Protection) -> dict[str, nn.Module]:
-    """Read one group, send it, and keep nothing but the way to read it again."""
-    layers = tuple(site.layer for site in group.sites)
-    shapes = tuple((f"{site.name}.weight", site.layer.weight.shape, site.layer.weight.dtype) for site in group.sites)
+def _made_ahead(
+    groups: list[SiteGroup], reader: _Reader, protection: Protection, clock: StageClock
+) -> Generator[tuple[SiteGroup, Obfuscated], None, None]:
+    """Each group with its W_star; the next is read and made while one is used, which must then be done with."""
+    size = max((group.weight_bytes for group in groups), default=0)
+    places = [torch.empty(size, dtype=torch.uint8) for _ in groups[:2]]
 
-    def read_joint_weight() -> Tensor:
-        return joint_weight(layers, tuple(reader.read(*shape) for shape in shapes))
+    def make(group: SiteGroup, memory: Tensor) -> tuple[SiteGroup, Obfuscated]:
+        with clock.measure("reading"):
+            W = reader.joint_weight(group, memory)
+        with clock.measure("transforming"):
+            return group, protection.obfuscate(group, W)
 
-    return protection.offload(group, read_joint_weight(), WeightFromFiles(read_joint_weight, group.name))
+    return one_ahead(partial(make, group, places[index % 2]) for index, group in enumerate(groups))
 
 
 class _Reader:
@@ -210,6 +227,24 @@ class _Reader:
 
     def read(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         return self._checkpoint.read(self._locate(name), shape, dtype)
+
+    def joint_weight(self, group: SiteGroup, memory: Tensor | None = None) -> Tensor:
+        """W (p, q) of a group: the weights of layers that share an input side by side, y = x W.
+
+        Args:
+            memory: bytes, enough of them, to hold it; memory of its own if None.
+        """
+        p, q = group.shape
+        if memory is None:
+            W = torch.empty(p, q, dtype=group.dtype)
+        else:
+            W = memory[: group.weight_bytes].view(group.dtype).view(p, q)
+        columns = W.split(list(group.widths), dim=1)
+        for site, own in zip(group.sites, columns, strict=True):
+            target = own if isinstance(site.layer, Conv1D) else own.T
+            for start, rows in self._checkpoint.read_rows(self._locate(f"{site.name}.weight"), target.shape):
+                target[start : start + len(rows)] = rows
+        return W
 
     def fill(self, model: PreTrainedModel) -> None:
         """Read every parameter that is still empty, tie what is tied, and see that nothing is left out."""

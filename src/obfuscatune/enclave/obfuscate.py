@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from obfuscatune.enclave.keys import RootKey
+from obfuscatune.enclave.panels import transform_in_place
 from obfuscatune.enclave.sides import ResidualSide
 from obfuscatune.enclave.transforms import Transform, TransformSpec
 from obfuscatune.wire.tensors import bytes_of
@@ -30,6 +31,8 @@ class Obfuscated:
     R_out: Transform
     fingerprint: str
     """Of the W that it was made from."""
+    only: ResidualSide | None = None
+    """The one side that is rotated, None for both."""
 
 
 def joint_weight(layers: tuple[nn.Linear | Conv1D, ...], weights: tuple[Tensor, ...]) -> Tensor:
@@ -40,7 +43,7 @@ def joint_weight(layers: tuple[nn.Linear | Conv1D, ...], weights: tuple[Tensor, 
 def obfuscate(
     W: Tensor, key: RootKey, spec: TransformSpec, name: str, epoch: int = 0, only: ResidualSide | None = None
 ) -> Obfuscated:
-    """W_star = R_in⁻¹ W R_out for W (p, q): computed in float64, rounded once to W's dtype.
+    """W_star = R_in⁻¹ W R_out for W (p, q) contiguous, in whose place it is made.
 
     The secrets follow from the root key, the kind of transform, the re-keying `epoch`, the layer's `name`,
     the side, and a fingerprint of W itself: two models under one root key share no secret, though their layers
@@ -57,16 +60,11 @@ def obfuscate(
         return spec.make(dim, key.stream("transform", str(spec), print_of_W, epoch, name, only or side))
 
     R_in, R_out = draw(p, "in", "reads"), draw(q, "out", "writes")
-    return Obfuscated(transformed(W, R_in, R_out), R_in, R_out, print_of_W)
-
-
-def transformed(W: Tensor, R_in: Transform, R_out: Transform) -> Tensor:
-    """R_in⁻¹ W R_out for W (p, q): computed in float64, rounded once to W's dtype; contiguous."""
-    return R_out.weight_right(R_in.weight_left(W.double())).to(W.dtype).contiguous()
+    return Obfuscated(transform_in_place(W, R_in, R_out), R_in, R_out, print_of_W, only)
 
 
 def restored(W_star: Tensor, R_in: Transform, R_out: Transform) -> Tensor:
-    """R_in W_star R_out⁻¹, likewise: W but for two roundings to its dtype."""
+    """R_in W_star R_out⁻¹, computed in float64 and rounded once: W but for the roundings to its dtype."""
     return R_out.inverse(R_in.apply_transpose(W_star.double().T).T).to(W_star.dtype).contiguous()
 
 

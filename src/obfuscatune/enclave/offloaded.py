@@ -13,7 +13,8 @@ from torch import Tensor
 
 from obfuscatune.enclave.link import MatrixSource
 from obfuscatune.enclave.modules import SharedCrossing
-from obfuscatune.enclave.obfuscate import Obfuscated, fingerprint, restored, transformed
+from obfuscatune.enclave.obfuscate import Obfuscated, fingerprint, restored
+from obfuscatune.enclave.panels import transform_in_place
 from obfuscatune.enclave.sides import ResidualSide
 from obfuscatune.enclave.spool import Spool
 from obfuscatune.enclave.transforms import Transform
@@ -24,7 +25,7 @@ class WeightSource(Protocol):
     """Where a group's matrix is to be had again. It holds neither W nor W_star."""
 
     def weight(self) -> Tensor:
-        """W (p, q)."""
+        """W (p, q), contiguous, the caller's own."""
 
     def keep(self, obfuscated: Obfuscated) -> MatrixSource:
         """What makes this W_star again; what was kept before is let go."""
@@ -54,7 +55,7 @@ class WeightFromFiles:
                 raise ModelFileError(
                     f"the files hold other weights for {self._name} than when they were loaded: load anew"
                 )
-            return transformed(W, R_in, R_out)
+            return transform_in_place(W, R_in, R_out)
 
         return make_again
 

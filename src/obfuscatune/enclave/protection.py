@@ -53,17 +53,20 @@ class Protection:
         """Crossings, bytes, seconds of waiting, uploads, retries; since the link was opened."""
         return LinkStats() if self.link is None else self.link.stats
 
-    def offload(self, group: SiteGroup, W: Tensor, weights: WeightSource) -> dict[str, nn.Module]:
-        """Send W (p, q) as W_star; the layers that are to take the plain ones' places, by path."""
+    def obfuscate(self, group: SiteGroup, W: Tensor) -> Obfuscated:
+        """W (p, q) of a group as W_star, which takes its place in memory, and the transforms that undo it."""
         side = None
         if self.profile.sides == "paper":
             first = group.sites[0]
             side = residual_side(first.name, first.in_features, first.out_features, self.width)
-        obfuscated = obfuscate(W, self.key, self.profile.transform_spec, group.name, self.epoch, side)
+        return obfuscate(W, self.key, self.profile.transform_spec, group.name, self.epoch, side)
+
+    def offload(self, group: SiteGroup, obfuscated: Obfuscated, weights: WeightSource) -> dict[str, nn.Module]:
+        """Send W_star; the layers that are to take the plain ones' places, by path."""
         matrix_id, product = self._send(obfuscated, weights)
         crossing = SharedCrossing(product, group.widths)
         self.offloaded.append(
-            Offloaded(group.name, side, weights, crossing, matrix_id, obfuscated.R_in, obfuscated.R_out)
+            Offloaded(group.name, obfuscated.only, weights, crossing, matrix_id, obfuscated.R_in, obfuscated.R_out)
         )
         layers: dict[str, nn.Module] = {}
         for site in group.sites:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
@@ -79,6 +80,22 @@ class SiteGroup:
     def widths(self) -> tuple[int, ...]:
         """q_1, q_2, ..."""
         return tuple(site.out_features for site in self.sites)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(p, q) of W."""
+        return self.in_features, sum(self.widths)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of W, which all sites share."""
+        return self.sites[0].layer.weight.dtype
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of W."""
+        p, q = self.shape
+        return p * q * self.dtype.itemsize
 
 
 def find_groups(model: nn.Module, first_blocks: int) -> list[SiteGroup]:
