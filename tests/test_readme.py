@@ -51,7 +51,7 @@ def test_links_lead_to_files(target: str) -> None:
     assert (ROOT / target).exists()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/finetune.md", "docs/worker.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/finetune.md", "docs/worker.md", "docs/reproduce.md"])
 def test_options_that_are_named_exist(page: str) -> None:
     declared = {"--help", "--debug", "--version"}
     for file in (ROOT / "src/obfuscatune/cli").glob("*.py"):
