@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
+from obfuscatune.enclave.awaited import AwaitedProduct
+from obfuscatune.enclave.link import WorkerLink
 from obfuscatune.enclave.local import LocalWorker
 from tests.contract.architectures import ARCHITECTURES, Architecture
 from tests.contract.comparison import backward, batch, copy_of, deviation, largest_deviation, protected, with_lora
@@ -78,10 +81,42 @@ def _first_needs_no_gradient(knobs: dict[str, Any]) -> int:
     return 0 if knobs.get("first_blocks") else 1
 
 
+@pytest.fixture
+def apart(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As if the worker had cores of its own: the enclave works on while it multiplies. And it did."""
+    awaited: list[torch.Size] = []
+
+    def noted(shape: torch.Size, *rest: Any) -> AwaitedProduct:
+        awaited.append(shape)
+        return AwaitedProduct(shape, *rest)
+
+    monkeypatch.setattr(WorkerLink, "computes_apart", True)
+    monkeypatch.setattr("obfuscatune.enclave.modules.AwaitedProduct", noted)
+    yield
+    assert awaited
+
+
+@pytest.mark.usefixtures("float64_throughout", "apart")
+def test_working_on_meanwhile(architecture: Architecture, worker: LocalWorker) -> None:
+    inputs = batch((9, 4), 97)
+    expected_loss, expected = backward(
+        with_lora(architecture.build(torch.float64), architecture, lora_dropout=0.1).train(), inputs
+    )
+    with protected(architecture.build(torch.float64), worker) as model:
+        loss, found = backward(with_lora(model, architecture, lora_dropout=0.1).train(), inputs)
+    assert deviation(expected_loss, loss) < 1e-9
+    assert largest_deviation(expected, found) < 1e-9
+
+
+@pytest.mark.parametrize("meanwhile", [False, True], ids=["waiting", "working on"])
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
 @pytest.mark.usefixtures("float64_throughout")
-def test_gradient_checkpointing(worker: LocalWorker, name: str, reentrant: bool) -> None:
+def test_gradient_checkpointing(
+    worker: LocalWorker, name: str, reentrant: bool, meanwhile: bool, request: pytest.FixtureRequest
+) -> None:
+    if meanwhile:
+        request.getfixturevalue("apart")
     chosen = ARCHITECTURES[name]
     inputs = batch((9, 4), 97)
     expected_loss, expected = backward(with_lora(chosen.build(torch.float64), chosen, lora_dropout=0.1).train(), inputs)
