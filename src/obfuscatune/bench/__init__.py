@@ -6,4 +6,8 @@ In the order in which data passes through:
     workload   a configuration   -> a model, and one LoRA step of it
     contender  a word on stdin   -> one step, timed, as a line of JSON; a process for each side
     step       what to measure   -> both contenders in turn, and what came of it
+
+    checkpoint   a configuration   -> a model on disk, random weights
+    loading      a model on disk   -> seconds and memory of a load under protection, in a process of its own
+    obfuscate    what to measure   -> such processes in turn, and what came of it
 """

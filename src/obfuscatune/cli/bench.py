@@ -4,7 +4,7 @@ import json
 import os
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,7 @@ from obfuscatune.report.units import format_bytes
 from obfuscatune.wire.errors import StorageError
 
 if TYPE_CHECKING:
+    from obfuscatune.bench.obfuscate import ObfuscateResult
     from obfuscatune.bench.step import StepResult
 
 bench = typer.Typer(
@@ -70,6 +71,54 @@ def step(
         _print(measured)
 
 
+@bench.command(
+    epilog="Example: obfuscatune bench obfuscate --shape gpt2-xl --out benchmarks/results\n\n"
+    "Dense: obfuscatune bench obfuscate --shape gpt2 --transform structured --transform haar"
+)
+def obfuscate(
+    shape: Annotated[str, typer.Option(help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, … or a config.json.")] = "gpt2-xl",
+    layers: Annotated[int | None, option("--layers", "Fewer blocks than the shape has.", default="all")] = None,
+    model: Annotated[Path | None, option("--model", "A model directory instead of a shape.")] = None,
+    transform: Annotated[
+        list[str] | None, option("--transform", "structured, haar, …; may be repeated.", default="structured")
+    ] = None,
+    threads: Annotated[int | None, option("--threads", "For every process.", default="all cores")] = None,
+    rounds: Annotated[int, typer.Option(help="Loads with each transform; the fastest counts.", min=1)] = 3,
+    profile: options.Profile = None,
+    out: Annotated[Path | None, option("--out", "Also write JSON and Markdown to this folder.")] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Time a model's way from its files to under protection, and weigh the processes.
+
+    A shape is written to disk first, with random weights, as Hugging Face lays models out, and removed in the end.
+    Then a fresh process loads it beside a worker process, for each transform. haar keeps dense matrices in the
+    enclave: at gpt2-xl, some 40 GB of them with the default profile; ask for fewer --layers, or --profile paper.
+    """
+    from obfuscatune.bench.obfuscate import ObfuscateBench
+    from obfuscatune.bench.shapes import config_of
+    from obfuscatune.enclave.profiles import resolve
+
+    transforms = tuple(transform or ["structured"])
+    for one in transforms:
+        resolve(profile or "private", transform=one)
+    config_of(shape, layers)
+    measured = ObfuscateBench(
+        shape=shape,
+        layers=layers,
+        model=model,
+        transforms=transforms,
+        profile=profile or "private",
+        threads=threads or os.cpu_count() or 1,
+        rounds=rounds,
+    ).run(notice)
+    if out is not None:
+        notice(f"written: {_write_obfuscate(measured, out)}")
+    if as_json:
+        write_json(measured.as_json())
+    else:
+        write_text(measured.as_markdown())
+
+
 def _print(measured: "StepResult") -> None:
     b, plain = measured.bench, measured.plain_seconds
     depth = "all" if b.layers is None else str(b.layers)
@@ -88,13 +137,30 @@ def _print(measured: "StepResult") -> None:
 
 
 def _write(measured: "StepResult", folder: Path) -> Path:
+    b = measured.bench
+    return _keep(folder, _name("step", b.shape, b.layers, b.profile) + ".json", measured.as_json())
+
+
+def _write_obfuscate(measured: "ObfuscateResult", folder: Path) -> Path:
+    b = measured.bench
+    name = _name("obfuscate", b.shape if b.model is None else b.model.name, b.layers, b.profile, *b.transforms)
+    _keep(folder, f"{name}.md", measured.as_markdown())
+    return _keep(folder, f"{name}.json", measured.as_json())
+
+
+def _name(what: str, shape: str, layers: int | None, *parts: str) -> str:
+    """`2026-01-31-step-gpt2-4-layers-private`."""
     day = datetime.now(UTC).strftime("%Y-%m-%d")
-    depth = "" if measured.bench.layers is None else f"-{measured.bench.layers}-layers"
-    name = Path(measured.bench.shape).stem
-    path = folder / f"{day}-step-{name}{depth}-{measured.bench.profile}.json"
+    depth = [] if layers is None else [f"{layers}-layers"]
+    return "-".join([day, what, Path(shape).stem, *depth, *parts])
+
+
+def _keep(folder: Path, name: str, content: dict[str, Any] | str) -> Path:
+    path = folder / name
+    text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(measured.as_json(), indent=1) + "\n", encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}") from error
     return path

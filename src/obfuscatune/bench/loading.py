@@ -1,0 +1,62 @@
+"""A fresh process that loads one model from its files under protection, and says what that took.
+
+run as:  python -m obfuscatune.bench.loading '{"model": ..., "transform": ..., ...}'     answers one JSON document
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict
+
+from obfuscatune.process import settle_process
+
+settle_process()
+
+# ruff: noqa: E402 - torch reads the environment when it is imported
+import torch
+
+from obfuscatune.bench.memory import peak_bytes, settled_bytes
+from obfuscatune.enclave.load import load
+from obfuscatune.enclave.local import local_worker
+from obfuscatune.enclave.stages import StageClock
+
+
+def main() -> None:
+    """Load with a worker process beside it, as the JSON argument says."""
+    settings = json.loads(sys.argv[1])
+    torch.set_num_threads(settings["threads"])
+    clock = StageClock()
+    with local_worker(threads=settings["threads"]) as worker:
+        before = settled_bytes()
+        started = time.perf_counter()
+        model = load(
+            settings["model"],
+            worker.address,
+            settings["profile"],
+            transform=settings["transform"],
+            dtype=torch.float32,
+            clock=clock,
+        )
+        seconds = time.perf_counter() - started
+        own = {id(parameter): parameter for parameter in model.parameters()}.values()
+        stats = model.protection.stats
+        answer = {
+            "seconds": seconds,
+            "stages": asdict(clock),
+            "bytes_uploaded": stats.bytes_uploaded,
+            "matrices": stats.uploads,
+            "enclave_parameters": sum(parameter.numel() for parameter in own),
+            "enclave_bytes": sum(parameter.nbytes for parameter in own),
+            "parameters": sum(parameter.numel() for parameter in own) + stats.bytes_uploaded // 4,
+            "before_bytes": before,
+            "enclave_peak_bytes": peak_bytes(),
+            "worker_peak_bytes": peak_bytes(worker.pid),
+        }
+        model.protection.close()
+    print(json.dumps(answer))  # noqa: T201 - the answer to the parent
+
+
+if __name__ == "__main__":
+    main()

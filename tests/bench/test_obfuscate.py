@@ -1,0 +1,84 @@
+"""`bench obfuscate` on a tiny shape: real files, a real process that loads them, a real worker."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+from obfuscatune.bench import checkpoint
+from obfuscatune.bench.checkpoint import write_random_checkpoint
+from obfuscatune.bench.memory import peak_bytes, settled_bytes
+from obfuscatune.bench.obfuscate import ObfuscateBench, ObfuscateResult
+from obfuscatune.wire.errors import ConfigError, StorageError
+
+CONFIG = GPT2Config(n_embd=32, n_head=2, n_layer=2, vocab_size=64, n_positions=32)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> ObfuscateResult:
+    folder = tmp_path_factory.mktemp("shape")
+    CONFIG.save_pretrained(folder)
+    shape = str(folder / "config.json")
+    return ObfuscateBench(shape=shape, transforms=("structured",), threads=1, rounds=1).run(lambda line: None)
+
+
+def test_everything_is_counted_once(measured: ObfuscateResult) -> None:
+    best = measured.best("structured")
+    block = 32 * (96 + 32 + 128 + 128)  # the matrices of one block; that of the first block stays
+    assert best["bytes_uploaded"] == 4 * block
+    assert best["matrices"] == 4
+    assert best["parameters"] == sum(p.numel() for p in AutoModelForCausalLM.from_config(CONFIG).parameters())
+    assert best["enclave_parameters"] == best["parameters"] - block
+    assert set(best["stages"]) == {"reading", "transforming", "sending"}
+    assert min(best["stages"].values()) > 0
+    assert best["enclave_peak_bytes"] > best["enclave_bytes"]
+
+
+def test_its_documents_name_what_they_depend_on(measured: ObfuscateResult) -> None:
+    document = json.loads(json.dumps(measured.as_json()))
+    assert document["environment"]["torch threads"] == "1"
+    assert "| structured |" in measured.as_markdown()
+
+
+def test_a_process_that_fails_is_told_from_one_that_is_slow(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="ended with status"):
+        ObfuscateBench(model=tmp_path, rounds=1, threads=1).run(lambda line: None)
+    assert "holds neither model.safetensors nor" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_shards_make_one_model(tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 20_000)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=64,
+        tie_word_embeddings=tied,
+    )  # fmt: skip
+    write_random_checkpoint(config, tmp_path, lambda line: None)
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    model, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    stored = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    assert stored.keys() == {name for name, _ in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, stored[name])
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=checkpoint.SPARE_BYTES))
+    with pytest.raises(StorageError, match="bytes free"):
+        write_random_checkpoint(CONFIG, tmp_path, lambda line: None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_memory_is_that_of_the_process() -> None:
+    assert 0 < settled_bytes() <= peak_bytes()
+    with pytest.raises(StorageError):
+        peak_bytes(2**22 + 1)
