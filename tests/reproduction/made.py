@@ -45,7 +45,7 @@ def preset(shape: Path) -> Preset:
     """`smoke`, on a shape of its own."""
     shapes = (ShapeDepth(str(shape)),)
     return replace(PRESETS["smoke"], records=4, heldout=2, questions=4, recalled=4, epochs=1, batch_size=4,
-                   error_shapes=shapes, slowdown=shapes)  # fmt: skip
+                   error_shapes=shapes, slowdown=shapes, obfuscate=shapes)  # fmt: skip
 
 
 def accuracy(method: str, right: int, *, task: str = "sciq", seed: int = 0, loss: float = 2.0, margin: float = 1.0):

@@ -16,7 +16,7 @@ from tests.report.documents import check_self_contained
 from tests.reproduction import made
 
 REQUEST = Request(Path("out"), PRESETS["smoke"], ("accuracy",), ("sciq",), None, None)
-KAPPAS = ("conditioned(1)", "conditioned(8)", "gaussian")
+KAPPAS = ("paper", "conditioned(8)", "gaussian")
 
 
 def slowdown(profile: str, ratio: float) -> Measured:
@@ -26,11 +26,17 @@ def slowdown(profile: str, ratio: float) -> Measured:
     return Measured("slowdown", f"gpt2 {profile}", settings, result, 1.0, {"torch": "2"})
 
 
+def obfuscation() -> Measured:
+    settings = {"shape": "gpt2", "layers": 2, "profile": "paper", "protection": {"transform": "haar"}}
+    result = {"seconds": 12.34, "enclave_peak_bytes": 1e9, "worker_peak_bytes": 2e9, "bytes_uploaded": 5e8}
+    return Measured("obfuscate", "gpt2 paper", settings, result, 1.0, {"torch": "2"})
+
+
 @pytest.fixture
 def cells():
     tuned = [made.accuracy(m, right, seed=s) for s in (0, 1) for m, right in (("plain", 5 + s), ("paper", 6 + s))]
     errors = [made.error(name, [1e-7 * 10**i, 2e-7 * 10**i]) for i, name in enumerate(KAPPAS)]
-    return [*tuned, *errors, slowdown("paper", 1.5), slowdown("private", 2.0)]
+    return [*tuned, *errors, slowdown("paper", 1.5), slowdown("private", 2.0), obfuscation()]
 
 
 def test_the_numbers_stand_in_the_markdown(cells):
@@ -39,6 +45,7 @@ def test_the_numbers_stand_in_the_markdown(cells):
     assert "| sciq | paper | 2.0000 ± 0.0000 | 2.0000 ± 0.0000 | +0.000 % | +0.000 % | 2 (0) of 20 |" in text
     assert "| conditioned(8) | 8 | float32 | 1.0e-06 | 2.0e-06 |" in text
     assert "| gpt2 | all | private | 1.0 s | 2.0 s | 2.00x | 1.90 to 2.10 | 5.00 MB |" in text
+    assert "| gpt2 | 2 | paper | haar | 12.3 s | 1.00 GB | 2.00 GB | 500 MB |" in text
     assert "smoke, scaled down from the paper's recipe" in text
 
 
@@ -54,7 +61,7 @@ def test_the_page_is_whole_and_shows_every_plot(cells):
 
 def test_csv_has_a_line_for_each_number(cells):
     files = to_csv(cells)
-    assert set(files) == {"accuracy.csv", "error.csv", "slowdown.csv"}
+    assert set(files) == {"accuracy.csv", "error.csv", "slowdown.csv", "obfuscate.csv"}
     rows = list(csv.DictReader(io.StringIO(files["accuracy.csv"])))
     found = {(row["method"], row["seed"], row["quantity"]): float(row["value"]) for row in rows}
     assert found["paper", "1", "test.acc.value"] == 0.7

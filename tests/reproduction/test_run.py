@@ -8,6 +8,8 @@ import pytest
 import obfuscatune
 from obfuscatune.cli.app import run as command
 from obfuscatune.reproduction import presets
+from obfuscatune.reproduction.obfuscation import obfuscation_cell
+from obfuscatune.reproduction.presets import ShapeDepth
 from obfuscatune.reproduction.run import unwatched
 from obfuscatune.wire.errors import ConfigError
 from tests.reproduction import made
@@ -137,6 +139,16 @@ def test_timing_cells_take_the_presets_shape(tmp_path, tiny, data_root, small_pr
         (str(tiny / "config.json"), "private"),
     ]
     assert "2.00x" in found.markdown.read_text()
+
+
+@pytest.mark.parametrize("profile", ["paper", "private"])
+def test_obfuscation_is_timed_with_the_profiles_own_transform(tiny, profile):
+    cell = obfuscation_cell(ShapeDepth(str(tiny / "config.json")), profile)
+    result = cell.measure(unwatched)
+    assert cell.settings["protection"]["transform"] == {"paper": "haar", "private": "structured"}[profile]
+    assert result["seconds"] > 0
+    matrices = 12 * 32 * 32 * 4  # bytes of a block's matrices, float32
+    assert result["bytes_uploaded"] == {"paper": 2, "private": 1}[profile] * matrices
 
 
 def test_the_accuracy_part_needs_data(tmp_path):

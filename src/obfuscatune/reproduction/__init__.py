@@ -12,6 +12,7 @@ Data passes through the files in this order:
     error      a model, a method       -> how far its logits are from the plain ones, by depth and number format
     share      a shape                 -> which part of its parameters stays in the enclave
     slowdown   a shape, a profile      -> a protected step over a plain one
+    obfuscation  a shape, a profile    -> the time from its files to under protection
     plan       the request             -> every cell that it takes
     tables     cells                   -> the paper's tables
     plots      cells                   -> the same as pictures

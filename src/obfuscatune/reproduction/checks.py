@@ -63,8 +63,8 @@ def _monotone(cells: Iterable[Measured]) -> Iterator[Check]:
             subject = cell.name.removesuffix(f" {cell.settings['method']}")
             by_subject.setdefault(subject, {})[cell.settings["method"]] = cell
     for subject, methods in by_subject.items():
-        rows = [f"conditioned({kappa})" for kappa in KAPPAS if f"conditioned({kappa})" in methods]
-        rows += ["gaussian"] if "gaussian" in methods else []
+        order = ("paper", *(f"conditioned({kappa})" for kappa in KAPPAS if kappa > 1), "gaussian")
+        rows = [method for method in order if method in methods]
         if len(rows) < 2:
             continue
         for dtype in methods[rows[0]].result["errors"]:

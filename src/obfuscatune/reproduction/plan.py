@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from obfuscatune.reproduction.accuracy import Study
 from obfuscatune.reproduction.cells import Cell
 from obfuscatune.reproduction.error import ErrorStudy
+from obfuscatune.reproduction.obfuscation import obfuscation_cell
 from obfuscatune.reproduction.opening import Opening, Subject
 from obfuscatune.reproduction.presets import Preset
 from obfuscatune.reproduction.questions import find_data
@@ -36,6 +37,8 @@ def plan_cells(request: Request, opening: Opening, out: RunDirectory) -> list[Ce
         cells += [share_cell(shape) for shape in SHAPES]
     if "slowdown" in request.parts:
         cells += [slowdown_cell(preset, shape, profile) for shape in preset.slowdown for profile in PROFILES]
+    if "obfuscate" in request.parts:
+        cells += [obfuscation_cell(shape, profile) for shape in preset.obfuscate for profile in PROFILES]
     return cells
 
 

@@ -40,6 +40,7 @@ class Preset:
         slowdown: shapes that are timed.
         slowdown_rounds: counted steps of each side.
         step_batch, step_length: sequences of one timed step, and tokens of each.
+        obfuscate: shapes that are written to disk and brought under protection from there.
     """
 
     name: str
@@ -62,8 +63,10 @@ class Preset:
     slowdown_rounds: int
     step_batch: int
     step_length: int
+    obfuscate: tuple[ShapeDepth, ...]
 
 
+_SIZES = tuple(map(ShapeDepth, ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")))
 _MAIN = ("plain", "paper", "private")
 
 PRESETS: Mapping[str, Preset] = {
@@ -84,17 +87,13 @@ PRESETS: Mapping[str, Preset] = {
             ablations=ABLATIONS,
             ablation_tasks=TASKS,
             depths=(1, 2, 4, 8, 12, 24, 36, 48),
-            error_shapes=(
-                ShapeDepth("gpt2"),
-                ShapeDepth("gpt2-medium"),
-                ShapeDepth("gpt2-large"),
-                ShapeDepth("gpt2-xl"),
-            ),
+            error_shapes=_SIZES,
             error_tokens=256,
-            slowdown=(ShapeDepth("gpt2"), ShapeDepth("gpt2-medium"), ShapeDepth("gpt2-large"), ShapeDepth("gpt2-xl")),
+            slowdown=_SIZES,
             slowdown_rounds=11,
             step_batch=2,
             step_length=256,
+            obfuscate=_SIZES,
         ),
         Preset(
             "cpu",
@@ -104,11 +103,11 @@ PRESETS: Mapping[str, Preset] = {
             schedule="linear",
             records=64,
             heldout=64,
-            questions=None,
+            questions=300,
             recalled=64,
             seeds=(0, 1, 2),
             methods=_MAIN,
-            ablations=ABLATIONS,
+            ablations=ABLATIONS[1:],  # condition number 1 is that of `paper`
             ablation_tasks=("sciq",),
             depths=(1, 2, 4, 8, 12),
             error_shapes=(ShapeDepth("gpt2"),),
@@ -122,6 +121,7 @@ PRESETS: Mapping[str, Preset] = {
             slowdown_rounds=5,
             step_batch=2,
             step_length=256,
+            obfuscate=_SIZES,
         ),
         Preset(
             "smoke",
@@ -144,6 +144,7 @@ PRESETS: Mapping[str, Preset] = {
             slowdown_rounds=1,
             step_batch=1,
             step_length=32,
+            obfuscate=(ShapeDepth("gpt2", 2),),
         ),
     )
 }
