@@ -13,7 +13,7 @@ from torch import Tensor
 
 from obfuscatune.enclave.link import MatrixSource
 from obfuscatune.enclave.modules import SharedCrossing
-from obfuscatune.enclave.obfuscate import Obfuscated, fingerprint, restored
+from obfuscatune.enclave.obfuscate import Obfuscated, restored
 from obfuscatune.enclave.panels import transform_in_place
 from obfuscatune.enclave.sides import ResidualSide
 from obfuscatune.enclave.spool import Spool
@@ -47,15 +47,15 @@ class WeightFromFiles:
         The source raises ModelFileError where the files hold another W than before: it would not fit the
         transforms that are kept, and under these would show its difference.
         """
-        R_in, R_out, print_of_W = obfuscated.R_in, obfuscated.R_out, obfuscated.fingerprint
+        R_in, R_out, wide, fingerprint = obfuscated.R_in, obfuscated.R_out, obfuscated.wide, obfuscated.fingerprint
 
         def make_again() -> Tensor:
             W = self._read()
-            if fingerprint(W) != print_of_W:
+            if not fingerprint.is_of(W):
                 raise ModelFileError(
                     f"the files hold other weights for {self._name} than when they were loaded: load anew"
                 )
-            return transform_in_place(W, R_in, R_out)
+            return transform_in_place(W, R_in, R_out, wide=wide)
 
         return make_again
 
