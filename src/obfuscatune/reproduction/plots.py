@@ -67,7 +67,7 @@ def _condition(cells: Sequence[Measured]) -> Iterator[Plot]:
     found = [
         (kappa, cell)
         for cell in cells
-        if cell.kind == "error" and cell.settings["method"].startswith("conditioned(")
+        if cell.kind == "error" and cell.settings["method"] != "private"
         for kappa in [find_method(cell.settings["method"]).condition_number]
         if kappa is not None
     ]
