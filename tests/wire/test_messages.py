@@ -18,6 +18,7 @@ from obfuscatune.wire.messages import (
     NO_MATRIX,
     REPLIES,
     REQUESTS,
+    SHARED,
     TRANSPOSED,
     ErrorCode,
     Header,
@@ -53,9 +54,11 @@ def headers(draw: st.DrawFn) -> Header:
         header = replace(header, dtype=dtype, rows=rows, cols=draw(st.integers(1, most)))
     if form.multiply:
         reply_dtype = draw(st.sampled_from([code for code in DType if code]))
-        header = replace(header, reply_dtype=reply_dtype, flags=draw(st.sampled_from([0, TRANSPOSED])))
+        header = replace(header, reply_dtype=reply_dtype, flags=draw(st.sampled_from([0, form.flags & ~SHARED])))
     if form.code:
         header = replace(header, code=draw(st.sampled_from(ErrorCode)))
+    elif form.number != (0, 0):
+        header = replace(header, code=draw(st.integers(*form.number)))
     size = (
         header.rows * header.cols * header.dtype.itemsize if form.tensor_bytes else draw(st.integers(*form.body_bytes))
     )
@@ -114,6 +117,10 @@ MALFORMED = {
     "code-unknown": (replace(ERROR, code=max(ErrorCode) + 1).pack(), MalformedMessage),
     "code-zero": (replace(ERROR, code=0).pack(), MalformedMessage),
     "code-unasked": (replace(DONE, code=1).pack(), MalformedMessage),
+    "part-zero": (Header(MessageType.FETCH, 7, bytes(range(16))).pack(), MalformedMessage),
+    "part-too-large": (Header(MessageType.FETCH, 7, bytes(range(16)), code=97).pack(), MalformedMessage),
+    "backward-of-nothing": (replace(MULTIPLY, type=MessageType.BACKWARD, flags=0).pack(), MalformedMessage),
+    "dropout-unasked": (replace(MULTIPLY, type=MessageType.BACKWARD, flags=4, code=1).pack(), MalformedMessage),
     "request-id-zero": (replace(DONE, request_id=0).pack(), MalformedMessage),
     "request-id-unasked": (replace(HELLO, request_id=1).pack(), MalformedMessage),
     "matrix-id-unasked": (replace(HELLO, matrix_id=bytes([1]) * 16).pack(), MalformedMessage),

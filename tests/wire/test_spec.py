@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from obfuscatune.wire import errors, limits
+from obfuscatune.wire.adapters import Attachment, Step
 from obfuscatune.wire.deadline import NEVER, Deadline
 from obfuscatune.wire.dtypes import DType
 from obfuscatune.wire.errors import WireError
@@ -66,6 +67,10 @@ def parse(direction: str, data: bytes) -> tuple[Header, bytes]:
         Hello.unpack(body)
     elif header.type is MessageType.WELCOME:
         Welcome.unpack(body)
+    elif header.type is MessageType.ATTACH:
+        Attachment.unpack(body, header.cols)
+    elif header.type is MessageType.STEP:
+        Step.unpack(body)
     elif header.type is MessageType.ERROR:
         error_text(body)
     return header, body

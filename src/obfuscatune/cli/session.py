@@ -121,6 +121,8 @@ def open_session(
             from obfuscatune.tuning.adapter import load_adapter
 
             model = load_adapter(model, adapter)
+            if protection is not None and model.protection.lora_on_worker:
+                model.protection.move_adapter(model)
         yield Session(model, protection is not None)
 
 

@@ -116,6 +116,11 @@ class SharedCrossing:
         self._members: list[_ProtectedLayer] = []
         self._visit: _Visit | None = None
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """q_1, q_2, ... of the layers."""
+        return self._widths
+
     def join(self, member: _ProtectedLayer) -> int:
         """Add a layer; returns its slot, the position of its columns."""
         self._members.append(member)

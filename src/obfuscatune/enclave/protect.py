@@ -88,6 +88,9 @@ def protect(
                 progress(done, len(groups), group.name)
     place(model, layers)
     adopt(model, protection)
+    if protection.lora_on_worker and isinstance(model, PeftModel):
+        with released_on_failure(protection, workers):
+            protection.move_adapter(model)
     return model
 
 

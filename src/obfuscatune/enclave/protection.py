@@ -17,9 +17,10 @@ from obfuscatune.enclave.modules import ProtectedConv1D, ProtectedLinear, Shared
 from obfuscatune.enclave.obfuscate import Obfuscated, obfuscate
 from obfuscatune.enclave.offloaded import Offloaded, WeightSource
 from obfuscatune.enclave.profiles import Profile
+from obfuscatune.enclave.remote.adapters import RemoteAdapters
 from obfuscatune.enclave.sides import residual_side
 from obfuscatune.enclave.sites import SiteGroup
-from obfuscatune.wire.errors import ProtectionError
+from obfuscatune.wire.errors import ConfigError, ProtectionError
 
 MATRIX_ID_BYTES = 16
 
@@ -38,6 +39,8 @@ class Protection:
     epoch: int = 0
     """How often the transforms were drawn anew."""
     offloaded: list[Offloaded] = field(default_factory=list)
+    adapters: RemoteAdapters | None = None
+    """What was moved to the worker by `move_adapter`."""
 
     @classmethod
     def start(
@@ -74,11 +77,35 @@ class Protection:
             layers[site.path] = kind(crossing, site.layer).train(site.layer.training)
         return layers
 
+    @property
+    def lora_on_worker(self) -> bool:
+        """Whether the profile has LoRA on the worker."""
+        return self.profile.lora_on == "worker"
+
+    def move_adapter(self, model: nn.Module) -> RemoteAdapters:
+        """Move the adapter of a PEFT model around this protected one to the worker, transformed; once.
+
+        From then on the worker computes its part, draws its dropout, and holds its gradients; an optimizer for it
+        comes from `RemoteAdapters.optimizer`. `save_pretrained` works as ever.
+
+        Raises:
+            ConfigError: the profile keeps LoRA in the enclave.
+            ProtectionError: the model has no adapter, or one that the worker cannot hold.
+            WireError: the worker cannot be reached, or has no room.
+        """
+        if not self.lora_on_worker:
+            raise ConfigError(f"profile {self.profile.name!r} keeps LoRA in the enclave: there is nothing to move")
+        if self.adapters is None:
+            self.adapters = RemoteAdapters(self._worker, self.offloaded, model)
+        return self.adapters
+
     def rekey(self, progress: Callable[[int, int, str], None] | None = None) -> None:
         """Draw all transforms anew and have the worker hold the matrices under these, one after the other.
 
         Between two steps: what was computed before cannot be differentiated any more. Should it raise, every layer
         is under its old transforms or its new ones, and works; call it again to finish.
+        An adapter on the worker is carried over, and AdamW's moments: the first exactly, the second by an estimate
+        (`remote/basis.py`). Gradients are not.
 
         Raises:
             WireError: the worker failed, or has no room for one more matrix.
@@ -89,9 +116,13 @@ class Protection:
                 layer.weights.weight(), self.key, self.profile.transform_spec, layer.name, self.epoch, layer.side
             )
             outdated = layer.matrix_id
+            adapter = None if self.adapters is None else self.adapters.of(layer)
+            carried = None if adapter is None else adapter.take_down()
             layer.matrix_id, product = self._send(fresh, layer.weights)
             layer.R_in, layer.R_out = fresh.R_in, fresh.R_out
             layer.crossing.multiply_by(product)
+            if adapter is not None and carried is not None:
+                adapter.put_up(carried)
             self._worker.forget(outdated)
             if progress is not None:
                 progress(done, len(self.offloaded), layer.name)

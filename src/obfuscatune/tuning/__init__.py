@@ -12,6 +12,7 @@ Data passes through the files in this order:
     identity    recipe, data, model   -> what must be the same for a run to be resumed
     adapter     a model               -> the same model with LoRA factors; and their files
     schedule    a step                -> its learning rate
+    elsewhere   what trains elsewhere -> its optimizer
     loop        batches, a model      -> trained factors, one event a step
     journal     events                -> metrics.jsonl, and whoever watches
     storage     bytes                 -> files and directories that are whole or absent

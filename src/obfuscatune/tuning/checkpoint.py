@@ -23,6 +23,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from obfuscatune.tuning.adapter import WEIGHTS, adapter_files, set_adapter_weights
+from obfuscatune.tuning.elsewhere import TrainsElsewhere
 from obfuscatune.tuning.loop import StepEvent
 from obfuscatune.tuning.storage import RunDirectory
 from obfuscatune.wire.errors import ConfigError, StorageError
@@ -54,7 +55,7 @@ class Progress:
 def save_checkpoint(
     directory: RunDirectory,
     peft_model: "PeftModel",
-    optimizer: torch.optim.AdamW,
+    optimizer: torch.optim.Optimizer,
     progress: Progress,
     ingredients: Mapping[str, Any],
 ) -> None:
@@ -96,7 +97,7 @@ def refuse_other_run(directory: RunDirectory, ingredients: Mapping[str, Any]) ->
 def resume(
     directory: RunDirectory,
     peft_model: "PeftModel",
-    optimizer: torch.optim.AdamW,
+    optimizer: torch.optim.Optimizer,
     ingredients: Mapping[str, Any],
 ) -> Progress:
     """Put the newest checkpoint's state into model and optimizer; without one, leave both as they are.
@@ -167,7 +168,9 @@ def _read_files(directory: RunDirectory, folder: str, state: _State) -> dict[str
     return files
 
 
-def _optimizer_bytes(peft_model: "PeftModel", optimizer: torch.optim.AdamW) -> bytes:
+def _optimizer_bytes(peft_model: "PeftModel", optimizer: torch.optim.Optimizer) -> bytes:
+    if isinstance(optimizer, TrainsElsewhere):
+        optimizer.fetch_state()
     moments = {}
     for name, parameter in peft_model.named_parameters():
         for moment, value in optimizer.state.get(parameter, {}).items():
@@ -176,7 +179,7 @@ def _optimizer_bytes(peft_model: "PeftModel", optimizer: torch.optim.AdamW) -> b
     return content
 
 
-def _load_optimizer(peft_model: "PeftModel", optimizer: torch.optim.AdamW, content: bytes, where: str) -> None:
+def _load_optimizer(peft_model: "PeftModel", optimizer: torch.optim.Optimizer, content: bytes, where: str) -> None:
     try:
         moments = load_tensors(content)
     except SafetensorError as error:
@@ -189,3 +192,5 @@ def _load_optimizer(peft_model: "PeftModel", optimizer: torch.optim.AdamW, conte
         # AdamW counts its steps on the CPU and keeps the moments beside the parameter.
         device = value.device if moment == "step" else parameters[name].device
         optimizer.state[parameters[name]][moment] = value.to(device)
+    if isinstance(optimizer, TrainsElsewhere):
+        optimizer.store_state()

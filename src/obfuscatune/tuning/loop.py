@@ -16,6 +16,7 @@ import torch
 
 from obfuscatune.tuning.batches import Batch, Plan, collate
 from obfuscatune.tuning.data import Example
+from obfuscatune.tuning.elsewhere import clip_gradients, moved_optimizer
 from obfuscatune.tuning.schedule import Schedule, learning_rate
 from obfuscatune.wire.errors import NonFiniteError
 
@@ -52,15 +53,21 @@ class Descent:
     total_steps: int
 
 
-def make_optimizer(peft_model: "PeftModel", *, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with PyTorch's moments (0.9, 0.999) on all trainable parameters. The rate is set at each step."""
+def make_optimizer(peft_model: "PeftModel", *, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW with PyTorch's moments (0.9, 0.999) on all trainable parameters. The rate is set at each step.
+
+    Where the model's protection has LoRA on the worker, the adapter moves there now.
+    """
+    moved = moved_optimizer(peft_model, lr=0.0, weight_decay=weight_decay)
+    if moved is not None:
+        return moved
     trainable = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
     return torch.optim.AdamW(trainable, lr=0.0, weight_decay=weight_decay)
 
 
 def train(
     peft_model: "PeftModel",
-    optimizer: torch.optim.AdamW,
+    optimizer: torch.optim.Optimizer,
     examples: Sequence[Example],
     plan: Plan,
     descent: Descent,
@@ -82,7 +89,7 @@ def train(
         rate = learning_rate(descent.lr, descent.schedule, descent.warmup_steps, descent.total_steps, step)
         peft_model.train()
         loss = _accumulate(peft_model, batches, f"{plan.seed}/{step}")
-        norm = _clip(optimizer, descent.clip)
+        norm = clip_gradients(optimizer, descent.clip)
         _refuse_non_finite(step, loss, norm)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -131,11 +138,6 @@ def _forward_loss(peft_model: "PeftModel", batch: Batch) -> torch.Tensor:
     )
     loss: torch.Tensor = output.loss
     return loss
-
-
-def _clip(optimizer: torch.optim.AdamW, clip: float) -> float:
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return torch.nn.utils.clip_grad_norm_(parameters, clip).item()
 
 
 def _refuse_non_finite(step: int, loss: float, norm: float) -> None:

@@ -20,6 +20,7 @@
         ├── BadReply              well-formed, but not an answer to what was asked
         └── WorkerRefused         the worker answered with an error
             ├── UnknownMatrix     it does not hold that matrix (any longer)
+            ├── AdapterLost       it does not hold that adapter (any longer), and nobody else does
             └── QuotaExceeded     its memory is full
 
 A message says what was expected, what came, and what to do. Only errors of this tree cross a
@@ -105,6 +106,10 @@ class WorkerRefused(WireError):
 
 class UnknownMatrix(WorkerRefused):
     """The worker does not hold that matrix (any longer)."""
+
+
+class AdapterLost(WorkerRefused):
+    """The worker does not hold an adapter that was moved to it, or what a backward pass needs; nobody else does."""
 
 
 class QuotaExceeded(WorkerRefused):

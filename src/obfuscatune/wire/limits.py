@@ -28,6 +28,18 @@ MAX_SHARED_BYTES = GIB
 SHARED_BYTES = 256 * MIB
 """Memory that an enclave shares by default: 8 matrices of 512 x 14,336 float32. Pages never touched cost nothing."""
 
+MAX_SLICES = 16
+"""Layers whose adapters one matrix carries: q, k and v make three."""
+
+MAX_RANK = 4096
+"""Of an adapter: far above any in use, and below the width of the models that would want it."""
+
+MAX_ADAPTERS = 16384
+"""Of one session: four for each block of the deepest models, thirty times over."""
+
+MAX_KEPT_FORWARDS = 64
+"""Forward passes of one adapter whose backward pass did not come yet; the oldest is let go."""
+
 CHUNK_BYTES = 4 * MIB
 """Most bytes handed to one system call, so that a deadline is noticed soon, and TLS works within the cache."""
 

@@ -12,15 +12,26 @@ from enum import IntEnum
 from types import MappingProxyType
 from typing import ClassVar
 
+from obfuscatune.wire.adapters import PARTS, Step, attachment_bytes
 from obfuscatune.wire.dtypes import DType
 from obfuscatune.wire.errors import BadMagic, LimitExceeded, MalformedMessage, Truncated, UnsupportedVersion
-from obfuscatune.wire.limits import MAX_DIM, MAX_ERROR_BYTES, MAX_IN_FLIGHT, MAX_MATRIX_BYTES, MAX_WINDOW_BYTES, VERSION
+from obfuscatune.wire.limits import (
+    MAX_DIM,
+    MAX_ERROR_BYTES,
+    MAX_IN_FLIGHT,
+    MAX_MATRIX_BYTES,
+    MAX_SLICES,
+    MAX_WINDOW_BYTES,
+    VERSION,
+)
 
 MAGIC = b"OBFT"
 TRANSPOSED = 1
 """Flag of MULTIPLY: by W* transposed."""
 SHARED = 2
 """Flag of MULTIPLY and PRODUCT: the matrix lies in shared memory."""
+DROPOUT = 4
+"""Flag of FORWARD: the worker draws the adapters' dropout."""
 CONTENT_STORE = 1
 """Feature of a worker: it keeps matrices on disk by their content, and so wants the digest in an OFFER."""
 SHARED_MEMORY = 2
@@ -28,6 +39,8 @@ SHARED_MEMORY = 2
 ACCELERATOR = 4
 """Feature of a worker: it computes on a device of its own, not on its host's processor."""
 FEATURES = CONTENT_STORE | SHARED_MEMORY | ACCELERATOR
+LAST_NUMBER = 2**32 - 1
+"""Of a forward pass."""
 NO_MATRIX = bytes(16)
 NO_DIGEST = bytes(32)
 
@@ -55,6 +68,14 @@ class MessageType(IntEnum):
     DONE = 11
     ERROR = 12
     SHARE = 13
+    ATTACH = 14
+    PUT = 15
+    FETCH = 16
+    FORWARD = 17
+    BACKWARD = 18
+    STEP = 19
+    ZERO = 20
+    NORM = 21
 
 
 class ErrorCode(IntEnum):
@@ -68,6 +89,7 @@ class ErrorCode(IntEnum):
     SHAPE = 6
     BUSY = 7
     FAILED = 8
+    UNKNOWN_ADAPTER = 9
 
 
 REQUESTS = frozenset(
@@ -80,6 +102,22 @@ REQUESTS = frozenset(
         MessageType.FORGET,
     }
 )
+ON_ADAPTERS = frozenset(
+    {
+        MessageType.ATTACH,
+        MessageType.PUT,
+        MessageType.FETCH,
+        MessageType.FORWARD,
+        MessageType.BACKWARD,
+        MessageType.STEP,
+        MessageType.ZERO,
+        MessageType.NORM,
+    }
+)
+"""Requests that work on what the worker remembers; their bodies are in `wire/adapters.py`."""
+REQUESTS |= ON_ADAPTERS
+WITH_ROWS = frozenset({MessageType.MULTIPLY, MessageType.PUT, MessageType.FORWARD, MessageType.BACKWARD})
+"""Requests whose matrix is read into a buffer, and counts towards the window."""
 REPLIES = frozenset(MessageType) - REQUESTS
 
 
@@ -103,6 +141,8 @@ class Form:
     """Bytes of the payload where the matrix lies in shared memory."""
     code: bool = False
     """An error code; request and matrix id may be zero, for an error that answers no request."""
+    number: tuple[int, int] = (0, 0)
+    """Least and largest that may stand in the place of the code: which part of an adapter, or which forward pass."""
 
 
 FORMS: Mapping[MessageType, Form] = MappingProxyType(
@@ -126,6 +166,16 @@ FORMS: Mapping[MessageType, Form] = MappingProxyType(
         MessageType.DONE: Form(),
         MessageType.ERROR: Form(matrix=False, code=True, body_bytes=(1, MAX_ERROR_BYTES)),
         MessageType.SHARE: Form(body_bytes=(_SIZE.size, _SIZE.size)),
+        MessageType.ATTACH: Form(dtype=True, body_bytes=attachment_bytes(1, MAX_SLICES)),
+        MessageType.PUT: Form(dtype=True, tensor_bytes=MAX_WINDOW_BYTES, number=(1, PARTS * MAX_SLICES)),
+        MessageType.FETCH: Form(number=(1, PARTS * MAX_SLICES)),
+        MessageType.FORWARD: Form(
+            dtype=True, tensor_bytes=MAX_WINDOW_BYTES, multiply=True, number=(0, LAST_NUMBER), flags=DROPOUT
+        ),
+        MessageType.BACKWARD: Form(dtype=True, tensor_bytes=MAX_WINDOW_BYTES, multiply=True, number=(1, LAST_NUMBER)),
+        MessageType.STEP: Form(body_bytes=(Step.BYTES, Step.BYTES)),
+        MessageType.ZERO: Form(),
+        MessageType.NORM: Form(),
     }
 )
 
@@ -222,9 +272,12 @@ def _check(header: Header, form: Form) -> None:
         raise MalformedMessage(f"{name} came with the flags {header.flags:#x}, which it has not")
     if form.multiply != (header.reply_dtype is not DType.NONE):
         raise MalformedMessage(f"{name} came with the reply dtype {header.reply_dtype.name}")
-    if form.code != (header.code != 0):
-        raise MalformedMessage(f"{name} came with the error code {header.code}")
-    if header.code > max(ErrorCode):
+    least, most = form.number
+    if not form.code and not least <= header.code <= most:
+        raise MalformedMessage(f"{name} came with the code {header.code}: {least} to {most} may stand there")
+    if form.code and header.code == 0:
+        raise MalformedMessage(f"{name} came without a code")
+    if form.code and header.code > max(ErrorCode):
         raise MalformedMessage(f"error code {header.code}: 1 to {max(ErrorCode)} exist")
     _check_size(header, form)
 

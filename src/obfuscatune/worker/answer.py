@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from obfuscatune.wire.errors import MalformedMessage, QuotaExceeded, StorageError, UnknownMatrix
-from obfuscatune.wire.limits import MAX_ERROR_BYTES, MAX_MATRIX_BYTES, MAX_WINDOW_BYTES
+from obfuscatune.wire.errors import AdapterLost, QuotaExceeded, StorageError, UnknownMatrix
+from obfuscatune.wire.limits import MAX_MATRIX_BYTES, MAX_WINDOW_BYTES
 from obfuscatune.wire.messages import (
     ACCELERATOR,
     CONTENT_STORE,
@@ -19,41 +19,15 @@ from obfuscatune.wire.messages import (
     MessageType,
 )
 from obfuscatune.wire.tensors import bytes_of
-from obfuscatune.wire.transport import Buffer
+from obfuscatune.worker.answer_adapters import AdapterAnswerer
 from obfuscatune.worker.buffers import Buffers
 from obfuscatune.worker.compute import Computer
+from obfuscatune.worker.declined import Declined
 from obfuscatune.worker.disk import ContentStore
+from obfuscatune.worker.replies import Reply, Request, refusal, short
 from obfuscatune.worker.store import Key, MatrixStore
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """A request as it was received. `tensor` (rows, cols) for STORE and MULTIPLY, `body` for the rest."""
-
-    header: Header
-    body: bytes = b""
-    tensor: torch.Tensor | None = None
-    landing: torch.Tensor | None = None
-    """Where in shared memory the product is to be laid, as bytes; None where it goes back as a payload."""
-
-    @property
-    def payload(self) -> Buffer:
-        """The payload as it came."""
-        return self.body if self.tensor is None else bytes_of(self.tensor)
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """A reply as it will be sent."""
-
-    header: Header
-    payload: Buffer = b""
-    last: bool = False
-    """Whether the connection ends with it."""
-    product: torch.Tensor | None = None
-    """The product: in shared memory, or the memory of `payload`, lent by the connection's buffers."""
 
 
 @dataclass
@@ -63,10 +37,12 @@ class Answerer:
     store: MatrixStore
     computer: Computer
     disk: ContentStore | None = None
+    _on_adapters: AdapterAnswerer = field(init=False, repr=False)
     _answers: dict[MessageType, Callable[[bytes, Request, Buffers], Reply]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._answers = {
+        self._on_adapters = AdapterAnswerer(self.store, self.computer)
+        self._answers = self._on_adapters.answers | {
             MessageType.SHARE: self._share,
             MessageType.OFFER: self._offer,
             MessageType.STORE: self._store,
@@ -87,6 +63,10 @@ class Answerer:
             return self._answers[header.type](session, request, buffers)
         except UnknownMatrix as error:
             return refusal(ErrorCode.UNKNOWN_MATRIX, str(error), header)
+        except AdapterLost as error:
+            return refusal(ErrorCode.UNKNOWN_ADAPTER, str(error), header)
+        except Declined as error:
+            return refusal(error.code, str(error), header)
         except QuotaExceeded as error:
             return refusal(ErrorCode.QUOTA, str(error), header)
         except (RuntimeError, MemoryError) as error:  # what torch raises, out of memory or on a device that fails
@@ -108,20 +88,20 @@ class Answerer:
             raise
         if kept is None:
             self.store.release(size)  # claimed again when it comes: nothing is kept for who offers and never sends
-            return _short(MessageType.WANT, header)
+            return short(MessageType.WANT, header)
         self._adopt(key, kept, size)
-        return _short(MessageType.HAVE, header)
+        return short(MessageType.HAVE, header)
 
     def _store(self, session: bytes, request: Request, buffers: Buffers) -> Reply:
         header = request.header
-        matrix = _tensor(request)
+        matrix = request.matrix()
         if self.disk is not None:
             try:
                 self.disk.save(matrix)
             except StorageError as error:  # it is in memory all the same, and can be uploaded again
                 log.warning("%s", error)
         self._adopt((session, header.matrix_id), matrix, header.payload_bytes)
-        return _short(MessageType.STORED, header)
+        return short(MessageType.STORED, header)
 
     def _multiply(self, session: bytes, request: Request, buffers: Buffers) -> Reply:
         header = request.header
@@ -140,7 +120,7 @@ class Answerer:
             product = buffers.lend(header.rows, outer, dtype)
         else:
             product = landing[:size].view(dtype).view(header.rows, outer)
-        self.computer.multiply(_tensor(request), matrix, product, transpose=header.transposed)
+        self.computer.multiply(request.matrix(), matrix, product, transpose=header.transposed)
         reply = Header(
             MessageType.PRODUCT,
             header.request_id,
@@ -170,7 +150,7 @@ class Answerer:
         self.store.put(key, adopted, reserved=reserved)
 
     def _share(self, session: bytes, request: Request, buffers: Buffers) -> Reply:
-        return _short(MessageType.DONE, request.header)  # the connection has mapped it, or ended
+        return short(MessageType.DONE, request.header)  # the connection has mapped it, or ended
 
     def _forget(self, session: bytes, request: Request, buffers: Buffers) -> Reply:
         header = request.header
@@ -178,23 +158,5 @@ class Answerer:
             self.store.forget_session(session)
         else:
             self.store.forget((session, header.matrix_id))
-        return _short(MessageType.DONE, header)
-
-
-def refusal(code: ErrorCode, text: str, request: Header | None = None, *, last: bool = False) -> Reply:
-    """An ERROR, to one request or, without one, to the connection."""
-    body = text.encode("ascii", "replace")[:MAX_ERROR_BYTES]
-    body = bytes(byte if 0x20 <= byte < 0x7F else ord(" ") for byte in body) or b"no reason given"
-    request_id, matrix_id = (request.request_id, request.matrix_id) if request else (0, NO_MATRIX)
-    header = Header(MessageType.ERROR, request_id, matrix_id, payload_bytes=len(body), code=code)
-    return Reply(header, body, last=last)
-
-
-def _short(kind: MessageType, request: Header) -> Reply:
-    return Reply(Header(kind, request.request_id, request.matrix_id))
-
-
-def _tensor(request: Request) -> torch.Tensor:
-    if request.tensor is None:
-        raise MalformedMessage(f"{request.header.type.name} came without its matrix")
-    return request.tensor
+            self._on_adapters.adapters.forget((session, header.matrix_id))
+        return short(MessageType.DONE, header)

@@ -1,6 +1,8 @@
-"""All that a worker computes: rows @ W*, or rows @ W*^T."""
+"""All that a worker computes: rows @ W*, or rows @ W*^T; and whose turn it is to compute."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -17,6 +19,12 @@ class Computer:
     def adopt(self, matrix: torch.Tensor) -> torch.Tensor:
         """A received (p, q) matrix as it is kept; the same memory when neither device nor dtype change."""
         return matrix.to(device=self.device, dtype=self.dtype or matrix.dtype)
+
+    @contextmanager
+    def turn(self) -> Iterator[torch.device]:
+        """The device, for one computation alone. Nothing in it is differentiated by torch."""
+        with self._lock, torch.inference_mode():
+            yield self.device
 
     def multiply(self, rows: torch.Tensor, matrix: torch.Tensor, out: torch.Tensor, *, transpose: bool) -> None:
         """Write the product into `out`, in its dtype.

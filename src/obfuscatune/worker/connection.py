@@ -14,15 +14,16 @@ from obfuscatune.wire.deadline import Deadline, transfer_seconds
 from obfuscatune.wire.errors import StorageError, WireError
 from obfuscatune.wire.framing import send_message
 from obfuscatune.wire.limits import CHUNK_BYTES, HANDSHAKE_SECONDS, LINGER_SECONDS, STALL_SECONDS
-from obfuscatune.wire.messages import SHARED_MEMORY, ErrorCode, Header, Hello, MessageType
+from obfuscatune.wire.messages import SHARED_MEMORY, WITH_ROWS, ErrorCode, Header, Hello, MessageType
 from obfuscatune.wire.tensors import bytes_of
 from obfuscatune.wire.transcript import Direction
 from obfuscatune.wire.transport import Buffer, Transport
-from obfuscatune.worker.answer import Answerer, Reply, Request, refusal
+from obfuscatune.worker.answer import Answerer
 from obfuscatune.worker.buffers import Buffers
 from obfuscatune.worker.greeting import farewell, read_hello, welcome
 from obfuscatune.worker.intake import Intake
 from obfuscatune.worker.recorder import Recorder
+from obfuscatune.worker.replies import Reply, Request, refusal
 from obfuscatune.worker.sessions import Sessions, session_label
 
 log = logging.getLogger(__name__)
@@ -129,7 +130,7 @@ class Connection:
         self._send(reply, Deadline(STALL_SECONDS + transfer_seconds(reply.header.payload_bytes)))
         if item.header.shared:
             return
-        if isinstance(item, Request) and item.header.type is MessageType.MULTIPLY and item.tensor is not None:
+        if isinstance(item, Request) and item.header.type in WITH_ROWS and item.tensor is not None:
             self._buffers.give_back(item.tensor)
         if reply.product is not None:
             self._buffers.give_back(reply.product)

@@ -6,7 +6,7 @@ from obfuscatune.wire.framing import recv_body, recv_header
 from obfuscatune.wire.limits import MAX_IN_FLIGHT, MAX_MATRIX_BYTES, MAX_WINDOW_BYTES, VERSION
 from obfuscatune.wire.messages import ErrorCode, Header, Hello, MessageType, Welcome
 from obfuscatune.wire.transport import Transport
-from obfuscatune.worker.answer import Reply, refusal
+from obfuscatune.worker.replies import Reply, refusal
 from obfuscatune.worker.sessions import session_key
 
 HELLO = frozenset({MessageType.HELLO})

@@ -4,16 +4,17 @@ import threading
 
 import torch
 
+from obfuscatune.wire.adapters import Attachment, Step
 from obfuscatune.wire.deadline import Deadline, transfer_seconds
 from obfuscatune.wire.errors import LimitExceeded, MalformedMessage, QuotaExceeded
 from obfuscatune.wire.framing import recv_body, recv_header, recv_payload
 from obfuscatune.wire.limits import CHUNK_BYTES, MAX_IN_FLIGHT, MAX_WINDOW_BYTES, STALL_SECONDS
-from obfuscatune.wire.messages import REQUESTS, ErrorCode, Header, MessageType, Places, unpack_size
+from obfuscatune.wire.messages import REQUESTS, WITH_ROWS, ErrorCode, Header, MessageType, Places, unpack_size
 from obfuscatune.wire.shared_memory import SharedMemory
 from obfuscatune.wire.tensors import bytes_of
 from obfuscatune.wire.transport import Transport
-from obfuscatune.worker.answer import Reply, Request, refusal
 from obfuscatune.worker.buffers import Buffers
+from obfuscatune.worker.replies import Reply, Request, refusal
 from obfuscatune.worker.store import MatrixStore
 
 
@@ -50,13 +51,17 @@ class Intake:
             return self._matrix(header, deadline)
         if header.type is MessageType.MULTIPLY and header.shared:
             return self._in_shared_memory(header, deadline)
-        if header.type is MessageType.MULTIPLY:
+        if header.type in WITH_ROWS:
             rows = self._buffers.lend(header.rows, header.cols, header.dtype.torch_dtype)
             recv_payload(self._transport, bytes_of(rows), deadline)
             return Request(header, tensor=rows)
         body = recv_body(self._transport, header, deadline)
         if header.type is MessageType.SHARE:
             self._share(unpack_size(body))
+        if header.type is MessageType.ATTACH:
+            Attachment.unpack(body, header.cols)
+        if header.type is MessageType.STEP:
+            Step.unpack(body)
         return Request(header, body)
 
     def settle(self, header: Header) -> None:
@@ -112,4 +117,4 @@ class Intake:
 
 
 def _window_share(header: Header) -> int:
-    return header.payload_bytes if header.type is MessageType.MULTIPLY else 0
+    return header.payload_bytes if header.type in WITH_ROWS else 0

@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
@@ -11,6 +11,16 @@ from obfuscatune.wire.errors import QuotaExceeded, UnknownMatrix
 WhenFull = Literal["refuse", "evict"]
 Key = tuple[bytes, bytes]
 """Session key and matrix id. A matrix is found only by who stored it."""
+
+
+class Dependent(Protocol):
+    """What sessions keep besides matrices, within the same quota."""
+
+    def forget_session(self, session: bytes) -> None:
+        """Drop all of a session."""
+
+    def holds_any(self, session: bytes) -> bool:
+        """Whether anything of a session is there."""
 
 
 class MatrixStore:
@@ -22,7 +32,12 @@ class MatrixStore:
         self._when_full = when_full
         self._held: OrderedDict[Key, torch.Tensor] = OrderedDict()  # least recently used first
         self._reserved_bytes = 0
+        self._dependents: list[Dependent] = []
         self._lock = threading.Lock()
+
+    def depend(self, dependent: "Dependent") -> None:
+        """Have what a session keeps elsewhere end with what it keeps here."""
+        self._dependents.append(dependent)
 
     def reserve(self, size: int) -> None:
         """Claim room for a matrix of `size` bytes before it is received; `put` or `release` ends the claim.
@@ -73,11 +88,15 @@ class MatrixStore:
         with self._lock:
             for key in [key for key in self._held if key[0] == session]:
                 del self._held[key]
+        for dependent in self._dependents:
+            dependent.forget_session(session)
 
     def holds_any(self, session: bytes) -> bool:
         """Whether anything of a session is here."""
         with self._lock:
-            return any(key[0] == session for key in self._held)
+            if any(key[0] == session for key in self._held):
+                return True
+        return any(dependent.holds_any(session) for dependent in self._dependents)
 
     @property
     def held_bytes(self) -> int:

@@ -9,6 +9,8 @@ In the order in which a request passes through:
 
     worker_link  store, multiply, forget: for any thread, which take turns
     arena        rows and products in shared memory, where enclave and worker are on one host
+    adapters     what a worker can be asked about an adapter that it holds
+    order        such a request, which may have to be sent once at most
     pending      a product asked for       -> a request, and what its reply must be
     driver       all that is asked for     -> one step at a time until it is done, whatever fails on the way
     connection   a request                 -> its reply, or an error; no retries
@@ -16,9 +18,10 @@ In the order in which a request passes through:
     stats        everything that crossed   -> counts
 """
 
+from obfuscatune.enclave.link.adapters import AdapterLink
 from obfuscatune.enclave.link.pending import MatrixSource, Pending, check_finite
 from obfuscatune.enclave.link.retry import RetryPolicy
 from obfuscatune.enclave.link.stats import LinkStats
 from obfuscatune.enclave.link.worker_link import WorkerLink
 
-__all__ = ["LinkStats", "MatrixSource", "Pending", "RetryPolicy", "WorkerLink", "check_finite"]
+__all__ = ["AdapterLink", "LinkStats", "MatrixSource", "Pending", "RetryPolicy", "WorkerLink", "check_finite"]

@@ -13,6 +13,7 @@ from obfuscatune.enclave.link.stats import LinkStats
 from obfuscatune.wire.deadline import Deadline
 from obfuscatune.wire.dtypes import DType
 from obfuscatune.wire.errors import (
+    AdapterLost,
     BadReply,
     LimitExceeded,
     MalformedMessage,
@@ -51,6 +52,7 @@ _REFUSALS: dict[ErrorCode, type[WireError]] = {
     ErrorCode.SHAPE: WorkerRefused,
     ErrorCode.BUSY: WorkerRefused,
     ErrorCode.FAILED: WorkerRefused,
+    ErrorCode.UNKNOWN_ADAPTER: AdapterLost,
 }
 
 

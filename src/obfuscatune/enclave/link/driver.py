@@ -110,6 +110,8 @@ class LinkDriver:
 
     def disconnect(self) -> None:
         """Drop the connection; what was sent and not answered waits to be sent again."""
+        for pending in self._in_flight.values():
+            pending.interrupted()
         self.waiting[:0] = [pending for pending in self._in_flight.values() if not pending.done]
         self._in_flight.clear()
         if self._connection is not None:
@@ -205,6 +207,8 @@ class LinkDriver:
                 header, pending.matrix_id, pending.shape, pending.dtype, pending.landing, deadline
             )
             self.stats.crossings += 1
+        elif header.type is MessageType.DONE:
+            pending.acknowledged(header)
         elif header.type is MessageType.ERROR:
             self._refused(pending, connection.refusal(header, deadline))
         else:
@@ -213,7 +217,7 @@ class LinkDriver:
 
     def _refused(self, pending: Pending, error: WireError) -> None:
         """The worker answered with an error: what it lacks is sent; anything else is final for this request."""
-        matrix = self.matrices.get(pending.matrix_id)
+        matrix = self.matrices.get(pending.needs)
         pending.times_unknown += 1
         if isinstance(error, UnknownMatrix) and matrix is not None and pending.times_unknown <= self._retry.attempts:
             self.missing[matrix.matrix_id] = matrix
@@ -234,7 +238,7 @@ class LinkDriver:
                 self.stats.bytes_uploaded += store.payload_bytes
         except WorkerRefused as error:
             matrix.refused = error
-            self._fail([pending for pending in self.waiting if pending.matrix_id == matrix.matrix_id], error)
+            self._fail([pending for pending in self.waiting if pending.needs == matrix.matrix_id], error)
         del self.missing[matrix.matrix_id]
 
     def _forget(self, connection: LinkConnection, matrix_id: bytes) -> None:

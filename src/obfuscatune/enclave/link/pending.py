@@ -7,7 +7,14 @@ import torch
 
 from obfuscatune.wire.deadline import Deadline
 from obfuscatune.wire.dtypes import DType
-from obfuscatune.wire.errors import ConfigError, LimitExceeded, NonFiniteError, WireError, WorkerRefused
+from obfuscatune.wire.errors import (
+    ConfigError,
+    LimitExceeded,
+    MalformedMessage,
+    NonFiniteError,
+    WireError,
+    WorkerRefused,
+)
 from obfuscatune.wire.limits import MAX_DIM, MAX_MATRIX_BYTES, MAX_WINDOW_BYTES
 from obfuscatune.wire.messages import NO_DIGEST, SHARED, TRANSPOSED, Header, MessageType, Places
 from obfuscatune.wire.tensors import is_finite
@@ -77,6 +84,8 @@ class Pending:
         wait: Callable[["Pending"], None],
     ) -> None:
         self.matrix_id = matrix.matrix_id
+        self.needs = matrix.matrix_id
+        """The matrix that the worker must hold for it."""
         self.rows = rows
         self.transpose = transpose
         self.dtype = dtype
@@ -112,6 +121,17 @@ class Pending:
             flags=TRANSPOSED if self.transpose else 0,
         )
         return replace(inline, flags=inline.flags | SHARED, payload_bytes=Places.BYTES) if shared else inline
+
+    def interrupted(self) -> None:
+        """The connection that it was sent on is lost: as it stands, it may be sent again."""
+
+    def acknowledged(self, header: Header) -> None:
+        """DONE came for it.
+
+        Raises:
+            MalformedMessage: a product was asked for.
+        """
+        raise MalformedMessage(f"{header.type.name} came, which does not answer MULTIPLY")
 
     def result(self) -> torch.Tensor:
         """Wait for the product: (m, q), or (m, p) when transposed; on the CPU, contiguous.

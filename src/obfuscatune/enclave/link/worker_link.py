@@ -9,6 +9,7 @@ from typing import Self
 import torch
 
 from obfuscatune.enclave.link.driver import LinkDriver
+from obfuscatune.enclave.link.order import Order
 from obfuscatune.enclave.link.pending import MatrixSource, Pending, StoredMatrix, check_finite
 from obfuscatune.enclave.link.retry import RetryPolicy
 from obfuscatune.enclave.link.stats import LinkStats
@@ -173,6 +174,23 @@ class WorkerLink:
             driver.waiting.append(pending)
             self._drive_for(pending, lambda: pending not in driver.waiting)
             return pending
+
+    def order(self, order: Order) -> torch.Tensor | None:
+        """Ask for something else than a product of a stored matrix, and wait: `adapters.py` says what there is.
+
+        Returns:
+            The matrix that was asked for, on the CPU, the caller's own; None where none was.
+
+        Raises:
+            AdapterLost: the worker lost what it alone had.
+            WireError: see `multiply`.
+        """
+        with self._lock:
+            self._driver.waiting.append(order)
+            self._drive_for(order, lambda: order.done)
+        if order.error is not None:
+            raise order.error
+        return order.product
 
     def forget(self, matrix_id: bytes) -> None:
         """Have the worker drop a matrix, now or when it is next connected. One that was never stored is fine."""

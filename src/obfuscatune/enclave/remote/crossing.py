@@ -1,0 +1,118 @@
+"""The crossing of layers whose adapters are on the worker: y = x W + s · drop(x) A B, all of it there.
+
+    forward       X* = x R_in       ->  Y* = X* W* + s · drop(X*) A* B*     ->  y  = Y* R_out⁻¹
+    backward      G* = g R_out⁻ᵀ    ->  D* = ∂/∂X*, and A*, B* gain their gradients  ->  dx = D* R_inᵀ
+
+The factors' gradients are sums over rows of products of what was sent forward and backward, so both go unmixed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from obfuscatune.enclave.link import AdapterLink
+from obfuscatune.enclave.modules import SharedCrossing, _state
+from obfuscatune.enclave.remote.adapter import RemoteAdapter
+from obfuscatune.wire.errors import ProtectionError
+
+
+class AdaptedCrossing:
+    """Stands where a `SharedCrossing` stood; goes back to it while PEFT has the adapter switched off."""
+
+    def __init__(self, plain: SharedCrossing, adapter: RemoteAdapter) -> None:
+        self._plain, self._adapter = plain, adapter
+        self._anchor = torch.zeros((), requires_grad=True)  # what trains is elsewhere, yet y has a gradient
+        self._x: Tensor | None = None
+        self._served: Any = None
+        self._parts: dict[int, Tensor] = {}
+
+    def output_for(self, slot: int, x: Tensor, **how: Any) -> Tensor:
+        """x (..., p) -> that layer's output (..., q_slot); the first layer called with an input crosses for all."""
+        if not self._is_active():
+            return self._plain.output_for(slot, x, **how)
+        served = torch.is_grad_enabled(), self._is_training()
+        if self._x is not x or self._served != (*served, _version(x)) or slot not in self._parts:
+            parts = _Adapted.apply(  # type: ignore[no-untyped-call]
+                x, self._anchor, self._adapter, *served, *(member.bias for member in self._plain._members)
+            )
+            self._x, self._served, self._parts = x, (*served, _version(x)), dict(enumerate(parts))
+        y = self._parts.pop(slot)
+        if not self._parts:
+            self._x = self._served = None
+        return y
+
+    def forget_visit(self) -> None:
+        """What was crossed so far is of no use any more."""
+        self._x, self._served, self._parts = None, None, {}
+
+    def _is_active(self) -> bool:
+        return _alike([it.is_active for it in self._adapter.layers], "adapter active")
+
+    def _is_training(self) -> bool:
+        return _alike([it.layer.lora_dropout[it.name].training for it in self._adapter.layers], "dropout in training")
+
+
+def _alike(values: list[bool], what: str) -> bool:
+    if any(values) != all(values):
+        raise ProtectionError(f"of layers that cross as one, some have their {what} and some have not")
+    return all(values)
+
+
+def _version(x: Tensor) -> object:
+    """What tells whether x was changed in place. Tensors of inference mode keep no version: they cross each time."""
+    return object() if x.is_inference() else _state(x)
+
+
+class _Adapted(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        anchor: Tensor,
+        adapter: RemoteAdapter,
+        keep: bool,
+        training: bool,
+        *biases: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        """x (..., p) -> one (..., q_i) for each layer."""
+        number = AdapterLink.new_number() if keep else 0
+        offloaded, remote = adapter.offloaded, adapter.remote
+        ctx.saved = offloaded.R_in, offloaded.R_out, remote, number  # type: ignore[attr-defined]
+        widths = adapter.widths
+        rows = x.reshape(-1, x.shape[-1])
+        if rows.shape[0] == 0:
+            y = x.new_zeros(*x.shape[:-1], sum(widths))
+        else:
+            X_star = offloaded.R_in.apply(_widen(rows)).to("cpu", x.dtype).contiguous()
+            Y_star = remote.forward(X_star, number=number, dropout=training)
+            y = offloaded.R_out.inverse(_widen(Y_star.to(x.device))).to(x.dtype).view(*x.shape[:-1], sum(widths))
+        parts = y.split(widths, dim=-1)
+        for part, bias in zip(parts, biases, strict=True):
+            if bias is not None:
+                part.add_(bias)
+        return parts if len(parts) > 1 else (y,)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Any, ...]:
+        """Gradients (..., q_i) -> that of x; those of the factors stay on the worker."""
+        R_in, R_out, remote, number = ctx.saved  # type: ignore[attr-defined]
+        g = grads[0] if len(grads) == 1 else torch.cat(grads, dim=-1)
+        rows = g.reshape(-1, g.shape[-1])
+        if rows.shape[0] == 0:
+            dx = g.new_zeros(*g.shape[:-1], R_in.dim)
+        else:
+            G_star = R_out.inverse_transpose(_widen(rows)).to("cpu", g.dtype).contiguous()
+            D_star = remote.backward(G_star, number=number)
+            dx = R_in.apply_transpose(_widen(D_star.to(g.device))).to(g.dtype).view(*g.shape[:-1], R_in.dim)
+        nothing = (None,) * (len(ctx.needs_input_grad) - 1)  # type: ignore[attr-defined]
+        return (dx if ctx.needs_input_grad[0] else None, *nothing)  # type: ignore[attr-defined]
+
+
+def _widen(x: Tensor) -> Tensor:
+    """16-bit tensors are rotated in float32."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
