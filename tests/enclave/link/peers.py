@@ -9,7 +9,7 @@ import torch
 
 from obfuscatune.wire.deadline import Deadline
 from obfuscatune.wire.errors import ConnectionLost
-from obfuscatune.wire.messages import HEADER_BYTES, REQUESTS, Header, Hello, MessageType
+from obfuscatune.wire.messages import HEADER_BYTES, REQUESTS, WITH_ROWS, Header, Hello, MessageType
 from obfuscatune.wire.transport import Buffer
 from obfuscatune.worker.answer import Answerer, Request
 from obfuscatune.worker.buffers import Buffers
@@ -100,7 +100,7 @@ class MemoryTransport:
             return None
         payload = bytes(self._received[HEADER_BYTES:size])
         del self._received[:size]
-        if header.type in (MessageType.STORE, MessageType.MULTIPLY):
+        if header.type in {MessageType.STORE, *WITH_ROWS}:
             flat = torch.frombuffer(bytearray(payload), dtype=header.dtype.torch_dtype)
             return Request(header, tensor=flat.view(header.rows, header.cols))
         return Request(header, payload)
