@@ -1,0 +1,81 @@
+"""What an attacker holds besides the transcript."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from obfuscatune.attacks.base import Attacker, CannotRun
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """The public settings of the profile; no secret among them."""
+
+    mixing: bool
+    shield_rows: int
+
+
+@dataclass(frozen=True)
+class PublicText:
+    """Text of the same kind as the private one, as token numbers."""
+
+    texts: tuple[tuple[int, ...], ...]
+    vocabulary: int
+
+
+@dataclass(frozen=True)
+class PublicBase:
+    """The published model, run on public text.
+
+    Attributes:
+        weights: of each layer that crosses, the public W (p, q), float64.
+        inputs: of each of these layers, the rows (N, p) that public text brings to it.
+        tokens: the token at each of the N places.
+        positions: its position in its text.
+    """
+
+    weights: tuple[Tensor, ...]
+    inputs: tuple[Tensor, ...]
+    tokens: Tensor
+    positions: Tensor
+
+
+@dataclass(frozen=True)
+class KnownCall:
+    """The plain rows x (n, p) of the call with that index."""
+
+    index: int
+    rows: Tensor
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """Everything an attacker has; what `attacker` has not is None or empty."""
+
+    attacker: Attacker
+    scheme: Scheme
+    text: PublicText | None = None
+    base: PublicBase | None = None
+    plaintext: tuple[KnownCall, ...] = ()
+
+    def the_text(self) -> PublicText:
+        """Public text.
+
+        Raises:
+            CannotRun: the attacker has none.
+        """
+        if self.text is None:
+            raise CannotRun("needs public text")
+        return self.text
+
+    def the_base(self) -> PublicBase:
+        """The public base.
+
+        Raises:
+            CannotRun: the attacker has none.
+        """
+        if self.base is None:
+            raise CannotRun("needs the public base model")
+        return self.base

@@ -1,0 +1,57 @@
+"""What really crossed: written down on the enclave's side of an audited run, to score guesses against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+Phase = Literal["training", "prompt", "decoding"]
+
+
+@dataclass(frozen=True)
+class TrueCall:
+    """The plain rows of one crossing, in the order of the transcript."""
+
+    layer: int
+    transposed: bool
+    rows: Tensor
+    """x (n, p) or, transposed, g (n, q); float64."""
+    tokens: tuple[int, ...]
+    """The token at each row's place."""
+    phase: Phase
+    text: int
+    """Which training example or prompt, counted within its phase."""
+    epoch: int
+    """Transforms of one epoch are alike; 0 where none was re-keyed."""
+
+
+@dataclass(frozen=True)
+class TrueLayer:
+    """The secrets of one layer, in float64."""
+
+    name: str
+    W: Tensor
+    """(p, q), of the secret model."""
+    R_in: Tensor
+    """(p, p); of the first epoch."""
+    R_out: Tensor
+    """(q, q)"""
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Everything that an attacker would like to know."""
+
+    calls: tuple[TrueCall, ...]
+    """As many as the transcript has, in its order."""
+    layers: tuple[TrueLayer, ...]
+    bases: tuple[Tensor, ...]
+    """Of each layer the public W (p, q) that the secret one was tuned from."""
+    pieces: tuple[str, ...]
+    """What each token reads, by its number."""
+
+    def text_of(self, tokens: list[int] | tuple[int, ...]) -> str:
+        """Tokens as text, as far as single tokens tell."""
+        return "".join(self.pieces[token] for token in tokens)

@@ -1,0 +1,79 @@
+"""Gives each kind of attacker what it has: nothing, public text, the public base run on it, some plain rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from obfuscatune.attacks.base import Attacker
+from obfuscatune.attacks.knowledge import Knowledge, KnownCall, PublicBase, PublicText, Scheme
+from obfuscatune.attacks.truth import Truth
+from obfuscatune.audit.scenario import Scenario
+from obfuscatune.enclave.obfuscate import joint_weight
+from obfuscatune.enclave.profiles import Profile
+from obfuscatune.enclave.sites import find_groups
+
+KNOWN_TRAINING_CALLS = 24
+
+
+def equip(attacker: Attacker, scenario: Scenario, profile: Profile, truth: Truth) -> Knowledge:
+    """What that attacker knows. Of the truth only the known plaintext is handed over, and only to who has it."""
+    scheme = Scheme(profile.mixing, profile.shield_rows)
+    text = PublicText(scenario.public, scenario.base.config.vocab_size)
+    match attacker:
+        case Attacker.CLOSED:
+            return Knowledge(attacker, scheme)
+        case Attacker.PUBLIC_TEXT:
+            return Knowledge(attacker, scheme, text=text)
+        case Attacker.PUBLIC_BASE:
+            return Knowledge(attacker, scheme, text=text, base=public_base(scenario, profile))
+        case Attacker.KNOWN_PLAINTEXT:
+            return Knowledge(attacker, scheme, plaintext=_known_calls(truth))
+
+
+def public_base(scenario: Scenario, profile: Profile) -> PublicBase:
+    """The base's matrices, and what public text brings to each of them."""
+    model = scenario.base
+    groups = find_groups(model, profile.first_blocks)
+    seen: list[list[Tensor]] = [[] for _ in groups]
+    hooks = []
+    for index, group in enumerate(groups):
+
+        def note(_module: Any, args: tuple[Tensor, ...], into: list[Tensor] = seen[index]) -> None:
+            into.append(args[0].reshape(-1, args[0].shape[-1]).double())
+
+        hooks.append(group.sites[0].layer.register_forward_pre_hook(note))
+    batch = torch.tensor(scenario.public)
+    try:
+        with torch.no_grad():
+            for part in batch.split(32):
+                model(input_ids=part, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    positions = torch.arange(batch.shape[1]).expand(batch.shape).reshape(-1)
+    inputs = tuple(torch.cat(rows) for rows in seen)
+    return PublicBase(base_weights(model, profile), inputs, batch.reshape(-1), positions)
+
+
+def base_weights(model: Any, profile: Profile) -> tuple[Tensor, ...]:
+    """W (p, q) of each group that a profile offloads, from a plain model, in float64."""
+    with torch.no_grad():
+        return tuple(
+            joint_weight(layers, tuple(layer.weight for layer in layers)).double()
+            for layers in (
+                tuple(site.layer for site in group.sites) for group in find_groups(model, profile.first_blocks)
+            )
+        )
+
+
+def _known_calls(truth: Truth) -> tuple[KnownCall, ...]:
+    """The first training calls of the first layer."""
+    calls = [
+        KnownCall(index, call.rows)
+        for index, call in enumerate(truth.calls)
+        if call.phase == "training" and call.layer == 0 and not call.transposed
+    ]
+    return tuple(calls[:KNOWN_TRAINING_CALLS])

@@ -1,0 +1,93 @@
+"""The grid as JSON, and as Markdown for the docs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from obfuscatune.attacks.base import Finding
+from obfuscatune.audit.grid import Cell, Grid
+from obfuscatune.audit.verdict import verdicts
+
+
+def as_json(grid: Grid, environment: dict[str, str]) -> dict[str, Any]:
+    """Everything that was measured."""
+    return {
+        "seeds": grid.seeds,
+        "drift": grid.drift,
+        "environment": environment,
+        "verdicts": [
+            {
+                "profile": it.profile,
+                "attacker": it.attacker.value,
+                "promised": it.promised,
+                "holds": it.holds,
+                "text": it.text,
+            }
+            for it in verdicts(grid)
+        ],
+        "cells": [_cell(cell) for cell in grid.cells],
+    }
+
+
+def _cell(cell: Cell) -> dict[str, Any]:
+    attack = cell.attack
+    known: dict[str, Any] = {
+        "model": cell.model,
+        "profile": cell.profile,
+        "attack": attack.name,
+        "attacker": attack.needs.value,
+        "target": attack.target.value,
+        "measure": attack.measure,
+        "source": attack.source,
+        "ran": len(cell.findings),
+        "not_run": cell.why_not or None,
+    }
+    if cell.findings:
+        known |= {
+            "value": cell.value,
+            "chance": cell.chance,
+            "error": cell.error,
+            "advantage": cell.advantage,
+            "succeeds": cell.succeeds,
+        }
+    known["seeds"] = [asdict(it) if isinstance(it, Finding) else {"not_run": it.why} for it in cell.results]
+    return known
+
+
+def as_markdown(grid: Grid) -> str:
+    """A table for each model, attacks down and profiles across, and the verdicts."""
+    return "\n".join(_markdown(grid)) + "\n"
+
+
+def _markdown(grid: Grid) -> Iterator[str]:
+    profiles = list(dict.fromkeys(cell.profile for cell in grid.cells))
+    for model in dict.fromkeys(cell.model for cell in grid.cells):
+        yield f"### {model}"
+        yield ""
+        yield f"| attack | attacker | measure | {' | '.join(f'`{name}`' for name in profiles)} |"
+        yield "|" + "---|" * (3 + len(profiles))
+        mine = [cell for cell in grid.cells if cell.model == model]
+        for attack in dict.fromkeys(cell.attack for cell in mine):
+            row = {cell.profile: cell for cell in mine if cell.attack is attack}
+            figures = " | ".join(figure(row[name]) for name in profiles)
+            yield f"| {attack.name} | {attack.needs} | {attack.measure} | {figures} |"
+        yield ""
+    yield "### Verdicts"
+    yield ""
+    for it in verdicts(grid):
+        yield f"- {it.text}"
+
+
+def figure(cell: Cell) -> str:
+    """`0.98 (chance 0.50)`, in bold where it beats chance."""
+    if not cell.findings:
+        return "not run"
+    text = f"{_short(cell.value)} ({_short(cell.chance)})"
+    return f"**{text}**" if cell.succeeds else text
+
+
+def _short(value: float) -> str:
+    return "0.00" if math.isclose(value, 0.0, abs_tol=0.005) else f"{value:.2f}"

@@ -1,0 +1,163 @@
+"""What an audited run works on: a secret model, its public base, private text, and public text of the same kind.
+
+text file  ->  windows of equal length  ->  private ones: trained on, prompted with;  public ones: the attacker's
+base       ->  tuned as a whole on private text  ->  the secret model
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import lzma
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from obfuscatune.assets import clinic_notes_path
+from obfuscatune.tuning.jsonl import read_jsonl
+from obfuscatune.tuning.records import parse_record
+from obfuscatune.wire.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+LARGEST_TEXT = 4_000_000
+"""Bytes that are read of a file."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is run; every count in tokens, texts or steps.
+
+    Attributes:
+        length: tokens of a training example.
+        examples: training examples; each is seen in every epoch.
+        epochs: of LoRA fine-tuning, one example a step.
+        prompts: prompts that are continued; every three in a row begin alike.
+        prompt: tokens of a prompt; the first half is what it shares.
+        new_tokens: that are generated for each.
+        tuning_steps: by which the secret model is away from its public base.
+        public: windows of public text.
+    """
+
+    length: int = 32
+    examples: int = 12
+    epochs: int = 2
+    prompts: int = 12
+    prompt: int = 16
+    new_tokens: int = 17
+    tuning_steps: int = 40
+    public: int = 400
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Everything a run needs. Texts are windows of `size.length` token numbers."""
+
+    name: str
+    directory: Path
+    """Of the secret model."""
+    base: PreTrainedModel
+    """The public one."""
+    secret: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    private: tuple[tuple[int, ...], ...]
+    public: tuple[tuple[int, ...], ...]
+    size: Size
+    drift: float
+    """How far the secret model is from its base: the norm of all differences over that of all weights."""
+
+    def examples(self, seed: int) -> list[tuple[int, ...]]:
+        """Training examples of a seed."""
+        return _drawn(self.private, f"examples/{seed}", self.size.examples)
+
+    def prompts(self, seed: int) -> list[tuple[int, ...]]:
+        """Prompts of a seed: families of three with one beginning."""
+        size, half = self.size, self.size.prompt // 2
+        texts = _drawn(self.private, f"prompts/{seed}", size.prompts + size.prompts // 3 + 1)
+        beginnings, own = texts[size.prompts :], texts[: size.prompts]
+        return [beginnings[number // 3][:half] + text[half : size.prompt] for number, text in enumerate(own)]
+
+
+def make_scenario(
+    name: str,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    folder: Path,
+    size: Size = Size(),
+) -> Scenario:
+    """Split the text, tune the base on the private part of it, and write the secret model to `folder`.
+
+    Raises:
+        DataError: there is too little text.
+    """
+    windows = _windows(text, tokenizer, size.length)
+    needed = size.examples + size.prompts + size.prompts // 3 + 1
+    if len(windows) < 2 * needed:
+        raise DataError(
+            f"an audit needs text of at least {2 * needed * size.length} tokens, this has {len(windows) * size.length}"
+        )
+    shuffled = _drawn(tuple(windows), "split", len(windows))
+    private = tuple(shuffled[: max(needed, len(windows) // 2)][:2000])
+    public = tuple(shuffled[len(private) :][: size.public])
+    base = base.float().eval()
+    secret = _tuned(base, private, size.tuning_steps)
+    with torch.no_grad():
+        pairs = list(zip(secret.parameters(), base.parameters(), strict=True))
+        moved = sum(float((a - b).square().sum()) for a, b in pairs)
+        drift = (moved / sum(float(b.square().sum()) for _, b in pairs)) ** 0.5
+    secret.save_pretrained(folder)
+    return Scenario(name, folder, base, secret, tokenizer, private, public, size, drift)
+
+
+def read_text(path: Path | None) -> str:
+    """Text of a file: .jsonl records, .xz, or anything else as UTF-8 text; the embedded notes if None.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    path = path or clinic_notes_path() / "train.jsonl"
+    if path.suffix == ".jsonl":
+        return "\n".join(_record_text(line) for line in read_jsonl(path))
+    try:
+        with path.open("rb") as file, lzma.open(file) if path.suffix == ".xz" else nullcontext(file) as plain:
+            return plain.read(LARGEST_TEXT).decode("utf-8", "ignore")  # the last character may be cut in two
+    except (OSError, lzma.LZMAError, EOFError) as error:
+        raise DataError(f"{path}: cannot be read as text: {error}") from error
+
+
+def _record_text(line: Any) -> str:
+    record = parse_record(line)
+    return " ".join(value for value in vars(record).values() if isinstance(value, str))
+
+
+def _windows(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> list[tuple[int, ...]]:
+    ids: list[int] = []
+    for start in range(0, len(text), 10_000):  # tokenizers slow down on one long line
+        ids += tokenizer(text[start : start + 10_000], add_special_tokens=False, verbose=False)["input_ids"]
+    return [tuple(ids[start : start + length]) for start in range(0, len(ids) - length + 1, length)]
+
+
+def _drawn(texts: tuple[tuple[int, ...], ...], label: str, count: int) -> list[tuple[int, ...]]:
+    """`count` of the texts in an order that depends on the label alone."""
+    order = sorted(range(len(texts)), key=lambda index: hashlib.sha256(f"audit/{label}/{index}".encode()).digest())
+    return [texts[index] for index in order[:count]]
+
+
+def _tuned(base: PreTrainedModel, texts: tuple[tuple[int, ...], ...], steps: int) -> PreTrainedModel:
+    """A copy of the base after that many steps of AdamW on all weights, eight texts each."""
+    model = copy.deepcopy(base).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for step in range(steps):
+            batch = torch.tensor(_drawn(texts, f"tuning/{step}", 8))
+            loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return model.eval()

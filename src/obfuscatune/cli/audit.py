@@ -1,0 +1,125 @@
+"""`obfuscatune audit`: what a worker learns, measured."""
+
+import json
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from obfuscatune.cli import options, output
+from obfuscatune.cli.options import option
+from obfuscatune.cli.session import open_files
+from obfuscatune.wire.errors import ConfigError, StorageError
+
+if TYPE_CHECKING:
+    from obfuscatune.attacks.base import Attacker
+    from obfuscatune.audit.grid import Grid
+    from obfuscatune.audit.scenario import Scenario
+
+REPORT, FIGURES, TABLE = "report.html", "audit.json", "audit.md"
+
+
+def audit(
+    model: Annotated[
+        list[str] | None, option("--model", "Model directory; may be repeated.", default="the embedded model")
+    ] = None,
+    profile: Annotated[
+        str | None,
+        option(
+            "--profile",
+            "Profiles with commas between, each perhaps with knobs (private:first_blocks=0); "
+            "identity and rotation are unsafe controls.",
+            default="all, and the controls",
+        ),
+    ] = None,
+    attacker: Annotated[str, typer.Option(help="closed, public-text, public-base, known-plaintext or all.")] = "all",
+    seeds: Annotated[int, typer.Option(help="Runs of each profile, with other texts and secrets.", min=1)] = 3,
+    data: Annotated[
+        Path | None, option("--data", "Text to run on: .jsonl records, .xz or plain.", default="the embedded notes")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for report.html, audit.json and audit.md.")] = Path("runs/audit"),
+    fail_above: Annotated[
+        float | None,
+        typer.Option(help="Fail where an attack on tokens or weights gets further from chance (0) to success (1)."),
+    ] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Play the curious worker, and say in numbers what each profile gives away.
+
+    For each profile a worker on this machine records a run of fine-tuning and generation, and every attack is tried
+    on what it saw. Beside each figure stands what luck would give. The secret model is the given one, tuned on half of
+    the text; the attacker who has the public base has the given one itself.
+    """
+    from obfuscatune.audit.grid import attacks_of, run_grid
+    from obfuscatune.audit.variants import default_names, parse_variants
+    from obfuscatune.audit.verdict import exceeding
+
+    variants = parse_variants(profile or ",".join(default_names()))
+    attacks = attacks_of(_attacker(attacker))
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="obfuscatune-audit-")))
+        names: list[str | None] = [*model] if model else [None]
+        scenarios = [_scenario(name, data, folder / str(number)) for number, name in enumerate(names)]
+        with output.progress("auditing") as meter:
+            meter.expect(len(scenarios) * len(variants) * seeds * (1 + len(attacks)))
+            grid = run_grid(scenarios, variants, attacks, seeds, lambda done: meter.advance(1, done))
+    _write(grid, out)
+    if as_json:
+        output.write_json(json.loads((out / FIGURES).read_text("utf-8")))
+    else:
+        from obfuscatune.audit.table import print_grid
+
+        print_grid(grid)
+    output.notice(f"written: {out / REPORT}, {out / FIGURES}, {out / TABLE}")
+    if fail_above is not None:
+        failed = exceeding(grid, fail_above)
+        for cell in failed:
+            output.notice(
+                f"above {fail_above:g}: {cell.attack.name} on {cell.model}, {cell.profile}: advantage "
+                f"{cell.advantage:.2f} ({cell.value:.3f}, chance {cell.chance:.3f})"
+            )
+        if failed:
+            raise typer.Exit(1)
+
+
+def _attacker(name: str) -> "Attacker | None":
+    from obfuscatune.attacks.base import Attacker
+
+    if name == "all":
+        return None
+    if name not in list(Attacker):
+        raise ConfigError(f"--attacker: expected all or one of {', '.join(Attacker)}, found {name}")
+    return Attacker(name)
+
+
+def _scenario(model: str | None, data: Path | None, folder: Path) -> "Scenario":
+    files = open_files(model)
+    import torch
+
+    from obfuscatune.audit.scenario import make_scenario, read_text
+    from obfuscatune.tuning.plain import load_plain
+
+    with output.progress("tuning the secret model"):
+        base = load_plain(files.directory, torch.float32)
+        return make_scenario(files.directory.name, base, files.tokenizer, read_text(data), folder)
+
+
+def _write(grid: "Grid", out: Path) -> None:
+    from obfuscatune.audit.document import as_json, as_markdown
+    from obfuscatune.audit.page import render
+    from obfuscatune.report.environment import environment
+
+    facts = environment()
+    texts = {
+        FIGURES: json.dumps(as_json(grid, facts), indent=1) + "\n",
+        TABLE: as_markdown(grid),
+        REPORT: render(grid, facts),
+    }
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            (out / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"cannot write {out}: {error.strerror}") from error
