@@ -44,6 +44,9 @@ _COMMANDS = {
     "reproduce": _Command(
         "Make the paper's tables anew.", "obfuscatune reproduce --preset cpu --data-root data --out reproduce-out"
     ),
+    "audit": _Command(
+        "Measure what a worker learns.", "obfuscatune audit --model ./llama --profile private --attacker closed"
+    ),
     "worker": _Command("Run the untrusted worker.", "obfuscatune worker --listen unix:/run/obfuscatune.sock"),
     "keygen": _Command("Make the keys of an enclave and a worker.", "obfuscatune keygen --out keys/enclave"),
 }
