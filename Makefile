@@ -2,6 +2,7 @@
 #   make demo         fine-tune the embedded model protected and plain, side by side
 #   make test         lint and the default test suite (under 10 minutes on 2 cores)
 #   make test-long    the long tests too
+#   make test-lm-eval   the tests of the extra lm-eval, which is installed for them (480 MB)
 #   make reproduce-small   the paper's tables, scaled down (under 30 minutes on 2 cores); DATA=folder with the questions
 #   make benchmarks   the figures of docs/benchmarks.md; DATA=folder with sciq/ and openbookqa/
 
@@ -11,7 +12,7 @@ DATA   ?= ../shared/data
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-long lint reproduce-small benchmarks clean
+.PHONY: demo test test-long test-lm-eval lint reproduce-small benchmarks clean
 
 demo: $(READY)
 	$(BIN)/obfuscatune demo
@@ -21,6 +22,10 @@ test: lint
 
 test-long: lint
 	$(BIN)/python -m pytest -m "long or not long"
+
+test-lm-eval: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[lm-eval]"
+	$(BIN)/python -m pytest tests/evaluation/test_harness.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

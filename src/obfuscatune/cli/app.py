@@ -39,6 +39,10 @@ _COMMANDS = {
         "Measure how many questions a model answers right.",
         "obfuscatune evaluate --task sciq --data-dir data --limit 200 --compare-plain",
     ),
+    "lm-eval": _Command(
+        "Run lm-evaluation-harness on a protected model.",
+        "obfuscatune lm-eval run --model obfuscatune --model_args pretrained=./llama --tasks sciq",
+    ),
     "inspect": _Command("Show where each layer runs and what crosses.", "obfuscatune inspect --model ./llama"),
     "bench": _Command("Time a protected step beside a plain one.", "obfuscatune bench step"),
     "reproduce": _Command(
@@ -50,7 +54,7 @@ _COMMANDS = {
     "worker": _Command("Run the untrusted worker.", "obfuscatune worker --listen unix:/run/obfuscatune.sock"),
     "keygen": _Command("Make the keys of an enclave and a worker.", "obfuscatune keygen --out keys/enclave"),
 }
-"""Each is the function, or the typer app, of its own name in the module of its own name."""
+"""Each is the function, or the typer app, of its own name in the module of its own name; `-` is `_` there."""
 
 
 class _LazyGroup(TyperGroup):
@@ -66,7 +70,8 @@ class _LazyGroup(TyperGroup):
 
 
 def _import_command(name: str) -> Any:
-    found = getattr(import_module(f"obfuscatune.cli.{name}"), name)
+    module = name.replace("-", "_")
+    found = getattr(import_module(f"obfuscatune.cli.{module}"), module)
     if isinstance(found, typer.Typer):
         return typer.main.get_command(found)
     app = typer.Typer(add_completion=False)

@@ -1,0 +1,110 @@
+"""A protected model as lm-evaluation-harness (0.4) sees it: `--model obfuscatune`.
+
+Everything but how the model comes to be is the harness's own `HFLM`. To import this module is to register it, and
+takes the extra `lm-eval`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import ExitStack
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+
+from obfuscatune.enclave.keys import RootKey
+from obfuscatune.enclave.link import WorkerLink
+from obfuscatune.enclave.load import find_directory, load
+from obfuscatune.enclave.local import local_worker
+from obfuscatune.enclave.profiles import Profile, resolve
+from obfuscatune.tuning.adapter import load_adapter
+from obfuscatune.wire.errors import ConfigError
+from obfuscatune.wire.tls import TlsConfig
+
+NAME = "obfuscatune"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "auto": None}
+_KNOBS = frozenset(field.name for field in fields(Profile)) - {"name"}
+_NOT_OURS = frozenset(
+    {"parallelize", "device_map", "tp_plan", "delta", "autogptq", "gptqmodel", "gguf_file", "subfolder", "load_in_8bit"}
+)
+"""Arguments of `HFLM` about how it loads a model, which it would ignore: it does not load ours."""
+
+
+@register_model(NAME)
+class ProtectedLM(HFLM):  # type: ignore[misc]  # the harness is not annotated for us
+    """`HFLM` over a model that is under protection from the start."""
+
+    def __init__(
+        self,
+        pretrained: str,
+        profile: str = "private",
+        worker: str | None = None,
+        peft: str | None = None,
+        dtype: str = "float32",
+        revision: str | None = None,
+        tokenizer: str | None = None,
+        key_file: str | None = None,
+        tls_cert: str | None = None,
+        tls_key: str | None = None,
+        peer: str | None = None,
+        trust_remote_code: bool = False,
+        device: str | None = None,
+        **others: Any,
+    ) -> None:
+        """Load, protect, and hand over.
+
+        Args:
+            pretrained: a directory with `config.json` and safetensors, or a hub id.
+            profile: name of a profile; its knobs may stand beside it: `first_blocks=0`, `transform=haar`.
+            worker: address of a running worker; one is started on this machine, and ends with this object, if None.
+            peft: directory of a LoRA adapter.
+            dtype: float32, bfloat16, float64, or auto for that of the model's configuration.
+            revision, tokenizer: as `HFLM`.
+            key_file: root key of the transforms; a fresh one if None.
+            tls_cert, tls_key, peer: for a worker on another machine.
+            trust_remote_code: refused: an enclave runs no code that comes with a model.
+            device: not used: the harness says `cuda:0` where its user says nothing, and the enclave's part is on the
+                CPU. A worker is told of its GPU when it is started.
+            others: for `HFLM`: batch_size, max_length, add_bos_token, ...
+
+        Raises:
+            ConfigError: an argument that cannot be used.
+            ModelFileError, WireError: as `obfuscatune.load`.
+        """
+        if trust_remote_code:
+            raise ConfigError("trust_remote_code: an enclave runs no code that comes with a model; leave it out")
+        if dtype not in _DTYPES:
+            raise ConfigError(f"dtype: expected one of {', '.join(_DTYPES)}, found {dtype}")
+        if ignored := sorted(_NOT_OURS & others.keys()):
+            raise ConfigError(
+                f"{ignored[0]} says how lm-evaluation-harness is to load a model; this one is loaded by us"
+            )
+        knobs = {name: others.pop(name) for name in sorted(_KNOBS & others.keys())}
+        resolved = resolve(profile, **knobs)
+        directory = find_directory(pretrained, revision)
+        tls = TlsConfig.from_options(*(None if path is None else Path(path) for path in (tls_cert, tls_key, peer)))
+        with ExitStack() as stack:
+            link = _open_link(resolved, worker, tls, stack)
+            key = None if key_file is None else RootKey.from_file(Path(key_file))
+            model = load(directory, link, resolved, dtype=_DTYPES[dtype], key=key)
+            if peft is not None:
+                model = load_adapter(model, Path(peft))
+            super().__init__(pretrained=model, tokenizer=tokenizer or str(directory), **others)
+            self.close = weakref.finalize(self, stack.pop_all().close)
+            """Forget the matrices and end a worker that was started here; done at exit, if not before."""
+
+
+def _open_link(profile: Profile, worker: str | None, tls: TlsConfig | None, stack: ExitStack) -> WorkerLink | None:
+    if not profile.offload:
+        if worker is not None:
+            raise ConfigError(f"profile {profile.name!r} runs without a worker: leave out worker=")
+        return None
+    if worker is None:
+        if tls is not None:
+            raise ConfigError("certificates are for a worker across a network: name it by worker=tcp:HOST:PORT")
+        worker = stack.enter_context(local_worker()).address
+    return stack.enter_context(WorkerLink.open(worker, tls=tls))
