@@ -10,4 +10,6 @@ In the order in which data passes through:
     checkpoint   a configuration   -> a model on disk, random weights
     loading      a model on disk   -> seconds and memory of a load under protection, in a process of its own
     obfuscate    what to measure   -> such processes in turn, and what came of it
+
+    verify       a number of calls -> how often wrong products are caught, and honest ones not
 """

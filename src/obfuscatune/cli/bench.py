@@ -119,6 +119,27 @@ def obfuscate(
         write_text(measured.as_markdown())
 
 
+@bench.command(epilog="Example: obfuscatune bench verify --out benchmarks/results")
+def verify(
+    honest_calls: Annotated[int, typer.Option("--honest-calls", help="In each dtype.", min=1)] = 100_000,
+    trials: Annotated[int, typer.Option(help="Of each kind and size of tampering.", min=1)] = 1_000,
+    out: Annotated[Path | None, option("--out", "Also write JSON and Markdown to this folder.")] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Count how often a worker's wrong product is caught, and how near an honest one comes to a false alarm."""
+    from obfuscatune.bench.verify import VerifyBench
+
+    measured = VerifyBench(honest_calls, trials).run(notice)
+    if out is not None:
+        name = f"{datetime.now(UTC).strftime('%Y-%m-%d')}-verify"
+        _keep(out, f"{name}.md", measured.as_markdown())
+        notice(f"written: {_keep(out, f'{name}.json', measured.as_json())}")
+    if as_json:
+        write_json(measured.as_json())
+    else:
+        write_text(measured.as_markdown())
+
+
 def _print(measured: "StepResult") -> None:
     b, plain = measured.bench, measured.plain_seconds
     depth = "all" if b.layers is None else str(b.layers)

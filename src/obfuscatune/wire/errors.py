@@ -100,6 +100,10 @@ class BadReply(WireError):
     """A well-formed reply that does not answer what was asked (shape, dtype, NaN)."""
 
 
+class WrongProduct(WireError):
+    """The worker's product is of the right form, finite, and not the product."""
+
+
 class WorkerRefused(WireError):
     """The worker answered with an error."""
 

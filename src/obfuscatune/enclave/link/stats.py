@@ -19,6 +19,8 @@ class LinkStats:
     """Matrices sent; those that the worker had already are not among them."""
     bytes_uploaded: int = 0
     """Bytes of these matrices."""
+    verified: int = 0
+    """Products that were held against secret vectors."""
     reconnects: int = 0
     """Connections made after the first."""
     retries: int = 0

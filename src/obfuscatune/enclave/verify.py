@@ -1,0 +1,117 @@
+"""Is a product the product? Freivalds' check (1977), for rounded arithmetic.
+
+    at the upload     R (q, K) normal, secret;  V = W* R           (p, K)   once for each matrix, and for its transpose
+    for a request     c (K, k), orthonormal: r = R c, v = V c                fresh
+                      u = X* v = A [x R_in v; N v]                 (m, k)   from what the enclave sent, not read back
+    for its reply     |Y* r - u| <= tau, in every row                       one pass over a private copy of Y*
+
+Y* = X* W* + E differs by E r, and whatever the worker makes of a row e of E, e·r is normal with the standard
+deviation |e|: a worker that does not know r is overlooked with
+
+    P <= (0.8 tau / |e|)^k
+
+whichever elements it changed, by how much and in what pattern. tau follows from rounding: both sides of the
+comparison are sums of products, whose rounding errors grow with |x*| |W*| and |y*| in the precision of the reply.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from obfuscatune.enclave.keys import SecretStream
+from obfuscatune.wire.errors import WrongProduct
+
+BASIS = 8
+"""K: vectors whose images are computed once. Each request is checked by fresh combinations of them."""
+VECTORS = 2
+"""k: combinations for one request."""
+MARGIN = {torch.float64: 64.0, torch.float32: 64.0, torch.bfloat16: 4.0, torch.float16: 4.0}
+"""tau over the unit roundoff times the size of the operands. More where the worker also accumulates in that precision;
+`bench verify` measures what honest workers need."""
+PART = 256
+"""Elements that are summed in the product's dtype before the sum goes on in float64."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The secret vectors of one request, and what W* makes of them."""
+
+    r: Tensor
+    """(q, k), normal of unit variance."""
+    v: Tensor
+    """W* r (p, k)."""
+    norm: float
+    """|W*|, the root of the sum of all squares."""
+
+    def check(self, product: Tensor, u: Tensor, scale: float, dtype: torch.dtype) -> None:
+        """Hold a product (m, q), in memory of our own, against u (m, k).
+
+        Args:
+            scale: root mean square of the elements of the rows that were sent, as mixing leaves them.
+            dtype: in which rows and product travelled.
+
+        Raises:
+            WrongProduct: it is not the product of the rows and the matrix.
+        """
+        excess = float(self.excess(product, u, scale, dtype))
+        if not excess <= 1:  # NaN is not, either
+            raise WrongProduct(
+                f"the worker's product is wrong: a check by secret vectors is off by {excess:.3g} times what rounding "
+                "explains. The worker is hostile, broken, or computes in a lower precision than the model (its "
+                "--dtype); nothing was done with the product"
+            )
+
+    def excess(self, product: Tensor, u: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+        """The largest deviation of any row, over that row's tau."""
+        deviation = (_in_parts(product, self.r) - u.double()).abs().amax(dim=1)
+        over: Tensor = deviation / self.tolerance(product, scale, dtype)
+        return over.max()
+
+    def tolerance(self, product: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+        """tau for each row (m,), float64.
+
+        A row may be small because large ones cancelled in mixing, and then errs as they do: so the average counts too.
+        """
+        unit_roundoff = torch.finfo(dtype).eps / 2
+        norms = torch.linalg.vector_norm(product, dim=1).double()
+        return MARGIN[dtype] * unit_roundoff * (scale * self.norm + norms + norms.square().mean().sqrt())
+
+
+def _in_parts(y: Tensor, r: Tensor) -> Tensor:
+    """y r (m, k) in float64 for y (m, q) and r (q, k): long sums in float32 would err more than the worker may."""
+    total = torch.zeros(y.shape[0], r.shape[1], dtype=torch.float64, device=y.device)
+    for start in range(0, y.shape[1], PART):
+        total += y[:, start : start + PART] @ r[start : start + PART]
+    return total
+
+
+class Verifier:
+    """Draws the probes of one matrix."""
+
+    def __init__(self, W_star: Tensor, stream: SecretStream, share: float) -> None:
+        """Computes the images of `BASIS` vectors, both ways: two passes over W_star (p, q).
+
+        Args:
+            stream: nothing that a worker knows or can repeat.
+            share: of the requests that are checked, drawn by lot; above 0.
+        """
+        self._stream, self._share = stream, share
+        W = W_star.float() if W_star.dtype in (torch.bfloat16, torch.float16) else W_star
+        p, q = W.shape
+        self._norm = float(torch.linalg.vector_norm(W))
+        self._R = stream.normal(q, BASIS, dtype=W.dtype)
+        self._L = stream.normal(p, BASIS, dtype=W.dtype)
+        self._WR, self._WtL = W @ self._R, W.T @ self._L
+
+    def draw(self, *, transpose: bool) -> Probe | None:
+        """The probe for one request, or None where this one is not checked."""
+        if int.from_bytes(self._stream.random_bytes(4)) >= self._share * 2**32:
+            return None
+        vectors, images = (self._L, self._WtL) if transpose else (self._R, self._WR)
+        q, _ = np.linalg.qr(self._stream.normal(BASIS, VECTORS).numpy())
+        c = torch.from_numpy(q).to(vectors)  # orthonormal: the columns of r are normal and independent
+        return Probe(vectors @ c, images @ c, self._norm)

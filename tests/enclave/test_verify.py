@@ -1,0 +1,123 @@
+"""Freivalds' check: honest products pass, tampered ones are caught as often as the bound says."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from obfuscatune import RootKey
+from obfuscatune.enclave.mixing import KroneckerMixer, NoMixer
+from obfuscatune.enclave.verify import VECTORS, Probe, Verifier
+from obfuscatune.wire.errors import WrongProduct
+
+KEY = RootKey(b"v" * 32)
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Request:
+    """One mixed request, its honest product, and as many probes of it as asked for."""
+
+    def __init__(self, n: int, p: int, q: int, dtype: torch.dtype, *, transpose: bool = False) -> None:
+        stream = KEY.stream("request", n, p, q, str(dtype))
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        W = stream.normal(p, q).mul(0.05).to(dtype)
+        self._verifier = Verifier(W, stream, 1.0)
+        self._transpose = transpose
+        self._x = stream.normal(n, q if transpose else p).to(wide)
+        self._x[:, 0] *= 30  # as outlier features are
+        self._mixing = KroneckerMixer(8, stream).draw(n)
+        self.scale = float(self._x.norm()) / math.sqrt(self._x.numel())
+        self._mixing.mix(self._x, self.scale, rows := self._x.new_empty(self._mixing.rows, self._x.shape[1]))
+        self.product = (rows.to(dtype) @ (W.T if transpose else W)).to(wide)
+        self.dtype = dtype
+
+    def probe(self) -> tuple[Probe, Tensor]:
+        probe = self._verifier.draw(transpose=self._transpose)
+        assert probe is not None
+        return probe, self._mixing.image(self._x, probe.v)
+
+    def excess(self, product: Tensor) -> float:
+        probe, u = self.probe()
+        return float(probe.excess(product, u, self.scale, self.dtype))
+
+    def check(self, product: Tensor) -> None:
+        probe, u = self.probe()
+        probe.check(product, u, self.scale, self.dtype)
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("size", [(1, 64, 96), (40, 96, 64), (200, 300, 128)])
+def test_honest_products_pass_with_room_to_spare(name: str, transpose: bool, size: tuple[int, int, int]) -> None:
+    request = Request(*size, DTYPES[name], transpose=transpose)
+    request.check(request.product)
+    assert max(request.excess(request.product) for _ in range(20)) < 0.7
+
+
+def one_element(product: Tensor, size: float) -> Tensor:
+    changed = product.clone()
+    changed[3, 5] += size
+    return changed
+
+
+def two_that_cancel(product: Tensor, size: float) -> Tensor:
+    """What vectors of +1 and -1 would overlook half of the time."""
+    changed = one_element(product, size)
+    changed[3, 6] -= size
+    return changed
+
+
+def one_row(product: Tensor, size: float) -> Tensor:
+    changed = product.clone()
+    changed[3] += size * KEY.stream("row").normal(product.shape[1]).to(product)
+    return changed
+
+
+def noise(product: Tensor, size: float) -> Tensor:
+    return product + size * KEY.stream("noise").normal(*product.shape).to(product)
+
+
+@pytest.mark.parametrize("tampering", [one_element, two_that_cancel, one_row, noise])
+@pytest.mark.parametrize(("name", "size"), [("float32", 0.01), ("bfloat16", 20.0)])
+def test_what_is_caught(tampering: object, name: str, size: float) -> None:
+    """Changes of `size` times the root mean square, at the stated probability over 300 trials."""
+    request = Request(40, 96, 64, DTYPES[name])
+    rms = float(request.product.square().mean().sqrt())
+    changed = tampering(request.product, size * rms)  # type: ignore[operator]
+    probe, _ = request.probe()
+    tau = probe.tolerance(changed, request.scale, request.dtype)[3]
+    overlooked = min(1.0, float(0.8 * tau / (changed - request.product)[3].norm())) ** VECTORS
+    missed = sum(request.excess(changed) <= 1 for _ in range(300)) / 300
+    assert missed <= overlooked + 3 * math.sqrt(overlooked / 300) + 0.01
+
+
+def test_what_rounding_hides_is_not_caught() -> None:
+    """The other side of the table: the check does not claim what it cannot do."""
+    request = Request(40, 96, 64, torch.float32)
+    rms = float(request.product.square().mean().sqrt())
+    assert sum(request.excess(one_element(request.product, 1e-6 * rms)) > 1 for _ in range(50)) == 0
+
+
+def test_a_wrong_product_says_so() -> None:
+    request = Request(40, 96, 64, torch.float32)
+    with pytest.raises(WrongProduct, match="times what rounding explains"):
+        request.check(request.product.roll(1, dims=0))
+    with pytest.raises(WrongProduct):
+        request.check(torch.full_like(request.product, torch.nan))
+
+
+def test_vectors_are_fresh_and_some_requests_are_spared() -> None:
+    verifier = Verifier(torch.randn(20, 30), KEY.stream("share"), 0.25)
+    drawn = [verifier.draw(transpose=False) for _ in range(400)]
+    probes = [probe for probe in drawn if probe is not None]
+    assert 60 < len(probes) < 140
+    assert not torch.allclose(probes[0].r, probes[1].r, atol=0.1)
+    torch.testing.assert_close(torch.stack([probe.r for probe in probes]).std(), torch.tensor(1.0), atol=0.2, rtol=0)
+
+
+def test_without_mixing_the_image_is_that_of_the_rows() -> None:
+    x, v = torch.randn(3, 5), torch.randn(5, 2)
+    torch.testing.assert_close(NoMixer().draw(3).image(x, v), x @ v)
