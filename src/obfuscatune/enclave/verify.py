@@ -78,7 +78,8 @@ class Probe:
         """
         unit_roundoff = torch.finfo(dtype).eps / 2
         norms = torch.linalg.vector_norm(product, dim=1).double()
-        return MARGIN[dtype] * unit_roundoff * (scale * self.norm + norms + norms.square().mean().sqrt())
+        size: Tensor = scale * self.norm + norms + norms.square().mean().sqrt()
+        return MARGIN[dtype] * unit_roundoff * size
 
 
 def _in_parts(y: Tensor, r: Tensor) -> Tensor:
