@@ -18,7 +18,9 @@ from obfuscatune.attacks.scoring import TokenGuess, pairs_of, score_tokens
 from obfuscatune.attacks.truth import Truth
 from obfuscatune.attacks.view import SeenCall, WorkerView
 
-SWAPS = 40_000
+SWAPS = 30_000
+HOTTEST = 8.0
+"""Loss of log-likelihood that a swap may cost at first."""
 COMMONEST = 160
 """Symbols and tokens among which swaps are tried."""
 
@@ -111,7 +113,7 @@ def _decipher(sequences: list[list[int]], symbols: int, text: PublicText, seed: 
 
 
 def _swap(key: list[int], head: list[int], sequences: list[list[int]], text: PublicText, seed: int) -> None:
-    """Hill climbing on the log-likelihood of neighbouring tokens."""
+    """Annealing on the log-likelihood of neighbouring tokens (Kirkpatrick et al. 1983)."""
     follows = Counter(pair for one in text.texts for pair in pairwise(one))
     used = sorted({token for one in text.texts for token in one})
     place = {token: number for number, token in enumerate(used)}
@@ -131,11 +133,13 @@ def _swap(key: list[int], head: list[int], sequences: list[list[int]], text: Pub
         return float(sum(count * likelihood[named[x], named[y]] for x, y, count in both))
 
     random = np.random.default_rng(seed)
-    for _ in range(min(SWAPS, 40 * len(head) ** 2)):
-        a, b = (head[int(n)] for n in random.integers(0, len(head), 2))
+    chosen = random.integers(0, len(head), (SWAPS, 2)).tolist()
+    thresholds = np.log(random.random(SWAPS)) * HOTTEST * (1 - np.arange(SWAPS) / SWAPS)
+    for (first, second), threshold in zip(chosen, thresholds.tolist(), strict=True):
+        a, b = head[first], head[second]
         before = local(a, b)
         named[a], named[b] = named[b], named[a]
-        if local(a, b) < before:
+        if local(a, b) - before < threshold:
             named[a], named[b] = named[b], named[a]
     for symbol in head:
         key[symbol] = used[named[symbol]]

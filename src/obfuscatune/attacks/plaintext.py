@@ -21,11 +21,11 @@ from obfuscatune.attacks.view import SeenCall, WorkerView
 
 WORK = 2.5e10
 """Multiplications that all polar steps for one basis may take: 3,800 steps at p = 64, 60 at p = 256."""
-MOST_STEPS = 300
+MOST_STEPS = 200
 STARTS = 4
 ENOUGH = 0.9999
 """Share of the known directions that lies where it was seen: above it, no other start is tried."""
-COUNTS = (1, 2, 4, 8, 16, 24)
+COUNTS = (2, 4, 8, 16)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class KnownPlaintext:
         unknown = [call.index for call in view.decoding(0) if call.index not in indices]
         counts = sorted({min(count, len(known)) for count in (*COUNTS, len(known))})
         solve = _solve_mixed if knowledge.scheme.mixing else _solve_plain
-        return BasisGuess({count: solve(known[:count], seed) for count in counts}, unknown)
+        tries = {count: STARTS if count == counts[-1] else 1 for count in counts}
+        return BasisGuess({count: solve(known[:count], seed, tries[count]) for count in counts}, unknown)
 
     def score(self, guess: BasisGuess, truth: Truth) -> Finding:
         """|cos| of x R with x R_guess over unseen rows; chance is that of a random direction."""
@@ -70,11 +71,11 @@ class KnownPlaintext:
         return Finding(float(last.mean()), chance, 1.0, len(rows), float(last.std()) / len(rows) ** 0.5, curve=curve)
 
 
-def _solve_plain(known: Sequence[tuple[SeenCall, Tensor]], seed: int) -> Tensor:
+def _solve_plain(known: Sequence[tuple[SeenCall, Tensor]], _seed: int, _starts: int) -> Tensor:
     return polar(sum((x.T @ call.rows[: len(x)] for call, x in known), torch.zeros(1)))
 
 
-def _solve_mixed(known: Sequence[tuple[SeenCall, Tensor]], seed: int) -> Tensor:
+def _solve_mixed(known: Sequence[tuple[SeenCall, Tensor]], seed: int, starts: int) -> Tensor:
     p = known[0][1].shape[1]
     directions, spaces = [], []
     for call, x in known:
@@ -88,7 +89,7 @@ def _solve_mixed(known: Sequence[tuple[SeenCall, Tensor]], seed: int) -> Tensor:
     whole = sum(len(x) for x in directions)
     best, reached = torch.eye(p, dtype=torch.float64), 0.0
     steps = max(1, round(WORK / (25 * p**3)))
-    for _ in range(min(STARTS, -(-steps // MOST_STEPS))):
+    for _ in range(min(starts, -(-steps // MOST_STEPS))):
         R = _climb(
             directions,
             spaces,
