@@ -1,4 +1,4 @@
-"""What the enclave makes of a worker that loses an adapter, or a connection in the middle of a step: one clear error."""
+"""What the enclave makes of a worker that loses an adapter, or the connection within a step: one clear error."""
 
 from __future__ import annotations
 
