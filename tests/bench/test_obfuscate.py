@@ -44,6 +44,18 @@ def test_its_documents_name_what_they_depend_on(measured: ObfuscateResult) -> No
     assert "| structured |" in measured.as_markdown()
 
 
+@pytest.mark.long
+def test_the_enclave_holds_two_large_matrices_beside_its_own(tmp_path: Path) -> None:
+    """Of 8 that the model has, 906 MB in all. A third would be seen: it is larger than all that is allowed else."""
+    config = GPT2Config(n_embd=3072, n_head=16, n_layer=2, vocab_size=64, n_positions=32)
+    write_random_checkpoint(config, tmp_path, lambda line: None)
+    best = ObfuscateBench(model=tmp_path, threads=2, rounds=1, first_blocks=0).run(lambda line: None).best("structured")
+    large = 4 * 3072 * 12288
+    other = 110_000_000  # the model's classes, imported late; panels; what the allocator keeps
+    assert best["enclave_bytes"] < other
+    assert best["enclave_peak_bytes"] - best["before_bytes"] < 2 * large + other
+
+
 def test_a_process_that_fails_is_told_from_one_that_is_slow(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match="ended with status"):
         ObfuscateBench(model=tmp_path, rounds=1, threads=1).run(lambda line: None)

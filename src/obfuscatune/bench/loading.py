@@ -1,6 +1,6 @@
 """A fresh process that loads one model from its files under protection, and says what that took.
 
-run as:  python -m obfuscatune.bench.loading '{"model": ..., "transform": ..., ...}'     answers one JSON document
+run as:  python -m obfuscatune.bench.loading '{"model": ..., "profile": ..., ...}'     answers one JSON document
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def main() -> None:
             settings["model"],
             worker.address,
             settings["profile"],
-            transform=settings["transform"],
             dtype=torch.float32,
             clock=clock,
+            **settings["knobs"],
         )
         seconds = time.perf_counter() - started
         own = {id(parameter): parameter for parameter in model.parameters()}.values()

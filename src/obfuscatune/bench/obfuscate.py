@@ -32,6 +32,7 @@ class ObfuscateBench:
     model: Path | None = None
     transforms: tuple[str, ...] = ("structured",)
     profile: str = "private"
+    first_blocks: int | None = None
     threads: int = 2
     rounds: int = 3
 
@@ -57,7 +58,13 @@ class ObfuscateBench:
         return ObfuscateResult(self, rounds, environment(self.threads))
 
     def _load(self, model: Path, transform: str) -> dict[str, Any]:
-        settings = {"model": str(model), "transform": transform, "profile": self.profile, "threads": self.threads}
+        knobs = {"transform": transform, "first_blocks": self.first_blocks}
+        settings = {
+            "model": str(model),
+            "profile": self.profile,
+            "knobs": {name: value for name, value in knobs.items() if value is not None},
+            "threads": self.threads,
+        }
         done = subprocess.run(
             [sys.executable, "-P", "-m", "obfuscatune.bench.loading", json.dumps(settings)],
             stdout=subprocess.PIPE,
@@ -97,8 +104,11 @@ class ObfuscateResult:
         b = self.bench
         name = b.shape if b.model is None else b.model.name
         depth = "" if b.layers is None else f", {b.layers} layers"
+        profile = (
+            f"`{b.profile}`" if b.first_blocks is None else f"`{b.profile}` with {b.first_blocks} first blocks kept"
+        )
         lines = [
-            f"Obfuscating {name}{depth}, profile `{b.profile}`, float32, {b.threads} threads; best of {b.rounds}.",
+            f"Obfuscating {name}{depth}, profile {profile}, float32, {b.threads} threads; best of {b.rounds}.",
             "",
             "| transform | seconds | reading | transforming | sending | enclave's peak | worker's peak | sent "
             "| stays in the enclave |",

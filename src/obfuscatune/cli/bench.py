@@ -85,6 +85,7 @@ def obfuscate(
     threads: Annotated[int | None, option("--threads", "For every process.", default="all cores")] = None,
     rounds: Annotated[int, typer.Option(help="Loads with each transform; the fastest counts.", min=1)] = 3,
     profile: options.Profile = None,
+    first_blocks: options.FirstBlocks = None,
     out: Annotated[Path | None, option("--out", "Also write JSON and Markdown to this folder.")] = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -100,7 +101,7 @@ def obfuscate(
 
     transforms = tuple(transform or ["structured"])
     for one in transforms:
-        resolve(profile or "private", transform=one)
+        resolve(profile or "private", transform=one, **({} if first_blocks is None else {"first_blocks": first_blocks}))
     config_of(shape, layers)
     measured = ObfuscateBench(
         shape=shape,
@@ -108,6 +109,7 @@ def obfuscate(
         model=model,
         transforms=transforms,
         profile=profile or "private",
+        first_blocks=first_blocks,
         threads=threads or os.cpu_count() or 1,
         rounds=rounds,
     ).run(notice)

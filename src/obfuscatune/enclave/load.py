@@ -93,13 +93,14 @@ def load(
     link = open_link(workers, resolved, tls, deadline_s, retry)
     protection = Protection.start(link, resolved, key, width_of(skeleton))
     clock = clock or StageClock()
-    with released_on_failure(protection, workers), closing(_made_ahead(groups, reader, protection, clock)) as made:
-        for done, (group, obfuscated) in enumerate(made, start=1):
-            again = WeightFromFiles(partial(reader.joint_weight, group), group.name)
-            with clock.measure("sending"):
-                place(skeleton, protection.offload(group, obfuscated, again))
-            if progress is not None:
-                progress(done, len(groups), group.name)
+    with released_on_failure(protection, workers):
+        with closing(_made_ahead(groups, reader, protection, clock)) as made:
+            for done, (group, obfuscated) in enumerate(made, start=1):
+                again = WeightFromFiles(partial(reader.joint_weight, group), group.name)
+                with clock.measure("sending"):
+                    place(skeleton, protection.offload(group, obfuscated, again))
+                if progress is not None:
+                    progress(done, len(groups), group.name)
         with clock.measure("reading"):
             reader.fill(skeleton)
     if generation is not None:
