@@ -172,3 +172,12 @@ def test_wrong_options_are_one_line(tmp_path, capsys, option):
     assert command(["reproduce", "--out", str(tmp_path / "out"), *option]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_an_interruption_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    def interrupted(*_arguments, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("obfuscatune.reproduction.run.plan_cells", interrupted)
+    assert command(["reproduce", "--out", str(tmp_path)]) == 130
+    assert "the same command goes on from there" in capsys.readouterr().err

@@ -1,5 +1,7 @@
 """`obfuscatune reproduce`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -49,23 +51,34 @@ def reproduce(
     """
     from obfuscatune.reproduction.run import reproduce as run
 
-    found = run(
-        out,
-        preset=preset,
-        parts=_names(parts),
-        tasks=_names(tasks),
-        methods=None if methods is None else _names(methods),
-        seeds=None if seeds is None else [_whole(seed) for seed in _names(seeds)],
-        model=model,
-        data_root=data_root,
-        limit=limit,
-        watch=output.progress,
-    )
+    with _resumption_told():
+        found = run(
+            out,
+            preset=preset,
+            parts=_names(parts),
+            tasks=_names(tasks),
+            methods=None if methods is None else _names(methods),
+            seeds=None if seeds is None else [_whole(seed) for seed in _names(seeds)],
+            model=model,
+            data_root=data_root,
+            limit=limit,
+            watch=output.progress,
+        )
     if as_json:
         output.write_json(_document(found))
     else:
         output.write_text(found.markdown.read_text("utf-8"))
         output.write_text(f"report: {found.report}")
+
+
+@contextmanager
+def _resumption_told() -> Iterator[None]:
+    """Say how to go on, when Ctrl-C ends a run."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        output.notice("what is done is kept: the same command goes on from there")
+        raise
 
 
 def _names(text: str) -> list[str]:

@@ -113,7 +113,7 @@ def _condition(cells: Sequence[Measured]) -> Iterator[Table]:
             ("method", "cond.", *(f"{what}, {name} %" for name in dtypes for what in ("test", "recall"))),
             rows,
             caption="float32: tuned and asked under the method. 16 bits: the model that was tuned plain in float32, "
-            "asked under the method.",
+            "asked under the method, its adapter in the enclave.",
         )
 
 
@@ -155,7 +155,7 @@ def _share(cells: Sequence[Measured]) -> Iterator[Table]:
                 )
                 for cell in found
             ],
-            caption="Counted from the configurations, tied parameters once. `private` keeps the first block.",
+            caption="Counted from the configurations, tied parameters once. Profile private keeps the first block.",
         )
 
 
