@@ -92,6 +92,7 @@ class _Builder:
         self.stars = [R_in.T @ W @ R_out for R_in, W, R_out in zip(self.R_in, self.weights, self.R_out, strict=True)]
         if hiding.noise:
             self.stars = [self.normal(*W.shape) for W in self.weights]
+        self.head = self.normal(VOCABULARY, P)
         self.seen: list[SeenCall] = []
         self.true: list[TrueCall] = []
 
@@ -124,6 +125,8 @@ class _Builder:
         if phase == "training":
             for layer in reversed(range(1, len(SHAPES))):
                 g = self.normal(len(tokens), SHAPES[layer][1])
+                if layer == len(SHAPES) - 1:  # of cross-entropy: less of the token that follows, more of all others
+                    g = self.head.mean(0) - self.head[list(tokens[1:] + tokens[:1])] + 0.1 * g
                 self.cross(layer, True, g, tokens, phase, text)
 
     def cross(self, layer: int, transposed: bool, rows: Tensor, tokens: tuple[int, ...], phase: str, text: int) -> None:
@@ -166,7 +169,7 @@ class _Builder:
         tokens = torch.tensor([token for one in texts for token in one])
         inputs = tuple(torch.cat(rows) for rows in zip(*(self.inputs(one) for one in texts), strict=True))
         positions = torch.arange(TRAINING).repeat(len(texts))
-        base = PublicBase(tuple(self.bases), inputs, tokens, positions)
+        base = PublicBase(tuple(self.bases), inputs, tokens, positions, self.head)
         known = [
             KnownCall(index, call.rows)
             for index, call in enumerate(truth.calls)

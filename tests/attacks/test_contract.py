@@ -21,6 +21,7 @@ SUCCEEDS_ON = {
     "plain-outputs": (scenes.CLEAR, 0.99),
     "dictionary-membership": (scenes.MIXED, 0.9),
     "bag-of-tokens": (scenes.ROTATED, 0.9),
+    "label-inference": (scenes.ROTATED, 0.8),
     "singular-values": (scenes.CLEAR, 0.99),
     "one-sided-procrustes": (scenes.ONE_SIDED, 0.5),
     "two-sided-alignment": (scenes.MIXED, 0.05),

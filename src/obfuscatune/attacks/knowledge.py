@@ -34,12 +34,15 @@ class PublicBase:
         inputs: of each of these layers, the rows (N, p) that public text brings to it.
         tokens: the token at each of the N places.
         positions: its position in its text.
+        head: (V, width), what the model's last hidden state is multiplied with for each token's logit, the scale of
+            the last norm included.
     """
 
     weights: tuple[Tensor, ...]
     inputs: tuple[Tensor, ...]
     tokens: Tensor
     positions: Tensor
+    head: Tensor
 
 
 @dataclass(frozen=True)

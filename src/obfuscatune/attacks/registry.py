@@ -8,6 +8,7 @@ from obfuscatune.attacks.dictionary import DictionaryMembership, OutputMatching
 from obfuscatune.attacks.equality import DecodingLinkage, RowEquality
 from obfuscatune.attacks.frequency import FrequencyDecipherment
 from obfuscatune.attacks.kronecker import GridFromBase, GridFromTraffic
+from obfuscatune.attacks.labels import LabelInference
 from obfuscatune.attacks.linkage import ExampleLinkage, PrefixLinkage
 from obfuscatune.attacks.norms import NormMatching
 from obfuscatune.attacks.plaintext import KnownPlaintext
@@ -25,6 +26,7 @@ ATTACKS: tuple[Attack, ...] = (
     OutputMatching(),
     DictionaryMembership(),
     BagOfTokens(),
+    LabelInference(),
     SingularValues(),
     OneSidedProcrustes(),
     TwoSidedAlignment(),

@@ -51,8 +51,8 @@ def score_pairs(scores: Tensor, positive: Tensor, details: Mapping[str, float] |
     return Finding(area, 0.5, 1.0, positive.numel(), error, {**counted, **(details or {})})
 
 
-def score_tokens(guess: TokenGuess, truth: Truth) -> Finding:
-    """Share of rows whose token is named.
+def score_tokens(guess: TokenGuess, truth: Truth, ahead: int = 0) -> Finding:
+    """Share of rows whose token, or the one so far `ahead` of it, is named.
 
     Chance is that of the same guesses dealt to the rows at random: what knowing which tokens are common is worth.
     """
@@ -60,7 +60,7 @@ def score_tokens(guess: TokenGuess, truth: Truth) -> Finding:
     by_text: dict[tuple[str, int], list[tuple[int, int]]] = {}
     for index, guessed in guess.tokens.items():
         call = truth.calls[index]
-        rows = list(zip(call.tokens, guessed, strict=False))
+        rows = list(zip(call.tokens[ahead:], guessed, strict=False))
         pairs += rows
         phase = "training" if call.phase == "training" else "generation"
         by_text.setdefault((phase, call.text), []).extend(rows)

@@ -55,7 +55,14 @@ def public_base(scenario: Scenario, profile: Profile) -> PublicBase:
             hook.remove()
     positions = torch.arange(batch.shape[1]).expand(batch.shape).reshape(-1)
     inputs = tuple(torch.cat(rows) for rows in seen)
-    return PublicBase(base_weights(model, profile), inputs, batch.reshape(-1), positions)
+    return PublicBase(base_weights(model, profile), inputs, batch.reshape(-1), positions, _head(model))
+
+
+def _head(model: Any) -> Tensor:
+    """Output embeddings (V, width) times the scale of the last norm, in float64."""
+    norms = [module for module in model.modules() if "norm" in type(module).__name__.lower()]
+    with torch.no_grad():
+        return torch.mul(model.get_output_embeddings().weight, norms[-1].weight).double()
 
 
 def base_weights(model: Any, profile: Profile) -> tuple[Tensor, ...]:
