@@ -13,6 +13,7 @@ from obfuscatune.version import __version__
 if TYPE_CHECKING:
     from obfuscatune.enclave.keys import RootKey
     from obfuscatune.enclave.link import RetryPolicy, WorkerLink
+    from obfuscatune.enclave.callback import RekeyCallback
     from obfuscatune.enclave.load import load
     from obfuscatune.enclave.local import local_worker
     from obfuscatune.enclave.profiles import Profile
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "ObfuscaTuneError": "wire.errors",
     "Profile": "enclave.profiles",
+    "RekeyCallback": "enclave.callback",
     "RetryPolicy": "enclave.link",
     "RootKey": "enclave.keys",
     "TlsConfig": "wire.tls",
@@ -52,6 +54,7 @@ def __dir__() -> list[str]:
 __all__ = [
     "ObfuscaTuneError",
     "Profile",
+    "RekeyCallback",
     "RetryPolicy",
     "RootKey",
     "TlsConfig",

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
+from obfuscatune import RekeyCallback
 from obfuscatune.enclave.local import LocalWorker
 from tests.contract.architectures import ARCHITECTURES
 from tests.contract.comparison import batch, largest_deviation, protected, trained, with_lora
@@ -39,7 +40,13 @@ def losses(model: Any, directory: Path, **settings: Any) -> list[float]:
         dataloader_pin_memory=False,
         **settings,
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=examples(12), eval_dataset=examples(4))
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=examples(12),
+        eval_dataset=examples(4),
+        callbacks=[RekeyCallback()],
+    )
     trainer.train()
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return [*logged, trainer.evaluate()["eval_loss"]]
@@ -50,9 +57,10 @@ def test_trainer_follows_the_plain_one(worker: LocalWorker, tmp_path: Path) -> N
     with torch.random.fork_rng():
         reference = with_lora(LLAMA.build(torch.float64), lora_dropout=0.1)
         expected = losses(reference, tmp_path / "plain")
-        with protected(LLAMA.build(torch.float64), worker) as model:
+        with protected(LLAMA.build(torch.float64), worker, rekey_every=3) as model:
             adapted = with_lora(model, lora_dropout=0.1)
             found = losses(adapted, tmp_path / "protected")
+            assert all(layer.epoch >= 1 for layer in model.protection.offloaded)
     assert len(expected) == 6
     assert found == pytest.approx(expected, rel=1e-8, abs=0)
     assert largest_deviation(trained(reference), trained(adapted)) < 1e-8

@@ -34,7 +34,7 @@ def some(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 @settings(deadline=None, max_examples=40)
 @given(st.one_of(st.sampled_from(ROWS[:-2]), st.integers(1, 300)), st.sampled_from([0, 1, 16, 40]), st.integers(1, 5))
 def test_unmixing_undoes_mixing(rows: int, shield_rows: int, columns: int) -> None:
-    x, mixing = some(rows, columns), mixer(shield_rows).draw(rows)
+    x, mixing = some(rows, columns), mixer(shield_rows).draw(rows, columns)
     mixed = mix(mixing, x)
     assert mixed.shape[1] == columns
     assert mixed.shape[0] >= rows + shield_rows
@@ -45,7 +45,7 @@ def test_unmixing_undoes_mixing(rows: int, shield_rows: int, columns: int) -> No
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_multiplying_between_goes_through(rows: int, dtype: torch.dtype) -> None:
     """(Aᵀ (A [x; N]) W)[:n] = x W, to rounding."""
-    x, W, mixing = some(rows, 8, dtype=dtype), some(8, 5, dtype=dtype), mixer().draw(rows)
+    x, W, mixing = some(rows, 8, dtype=dtype), some(8, 5, dtype=dtype), mixer().draw(rows, 8)
     found = mixing.unmix(mix(mixing, x) @ W)
     assert (found.shape, found.dtype) == ((rows, 5), dtype)
     torch.testing.assert_close(found, x @ W, rtol=0, atol=100 * torch.finfo(dtype).eps)
@@ -53,7 +53,7 @@ def test_multiplying_between_goes_through(rows: int, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("rows", [1, 5, 17, 48, 200])
 def test_every_row_of_the_request_depends_on_every_row_of_the_call(rows: int) -> None:
-    mixing = mixer(0).draw(rows)
+    mixing = mixer(0).draw(rows, 3)
     base = some(rows, 3)
     changed = torch.stack([base.index_fill(0, torch.tensor([row]), 7.0) for row in range(rows)])
     requests = torch.stack([_share_of(x, mixing) for x in changed]) - _share_of(base, mixing)
@@ -72,7 +72,7 @@ def _share_of(x: Tensor, mixing: KroneckerMixing) -> Tensor:
 def test_the_same_input_gives_unrelated_requests() -> None:
     """Largest correlation between any row of one request and any of another: that of random rows, no more."""
     x, drawn = some(64, 256), mixer()
-    first, second = (torch.nn.functional.normalize(mix(drawn.draw(64), x), dim=1) for _ in range(2))
+    first, second = (torch.nn.functional.normalize(mix(drawn.draw(64, 256), x), dim=1) for _ in range(2))
     assert (first @ second.T).abs().max() < 0.75
     again = torch.nn.functional.normalize(x, dim=1)
     assert (again @ again.T).abs().max() == pytest.approx(1)
@@ -87,7 +87,7 @@ def test_what_mixing_leaves_open(rows: int, dtype: torch.dtype) -> None:
     """
     x, others = some(rows, 256, dtype=dtype), some(rows + 1, 256, dtype=dtype)
     calls = (x, torch.cat([others[:-1], x[:1]]), others)
-    first, sharing, apart = (_row_space(mix(mixer().draw(len(call)), call)) for call in calls)
+    first, sharing, apart = (_row_space(mix(mixer().draw(len(call), 256), call)) for call in calls)
     closest, second, *_ = torch.linalg.svdvals(first.T @ sharing).tolist()
     assert closest == pytest.approx(1, abs=1e-5)
     assert max(second, torch.linalg.svdvals(first.T @ apart)[0].item()) < 0.95
@@ -100,7 +100,7 @@ def _row_space(request: Tensor) -> Tensor:
 
 def test_two_mixers_of_one_stream_never_meet() -> None:
     stream = KEY.stream("one")
-    first, second = KroneckerMixer(4, stream).draw(9), KroneckerMixer(4, stream).draw(9)
+    first, second = KroneckerMixer(4, stream).draw(9, 5), KroneckerMixer(4, stream).draw(9, 5)
     assert not torch.allclose(first._Q_b, second._Q_b, atol=1e-3)
 
 
@@ -108,26 +108,43 @@ def test_two_mixers_of_one_stream_never_meet() -> None:
 def test_shield_rows_are_as_large_as_the_input(scale: float) -> None:
     """Mixing keeps the norm, so what is over the input's norm is the shield's."""
     x = some(20, 50) * scale
-    mixed = mix(mixer(200).draw(20), x)
+    mixed = mix(mixer(200).draw(20, 50), x)
     shield = (mixed.pow(2).sum() - x.pow(2).sum()) / ((mixed.shape[0] - 20) * 50)
     assert shield.sqrt().item() == pytest.approx((x.pow(2).mean().sqrt()).item(), rel=0.05)
 
 
 def test_shield_rows_of_nothing_are_not_nothing() -> None:
-    assert mix(mixer().draw(4), torch.zeros(4, 8)).pow(2).sum() > 1
+    assert mix(mixer().draw(4, 8), torch.zeros(4, 8)).pow(2).sum() > 1
 
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 100, 4096])
 def test_how_many_rows_are_added(rows: int) -> None:
     """The shield rows asked for, and fewer than the square root of all to fill the grid."""
-    extra = mix(mixer().draw(rows), torch.ones(rows, 1)).shape[0] - rows
+    extra = mix(mixer().draw(rows, 1), torch.ones(rows, 1)).shape[0] - rows
     assert 16 <= extra < 16 + (rows + 16) ** 0.5
 
 
 def test_no_mixing_is_none() -> None:
     x = some(3, 4)
-    mixing = NoMixer().draw(3)
+    mixing = NoMixer().draw(3, 4)
     mixing.mix(x, 1.0, sent := x.new_empty(mixing.rows, 4))
     assert torch.equal(sent, x)
     assert torch.equal(mixing.unmix(sent), x)
     assert mixing.unmix(sent).data_ptr() != sent.data_ptr()  # the worker could change what it sent
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 100), (60, 100), (99, 100), (300, 100)])
+def test_at_full_rank_the_row_space_is_all_of_it(rows: int, width: int) -> None:
+    full = KroneckerMixer(4, KEY.stream("full"), full_rank=True).draw(rows, width)
+    assert full.rows >= max(rows + 4, width)
+    assert torch.linalg.matrix_rank(mix(full, some(rows, width))) == width
+
+
+@pytest.mark.parametrize("factor", [0.5, 8.0])
+def test_shield_rows_are_as_loud_as_asked(factor: float) -> None:
+    x = some(20, 50)
+    mixing = KroneckerMixer(200, KEY.stream("loud"), shield_scale=factor).draw(20, 50)
+    mixed = mix(mixing, x)
+    shield = (mixed.pow(2).sum() - x.pow(2).sum()) / ((mixed.shape[0] - 20) * 50)
+    assert shield.sqrt().item() == pytest.approx(factor * (x.pow(2).mean().sqrt()).item(), rel=0.05)
+    torch.testing.assert_close(mixing.unmix(mixed), x, rtol=0, atol=1e-12)

@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from obfuscatune.enclave.link import WorkerLink
+from obfuscatune.enclave.link import LinkStats, WorkerLink
 from obfuscatune.enclave.plan import Plan, make_plan, model_from_config
 from obfuscatune.enclave.profiles import resolve
 from obfuscatune.enclave.protect import protect
@@ -53,12 +54,18 @@ class CountingLink(WorkerLink):
     def store(self, matrix_id, source, *, shape, dtype, tensor=None):
         self.matrices[matrix_id] = tensor
 
-    def multiply(self, matrix_id, rows, *, transpose, reply_dtype=None):
+    computes_apart = False
+    stats = LinkStats()
+
+    def lend(self, rows, cols, dtype):
+        return torch.empty(rows, cols, dtype=dtype)
+
+    def submit(self, matrix_id, rows, *, transpose, reply_dtype=None, known_finite=False):
         W_star = self.matrices[matrix_id]
         product = rows @ (W_star.T if transpose else W_star)
         self.crossings += 1
         self.bytes += rows.nbytes + product.nbytes
-        return product
+        return SimpleNamespace(result=lambda: product)
 
     def taken(self) -> tuple[int, int]:
         """Crossings and bytes since the last call."""

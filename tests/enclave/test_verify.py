@@ -28,7 +28,7 @@ class Request:
         self._transpose = transpose
         self._x = stream.normal(n, q if transpose else p).to(wide)
         self._x[:, 0] *= 30  # as outlier features are
-        self._mixing = KroneckerMixer(8, stream).draw(n)
+        self._mixing = KroneckerMixer(8, stream).draw(n, q if transpose else p)
         self.scale = float(self._x.norm()) / math.sqrt(self._x.numel())
         self._mixing.mix(self._x, self.scale, rows := self._x.new_empty(self._mixing.rows, self._x.shape[1]))
         self.product = (rows.to(dtype) @ (W.T if transpose else W)).to(wide)
@@ -120,4 +120,4 @@ def test_vectors_are_fresh_and_some_requests_are_spared() -> None:
 
 def test_without_mixing_the_image_is_that_of_the_rows() -> None:
     x, v = torch.randn(3, 5), torch.randn(5, 2)
-    torch.testing.assert_close(NoMixer().draw(3).image(x, v), x @ v)
+    torch.testing.assert_close(NoMixer().draw(3, 5).image(x, v), x @ v)

@@ -139,7 +139,7 @@ class _Request:
         self._verifier = Verifier(self._W, self._stream, 1.0)
         self._x = self._stream.normal(n, p, dtype=torch.float32)
         self._x[:, 0] *= 30
-        self._mixing = KroneckerMixer(8, self._stream).draw(n)
+        self._mixing = KroneckerMixer(8, self._stream).draw(n, p)
         self._scale = float(self._x.norm()) / math.sqrt(self._x.numel())
         rows = self._x.new_empty(self._mixing.rows, p)
         self._mixing.mix(self._x, self._scale, rows)

@@ -13,6 +13,7 @@ A crossing is started, and finished when its product is needed: in between, the 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,10 @@ from torch.profiler import record_function
 from obfuscatune.enclave.link import Pending, WorkerLink, check_finite
 from obfuscatune.enclave.mixing import Mixer, Mixing
 from obfuscatune.enclave.transforms import Transform
+from obfuscatune.enclave.verify import Verifier
+
+_LEAST_NORM = 1e-15
+"""Below it squares may vanish in float32, and the norm with them."""
 
 
 @dataclass(frozen=True)
@@ -34,15 +39,25 @@ class InFlight:
     """An empty tensor of the dtype and on the device of what was asked."""
     mixing: Mixing | None = None
     pending: Pending | None = None
+    check: Callable[[Tensor], None] | None = None
+    """Holds the product, in memory of our own, against what it must be; where this request is verified."""
 
 
 class OffloadedProduct:
     """x (n, p) -> x W (n, q) for a W that lies on the worker as W_star."""
 
-    def __init__(self, link: WorkerLink, matrix_id: bytes, R_in: Transform, R_out: Transform, mixer: Mixer) -> None:
+    def __init__(
+        self,
+        link: WorkerLink,
+        matrix_id: bytes,
+        R_in: Transform,
+        R_out: Transform,
+        mixer: Mixer,
+        verifier: Verifier | None = None,
+    ) -> None:
         self._link, self._matrix_id = link, matrix_id
         self._R_in, self._R_out = R_in, R_out
-        self._mixer = mixer
+        self._mixer, self._verifier = mixer, verifier
 
     @property
     def is_computed_apart(self) -> bool:
@@ -52,8 +67,8 @@ class OffloadedProduct:
     def start_forward(self, x: Tensor) -> InFlight:
         """Send x (n, p)."""
         with record_function("obfuscatune.rotate"):
-            rotated = self._R_in.apply(_widen(x))  # (n, p)
-        return self._send(rotated, x, transpose=False)
+            rotated, norm = self._R_in.apply_measured(_widen(x))  # (n, p)
+        return self._send(rotated, norm, x, transpose=False)
 
     def finish_forward(self, crossing: InFlight) -> Tensor:
         """y = x W (n, q), in x's dtype and on its device; memory of its own."""
@@ -64,8 +79,8 @@ class OffloadedProduct:
     def start_backward(self, g: Tensor) -> InFlight:
         """Send g (n, q)."""
         with record_function("obfuscatune.rotate"):
-            rotated = self._R_out.inverse_transpose(_widen(g))  # (n, q)
-        return self._send(rotated, g, transpose=True)
+            rotated, norm = self._R_out.inverse_transpose_measured(_widen(g))  # (n, q)
+        return self._send(rotated, norm, g, transpose=True)
 
     def finish_backward(self, crossing: InFlight) -> Tensor:
         """dx = g Wᵀ (n, p), in g's dtype and on its device; memory of its own."""
@@ -73,23 +88,42 @@ class OffloadedProduct:
         with record_function("obfuscatune.rotate"):
             return self._R_in.apply_transpose(unmixed).to(crossing.like.dtype)
 
-    def _send(self, rotated: Tensor, like: Tensor, *, transpose: bool) -> InFlight:
-        """Mix and send; the rows travel in the model's dtype, rounded once."""
+    def _send(self, rotated: Tensor, norm: float, like: Tensor, *, transpose: bool) -> InFlight:
+        """Mix and send rows of that norm; they travel in the model's dtype, rounded once."""
         like = like.new_empty(0)
         if rotated.shape[0] == 0:
             return InFlight(like)
         with record_function("obfuscatune.mix"):
-            A = self._mixer.draw(rotated.shape[0])
-            scale = _root_mean_square(rotated)
+            A = self._mixer.draw(*rotated.shape)
+            scale = _root_mean_square(rotated, norm)
             X_star = self._link.lend(A.rows, rotated.shape[1], like.dtype)  # (m, p)
             as_sent = rotated.dtype == like.dtype and rotated.device.type == "cpu"
             mixed = X_star if as_sent else rotated.new_empty(X_star.shape)
             A.mix(rotated, scale, mixed)
             if not as_sent:
                 X_star.copy_(mixed)
+        check = (
+            None if self._verifier is None else self._check(self._verifier, A, rotated, scale, like.dtype, transpose)
+        )
         with record_function("obfuscatune.send"):
             pending = self._link.submit(self._matrix_id, X_star, transpose=transpose, known_finite=as_sent)
-        return InFlight(like, A, pending)
+        return InFlight(like, A, pending, check)
+
+    def _check(
+        self, verifier: Verifier, A: Mixing, rotated: Tensor, scale: float, dtype: torch.dtype, transpose: bool
+    ) -> Callable[[Tensor], None] | None:
+        """What the product of the rows just mixed will be held against; None where this one is not verified."""
+        with record_function("obfuscatune.verify"):
+            probe = verifier.draw(transpose=transpose)
+            if probe is None:
+                return None
+            u = A.image(rotated, probe.v.to(rotated)).to(probe.v)
+
+        def check(product: Tensor) -> None:
+            probe.check(product, u, scale, dtype)
+            self._link.stats.verified += 1
+
+        return check
 
     def _receive(self, crossing: InFlight, width: int) -> Tensor:
         """Wait for the product and unmix it: (n, width)."""
@@ -98,6 +132,10 @@ class OffloadedProduct:
             return _widen(like).new_zeros(0, width)
         with record_function("obfuscatune.wait"):
             Y_star = crossing.pending.result()  # (m, width)
+        if crossing.check is not None:
+            with record_function("obfuscatune.verify"):
+                Y_star = _widen(Y_star.clone())  # a check of what the worker can still change would be none
+                crossing.check(Y_star)
         with record_function("obfuscatune.mix"):
             return crossing.mixing.unmix(_widen(Y_star.to(like.device)))
 
@@ -107,16 +145,15 @@ def _widen(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def _root_mean_square(x: Tensor) -> float:
-    """Of all elements of x.
+def _root_mean_square(x: Tensor, norm: float) -> float:
+    """Of all elements of x, whose norm was found to be `norm`.
 
     Raises:
         NonFiniteError: some are NaN or infinite.
     """
-    norm = float(torch.linalg.vector_norm(x))
-    if not math.isfinite(norm):
+    if not _LEAST_NORM < norm < math.inf:
         check_finite(x)
-        norm = float(torch.linalg.vector_norm(x.double()))  # it was the sum of squares that overflowed
+        norm = float(torch.linalg.vector_norm(x.double()))  # squares overflowed or vanished in x's own dtype
     return norm / math.sqrt(x.numel())
 
 

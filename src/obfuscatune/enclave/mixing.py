@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from obfuscatune.enclave import kernels
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.orthogonal import covering_grid, haar, kronecker_rows
 
@@ -32,6 +33,9 @@ class Mixing(Protocol):
     def mix(self, x: Tensor, scale: float, out: Tensor) -> None:
         """(n, p) -> `out` (m, p), float64 or float32; `scale` is the root mean square of x."""
 
+    def image(self, x: Tensor, v: Tensor) -> Tensor:
+        """X* v (m, k) for x (n, p) as it was just mixed and v (p, k), without reading X* back."""
+
     def unmix(self, y: Tensor) -> Tensor:
         """(m, q) -> (n, q), in memory of its own: the inverse on the rows that were not shield rows."""
 
@@ -39,33 +43,43 @@ class Mixing(Protocol):
 class Mixer(Protocol):
     """Draws the mixing of each crossing."""
 
-    def draw(self, rows: int) -> Mixing:
-        """The mixing for one crossing of ``rows`` rows."""
+    def draw(self, rows: int, width: int) -> Mixing:
+        """The mixing for one crossing of ``rows`` rows of ``width`` elements."""
 
 
 class KroneckerMixer:
     """Draws a fresh ``A`` and fresh shield rows for every crossing."""
 
-    def __init__(self, shield_rows: int, stream: SecretStream) -> None:
-        self._shield_rows = shield_rows
+    def __init__(
+        self, shield_rows: int, stream: SecretStream, *, shield_scale: float = 1.0, full_rank: bool = False
+    ) -> None:
+        """`shield_scale`: size of the shield rows over that of x. `full_rank`: at least as many rows as elements."""
+        self._shield_rows, self._shield_scale = shield_rows, shield_scale
+        self._full_rank = full_rank
         self._stream = stream
 
-    def draw(self, rows: int) -> KroneckerMixing:
-        """Secrets for one crossing of ``rows`` >= 1 rows."""
+    def draw(self, rows: int, width: int) -> KroneckerMixing:
+        """Secrets for one crossing of ``rows`` >= 1 rows of ``width`` elements."""
         wanted = rows + self._shield_rows
+        if self._full_rank:
+            wanted = max(wanted, width)
         a, b = (1, wanted) if wanted <= DENSE_BELOW else covering_grid(wanted)
         stream = self._stream
-        return KroneckerMixing(rows, stream.permutation(a * b), haar(stream, a), haar(stream, b), stream)
+        places, Q_a, Q_b = stream.permutation(a * b), haar(stream, a), haar(stream, b)
+        return KroneckerMixing(rows, places, Q_a, Q_b, stream, self._shield_scale)
 
 
 class KroneckerMixing:
     """One crossing's A (m, m), and the source of its shield rows."""
 
-    def __init__(self, rows: int, places: Tensor, Q_a: Tensor, Q_b: Tensor, stream: SecretStream) -> None:
+    def __init__(
+        self, rows: int, places: Tensor, Q_a: Tensor, Q_b: Tensor, stream: SecretStream, shield_scale: float
+    ) -> None:
         self._rows, self._places = rows, places  # where each row of [x; N] goes
-        self._sources = torch.argsort(places).remainder_(rows)  # which row of x to lay there; N overwrites its own
+        self._order = torch.argsort(places)  # which row of [x; N] lies at each place
         self._Q_a, self._Q_b = Q_a, Q_b
         self._stream = stream
+        self._shield_scale = shield_scale
 
     @property
     def rows(self) -> int:
@@ -73,14 +87,39 @@ class KroneckerMixing:
         return self._places.numel()
 
     def mix(self, x: Tensor, scale: float, out: Tensor) -> None:
-        """A [x; N] for x (n, p). Shield rows are as large as x is on average; of unit size where x is zero."""
-        stacked = torch.index_select(x, 0, self._sources.to(x.device))
+        """A [x; N] for x (n, p). Shield rows: as large as x on average, times the scale."""
         shield = self._stream.normal(self.rows - self._rows, x.shape[1], dtype=x.dtype)
-        stacked.index_copy_(0, self._places[self._rows :].to(x.device), shield.mul_(scale or 1.0).to(x.device))
-        kronecker_rows(self._Q_a.to(x), self._Q_b.to(x), stacked, out)
+        self._shield = shield.mul_(self._shield_scale * (scale or 1.0))
+        code = kernels.code_for(x)
+        if code is None or not out.is_contiguous():
+            self._mix_by_torch(x, shield, out)
+            return
+        from obfuscatune.enclave.kernels.rows import mix
+
+        mix(x, shield, self._order, self._Q_a.to(x), self._Q_b.to(x), out, code)
+
+    def image(self, x: Tensor, v: Tensor) -> Tensor:
+        """A [x; N] v = A [x v; N v]."""
+        out = x.new_empty(self.rows, v.shape[1])
+        self._mix_by_torch(x @ v, self._shield.to(x) @ v, out)
+        return out
 
     def unmix(self, y: Tensor) -> Tensor:
         """(Aᵀ y)[:n] for y (m, q)."""
+        code = kernels.code_for(y)
+        if code is None:
+            return self._unmix_by_torch(y)
+        from obfuscatune.enclave.kernels.rows import unmix
+
+        return unmix(y, self._order, self._rows, self._Q_a.to(y), self._Q_b.to(y), code)[0]
+
+    def _mix_by_torch(self, x: Tensor, shield: Tensor, out: Tensor) -> None:
+        sources = self._order.remainder(self._rows)  # N overwrites what is laid in its places
+        stacked = torch.index_select(x, 0, sources.to(x.device))
+        stacked.index_copy_(0, self._places[self._rows :].to(x.device), shield.to(x.device))
+        kronecker_rows(self._Q_a.to(x), self._Q_b.to(x), stacked, out)
+
+    def _unmix_by_torch(self, y: Tensor) -> Tensor:
         stacked = kronecker_rows(self._Q_a.T.to(y), self._Q_b.T.to(y), y)
         return torch.index_select(stacked, 0, self._places[: self._rows].to(y.device))
 
@@ -95,6 +134,10 @@ class NoMixing:
         """x."""
         out.copy_(x)
 
+    def image(self, x: Tensor, v: Tensor) -> Tensor:
+        """x v."""
+        return x @ v
+
     def unmix(self, y: Tensor) -> Tensor:
         """y, copied: what a worker sent may lie where the worker can change it."""
         return y.clone()
@@ -103,6 +146,6 @@ class NoMixing:
 class NoMixer:
     """Draws nothing."""
 
-    def draw(self, rows: int) -> NoMixing:
+    def draw(self, rows: int, width: int) -> NoMixing:
         """A = 1."""
         return NoMixing(rows)

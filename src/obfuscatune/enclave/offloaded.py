@@ -61,23 +61,29 @@ class WeightFromFiles:
 
 
 class WeightFromSpool:
-    """W_star lies on the enclave's disk, and W follows from it: rounded twice more, to its own dtype."""
+    """The first W_star lies on the enclave's disk, and W follows from it: rounded twice more, to its own dtype.
+
+    Every later W_star follows from that W, so that however often the model is re-keyed, it does not drift.
+    """
 
     def __init__(self, spool: Spool) -> None:
         self._spool = spool
         self._kept: tuple[MatrixSource, Transform, Transform] | None = None
 
     def weight(self) -> Tensor:
-        """W (p, q), from what was last kept."""
+        """W (p, q), from what was first kept."""
         if self._kept is None:
             raise ProtectionError("nothing was spooled yet")
         source, R_in, R_out = self._kept
         return restored(source(), R_in, R_out)
 
     def keep(self, obfuscated: Obfuscated) -> MatrixSource:
-        """Writes W_star to the spool."""
+        """Writes W_star to the spool, the first time; then makes it again from what lies there."""
+        R_in, R_out, wide = obfuscated.R_in, obfuscated.R_out, obfuscated.wide
+        if self._kept is not None:
+            return lambda: transform_in_place(self.weight(), R_in, R_out, wide=wide)
         source = self._spool.keep(obfuscated.W_star)
-        self._kept = source, obfuscated.R_in, obfuscated.R_out
+        self._kept = source, R_in, R_out
         return source
 
 
@@ -93,3 +99,5 @@ class Offloaded:
     matrix_id: bytes
     R_in: Transform
     R_out: Transform
+    epoch: int = 0
+    """How often its transforms were drawn anew."""

@@ -3,6 +3,7 @@
     profile="private"  ->  resolve("private", first_blocks=2)  ->  Profile(...)  ->  parts that are composed
 
     private   the default: rows mixed afresh, both sides rotated, LoRA in the enclave
+    guarded   the same, louder and at full rank, every product verified, secrets renewed while training goes on
     paper     ObfuscaTune as published: one static rotation on one side, LoRA on the worker; weaker (docs/paper.md)
     enclave   nothing leaves: what the others are measured against
 
@@ -31,12 +32,18 @@ class Profile:
         transform: kind of R_in and R_out: structured, haar, gaussian, conditioned(KAPPA), identity.
         mixing: whether rows are mixed afresh at each crossing.
         shield_rows: random rows mixed in at each crossing, at least; ignored without mixing.
+        shield_scale: size of the shield rows over that of the rows they are mixed with; more hides more, and costs
+            precision in proportion.
+        full_rank: whether a crossing has at least as many rows as they have elements, so that the space they span
+            tells nothing. Costs much where few tokens cross: a decoding step then carries hundreds of rows.
         first_blocks: how many of the first blocks stay in the enclave. In the first, rows follow from single tokens,
             and a worker sees which of them are equal (docs/threat-model.md).
         sides: which sides of a matrix are rotated: `both`, or as in the `paper`: the input of layers that read the
             residual stream, whose outputs are then plain outside, and the output of layers that write to it.
         lora_on: where LoRA's factors, their gradients and the optimizer's state are, once the adapter was moved.
         offload: whether anything goes to a worker at all.
+        verify: share of the products, drawn by lot, that are held against secret vectors (docs/verification.md).
+        rekey_every: steps of the optimizer within which the transforms of all layers are drawn anew; 0 is never.
         allow_unsafe: permits settings that do not keep the promise; for tests and positive controls.
     """
 
@@ -44,17 +51,27 @@ class Profile:
     transform: str = "structured"
     mixing: bool = True
     shield_rows: int = 8
+    shield_scale: float = 1.0
+    full_rank: bool = False
     first_blocks: int = 0
     sides: Sides = "both"
     lora_on: LoraOn = "enclave"
     offload: bool = True
+    verify: float = 0.0
+    rekey_every: int = 0
     allow_unsafe: bool = False
 
     def __post_init__(self) -> None:
         if self.shield_rows < 0 or self.shield_rows > 65536:
             raise ConfigError(f"shield_rows must be between 0 and 65536, got {self.shield_rows}")
+        if not 0 < self.shield_scale <= 1024:
+            raise ConfigError(f"shield_scale must be above 0 and at most 1024, got {self.shield_scale}")
         if self.first_blocks < 0:
             raise ConfigError(f"first_blocks must not be negative, got {self.first_blocks}")
+        if self.rekey_every < 0:
+            raise ConfigError(f"rekey_every is a number of steps, 0 for never; got {self.rekey_every}")
+        if not 0 <= self.verify <= 1:
+            raise ConfigError(f"verify is a share between 0 and 1, got {self.verify}")
         for knob, value, known in (("sides", self.sides, Sides), ("lora_on", self.lora_on, LoraOn)):
             if value not in get_args(known):
                 raise ConfigError(f"{knob} is one of {', '.join(get_args(known))}, not {value!r}")
@@ -100,7 +117,8 @@ AS_PUBLISHED = "paper"
 PRESETS = {
     profile.name: profile
     for profile in (
-        Profile("private", first_blocks=1),
+        Profile("private", first_blocks=1, verify=1 / 16),
+        Profile("guarded", first_blocks=1, shield_scale=8.0, full_rank=True, verify=1.0, rekey_every=100),
         Profile(AS_PUBLISHED, transform="haar", mixing=False, shield_rows=0, sides="paper", lora_on="worker"),
         Profile("enclave", offload=False),
     )

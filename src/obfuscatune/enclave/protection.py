@@ -20,6 +20,7 @@ from obfuscatune.enclave.profiles import Profile
 from obfuscatune.enclave.remote.adapters import RemoteAdapters
 from obfuscatune.enclave.sides import residual_side
 from obfuscatune.enclave.sites import SiteGroup
+from obfuscatune.enclave.verify import Verifier
 from obfuscatune.wire.errors import ConfigError, ProtectionError
 
 MATRIX_ID_BYTES = 16
@@ -36,8 +37,8 @@ class Protection:
     mixer: Mixer
     width: int | None = None
     """Of the residual stream, where the model's configuration tells."""
-    epoch: int = 0
-    """How often the transforms were drawn anew."""
+    steps: int = 0
+    """Optimizer steps that `after_step` was told of."""
     offloaded: list[Offloaded] = field(default_factory=list)
     adapters: RemoteAdapters | None = None
     """What was moved to the worker by `move_adapter`."""
@@ -48,7 +49,11 @@ class Protection:
     ) -> Protection:
         """The parts that a profile composes; a fresh root key where none is given."""
         stream = SecretStream.fresh()
-        mixer = KroneckerMixer(profile.shield_rows, stream) if profile.mixing else NoMixer()
+        mixer: Mixer = NoMixer()
+        if profile.mixing:
+            mixer = KroneckerMixer(
+                profile.shield_rows, stream, shield_scale=profile.shield_scale, full_rank=profile.full_rank
+            )
         return cls(link, profile, key or RootKey.generate(), mixer, width)
 
     @property
@@ -62,7 +67,7 @@ class Protection:
         if self.profile.sides == "paper":
             first = group.sites[0]
             side = residual_side(first.name, first.in_features, first.out_features, self.width)
-        return obfuscate(W, self.key, self.profile.transform_spec, group.name, self.epoch, side)
+        return obfuscate(W, self.key, self.profile.transform_spec, group.name, only=side)
 
     def offload(self, group: SiteGroup, obfuscated: Obfuscated, weights: WeightSource) -> dict[str, nn.Module]:
         """Send W_star; the layers that are to take the plain ones' places, by path."""
@@ -110,22 +115,41 @@ class Protection:
         Raises:
             WireError: the worker failed, or has no room for one more matrix.
         """
-        self.epoch += 1
         for done, layer in enumerate(self.offloaded, start=1):
-            fresh = obfuscate(
-                layer.weights.weight(), self.key, self.profile.transform_spec, layer.name, self.epoch, layer.side
-            )
-            outdated = layer.matrix_id
-            adapter = None if self.adapters is None else self.adapters.of(layer)
-            carried = None if adapter is None else adapter.take_down()
-            layer.matrix_id, product = self._send(fresh, layer.weights)
-            layer.R_in, layer.R_out = fresh.R_in, fresh.R_out
-            layer.crossing.multiply_by(product)
-            if adapter is not None and carried is not None:
-                adapter.put_up(carried)
-            self._worker.forget(outdated)
+            self._rekey_one(layer)
             if progress is not None:
                 progress(done, len(self.offloaded), layer.name)
+
+    def after_step(self) -> None:
+        """Re-key what is due; to be called after each optimizer step. Nothing without `rekey_every`.
+
+        A few layers at a time, in turn, so that all are renewed within `rekey_every` steps and no step waits for more.
+
+        Raises:
+            WireError: see `rekey`.
+        """
+        if not self.profile.rekey_every:
+            return
+        count, every = len(self.offloaded), self.profile.rekey_every
+        due = range(self.steps * count // every, (self.steps + 1) * count // every)
+        self.steps += 1
+        for index in due:
+            self._rekey_one(self.offloaded[index % count])
+
+    def _rekey_one(self, layer: Offloaded) -> None:
+        layer.epoch += 1
+        fresh = obfuscate(
+            layer.weights.weight(), self.key, self.profile.transform_spec, layer.name, layer.epoch, layer.side
+        )
+        outdated = layer.matrix_id
+        adapter = None if self.adapters is None else self.adapters.of(layer)
+        carried = None if adapter is None else adapter.take_down()
+        layer.matrix_id, product = self._send(fresh, layer.weights)
+        layer.R_in, layer.R_out = fresh.R_in, fresh.R_out
+        layer.crossing.multiply_by(product)
+        if adapter is not None and carried is not None:
+            adapter.put_up(carried)
+        self._worker.forget(outdated)
 
     @property
     def _worker(self) -> WorkerLink:
@@ -139,7 +163,8 @@ class Protection:
         matrix_id = secrets.token_bytes(MATRIX_ID_BYTES)
         p, q = W_star.shape
         link.store(matrix_id, weights.keep(obfuscated), shape=(p, q), dtype=W_star.dtype, tensor=W_star)
-        return matrix_id, OffloadedProduct(link, matrix_id, obfuscated.R_in, obfuscated.R_out, self.mixer)
+        verifier = Verifier(W_star, SecretStream.fresh(), self.profile.verify) if self.profile.verify else None
+        return matrix_id, OffloadedProduct(link, matrix_id, obfuscated.R_in, obfuscated.R_out, self.mixer, verifier)
 
     def close(self) -> None:
         """Let the worker forget, and close the connection."""

@@ -1,4 +1,4 @@
-"""Adapters that are trained where they are not: what the loop and the checkpoints need to know of them.
+"""What the loop and the checkpoints need to know of a protected model: its adapter may be elsewhere.
 
 Whoever protects a model may move its adapter away (`protection.lora_on_worker`). It then gives an optimizer that steps
 there; gradients are clipped and moments fetched there too. Nothing else in this package asks where anything is.
@@ -30,6 +30,13 @@ def moved_optimizer(model: torch.nn.Module, **settings: Any) -> torch.optim.Opti
         return None
     optimizer: torch.optim.Optimizer = protection.move_adapter(model).optimizer("adamw", **settings)
     return optimizer
+
+
+def after_step(model: torch.nn.Module) -> None:
+    """Let a protected model renew its secrets, if its profile says so."""
+    protection = getattr(model, "protection", None)
+    if protection is not None:
+        protection.after_step()
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, largest: float) -> float:

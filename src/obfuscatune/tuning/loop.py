@@ -16,7 +16,7 @@ import torch
 
 from obfuscatune.tuning.batches import Batch, Plan, collate
 from obfuscatune.tuning.data import Example
-from obfuscatune.tuning.elsewhere import clip_gradients, moved_optimizer
+from obfuscatune.tuning.elsewhere import after_step, clip_gradients, moved_optimizer
 from obfuscatune.tuning.schedule import Schedule, learning_rate
 from obfuscatune.wire.errors import NonFiniteError
 
@@ -95,6 +95,7 @@ def train(
             group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        after_step(peft_model)
         yield StepEvent(
             step=step + 1,
             epoch=plan.epoch(step) + 1,

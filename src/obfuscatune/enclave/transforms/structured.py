@@ -14,12 +14,20 @@ laid from the other end behind a permutation that brings them there, covers them
 
 from __future__ import annotations
 
+import math
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
+from obfuscatune.enclave import kernels
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.orthogonal import haar, inner_grid, kronecker_columns, kronecker_rows, permute_columns
 from obfuscatune.enclave.transforms.base import OrthogonalTransform
+
+if TYPE_CHECKING:
+    from obfuscatune.enclave.kernels.compiled import Compiled
+    from obfuscatune.enclave.kernels.rotation import Rotation
 
 DENSE_BELOW = 64  # up to here one dense factor costs no more than two small ones
 
@@ -38,6 +46,15 @@ class StructuredTransform(OrthogonalTransform):
         between = [self._draw_between(stream)] if grids == 2 else []
         self._permutations = [first, *between, stream.permutation(dim)]
         self._pairs = [(haar(stream, a), haar(stream, b)) for _ in range(grids)]
+        self._fused: dict[tuple[Compiled, bool], Rotation] = {}
+
+    def apply_measured(self, x: Tensor) -> tuple[Tensor, float]:
+        """x R, and its norm, which is x's."""
+        return self._fused_measured(x, undo=False) or super().apply_measured(x)
+
+    def inverse_transpose_measured(self, x: Tensor) -> tuple[Tensor, float]:
+        """x R⁻ᵀ = x R, likewise."""
+        return self.apply_measured(x)
 
     def weight_left(self, W: Tensor, *, wide: torch.dtype = torch.float64) -> Tensor:
         """R⁻¹ W = Rᵀ W for W (dim, q): what `apply` does to features is done to rows here.
@@ -79,6 +96,14 @@ class StructuredTransform(OrthogonalTransform):
         return (*factors, *(torch.argsort(permutation) for permutation in self._permutations))
 
     def _apply(self, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
+        fused = self._fused_measured(x, undo=False)
+        return self._apply_by_torch(x, factors) if fused is None else fused[0]
+
+    def _inverse(self, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
+        fused = self._fused_measured(x, undo=True)
+        return self._inverse_by_torch(x, factors) if fused is None else fused[0]
+
+    def _apply_by_torch(self, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
         permutation, Q_a, Q_b, *rest = factors
         x = permute_columns(x, permutation)
         if len(self._pairs) == 1:
@@ -87,7 +112,7 @@ class StructuredTransform(OrthogonalTransform):
         x = permute_columns(self._on_first(x, Q_a, Q_b), between)
         return permute_columns(self._on_last(x, Q_c, Q_d), last)
 
-    def _inverse(self, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
+    def _inverse_by_torch(self, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
         if len(self._pairs) == 1:
             _, Q_a, Q_b, _, undo_first, undo_last = factors
             x = kronecker_columns(permute_columns(x, undo_last), Q_a.T, Q_b.T)
@@ -96,6 +121,30 @@ class StructuredTransform(OrthogonalTransform):
         x = self._on_last(permute_columns(x, undo_last), Q_c.T, Q_d.T)
         x = self._on_first(permute_columns(x, undo_between), Q_a.T, Q_b.T)
         return permute_columns(x, undo_first)
+
+    def _fused_measured(self, x: Tensor, *, undo: bool) -> tuple[Tensor, float] | None:
+        """x R, or x R⁻¹, and the norm, where the kernels apply to x and there is a grid; else None."""
+        fits = x.shape[-1] == self.dim > DENSE_BELOW
+        code = kernels.code_for(x, few_rows=True) if fits else None
+        if code is None:
+            return None
+        if (code, undo) not in self._fused:
+            self._fused[code, undo] = self._prepared(code, x.dtype, undo=undo)
+        result, squares = self._fused[code, undo](x)
+        return result, math.sqrt(squares)
+
+    def _prepared(self, code: Compiled, dtype: torch.dtype, *, undo: bool) -> Rotation:
+        from obfuscatune.enclave.kernels.rotation import Grid, Rotation
+
+        steps = [whole(permutation, self.dim) for permutation in self._permutations]
+        starts = (0, self.dim - self._covered)
+        grids = [
+            Grid(start, Q_a.to(dtype), Q_b.to(dtype)) for start, (Q_a, Q_b) in zip(starts, self._pairs, strict=False)
+        ]
+        if undo:
+            steps = [torch.argsort(permutation) for permutation in reversed(steps)]
+            grids = [Grid(grid.start, grid.Q_a.T, grid.Q_b.T) for grid in reversed(grids)]
+        return Rotation(steps, grids, code)
 
     def _draw_between(self, stream: SecretStream) -> Tensor:
         """A permutation that leaves no coordinate outside both grids: of all of these, each as likely.
@@ -119,6 +168,11 @@ class StructuredTransform(OrthogonalTransform):
 
 def permute_rows(x: Tensor, permutation: Tensor) -> Tensor:
     """Πᵀ x for x (p, n): row i of the result is row `permutation[i]` of x; one of p / 2 moves pairs of rows."""
-    if 2 * permutation.numel() == x.shape[0]:
-        permutation = torch.stack([2 * permutation, 2 * permutation + 1], dim=1).flatten()
-    return torch.index_select(x, 0, permutation)
+    return torch.index_select(x, 0, whole(permutation, x.shape[0]))
+
+
+def whole(permutation: Tensor, dim: int) -> Tensor:
+    """A permutation of `dim` places, or of pairs of them, as one of places."""
+    if 2 * permutation.numel() == dim:
+        return torch.stack([2 * permutation, 2 * permutation + 1], dim=1).flatten()
+    return permutation

@@ -1,0 +1,70 @@
+"""Rotation and mixing on the CPU, each in one pass: compiled kernels in place of a dozen operations of torch.
+
+    emit       writing LLVM IR a little above the instruction
+    source     the kernels: what they compute, panel by panel
+    compiled   IR -> code in memory, once in each process
+    team       a kernel on torch's own OpenMP threads
+    job        what a kernel is given: tables, packed factors, scratch memory
+    rotation   x R for a structured R
+    rows       A [x; N], and back
+
+torch's operations stay: where these kernels do not apply, and as what they are tested against. docs/adr/0008 says why
+they are written this way.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from obfuscatune.enclave.kernels.compiled import Compiled
+
+SWITCH = "OBFUSCATUNE_KERNELS"
+"""Environment variable; 0 leaves everything to torch."""
+
+log = logging.getLogger(__name__)
+
+
+def code_for(x: Tensor, *, few_rows: bool = False) -> Compiled | None:
+    """The kernels that apply to x (n, p), or None where torch is to compute.
+
+    They take float32 and float64 on the CPU, rows that are contiguous and at least as long as a panel's, and nothing
+    through which autograd is to find its way.
+
+    Args:
+        x: n >= 1.
+        few_rows: whether the rows that lie side by side in a panel may be so few that a narrow one holds them.
+    """
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or not _is_there():
+        return None
+    if x.dim() != 2 or x.shape[0] < 1 or x.stride(1) != 1 or (x.requires_grad and torch.is_grad_enabled()):
+        return None
+    from obfuscatune.enclave.kernels.compiled import compiled
+
+    code = compiled(x.itemsize)
+    if few_rows and x.shape[0] < code.shape.lanes:
+        narrow = compiled(x.itemsize, narrow=True)
+        code = narrow if x.shape[0] <= narrow.shape.lanes else code
+    return code if x.shape[1] >= code.shape.lanes else None
+
+
+@functools.cache
+def _is_there() -> bool:
+    """Whether kernels can be compiled and run in this process; found out once."""
+    if os.environ.get(SWITCH, "") == "0":
+        return False
+    try:
+        from obfuscatune.enclave.kernels import compiled, team
+
+        team.find()
+        compiled.compiled(4)
+    except (ImportError, OSError, AttributeError, RuntimeError) as reason:
+        log.warning("rotation and mixing are left to torch, which takes longer: %s", reason)
+        return False
+    return True

@@ -1,0 +1,153 @@
+"""Writing LLVM IR a little above the instruction: loops, addresses, vectors. Nothing here knows of transforms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from llvmlite import ir
+
+I1, I32, I64 = ir.IntType(1), ir.IntType(32), ir.IntType(64)
+BYTE = ir.IntType(8)
+POINTER = ir.PointerType()
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How the kernels lay numbers out: chosen by what the processor's registers hold."""
+
+    itemsize: int
+    """Bytes of a number: 4 or 8."""
+    width: int
+    """Numbers in one vector register."""
+    vectors: int
+    """Registers side by side in a row of a panel."""
+    height: int
+    """Rows of a product that are computed at a time; `height * vectors` sums stay in registers."""
+
+    @property
+    def lanes(self) -> int:
+        """Numbers in a row of a panel."""
+        return self.width * self.vectors
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row of a panel."""
+        return self.lanes * self.itemsize
+
+    @property
+    def number(self) -> ir.Type:
+        """One number."""
+        return ir.FloatType() if self.itemsize == 4 else ir.DoubleType()
+
+    @property
+    def vector(self) -> ir.VectorType:
+        """One register."""
+        return ir.VectorType(self.number, self.width)
+
+
+class Function:
+    """A function under construction, and what is written into it."""
+
+    def __init__(self, module: ir.Module, name: str, arguments: int, shape: Shape, *, exported: bool = False) -> None:
+        """Every argument is 64 bits wide: a number, or an address."""
+        self.shape = shape
+        self.module = module
+        self.ir = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * arguments), name)
+        self.ir.linkage = "external" if exported else "internal"
+        self._entry = self.ir.append_basic_block("entry")
+        body = self.ir.append_basic_block("body")
+        self._entry_end = ir.IRBuilder(self._entry).branch(body)
+        self.builder = ir.IRBuilder(body)
+
+    @property
+    def arguments(self) -> tuple[ir.Value, ...]:
+        """As passed."""
+        return tuple(self.ir.args)
+
+    def local(self, kind: ir.Type, initial: ir.Value) -> ir.Value:
+        """A variable; it ends up in a register."""
+        slot = ir.IRBuilder(self._entry)
+        slot.position_before(self._entry_end)
+        variable = slot.alloca(kind)
+        self.builder.store(initial, variable)
+        return variable
+
+    @contextmanager
+    def loop(self, stop: ir.Value, *, start: ir.Value | int = 0, step: int = 1) -> Iterator[ir.Value]:
+        """`for index in range(start, stop, step)`; the loop's body is what is written inside the `with`."""
+        b = self.builder
+        counter = self.local(I64, I64(start) if isinstance(start, int) else start)
+        head, body, end = (self.ir.append_basic_block(name) for name in ("head", "turn", "end"))
+        b.branch(head)
+        b.position_at_end(head)
+        index = b.load(counter, typ=I64)
+        b.cbranch(b.icmp_signed("<", index, stop), body, end)
+        b.position_at_end(body)
+        yield index
+        b.store(b.add(index, I64(step)), counter)
+        b.branch(head)
+        b.position_at_end(end)
+
+    def read(self, address: ir.Value, kind: ir.Type, offset: int = 0) -> ir.Value:
+        """What lies `offset` bytes behind an address; it need not be aligned to more than a number."""
+        return self.builder.load(self._pointer(address, offset), typ=kind, align=self._alignment(kind))
+
+    def write(self, value: ir.Value, address: ir.Value, offset: int = 0) -> None:
+        """The reverse of `read`."""
+        self.builder.store(value, self._pointer(address, offset), align=self._alignment(value.type))
+
+    def read_row(self, address: ir.Value) -> list[ir.Value]:
+        """A row of a panel: `vectors` registers."""
+        size = self.shape.width * self.shape.itemsize
+        return [self.read(address, self.shape.vector, size * v) for v in range(self.shape.vectors)]
+
+    def write_row(self, row: list[ir.Value], address: ir.Value) -> None:
+        """The reverse of `read_row`."""
+        for v, vector in enumerate(row):
+            self.write(vector, address, self.shape.width * self.shape.itemsize * v)
+
+    def spread(self, value: ir.Value) -> ir.Value:
+        """A vector whose numbers are all `value`."""
+        undefined = ir.Constant(ir.VectorType(value.type, self.shape.width), ir.Undefined)
+        first = self.builder.insert_element(undefined, value, I32(0))
+        everywhere = ir.Constant(ir.VectorType(I32, self.shape.width), [0] * self.shape.width)
+        return self.builder.shuffle_vector(first, undefined, everywhere)
+
+    def zero(self) -> ir.Value:
+        """A vector of zeros."""
+        return ir.Constant(self.shape.vector, [0.0] * self.shape.width)
+
+    def multiply_add(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+        """a * b + c for vectors, rounded once; NaN and infinity pass through as the standard says."""
+        kind = self.shape.vector
+        suffix = f"v{self.shape.width}f{8 * self.shape.itemsize}"
+        fma = self.module.globals.get(f"llvm.fma.{suffix}")
+        if fma is None:
+            fma = ir.Function(self.module, ir.FunctionType(kind, [kind] * 3), f"llvm.fma.{suffix}")
+        return self.builder.call(fma, [a, b, c])
+
+    def transpose(self, rows: list[ir.Value]) -> list[ir.Value]:
+        """`width` vectors as columns: at distance 1, 2, 4 … the off-diagonal blocks of two rows change places."""
+        b, width = self.builder, self.shape.width
+        rows = list(rows)
+        distance = 1
+        while distance < width:
+            low = [lane if not lane & distance else width + lane - distance for lane in range(width)]
+            high = [lane + distance if not lane & distance else width + lane for lane in range(width)]
+            masks = [ir.Constant(ir.VectorType(I32, width), mask) for mask in (low, high)]
+            for i in range(width):
+                if not i & distance:
+                    pair = rows[i], rows[i + distance]
+                    rows[i], rows[i + distance] = (b.shuffle_vector(*pair, mask) for mask in masks)
+            distance *= 2
+        return rows
+
+    def _pointer(self, address: ir.Value, offset: int) -> ir.Value:
+        b = self.builder
+        base = b.inttoptr(address, POINTER)
+        return b.gep(base, [I64(offset)], source_etype=BYTE) if offset else base
+
+    def _alignment(self, kind: ir.Type) -> int:
+        return 8 if kind == I64 else self.shape.itemsize

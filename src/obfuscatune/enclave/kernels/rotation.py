@@ -1,0 +1,73 @@
+"""x R for structured R in one pass over x: see `source`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from obfuscatune.enclave.kernels import job
+from obfuscatune.enclave.kernels.compiled import Compiled
+from obfuscatune.enclave.kernels.source import Job
+
+
+@dataclass(frozen=True)
+class Grid:
+    """x (Q_a ⊗ Q_b) on columns `start` and after."""
+
+    start: int
+    Q_a: Tensor
+    Q_b: Tensor
+
+
+class Rotation:
+    """x Π₁ (Q_a ⊗ Q_b) Π₂ or, on two grids, x Π₁ (Q_a ⊗ Q_b) Π₂ (Q_c ⊗ Q_d) Π₃, prepared for one dtype."""
+
+    def __init__(self, permutations: Sequence[Tensor], grids: Sequence[Grid], code: Compiled) -> None:
+        """
+        Args:
+            permutations: int64 (p,) each: column j after Π is column `permutation[j]` before. One more than grids.
+            grids: one or two.
+            code: the kernels for the dtype.
+        """
+        first, *between, last = permutations
+        shape, dim = code.shape, first.numel()
+        self.dim, self._code = dim, code
+        area = -(-dim // shape.lanes) * shape.lanes
+        tables = {
+            Job.FROM: torch.argsort(first) * shape.row_bytes,
+            Job.TO: last * shape.row_bytes,
+            Job.ROWS: job.multiples(dim, shape.row_bytes),
+        }
+        if between:
+            tables[Job.BETWEEN] = between[0] * shape.row_bytes
+        sizes = {Job.WIDTH: dim, Job.AREA: area}
+        keys = [
+            (Job.START, Job.A, Job.Q_A, Job.B, Job.Q_B),
+            (Job.SECOND_START, Job.C, Job.Q_C, Job.D, Job.Q_D),
+        ]
+        for grid, (start, a, q_a, b, q_b) in zip(grids, keys, strict=False):
+            sizes |= {start: grid.start * shape.row_bytes, a: grid.Q_a.shape[0], b: grid.Q_b.shape[0]}
+            tables |= {q_a: job.packed(grid.Q_a.T, code), q_b: job.packed(grid.Q_b.T, code)}
+        self._tables = tables  # they are read by address
+        self._fixed = {**sizes, **{key: table.data_ptr() for key, table in tables.items()}}
+        side = max(max(grid.Q_a.shape[0], grid.Q_b.shape[0]) for grid in grids)
+        rows = 1 + area * len(grids) + side
+        self._scratch_bytes = rows * shape.row_bytes + 8 * shape.lanes + 2 * area * shape.itemsize
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, float]:
+        """For x (n, p), n >= 1, whose rows are contiguous: the result (n, p), and the sum of the squares of x."""
+        y = torch.empty(x.shape, dtype=x.dtype)
+        n, itemsize = x.shape[0], x.itemsize
+        fields = {
+            **self._fixed,
+            Job.PANELS: -(-n // self._code.shape.lanes),
+            Job.COUNT: n,
+            Job.SOURCE: x.data_ptr(),
+            Job.SOURCE_STEP: x.stride(0) * itemsize,
+            Job.TARGET: y.data_ptr(),
+            Job.TARGET_STEP: self.dim * itemsize,
+        }
+        return y, job.run(self._code.rotate, fields, x.numel(), self._scratch_bytes)

@@ -1,0 +1,313 @@
+"""The kernels themselves, as LLVM IR. All work on panels: rows of `lanes` numbers, a core's cache full of them.
+
+    multiply_M   (M, k) times (k, lanes), sums in registers                       the inner loop of everything
+    times        Q (s, s) times s rows of a panel, gathered and scattered by tables of offsets
+    kronecker    (Q_a ⊗ Q_b) times a·b rows
+    mix_rows     for each panel of columns of x: kronecker, straight from x's rows to the result's
+    rotate       for each panel of rows of x: transpose into cache, kronecker (twice for two grids), transpose out
+
+Left factors lie packed in blocks: see `packing`. Tables hold byte offsets as int64. A kernel that is exported takes the
+address of a list of int64, its job, and is run by several threads at once, each of which takes the next panel from
+the job's counter until none is left. Every thread has a piece of scratch memory of its own.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from llvmlite import ir
+
+from obfuscatune.enclave.kernels.emit import I64, POINTER, Function, Shape
+
+
+class Job(IntEnum):
+    """Where each number stands in a job."""
+
+    NEXT_PANEL = 0  # taken by threads, one after another
+    NEXT_THREAD = 1  # likewise
+    PANELS = 2
+    SUMS = 3  # address: for each thread one number of 8 bytes, to which it adds what it found
+    SCRATCH = 4  # address
+    SCRATCH_BYTES = 5  # of one thread
+    SOURCE = 6
+    SOURCE_STEP = 7  # rotate: bytes from row to row
+    TARGET = 8
+    TARGET_STEP = 9
+    COUNT = 10  # rotate: rows; mix_rows: columns
+    WIDTH = 11  # rotate: columns
+    A, B, Q_A, Q_B = 12, 13, 14, 15  # sizes and packed factors
+    FROM, TO = 16, 17  # tables: rotate, of columns in the panel; mix_rows, of rows in memory
+    ROWS = 18  # table 0, 1, 2 … of rows in a panel
+    AREA = 19  # rows of scratch that a panel takes
+    BETWEEN = 20  # table: second grid, 0 where there is none
+    C, D, Q_C, Q_D = 21, 22, 23, 24
+    START, SECOND_START = 25, 26  # first row of the first and of the second grid, in bytes
+    LENGTH = 27
+
+
+def build(shape: Shape, triple: str) -> ir.Module:
+    """A module that exports `mix_rows` and `rotate`."""
+    module = ir.Module("obfuscatune")
+    module.triple = triple
+    multiply = [_multiply(module, shape, height) for height in range(1, shape.height + 1)]
+    times, times_looking = (_times(module, shape, multiply, look=look) for look in (False, True))
+    _mix_rows(module, shape, _kronecker(module, shape, times, times_looking))
+    _rotate(module, shape, _kronecker(module, shape, times, times))
+    return module
+
+
+def _multiply(module: ir.Module, shape: Shape, height: int) -> ir.Function:
+    """multiply_M(q, k, x, target, offsets, step): rows `offsets[m * step]` of target = q (M, k) x (k, lanes)."""
+    f = Function(module, f"multiply_{height}", 6, shape)
+    b = f.builder
+    q, k, x, target, offsets, step = f.arguments
+    sums = [[f.local(shape.vector, f.zero()) for _ in range(shape.vectors)] for _ in range(height)]
+    with f.loop(k) as i:
+        row = f.read_row(b.add(x, b.mul(i, I64(shape.row_bytes))))
+        column = b.add(q, b.mul(i, I64(height * shape.itemsize)))
+        for m in range(height):
+            factor = f.spread(f.read(column, shape.number, m * shape.itemsize))
+            for vector, total in zip(row, sums[m], strict=True):
+                b.store(f.multiply_add(factor, vector, b.load(total, typ=shape.vector)), total)
+    for m in range(height):
+        place = f.read(b.add(offsets, b.mul(step, I64(8 * m))), I64)
+        f.write_row([b.load(total, typ=shape.vector) for total in sums[m]], b.add(target, place))
+    b.ret_void()
+    return f.ir
+
+
+def _times(module: ir.Module, shape: Shape, multiply: list[ir.Function], *, look: bool) -> ir.Function:
+    """times(size, q, source, from, from_step, target, to, to_step, staged, seen): q (size, size) times rows.
+
+    The rows are first copied side by side to `staged`: they are read from there several times. With `look`, the row
+    `seen` gains 0 times each, which is NaN for NaN and infinity, and 0 for the rest.
+    """
+    f = Function(module, "times_looking" if look else "times", 10, shape)
+    b = f.builder
+    size, q, source, from_, from_step, target, to, to_step, staged, seen = f.arguments
+    found = [f.local(shape.vector, vector) for vector in f.read_row(seen)] if look else []
+    with f.loop(size) as k:
+        place = f.read(b.add(from_, b.mul(b.mul(k, from_step), I64(8))), I64)
+        row = f.read_row(b.add(source, place))
+        for vector, total in zip(row, found, strict=False):
+            b.store(f.multiply_add(vector, f.zero(), b.load(total, typ=shape.vector)), total)
+        f.write_row(row, b.add(staged, b.mul(k, I64(shape.row_bytes))))
+    if look:
+        f.write_row([b.load(total, typ=shape.vector) for total in found], seen)
+
+    blocks = b.udiv(b.add(size, I64(shape.height - 1)), I64(shape.height))
+    low, taller = b.udiv(size, blocks), b.urem(size, blocks)
+    row_index, q_next = f.local(I64, I64(0)), f.local(I64, q)
+    with f.loop(blocks) as block:
+        height = b.add(low, b.zext(b.icmp_signed("<", block, taller), I64))
+        first, here = b.load(row_index, typ=I64), b.load(q_next, typ=I64)
+        offsets = b.add(to, b.mul(b.mul(first, to_step), I64(8)))
+        _by_height(f, multiply, height, [here, size, staged, target, offsets, to_step])
+        b.store(b.add(first, height), row_index)
+        b.store(b.add(here, b.mul(b.mul(height, size), I64(shape.itemsize))), q_next)
+    b.ret_void()
+    return f.ir
+
+
+def _by_height(f: Function, multiply: list[ir.Function], height: ir.Value, arguments: list[ir.Value]) -> None:
+    """Call the one of `multiply` for that height."""
+    b = f.builder
+    done = f.ir.append_basic_block("multiplied")
+    switch = b.switch(height, done)
+    for number, function in enumerate(multiply, 1):
+        case = f.ir.append_basic_block(f"height_{number}")
+        switch.add_case(I64(number), case)
+        b.position_at_end(case)
+        b.call(function, arguments)
+        b.branch(done)
+    b.position_at_end(done)
+
+
+def _kronecker(module: ir.Module, shape: Shape, times: ir.Function, times_first: ir.Function) -> ir.Function:
+    """kronecker(a, q_a, b, q_b, source, from, target, to, area, rows, staged, seen): rows `to` of target become
+    (q_a ⊗ q_b) times rows `from` of source; `area` has room for a·b rows in between, and may be source and target."""
+    f = Function(module, "kronecker" if times is times_first else "kronecker_looking", 12, shape)
+    builder = f.builder
+    a, q_a, b, q_b, source, from_, target, to, area, rows, staged, seen = f.arguments
+    alone = builder.icmp_signed("==", a, I64(1))
+    middle = builder.select(alone, target, area)
+    middle_rows = builder.select(alone, to, rows)
+    with f.loop(a) as i:
+        group = builder.mul(builder.mul(i, b), I64(8))
+        here, there = builder.add(from_, group), builder.add(middle_rows, group)
+        builder.call(times_first, [b, q_b, source, here, I64(1), middle, there, I64(1), staged, seen])
+    with f.loop(builder.select(alone, I64(0), b)) as j:
+        offset = builder.mul(j, I64(8))
+        here, there = builder.add(rows, offset), builder.add(to, offset)
+        builder.call(times, [a, q_a, area, here, b, target, there, b, staged, seen])
+    builder.ret_void()
+    return f.ir
+
+
+class _Panels:
+    """What every exported kernel begins with: its job, this thread's scratch memory, and the loop over panels."""
+
+    def __init__(self, f: Function) -> None:
+        self.f = f
+        self._job = f.arguments[0]
+        thread = self._take(Job.NEXT_THREAD)
+        b = f.builder
+        self._sum = b.add(self[Job.SUMS], b.mul(thread, I64(8)))
+        self.scratch = b.add(self[Job.SCRATCH], b.mul(thread, self[Job.SCRATCH_BYTES]))
+
+    def __getitem__(self, key: Job) -> ir.Value:
+        return self.f.read(self._job, I64, 8 * key)
+
+    def each(self, seen: ir.Value) -> _Turns:
+        return _Turns(self, seen)
+
+    def _take(self, key: Job) -> ir.Value:
+        b = self.f.builder
+        place = b.inttoptr(b.add(self._job, I64(8 * key)), POINTER)
+        return b.atomic_rmw("add", place, I64(1), "monotonic")
+
+
+class _Turns:
+    """`with` it around what is to be done for one panel."""
+
+    def __init__(self, panels: _Panels, seen: ir.Value) -> None:
+        self._panels, self._seen = panels, seen
+
+    def __enter__(self) -> ir.Value:
+        panels = self._panels
+        f, b = panels.f, panels.f.builder
+        self._head, body, self._end = (f.ir.append_basic_block(name) for name in ("take", "panel", "out_of_panels"))
+        b.branch(self._head)
+        b.position_at_end(self._head)
+        panel = panels._take(Job.NEXT_PANEL)
+        b.cbranch(b.icmp_signed("<", panel, panels[Job.PANELS]), body, self._end)
+        b.position_at_end(body)
+        f.write_row([f.zero()] * f.shape.vectors, self._seen)
+        return panel
+
+    def __exit__(self, *_: object) -> None:
+        """Add what was seen in this panel to the thread's sum, in float64."""
+        panels = self._panels
+        f, b = panels.f, panels.f.builder
+        total = f.local(ir.DoubleType(), f.read(panels._sum, ir.DoubleType()))
+        with f.loop(I64(f.shape.lanes)) as lane:
+            value = f.read(b.add(self._seen, b.mul(lane, I64(f.shape.itemsize))), f.shape.number)
+            wide = b.fpext(value, ir.DoubleType()) if f.shape.itemsize == 4 else value
+            b.store(b.fadd(b.load(total, typ=ir.DoubleType()), wide), total)
+        f.write(b.load(total, typ=ir.DoubleType()), panels._sum)
+        b.branch(self._head)
+        b.position_at_end(self._end)
+
+
+def _mix_rows(module: ir.Module, shape: Shape, kronecker: ir.Function) -> None:
+    """Scratch: the panel, then staged rows (max(a, b)), then the row of what was seen."""
+    f = Function(module, "mix_rows", 1, shape, exported=True)
+    b, job = f.builder, _Panels(f)
+    a_size, b_size = job[Job.A], job[Job.B]
+    seen = job.scratch
+    area = b.add(seen, I64(shape.row_bytes))
+    staged = b.add(area, b.mul(job[Job.AREA], I64(shape.row_bytes)))
+    with job.each(seen) as panel:
+        start = b.mul(panel, I64(shape.lanes))
+        last = b.sub(job[Job.COUNT], I64(shape.lanes))
+        column = b.select(b.icmp_signed("<", start, last), start, last)  # the last panel overlaps the one before
+        shift = b.mul(column, I64(shape.itemsize))
+        source, target = (b.add(job[key], shift) for key in (Job.SOURCE, Job.TARGET))
+        sizes = [a_size, job[Job.Q_A], b_size, job[Job.Q_B]]
+        b.call(kronecker, [*sizes, source, job[Job.FROM], target, job[Job.TO], area, job[Job.ROWS], staged, seen])
+    b.ret_void()
+
+
+def _rotate(module: ir.Module, shape: Shape, kronecker: ir.Function) -> None:
+    """Scratch: the row of what was seen, addresses of rows, a row of zeros and one for what is of no use (AREA
+    numbers each), the panel (AREA rows, twice that for two grids), then staged rows."""
+    f = Function(module, "rotate", 1, shape, exported=True)
+    b, job = f.builder, _Panels(f)
+    width = job[Job.WIDTH]
+    area_bytes = b.mul(job[Job.AREA], I64(shape.row_bytes))
+    seen = job.scratch
+    addresses = b.add(seen, I64(shape.row_bytes))
+    zeros = b.add(addresses, I64(8 * shape.lanes))
+    unused = b.add(zeros, b.mul(job[Job.AREA], I64(shape.itemsize)))
+    area = b.add(unused, b.mul(job[Job.AREA], I64(shape.itemsize)))
+    second = b.add(area, area_bytes)
+    two_grids = b.icmp_signed("!=", job[Job.BETWEEN], I64(0))
+    staged = b.add(area, b.select(two_grids, b.mul(area_bytes, I64(2)), area_bytes))
+    rows = job[Job.ROWS]
+    with f.loop(job[Job.AREA], step=shape.lanes) as column:
+        f.write_row([f.zero()] * shape.vectors, b.add(zeros, b.mul(column, I64(shape.itemsize))))
+    with job.each(seen) as panel:
+        _row_addresses(f, job, panel, addresses, Job.SOURCE, Job.SOURCE_STEP, zeros)
+        _transpose_in(f, addresses, width, area, job[Job.FROM], seen)
+        grid = b.add(area, job[Job.START])
+        sizes = [job[Job.A], job[Job.Q_A], job[Job.B], job[Job.Q_B]]
+        b.call(kronecker, [*sizes, grid, rows, grid, rows, grid, rows, staged, seen])
+        result = f.local(I64, area)
+        with b.if_then(two_grids):
+            with f.loop(width) as k:
+                place = f.read(b.add(job[Job.BETWEEN], b.mul(k, I64(8))), I64)
+                f.write_row(f.read_row(b.add(area, place)), b.add(second, b.mul(k, I64(shape.row_bytes))))
+            grid = b.add(second, job[Job.SECOND_START])
+            sizes = [job[Job.C], job[Job.Q_C], job[Job.D], job[Job.Q_D]]
+            b.call(kronecker, [*sizes, grid, rows, grid, rows, grid, rows, staged, seen])
+            b.store(second, result)
+        _row_addresses(f, job, panel, addresses, Job.TARGET, Job.TARGET_STEP, unused)
+        _transpose_out(f, b.load(result, typ=I64), job[Job.TO], addresses, width)
+    b.ret_void()
+
+
+def _row_addresses(
+    f: Function, job: _Panels, panel: ir.Value, addresses: ir.Value, base: Job, step: Job, beyond: ir.Value
+) -> None:
+    """Lay down the address of each of the panel's rows of x; `beyond` for those after the last."""
+    b = f.builder
+    with f.loop(I64(f.shape.lanes)) as lane:
+        row = b.add(b.mul(panel, I64(f.shape.lanes)), lane)
+        there = b.add(job[base], b.mul(row, job[step]))
+        address = b.select(b.icmp_signed("<", row, job[Job.COUNT]), there, beyond)
+        f.write(address, b.add(addresses, b.mul(lane, I64(8))))
+
+
+def _column_blocks(f: Function, width: ir.Value, column: ir.Value) -> ir.Value:
+    """The last block of columns overlaps the one before."""
+    last = f.builder.sub(width, I64(f.shape.width))
+    return f.builder.select(f.builder.icmp_signed("<", column, last), column, last)
+
+
+def _transpose_in(
+    f: Function, addresses: ir.Value, width: ir.Value, area: ir.Value, places: ir.Value, seen: ir.Value
+) -> None:
+    """Row `places[j]` of the area = column j of the rows at `addresses`; `seen` gains the squares, each once."""
+    b, shape = f.builder, f.shape
+    found = [f.local(shape.vector, vector) for vector in f.read_row(seen)]
+    lane_numbers = ir.Constant(ir.VectorType(I64, shape.width), list(range(shape.width)))
+    with f.loop(width, step=shape.width) as block:
+        column = _column_blocks(f, width, block)
+        shift = b.mul(column, I64(shape.itemsize))
+        is_new = b.icmp_signed(">=", lane_numbers, f.spread(b.sub(block, column)))
+        for v, total in enumerate(found):
+            lanes = range(v * shape.width, (v + 1) * shape.width)
+            tile = [f.read(b.add(f.read(addresses, I64, 8 * lane), shift), shape.vector) for lane in lanes]
+            for vector in tile:
+                counted = b.select(is_new, vector, f.zero())
+                b.store(f.multiply_add(counted, counted, b.load(total, typ=shape.vector)), total)
+            for j, vector in enumerate(f.transpose(tile)):
+                place = f.read(b.add(places, b.mul(column, I64(8))), I64, 8 * j)
+                f.write(vector, b.add(area, place), v * shape.width * shape.itemsize)
+    f.write_row([b.load(total, typ=shape.vector) for total in found], seen)
+
+
+def _transpose_out(f: Function, area: ir.Value, places: ir.Value, addresses: ir.Value, width: ir.Value) -> None:
+    """Column j of the rows at `addresses` = row `places[j]` of the area."""
+    b, shape = f.builder, f.shape
+    with f.loop(width, step=shape.width) as block:
+        column = _column_blocks(f, width, block)
+        shift = b.mul(column, I64(shape.itemsize))
+        for v in range(shape.vectors):
+            tile = []
+            for j in range(shape.width):
+                place = f.read(b.add(places, b.mul(column, I64(8))), I64, 8 * j)
+                tile.append(f.read(b.add(area, place), shape.vector, v * shape.width * shape.itemsize))
+            for lane, vector in enumerate(f.transpose(tile)):
+                address = f.read(addresses, I64, 8 * (v * shape.width + lane))
+                f.write(vector, b.add(address, shift))

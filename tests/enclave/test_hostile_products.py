@@ -1,0 +1,71 @@
+"""A worker that computes wrongly, seen from the model: one clear error, forward and backward, and no retries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from obfuscatune import protect
+from obfuscatune.wire.errors import WrongProduct
+from tests.contract.architectures import ARCHITECTURES
+from tests.contract.comparison import backward, batch, with_lora
+from tests.worker.serving import Serving, serving
+
+Tampering = Callable[[torch.Tensor], None]
+
+
+def tampered(worker: Serving, tamper: Tampering, *, transpose: bool) -> None:
+    """From here on the worker changes its products by the matrices, or those by their transposes."""
+    computer = worker.service.answerer.computer
+    honest = computer.multiply
+
+    def multiply(rows: torch.Tensor, matrix: torch.Tensor, out: torch.Tensor, **how: bool) -> None:
+        honest(rows, matrix, out, **how)
+        if how["transpose"] == transpose:
+            tamper(out)
+
+    computer.multiply = multiply  # type: ignore[method-assign]
+
+
+def one_element(out: torch.Tensor) -> None:
+    out[0, 0] += out.square().mean().sqrt()
+
+
+def one_percent(out: torch.Tensor) -> None:
+    out += 0.01 * out.square().mean().sqrt() * torch.randn(out.shape)
+
+
+def other_rows(out: torch.Tensor) -> None:
+    out.copy_(out.flip(0))
+
+
+@pytest.mark.parametrize("tamper", [one_element, one_percent, other_rows])
+@pytest.mark.parametrize("transpose", [False, True], ids=["forward", "backward"])
+def test_a_wrong_product_ends_the_step(tmp_path: Path, tamper: Tampering, transpose: bool) -> None:
+    architecture = ARCHITECTURES["gpt2"]
+    inputs = batch((9, 4), 97)
+    with serving(tmp_path) as worker:
+        model = protect(architecture.build(torch.float32), str(worker.address), verify=1.0)
+        adapted = with_lora(model, architecture).train()
+        backward(adapted, inputs)  # honest so far
+        verified = model.protection.stats.verified
+        assert verified == model.protection.stats.crossings > 0
+        tampered(worker, tamper, transpose=transpose)
+        with pytest.raises(WrongProduct, match="times what rounding explains"):
+            backward(adapted, inputs)
+        assert model.protection.stats.retries == 0
+        model.protection.close()
+
+
+def test_without_verification_nothing_is_noticed(tmp_path: Path) -> None:
+    """The control: the same tampering passes, and the output differs."""
+    inputs = batch((9, 4), 97).inputs()
+    with serving(tmp_path) as worker, torch.no_grad():
+        model = protect(ARCHITECTURES["gpt2"].build(torch.float32), str(worker.address), verify=0.0)
+        before = model(**inputs).logits
+        tampered(worker, other_rows, transpose=False)
+        assert not torch.allclose(model(**inputs).logits, before, atol=1e-2)
+        model.protection.close()
