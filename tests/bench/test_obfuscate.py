@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from obfuscatune.bench import checkpoint
 from obfuscatune.bench.checkpoint import write_random_checkpoint
-from obfuscatune.bench.memory import peak_bytes, settled_bytes
 from obfuscatune.bench.obfuscate import ObfuscateBench, ObfuscateResult
+from obfuscatune.bench.usage import cpu_seconds, peak_bytes, settled_bytes
 from obfuscatune.wire.errors import ConfigError, StorageError
 
 CONFIG = GPT2Config(n_embd=32, n_head=2, n_layer=2, vocab_size=64, n_positions=32)
@@ -90,7 +91,11 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_memory_is_that_of_the_process() -> None:
+def test_usage_is_that_of_the_process() -> None:
+    before = cpu_seconds(), time.process_time()
+    while time.process_time() < before[1] + 0.2:
+        pass
+    assert cpu_seconds() - before[0] == pytest.approx(time.process_time() - before[1], abs=0.05)
     assert 0 < settled_bytes() <= peak_bytes()
     with pytest.raises(StorageError):
         peak_bytes(2**22 + 1)

@@ -17,7 +17,7 @@ settle_process()
 # ruff: noqa: E402 - torch reads the environment when it is imported
 import torch
 
-from obfuscatune.bench.memory import peak_bytes, settled_bytes
+from obfuscatune.bench.usage import cpu_seconds, peak_bytes, settled_bytes
 from obfuscatune.enclave.load import load
 from obfuscatune.enclave.local import local_worker
 from obfuscatune.enclave.stages import StageClock
@@ -30,6 +30,7 @@ def main() -> None:
     clock = StageClock()
     with local_worker(threads=settings["threads"]) as worker:
         before = settled_bytes()
+        computed, computed_by_worker = cpu_seconds(), cpu_seconds(worker.pid)
         started = time.perf_counter()
         model = load(
             settings["model"],
@@ -44,6 +45,8 @@ def main() -> None:
         stats = model.protection.stats
         answer = {
             "seconds": seconds,
+            "enclave_cpu_seconds": cpu_seconds() - computed,
+            "worker_cpu_seconds": cpu_seconds(worker.pid) - computed_by_worker,
             "stages": asdict(clock),
             "bytes_uploaded": stats.bytes_uploaded,
             "matrices": stats.uploads,

@@ -110,18 +110,19 @@ class ObfuscateResult:
         lines = [
             f"Obfuscating {name}{depth}, profile {profile}, float32, {b.threads} threads; best of {b.rounds}.",
             "",
-            "| transform | seconds | reading | transforming | sending | enclave's peak | worker's peak | sent "
-            "| stays in the enclave |",
-            "|---|---|---|---|---|---|---|---|---|",
+            "| transform | seconds | processor seconds, enclave + worker | reading | transforming | sending "
+            "| enclave's peak | worker's peak | sent | stays in the enclave |",
+            "|---|---|---|---|---|---|---|---|---|---|",
         ]
         for transform in self.rounds:
             it = self.best(transform)
             stages = " | ".join(f"{it['stages'][stage]:.1f}" for stage in ("reading", "transforming", "sending"))
+            cpu = f"{it['enclave_cpu_seconds']:.1f} + {it['worker_cpu_seconds']:.1f}"
             share = it["enclave_parameters"] / it["parameters"]
             lines.append(
-                f"| {transform} | **{it['seconds']:.1f}** | {stages} | {format_bytes(it['enclave_peak_bytes'])} "
-                f"| {format_bytes(it['worker_peak_bytes'])} | {format_bytes(it['bytes_uploaded'])} "
-                f"| {format_bytes(it['enclave_bytes'])}, {format_share(share)} |"
+                f"| {transform} | **{it['seconds']:.1f}** | {cpu} | {stages} "
+                f"| {format_bytes(it['enclave_peak_bytes'])} | {format_bytes(it['worker_peak_bytes'])} "
+                f"| {format_bytes(it['bytes_uploaded'])} | {format_bytes(it['enclave_bytes'])}, {format_share(share)} |"
             )
         lines += ["", ", ".join(f"{name} {value}" for name, value in self.environment.items()), ""]
         return "\n".join(lines)
