@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from obfuscatune.version import __version__
 
 if TYPE_CHECKING:
+    from obfuscatune.enclave.callback import RekeyCallback
     from obfuscatune.enclave.keys import RootKey
     from obfuscatune.enclave.link import RetryPolicy, WorkerLink
-    from obfuscatune.enclave.callback import RekeyCallback
     from obfuscatune.enclave.load import load
     from obfuscatune.enclave.local import local_worker
     from obfuscatune.enclave.profiles import Profile

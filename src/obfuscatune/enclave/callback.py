@@ -7,7 +7,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
-class RekeyCallback(TrainerCallback):
+class RekeyCallback(TrainerCallback):  # type: ignore[misc]  # transformers leaves it untyped here
     """Tells a protected model of each optimizer step. Needed where its profile has `rekey_every`, harmless elsewhere.
 
     Example:
