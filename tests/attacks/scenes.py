@@ -156,8 +156,8 @@ class _Builder:
                     self.pass_over((token,), "decoding", number)
         matrices = tuple(SeenMatrix(W_star, layer) for layer, W_star in enumerate(self.stars))
         layers = tuple(
-            TrueLayer(f"layer {n}", *secrets)
-            for n, secrets in enumerate(zip(self.weights, self.R_in, self.R_out, strict=True))
+            TrueLayer(f"layer {n}", W, (R_in,), (R_out,))
+            for n, (W, R_in, R_out) in enumerate(zip(self.weights, self.R_in, self.R_out, strict=True))
         )
         pieces = tuple(f"t{token} " for token in range(VOCABULARY))
         truth = Truth(tuple(self.true), layers, tuple(self.bases), pieces)

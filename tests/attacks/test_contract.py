@@ -15,7 +15,7 @@ BY_NAME = {attack.name: attack for attack in ATTACKS}
 SUCCEEDS_ON = {
     "equal-rows": (scenes.ROTATED, 0.99),
     "equal-tokens-decoding": (scenes.MIXED, 0.99),
-    "frequency-decipherment": (scenes.ROTATED, 0.15),
+    "frequency-decipherment": (scenes.ROTATED, 0.9),
     "source-separation": (scenes.UNROTATED, 0.5),
     "norm-matching": (scenes.ROTATED, 0.99),
     "plain-outputs": (scenes.CLEAR, 0.99),

@@ -10,13 +10,14 @@ equations together from there made it worse on every layer that was tried: publi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from obfuscatune.attacks.knowledge import PublicBase
-from obfuscatune.attacks.view import WorkerView
+from obfuscatune.attacks.view import SeenCall, WorkerView
 
 MOST_CALLS = 300
 
@@ -36,21 +37,22 @@ def polar(matrix: Tensor) -> Tensor:
     return nearest
 
 
-def observed_covariance(view: WorkerView, layer: int) -> Tensor:
-    """Second moment of a layer's forward calls, each call counted alike, without its isotropic part."""
-    rows = torch.cat([call.rows / call.rows.norm() for call in view.forward(layer)[:MOST_CALLS]])
+def observed_covariance(calls: Sequence[SeenCall]) -> Tensor:
+    """Second moment of forward calls by one matrix, each call counted alike, without its isotropic part."""
+    rows = torch.cat([call.rows / call.rows.norm() for call in calls[:MOST_CALLS]])
     mean: Tensor = rows.T @ rows / len(rows)
     isotropic = torch.linalg.eigvalsh(mean).median() * torch.eye(len(mean), dtype=mean.dtype)
     return torch.sub(mean, isotropic)
 
 
 def align(view: WorkerView, base: PublicBase, layer: int) -> Aligned:
-    """R_in and R_out of a layer, as well as the public base tells."""
-    W_star = next(matrix.W_star for matrix in view.matrices if matrix.layer == layer)
+    """R_in and R_out of a layer, as well as the public base tells; of its newest, where it was re-keyed."""
+    calls = view.of_newest_matrix(layer)
+    W_star = view.matrices[calls[0].matrix].W_star
     W = base.weights[layer]
     expected = base.inputs[layer].T @ base.inputs[layer]
     expected = expected / torch.trace(expected)
-    return align_two_sided(W, W_star, expected, observed_covariance(view, layer))
+    return align_two_sided(W, W_star, expected, observed_covariance(calls))
 
 
 def align_two_sided(W: Tensor, W_star: Tensor, expected: Tensor, observed: Tensor) -> Aligned:

@@ -39,7 +39,8 @@ class BagOfTokens:
         tokens, prototypes = _prototypes(base)
         prototypes = prototypes @ align(view, base, 0).R_in
         hidden = knowledge.scheme.shield_rows if knowledge.scheme.mixing else 0
-        calls = view.prompts(0) + view.training(0)
+        newest = {call.index for call in view.of_newest_matrix(0)}
+        calls = [call for call in view.prompts(0) + view.training(0) if call.index in newest]
         counts = [max(1, call.rows.shape[0] - hidden) for call in calls]
         moments = torch.stack([call.rows.T @ call.rows for call in calls])
         weights = _non_negative(prototypes, moments)

@@ -19,6 +19,7 @@ from obfuscatune.attacks.scoring import pairs_of, score_pairs
 from obfuscatune.attacks.truth import Truth
 from obfuscatune.attacks.view import WorkerView
 
+MOST_CALLS = 40
 RATIO = 1.6
 """Above it, against the mean of all, two true coordinates count as sharing a factor."""
 
@@ -42,9 +43,9 @@ class GridFromTraffic:
 
     def run(self, view: WorkerView, knowledge: Knowledge, seed: int) -> GridGuess:
         """Squared elements of every moment of the first layer, added up."""
-        W_star = next(matrix.W_star for matrix in view.matrices if matrix.layer == 0)
+        calls = view.of_newest_matrix(0)[:MOST_CALLS]
+        W_star = view.matrices[calls[0].matrix].W_star
         squares = _standardised(W_star @ W_star.T)
-        calls = view.training(0)
         for call in calls:
             squares = squares + _standardised(call.rows.T @ call.rows) / len(calls)
         i, j = pairs_of(squares.shape[0])
@@ -52,7 +53,7 @@ class GridFromTraffic:
 
     def score(self, guess: GridGuess, truth: Truth) -> Finding:
         """Against the grid, where there is one."""
-        return score_pairs(guess.scores, shares_factor(truth.layers[guess.layer].R_in))
+        return score_pairs(guess.scores, shares_factor(truth.layers[guess.layer].R_in[-1]))
 
 
 class GridFromBase:
@@ -72,7 +73,7 @@ class GridFromBase:
 
     def score(self, guess: GridGuess, truth: Truth) -> Finding:
         """Against the grid, where there is one."""
-        return score_pairs(guess.scores, shares_factor(truth.layers[guess.layer].R_in))
+        return score_pairs(guess.scores, shares_factor(truth.layers[guess.layer].R_in[-1]))
 
 
 def shares_factor(R: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ class LabelInference:
     def run(self, view: WorkerView, knowledge: Knowledge, seed: int) -> TokenGuess:
         """The tokens that followed, row by row; the last row of a call has none."""
         base, last = knowledge.the_base(), view.layers - 1
-        calls = view.backward(last)
+        newest = view.of_newest_matrix(last)[0].matrix
+        calls = [call for call in view.backward(last) if call.matrix == newest]
         if not calls:
             raise CannotRun("no gradients crossed")
         R_out = align(view, base, last).R_out

@@ -48,6 +48,7 @@ class KnownPlaintext:
     def run(self, view: WorkerView, knowledge: Knowledge, seed: int) -> BasisGuess:
         """Bases from more and more known calls."""
         known = [(view.calls[it.index], it.rows) for it in knowledge.plaintext if view.calls[it.index].layer == 0]
+        known = _under_the_newest_matrix(known)
         if not known:
             raise CannotRun("needs calls whose plain rows are known")
         indices = {call.index for call, _ in known}
@@ -60,7 +61,7 @@ class KnownPlaintext:
     def score(self, guess: BasisGuess, truth: Truth) -> Finding:
         """|cos| of x R with x R_guess over unseen rows; chance is that of a random direction."""
         rows = torch.cat([truth.calls[index].rows for index in guess.unknown])
-        right = rows @ truth.layers[0].R_in
+        right = torch.cat([truth.rotated(truth.calls[index]) for index in guess.unknown])
         values = {
             count: torch.nn.functional.cosine_similarity(rows @ R, right, dim=1).abs()
             for count, R in guess.bases.items()
@@ -69,6 +70,11 @@ class KnownPlaintext:
         last = values[max(values)]
         chance = (2 / (torch.pi * rows.shape[1])) ** 0.5
         return Finding(float(last.mean()), chance, 1.0, len(rows), float(last.std()) / len(rows) ** 0.5, curve=curve)
+
+
+def _under_the_newest_matrix(known: list[tuple[SeenCall, Tensor]]) -> list[tuple[SeenCall, Tensor]]:
+    """A re-keyed layer has another basis: of the known calls, those that share the last one's."""
+    return [it for it in known if it[0].matrix == known[-1][0].matrix]
 
 
 def _solve_plain(known: Sequence[tuple[SeenCall, Tensor]], _seed: int, _starts: int) -> Tensor:

@@ -51,7 +51,7 @@ class SourceSeparation:
         found, luck = [], []
         for index, sources in guess.sources.items():
             call = truth.calls[index]
-            row = torch.nn.functional.normalize(call.rows @ truth.layers[call.layer].R_in, dim=1)
+            row = torch.nn.functional.normalize(truth.rotated(call), dim=1)
             basis = orthonormal_rows(sources)
             turn, _ = torch.linalg.qr(torch.randn(len(basis), len(basis), dtype=basis.dtype, generator=generator))
             found.append((row @ sources.T).abs().max(1).values.mean())

@@ -59,7 +59,7 @@ class BasisStitching:
 
     def score(self, guess: BasisLink, truth: Truth) -> Finding:
         """Against the true change of basis; that of a random one is about 1/p."""
-        R_1, R_2 = truth.layers[guess.first].R_in, truth.layers[guess.second].R_in
+        R_1, R_2 = truth.layers[guess.first].R_in[-1], truth.layers[guess.second].R_in[-1]
         p = R_1.shape[0]
         overlap = abs(float(torch.trace(guess.T.T @ R_1.T @ R_2))) / p
         return Finding(overlap, (2 / torch.pi) ** 0.5 / p, 1.0, 1, 1.0 / p)

@@ -24,7 +24,7 @@ class TrueCall:
     text: int
     """Which training example or prompt, counted within its phase."""
     epoch: int
-    """Transforms of one epoch are alike; 0 where none was re-keyed."""
+    """Which of the layer's transforms were in use: 0 until it is re-keyed."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class TrueLayer:
     name: str
     W: Tensor
     """(p, q), of the secret model."""
-    R_in: Tensor
-    """(p, p); of the first epoch."""
-    R_out: Tensor
-    """(q, q)"""
+    R_in: tuple[Tensor, ...]
+    """(p, p), one for each time that the layer's transforms were drawn."""
+    R_out: tuple[Tensor, ...]
+    """(q, q), likewise."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,10 @@ class Truth:
     """Of each layer the public W (p, q) that the secret one was tuned from."""
     pieces: tuple[str, ...]
     """What each token reads, by its number."""
+
+    def rotated(self, call: TrueCall) -> Tensor:
+        """x R_in of a forward call, (n, p): its rows as the worker would see them unmixed."""
+        return call.rows @ self.layers[call.layer].R_in[call.epoch]
 
     def text_of(self, tokens: list[int] | tuple[int, ...]) -> str:
         """Tokens as text, as far as single tokens tell."""

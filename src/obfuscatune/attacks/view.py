@@ -88,6 +88,11 @@ class WorkerView:
         """The calls by W* of one layer, in order: one in each pass."""
         return [call for call in self.calls if call.layer == layer and not call.transposed]
 
+    def of_newest_matrix(self, layer: int) -> list[SeenCall]:
+        """Forward calls of a layer by its last W*: all under one secret basis, if others were re-keyed."""
+        calls = self.forward(layer)
+        return [call for call in calls if call.matrix == calls[-1].matrix]
+
     def backward(self, layer: int) -> list[SeenCall]:
         """The calls by its transpose."""
         return [call for call in self.calls if call.layer == layer and call.transposed]

@@ -33,11 +33,11 @@ class WeightGuess:
 
 
 def first_matrices(view: WorkerView) -> dict[int, Tensor]:
-    """W* of the first layers, as it was first sent."""
+    """W* of the first layers, as it was last sent."""
     matrices: dict[int, Tensor] = {}
     for matrix in view.matrices:
         if matrix.layer is not None and matrix.layer < MOST_LAYERS:
-            matrices.setdefault(matrix.layer, matrix.W_star)
+            matrices[matrix.layer] = matrix.W_star
     return matrices
 
 

@@ -7,7 +7,7 @@ worker with a transcript  <-  protected secret model  <-  LoRA steps, then gener
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +24,10 @@ from obfuscatune.enclave.load import load
 from obfuscatune.enclave.local import local_worker
 from obfuscatune.enclave.offloaded import Offloaded
 from obfuscatune.enclave.profiles import Profile
-from obfuscatune.enclave.protection import Protection
 from obfuscatune.tuning.adapter import add_lora
 from obfuscatune.tuning.batches import Plan
 from obfuscatune.tuning.data import Example
 from obfuscatune.tuning.loop import Descent, make_optimizer, train
-from obfuscatune.wire.errors import ProtectionError
 from obfuscatune.wire.transcript import read_transcript
 
 if TYPE_CHECKING:
@@ -66,7 +64,12 @@ def record_run(scenario: Scenario, profile: Profile, seed: int, folder: Path) ->
 
 
 def run_under_watch(scenario: Scenario, profile: Profile, seed: int, link: WorkerLink) -> Truth:
-    """The run itself, over any link; what was true of each crossing, in order."""
+    """The run itself, over any link; what was true of each crossing, in order.
+
+    LoRA stays in the enclave, whatever the profile says: the rows that cross for W are the same, and those for an
+    adapter on the worker are not attacked yet (docs/audit.md).
+    """
+    profile = replace(profile, lora_on="enclave")
     model = load(scenario.directory, link, profile=profile, dtype=torch.float32)
     witness = _Witness()
     bases, weights = base_weights(scenario.base, profile), base_weights(scenario.secret, profile)
@@ -74,7 +77,7 @@ def run_under_watch(scenario: Scenario, profile: Profile, seed: int, link: Worke
     tuned = _finetune(model, scenario, seed, witness)
     _generate(tuned, scenario, seed, witness)
     pieces = tuple(scenario.tokenizer.decode([token]) for token in range(scenario.base.config.vocab_size))
-    return Truth(tuple(witness.calls), tuple(layers), bases, pieces)
+    return Truth(tuple(witness.calls), tuple(layer.truth() for layer in layers), bases, pieces)
 
 
 @dataclass
@@ -85,44 +88,60 @@ class _Witness:
     tokens: tuple[int, ...] = ()
     phase: Phase = "training"
     text: int = 0
-    epoch: int = 0
 
-    def note(self, layer: int, transposed: bool, rows: Tensor) -> None:
+    def note(self, layer: int, transposed: bool, rows: Tensor, epoch: int) -> None:
         plain = rows.detach().double().cpu().clone()
-        self.calls.append(TrueCall(layer, transposed, plain, self.tokens, self.phase, self.text, self.epoch))
+        self.calls.append(TrueCall(layer, transposed, plain, self.tokens, self.phase, self.text, epoch))
 
 
-class _WatchedProduct(OffloadedProduct):
-    """Does what it is asked, and tells the witness."""
+class _WatchedProduct:
+    """In the place of an `OffloadedProduct`: does what that does, and tells the witness."""
 
-    def __init__(self, protection: Protection, offloaded: Offloaded, layer: int, witness: _Witness) -> None:
-        if protection.link is None:
-            raise ProtectionError("this profile sends nothing to a worker: there is nothing to audit")
-        super().__init__(protection.link, offloaded.matrix_id, offloaded.R_in, offloaded.R_out, protection.mixer)
-        self._layer, self._witness = layer, witness
+    def __init__(self, product: OffloadedProduct, layer: int, epoch: int, witness: _Witness) -> None:
+        self._product, self._layer, self._epoch, self._witness = product, layer, epoch, witness
 
     def start_forward(self, x: Tensor) -> InFlight:
-        self._witness.note(self._layer, False, x)
-        return super().start_forward(x)
+        self._witness.note(self._layer, False, x, self._epoch)
+        return self._product.start_forward(x)
 
     def start_backward(self, g: Tensor) -> InFlight:
-        self._witness.note(self._layer, True, g)
-        return super().start_backward(g)
+        self._witness.note(self._layer, True, g, self._epoch)
+        return self._product.start_backward(g)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._product, name)
 
 
-def _watch(model: PreTrainedModel, weights: tuple[Tensor, ...], witness: _Witness) -> list[TrueLayer]:
-    """Put the witness before every product and before the model's input; the secrets of the layers."""
-    protection: Protection = model.protection
-    secrets = []
-    for index, (offloaded, W) in enumerate(zip(protection.offloaded, weights, strict=True)):
-        secrets.append(TrueLayer(offloaded.name, W, _dense(offloaded.R_in), _dense(offloaded.R_out)))
-        offloaded.crossing.multiply_by(_WatchedProduct(protection, offloaded, index, witness))
+class _WatchedLayer:
+    """Keeps the witness before a layer's product, whichever that is, and notes its secrets."""
+
+    def __init__(self, offloaded: Offloaded, layer: int, W: Tensor, witness: _Witness) -> None:
+        self._offloaded, self._layer, self._W, self._witness = offloaded, layer, W, witness
+        self._secrets: list[tuple[Tensor, Tensor]] = []
+        self._place = offloaded.crossing.multiply_by
+        self.multiply_by(offloaded.crossing._product)
+        offloaded.crossing.multiply_by = self.multiply_by  # type: ignore[method-assign]  # what re-keying calls
+
+    def multiply_by(self, product: OffloadedProduct) -> None:
+        epoch = len(self._secrets)
+        self._secrets.append((_dense(self._offloaded.R_in), _dense(self._offloaded.R_out)))
+        self._place(_WatchedProduct(product, self._layer, epoch, self._witness))  # type: ignore[arg-type]
+
+    def truth(self) -> TrueLayer:
+        R_in, R_out = zip(*self._secrets, strict=True)
+        return TrueLayer(self._offloaded.name, self._W, R_in, R_out)
+
+
+def _watch(model: PreTrainedModel, weights: tuple[Tensor, ...], witness: _Witness) -> list[_WatchedLayer]:
+    """Put the witness before every product and before the model's input."""
+    offloaded = model.protection.offloaded
+    layers = [_WatchedLayer(it, n, W, witness) for n, (it, W) in enumerate(zip(offloaded, weights, strict=True))]
 
     def note_tokens(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
         witness.tokens = tuple(kwargs["input_ids"].reshape(-1).tolist())
 
     model.register_forward_pre_hook(note_tokens, with_kwargs=True)
-    return secrets
+    return layers
 
 
 def _dense(transform: Transform) -> Tensor:
