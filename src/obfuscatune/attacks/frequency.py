@@ -26,6 +26,8 @@ WORK = 3e7
 """Starts times symbols cubed: 60 starts up to 79 symbols, 4 of 200."""
 NEAR = 8.0
 """Ranks by which a symbol's token may well be off."""
+FAR = 0.02
+"""Weight of all others in a start, against 1."""
 
 Place = tuple[int, int]
 
@@ -125,16 +127,23 @@ def _match(
     best, reached = list(range(size)), float((seen * public).sum())  # commonest to commonest
     random = np.random.default_rng(seed)
     ranks = np.arange(size)
-    near = np.exp(-np.abs(ranks[:, None] - ranks[None]) / NEAR)
+    near = np.exp(-np.abs(ranks[:, None] - ranks[None]) / NEAR) + FAR
     for _ in range(max(3, min(STARTS, round(WORK / size**3)))):
-        start = near * random.random((size, size))
-        for _ in range(100):  # Sinkhorn: it is to be doubly stochastic
-            start /= start.sum(1, keepdims=True)
-            start /= start.sum(0, keepdims=True)
+        start = _doubly_stochastic(near * random.random((size, size)))
         found = quadratic_assignment(seen, public, method="faq", options={"maximize": True, "P0": start, "maxiter": 60})
         if found.fun > reached:
             best, reached = found.col_ind.tolist(), float(found.fun)
     return best
+
+
+def _doubly_stochastic(start: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Rows and columns scaled in turn until all add up to 1 (Sinkhorn 1964)."""
+    for _ in range(1000):
+        start = start / start.sum(1, keepdims=True)
+        start = start / start.sum(0, keepdims=True)
+        if np.abs(start.sum(1) - 1).max() < 1e-6:
+            break
+    return start
 
 
 def _follows(texts: Sequence[Sequence[int]], kept: list[int]) -> NDArray[np.float64]:
