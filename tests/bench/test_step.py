@@ -29,8 +29,8 @@ def measured(tiny_shape: Path) -> StepResult:
 
 def test_both_sides_do_the_same_work(measured: StepResult) -> None:
     assert len(measured.plain) == len(measured.protected) == 3
-    assert measured.loss_difference < 1e-5
-    assert measured.plain[0]["loss"] != measured.plain[1]["loss"]  # it learns: the steps are real
+    assert measured.difference < 1e-5
+    assert measured.plain[0]["result"] != measured.plain[1]["result"]  # it learns: the steps are real
 
 
 def test_a_step_crosses_once_per_group_and_direction(measured: StepResult) -> None:
@@ -39,7 +39,7 @@ def test_a_step_crosses_once_per_group_and_direction(measured: StepResult) -> No
 
 
 def test_the_breakdown_adds_up(measured: StepResult) -> None:
-    assert set(measured.breakdown) >= {"rotate", "mix", "worker and receiving", "model, LoRA and optimizer"}
+    assert set(measured.breakdown) >= {"rotate", "mix", "waiting for the worker", "model and optimizer"}
     assert sum(measured.breakdown.values()) == pytest.approx(measured.protected_seconds)
     assert min(measured.breakdown.values()) >= 0
     assert measured.ratio == sorted(measured.ratios)[1]
@@ -60,3 +60,19 @@ def test_named_shapes_have_configurations(name: str) -> None:
 def test_an_unknown_shape_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="gpt2-xl"):
         config_of("gpt5")
+
+
+@pytest.mark.parametrize("work", ["forward", "decode"])
+def test_other_work_side_by_side(tiny_shape: Path, monkeypatch: pytest.MonkeyPatch, work: str) -> None:
+    monkeypatch.setattr(step_module, "PLAIN_WAITING", {"brief": OWN_WAITING})
+    bench = StepBench(work=work, shape=str(tiny_shape), batch=2, length=8, threads=1, rounds=1, warmup=0)  # type: ignore[arg-type]
+    measured = bench.run(lambda line: None)
+    assert measured.difference < 1e-5
+    assert measured.protected[0]["crossings"] == 4 * (16 if work == "decode" else 1)
+
+
+def test_the_paper_s_adapter_is_trained_on_the_worker(tiny_shape: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_module, "PLAIN_WAITING", {"brief": OWN_WAITING})
+    bench = StepBench(shape=str(tiny_shape), batch=2, length=16, threads=1, rounds=2, warmup=0, profile="paper")
+    measured = bench.run(lambda line: None)
+    assert measured.protected[0]["result"] != measured.protected[1]["result"]

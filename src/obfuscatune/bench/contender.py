@@ -1,4 +1,4 @@
-"""A process that does one step each time it is told to, so that contenders take turns on an idle machine.
+"""A process that does its work each time it is told to, so that contenders take turns on an idle machine.
 
 run as:  python -m obfuscatune.bench.contender '{"kind": "plain", ...}'
 reads a line:  step | profile | quit      answers a line of JSON
@@ -22,7 +22,7 @@ settle_process()  # the same for plain and protected; the wait policy is what th
 import torch
 
 from obfuscatune.bench.shapes import config_of
-from obfuscatune.bench.workload import LoraStep, random_model
+from obfuscatune.bench.workload import WORKLOADS, random_model
 from obfuscatune.enclave.local import local_worker
 from obfuscatune.enclave.protect import protect
 
@@ -38,19 +38,20 @@ def main() -> None:
         if settings["kind"] == "protected":
             worker = stack.enter_context(local_worker(threads=settings["threads"]))
             protection = protect(model, worker.address, settings["profile"]).protection
-        step = LoraStep(model, settings["batch"], settings["length"])
+        work = WORKLOADS[settings["work"]](model, settings["batch"], settings["length"])
         _say({"ready": True})
         for line in sys.stdin:
             if line.strip() == "quit":
                 break
+            work.prepare()
             before = protection.stats.snapshot() if protection else None
             with _spans() if line.strip() == "profile" else nullcontext() as spans:
                 started = time.perf_counter()
-                loss = step()
+                result = work()
                 seconds = time.perf_counter() - started
             answer: dict[str, Any] = {
                 "seconds": seconds,
-                "loss": loss,
+                "result": result,
                 "spans": spans,
                 "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             }

@@ -1,4 +1,4 @@
-"""`bench step`: a LoRA step protected and plain, in turn, in one run.
+"""`bench step`, `forward` and `decode`: work protected and plain, in turn, in one run.
 
 Plain runs in its own process at its own best settings: before the contest it tries each way for OpenMP's threads to
 wait, and the fastest stays. Both sides get the same number of threads. While one works the other is stopped by a
@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from obfuscatune.report.environment import environment
 from obfuscatune.wire.errors import ConfigError
@@ -35,8 +35,9 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class StepBench:
-    """What is measured. `batch` sequences of `length` tokens a step; `rounds` counted steps of each."""
+    """What is measured: `work` on `batch` sequences of `length` tokens; `rounds` counted times by each."""
 
+    work: Literal["step", "forward", "decode"] = "step"
     shape: str = "gpt2"
     layers: int | None = None
     batch: int = 2
@@ -162,9 +163,9 @@ class StepResult:
         return statistics.median(self.ratios)
 
     @property
-    def loss_difference(self) -> float:
-        """Largest difference between the losses of equal steps, in nats."""
-        return max(abs(float(a["loss"] - b["loss"])) for a, b in zip(self.plain, self.protected, strict=True))
+    def difference(self) -> float:
+        """Largest difference between what both sides computed in equal rounds: of a step the loss, in nats."""
+        return max(abs(float(a["result"] - b["result"])) for a, b in zip(self.plain, self.protected, strict=True))
 
     @property
     def breakdown(self) -> dict[str, float]:
@@ -178,7 +179,7 @@ class StepResult:
         spans = {name: seconds * scale for name, seconds in self.profiled["spans"].items()}
         checking = max(spans.pop("wait", 0.0) - waiting, 0.0)
         parts = {"waiting for the worker": waiting, "checking": checking} | spans
-        return {**parts, "model, LoRA and optimizer": self.protected_seconds - sum(parts.values())}
+        return {**parts, "model and optimizer": self.protected_seconds - sum(parts.values())}
 
     def as_json(self) -> dict[str, Any]:
         """Everything, for the file."""
@@ -189,7 +190,7 @@ class StepResult:
             "protected_seconds": self.protected_seconds,
             "ratio": self.ratio,
             "ratios": self.ratios,
-            "loss_difference": self.loss_difference,
+            "difference": self.difference,
             "breakdown_seconds": self.breakdown,
             "crossings": self.protected[0]["crossings"],
             "bytes": self.protected[0]["bytes"],
