@@ -38,6 +38,12 @@ def test_success_breaks_a_promise() -> None:
     assert "THE PROMISE IS BROKEN" in it.text and "0.99 (chance 0.50; tiny)" in it.text
 
 
+def test_weights_may_be_open_where_tokens_alone_were_promised() -> None:
+    it = the_verdict(cell("guarded", "two-sided-alignment", SUCCESS), cell("guarded", "bag-of-tokens", LUCK))
+    assert not it.holds
+    assert "enough for tokens, not for the rest" in it.text and "PROMISE" not in it.text
+
+
 def test_where_nothing_was_promised_none_is_broken() -> None:
     it = the_verdict(cell("identity", "equal-rows", SUCCESS))
     assert "not enough" in it.text and "PROMISE" not in it.text

@@ -22,7 +22,7 @@ def as_json(grid: Grid, environment: dict[str, str]) -> dict[str, Any]:
             {
                 "profile": it.profile,
                 "attacker": it.attacker.value,
-                "promised": it.promised,
+                "promised": [target.value for target in it.promised],
                 "holds": it.holds,
                 "text": it.text,
             }

@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from obfuscatune.attacks.base import Attacker, Target
 from obfuscatune.audit.grid import Cell, Grid
 
-PROMISED: dict[str, tuple[Attacker, ...]] = {
-    "private": (Attacker.CLOSED, Attacker.PUBLIC_TEXT),
-    "guarded": (Attacker.CLOSED, Attacker.PUBLIC_TEXT, Attacker.PUBLIC_BASE),
-}
-"""Against whom a profile promises to hide tokens and weights (docs/threat-model.md); the others promise nothing."""
 CONTROL = "identity"
 SECRETS = (Target.TOKENS, Target.WEIGHTS)
+PROMISED: dict[tuple[str, Attacker], tuple[Target, ...]] = {
+    ("private", Attacker.CLOSED): SECRETS,
+    ("private", Attacker.PUBLIC_TEXT): SECRETS,
+    ("guarded", Attacker.CLOSED): SECRETS,
+    ("guarded", Attacker.PUBLIC_TEXT): SECRETS,
+    ("guarded", Attacker.PUBLIC_BASE): (Target.TOKENS,),
+}
+"""What a profile promises to hide from whom (docs/threat-model.md); the others promise nothing."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Verdict:
 
     profile: str
     attacker: Attacker
-    promised: bool
+    promised: tuple[Target, ...]
     open: tuple[Cell, ...]
     """Attacks on tokens or weights that beat chance."""
     linked: tuple[Cell, ...]
@@ -43,10 +46,12 @@ class Verdict:
     def text(self) -> str:
         """One or two sentences."""
         who = f"{self.profile} against {_WHO[self.attacker]}"
-        if self.open:
+        if any(cell.attack.target in self.promised for cell in self.open):
+            first = f"{who}: THE PROMISE IS BROKEN. {_list(self.open)}."
+        elif self.open and self.promised:
+            first = f"{who}: enough for {_and(self.promised)}, not for the rest. {_list(self.open)}."
+        elif self.open:
             first = f"{who}: not enough. {_list(self.open)}."
-            if self.promised:
-                first = f"{who}: THE PROMISE IS BROKEN. {_list(self.open)}."
         elif self.withstood:
             first = f"{who}: enough, as far as {_count(self.withstood)} on tokens and weights can tell."
         else:
@@ -85,7 +90,7 @@ def _verdict(grid: Grid, profile: str, attacker: Attacker) -> Verdict:
     return Verdict(
         profile,
         attacker,
-        attacker in PROMISED.get(profile, ()),
+        PROMISED.get((profile, attacker), ()),
         tuple(cell for cell in secret if cell.succeeds),
         tuple(cell for cell in cells if cell.attack.target is Target.STRUCTURE and cell.succeeds),
         len(failed) - len(powerless),
@@ -108,6 +113,10 @@ def _list(cells: Sequence[Cell]) -> str:
         if known is None or cell.advantage > known.advantage:
             best[cell.attack.name] = cell
     return ", ".join(f"{name} {it.value:.2f} (chance {it.chance:.2f}; {it.model})" for name, it in best.items())
+
+
+def _and(targets: Sequence[Target]) -> str:
+    return " and ".join(targets)
 
 
 def _count(number: int) -> str:
