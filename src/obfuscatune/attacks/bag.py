@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from obfuscatune.attacks.alignment import align
-from obfuscatune.attacks.base import Attacker, Finding, Target
+from obfuscatune.attacks.base import Attacker, CannotRun, Finding, Target
 from obfuscatune.attacks.knowledge import Knowledge, PublicBase
 from obfuscatune.attacks.truth import Truth
 from obfuscatune.attacks.view import WorkerView
@@ -52,7 +52,10 @@ class BagOfTokens:
         return BagGuess(guess)
 
     def score(self, guess: BagGuess, truth: Truth) -> Finding:
-        """Overlap of bags; chance is the overlap with other calls' bags of as many tokens."""
+        """Overlap of bags; chance is that with other calls' bags of as many tokens. Single tokens are no bag."""
+        guess = BagGuess({it: bag for it, bag in guess.counts.items() if truth.calls[it].phase != "decoding"})
+        if not guess.counts:
+            raise CannotRun("no call of several tokens")
         size = max(len(bag) for bag in guess.counts.values())
         size = max(size, 1 + max(max(truth.calls[index].tokens) for index in guess.counts))
         guessed, true = [], []

@@ -12,7 +12,7 @@ from obfuscatune.attacks.base import Attacker, Finding, Target
 from obfuscatune.attacks.geometry import similarities
 from obfuscatune.attacks.knowledge import Knowledge
 from obfuscatune.attacks.scoring import pairs_of, same, score_pairs
-from obfuscatune.attacks.truth import Truth
+from obfuscatune.attacks.truth import Phase, Truth
 from obfuscatune.attacks.view import WorkerView
 
 EXACT = 1 - 1e-4
@@ -78,8 +78,19 @@ class DecodingLinkage:
         return PairGuess([(call.index, 0) for call in calls], similarities(calls))
 
     def score(self, guess: PairGuess, truth: Truth) -> Finding:
-        """Against the tokens' equality; exact pairs are those with a common direction."""
-        return _score(guess, truth)
+        """Against the tokens' equality; exact pairs are those with a common direction.
+
+        Where lengths do not tell decoding steps from prompts, prompts are left out here: somebody else may tell.
+        """
+        return _score(of_phase(guess, truth, "decoding"), truth)
+
+
+def of_phase(guess: PairGuess, truth: Truth, phase: Phase) -> PairGuess:
+    """The pairs of which both are of a phase."""
+    kept = torch.tensor([truth.calls[call].phase == phase for call, _ in guess.things])
+    i, j = pairs_of(len(kept))
+    things = [thing for thing, keep in zip(guess.things, kept.tolist(), strict=True) if keep]
+    return PairGuess(things, guess.scores[kept[i] & kept[j]])
 
 
 def _score(guess: PairGuess, truth: Truth) -> Finding:

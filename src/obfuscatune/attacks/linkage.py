@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from obfuscatune.attacks.base import Attacker, CannotRun, Finding, Target
-from obfuscatune.attacks.equality import PairGuess
+from obfuscatune.attacks.equality import PairGuess, of_phase
 from obfuscatune.attacks.geometry import overlaps
 from obfuscatune.attacks.knowledge import Knowledge
 from obfuscatune.attacks.scoring import same, score_pairs
@@ -28,7 +28,8 @@ class PrefixLinkage:
         return PairGuess([(call.index, 0) for call in calls], overlaps(calls))
 
     def score(self, guess: PairGuess, truth: Truth) -> Finding:
-        """Against equality of the first four tokens."""
+        """Against equality of the first four tokens, among prompts."""
+        guess = of_phase(guess, truth, "prompt")
         beginnings = [truth.calls[call].tokens[:4] for call, _ in guess.things]
         return score_pairs(guess.scores, same(beginnings))
 
