@@ -11,7 +11,7 @@ call. N is isotropic, so it is drawn in the worker's basis directly: N and N R a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from torch import Tensor
 from obfuscatune.enclave import kernels
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.orthogonal import covering_grid, haar, kronecker_rows
+
+if TYPE_CHECKING:
+    from obfuscatune.enclave.kernels.compiled import Compiled
 
 DENSE_BELOW = 32  # rows; up to here one dense factor costs no more than two small ones
 
@@ -90,7 +93,7 @@ class KroneckerMixing:
         """A [x; N] for x (n, p). Shield rows: as large as x on average, times the scale."""
         shield = self._stream.normal(self.rows - self._rows, x.shape[1], dtype=x.dtype)
         self._shield = shield.mul_(self._shield_scale * (scale or 1.0))
-        code = kernels.code_for(x)
+        code = self._code_for(x)
         if code is None or not out.is_contiguous():
             self._mix_by_torch(x, shield, out)
             return
@@ -106,12 +109,16 @@ class KroneckerMixing:
 
     def unmix(self, y: Tensor) -> Tensor:
         """(Aᵀ y)[:n] for y (m, q)."""
-        code = kernels.code_for(y)
+        code = self._code_for(y)
         if code is None:
             return self._unmix_by_torch(y)
         from obfuscatune.enclave.kernels.rows import unmix
 
         return unmix(y, self._order, self._rows, self._Q_a.to(y), self._Q_b.to(y), code)[0]
+
+    def _code_for(self, x: Tensor) -> Compiled | None:
+        """The kernels, where there is a grid: with a dense A torch passes over the rows no more often than they do."""
+        return kernels.code_for(x) if self._Q_a.shape[0] > 1 else None
 
     def _mix_by_torch(self, x: Tensor, shield: Tensor, out: Tensor) -> None:
         sources = self._order.remainder(self._rows)  # N overwrites what is laid in its places

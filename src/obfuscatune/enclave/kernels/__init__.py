@@ -8,7 +8,7 @@
     rotation   x R for a structured R
     rows       A [x; N], and back
 
-torch's operations stay: where these kernels do not apply, and as what they are tested against. docs/adr/0008 says why
+torch's operations stay: where these kernels do not apply, and as what they are tested against. docs/adr/0010 says why
 they are written this way.
 """
 
@@ -31,15 +31,11 @@ SWITCH = "OBFUSCATUNE_KERNELS"
 log = logging.getLogger(__name__)
 
 
-def code_for(x: Tensor, *, few_rows: bool = False) -> Compiled | None:
+def code_for(x: Tensor) -> Compiled | None:
     """The kernels that apply to x (n, p), or None where torch is to compute.
 
     They take float32 and float64 on the CPU, rows that are contiguous and at least as long as a panel's, and nothing
     through which autograd is to find its way.
-
-    Args:
-        x: n >= 1.
-        few_rows: whether the rows that lie side by side in a panel may be so few that a narrow one holds them.
     """
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or not _is_there():
         return None
@@ -48,9 +44,6 @@ def code_for(x: Tensor, *, few_rows: bool = False) -> Compiled | None:
     from obfuscatune.enclave.kernels.compiled import compiled
 
     code = compiled(x.itemsize)
-    if few_rows and x.shape[0] < code.shape.lanes:
-        narrow = compiled(x.itemsize, narrow=True)
-        code = narrow if x.shape[0] <= narrow.shape.lanes else code
     return code if x.shape[1] >= code.shape.lanes else None
 
 
@@ -65,6 +58,6 @@ def _is_there() -> bool:
         team.find()
         compiled.compiled(4)
     except (ImportError, OSError, AttributeError, RuntimeError) as reason:
-        log.warning("rotation and mixing are left to torch, which takes longer: %s", reason)
+        log.info("rotation and mixing are left to torch, which takes longer: %s", reason)
         return False
     return True

@@ -11,6 +11,7 @@ from llvmlite import ir
 I1, I32, I64 = ir.IntType(1), ir.IntType(32), ir.IntType(64)
 BYTE = ir.IntType(8)
 POINTER = ir.PointerType()
+CACHE_LINE = 64
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,13 @@ class Function:
         """The reverse of `read_row`."""
         for v, vector in enumerate(row):
             self.write(vector, address, self.shape.width * self.shape.itemsize * v)
+
+    def fetch(self, address: ir.Value, *, to_write: bool) -> None:
+        """Have the row of a panel at an address, which need not be valid, brought into the cache."""
+        kind = ir.FunctionType(ir.VoidType(), [POINTER, I32, I32, I32])
+        prefetch = self.module.globals.get("llvm.prefetch.p0") or ir.Function(self.module, kind, "llvm.prefetch.p0")
+        for offset in range(0, self.shape.row_bytes, CACHE_LINE):
+            self.builder.call(prefetch, [self._pointer(address, offset), I32(int(to_write)), I32(3), I32(1)])
 
     def spread(self, value: ir.Value) -> ir.Value:
         """A vector whose numbers are all `value`."""

@@ -64,6 +64,7 @@ class Rotation:
         fields = {
             **self._fixed,
             Job.PANELS: -(-n // self._code.shape.lanes),
+            Job.TOGETHER: 1,
             Job.COUNT: n,
             Job.SOURCE: x.data_ptr(),
             Job.SOURCE_STEP: x.stride(0) * itemsize,

@@ -9,6 +9,9 @@ from obfuscatune.enclave.kernels import job
 from obfuscatune.enclave.kernels.compiled import Compiled
 from obfuscatune.enclave.kernels.source import Job
 
+TOGETHER = 6
+"""Panels that a thread takes at a time: while it works on one, the rows of the next are fetched."""
+
 
 def mix(x: Tensor, shield: Tensor, order: Tensor, Q_a: Tensor, Q_b: Tensor, out: Tensor, code: Compiled) -> None:
     """out = (Q_a ⊗ Q_b) [x; shield][order].
@@ -31,9 +34,8 @@ def unmix(y: Tensor, order: Tensor, rows: int, Q_a: Tensor, Q_b: Tensor, code: C
         (n, q), and whether no element of y was NaN or infinite. y is read once.
     """
     result = y.new_empty(rows, y.shape[1])
-    unused = y.new_empty(y.shape[1])
-    shield = (unused.data_ptr() - result.data_ptr()) * torch.ones(1, dtype=torch.int64)
-    targets = torch.cat([_places(result, result), shield.expand(y.shape[0] - rows)])[order]
+    unused = y.new_empty(1, y.shape[1]).expand(y.shape[0] - rows, -1)
+    targets = torch.cat([_places(result, result), _places(unused, result)])[order]
     return result, _run(y, _places(y, y), result, targets, Q_a.T, Q_b.T, code)
 
 
@@ -48,10 +50,12 @@ def _run(
 ) -> bool:
     shape, columns = code.shape, source.shape[1]
     a, b = Q_a.shape[0], Q_b.shape[0]
+    panels = -(-columns // shape.lanes)
     area = job.multiples(a * b, shape.row_bytes)
     q_a, q_b = job.packed(Q_a, code), job.packed(Q_b, code)
     fields = {
-        Job.PANELS: -(-columns // shape.lanes),
+        Job.PANELS: panels,
+        Job.TOGETHER: max(min(panels // (2 * torch.get_num_threads()), TOGETHER), 1),
         Job.COUNT: columns,
         Job.SOURCE: source.data_ptr(),
         Job.TARGET: target.data_ptr(),

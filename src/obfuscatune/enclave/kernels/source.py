@@ -13,6 +13,8 @@ the job's counter until none is left. Every thread has a piece of scratch memory
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 
 from llvmlite import ir
@@ -42,7 +44,8 @@ class Job(IntEnum):
     BETWEEN = 20  # table: second grid, 0 where there is none
     C, D, Q_C, Q_D = 21, 22, 23, 24
     START, SECOND_START = 25, 26  # first row of the first and of the second grid, in bytes
-    LENGTH = 27
+    TOGETHER = 27  # panels that a thread takes at a time
+    LENGTH = 28
 
 
 def build(shape: Shape, triple: str) -> ir.Module:
@@ -77,18 +80,23 @@ def _multiply(module: ir.Module, shape: Shape, height: int) -> ir.Function:
 
 
 def _times(module: ir.Module, shape: Shape, multiply: list[ir.Function], *, look: bool) -> ir.Function:
-    """times(size, q, source, from, from_step, target, to, to_step, staged, seen): q (size, size) times rows.
+    """times(size, q, source, from, from_step, target, to, to_step, staged, seen, goal, goals): q (size, size) times
+    rows.
 
     The rows are first copied side by side to `staged`: they are read from there several times. With `look`, the row
-    `seen` gains 0 times each, which is NaN for NaN and infinity, and 0 for the rest.
+    `seen` gains 0 times each, which is NaN for NaN and infinity, and 0 for the rest; and what is next read and
+    written far away is fetched ahead: the same rows of the next panel, and rows `goals` of `goal`.
     """
-    f = Function(module, "times_looking" if look else "times", 10, shape)
+    f = Function(module, "times_looking" if look else "times", 12, shape)
     b = f.builder
-    size, q, source, from_, from_step, target, to, to_step, staged, seen = f.arguments
+    size, q, source, from_, from_step, target, to, to_step, staged, seen, goal, goals = f.arguments
     found = [f.local(shape.vector, vector) for vector in f.read_row(seen)] if look else []
     with f.loop(size) as k:
         place = f.read(b.add(from_, b.mul(b.mul(k, from_step), I64(8))), I64)
         row = f.read_row(b.add(source, place))
+        if look:
+            f.fetch(b.add(b.add(source, place), I64(shape.row_bytes)), to_write=False)
+            f.fetch(b.add(goal, f.read(b.add(goals, b.mul(k, I64(8))), I64)), to_write=True)
         for vector, total in zip(row, found, strict=False):
             b.store(f.multiply_add(vector, f.zero(), b.load(total, typ=shape.vector)), total)
         f.write_row(row, b.add(staged, b.mul(k, I64(shape.row_bytes))))
@@ -135,11 +143,12 @@ def _kronecker(module: ir.Module, shape: Shape, times: ir.Function, times_first:
     with f.loop(a) as i:
         group = builder.mul(builder.mul(i, b), I64(8))
         here, there = builder.add(from_, group), builder.add(middle_rows, group)
-        builder.call(times_first, [b, q_b, source, here, I64(1), middle, there, I64(1), staged, seen])
+        goals = builder.add(to, group)
+        builder.call(times_first, [b, q_b, source, here, I64(1), middle, there, I64(1), staged, seen, target, goals])
     with f.loop(builder.select(alone, I64(0), b)) as j:
         offset = builder.mul(j, I64(8))
         here, there = builder.add(rows, offset), builder.add(to, offset)
-        builder.call(times, [a, q_a, area, here, b, target, there, b, staged, seen])
+        builder.call(times, [a, q_a, area, here, b, target, there, b, staged, seen, target, there])
     builder.ret_void()
     return f.ir
 
@@ -150,7 +159,7 @@ class _Panels:
     def __init__(self, f: Function) -> None:
         self.f = f
         self._job = f.arguments[0]
-        thread = self._take(Job.NEXT_THREAD)
+        thread = self._take(Job.NEXT_THREAD, I64(1))
         b = f.builder
         self._sum = b.add(self[Job.SUMS], b.mul(thread, I64(8)))
         self.scratch = b.add(self[Job.SCRATCH], b.mul(thread, self[Job.SCRATCH_BYTES]))
@@ -158,45 +167,40 @@ class _Panels:
     def __getitem__(self, key: Job) -> ir.Value:
         return self.f.read(self._job, I64, 8 * key)
 
-    def each(self, seen: ir.Value) -> _Turns:
-        return _Turns(self, seen)
+    @contextmanager
+    def each(self, seen: ir.Value) -> Iterator[ir.Value]:
+        """Around what is to be done for one panel; afterwards what `seen` has gained is added to the thread's sum."""
+        f, b = self.f, self.f.builder
+        head, run, end = (f.ir.append_basic_block(name) for name in ("take", "run", "out_of_panels"))
+        b.branch(head)
+        b.position_at_end(head)
+        panels, together = self[Job.PANELS], self[Job.TOGETHER]
+        start = self._take(Job.NEXT_PANEL, together)
+        b.cbranch(b.icmp_signed("<", start, panels), run, end)
+        b.position_at_end(run)
+        stop = b.add(start, together)
+        with f.loop(b.select(b.icmp_signed("<", stop, panels), stop, panels), start=start) as panel:
+            f.write_row([f.zero()] * f.shape.vectors, seen)
+            yield panel
+            self._add_up(seen)
+        b.branch(head)
+        b.position_at_end(end)
 
-    def _take(self, key: Job) -> ir.Value:
+    def _add_up(self, seen: ir.Value) -> None:
+        """In float64."""
+        f, b = self.f, self.f.builder
+        wide = ir.DoubleType()
+        total = f.local(wide, f.read(self._sum, wide))
+        with f.loop(I64(f.shape.lanes)) as lane:
+            value = f.read(b.add(seen, b.mul(lane, I64(f.shape.itemsize))), f.shape.number)
+            value = b.fpext(value, wide) if f.shape.itemsize == 4 else value
+            b.store(b.fadd(b.load(total, typ=wide), value), total)
+        f.write(b.load(total, typ=wide), self._sum)
+
+    def _take(self, key: Job, count: ir.Value) -> ir.Value:
         b = self.f.builder
         place = b.inttoptr(b.add(self._job, I64(8 * key)), POINTER)
-        return b.atomic_rmw("add", place, I64(1), "monotonic")
-
-
-class _Turns:
-    """`with` it around what is to be done for one panel."""
-
-    def __init__(self, panels: _Panels, seen: ir.Value) -> None:
-        self._panels, self._seen = panels, seen
-
-    def __enter__(self) -> ir.Value:
-        panels = self._panels
-        f, b = panels.f, panels.f.builder
-        self._head, body, self._end = (f.ir.append_basic_block(name) for name in ("take", "panel", "out_of_panels"))
-        b.branch(self._head)
-        b.position_at_end(self._head)
-        panel = panels._take(Job.NEXT_PANEL)
-        b.cbranch(b.icmp_signed("<", panel, panels[Job.PANELS]), body, self._end)
-        b.position_at_end(body)
-        f.write_row([f.zero()] * f.shape.vectors, self._seen)
-        return panel
-
-    def __exit__(self, *_: object) -> None:
-        """Add what was seen in this panel to the thread's sum, in float64."""
-        panels = self._panels
-        f, b = panels.f, panels.f.builder
-        total = f.local(ir.DoubleType(), f.read(panels._sum, ir.DoubleType()))
-        with f.loop(I64(f.shape.lanes)) as lane:
-            value = f.read(b.add(self._seen, b.mul(lane, I64(f.shape.itemsize))), f.shape.number)
-            wide = b.fpext(value, ir.DoubleType()) if f.shape.itemsize == 4 else value
-            b.store(b.fadd(b.load(total, typ=ir.DoubleType()), wide), total)
-        f.write(b.load(total, typ=ir.DoubleType()), panels._sum)
-        b.branch(self._head)
-        b.position_at_end(self._end)
+        return b.atomic_rmw("add", place, count, "monotonic")
 
 
 def _mix_rows(module: ir.Module, shape: Shape, kronecker: ir.Function) -> None:

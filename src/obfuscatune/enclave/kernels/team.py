@@ -9,8 +9,6 @@ import ctypes
 import functools
 from pathlib import Path
 
-import torch
-
 _LIBRARIES = ("libgomp", "libiomp5", "libomp")
 """GNU's OpenMP, and LLVM's and Intel's, which on Linux answer to GNU's names as well."""
 
@@ -37,7 +35,7 @@ _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 @functools.cache
-def _parallel() -> ctypes._NamedFuncPointer:  # type: ignore[name-defined]
+def _parallel() -> ctypes._NamedFuncPointer:
     """GOMP_parallel(function, data, threads, flags) of the library that torch brought."""
     parallel = ctypes.CDLL(str(_library())).GOMP_parallel
     parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]

@@ -123,10 +123,13 @@ class StructuredTransform(OrthogonalTransform):
         return permute_columns(x, undo_first)
 
     def _fused_measured(self, x: Tensor, *, undo: bool) -> tuple[Tensor, float] | None:
-        """x R, or x R⁻¹, and the norm, where the kernels apply to x and there is a grid; else None."""
+        """x R, or x R⁻¹, and the norm, where there is a grid and x has rows enough for a panel of the kernels.
+
+        None where torch is to compute: it is as fast on a few rows, which leave most of a panel empty.
+        """
         fits = x.shape[-1] == self.dim > DENSE_BELOW
-        code = kernels.code_for(x, few_rows=True) if fits else None
-        if code is None:
+        code = kernels.code_for(x) if fits else None
+        if code is None or x.shape[0] < code.shape.lanes // 2:
             return None
         if (code, undo) not in self._fused:
             self._fused[code, undo] = self._prepared(code, x.dtype, undo=undo)

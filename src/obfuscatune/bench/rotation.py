@@ -1,0 +1,170 @@
+"""`bench rotation`: rotation and mixing by torch and by the compiled kernels, beside the limits of the machine."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from obfuscatune.enclave import kernels
+from obfuscatune.enclave.keys import SecretStream
+from obfuscatune.enclave.mixing import KroneckerMixer, KroneckerMixing
+from obfuscatune.enclave.transforms.structured import StructuredTransform
+from obfuscatune.report.environment import environment
+from obfuscatune.wire.errors import ConfigError
+
+DIMS = (768, 1024, 1280, 1600, 2304, 3072, 4800, 5120, 6400)
+"""Widths of the layers of GPT-2 small to XL."""
+ROWS = (1, 8, 32, 512, 4096)
+SHIELD_ROWS = 16
+PAIRS = 6
+"""Matrices that are worked on in turn: together they are more than a core's own caches hold."""
+_LEAST_SECONDS = 0.05
+"""For each measurement."""
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class RotationRow:
+    """One operation on x (rows, dim) in float32; medians."""
+
+    what: str
+    rows: int
+    dim: int
+    torch_seconds: float
+    kernel_seconds: float
+    kernel_gflops: float
+    """10⁹ floating-point operations a second, of the two small products."""
+    kernel_gbytes: float
+    """10⁹ bytes a second of x read once and the result written once."""
+
+
+@dataclass(frozen=True)
+class RotationBench:
+    """What is measured."""
+
+    dims: tuple[int, ...] = DIMS
+    rows: tuple[int, ...] = ROWS
+    threads: int = 2
+
+    def run(self, progress: Progress) -> RotationResult:
+        """Measure; half a minute with the defaults.
+
+        Raises:
+            ConfigError: no kernels can be compiled here.
+        """
+        if kernels.code_for(torch.empty(512, 512)) is None:
+            raise ConfigError(f"no kernels here: install llvmlite, on Linux, and do not set {kernels.SWITCH}=0")
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            with torch.no_grad():
+                gflops, gbytes = _limits()
+                progress(f"this machine: {gflops:.0f} GFLOP/s in a product, {gbytes:.0f} GB/s in a copy")
+                rows = [row for n in self.rows for dim in self.dims for row in self._measured(n, dim, progress)]
+        finally:
+            torch.set_num_threads(before)
+        return RotationResult(self, gflops, gbytes, rows, environment(self.threads))
+
+    def _measured(self, n: int, dim: int, progress: Progress) -> list[RotationRow]:
+        stream = SecretStream.fresh()
+        R = StructuredTransform(dim, stream)
+        A = KroneckerMixer(SHIELD_ROWS, stream).draw(n, dim)
+        xs = [torch.randn(n, dim) for _ in range(PAIRS)]
+        ys = [torch.randn(A.rows, dim) for _ in range(PAIRS)]
+        shield = torch.randn(A.rows - n, dim)
+        per_number = 2 * sum(side for pair in R._pairs for side in (pair[0].shape[0], pair[1].shape[0]))
+        per_mixed = 2 * sum(Q.shape[0] for Q in (A._Q_a, A._Q_b) if Q.shape[0] > 1)
+        factors = R._factors_in(torch.float32, torch.device("cpu"))
+        cases: dict[str, tuple[Callable[[int], object], Callable[[int], object], int]] = {
+            "rotate": (lambda i: R._apply_by_torch(xs[i], factors), lambda i: R.apply(xs[i]), n * dim * per_number),
+            "undo rotation": (
+                lambda i: R._inverse_by_torch(xs[i], factors),
+                lambda i: R.inverse(xs[i]),
+                n * dim * per_number,
+            ),
+            "mix": (
+                lambda i: A._mix_by_torch(xs[i], shield, ys[i]),
+                lambda i: _mix(A, xs[i], shield, ys[i]),
+                A.rows * dim * per_mixed,
+            ),
+            "undo mixing": (
+                lambda i: A._unmix_by_torch(ys[i]),
+                lambda i: A.unmix(ys[i]),
+                A.rows * dim * per_mixed,
+            ),
+        }
+        rows = []
+        for what, (by_torch, by_kernel, operations) in cases.items():
+            slow, fast = _median(by_torch), _median(by_kernel)
+            size = 4 * dim * (2 * n if "rot" in what else n + A.rows)
+            rows.append(RotationRow(what, n, dim, slow, fast, operations / fast / 1e9, size / fast / 1e9))
+        progress(f"{n} x {dim}: " + ", ".join(f"{r.what} {r.torch_seconds / r.kernel_seconds:.1f}x" for r in rows))
+        return rows
+
+
+@dataclass(frozen=True)
+class RotationResult:
+    """What was measured."""
+
+    bench: RotationBench
+    machine_gflops: float
+    """A product of torch's, 1536 x 1536, float32."""
+    machine_gbytes: float
+    """Bytes read and written by a copy of 256 MiB."""
+    rows: list[RotationRow]
+    environment: dict[str, str]
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, for the file."""
+        return asdict(self)
+
+    def as_markdown(self) -> str:
+        """One table."""
+        lines = [
+            f"float32, {self.bench.threads} threads. This machine: {self.machine_gflops:.0f} GFLOP/s in a product, "
+            f"{self.machine_gbytes:.0f} GB/s in a copy.",
+            "",
+            "| operation | rows | width | torch, ms | kernel, ms | faster | GFLOP/s | GB/s |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {r.what} | {r.rows} | {r.dim} | {r.torch_seconds * 1e3:.3f} | {r.kernel_seconds * 1e3:.3f} | "
+            f"{r.torch_seconds / r.kernel_seconds:.1f}x | {r.kernel_gflops:.0f} | {r.kernel_gbytes:.1f} |"
+            for r in self.rows
+        ]
+        return "\n".join(lines) + "\n"
+
+
+def _mix(A: KroneckerMixing, x: Tensor, shield: Tensor, out: Tensor) -> None:
+    """`KroneckerMixing.mix` without drawing shield rows, which both ways do alike."""
+    from obfuscatune.enclave.kernels.rows import mix
+
+    code = kernels.code_for(x)
+    if code is not None:
+        mix(x, shield, A._order, A._Q_a.to(x), A._Q_b.to(x), out, code)
+
+
+def _limits() -> tuple[float, float]:
+    """GFLOP/s of a large product, and GB/s of a large copy."""
+    a, large = torch.randn(1536, 1536), torch.empty(64 << 20)
+    copy = torch.empty_like(large)
+    product = _median(lambda _: a @ a)
+    return 2 * a.shape[0] ** 3 / product / 1e9, 2 * large.nbytes / _median(lambda _: copy.copy_(large)) / 1e9
+
+
+def _median(work: Callable[[int], object]) -> float:
+    """Seconds of one call."""
+    for i in range(PAIRS):
+        work(i)
+    seconds: list[float] = []
+    while len(seconds) < PAIRS or sum(seconds) < _LEAST_SECONDS:
+        started = time.perf_counter()
+        work(len(seconds) % PAIRS)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)

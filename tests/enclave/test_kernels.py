@@ -1,0 +1,265 @@
+"""The compiled kernels compute what torch's operations do, to rounding, and see every NaN and infinity."""
+
+from __future__ import annotations
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from obfuscatune import RootKey
+from obfuscatune.enclave import kernels
+from obfuscatune.enclave.linear import _root_mean_square
+from obfuscatune.enclave.mixing import KroneckerMixer, KroneckerMixing
+from obfuscatune.enclave.transforms.structured import StructuredTransform
+from obfuscatune.wire.errors import NonFiniteError
+
+if not kernels._is_there():
+    pytest.skip("no kernels can be compiled here; torch computes", allow_module_level=True)
+
+from obfuscatune.enclave.kernels import rows as row_kernels
+from obfuscatune.enclave.kernels.compiled import Compiled, compile_for, compiled, shape_for
+from obfuscatune.enclave.kernels.emit import Shape
+
+KEY = RootKey(b"k" * 32)
+DIMS = (65, 96, 97, 768, 1021, 1600)  # one grid and two, primes, multiples of a panel and not
+ROWS = (1, 17, 32, 33, 70)
+DTYPES = (torch.float32, torch.float64)
+SHAPES = {"avx512": (64, 2, 8), "avx2": (32, 2, 6), "neon": (16, 2, 8)}
+NOT_FINITE = (float("nan"), float("inf"), float("-inf"))
+
+
+def some(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return KEY.stream("x", *shape).normal(*shape).to(dtype)
+
+
+def structured(dim: int) -> StructuredTransform:
+    return StructuredTransform(dim, KEY.stream("transform", dim))
+
+
+def by_torch(R: StructuredTransform, x: Tensor, direction: str) -> Tensor:
+    return getattr(R, f"_{direction}_by_torch")(x, R._factors_in(x.dtype, x.device))
+
+
+def mixing(rows: int, shield_rows: int = 8, name: str = "m") -> KroneckerMixing:
+    return KroneckerMixer(shield_rows, KEY.stream(name, rows)).draw(rows, 1)
+
+
+@pytest.fixture
+def two_threads() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("direction", ["apply", "inverse"])
+def test_a_rotation_errs_no_more_than_torch(direction: str, dim: int, dtype: torch.dtype) -> None:
+    R = structured(dim)
+    for rows in ROWS:
+        x = some(rows, dim, dtype=dtype)
+        exact = by_torch(R, x.double(), direction)
+        expected, found = by_torch(R, x, direction), getattr(R, direction)(x)
+        assert (found.shape, found.dtype) == (x.shape, dtype)
+        norm = x.double().norm(dim=1, keepdim=True) / dim**0.5
+        error, allowed = ((y.double() - exact).div(norm).square().mean().sqrt() for y in (found, expected))
+        # sums in another order: the same error but for chance; where torch is the exact one, a few roundings
+        assert error <= 1.2 * allowed + 4 * torch.finfo(torch.float64).eps
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [65, 96, 1021])
+def test_mixing_errs_no_more_than_torch(columns: int, dtype: torch.dtype) -> None:
+    for rows in ROWS:
+        x = some(rows, columns, dtype=dtype)
+        found, expected, exact = (
+            torch.empty(mixing(rows).rows, columns, dtype=d) for d in (dtype, dtype, torch.float64)
+        )
+        A = mixing(rows)
+        A.mix(x, 1.0, found)
+        A._mix_by_torch(x, A._shield, expected)
+        A._mix_by_torch(x.double(), A._shield.double(), exact)
+        errors = [(y.double() - exact).square().mean().sqrt() for y in (found, expected)]
+        assert errors[0] <= 1.2 * errors[1] + 4 * torch.finfo(torch.float64).eps
+        back = A._unmix_by_torch(exact)
+        errors = [(y.double() - back).square().mean().sqrt() for y in (A.unmix(found), A._unmix_by_torch(found))]
+        assert errors[0] <= 1.2 * errors[1] + 4 * torch.finfo(torch.float64).eps
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("itemsize", [4, 8])
+def test_panels_of_any_processor_give_the_same(monkeypatch: pytest.MonkeyPatch, itemsize: int, name: str) -> None:
+    """Kernels for processors with fewer registers run here too."""
+    register, vectors, height = SHAPES[name]
+    code = compile_for(Shape(itemsize, register // itemsize, vectors, height))
+    dtype = {4: torch.float32, 8: torch.float64}[itemsize]
+    monkeypatch.setattr(kernels, "code_for", lambda x: code)
+    for dim in (97, 768):
+        R, x = structured(dim), some(33, dim, dtype=dtype)
+        for direction in ("apply", "inverse"):
+            found, expected = getattr(R, direction)(x), by_torch(R, x, direction)
+            torch.testing.assert_close(found, expected, rtol=0, atol=20 * torch.finfo(dtype).eps)
+        A = mixing(33)
+        mixed = x.new_empty(A.rows, dim)
+        A.mix(x, 1.0, mixed)
+        torch.testing.assert_close(A.unmix(mixed), x, rtol=0, atol=40 * torch.finfo(dtype).eps)
+
+
+def test_each_processor_gets_the_panels_of_its_registers() -> None:
+    assert shape_for(4, {"avx512f": True, "avx2": True, "fma": True}).lanes == 32
+    assert shape_for(4, {"avx2": True, "fma": True}).lanes == 16
+    assert shape_for(4, {}).width == 4
+    assert compiled(4) is compiled(4)
+
+
+@pytest.mark.parametrize("view", ["columns", "every other row", "one row again and again"])
+def test_rows_need_not_lie_side_by_side(view: str) -> None:
+    R, base = structured(97), some(70, 200, dtype=torch.float32)
+    x = {
+        "columns": base[:, 50:147],
+        "every other row": base[::2, :97],
+        "one row again and again": base[:1, :97].expand(40, 97),
+    }[view]
+    assert torch.equal(R.apply_measured(x)[0], R.apply(x.contiguous()))
+    A = mixing(x.shape[0])
+    found = x.new_empty(A.rows, 97)
+    A.mix(x, 1.0, found)
+    torch.testing.assert_close(A.unmix(found), x.contiguous(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("rows", [17, 33, 70])
+def test_each_number_counts_once_in_the_norm(rows: int, dim: int) -> None:
+    """Panels overlap at the ends."""
+    x = some(rows, dim, dtype=torch.float32)
+    _, norm = structured(dim).apply_measured(x)
+    assert norm == pytest.approx(float(x.double().norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("value", NOT_FINITE)
+@pytest.mark.parametrize("dim", [97, 768])
+def test_no_rotation_hides_a_number_that_is_not_finite(dim: int, value: float) -> None:
+    R, clean = structured(dim), some(70, dim, dtype=torch.float32)
+    for row, column in ((0, 0), (69, dim - 1), (31, dim // 2), (32, 15), (69, 16)):
+        x = clean.clone()
+        x[row, column] = value
+        rotated, norm = R.apply_measured(x)
+        assert not norm < float("inf")
+        with pytest.raises(NonFiniteError):
+            _root_mean_square(rotated, norm)
+
+
+@pytest.mark.parametrize("size", [1e25, 1e-25])
+def test_the_scale_of_very_large_and_very_small_rows_is_found(size: float) -> None:
+    """Their squares are no float32."""
+    x = some(33, 768, dtype=torch.float32) * size
+    rotated, norm = structured(768).apply_measured(x)
+    assert _root_mean_square(rotated, norm) == pytest.approx(float(x.double().square().mean().sqrt()), rel=1e-5, abs=0)
+
+
+@pytest.mark.parametrize("columns", [97, 768])
+def test_unmixing_sees_every_number_that_is_not_finite(columns: int) -> None:
+    A = mixing(70)
+    clean = some(A.rows, columns, dtype=torch.float32) * 1e37  # large, but finite: sums of squares are not
+    assert unmixed(clean, A)[1]
+    for row in range(A.rows):
+        y = clean.clone()
+        y[row, row * 7919 % columns] = NOT_FINITE[row % 3]
+        assert not unmixed(y, A)[1], f"row {row}"
+    for column in range(columns):
+        y = clean.clone()
+        y[column % A.rows, column] = NOT_FINITE[column % 3]
+        assert not unmixed(y, A)[1], f"column {column}"
+
+
+def unmixed(y: Tensor, A: KroneckerMixing) -> tuple[Tensor, bool]:
+    return row_kernels.unmix(y, A._order, A._rows, A._Q_a.to(y), A._Q_b.to(y), compiled(y.itemsize))
+
+
+def test_mixing_writes_nothing_outside_its_place(two_threads: None) -> None:
+    A, x = mixing(70), some(70, 97, dtype=torch.float32)
+    memory = torch.full((A.rows * 97 + 200,), 7.0)
+    A.mix(x, 1.0, memory[100:-100].view(A.rows, 97))
+    assert bool((memory[:100] == 7).all() and (memory[-100:] == 7).all())
+    y = memory[100:-100].view(A.rows, 97).clone()
+    assert torch.equal(A.unmix(memory[100:-100].view(A.rows, 97)), A.unmix(y)), "what it reads it leaves as it is"
+
+
+def test_the_number_of_threads_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    R, x, A = structured(768), some(200, 768, dtype=torch.float32), mixing(200)
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            mixed = x.new_empty(A.rows, 768)
+            row_kernels.mix(x, x[: A.rows - 200], A._order, A._Q_a.float(), A._Q_b.float(), mixed, compiled(4))
+            found.append((R.apply(x), R.inverse(x), mixed, A.unmix(mixed)))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_callers_do_not_disturb_each_other(two_threads: None) -> None:
+    """Scratch memory is each Python thread's own."""
+    work = [(structured(dim), some(100, dim, dtype=torch.float32)) for dim in (96, 768, 1021, 1600)] * 5
+    alone = [R.apply(x) for R, x in work]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda job: job[0].apply(job[1]), work))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_gradients_go_through_torch() -> None:
+    R, x = structured(97), some(3, 97, dtype=torch.float32).requires_grad_()
+    g = some(3, 97, dtype=torch.float32) + 1
+    R.apply(x).backward(g)
+    torch.testing.assert_close(x.grad, R.apply_transpose(g), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        some(3, 768, dtype=torch.bfloat16),
+        some(3, 16, dtype=torch.float32),
+        some(768, 3, dtype=torch.float32).T,
+        some(3, 768, dtype=torch.float32).to("meta"),
+        some(3, 768, dtype=torch.float32)[:0],
+    ],
+    ids=["16 bits", "short rows", "columns side by side", "no memory", "no rows"],
+)
+def test_the_rest_is_left_to_torch(x: Tensor) -> None:
+    assert kernels.code_for(x) is None
+
+
+@pytest.mark.parametrize("how", ["switched off", "not installed"])
+def test_without_kernels_torch_computes_the_same(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    R, x, A = structured(768), some(33, 768), mixing(33)
+    mixed = x.new_empty(A.rows, 768)
+    A.mix(x, 1.0, mixed)
+    found = R.apply(x), A.unmix(mixed)
+    kernels._is_there.cache_clear()
+    try:
+        if how == "switched off":
+            monkeypatch.setenv(kernels.SWITCH, "0")
+        else:
+            monkeypatch.setitem(sys.modules, "llvmlite", None)
+            for name in [name for name in sys.modules if name.startswith("obfuscatune.enclave.kernels.")]:
+                monkeypatch.delitem(sys.modules, name)
+            for name in ("compiled", "source", "emit"):
+                monkeypatch.delattr(kernels, name, raising=False)
+        assert kernels.code_for(x) is None
+        for with_, without in zip(found, (R.apply(x), A.unmix(mixed)), strict=True):
+            torch.testing.assert_close(with_, without, rtol=0, atol=1e-13)
+    finally:
+        kernels._is_there.cache_clear()
+
+
+def test_a_kernel_is_compiled_for_one_dtype_at_a_time() -> None:
+    assert isinstance(kernels.code_for(some(40, 96)), Compiled)
+    assert kernels.code_for(some(40, 96)).shape.itemsize == 8
