@@ -15,7 +15,7 @@ from obfuscatune.enclave import kernels
 from obfuscatune.enclave.linear import _root_mean_square
 from obfuscatune.enclave.mixing import KroneckerMixer, KroneckerMixing
 from obfuscatune.enclave.transforms.structured import StructuredTransform
-from obfuscatune.wire.errors import NonFiniteError
+from obfuscatune.wire.errors import BadReply, NonFiniteError
 
 if not kernels._is_there():
     pytest.skip("no kernels can be compiled here; torch computes", allow_module_level=True)
@@ -171,6 +171,8 @@ def test_unmixing_sees_every_number_that_is_not_finite(columns: int) -> None:
         y = clean.clone()
         y[row, row * 7919 % columns] = NOT_FINITE[row % 3]
         assert not unmixed(y, A)[1], f"row {row}"
+        with pytest.raises(BadReply):
+            A.unmix(y)
     for column in range(columns):
         y = clean.clone()
         y[column % A.rows, column] = NOT_FINITE[column % 3]

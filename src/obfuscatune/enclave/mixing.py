@@ -19,6 +19,7 @@ from torch import Tensor
 from obfuscatune.enclave import kernels
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.orthogonal import covering_grid, haar, kronecker_rows
+from obfuscatune.wire.errors import BadReply
 
 if TYPE_CHECKING:
     from obfuscatune.enclave.kernels.compiled import Compiled
@@ -114,7 +115,10 @@ class KroneckerMixing:
             return self._unmix_by_torch(y)
         from obfuscatune.enclave.kernels.rows import unmix
 
-        return unmix(y, self._order, self._rows, self._Q_a.to(y), self._Q_b.to(y), code)[0]
+        x, finite = unmix(y, self._order, self._rows, self._Q_a.to(y), self._Q_b.to(y), code)
+        if not finite:  # the link has checked it; but it may lie where the worker can change it afterwards
+            raise BadReply("the worker's product contains NaN or infinity")
+        return x
 
     def _code_for(self, x: Tensor) -> Compiled | None:
         """The kernels, where there is a grid: with a dense A torch passes over the rows no more often than they do."""

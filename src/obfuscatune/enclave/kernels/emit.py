@@ -38,6 +38,11 @@ class Shape:
         return self.lanes * self.itemsize
 
     @property
+    def lines(self) -> int:
+        """Lines of the cache that a row of a panel fills."""
+        return max(self.row_bytes // CACHE_LINE, 1)
+
+    @property
     def number(self) -> ir.Type:
         """One number."""
         return ir.FloatType() if self.itemsize == 4 else ir.DoubleType()
@@ -109,12 +114,11 @@ class Function:
         for v, vector in enumerate(row):
             self.write(vector, address, self.shape.width * self.shape.itemsize * v)
 
-    def fetch(self, address: ir.Value, *, to_write: bool) -> None:
-        """Have the row of a panel at an address, which need not be valid, brought into the cache."""
+    def fetch(self, address: ir.Value) -> None:
+        """Have the line at an address, which need not be valid, brought into the cache."""
         kind = ir.FunctionType(ir.VoidType(), [POINTER, I32, I32, I32])
         prefetch = self.module.globals.get("llvm.prefetch.p0") or ir.Function(self.module, kind, "llvm.prefetch.p0")
-        for offset in range(0, self.shape.row_bytes, CACHE_LINE):
-            self.builder.call(prefetch, [self._pointer(address, offset), I32(int(to_write)), I32(3), I32(1)])
+        self.builder.call(prefetch, [self._pointer(address, 0), I32(0), I32(3), I32(1)])  # to read, to keep, data
 
     def spread(self, value: ir.Value) -> ir.Value:
         """A vector whose numbers are all `value`."""

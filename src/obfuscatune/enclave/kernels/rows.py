@@ -9,8 +9,10 @@ from obfuscatune.enclave.kernels import job
 from obfuscatune.enclave.kernels.compiled import Compiled
 from obfuscatune.enclave.kernels.source import Job
 
-TOGETHER = 6
-"""Panels that a thread takes at a time: while it works on one, the rows of the next are fetched."""
+TOGETHER_BYTES = 1 << 20
+"""Of the panels that a thread works on at a time: half of what a core's second cache holds."""
+TOGETHER = 8
+"""These panels, at most: pieces of rows as long as that are read and written at full speed."""
 
 
 def mix(x: Tensor, shield: Tensor, order: Tensor, Q_a: Tensor, Q_b: Tensor, out: Tensor, code: Compiled) -> None:
@@ -31,7 +33,8 @@ def unmix(y: Tensor, order: Tensor, rows: int, Q_a: Tensor, Q_b: Tensor, code: C
     """What `mix` did to the first n = `rows` rows undone, by the transposes.
 
     Returns:
-        (n, q), and whether no element of y was NaN or infinite. y is read once.
+        (n, q), and whether no element of y was NaN or infinite. What is read is looked at then and there, so it does
+        not matter whether y can change meanwhile.
     """
     result = y.new_empty(rows, y.shape[1])
     unused = y.new_empty(1, y.shape[1]).expand(y.shape[0] - rows, -1)
@@ -51,11 +54,13 @@ def _run(
     shape, columns = code.shape, source.shape[1]
     a, b = Q_a.shape[0], Q_b.shape[0]
     panels = -(-columns // shape.lanes)
-    area = job.multiples(a * b, shape.row_bytes)
+    fitting = min(TOGETHER_BYTES // (a * b * shape.row_bytes), panels // (2 * torch.get_num_threads()), TOGETHER)
+    together = max(fitting, 1)
+    area = job.multiples(a * b, together * shape.row_bytes)
     q_a, q_b = job.packed(Q_a, code), job.packed(Q_b, code)
     fields = {
         Job.PANELS: panels,
-        Job.TOGETHER: max(min(panels // (2 * torch.get_num_threads()), TOGETHER), 1),
+        Job.TOGETHER: together,
         Job.COUNT: columns,
         Job.SOURCE: source.data_ptr(),
         Job.TARGET: target.data_ptr(),
@@ -68,5 +73,5 @@ def _run(
         Job.Q_A: q_a.data_ptr(),
         Job.Q_B: q_b.data_ptr(),
     }
-    scratch_bytes = (1 + a * b + max(a, b)) * shape.row_bytes
+    scratch_bytes = (1 + together * a * b + max(a, b)) * shape.row_bytes
     return job.run(code.mix_rows, fields, a * b * columns, scratch_bytes) == 0

@@ -19,7 +19,7 @@ from enum import IntEnum
 
 from llvmlite import ir
 
-from obfuscatune.enclave.kernels.emit import I64, POINTER, Function, Shape
+from obfuscatune.enclave.kernels.emit import CACHE_LINE, I64, POINTER, Function, Shape
 
 
 class Job(IntEnum):
@@ -39,12 +39,12 @@ class Job(IntEnum):
     WIDTH = 11  # rotate: columns
     A, B, Q_A, Q_B = 12, 13, 14, 15  # sizes and packed factors
     FROM, TO = 16, 17  # tables: rotate, of columns in the panel; mix_rows, of rows in memory
-    ROWS = 18  # table 0, 1, 2 … of rows in a panel
+    ROWS = 18  # table 0, 1, 2 … of rows in the area
     AREA = 19  # rows of scratch that a panel takes
     BETWEEN = 20  # table: second grid, 0 where there is none
     C, D, Q_C, Q_D = 21, 22, 23, 24
     START, SECOND_START = 25, 26  # first row of the first and of the second grid, in bytes
-    TOGETHER = 27  # panels that a thread takes at a time
+    TOGETHER = 27  # panels that a thread takes at a time; rotate: 1
     LENGTH = 28
 
 
@@ -60,12 +60,18 @@ def build(shape: Shape, triple: str) -> ir.Module:
 
 
 def _multiply(module: ir.Module, shape: Shape, height: int) -> ir.Function:
-    """multiply_M(q, k, x, target, offsets, step): rows `offsets[m * step]` of target = q (M, k) x (k, lanes)."""
-    f = Function(module, f"multiply_{height}", 6, shape)
+    """multiply_M(q, k, x, target, offsets, step, next, places, place_step): rows `offsets[m * step]` of target =
+    q (M, k) x (k, lanes).
+
+    Meanwhile one line of each of k rows is brought into the cache, rows `places[i * place_step]` of next: spread over
+    the sums they cost nothing.
+    """
+    f = Function(module, f"multiply_{height}", 9, shape)
     b = f.builder
-    q, k, x, target, offsets, step = f.arguments
+    q, k, x, target, offsets, step, next_, places, place_step = f.arguments
     sums = [[f.local(shape.vector, f.zero()) for _ in range(shape.vectors)] for _ in range(height)]
     with f.loop(k) as i:
+        f.fetch(b.add(next_, f.read(b.add(places, b.mul(b.mul(i, place_step), I64(8))), I64)))
         row = f.read_row(b.add(x, b.mul(i, I64(shape.row_bytes))))
         column = b.add(q, b.mul(i, I64(height * shape.itemsize)))
         for m in range(height):
@@ -80,23 +86,19 @@ def _multiply(module: ir.Module, shape: Shape, height: int) -> ir.Function:
 
 
 def _times(module: ir.Module, shape: Shape, multiply: list[ir.Function], *, look: bool) -> ir.Function:
-    """times(size, q, source, from, from_step, target, to, to_step, staged, seen, goal, goals): q (size, size) times
-    rows.
+    """times(size, q, source, from, from_step, target, to, to_step, staged, seen, next, places, place_step): q (size,
+    size) times rows.
 
     The rows are first copied side by side to `staged`: they are read from there several times. With `look`, the row
-    `seen` gains 0 times each, which is NaN for NaN and infinity, and 0 for the rest; and what is next read and
-    written far away is fetched ahead: the same rows of the next panel, and rows `goals` of `goal`.
+    `seen` gains 0 times each, which is NaN for NaN and infinity, and 0 for the rest.
     """
-    f = Function(module, "times_looking" if look else "times", 12, shape)
+    f = Function(module, "times_looking" if look else "times", 13, shape)
     b = f.builder
-    size, q, source, from_, from_step, target, to, to_step, staged, seen, goal, goals = f.arguments
+    size, q, source, from_, from_step, target, to, to_step, staged, seen, next_, places, place_step = f.arguments
     found = [f.local(shape.vector, vector) for vector in f.read_row(seen)] if look else []
     with f.loop(size) as k:
         place = f.read(b.add(from_, b.mul(b.mul(k, from_step), I64(8))), I64)
         row = f.read_row(b.add(source, place))
-        if look:
-            f.fetch(b.add(b.add(source, place), I64(shape.row_bytes)), to_write=False)
-            f.fetch(b.add(goal, f.read(b.add(goals, b.mul(k, I64(8))), I64)), to_write=True)
         for vector, total in zip(row, found, strict=False):
             b.store(f.multiply_add(vector, f.zero(), b.load(total, typ=shape.vector)), total)
         f.write_row(row, b.add(staged, b.mul(k, I64(shape.row_bytes))))
@@ -110,7 +112,9 @@ def _times(module: ir.Module, shape: Shape, multiply: list[ir.Function], *, look
         height = b.add(low, b.zext(b.icmp_signed("<", block, taller), I64))
         first, here = b.load(row_index, typ=I64), b.load(q_next, typ=I64)
         offsets = b.add(to, b.mul(b.mul(first, to_step), I64(8)))
-        _by_height(f, multiply, height, [here, size, staged, target, offsets, to_step])
+        line = b.select(b.icmp_signed("<", block, I64(shape.lines)), b.mul(block, I64(CACHE_LINE)), I64(0))
+        fetched = [b.add(next_, line), places, place_step]
+        _by_height(f, multiply, height, [here, size, staged, target, offsets, to_step, *fetched])
         b.store(b.add(first, height), row_index)
         b.store(b.add(here, b.mul(b.mul(height, size), I64(shape.itemsize))), q_next)
     b.ret_void()
@@ -132,23 +136,44 @@ def _by_height(f: Function, multiply: list[ir.Function], height: ir.Value, argum
 
 
 def _kronecker(module: ir.Module, shape: Shape, times: ir.Function, times_first: ir.Function) -> ir.Function:
-    """kronecker(a, q_a, b, q_b, source, from, target, to, area, rows, staged, seen): rows `to` of target become
-    (q_a ⊗ q_b) times rows `from` of source; `area` has room for a·b rows in between, and may be source and target."""
-    f = Function(module, "kronecker" if times is times_first else "kronecker_looking", 12, shape)
+    """kronecker(a, q_a, b, q_b, source, from, target, to, area, rows, staged, seen, first, stop, last): rows `to` of
+    target become (q_a ⊗ q_b) times rows `from` of source, for the panels from `first` to `stop` side by side.
+
+    `area` has room for a·b rows of all these panels in between; for one panel it may be source and target. `last` is
+    where in a row of source and target the last panel begins, in bytes: it overlaps the one before.
+    """
+    f = Function(module, "kronecker" if times is times_first else "kronecker_looking", 15, shape)
     builder = f.builder
-    a, q_a, b, q_b, source, from_, target, to, area, rows, staged, seen = f.arguments
+    a, q_a, b, q_b, source, from_, target, to, area, rows, staged, seen, first, stop, last = f.arguments
     alone = builder.icmp_signed("==", a, I64(1))
-    middle = builder.select(alone, target, area)
-    middle_rows = builder.select(alone, to, rows)
+    row_bytes = I64(shape.row_bytes)
+
+    @contextmanager
+    def panels() -> Iterator[tuple[ir.Value, ir.Value, ir.Value]]:
+        """Inmost, so that few rows are read and written at a time, and long pieces of each."""
+        with f.loop(stop, start=first) as panel:
+            there = builder.mul(panel, row_bytes)
+            shift = builder.select(builder.icmp_signed("<", there, last), there, last)
+            yield (
+                builder.add(source, shift),
+                builder.add(area, builder.mul(builder.sub(panel, first), row_bytes)),
+                builder.add(target, shift),
+            )
+
     with f.loop(a) as i:
         group = builder.mul(builder.mul(i, b), I64(8))
-        here, there = builder.add(from_, group), builder.add(middle_rows, group)
-        goals = builder.add(to, group)
-        builder.call(times_first, [b, q_b, source, here, I64(1), middle, there, I64(1), staged, seen, target, goals])
+        here, there = builder.add(from_, group), builder.add(builder.select(alone, to, rows), group)
+        with panels() as (source_panel, area_panel, target_panel):
+            middle = builder.select(alone, target_panel, area_panel)
+            to_come = [builder.add(source_panel, row_bytes), here, I64(1)]
+            rows_of_group = [source_panel, here, I64(1), middle, there, I64(1)]
+            builder.call(times_first, [b, q_b, *rows_of_group, staged, seen, *to_come])
     with f.loop(builder.select(alone, I64(0), b)) as j:
         offset = builder.mul(j, I64(8))
         here, there = builder.add(rows, offset), builder.add(to, offset)
-        builder.call(times, [a, q_a, area, here, b, target, there, b, staged, seen, target, there])
+        with panels() as (_, area_panel, target_panel):
+            to_come = [builder.add(target_panel, row_bytes), there, b]
+            builder.call(times, [a, q_a, area_panel, here, b, target_panel, there, b, staged, seen, *to_come])
     builder.ret_void()
     return f.ir
 
@@ -168,21 +193,21 @@ class _Panels:
         return self.f.read(self._job, I64, 8 * key)
 
     @contextmanager
-    def each(self, seen: ir.Value) -> Iterator[ir.Value]:
-        """Around what is to be done for one panel; afterwards what `seen` has gained is added to the thread's sum."""
+    def each(self, seen: ir.Value) -> Iterator[tuple[ir.Value, ir.Value]]:
+        """Around what is to be done for the panels from one number to another; afterwards what `seen` has gained is
+        added to the thread's sum."""
         f, b = self.f, self.f.builder
-        head, run, end = (f.ir.append_basic_block(name) for name in ("take", "run", "out_of_panels"))
+        head, taken, end = (f.ir.append_basic_block(name) for name in ("take", "taken", "out_of_panels"))
         b.branch(head)
         b.position_at_end(head)
         panels, together = self[Job.PANELS], self[Job.TOGETHER]
         start = self._take(Job.NEXT_PANEL, together)
-        b.cbranch(b.icmp_signed("<", start, panels), run, end)
-        b.position_at_end(run)
+        b.cbranch(b.icmp_signed("<", start, panels), taken, end)
+        b.position_at_end(taken)
         stop = b.add(start, together)
-        with f.loop(b.select(b.icmp_signed("<", stop, panels), stop, panels), start=start) as panel:
-            f.write_row([f.zero()] * f.shape.vectors, seen)
-            yield panel
-            self._add_up(seen)
+        f.write_row([f.zero()] * f.shape.vectors, seen)
+        yield start, b.select(b.icmp_signed("<", stop, panels), stop, panels)
+        self._add_up(seen)
         b.branch(head)
         b.position_at_end(end)
 
@@ -204,21 +229,18 @@ class _Panels:
 
 
 def _mix_rows(module: ir.Module, shape: Shape, kronecker: ir.Function) -> None:
-    """Scratch: the panel, then staged rows (max(a, b)), then the row of what was seen."""
+    """Scratch: the row of what was seen, the panels that are taken together (AREA rows), then staged rows."""
     f = Function(module, "mix_rows", 1, shape, exported=True)
     b, job = f.builder, _Panels(f)
     a_size, b_size = job[Job.A], job[Job.B]
     seen = job.scratch
     area = b.add(seen, I64(shape.row_bytes))
-    staged = b.add(area, b.mul(job[Job.AREA], I64(shape.row_bytes)))
-    with job.each(seen) as panel:
-        start = b.mul(panel, I64(shape.lanes))
-        last = b.sub(job[Job.COUNT], I64(shape.lanes))
-        column = b.select(b.icmp_signed("<", start, last), start, last)  # the last panel overlaps the one before
-        shift = b.mul(column, I64(shape.itemsize))
-        source, target = (b.add(job[key], shift) for key in (Job.SOURCE, Job.TARGET))
+    staged = b.add(area, b.mul(job[Job.AREA], b.mul(job[Job.TOGETHER], I64(shape.row_bytes))))
+    width = b.mul(job[Job.COUNT], I64(shape.itemsize))
+    with job.each(seen) as panels:
         sizes = [a_size, job[Job.Q_A], b_size, job[Job.Q_B]]
-        b.call(kronecker, [*sizes, source, job[Job.FROM], target, job[Job.TO], area, job[Job.ROWS], staged, seen])
+        places = [job[Job.SOURCE], job[Job.FROM], job[Job.TARGET], job[Job.TO], area, job[Job.ROWS]]
+        b.call(kronecker, [*sizes, *places, staged, seen, *panels, b.sub(width, I64(shape.row_bytes))])
     b.ret_void()
 
 
@@ -240,12 +262,13 @@ def _rotate(module: ir.Module, shape: Shape, kronecker: ir.Function) -> None:
     rows = job[Job.ROWS]
     with f.loop(job[Job.AREA], step=shape.lanes) as column:
         f.write_row([f.zero()] * shape.vectors, b.add(zeros, b.mul(column, I64(shape.itemsize))))
-    with job.each(seen) as panel:
+    alone = [I64(0), I64(1), I64(0)]  # one panel, from where it begins
+    with job.each(seen) as (panel, _):
         _row_addresses(f, job, panel, addresses, Job.SOURCE, Job.SOURCE_STEP, zeros)
         _transpose_in(f, addresses, width, area, job[Job.FROM], seen)
         grid = b.add(area, job[Job.START])
         sizes = [job[Job.A], job[Job.Q_A], job[Job.B], job[Job.Q_B]]
-        b.call(kronecker, [*sizes, grid, rows, grid, rows, grid, rows, staged, seen])
+        b.call(kronecker, [*sizes, grid, rows, grid, rows, grid, rows, staged, seen, *alone])
         result = f.local(I64, area)
         with b.if_then(two_grids):
             with f.loop(width) as k:
@@ -253,7 +276,7 @@ def _rotate(module: ir.Module, shape: Shape, kronecker: ir.Function) -> None:
                 f.write_row(f.read_row(b.add(area, place)), b.add(second, b.mul(k, I64(shape.row_bytes))))
             grid = b.add(second, job[Job.SECOND_START])
             sizes = [job[Job.C], job[Job.Q_C], job[Job.D], job[Job.Q_D]]
-            b.call(kronecker, [*sizes, grid, rows, grid, rows, grid, rows, staged, seen])
+            b.call(kronecker, [*sizes, grid, rows, grid, rows, grid, rows, staged, seen, *alone])
             b.store(second, result)
         _row_addresses(f, job, panel, addresses, Job.TARGET, Job.TARGET_STEP, unused)
         _transpose_out(f, b.load(result, typ=I64), job[Job.TO], addresses, width)
