@@ -19,7 +19,8 @@ from torch import Tensor
 from obfuscatune.attacks.knowledge import PublicBase
 from obfuscatune.attacks.view import SeenCall, WorkerView
 
-MOST_CALLS = 300
+MOST_ROWS = 30_000
+"""Of the traffic; more would take minutes where calls are filled up to a wide layer's rank."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ def polar(matrix: Tensor) -> Tensor:
 
 def observed_covariance(calls: Sequence[SeenCall]) -> Tensor:
     """Second moment of forward calls by one matrix, each call counted alike, without its isotropic part."""
-    rows = torch.cat([call.rows / call.rows.norm() for call in calls[:MOST_CALLS]])
+    looked_at = calls[: max(1, MOST_ROWS // calls[0].rows.shape[0])]
+    rows = torch.cat([call.rows / call.rows.norm() for call in looked_at])
     mean: Tensor = rows.T @ rows / len(rows)
     isotropic = torch.linalg.eigvalsh(mean).median() * torch.eye(len(mean), dtype=mean.dtype)
     return torch.sub(mean, isotropic)

@@ -15,6 +15,7 @@ from obfuscatune.attacks.truth import Truth
 from obfuscatune.attacks.view import WorkerView
 
 STEPS = 400
+MOST_CALLS = 48
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class BagOfTokens:
         hidden = knowledge.scheme.shield_rows if knowledge.scheme.mixing else 0
         newest = {call.index for call in view.of_newest_matrix(0)}
         calls = [call for call in view.prompts(0) + view.training(0) if call.index in newest]
+        calls = calls[-MOST_CALLS:]
         counts = [max(1, call.rows.shape[0] - hidden) for call in calls]
         moments = torch.stack([call.rows.T @ call.rows for call in calls])
         weights = _non_negative(prototypes, moments)
