@@ -138,8 +138,7 @@ class _Builder:
             sent = torch.linalg.qr(self.normal(len(sent), len(sent)))[0] @ sent
         if hiding.noise:
             sent = self.normal(*sent.shape)
-        W_star = self.stars[layer].T if transposed else self.stars[layer]
-        self.seen.append(SeenCall(len(self.seen), layer, layer, transposed, sent, sent @ W_star))
+        self.seen.append(SeenCall(len(self.seen), layer, layer, transposed, sent))
         self.true.append(TrueCall(layer, transposed, rows, tokens, phase, text, 0))  # type: ignore[arg-type]
 
     def build(self) -> World:

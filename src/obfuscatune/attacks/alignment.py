@@ -40,7 +40,7 @@ def polar(matrix: Tensor) -> Tensor:
 
 def observed_covariance(calls: Sequence[SeenCall]) -> Tensor:
     """Second moment of forward calls by one matrix, each call counted alike, without its isotropic part."""
-    looked_at = calls[: max(1, MOST_ROWS // calls[0].rows.shape[0])]
+    looked_at = calls[: max(1, MOST_ROWS // calls[0].count)]
     rows = torch.cat([call.rows / call.rows.norm() for call in looked_at])
     mean: Tensor = rows.T @ rows / len(rows)
     isotropic = torch.linalg.eigvalsh(mean).median() * torch.eye(len(mean), dtype=mean.dtype)

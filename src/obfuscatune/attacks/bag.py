@@ -43,7 +43,7 @@ class BagOfTokens:
         newest = {call.index for call in view.of_newest_matrix(0)}
         calls = [call for call in view.prompts(0) + view.training(0) if call.index in newest]
         calls = calls[-MOST_CALLS:]
-        counts = [max(1, call.rows.shape[0] - hidden) for call in calls]
+        counts = [max(1, call.count - hidden) for call in calls]
         moments = torch.stack([call.rows.T @ call.rows for call in calls])
         weights = _non_negative(prototypes, moments)
         guess = {}

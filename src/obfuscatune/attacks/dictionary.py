@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from obfuscatune.attacks.alignment import align
-from obfuscatune.attacks.base import Attacker, CannotRun, Finding, Target
+from obfuscatune.attacks.base import Attacker, Finding, Target
 from obfuscatune.attacks.geometry import orthonormal_rows
 from obfuscatune.attacks.knowledge import Knowledge
 from obfuscatune.attacks.scoring import TokenGuess, score_tokens
@@ -43,7 +43,7 @@ class DictionaryMembership:
 
 def _presence(unit: Tensor, call: SeenCall) -> Tensor:
     """How much of each unit row (N, p) lies in a call: in its row space or, where that is full, in its moment."""
-    m, p = call.rows.shape
+    m, p = call.count, call.width
     within = orthonormal_rows(call.rows) if m < p else call.rows
     presence: Tensor = torch.linalg.vector_norm(unit @ within.T, dim=1)
     return presence
@@ -66,9 +66,8 @@ class OutputMatching:
         hidden = knowledge.scheme.shield_rows if knowledge.scheme.mixing else 0
         guess = {}
         for call in view.forward(0):
-            if call.products.numel() == 0:
-                raise CannotRun("the transcript lacks replies")
-            seen = torch.nn.functional.normalize(call.products[: max(1, len(call.products) - hidden)], dim=1)
+            products = view.products(call)[: max(1, call.count - hidden)]
+            seen = torch.nn.functional.normalize(products, dim=1)
             guess[call.index] = tuple(base.tokens[(seen @ exemplars.T).argmax(1)].tolist())
         return TokenGuess(guess)
 

@@ -49,7 +49,7 @@ class RowEquality:
         things: list[tuple[int, int]] = []
         rows: list[Tensor] = []
         for call in view.forward(0):
-            count = max(1, call.rows.shape[0] - hidden)
+            count = max(1, call.count - hidden)
             rows.append(call.rows[:count])
             things += [(call.index, row) for row in range(count)]
         stacked = torch.cat(rows)

@@ -63,7 +63,7 @@ def _as_symbols(view: WorkerView, *, mixed: bool) -> list[list[tuple[Place, int]
     """Texts as lists of ((call, row), symbol): rows that are equal have one symbol."""
     if mixed:  # single rows are seen in decoding alone
         calls = view.decoding(0)[:MOST_CALLS]
-        if 2 * calls[0].rows.shape[0] >= calls[0].rows.shape[1]:
+        if 2 * calls[0].count >= calls[0].width:
             return [[((call.index, 0), number) for number, call in enumerate(calls)]]
         alike = similarities(calls) > EXACT
         i, j = pairs_of(len(calls))

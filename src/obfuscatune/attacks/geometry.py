@@ -32,8 +32,8 @@ def similarities(calls: Sequence[SeenCall]) -> Tensor:
     Where two row spaces leave room beside each other, the largest cosine between them (1: a common direction). Where
     they fill the space, the inner product of the second moments, less what all calls have.
     """
-    p = calls[0].rows.shape[1]
-    if 2 * max(call.rows.shape[0] for call in calls) < p:
+    p = calls[0].width
+    if 2 * max(call.count for call in calls) < p:
         return _largest_cosines([orthonormal_rows(call.rows) for call in calls])
     moments = torch.stack([second_moment(call.rows).flatten() for call in calls])
     moments -= moments.mean(0)
@@ -59,8 +59,8 @@ def overlaps(calls: Sequence[SeenCall]) -> Tensor:
     Sum over the cosines c between two row spaces of -log(1 - c²): exact ones weigh most. As `similarities` where the
     row spaces fill the space.
     """
-    p = calls[0].rows.shape[1]
-    if 2 * max(call.rows.shape[0] for call in calls) >= p:
+    p = calls[0].width
+    if 2 * max(call.count for call in calls) >= p:
         return similarities(calls)
     bases = [orthonormal_rows(call.rows) for call in calls]
     i, j = pairs_of(len(calls))

@@ -35,7 +35,7 @@ class LabelInference:
         hidden = knowledge.scheme.shield_rows if knowledge.scheme.mixing else 0
         along = {}
         for call in calls:
-            count = max(1, call.rows.shape[0] - hidden)
+            count = max(1, call.count - hidden)
             along[call.index] = torch.nn.functional.normalize(call.rows[:count], dim=1) @ directions.T
         everything = torch.cat(list(along.values()))
         # An alignment leaves the sign of all of R_out open: against one token, along all others a little.

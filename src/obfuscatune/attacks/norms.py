@@ -29,7 +29,7 @@ class NormMatching:
         for call in view.decoding(0) if scheme.mixing else view.forward(0):
             seen = call.rows.norm(dim=1)
             if scheme.mixing:  # shield rows are as long as the row is, on average
-                seen = (call.rows.square().sum() / call.rows.shape[0]).sqrt()[None]
+                seen = (call.rows.square().sum() / call.count).sqrt()[None]
             nearest = (seen[:, None] - lengths[None]).abs().argmin(1)
             guess[call.index] = tuple(tokens[nearest].tolist())
         return TokenGuess(guess)

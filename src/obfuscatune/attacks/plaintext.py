@@ -86,7 +86,7 @@ def _solve_mixed(known: Sequence[tuple[SeenCall, Tensor]], seed: int, starts: in
     directions, spaces = [], []
     for call, x in known:
         directions.append(orthonormal_rows(x))
-        if call.rows.shape[0] < p:
+        if call.count < p:
             spaces.append(orthonormal_rows(call.rows))
         else:  # the row space is everything: weigh directions by what crossed in them
             _, values, Vh = torch.linalg.svd(call.rows, full_matrices=False)

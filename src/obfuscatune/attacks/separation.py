@@ -40,7 +40,7 @@ class SourceSeparation:
 
     def run(self, view: WorkerView, knowledge: Knowledge, seed: int) -> SourceGuess:
         """Sources of each call."""
-        calls = [call for call in view.decoding(0)[:MOST_CALLS] if 1 < call.rows.shape[0] < call.rows.shape[1]]
+        calls = [call for call in view.decoding(0)[:MOST_CALLS] if 1 < call.count < call.width]
         if not calls:
             raise CannotRun("no call has several rows and room beside them")
         return SourceGuess({call.index: separate(call.rows, seed) for call in calls}, seed)

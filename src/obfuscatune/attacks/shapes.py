@@ -37,7 +37,7 @@ class Shapes:
         for number, call in enumerate(view.forward(0)):
             phase: Phase = "decoding" if call.index in decoding else "prompt"
             phase = "training" if number in view.trained_passes else phase
-            guess[call.index] = (phase, call.rows.shape[0] - hidden)
+            guess[call.index] = (phase, call.count - hidden)
         return ShapeGuess(guess)
 
     def score(self, guess: ShapeGuess, truth: Truth) -> Finding:

@@ -46,7 +46,7 @@ class BasisStitching:
         if view.layers < 3:
             raise CannotRun("needs two layers on the residual stream")
         first, second = view.decoding(0)[:MOST_CALLS], view.decoding(2)[:MOST_CALLS]
-        if first[0].rows.shape[1] != second[0].rows.shape[1]:
+        if first[0].width != second[0].width:
             raise CannotRun("the layers have inputs of different widths")
         P, Q = _spaces(first), _spaces(second)
         generator = torch.Generator().manual_seed(seed)
@@ -67,7 +67,7 @@ class BasisStitching:
 
 def _spaces(calls: list[SeenCall]) -> Tensor:
     """A basis of each call's row space, (calls, r, p); where the rows fill the space, the rows themselves."""
-    m, p = calls[0].rows.shape
+    m, p = calls[0].count, calls[0].width
     if m < p:
         return torch.stack([orthonormal_rows(call.rows) for call in calls])
     return torch.stack([call.rows / call.rows.norm() for call in calls])

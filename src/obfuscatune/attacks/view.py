@@ -8,17 +8,14 @@ place. Layers are counted from 0, the first that crosses.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from obfuscatune.attacks.base import CannotRun
 from obfuscatune.wire.messages import MessageType
 from obfuscatune.wire.transcript import TranscriptEntry
-
-_NOTHING = torch.empty(0, 0, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -31,15 +28,30 @@ class SeenMatrix:
 
 @dataclass(frozen=True)
 class SeenCall:
-    """One crossing: rows (m, p) that came and products (m, q) that went, in float64; the other way if `transposed`."""
+    """One crossing: rows (m, p) that came; with `transposed`, (m, q). What went back is their product with W*."""
 
     index: int
     matrix: int
     """Index in `WorkerView.matrices`."""
     layer: int
     transposed: bool
-    rows: Tensor
-    products: Tensor
+    sent: Tensor
+    """As they came: full-rank calls of a wide layer fill memory soon enough."""
+
+    @property
+    def rows(self) -> Tensor:
+        """In float64."""
+        return self.sent.double()
+
+    @property
+    def count(self) -> int:
+        """m."""
+        return self.sent.shape[0]
+
+    @property
+    def width(self) -> int:
+        """p, or q."""
+        return self.sent.shape[1]
 
 
 @dataclass(frozen=True)
@@ -61,7 +73,7 @@ class WorkerView:
         stored: list[Tensor] = []
         index_of: dict[bytes, int] = {}
         layer_of: dict[int, int] = {}
-        calls: dict[int, SeenCall] = {}  # by request, in the order of the requests
+        calls: list[SeenCall] = []
         layers = forward = 0
         for entry in entries:
             header, tensor = entry.header, entry.tensor
@@ -74,15 +86,12 @@ class WorkerView:
                 if not header.transposed:
                     layer_of[matrix] = forward % layers
                     forward += 1
-                layer, rows = layer_of.get(matrix, 0), tensor.double()
-                calls[header.request_id] = SeenCall(len(calls), matrix, layer, header.transposed, rows, _NOTHING)
-            elif header.type is MessageType.PRODUCT and tensor is not None and header.request_id in calls:
-                asked = calls[header.request_id]
-                calls[header.request_id] = replace(asked, products=tensor.double())
+                layer = layer_of.get(matrix, 0)
+                calls.append(SeenCall(len(calls), matrix, layer, header.transposed, tensor))
         if not stored or not calls:
             raise CannotRun("the transcript holds no matrix, or no product")
         matrices = tuple(SeenMatrix(W_star, layer_of.get(index)) for index, W_star in enumerate(stored))
-        return cls(matrices, tuple(calls.values()), layers)
+        return cls(matrices, tuple(calls), layers)
 
     def forward(self, layer: int) -> list[SeenCall]:
         """The calls by W* of one layer, in order: one in each pass."""
@@ -96,6 +105,11 @@ class WorkerView:
     def backward(self, layer: int) -> list[SeenCall]:
         """The calls by its transpose."""
         return [call for call in self.calls if call.layer == layer and call.transposed]
+
+    def products(self, call: SeenCall) -> Tensor:
+        """What the worker answered, (m, q) or, transposed, (m, p)."""
+        W_star = self.matrices[call.matrix].W_star
+        return call.rows @ (W_star.T if call.transposed else W_star)
 
     @cached_property
     def trained_passes(self) -> frozenset[int]:
@@ -113,8 +127,8 @@ class WorkerView:
         calls = [call for number, call in enumerate(forward) if number not in self.trained_passes]
         if not calls:
             raise CannotRun("nothing was generated")
-        fewest = min(call.rows.shape[0] for call in calls)
-        return [call for call in calls if call.rows.shape[0] == fewest]
+        fewest = min(call.count for call in calls)
+        return [call for call in calls if call.count == fewest]
 
     def training(self, layer: int) -> list[SeenCall]:
         """Forward calls of training."""
