@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from obfuscatune import RootKey
-from obfuscatune.enclave.keys import SecretStream
-from obfuscatune.enclave.mixing import KroneckerMixer, KroneckerMixing, NoMixer
+from obfuscatune.enclave.keys import SecretStream, _renew_fresh_streams
+from obfuscatune.enclave.mixing import DRAWN_AHEAD, KroneckerMixer, Mixing, NoMixer, _DrawnAhead
 
 KEY = RootKey(b"m" * 32)
 ROWS = (1, 2, 3, 15, 16, 17, 32, 33, 47, 48, 97, 512, 1009, 4096)
@@ -20,7 +20,7 @@ def mixer(shield_rows: int = 16) -> KroneckerMixer:
     return KroneckerMixer(shield_rows, KEY.stream("mixing", shield_rows))
 
 
-def mix(mixing: KroneckerMixing, x: Tensor) -> Tensor:
+def mix(mixing: Mixing, x: Tensor) -> Tensor:
     """A [x; N] for shield rows as large as x."""
     mixed = x.new_empty(mixing.rows, x.shape[1])
     mixing.mix(x, x.norm().item() / x.numel() ** 0.5, mixed)
@@ -60,7 +60,7 @@ def test_every_row_of_the_request_depends_on_every_row_of_the_call(rows: int) ->
     assert (requests.abs().amax(dim=2) > 1e-9).all()
 
 
-def _share_of(x: Tensor, mixing: KroneckerMixing) -> Tensor:
+def _share_of(x: Tensor, mixing: Mixing) -> Tensor:
     """A [x; 0]: the request less what shield rows bring to it."""
     mixing._stream = SecretStream(bytes(32))
     mixed = mix(mixing, x)
@@ -99,9 +99,22 @@ def _row_space(request: Tensor) -> Tensor:
 
 
 def test_two_mixers_of_one_stream_never_meet() -> None:
-    stream = KEY.stream("one")
-    first, second = KroneckerMixer(4, stream).draw(9, 5), KroneckerMixer(4, stream).draw(9, 5)
-    assert not torch.allclose(first._Q_b, second._Q_b, atol=1e-3)
+    stream, x = KEY.stream("one"), some(9, 5)
+    first, second = (mix(KroneckerMixer(4, stream).draw(9, 5), x) for _ in range(2))
+    assert not torch.allclose(first, second, atol=1e-3)
+
+
+def test_what_was_drawn_ahead_is_taken_once_and_not_by_a_forked_child() -> None:
+    """Else the child would mix as its parent does, and the difference of their rows would show."""
+    stream = SecretStream.fresh()
+    drawn = _DrawnAhead(stream)
+    taken = {drawn.take(9)[0, 0].item() for _ in range(2 * DRAWN_AHEAD + 1)}
+    assert len(taken) == 2 * DRAWN_AHEAD + 1
+    kept = {Q[0, 0].item() for Q in drawn._ready[9]}
+    assert kept
+    _renew_fresh_streams()  # what runs in a forked child
+    assert drawn.take(9)[0, 0].item() not in kept
+    assert kept.isdisjoint(Q[0, 0].item() for Q in drawn._ready[9])
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])

@@ -96,9 +96,11 @@ class RootKey:
 class SecretStream:
     """Numbers from a CSPRNG. Draws advance the stream; two streams of one key agree draw by draw."""
 
-    __slots__ = ("__weakref__", "_cipher")
+    __slots__ = ("__weakref__", "_cipher", "renewals")
 
     def __init__(self, key: bytes) -> None:
+        self.renewals = 0
+        """How often it began anew, in a forked child: what was drawn ahead before is the parent's."""
         self._cipher = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
 
     @classmethod
@@ -155,6 +157,7 @@ def _renew_fresh_streams() -> None:
     """In a forked child: else it would mix its rows as its parent does, and the difference of theirs would show."""
     for stream in _fresh_streams:
         stream._cipher = SecretStream(secrets.token_bytes(KEY_BYTES))._cipher
+        stream.renewals += 1
 
 
 os.register_at_fork(after_in_child=_renew_fresh_streams)

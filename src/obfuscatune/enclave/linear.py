@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
-from torch.profiler import record_function
 
 from obfuscatune.enclave.link import Pending, WorkerLink, check_finite
 from obfuscatune.enclave.mixing import Mixer, Mixing
+from obfuscatune.enclave.spans import span
 from obfuscatune.enclave.transforms import Transform
 from obfuscatune.enclave.verify import Verifier
 
@@ -66,26 +66,26 @@ class OffloadedProduct:
 
     def start_forward(self, x: Tensor) -> InFlight:
         """Send x (n, p)."""
-        with record_function("obfuscatune.rotate"):
+        with span("obfuscatune.rotate"):
             rotated, norm = self._R_in.apply_measured(_widen(x))  # (n, p)
         return self._send(rotated, norm, x, transpose=False)
 
     def finish_forward(self, crossing: InFlight) -> Tensor:
         """y = x W (n, q), in x's dtype and on its device; memory of its own."""
         unmixed = self._receive(crossing, self._R_out.dim)  # (n, q)
-        with record_function("obfuscatune.rotate"):
+        with span("obfuscatune.rotate"):
             return self._R_out.inverse(unmixed).to(crossing.like.dtype)
 
     def start_backward(self, g: Tensor) -> InFlight:
         """Send g (n, q)."""
-        with record_function("obfuscatune.rotate"):
+        with span("obfuscatune.rotate"):
             rotated, norm = self._R_out.inverse_transpose_measured(_widen(g))  # (n, q)
         return self._send(rotated, norm, g, transpose=True)
 
     def finish_backward(self, crossing: InFlight) -> Tensor:
         """dx = g Wᵀ (n, p), in g's dtype and on its device; memory of its own."""
         unmixed = self._receive(crossing, self._R_in.dim)  # (n, p)
-        with record_function("obfuscatune.rotate"):
+        with span("obfuscatune.rotate"):
             return self._R_in.apply_transpose(unmixed).to(crossing.like.dtype)
 
     def _send(self, rotated: Tensor, norm: float, like: Tensor, *, transpose: bool) -> InFlight:
@@ -93,7 +93,7 @@ class OffloadedProduct:
         like = like.new_empty(0)
         if rotated.shape[0] == 0:
             return InFlight(like)
-        with record_function("obfuscatune.mix"):
+        with span("obfuscatune.mix"):
             A = self._mixer.draw(*rotated.shape)
             scale = _root_mean_square(rotated, norm)
             X_star = self._link.lend(A.rows, rotated.shape[1], like.dtype)  # (m, p)
@@ -105,7 +105,7 @@ class OffloadedProduct:
         check = (
             None if self._verifier is None else self._check(self._verifier, A, rotated, scale, like.dtype, transpose)
         )
-        with record_function("obfuscatune.send"):
+        with span("obfuscatune.send"):
             pending = self._link.submit(self._matrix_id, X_star, transpose=transpose, known_finite=as_sent)
         return InFlight(like, A, pending, check)
 
@@ -113,7 +113,7 @@ class OffloadedProduct:
         self, verifier: Verifier, A: Mixing, rotated: Tensor, scale: float, dtype: torch.dtype, transpose: bool
     ) -> Callable[[Tensor], None] | None:
         """What the product of the rows just mixed will be held against; None where this one is not verified."""
-        with record_function("obfuscatune.verify"):
+        with span("obfuscatune.verify"):
             probe = verifier.draw(transpose=transpose)
             if probe is None:
                 return None
@@ -130,13 +130,13 @@ class OffloadedProduct:
         like = crossing.like
         if crossing.mixing is None or crossing.pending is None:
             return _widen(like).new_zeros(0, width)
-        with record_function("obfuscatune.wait"):
+        with span("obfuscatune.wait"):
             Y_star = crossing.pending.result()  # (m, width)
         if crossing.check is not None:
-            with record_function("obfuscatune.verify"):
+            with span("obfuscatune.verify"):
                 Y_star = _widen(Y_star.clone())  # a check of what the worker can still change would be none
                 crossing.check(Y_star)
-        with record_function("obfuscatune.mix"):
+        with span("obfuscatune.mix"):
             return crossing.mixing.unmix(_widen(Y_star.to(like.device)))
 
 
@@ -178,12 +178,27 @@ class OffloadedCall:
     def start(self, x: Tensor) -> None:
         """Send x (..., p)."""
         self._shape = x.shape[:-1]
-        self._token = _Start.apply(x, self)  # type: ignore[no-untyped-call]
+        if torch.is_grad_enabled():
+            self._token = _Start.apply(x, self)  # type: ignore[no-untyped-call]
+        else:
+            self.forth = self.product.start_forward(x.reshape(-1, x.shape[-1]))
 
     def finish(self, *biases: Tensor | None) -> tuple[Tensor, ...]:
         """Wait; one (..., q_i) for each layer, plus its bias."""
         token, self._token = self._token, None
+        if token is None:
+            return self.receive(self._shape, biases)
         parts: tuple[Tensor, ...] = _Finish.apply(token, self, self._shape, *biases)  # type: ignore[no-untyped-call]
+        return parts
+
+    def receive(self, shape: torch.Size, biases: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+        """The parts of the product, (*shape, q_i) each, with their biases; no autograd."""
+        crossing, self.forth = self.forth, None
+        y = self.product.finish_forward(crossing).view(*shape, sum(self.widths))  # type: ignore[arg-type]
+        parts = y.split(self.widths, dim=-1) if len(self.widths) > 1 else (y,)
+        for part, bias in zip(parts, biases, strict=True):
+            if bias is not None:
+                part.add_(bias)
         return parts
 
 
@@ -208,13 +223,7 @@ class _Finish(torch.autograd.Function):
         ctx: FunctionCtx, token: Tensor, call: OffloadedCall, shape: torch.Size, *biases: Tensor | None
     ) -> tuple[Tensor, ...]:
         ctx.call = call  # type: ignore[attr-defined]
-        crossing, call.forth = call.forth, None
-        y = call.product.finish_forward(crossing).view(*shape, sum(call.widths))  # type: ignore[arg-type]
-        parts = y.split(call.widths, dim=-1)
-        for part, bias in zip(parts, biases, strict=True):
-            if bias is not None:
-                part.add_(bias)
-        return parts if len(parts) > 1 else (y,)
+        return call.receive(shape, biases)
 
     @staticmethod
     @once_differentiable

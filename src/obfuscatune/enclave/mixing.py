@@ -1,11 +1,12 @@
 """Fresh mixing of a call's rows: A [x; N], and back.
 
-    m = n + s rows, s >= the profile's shield rows, rounded up so that m = a·b is near-square
-    A = (Q_a ⊗ Q_b) P        P a permutation, Q Haar; all drawn anew for every crossing
+    m = n + s rows, s >= the profile's shield rows; of many rows, rounded up so that m = a·b is near-square
+    A = Q                    up to 32 rows
+    A = (Q_a ⊗ Q_b) P        of more; P a permutation, Q Haar; all anew for every crossing
     N (s, p)                 normal, scaled to the root mean square of x
 
-The Kronecker product is dense: each row that the worker sees is a combination of *all* rows of the
-call. N is isotropic, so it is drawn in the worker's basis directly: N and N R are alike for orthogonal R.
+Both are dense: each row that the worker sees is a combination of *all* rows of the call. N is isotropic,
+so it is drawn in the worker's basis directly: N and N R are alike for orthogonal R.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from torch import Tensor
 
 from obfuscatune.enclave import kernels
 from obfuscatune.enclave.keys import SecretStream
-from obfuscatune.enclave.orthogonal import covering_grid, haar, kronecker_rows
+from obfuscatune.enclave.orthogonal import covering_grid, haar, haar_batch, kronecker_rows
 from obfuscatune.wire.errors import BadReply
 
 if TYPE_CHECKING:
     from obfuscatune.enclave.kernels.compiled import Compiled
 
 DENSE_BELOW = 32  # rows; up to here one dense factor costs no more than two small ones
+DRAWN_AHEAD = 64
+"""Dense factors that are drawn together: one QR of many small matrices takes little longer than of one."""
 KERNELS_BELOW = 2048
 """Rows; with more the small products are large enough for torch to be as fast. Measured at 528 and at 4116."""
 
@@ -63,20 +66,71 @@ class KroneckerMixer:
         self._shield_rows, self._shield_scale = shield_rows, shield_scale
         self._full_rank = full_rank
         self._stream = stream
+        self._dense = _DrawnAhead(stream)
 
-    def draw(self, rows: int, width: int) -> KroneckerMixing:
+    def draw(self, rows: int, width: int) -> Mixing:
         """Secrets for one crossing of ``rows`` >= 1 rows of ``width`` elements."""
         wanted = rows + self._shield_rows
         if self._full_rank:
             wanted = max(wanted, width)
-        a, b = (1, wanted) if wanted <= DENSE_BELOW else covering_grid(wanted)
         stream = self._stream
+        if wanted <= DENSE_BELOW:
+            return DenseMixing(rows, self._dense.take(wanted), stream, self._shield_scale)
+        a, b = covering_grid(wanted)
         places, Q_a, Q_b = stream.permutation(a * b), haar(stream, a), haar(stream, b)
         return KroneckerMixing(rows, places, Q_a, Q_b, stream, self._shield_scale)
 
 
+class _DrawnAhead:
+    """Haar matrices of a few sizes, each taken once."""
+
+    def __init__(self, stream: SecretStream) -> None:
+        self._stream, self._renewals = stream, stream.renewals
+        self._ready: dict[int, list[Tensor]] = {}
+
+    def take(self, size: int) -> Tensor:
+        """Q (size, size), float64."""
+        if self._renewals != self._stream.renewals:
+            self._renewals, self._ready = self._stream.renewals, {}
+        ready = self._ready.setdefault(size, [])
+        while True:
+            try:
+                return ready.pop()
+            except IndexError:  # another thread may have taken what this one had drawn
+                ready.extend(haar_batch(self._stream, DRAWN_AHEAD, size).unbind())
+
+
+class DenseMixing:
+    """A = Q (m, m) for one crossing of few rows, and the source of its shield rows."""
+
+    def __init__(self, rows: int, Q: Tensor, stream: SecretStream, shield_scale: float) -> None:
+        self._rows, self._Q = rows, Q
+        self._stream = stream
+        self._shield_scale = shield_scale
+
+    @property
+    def rows(self) -> int:
+        """m."""
+        return self._Q.shape[0]
+
+    def mix(self, x: Tensor, scale: float, out: Tensor) -> None:
+        """Q [x; N] for x (n, p). Shield rows: as large as x on average, times the scale."""
+        self._Q = self._Q.to(x)
+        shield = self._stream.normal(self.rows - self._rows, x.shape[1], dtype=x.dtype).to(x.device)
+        self._shield = shield.mul_(self._shield_scale * (scale or 1.0))
+        torch.mm(self._Q, torch.cat([x, shield]), out=out)
+
+    def image(self, x: Tensor, v: Tensor) -> Tensor:
+        """Q [x; N] v."""
+        return self._Q.to(x) @ torch.cat([x @ v, self._shield.to(x) @ v])
+
+    def unmix(self, y: Tensor) -> Tensor:
+        """(Qᵀ y)[:n] for y (m, q)."""
+        return torch.mm(self._Q[:, : self._rows].T.to(y), y)
+
+
 class KroneckerMixing:
-    """One crossing's A (m, m), and the source of its shield rows."""
+    """One crossing's A (m, m) for many rows, and the source of its shield rows."""
 
     def __init__(
         self, rows: int, places: Tensor, Q_a: Tensor, Q_b: Tensor, stream: SecretStream, shield_scale: float

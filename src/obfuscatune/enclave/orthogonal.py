@@ -15,18 +15,23 @@ ONE_THREAD_UP_TO = 128
 
 
 def haar(stream: SecretStream, size: int) -> Tensor:
-    """A Haar-distributed orthogonal matrix, float64 (size, size).
+    """A Haar-distributed orthogonal matrix, float64 (size, size)."""
+    return haar_batch(stream, 1, size)[0]
 
-    QR of a Gaussian matrix, with the signs of R's diagonal moved into Q (Mezzadri 2007, arXiv
+
+def haar_batch(stream: SecretStream, count: int, size: int) -> Tensor:
+    """Independent Haar-distributed orthogonal matrices, float64 (count, size, size).
+
+    QR of Gaussian matrices, with the signs of R's diagonal moved into Q (Mezzadri 2007, arXiv
     math-ph/0609050): without that step QR's own sign convention shows in the distribution.
     """
-    normal = stream.normal(size, size)
+    normal = stream.normal(count, size, size)
     if size <= ONE_THREAD_UP_TO:
         q, r = np.linalg.qr(normal.numpy())
         Q, R = torch.from_numpy(q), torch.from_numpy(r)
     else:
         Q, R = torch.linalg.qr(normal)
-    return torch.where(R.diagonal() < 0, -Q, Q)
+    return torch.where(R.diagonal(dim1=-2, dim2=-1).unsqueeze(-2) < 0, -Q, Q)
 
 
 def kronecker_rows(Q_a: Tensor, Q_b: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:

@@ -210,6 +210,11 @@ class Header:
         """Bytes of the matrix, wherever it lies."""
         return self.rows * self.cols * self.dtype.itemsize
 
+    @property
+    def message_bytes(self) -> int:
+        """Bytes of the message with its matrix, wherever that lies."""
+        return HEADER_BYTES + (self.matrix_bytes if self.shared else self.payload_bytes)
+
     def inline(self) -> "Header":
         """The same message with its matrix as the payload."""
         return replace(self, flags=self.flags & ~SHARED, payload_bytes=self.matrix_bytes) if self.shared else self

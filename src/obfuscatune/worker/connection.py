@@ -50,6 +50,8 @@ class Connection:
         self._buffers = Buffers(pinned=service.answerer.computer.device.type == "cuda")
         self._intake = Intake(transport, self._store, self._buffers)
         self._inbox: queue.SimpleQueue[Request | Reply | None] = queue.SimpleQueue()
+        self._handed_over = 0
+        self._lock = threading.Lock()
         self._session = b""
         self._label = "not yet greeted"
 
@@ -88,16 +90,38 @@ class Connection:
             raise
 
     def _read_all(self) -> Reply | None:
-        """Read requests into the inbox until the end. Returns what to say last, None for nothing."""
+        """Read requests until the end, most into the inbox. Returns what to say last, None for nothing."""
+        item: Request | Reply | None = None
         try:
             while True:
-                self._inbox.put(self._intake.next())
+                item = self._intake.next()
+                if self._is_for_this_thread(item):
+                    self._respond(item)
+                    continue
+                with self._lock:
+                    self._handed_over += 1
+                self._inbox.put(item)
+        except StorageError as error:
+            log.error("%s", error)  # noqa: TRY400 - one line, no traceback
+            self._service.on_failure()
+            return refusal(ErrorCode.FAILED, str(error), item.header if item else None, last=True)
         except WireError as error:
             log.info("session %s: %s", self._label, error)
             return farewell(error)
         except (RuntimeError, MemoryError) as error:  # what torch raises where memory cannot be had
             log.error("session %s: %s", self._label, error)  # noqa: TRY400 - one line, no traceback
             return refusal(ErrorCode.FAILED, f"no memory for this request: {error}", last=True)
+
+    def _is_for_this_thread(self, item: Request | Reply) -> bool:
+        """Whether the reader answers it itself: a product in shared memory, when the other thread has nothing to do.
+
+        To read on meanwhile would bring nothing, for what is sent is a header; to wake the other thread takes longer
+        than many a product.
+        """
+        if not item.header.shared or not isinstance(item, Request):
+            return False
+        with self._lock:
+            return self._handed_over == 0
 
     def _answer_all(self) -> None:
         """Answer what is in the inbox, in order, until its end or the first reply that cannot be sent."""
@@ -106,6 +130,8 @@ class Connection:
         try:
             while (item := self._inbox.get()) is not None:
                 self._respond(item)
+                with self._lock:
+                    self._handed_over -= 1
                 if isinstance(item, Reply) and item.last:
                     break
             finished = True
@@ -122,7 +148,8 @@ class Connection:
     def _respond(self, item: Request | Reply) -> None:
         """Answer one request, or send what the reader had to say itself."""
         if isinstance(item, Request):
-            self._record("request", item.header.inline(), item.payload)
+            if self._service.recorder is not None:
+                self._record("request", item.header.inline(), item.payload)
             reply = self._service.answerer.answer(self._session, item, self._buffers)
         else:
             reply = item

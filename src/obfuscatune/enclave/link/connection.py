@@ -28,7 +28,6 @@ from obfuscatune.wire.framing import recv_body, recv_header, recv_payload, send_
 from obfuscatune.wire.messages import (
     ACCELERATOR,
     CONTENT_STORE,
-    HEADER_BYTES,
     REPLIES,
     SHARED_MEMORY,
     ErrorCode,
@@ -105,7 +104,7 @@ class LinkConnection:
     def send(self, header: Header, payload: Buffer, deadline: Deadline, descriptor: int | None = None) -> None:
         """Send one request."""
         send_message(self._transport, header, payload, deadline=deadline, descriptor=descriptor)
-        self._stats.bytes_sent += HEADER_BYTES + header.inline().payload_bytes
+        self._stats.bytes_sent += header.message_bytes
 
     def receive(self, deadline: Deadline) -> Header:
         """The header of the next reply; its payload is to be taken next, by `body`, `refusal` or `product`."""
@@ -114,7 +113,7 @@ class LinkConnection:
             header = recv_header(self._transport, REPLIES, deadline=deadline)
         finally:
             self._stats.seconds_waiting += time.monotonic() - started
-        self._stats.bytes_received += HEADER_BYTES + header.inline().payload_bytes
+        self._stats.bytes_received += header.message_bytes
         return header
 
     def body(self, header: Header, deadline: Deadline) -> bytes:

@@ -1,7 +1,7 @@
 """What a link keeps in mind while it waits: the products asked for, and how to make again what the worker lacks."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -109,18 +109,17 @@ class Pending:
 
     def header(self, request_id: int, *, shared: bool = False) -> Header:
         """The MULTIPLY that asks for it, with the rows as payload or in shared memory."""
-        inline = Header(
+        return Header(
             MessageType.MULTIPLY,
             request_id,
             self.matrix_id,
             DType.of(self.rows.dtype),
             rows=self.rows.shape[0],
             cols=self.rows.shape[1],
-            payload_bytes=self.rows.nbytes,
+            payload_bytes=Places.BYTES if shared else self.rows.nbytes,
             reply_dtype=DType.of(self.dtype),
-            flags=TRANSPOSED if self.transpose else 0,
+            flags=(TRANSPOSED if self.transpose else 0) | (SHARED if shared else 0),
         )
-        return replace(inline, flags=inline.flags | SHARED, payload_bytes=Places.BYTES) if shared else inline
 
     def interrupted(self) -> None:
         """The connection that it was sent on is lost: as it stands, it may be sent again."""
