@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from obfuscatune.attacks.base import Attacker
+from obfuscatune.attacks.held import Factors, HeldAdapter, HeldStep
 from obfuscatune.attacks.knowledge import Knowledge, KnownCall, PublicBase, PublicText, Scheme
 from obfuscatune.attacks.truth import TrueCall, TrueLayer, Truth
 from obfuscatune.attacks.view import SeenCall, SeenMatrix, WorkerView
 from obfuscatune.enclave.keys import RootKey
 from obfuscatune.enclave.transforms import TransformSpec
+from obfuscatune.wire.adapters import Method, Part, Slice, Step
 
 P = 72  # the smallest width at which a structured transform has a grid: 8 x 9
 VOCABULARY = 40
@@ -42,6 +44,8 @@ class Hiding:
     """How much of a row follows from its place in the text and not from its token."""
     spread: float = 1.0
     """How unlike the features are in size: logarithm, either way."""
+    adapted: bool = False
+    """Whether adapters lie on the worker."""
 
 
 CLEAR = Hiding("identity", "identity", mixing=False, shield_rows=0)
@@ -54,7 +58,8 @@ ROTATED_IN_CONTEXT = replace(ROTATED, context=0.5)
 UNLIKE = replace(STRUCTURED, spread=3.0)
 PERMUTED = replace(CLEAR, permuted=True)
 UNROTATED = Hiding("identity", "identity", shield_rows=2, heavy_tailed=True)
-NOISE = Hiding("structured", "structured", noise=True)
+ADAPTED = Hiding(output="identity", mixing=False, shield_rows=0, adapted=True)
+NOISE = Hiding("structured", "structured", noise=True, adapted=True)
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,10 @@ class _Builder:
         if hiding.noise:
             self.stars = [self.normal(*W.shape) for W in self.weights]
         self.head = self.normal(VOCABULARY, P)
+        self.deltas: list[Tensor | None] = []
+        self.adapters = [self.adapter(layer, p, q) for layer, (p, q) in enumerate(SHAPES)]
+        self.steps: list[HeldStep] = []
+        self.passes = 1
         self.seen: list[SeenCall] = []
         self.true: list[TrueCall] = []
 
@@ -103,6 +112,26 @@ class _Builder:
         """With a falling spectrum, as trained ones have."""
         U, _, Vh = torch.linalg.svd(self.normal(p, q), full_matrices=False)
         return U * torch.linspace(3.0, 0.3, min(p, q), dtype=torch.float64) @ Vh
+
+    def adapter(self, layer: int, p: int, q: int) -> HeldAdapter:
+        """One of rank 4 for each half of the first layer's columns, and one for every other layer."""
+        widths = (q // 2, q // 2) if layer == 0 else (q,)
+        slices = tuple(Slice(sum(widths[:index]), width, 4, 2.0, 0.0) for index, width in enumerate(widths))
+        R_in, R_out = self.R_in[layer], self.R_out[layer]
+        factors: Factors = {}
+        for index, it in enumerate(slices):
+            factors[index, Part.A] = self.normal(p, it.rank)
+            factors[index, Part.B] = 0.1 * self.normal(it.rank, it.width)
+        adapter = HeldAdapter(layer, 0, slices, factors, factors)
+        self.deltas.append(adapter.delta(q))
+        if not self.hiding.noise:
+            sides = [R_out if len(widths) == 1 else torch.eye(width, dtype=torch.float64) for width in widths]
+            for index, side in enumerate(sides):
+                factors[index, Part.A] = R_in.T @ factors[index, Part.A]
+                factors[index, Part.B] = factors[index, Part.B] @ side
+        else:
+            factors.update({key: self.normal(*factor.shape) for key, factor in factors.items()})
+        return adapter
 
     def text(self, length: int) -> tuple[int, ...]:
         token = int(torch.randint(VOCABULARY, (1,), generator=self.random))
@@ -123,11 +152,14 @@ class _Builder:
         for layer, rows in enumerate(inputs):
             self.cross(layer, False, rows, tokens, phase, text)
         if phase == "training":
-            for layer in reversed(range(1, len(SHAPES))):
+            for layer in reversed(range(0 if self.hiding.adapted else 1, len(SHAPES))):
                 g = self.normal(len(tokens), SHAPES[layer][1])
                 if layer == len(SHAPES) - 1:  # of cross-entropy: less of the token that follows, more of all others
                     g = self.head.mean(0) - self.head[list(tokens[1:] + tokens[:1])] + 0.1 * g
                 self.cross(layer, True, g, tokens, phase, text)
+            settings = Step(Method.SGD, len(self.steps) + 1, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)
+            self.steps.append(HeldStep(len(self.seen), settings))
+            self.passes += 1
 
     def cross(self, layer: int, transposed: bool, rows: Tensor, tokens: tuple[int, ...], phase: str, text: int) -> None:
         hiding = self.hiding
@@ -138,7 +170,8 @@ class _Builder:
             sent = torch.linalg.qr(self.normal(len(sent), len(sent)))[0] @ sent
         if hiding.noise:
             sent = self.normal(*sent.shape)
-        self.seen.append(SeenCall(len(self.seen), layer, layer, transposed, sent))
+        awaited = round(1e4 * (1 + 0.02 * len(tokens)) * float(self.normal(1).mul(0.1).exp()))
+        self.seen.append(SeenCall(len(self.seen), layer, layer, transposed, sent, awaited, self.passes))
         self.true.append(TrueCall(layer, transposed, rows, tokens, phase, text, 0))  # type: ignore[arg-type]
 
     def build(self) -> World:
@@ -159,8 +192,12 @@ class _Builder:
             for n, (W, R_in, R_out) in enumerate(zip(self.weights, self.R_in, self.R_out, strict=True))
         )
         pieces = tuple(f"t{token} " for token in range(VOCABULARY))
+        view = WorkerView(matrices, tuple(self.seen), len(SHAPES))
         truth = Truth(tuple(self.true), layers, tuple(self.bases), pieces)
-        return World(WorkerView(matrices, tuple(self.seen), len(SHAPES)), truth, self.knowledge(truth))
+        if self.hiding.adapted:
+            view = replace(view, adapters=tuple(self.adapters), steps=tuple(self.steps))
+            truth = replace(truth, adapters=tuple(delta for delta in self.deltas if delta is not None))
+        return World(view, truth, self.knowledge(truth))
 
     def knowledge(self, truth: Truth) -> dict[Attacker, Knowledge]:
         scheme = Scheme(self.hiding.mixing, self.hiding.shield_rows)
@@ -172,7 +209,7 @@ class _Builder:
         known = [
             KnownCall(index, call.rows)
             for index, call in enumerate(truth.calls)
-            if call.phase == "training" and call.layer == 0
+            if call.phase == "training" and call.layer == 0 and not call.transposed
         ][:16]
         text = PublicText(texts, VOCABULARY)
         return {

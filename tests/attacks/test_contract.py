@@ -22,10 +22,13 @@ SUCCEEDS_ON = {
     "dictionary-membership": (scenes.MIXED, 0.9),
     "bag-of-tokens": (scenes.ROTATED, 0.9),
     "label-inference": (scenes.ROTATED, 0.8),
+    "adapter-inputs": (scenes.ADAPTED, 0.9),
+    "adapter-labels": (scenes.ADAPTED, 0.7),
     "singular-values": (scenes.CLEAR, 0.99),
     "one-sided-procrustes": (scenes.ONE_SIDED, 0.5),
     "two-sided-alignment": (scenes.MIXED, 0.05),
     "arrowmatch": (scenes.PERMUTED, 0.9),
+    "adapter-recovery": (scenes.ADAPTED, 0.8),
     "equal-beginnings": (scenes.MIXED, 0.9),
     "equal-examples": (scenes.MIXED, 0.99),
     "basis-stitching": (scenes.ROTATED_IN_CONTEXT, 0.7),
@@ -33,6 +36,7 @@ SUCCEEDS_ON = {
     "grid-from-base": (scenes.STRUCTURED, 0.8),
     "known-plaintext": (scenes.IN_CONTEXT, 0.95),
     "lengths-and-phases": (scenes.MIXED, 0.99),
+    "timing": (scenes.MIXED, 0.9),
 }
 """The scheme that each attack was made for, and the least value that counts as success there."""
 SEEDS = 3

@@ -58,6 +58,8 @@ def test_what_is_read_back_is_what_was_sent(tmp_path: Path, shared: bool) -> Non
     tensors = [entry.tensor for entry in entries if entry.tensor is not None]
     assert all(torch.equal(got, sent) for got, sent in zip(tensors, [W, X, X @ W], strict=True))
     assert {entry.header.matrix_id for entry in entries[4:10]} == {ID}
+    times = [entry.at_ns for entry in entries]
+    assert times == sorted(times) and 0 < times[0] < times[-1]
 
 
 def test_frames_are_the_bytes_of_the_wire(tmp_path: Path) -> None:

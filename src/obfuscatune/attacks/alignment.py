@@ -66,6 +66,13 @@ def align_two_sided(W: Tensor, W_star: Tensor, expected: Tensor, observed: Tenso
     return Aligned((U * signs) @ U_star.T, (Vh.T * signs) @ Vh_star)
 
 
+def align_one_sided(W: Tensor, W_star: Tensor) -> Aligned:
+    """R_in (p, p) and R_out (q, q), one of which is 1: the one without which W* fits W (p, q) better."""
+    left = Aligned(polar(W @ W_star.T), torch.eye(W.shape[1], dtype=W.dtype))
+    right = Aligned(torch.eye(W.shape[0], dtype=W.dtype), polar(W.T @ W_star))
+    return min((left, right), key=lambda it: float((it.R_in @ W_star @ it.R_out.T - W).norm()))
+
+
 def _signs(expected: Tensor, observed: Tensor) -> Tensor:
     """d in {-1, 1}^p such that d_i d_j observed_ij agrees with expected_ij: spectral start, then single flips."""
     agreement = expected * observed

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from obfuscatune.attacks.alignment import align
 from obfuscatune.attacks.base import Attacker, CannotRun, Finding, Target
-from obfuscatune.attacks.knowledge import Knowledge, PublicBase
+from obfuscatune.attacks.knowledge import Knowledge
 from obfuscatune.attacks.truth import Truth
 from obfuscatune.attacks.view import WorkerView
 
@@ -37,7 +37,7 @@ class BagOfTokens:
     def run(self, view: WorkerView, knowledge: Knowledge, seed: int) -> BagGuess:
         """Bags of the prompts' and training calls of the first layer."""
         base = knowledge.the_base()
-        tokens, prototypes = _prototypes(base)
+        tokens, prototypes = base.typical_rows()
         prototypes = prototypes @ align(view, base, 0).R_in
         hidden = knowledge.scheme.shield_rows if knowledge.scheme.mixing else 0
         newest = {call.index for call in view.of_newest_matrix(0)}
@@ -72,14 +72,6 @@ class BagOfTokens:
         chance = float(overlap[alike].mean()) if bool(alike.any()) else 0.0
         error = float(own.std()) / max(1, len(own)) ** 0.5
         return Finding(float(own.mean()), chance, 1.0, len(own), error)
-
-
-def _prototypes(base: PublicBase) -> tuple[Tensor, Tensor]:
-    """Tokens of the public text, and each one's mean row at the first layer."""
-    tokens, index, counts = torch.unique(base.tokens, return_inverse=True, return_counts=True)
-    sums = torch.zeros(len(tokens), base.inputs[0].shape[1], dtype=torch.float64)
-    sums.index_add_(0, index, base.inputs[0])
-    return tokens, sums / counts[:, None]
 
 
 def _non_negative(prototypes: Tensor, moments: Tensor) -> Tensor:

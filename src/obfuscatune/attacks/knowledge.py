@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from obfuscatune.attacks.base import Attacker, CannotRun
 
@@ -44,6 +46,28 @@ class PublicBase:
     positions: Tensor
     head: Tensor
 
+    def typical_rows(self) -> tuple[Tensor, Tensor]:
+        """Tokens (T,) of the public text, and each one's mean row (T, p) at the first layer."""
+        tokens, index, counts = torch.unique(self.tokens, return_inverse=True, return_counts=True)
+        sums = torch.zeros(len(tokens), self.inputs[0].shape[1], dtype=torch.float64)
+        sums.index_add_(0, index, self.inputs[0])
+        return tokens, sums / counts[:, None]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How the model is built: as public as the algorithm.
+
+    Attributes:
+        build: a module of random weights, from a seed; it takes token numbers (n, length) to logits (n, length, V).
+        published: the same with the weights of the public base.
+        place: from a W (p, q) for each layer that crosses to the module's parameters, by name.
+    """
+
+    build: Callable[[int], nn.Module]
+    published: Callable[[], nn.Module]
+    place: Callable[[Sequence[Tensor]], dict[str, Tensor]]
+
 
 @dataclass(frozen=True)
 class KnownCall:
@@ -60,6 +84,7 @@ class Knowledge:
     attacker: Attacker
     scheme: Scheme
     text: PublicText | None = None
+    architecture: Architecture | None = None
     base: PublicBase | None = None
     plaintext: tuple[KnownCall, ...] = ()
 
@@ -72,6 +97,16 @@ class Knowledge:
         if self.text is None:
             raise CannotRun("needs public text")
         return self.text
+
+    def the_architecture(self) -> Architecture:
+        """How the model is built.
+
+        Raises:
+            CannotRun: there is no model to build.
+        """
+        if self.architecture is None:
+            raise CannotRun("needs to know how the model is built")
+        return self.architecture
 
     def the_base(self) -> PublicBase:
         """The public base.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from obfuscatune.attacks.adapters import AdapterInputs, AdapterLabels, AdapterRecovery
 from obfuscatune.attacks.bag import BagOfTokens
 from obfuscatune.attacks.base import Attack
 from obfuscatune.attacks.dictionary import DictionaryMembership, OutputMatching
@@ -15,6 +16,7 @@ from obfuscatune.attacks.plaintext import KnownPlaintext
 from obfuscatune.attacks.separation import SourceSeparation
 from obfuscatune.attacks.shapes import Shapes
 from obfuscatune.attacks.stitching import BasisStitching
+from obfuscatune.attacks.timing import Timing
 from obfuscatune.attacks.weights import ArrowMatch, OneSidedProcrustes, SingularValues, TwoSidedAlignment
 
 ATTACKS: tuple[Attack, ...] = (
@@ -27,10 +29,13 @@ ATTACKS: tuple[Attack, ...] = (
     DictionaryMembership(),
     BagOfTokens(),
     LabelInference(),
+    AdapterInputs(),
+    AdapterLabels(),
     SingularValues(),
     OneSidedProcrustes(),
     TwoSidedAlignment(),
     ArrowMatch(),
+    AdapterRecovery(),
     PrefixLinkage(),
     ExampleLinkage(),
     BasisStitching(),
@@ -38,4 +43,5 @@ ATTACKS: tuple[Attack, ...] = (
     GridFromBase(),
     KnownPlaintext(),
     Shapes(),
+    Timing(),
 )

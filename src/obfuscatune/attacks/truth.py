@@ -51,6 +51,8 @@ class Truth:
     """Of each layer the public W (p, q) that the secret one was tuned from."""
     pieces: tuple[str, ...]
     """What each token reads, by its number."""
+    adapters: tuple[Tensor, ...] = ()
+    """What fine-tuning added to each layer's W in the end, (p, q); empty where no adapter was on the worker."""
 
     def rotated(self, call: TrueCall) -> Tensor:
         """x R_in of a forward call, (n, p): its rows as the worker would see them unmixed."""

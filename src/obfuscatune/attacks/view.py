@@ -2,7 +2,8 @@
 
 A run sends the model's matrices in the model's order; each forward pass then uses each once, in that order. So the
 n-th forward call of L matrices is that of layer n mod L, whatever identifiers say: a re-keyed matrix is known by its
-place. Layers are counted from 0, the first that crosses.
+place. Layers are counted from 0, the first that crosses. Rows for an adapter on the worker are calls of the layer whose
+matrix it belongs to.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from functools import cached_property
 from torch import Tensor
 
 from obfuscatune.attacks.base import CannotRun
+from obfuscatune.attacks.held import HeldAdapter, HeldStep, HoldsAdapters
 from obfuscatune.wire.messages import MessageType
 from obfuscatune.wire.transcript import TranscriptEntry
 
@@ -28,7 +30,10 @@ class SeenMatrix:
 
 @dataclass(frozen=True)
 class SeenCall:
-    """One crossing: rows (m, p) that came; with `transposed`, (m, q). What went back is their product with W*."""
+    """One crossing: rows (m, p) that came; with `transposed`, (m, q).
+
+    What went back is their product with W*, and an adapter's part, where it lies on the worker.
+    """
 
     index: int
     matrix: int
@@ -37,6 +42,10 @@ class SeenCall:
     transposed: bool
     sent: Tensor
     """As they came: full-rank calls of a wide layer fill memory soon enough."""
+    awaited_ns: int = 0
+    """How long the worker had nothing to do before it: what the enclave took since the last reply."""
+    number: int = 0
+    """Of the forward pass, where an adapter keeps something for its way back; 0 elsewhere."""
 
     @property
     def rows(self) -> Tensor:
@@ -62,6 +71,10 @@ class WorkerView:
     calls: tuple[SeenCall, ...]
     layers: int
     """How many matrices the model has."""
+    adapters: tuple[HeldAdapter, ...] = ()
+    """Those on the worker, each as it was attached last."""
+    steps: tuple[HeldStep, ...] = ()
+    """Updates of all of them."""
 
     @classmethod
     def from_entries(cls, entries: Iterable[TranscriptEntry]) -> WorkerView:
@@ -70,28 +83,10 @@ class WorkerView:
         Raises:
             CannotRun: it holds no matrix, or no product.
         """
-        stored: list[Tensor] = []
-        index_of: dict[bytes, int] = {}
-        layer_of: dict[int, int] = {}
-        calls: list[SeenCall] = []
-        layers = forward = 0
+        reader = _Reader()
         for entry in entries:
-            header, tensor = entry.header, entry.tensor
-            if header.type is MessageType.STORE and tensor is not None:
-                index_of[header.matrix_id] = len(stored)
-                stored.append(tensor.double())
-            elif header.type is MessageType.MULTIPLY and tensor is not None:
-                matrix = index_of[header.matrix_id]
-                layers = layers or len(stored)
-                if not header.transposed:
-                    layer_of[matrix] = forward % layers
-                    forward += 1
-                layer = layer_of.get(matrix, 0)
-                calls.append(SeenCall(len(calls), matrix, layer, header.transposed, tensor))
-        if not stored or not calls:
-            raise CannotRun("the transcript holds no matrix, or no product")
-        matrices = tuple(SeenMatrix(W_star, layer_of.get(index)) for index, W_star in enumerate(stored))
-        return cls(matrices, tuple(calls), layers)
+            reader.read(entry)
+        return reader.view()
 
     def forward(self, layer: int) -> list[SeenCall]:
         """The calls by W* of one layer, in order: one in each pass."""
@@ -107,7 +102,7 @@ class WorkerView:
         return [call for call in self.calls if call.layer == layer and call.transposed]
 
     def products(self, call: SeenCall) -> Tensor:
-        """What the worker answered, (m, q) or, transposed, (m, p)."""
+        """The product with W* that the worker answered with, (m, q) or, transposed, (m, p)."""
         W_star = self.matrices[call.matrix].W_star
         return call.rows @ (W_star.T if call.transposed else W_star)
 
@@ -143,3 +138,47 @@ class WorkerView:
         forward = enumerate(self.forward(layer))
         calls = [call for number, call in forward if number not in self.trained_passes and call.index not in decoding]
         return calls or self.decoding(layer)
+
+
+class _Reader:
+    """Puts the view together, message by message."""
+
+    def __init__(self) -> None:
+        self._stored: list[Tensor] = []
+        self._index_of: dict[bytes, int] = {}
+        self._layer_of: dict[int, int] = {}
+        self._calls: list[SeenCall] = []
+        self._layers = self._forward = self._replied_ns = 0
+        self._adapters = HoldsAdapters()
+
+    def read(self, entry: TranscriptEntry) -> None:
+        header, tensor = entry.header, entry.tensor
+        match header.type:
+            case MessageType.STORE if tensor is not None:
+                self._index_of[header.matrix_id] = len(self._stored)
+                self._stored.append(tensor.double())
+            case MessageType.MULTIPLY if tensor is not None:
+                self._call(entry, tensor, self._index_of[header.matrix_id], header.transposed)
+            case MessageType.FORWARD | MessageType.BACKWARD if tensor is not None:
+                matrix = self._index_of[self._adapters.matrix_of(header.matrix_id)]
+                self._call(entry, tensor, matrix, header.type is MessageType.BACKWARD)
+            case _:
+                self._adapters.read(entry, len(self._calls))
+        if entry.direction == "reply":
+            self._replied_ns = entry.at_ns
+
+    def _call(self, entry: TranscriptEntry, rows: Tensor, matrix: int, transposed: bool) -> None:
+        self._layers = self._layers or len(self._stored)
+        if not transposed:
+            self._layer_of[matrix] = self._forward % self._layers
+            self._forward += 1
+        layer = self._layer_of.get(matrix, 0)
+        awaited = max(0, entry.at_ns - self._replied_ns)
+        self._calls.append(SeenCall(len(self._calls), matrix, layer, transposed, rows, awaited, entry.header.code))
+
+    def view(self) -> WorkerView:
+        if not self._stored or not self._calls:
+            raise CannotRun("the transcript holds no matrix, or no product")
+        matrices = tuple(SeenMatrix(W_star, self._layer_of.get(index)) for index, W_star in enumerate(self._stored))
+        adapters = self._adapters.adapters(lambda matrix_id: self._layer_of.get(self._index_of[matrix_id]))
+        return WorkerView(matrices, tuple(self._calls), self._layers, adapters, self._adapters.steps())

@@ -14,7 +14,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from obfuscatune.attacks.alignment import align, polar
+from obfuscatune.attacks.alignment import align, align_one_sided
 from obfuscatune.attacks.base import Attacker, Finding, Target
 from obfuscatune.attacks.knowledge import Knowledge
 from obfuscatune.attacks.scoring import cosine
@@ -92,9 +92,8 @@ class OneSidedProcrustes:
         """For each layer the side that fits better."""
         guess = {}
         for layer, W_star in first_matrices(view).items():
-            W = knowledge.the_base().weights[layer]
-            left, right = polar(W @ W_star.T) @ W_star, W_star @ polar(W_star.T @ W)
-            guess[layer] = min((left, right), key=lambda it: float((it - W).norm()))
+            sides = align_one_sided(knowledge.the_base().weights[layer], W_star)
+            guess[layer] = sides.R_in @ W_star @ sides.R_out.T
         return WeightGuess(guess)
 
     def score(self, guess: WeightGuess, truth: Truth) -> Finding:

@@ -7,7 +7,7 @@ worker with a transcript  <-  protected secret model  <-  LoRA steps, then gener
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +19,12 @@ from obfuscatune.attacks.view import WorkerView
 from obfuscatune.audit.attackers import base_weights
 from obfuscatune.audit.scenario import Scenario
 from obfuscatune.enclave.linear import InFlight, OffloadedProduct
-from obfuscatune.enclave.link import WorkerLink
+from obfuscatune.enclave.link import AdapterLink, WorkerLink
 from obfuscatune.enclave.load import load
 from obfuscatune.enclave.local import local_worker
 from obfuscatune.enclave.offloaded import Offloaded
 from obfuscatune.enclave.profiles import Profile
+from obfuscatune.enclave.remote.adapter import RemoteAdapter
 from obfuscatune.tuning.adapter import add_lora
 from obfuscatune.tuning.batches import Plan
 from obfuscatune.tuning.data import Example
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from obfuscatune.enclave.transforms import Transform
 
 LORA_RANK = 8
+LORA_DROPOUT = 0.05
 LEARNING_RATE = 2e-4
 
 
@@ -66,18 +68,17 @@ def record_run(scenario: Scenario, profile: Profile, seed: int, folder: Path) ->
 def run_under_watch(scenario: Scenario, profile: Profile, seed: int, link: WorkerLink) -> Truth:
     """The run itself, over any link; what was true of each crossing, in order.
 
-    LoRA stays in the enclave, whatever the profile says: the rows that cross for W are the same, and those for an
-    adapter on the worker are not attacked yet (docs/audit.md).
+    An adapter on the worker is fetched in the end, as any run does to keep it.
     """
-    profile = replace(profile, lora_on="enclave")
     model = load(scenario.directory, link, profile=profile, dtype=torch.float32)
     witness = _Witness()
     bases, weights = base_weights(scenario.base, profile), base_weights(scenario.secret, profile)
     layers = _watch(model, weights, witness)
-    tuned = _finetune(model, scenario, seed, witness)
+    tuned = _finetune(model, scenario, seed, witness, layers)
     _generate(tuned, scenario, seed, witness)
+    adapters = _fetched(model)
     pieces = tuple(scenario.tokenizer.decode([token]) for token in range(scenario.base.config.vocab_size))
-    return Truth(tuple(witness.calls), tuple(layer.truth() for layer in layers), bases, pieces)
+    return Truth(tuple(witness.calls), tuple(layer.truth() for layer in layers), bases, pieces, adapters)
 
 
 @dataclass
@@ -112,11 +113,30 @@ class _WatchedProduct:
         return getattr(self._product, name)
 
 
+class _WatchedAdapter:
+    """In the place of what a `RemoteAdapter` is on the worker; the plain rows follow from those that it sends."""
+
+    def __init__(self, remote: AdapterLink, layer: _WatchedLayer) -> None:
+        self._remote, self._layer = remote, layer
+        self._R_in, self._R_out = layer.offloaded.R_in, layer.offloaded.R_out
+
+    def forward(self, rows: Tensor, **how: Any) -> Tensor:
+        self._layer.note(False, self._R_in.inverse(rows.double()))
+        return self._remote.forward(rows, **how)
+
+    def backward(self, rows: Tensor, **how: Any) -> Tensor:
+        self._layer.note(True, self._R_out.apply_transpose(rows.double()))
+        return self._remote.backward(rows, **how)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._remote, name)
+
+
 class _WatchedLayer:
     """Keeps the witness before a layer's product, whichever that is, and notes its secrets."""
 
     def __init__(self, offloaded: Offloaded, layer: int, W: Tensor, witness: _Witness) -> None:
-        self._offloaded, self._layer, self._W, self._witness = offloaded, layer, W, witness
+        self.offloaded, self._layer, self._W, self._witness = offloaded, layer, W, witness
         self._secrets: list[tuple[Tensor, Tensor]] = []
         self._place = offloaded.crossing.multiply_by
         self.multiply_by(offloaded.crossing._product)
@@ -124,12 +144,27 @@ class _WatchedLayer:
 
     def multiply_by(self, product: OffloadedProduct) -> None:
         epoch = len(self._secrets)
-        self._secrets.append((_dense(self._offloaded.R_in), _dense(self._offloaded.R_out)))
+        self._secrets.append((_dense(self.offloaded.R_in), _dense(self.offloaded.R_out)))
         self._place(_WatchedProduct(product, self._layer, epoch, self._witness))  # type: ignore[arg-type]
+
+    def note(self, transposed: bool, rows: Tensor) -> None:
+        """Plain rows of a call under the newest secrets."""
+        self._witness.note(self._layer, transposed, rows, len(self._secrets) - 1)
+
+    def watch(self, adapter: RemoteAdapter) -> None:
+        """Keep the witness before the layer's adapter on the worker too, however often it is attached anew."""
+        attach = adapter.attach
+
+        def attach_watched() -> None:
+            attach()
+            adapter._remote = _WatchedAdapter(adapter.remote, self)  # type: ignore[assignment]
+
+        adapter.attach = attach_watched  # type: ignore[method-assign]  # what re-keying calls
+        adapter._remote = _WatchedAdapter(adapter.remote, self)  # type: ignore[assignment]
 
     def truth(self) -> TrueLayer:
         R_in, R_out = zip(*self._secrets, strict=True)
-        return TrueLayer(self._offloaded.name, self._W, R_in, R_out)
+        return TrueLayer(self.offloaded.name, self._W, R_in, R_out)
 
 
 def _watch(model: PreTrainedModel, weights: tuple[Tensor, ...], witness: _Witness) -> list[_WatchedLayer]:
@@ -149,16 +184,36 @@ def _dense(transform: Transform) -> Tensor:
     return transform.apply(torch.eye(transform.dim, dtype=torch.float64))
 
 
-def _finetune(model: PreTrainedModel, scenario: Scenario, seed: int, witness: _Witness) -> PeftModel:
+def _fetched(model: PreTrainedModel) -> tuple[Tensor, ...]:
+    """What the adapter on the worker adds to each W (p, q), float64; empty where it is here."""
+    protection = model.protection
+    if protection.adapters is None:
+        return ()
+    protection.adapters.fetch()
+    return tuple(_delta(protection.adapters.of(it)) for it in protection.offloaded)
+
+
+def _delta(adapter: RemoteAdapter) -> Tensor:
+    """s A B of the layers that share a matrix, side by side."""
+    with torch.no_grad():
+        return torch.cat([it.scale * (it.lora_b.double() @ it.lora_a.double()).T for it in adapter.layers], dim=1)
+
+
+def _finetune(
+    model: PreTrainedModel, scenario: Scenario, seed: int, witness: _Witness, layers: list[_WatchedLayer]
+) -> PeftModel:
     """LoRA on every linear layer, one example a step; examples come back in each epoch in another order."""
     size = scenario.size
-    tuned = add_lora(model, r=LORA_RANK, alpha=16, dropout=0.05, targets="all-linear", seed=seed)
+    tuned = add_lora(model, r=LORA_RANK, alpha=16, dropout=LORA_DROPOUT, targets="all-linear", seed=seed)
     examples = [Example(ids, ids) for ids in scenario.examples(seed)]
     plan = Plan(len(examples), batch_size=1, accumulation=1, seed=seed)
     total = size.epochs * plan.steps_per_epoch
+    optimizer = make_optimizer(tuned, weight_decay=0.0)
+    for layer in layers if model.protection.adapters is not None else ():
+        layer.watch(model.protection.adapters.of(layer.offloaded))
     steps = train(
         tuned,
-        make_optimizer(tuned, weight_decay=0.0),
+        optimizer,
         examples,
         plan,
         Descent(LEARNING_RATE, "constant", warmup_steps=0, clip=1.0, total_steps=total),

@@ -5,9 +5,12 @@ session id in each HELLO is zeroed, for it is a key. `index.jsonl`: one line per
 ends, and per message where in frames.bin it lies:
 
     {"event": "begin", "version": 1}
-    {"event": "request", "session": "3f2a90b1c4d5", "type": "MULTIPLY", "offset": 148, "length": 1572920}
-    {"event": "reply",   "session": "3f2a90b1c4d5", "type": "PRODUCT",  "offset": 1573068, "length": 1572920}
+    {"event": "request", "at_ns": 81, "session": "3f2a90b1c4d5", "type": "MULTIPLY", "offset": 0, "length": 1572920}
+    {"event": "reply",   "at_ns": 95, "session": "3f2a90b1c4d5", "type": "PRODUCT",  "offset": 1572920, "length": 56}
     {"event": "end", "messages": 2}
+
+`at_ns` is when the worker took the request up, or was about to send the reply: nanoseconds of its monotonic clock,
+which starts anywhere. What was recorded before there were times is read as all at 0.
 """
 
 import json
@@ -39,7 +42,9 @@ class TranscriptEntry:
     body: bytes
     """The payload, where it is no matrix."""
     tensor: torch.Tensor | None
-    """The payload (rows, cols) of a STORE, a MULTIPLY or a PRODUCT; on the CPU."""
+    """The payload (rows, cols) of a STORE, a MULTIPLY, a PRODUCT or the like; on the CPU."""
+    at_ns: int = 0
+    """When it came or went, by the worker's monotonic clock."""
 
 
 def read_transcript(folder: Path, *, allow_cut: bool = False) -> Iterator[TranscriptEntry]:
@@ -96,12 +101,14 @@ def _record(line: str, where: str) -> dict[str, Any] | None:
 def _entry(record: dict[str, Any], frames: BinaryIO, where: str) -> TranscriptEntry:
     try:
         direction, session, offset, length = (record[key] for key in ("event", "session", "offset", "length"))
+        at_ns = int(record.get("at_ns", 0))
         frames.seek(offset)
         header = Header.unpack(frames.read(HEADER_BYTES), expected=REQUESTS if direction == "request" else REPLIES)
         if header.payload_bytes != length - HEADER_BYTES:
             raise StorageError(f"{where}: {length} bytes, but the message has {HEADER_BYTES + header.payload_bytes}")
         if not FORMS[header.type].tensor_bytes:
-            return TranscriptEntry(direction, session, header, _exactly(frames, header.payload_bytes, where), None)
+            body = _exactly(frames, header.payload_bytes, where)
+            return TranscriptEntry(direction, session, header, body, None, at_ns)
         tensor = torch.empty(header.rows, header.cols, dtype=header.dtype.torch_dtype)
         if frames.readinto(bytes_of(tensor)) != header.payload_bytes:  # type: ignore[attr-defined]
             raise StorageError(f"{where}: {FRAMES} ends before the message does")
@@ -109,7 +116,7 @@ def _entry(record: dict[str, Any], frames: BinaryIO, where: str) -> TranscriptEn
         raise StorageError(f"{where}: not a record of a transcript ({error})") from error
     except ProtocolError as error:
         raise type(error)(f"{where}: {error}") from error
-    return TranscriptEntry(direction, session, header, b"", tensor)
+    return TranscriptEntry(direction, session, header, b"", tensor, at_ns)
 
 
 def _exactly(frames: BinaryIO, size: int, where: str) -> bytes:

@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,10 @@ class Recorder:
             if self._failure is not None:
                 raise self._failure
             try:
+                at_ns = time.monotonic_ns()
                 offset = os.lseek(self._frames, 0, os.SEEK_END)
                 _write_all(self._frames, [header.pack(), payload])
-                record = {"session": session, "type": header.type.name, "offset": offset}
+                record = {"at_ns": at_ns, "session": session, "type": header.type.name, "offset": offset}
                 self._write_index({"event": direction, **record, "length": HEADER_BYTES + len(payload)})
             except OSError as error:
                 raise self._failed(error) from error
