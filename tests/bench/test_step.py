@@ -1,4 +1,4 @@
-"""`bench step` on a tiny shape: both contenders are real processes, one of them with a real worker."""
+"""`bench step` on a tiny shape: all contenders are real processes, the protected ones with a real worker."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,10 @@ import pytest
 from transformers import GPT2Config
 
 from obfuscatune.bench import step as step_module
+from obfuscatune.bench.plots import plot_step
 from obfuscatune.bench.shapes import NAMES, config_of
-from obfuscatune.bench.step import OWN_WAITING, StepBench, StepResult
+from obfuscatune.bench.step import OWN_WAITING, StepBench
+from obfuscatune.bench.step_result import IDLE, WORKER, StepResult
 from obfuscatune.wire.errors import ConfigError
 
 
@@ -23,33 +25,55 @@ def tiny_shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def measured(tiny_shape: Path) -> StepResult:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step_module, "PLAIN_WAITING", {"brief": OWN_WAITING})
-        bench = StepBench(shape=str(tiny_shape), batch=2, length=16, threads=1, rounds=3, warmup=1)
+        bench = StepBench(
+            shape=str(tiny_shape), batch=2, length=16, threads=1, rounds=3, warmup=1, profiles=("private", "paper")
+        )
         return bench.run(lambda line: None)
 
 
-def test_both_sides_do_the_same_work(measured: StepResult) -> None:
-    assert len(measured.plain) == len(measured.protected) == 3
-    assert measured.difference < 1e-5
-    assert measured.plain[0]["result"] != measured.plain[1]["result"]  # it learns: the steps are real
+def test_all_sides_do_the_same_work(measured: StepResult) -> None:
+    assert list(measured.protected) == ["private", "paper"]
+    assert measured.difference("private") < 1e-5
+    for side in (measured.plain, *measured.protected.values()):
+        assert len(side.rounds) == 3
+        assert side.rounds[0]["result"] != side.rounds[1]["result"]  # it learns: the steps are real
 
 
 def test_a_step_crosses_once_per_group_and_direction(measured: StepResult) -> None:
     groups = 4  # c_attn, c_proj, c_fc, c_proj of the second block; the first stays in the enclave
-    assert measured.protected[0]["crossings"] == 2 * groups
+    assert measured.protected["private"].rounds[0]["crossings"] == 2 * groups
 
 
 def test_the_breakdown_adds_up(measured: StepResult) -> None:
-    assert set(measured.breakdown) >= {"rotate", "mix", "waiting for the worker", "model and optimizer"}
-    assert sum(measured.breakdown.values()) == pytest.approx(measured.protected_seconds)
-    assert min(measured.breakdown.values()) >= 0
-    assert measured.ratio == sorted(measured.ratios)[1]
+    for side in (measured.plain, *measured.protected.values()):
+        assert sum(side.breakdown().values()) == pytest.approx(side.seconds)
+        assert min(side.breakdown().values()) >= 0
+        assert "products" in side.breakdown() and "optimizer" in side.breakdown()
+    assert set(measured.protected["private"].breakdown()) >= {"rotate", "mix, and draw secrets", "send", WORKER, IDLE}
+    assert WORKER not in measured.plain.breakdown()
+    assert measured.ratio("private") == sorted(measured.ratios("private"))[1]
 
 
-def test_the_document_is_json_and_names_what_its_times_depend_on(measured: StepResult) -> None:
+def test_products_are_counted_where_they_are_computed(measured: StepResult) -> None:
+    private = measured.protected["private"]
+    rows, block = 2 * 16, 32 * (96 + 32 + 128 + 128)
+    crossing = rows + 8  # and the shield rows
+    assert private.products["worker_flops"] == 2 * 2 * block * crossing  # forward and backward
+    assert private.median("worker_seconds") > 0
+    assert measured.protected["paper"].products["worker_flops"] > 2 * 2 * block * rows  # LoRA's products among them
+    assert 0 < measured.plain.least_seconds(measured.limits) < private.least_seconds(measured.limits)
+
+
+def test_the_documents_name_what_their_times_depend_on(measured: StepResult) -> None:
     document = json.loads(json.dumps(measured.as_json()))
     assert document["environment"]["torch threads"] == "1"
-    assert document["bench"]["profile"] == "private"
-    assert document["peak_bytes"]["plain"] > 0
+    assert document["bench"]["profiles"] == ["private", "paper"]
+    assert document["limits"]["gflops"] > 0
+    assert document["plain"]["peak_bytes"].keys() == {"own"}
+    assert min(document["protected"]["private"]["peak_bytes"].values()) > 0
+    assert "| `paper` |" in measured.as_markdown()
+    picture = plot_step(measured)
+    assert picture.startswith("<?xml") and "rotate" in picture and "least possible" in picture
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -67,12 +91,5 @@ def test_other_work_side_by_side(tiny_shape: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(step_module, "PLAIN_WAITING", {"brief": OWN_WAITING})
     bench = StepBench(work=work, shape=str(tiny_shape), batch=2, length=8, threads=1, rounds=1, warmup=0)  # type: ignore[arg-type]
     measured = bench.run(lambda line: None)
-    assert measured.difference < 1e-5
-    assert measured.protected[0]["crossings"] == 4 * (16 if work == "decode" else 1)
-
-
-def test_the_paper_s_adapter_is_trained_on_the_worker(tiny_shape: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_module, "PLAIN_WAITING", {"brief": OWN_WAITING})
-    bench = StepBench(shape=str(tiny_shape), batch=2, length=16, threads=1, rounds=2, warmup=0, profile="paper")
-    measured = bench.run(lambda line: None)
-    assert measured.protected[0]["result"] != measured.protected[1]["result"]
+    assert measured.difference("private") < 1e-5
+    assert measured.protected["private"].rounds[0]["crossings"] == 4 * (16 if work == "decode" else 1)

@@ -125,7 +125,8 @@ def test_timing_cells_take_the_presets_shape(tmp_path, tiny, data_root, small_pr
             self.bench = bench
 
         def as_json(self):
-            return {"plain_seconds": 1.0, "protected_seconds": 2.0, "ratio": 2.0, "ratios": [2.0], "bytes": 1000}
+            protected = {"seconds": 2.0, "ratio": 2.0, "ratios": [2.0], "bytes": 1000}
+            return {"plain": {"seconds": 1.0}, "protected": {self.bench.profiles[0]: protected}}
 
     def run(self, progress):
         benches.append(self)
@@ -134,7 +135,7 @@ def test_timing_cells_take_the_presets_shape(tmp_path, tiny, data_root, small_pr
 
     monkeypatch.setattr("obfuscatune.bench.step.StepBench.run", run)
     found = reproduce(tmp_path, tiny, data_root, parts=["slowdown"])
-    assert [(bench.shape, bench.profile) for bench in benches] == [
+    assert [(bench.shape, *bench.profiles) for bench in benches] == [
         (str(tiny / "config.json"), "paper"),
         (str(tiny / "config.json"), "private"),
     ]

@@ -6,12 +6,14 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from obfuscatune.bench.limits import measure_limits
 from obfuscatune.enclave import kernels
+from obfuscatune.jit.engine import SWITCH
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.mixing import KroneckerMixer, KroneckerMixing
 from obfuscatune.enclave.transforms.structured import StructuredTransform
@@ -44,6 +46,14 @@ class RotationRow:
     """10⁹ bytes a second of x read once and the result written once."""
 
 
+class _Case(NamedTuple):
+    by_torch: Callable[[int], object]
+    by_kernel: Callable[[int], object]
+    operations: int
+    rows_passed: int
+    """Read, and written."""
+
+
 @dataclass(frozen=True)
 class RotationBench:
     """What is measured."""
@@ -59,12 +69,13 @@ class RotationBench:
             ConfigError: no kernels can be compiled here.
         """
         if kernels.code_for(torch.empty(512, 512)) is None:
-            raise ConfigError(f"no kernels here: install llvmlite, on Linux, and do not set {kernels.SWITCH}=0")
+            raise ConfigError(f"no kernels here: install llvmlite, on Linux, and do not set {SWITCH}=0")
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
             with torch.no_grad():
-                gflops, gbytes = _limits()
+                limits = measure_limits()
+                gflops, gbytes = limits.gflops, limits.copied_gbytes
                 progress(f"this machine: {gflops:.0f} GFLOP/s in a product, {gbytes:.0f} GB/s in a copy")
                 rows = [row for n in self.rows for dim in self.dims for row in self._measured(n, dim, progress)]
         finally:
@@ -74,38 +85,42 @@ class RotationBench:
     def _measured(self, n: int, dim: int, progress: Progress) -> list[RotationRow]:
         stream = SecretStream.fresh()
         R = StructuredTransform(dim, stream)
-        A = KroneckerMixer(SHIELD_ROWS, stream).draw(n, dim)
         xs = [torch.randn(n, dim) for _ in range(PAIRS)]
-        ys = [torch.randn(A.rows, dim) for _ in range(PAIRS)]
-        shield = torch.randn(A.rows - n, dim)
         per_number = 2 * sum(side for pair in R._pairs for side in (pair[0].shape[0], pair[1].shape[0]))
-        per_mixed = 2 * sum(Q.shape[0] for Q in (A._Q_a, A._Q_b) if Q.shape[0] > 1)
         factors = R._factors_in(torch.float32, torch.device("cpu"))
-        cases: dict[str, tuple[Callable[[int], object], Callable[[int], object], int]] = {
-            "rotate": (lambda i: R._apply_by_torch(xs[i], factors), lambda i: R.apply(xs[i]), n * dim * per_number),
-            "undo rotation": (
-                lambda i: R._inverse_by_torch(xs[i], factors),
-                lambda i: R.inverse(xs[i]),
-                n * dim * per_number,
+        cases: dict[str, _Case] = {
+            "rotate": _Case(
+                lambda i: R._apply_by_torch(xs[i], factors), lambda i: R.apply(xs[i]), n * dim * per_number, 2 * n
             ),
-            "mix": (
-                lambda i: A._mix_by_torch(xs[i], shield, ys[i]),
-                lambda i: _mix(A, xs[i], shield, ys[i]),
-                A.rows * dim * per_mixed,
-            ),
-            "undo mixing": (
-                lambda i: A._unmix_by_torch(ys[i]),
-                lambda i: A.unmix(ys[i]),
-                A.rows * dim * per_mixed,
+            "undo rotation": _Case(
+                lambda i: R._inverse_by_torch(xs[i], factors), lambda i: R.inverse(xs[i]), n * dim * per_number, 2 * n
             ),
         }
+        A = KroneckerMixer(SHIELD_ROWS, stream).draw(n, dim)
+        if isinstance(A, KroneckerMixing):  # few rows are mixed by one product of torch's, and by no kernel
+            cases |= self._mixing_cases(A, xs)
         rows = []
-        for what, (by_torch, by_kernel, operations) in cases.items():
-            slow, fast = _median(by_torch), _median(by_kernel)
-            size = 4 * dim * (2 * n if "rot" in what else n + A.rows)
-            rows.append(RotationRow(what, n, dim, slow, fast, operations / fast / 1e9, size / fast / 1e9))
+        for what, it in cases.items():
+            slow, fast = _median(it.by_torch), _median(it.by_kernel)
+            size = 4 * dim * it.rows_passed
+            rows.append(RotationRow(what, n, dim, slow, fast, it.operations / fast / 1e9, size / fast / 1e9))
         progress(f"{n} x {dim}: " + ", ".join(f"{r.what} {r.torch_seconds / r.kernel_seconds:.1f}x" for r in rows))
         return rows
+
+    def _mixing_cases(self, A: KroneckerMixing, xs: list[Tensor]) -> dict[str, _Case]:
+        n, dim = xs[0].shape
+        ys = [torch.randn(A.rows, dim) for _ in range(PAIRS)]
+        shield = torch.randn(A.rows - n, dim)
+        operations = A.rows * dim * 2 * sum(Q.shape[0] for Q in (A._Q_a, A._Q_b) if Q.shape[0] > 1)
+        return {
+            "mix": _Case(
+                lambda i: A._mix_by_torch(xs[i], shield, ys[i]),
+                lambda i: _mix(A, xs[i], shield, ys[i]),
+                operations,
+                n + A.rows,
+            ),
+            "undo mixing": _Case(lambda i: A._unmix_by_torch(ys[i]), lambda i: A.unmix(ys[i]), operations, n + A.rows),
+        }
 
 
 @dataclass(frozen=True)
@@ -148,14 +163,6 @@ def _mix(A: KroneckerMixing, x: Tensor, shield: Tensor, out: Tensor) -> None:
     code = kernels.code_for(x)
     if code is not None:
         mix(x, shield, A._order, A._Q_a.to(x), A._Q_b.to(x), out, code)
-
-
-def _limits() -> tuple[float, float]:
-    """GFLOP/s of a large product, and GB/s of a large copy."""
-    a, large = torch.randn(1536, 1536), torch.empty(64 << 20)
-    copy = torch.empty_like(large)
-    product = _median(lambda _: a @ a)
-    return 2 * a.shape[0] ** 3 / product / 1e9, 2 * large.nbytes / _median(lambda _: copy.copy_(large)) / 1e9
 
 
 def _median(work: Callable[[int], object]) -> float:

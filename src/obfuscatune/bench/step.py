@@ -1,4 +1,4 @@
-"""`bench step`, `forward` and `decode`: work protected and plain, in turn, in one run.
+"""`bench step`, `forward` and `decode`: work protected, under each profile, and plain, in turn, in one run.
 
 Plain runs in its own process at its own best settings: before the contest it tries each way for OpenMP's threads to
 wait, and the fastest stays. Both sides get the same number of threads. While one works the other is stopped by a
@@ -14,10 +14,13 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, Literal, Self
 
+from obfuscatune.bench.limits import Limits
+from obfuscatune.bench.step_result import PLAIN, Side, StepResult
 from obfuscatune.report.environment import environment
 from obfuscatune.wire.errors import ConfigError
 
@@ -45,7 +48,7 @@ class StepBench:
     threads: int = 2
     rounds: int = 7
     warmup: int = 2
-    profile: str = "private"
+    profiles: tuple[str, ...] = ("private",)
 
     def run(self, progress: Progress) -> StepResult:
         """Measure; several minutes at GPT-2's shapes.
@@ -54,34 +57,40 @@ class StepBench:
             ConfigError: a contender could not be started, with what it said.
         """
         waiting = self._best_plain_waiting(progress)
-        with (
-            self._contender("plain", PLAIN_WAITING[waiting]) as plain,
-            self._contender("protected", OWN_WAITING) as protected,
-        ):
-            contenders = {"plain": plain, "protected": protected}
+        with ExitStack() as stack:
+            contenders = {PLAIN: stack.enter_context(self._contender(PLAIN, PLAIN_WAITING[waiting]))}
+            for profile in self.profiles:
+                contenders[profile] = stack.enter_context(self._contender("protected", OWN_WAITING, profile))
             answers: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
             for round_number in range(self.warmup + self.rounds):
                 for name, contender in contenders.items():
-                    answer = contender.step()
+                    answer = contender.tell("step")
                     progress(f"round {round_number + 1}/{self.warmup + self.rounds}: {name} {answer['seconds']:.3f} s")
                     if round_number >= self.warmup:
                         answers[name].append(answer)
-            protected.profile()  # the first starts the profiler
-            profiled = protected.profile()
-        return StepResult(self, waiting, answers["plain"], answers["protected"], profiled, environment(self.threads))
+            sides = {name: Side(answers[name], *_inspected(contenders[name])) for name in contenders}
+            limits = Limits(**contenders[PLAIN].tell("limits"))
+        return StepResult(asdict(self), waiting, sides.pop(PLAIN), sides, limits, environment(self.threads))
 
     def _best_plain_waiting(self, progress: Progress) -> str:
         medians = {}
         for name, waiting in PLAIN_WAITING.items():
-            with self._contender("plain", waiting) as plain:
-                plain.step()
-                medians[name] = statistics.median(plain.step()["seconds"] for _ in range(CALIBRATION_STEPS))
+            with self._contender(PLAIN, waiting) as plain:
+                plain.tell("step")
+                medians[name] = statistics.median(plain.tell("step")["seconds"] for _ in range(CALIBRATION_STEPS))
             progress(f"plain, OpenMP waiting {name}: {medians[name]:.3f} s")
         return min(medians, key=lambda name: medians[name])
 
-    def _contender(self, kind: str, waiting: dict[str, str]) -> Contender:
-        settings = {key: value for key, value in asdict(self).items() if key not in ("rounds", "warmup")}
-        return Contender({**settings, "kind": kind}, waiting)
+    def _contender(self, kind: str, waiting: dict[str, str], profile: str | None = None) -> Contender:
+        wanted = ("work", "shape", "layers", "batch", "length", "threads")
+        settings = {name: getattr(self, name) for name in wanted}
+        return Contender(settings | {"kind": kind, "profile": profile}, waiting)
+
+
+def _inspected(contender: Contender) -> tuple[dict[str, float], dict[str, int]]:
+    """Where its time goes, and the products that it computes; after all that is timed."""
+    contender.tell("profile")  # the first starts the profiler
+    return contender.tell("profile")["spans"], contender.tell("count")
 
 
 class Contender:
@@ -98,15 +107,8 @@ class Contender:
         )
         self._listen()
 
-    def step(self) -> dict[str, Any]:
-        """One timed step."""
-        return self._tell("step")
-
-    def profile(self) -> dict[str, Any]:
-        """One step under the profiler; its time is not to be compared."""
-        return self._tell("profile")
-
-    def _tell(self, word: str) -> dict[str, Any]:
+    def tell(self, word: str) -> dict[str, Any]:
+        """What it answers to a word of `contender.py`."""
         self._process.send_signal(signal.SIGCONT)
         if self._process.stdin is not None:
             print(word, file=self._process.stdin, flush=True)
@@ -129,72 +131,3 @@ class Contender:
     ) -> None:
         self._process.send_signal(signal.SIGCONT)
         self._process.communicate("quit\n")
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What was measured; seconds and bytes."""
-
-    bench: StepBench
-    plain_waiting: str
-    plain: list[dict[str, Any]] = field(repr=False)
-    protected: list[dict[str, Any]] = field(repr=False)
-    profiled: dict[str, Any] = field(repr=False)
-    environment: dict[str, str]
-
-    @property
-    def plain_seconds(self) -> float:
-        """Median of a plain step."""
-        return float(statistics.median(answer["seconds"] for answer in self.plain))
-
-    @property
-    def protected_seconds(self) -> float:
-        """Median of a protected step."""
-        return float(statistics.median(answer["seconds"] for answer in self.protected))
-
-    @property
-    def ratios(self) -> list[float]:
-        """Protected over plain, round by round: what drifts with the machine cancels."""
-        return [b["seconds"] / a["seconds"] for a, b in zip(self.plain, self.protected, strict=True)]
-
-    @property
-    def ratio(self) -> float:
-        """Median of the ratios."""
-        return statistics.median(self.ratios)
-
-    @property
-    def difference(self) -> float:
-        """Largest difference between what both sides computed in equal rounds: of a step the loss, in nats."""
-        return max(abs(float(a["result"] - b["result"])) for a, b in zip(self.plain, self.protected, strict=True))
-
-    @property
-    def breakdown(self) -> dict[str, float]:
-        """Where the median protected step goes, in seconds; adds up to it.
-
-        Waiting for the worker was clocked in every round. The enclave's spans come from one profiled step, scaled
-        to the median; what is in none of them is the model's own work.
-        """
-        waiting = statistics.median(answer["waiting_seconds"] for answer in self.protected)
-        scale = self.protected_seconds / self.profiled["seconds"]
-        spans = {name: seconds * scale for name, seconds in self.profiled["spans"].items()}
-        checking = max(spans.pop("wait", 0.0) - waiting, 0.0)
-        parts = {"waiting for the worker": waiting, "checking": checking} | spans
-        return {**parts, "model and optimizer": self.protected_seconds - sum(parts.values())}
-
-    def as_json(self) -> dict[str, Any]:
-        """Everything, for the file."""
-        return {
-            "bench": asdict(self.bench),
-            "plain_waiting": self.plain_waiting,
-            "plain_seconds": self.plain_seconds,
-            "protected_seconds": self.protected_seconds,
-            "ratio": self.ratio,
-            "ratios": self.ratios,
-            "difference": self.difference,
-            "breakdown_seconds": self.breakdown,
-            "crossings": self.protected[0]["crossings"],
-            "bytes": self.protected[0]["bytes"],
-            "peak_bytes": {"plain": self.plain[-1]["peak_bytes"], "enclave": self.protected[-1]["peak_bytes"]},
-            "environment": self.environment,
-            "rounds": {"plain": self.plain, "protected": self.protected},
-        }

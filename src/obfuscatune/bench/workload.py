@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 
-from obfuscatune.tuning.elsewhere import moved_optimizer
+from obfuscatune.tuning.elsewhere import after_step, moved_optimizer
 
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 RATE = 1e-4
@@ -45,6 +45,7 @@ class LoraStep:
         loss.backward()
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        after_step(self._model)
         return float(loss.detach())
 
 

@@ -1,22 +1,16 @@
 """`obfuscatune bench`: protected and plain, timed in turn on this machine."""
 
-import json
 import os
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from obfuscatune.cli import options
+from obfuscatune.cli.bench_files import keep, result_name
 from obfuscatune.cli.options import option
 from obfuscatune.cli.output import notice, write_json, write_text
-from obfuscatune.report.units import format_bytes
-from obfuscatune.wire.errors import ConfigError, StorageError
-
-if TYPE_CHECKING:
-    from obfuscatune.bench.obfuscate import ObfuscateResult
-    from obfuscatune.bench.step import StepResult
+from obfuscatune.wire.errors import ConfigError
 
 bench = typer.Typer(
     name="bench",
@@ -37,10 +31,15 @@ Batch = Annotated[int, typer.Option(help="Sequences at a time.", min=1)]
 Length = Annotated[int, typer.Option(help="Tokens a sequence.", min=2)]
 Threads = Annotated[int | None, option("--threads", "For every process.", default="all cores")]
 Rounds = Annotated[int, typer.Option(help="Counted rounds of each side.", min=1)]
-Out = Annotated[Path | None, option("--out", "Also write the figures to a JSON file in this folder.")]
+Profiles = Annotated[
+    str | None, option("--profile", "Profiles to time beside plain, as private,paper,guarded.", default="private")
+]
+Out = Annotated[Path | None, option("--out", "Also write JSON, Markdown and a picture to this folder.")]
 
 
-@bench.command(epilog="Example: obfuscatune bench step --shape gpt2 --rounds 9 --out benchmarks/results")
+@bench.command(
+    epilog="Example: obfuscatune bench step --shape gpt2 --profile private,paper,guarded --out benchmarks/results"
+)
 def step(
     shape: Shape = "gpt2",
     layers: Layers = None,
@@ -48,14 +47,15 @@ def step(
     length: Length = 256,
     threads: Threads = None,
     rounds: Rounds = 7,
-    profile: options.Profile = None,
+    profile: Profiles = None,
     out: Out = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Time a LoRA step (forward, backward, AdamW) protected and plain.
 
-    Each side has its own process and they take turns, so neither disturbs the other. Plain runs at its own best
-    setting of OpenMP's waiting, which is tried first. Weights are random: time does not depend on them.
+    Each side has its own process and they take turns, so none disturbs another. Plain runs at its own best setting of
+    OpenMP's waiting, which is tried first. Weights are random: time does not depend on them. Beside the times stands
+    where they go, what the processes hold in memory, and the least that this machine could need for the same products.
     """
     _side_by_side("step", shape, layers, batch, length, threads, rounds, profile, out, as_json=as_json)
 
@@ -68,7 +68,7 @@ def forward(
     length: Length = 256,
     threads: Threads = None,
     rounds: Rounds = 7,
-    profile: options.Profile = None,
+    profile: Profiles = None,
     out: Out = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -84,7 +84,7 @@ def decode(
     length: Annotated[int, typer.Option(help="Tokens of the prompt, which is not timed.", min=2)] = 32,
     threads: Threads = None,
     rounds: Rounds = 7,
-    profile: options.Profile = None,
+    profile: Profiles = None,
     out: Out = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -111,7 +111,9 @@ def _side_by_side(
     from obfuscatune.enclave.profiles import resolve
 
     config_of(shape, layers)  # a wrong name fails here, not in a child process
-    resolve(profile or "private")
+    profiles = tuple(dict.fromkeys((profile or "private").split(",")))
+    for one in profiles:
+        resolve(one)
     measured = StepBench(
         work=work,
         shape=shape,
@@ -120,14 +122,18 @@ def _side_by_side(
         length=length,
         threads=threads or os.cpu_count() or 1,
         rounds=rounds,
-        profile=profile or "private",
+        profiles=profiles,
     ).run(notice)
     if out is not None:
-        notice(f"written: {_write(measured, out)}")
+        from obfuscatune.bench.plots import plot_step
+
+        size = (f"{batch}-streams",) if work == "decode" else ()
+        name = result_name(work, shape, layers, *size, *profiles)
+        notice(f"written: {keep(out, name, measured.as_json(), measured.as_markdown(), plot_step(measured))}")
     if as_json:
         write_json(measured.as_json())
     else:
-        _print(measured)
+        write_text(measured.as_markdown())
 
 
 @bench.command(
@@ -173,7 +179,9 @@ def obfuscate(
         rounds=rounds,
     ).run(notice)
     if out is not None:
-        notice(f"written: {_write_obfuscate(measured, out)}")
+        parts = (profile or "private", *transforms)
+        name = result_name("obfuscate", shape if model is None else model.name, layers, *parts)
+        notice(f"written: {keep(out, name, measured.as_json(), measured.as_markdown())}")
     if as_json:
         write_json(measured.as_json())
     else:
@@ -192,9 +200,7 @@ def verify(
 
     measured = VerifyBench(honest_calls, trials).run(notice)
     if out is not None:
-        name = f"{datetime.now(UTC).strftime('%Y-%m-%d')}-verify"
-        _keep(out, f"{name}.md", measured.as_markdown())
-        notice(f"written: {_keep(out, f'{name}.json', measured.as_json())}")
+        notice(f"written: {keep(out, result_name('verify'), measured.as_json(), measured.as_markdown())}")
     if as_json:
         write_json(measured.as_json())
     else:
@@ -218,59 +224,8 @@ def rotation(
         raise ConfigError(f"--dim is more than {DENSE_BELOW}: below, transforms are dense; --rows is at least 1")
     measured = RotationBench(dims, counts, threads or os.cpu_count() or 1).run(notice)
     if out is not None:
-        name = f"{datetime.now(UTC).strftime('%Y-%m-%d')}-rotation"
-        _keep(out, f"{name}.md", measured.as_markdown())
-        notice(f"written: {_keep(out, f'{name}.json', measured.as_json())}")
+        notice(f"written: {keep(out, result_name('rotation'), measured.as_json(), measured.as_markdown())}")
     if as_json:
         write_json(measured.as_json())
     else:
         write_text(measured.as_markdown())
-
-
-def _print(measured: "StepResult") -> None:
-    b, plain = measured.bench, measured.plain_seconds
-    depth = "all" if b.layers is None else str(b.layers)
-    what = {"step": "LoRA step", "forward": "forward pass", "decode": "16 tokens a stream"}[b.work]
-    write_text(f"{what}, {b.shape} ({depth} layers), batch {b.batch} x {b.length}, {b.threads} threads, float32")
-    write_text(f"  plain      {plain:7.3f} s   median of {b.rounds}; OpenMP waiting: {measured.plain_waiting}")
-    write_text(
-        f"  protected  {measured.protected_seconds:7.3f} s   profile {b.profile}; "
-        f"{measured.protected[0]['crossings']} crossings, {format_bytes(measured.protected[0]['bytes'])} a step"
-    )
-    spread = f"{min(measured.ratios):.2f} to {max(measured.ratios):.2f}"
-    write_text(f"  ratio      {measured.ratio:7.2f}     round by round {spread}")
-    write_text(f"  largest difference of a result: {measured.difference:.1e}")
-    write_text("  where the protected side's time goes:")
-    for name, seconds in sorted(measured.breakdown.items(), key=lambda item: -item[1]):
-        write_text(f"    {seconds:7.3f} s  {seconds / measured.protected_seconds:5.1%}  {name}")
-
-
-def _write(measured: "StepResult", folder: Path) -> Path:
-    b = measured.bench
-    streams = (f"{b.batch}-streams",) if b.work == "decode" else ()
-    return _keep(folder, _name(b.work, b.shape, b.layers, *streams, b.profile) + ".json", measured.as_json())
-
-
-def _write_obfuscate(measured: "ObfuscateResult", folder: Path) -> Path:
-    b = measured.bench
-    name = _name("obfuscate", b.shape if b.model is None else b.model.name, b.layers, b.profile, *b.transforms)
-    _keep(folder, f"{name}.md", measured.as_markdown())
-    return _keep(folder, f"{name}.json", measured.as_json())
-
-
-def _name(what: str, shape: str, layers: int | None, *parts: str) -> str:
-    """`2026-01-31-step-gpt2-4-layers-private`."""
-    day = datetime.now(UTC).strftime("%Y-%m-%d")
-    depth = [] if layers is None else [f"{layers}-layers"]
-    return "-".join([day, what, Path(shape).stem, *depth, *parts])
-
-
-def _keep(folder: Path, name: str, content: dict[str, Any] | str) -> Path:
-    path = folder / name
-    text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}") from error
-    return path

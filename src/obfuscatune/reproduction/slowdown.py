@@ -24,12 +24,14 @@ def slowdown_cell(preset: Preset, shape: ShapeDepth, profile: str) -> Cell:
         threads=len(os.sched_getaffinity(0)),
         rounds=preset.slowdown_rounds,
         warmup=1 if preset.slowdown_rounds < 3 else 2,
-        profile=profile,
+        profiles=(profile,),
     )
 
     def measure(watch: Watch) -> Mapping[str, Any]:
         with watch(f"timing {shape.shape}, {profile}") as meter:
-            return bench.run(lambda line: meter.advance(1, line)).as_json()
+            document = bench.run(lambda line: meter.advance(1, line)).as_json()
+        plain, protected = document["plain"], document["protected"][profile]
+        return {"plain_seconds": plain["seconds"], "protected_seconds": protected["seconds"], **protected}
 
     settings = {name: getattr(bench, name) for name in ("shape", "layers", "batch", "length", "threads", "rounds")}
     settings |= {"profile": profile, "protection": find_method(profile).resolved}

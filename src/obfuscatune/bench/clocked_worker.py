@@ -1,0 +1,65 @@
+"""The worker's own program with a clock on all that it computes; the first argument is the clock's page.
+
+run as:  python -m obfuscatune.bench.clocked_worker PAGE --listen unix:/path ...
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from obfuscatune.process import settle_process
+
+settle_process()
+
+# ruff: noqa: E402 - torch reads the environment when it is imported
+import torch
+
+from obfuscatune.bench.clock import ClockPage, Totals
+from obfuscatune.bench.products import ProductCounter
+from obfuscatune.worker import run
+from obfuscatune.worker.__main__ import main
+from obfuscatune.worker.compute import Computer
+from obfuscatune.worker.options import parse_arguments
+
+_PAGE_ARGUMENT = 1
+
+
+class ClockedComputer(Computer):
+    """Computes as any worker does, and writes down how long it took."""
+
+    page: ClockPage
+
+    @contextmanager
+    def turn(self) -> Iterator[torch.device]:
+        """See `Computer`."""
+        with super().turn() as device, self._clocked():
+            yield device
+
+    def multiply(self, rows: torch.Tensor, matrix: torch.Tensor, out: torch.Tensor, *, transpose: bool) -> None:
+        """See `Computer`."""
+        with self._clocked():
+            super().multiply(rows, matrix, out, transpose=transpose)
+
+    @contextmanager
+    def _clocked(self) -> Iterator[None]:
+        counter = ProductCounter() if self.page.counting else None
+        started = time.perf_counter()
+        if counter is None:
+            yield
+        else:
+            with counter:
+                yield
+        spent = Totals(time.perf_counter() - started, 1)
+        if counter is not None:
+            spent = spent.plus(Totals(flops=counter.flops, nbytes=counter.nbytes))
+        self.page.totals = self.page.totals.plus(spent)
+
+
+if __name__ == "__main__":
+    ClockedComputer.page = ClockPage(Path(sys.argv[_PAGE_ARGUMENT]))
+    setattr(run, Computer.__name__, ClockedComputer)  # where a worker takes its computer from
+    sys.exit(main(parse_arguments(sys.argv[_PAGE_ARGUMENT + 1 :])))

@@ -1,0 +1,194 @@
+"""What `bench step`, `forward` and `decode` found: medians, ratios, where the time went, and what limits it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from obfuscatune.bench.limits import Limits
+from obfuscatune.bench.spans import WAIT
+from obfuscatune.report.units import format_bytes
+
+PLAIN = "plain"
+WORKER = "wait: the worker computes"
+IDLE = "wait: wire, waking up, idle"
+WORK = {"step": "LoRA step", "forward": "forward pass", "decode": "16 tokens a stream"}
+
+
+@dataclass(frozen=True)
+class Side:
+    """One contender: what it answered in each counted round, and afterwards."""
+
+    rounds: list[dict[str, Any]] = field(repr=False)
+    spans: dict[str, float] = field(repr=False)
+    """Seconds by category, of one round under the profiler."""
+    products: dict[str, int] = field(repr=False)
+    """Operations and bytes of the products of one round; in this process, and by its worker."""
+
+    @property
+    def seconds(self) -> float:
+        """Median of a round."""
+        return self.median("seconds")
+
+    @property
+    def flops(self) -> int:
+        """Of all products, on both sides."""
+        return self.products["flops"] + self.products.get("worker_flops", 0)
+
+    def median(self, name: str) -> float:
+        """Of what is told of each round; 0 where it is not told of this side."""
+        return float(statistics.median(answer.get(name, 0.0) for answer in self.rounds))
+
+    def breakdown(self) -> dict[str, float]:
+        """Where a median round goes, in seconds; adds up to it.
+
+        Waiting, and how long the worker computed, were clocked in every round. Everything else is shared out as in the
+        round under the profiler, which makes small operations look a little larger than they are.
+        """
+        waiting = min(self.median("waiting_seconds"), self.seconds)
+        computing = min(self.median("worker_seconds"), waiting)
+        rest = {name: seconds for name, seconds in self.spans.items() if name != WAIT}
+        scale = (self.seconds - waiting) / sum(rest.values())
+        parts = {name: seconds * scale for name, seconds in rest.items()}
+        if waiting:
+            parts |= {WORKER: computing, IDLE: waiting - computing}
+        return dict(sorted(parts.items(), key=lambda part: -part[1]))
+
+    def least_seconds(self, limits: Limits) -> float:
+        """The least that a round can take on this machine: its products at full speed, and what crosses once each way.
+
+        What crosses is read, rotated and mixed, and written; and the same on the way back.
+        """
+        read = self.products["bytes"] + self.products.get("worker_bytes", 0)
+        return limits.least_seconds(self.flops, read) + limits.passing_seconds(2 * self.median("bytes"))
+
+    def as_json(self, limits: Limits) -> dict[str, Any]:
+        """Everything, for the file."""
+        last = self.rounds[-1]
+        peaks = {"own": last["peak_bytes"], "worker": last.get("worker_peak_bytes")}
+        return {
+            "seconds": self.seconds,
+            "breakdown_seconds": self.breakdown(),
+            "worker_seconds": self.median("worker_seconds"),
+            "products": self.products,
+            "least_seconds": self.least_seconds(limits),
+            "peak_bytes": {name: peak for name, peak in peaks.items() if peak is not None},
+            "rounds": self.rounds,
+        }
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What was measured; seconds and bytes."""
+
+    bench: dict[str, Any]
+    """The settings of the `StepBench`."""
+    plain_waiting: str
+    """How OpenMP's threads wait in the plain process."""
+    plain: Side
+    protected: dict[str, Side]
+    """By profile."""
+    limits: Limits
+    environment: dict[str, str]
+
+    def ratios(self, profile: str) -> list[float]:
+        """Protected over plain, round by round: what drifts with the machine cancels."""
+        pairs = zip(self.plain.rounds, self.protected[profile].rounds, strict=True)
+        return [b["seconds"] / a["seconds"] for a, b in pairs]
+
+    def ratio(self, profile: str) -> float:
+        """Median of the ratios."""
+        return statistics.median(self.ratios(profile))
+
+    def mean_ratio(self, profile: str) -> float:
+        """Over all rounds together: with it counts what is not done in each, as the renewal of secrets."""
+        both = (self.protected[profile], self.plain)
+        over, under = (sum(float(answer["seconds"]) for answer in side.rounds) for side in both)
+        return over / under
+
+    def difference(self, profile: str) -> float:
+        """Largest difference between what both sides computed in equal rounds: of a step the loss, in nats."""
+        pairs = zip(self.plain.rounds, self.protected[profile].rounds, strict=True)
+        return max(abs(float(a["result"] - b["result"])) for a, b in pairs)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, for the file."""
+        return {
+            "bench": self.bench,
+            "limits": asdict(self.limits),
+            "plain": {"waiting": self.plain_waiting, **self.plain.as_json(self.limits)},
+            "protected": {
+                profile: {
+                    "ratio": self.ratio(profile),
+                    "ratios": self.ratios(profile),
+                    "mean_ratio": self.mean_ratio(profile),
+                    "difference": self.difference(profile),
+                    "crossings": int(side.median("crossings")),
+                    "bytes": int(side.median("bytes")),
+                    **side.as_json(self.limits),
+                }
+                for profile, side in self.protected.items()
+            },
+            "environment": self.environment,
+        }
+
+    def as_markdown(self) -> str:
+        """What was measured, a row for each side, and where its time went."""
+        b = self.bench
+        depth = "all" if b["layers"] is None else b["layers"]
+        shape = Path(b["shape"]).stem
+        lines = [
+            f"{WORK[b['work']]}, {shape} ({depth} layers), batch {b['batch']} x {b['length']}, {b['threads']} threads, "
+            f"float32; medians of {b['rounds']} rounds; plain with OpenMP waiting: {self.plain_waiting}.",
+            "",
+            "| | seconds | ratio | round by round | mean | crossings | bytes | difference | peak, own | peak, worker |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+            f"| plain | {self.plain.seconds:.3f} | | | | | | | {format_bytes(self.plain.rounds[-1]['peak_bytes'])} | |",
+            *(self._row(profile) for profile in self.protected),
+            "",
+            *self._breakdown(),
+            "",
+            *self._roofline(),
+        ]
+        return "\n".join(lines) + "\n"
+
+    def _row(self, profile: str) -> str:
+        side, ratios = self.protected[profile], self.ratios(profile)
+        last = side.rounds[-1]
+        return (
+            f"| `{profile}` | {side.seconds:.3f} | **{self.ratio(profile):.2f}** | {min(ratios):.2f} to "
+            f"{max(ratios):.2f} | {self.mean_ratio(profile):.2f} | {side.median('crossings'):.0f} | "
+            f"{format_bytes(side.median('bytes'))} | {self.difference(profile):.1e} | "
+            f"{format_bytes(last['peak_bytes'])} | {format_bytes(last.get('worker_peak_bytes', 0))} |"
+        )
+
+    def _breakdown(self) -> Iterator[str]:
+        sides = {PLAIN: self.plain} | {f"`{name}`": side for name, side in self.protected.items()}
+        parts = {name: side.breakdown() for name, side in sides.items()}
+        yield f"| where it goes, seconds | {' | '.join(sides)} |"
+        yield "|---" * (1 + len(sides)) + "|"
+        for category in dict.fromkeys(category for side in reversed(parts.values()) for category in side):
+            cells = [
+                f"{side[category]:.3f}, {side[category] / sum(side.values()):.0%}" if category in side else ""
+                for side in parts.values()
+            ]
+            yield f"| {category} | {' | '.join(cells)} |"
+        yield f"| in all | {' | '.join(f'{sum(side.values()):.3f}' for side in parts.values())} |"
+
+    def _roofline(self) -> Iterator[str]:
+        limits = self.limits
+        yield (
+            f"Measured on the spot, plain torch: {limits.gflops:.0f} GFLOP/s in a product, {limits.copied_gbytes:.1f} "
+            f"GB/s read and written by a copy, {limits.read_gbytes:.1f} GB/s read by a sum."
+        )
+        yield ""
+        yield "| | GFLOP in products | of them by the worker | worker's GFLOP/s | least possible seconds | reached |"
+        yield "|---|---|---|---|---|---|"
+        for name, side in ({PLAIN: self.plain} | {f"`{name}`": side for name, side in self.protected.items()}).items():
+            by_worker, busy = side.products.get("worker_flops", 0), side.median("worker_seconds")
+            least = side.least_seconds(limits)
+            worker = f"{by_worker / 1e9:.1f} | {by_worker / busy / 1e9:.0f}" if busy else " | "
+            yield f"| {name} | {side.flops / 1e9:.1f} | {worker} | {least:.3f} | {least / side.seconds:.0%} |"

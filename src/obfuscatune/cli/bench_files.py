@@ -1,0 +1,35 @@
+"""What `obfuscatune bench` keeps: one name, and a file of each kind under it."""
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from obfuscatune.wire.errors import StorageError
+
+
+def result_name(what: str, shape: str | None = None, layers: int | None = None, *parts: str) -> str:
+    """`2026-01-31-step-gpt2-4-layers-private`."""
+    day = datetime.now(UTC).strftime("%Y-%m-%d")
+    named = [] if shape is None else [Path(shape).stem]
+    depth = [] if layers is None else [f"{layers}-layers"]
+    return "-".join([day, what, *named, *depth, *parts])
+
+
+def keep(folder: Path, name: str, document: dict[str, Any], markdown: str, svg: str | None = None) -> Path:
+    """Write all of them; the JSON file's path.
+
+    Raises:
+        StorageError: the folder cannot be written to.
+    """
+    path = folder / f"{name}.json"
+    files = {".json": json.dumps(document, indent=1) + "\n", ".md": markdown}
+    if svg is not None:
+        files |= {".md": f"{markdown}\n![where the time goes]({name}.svg)\n", ".svg": svg}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for suffix, text in files.items():
+            path.with_suffix(suffix).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}") from error
+    return path
