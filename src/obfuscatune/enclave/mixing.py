@@ -177,8 +177,8 @@ class KroneckerMixing:
         return x
 
     def _code_for(self, x: Tensor) -> Compiled | None:
-        """The kernels, where they win: with a dense A torch passes over the rows no more often than they do."""
-        return kernels.code_for(x) if DENSE_BELOW < self.rows < KERNELS_BELOW else None
+        """The kernels, where they win."""
+        return kernels.code_for(x) if self.rows < KERNELS_BELOW else None
 
     def _mix_by_torch(self, x: Tensor, shield: Tensor, out: Tensor) -> None:
         sources = self._order.remainder(self._rows)  # N overwrites what is laid in its places

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 import torch
 
+from obfuscatune.worker import kernels
+
 
 class Computer:
     """Multiplies on one device, one product at a time: two at once would share the same cores and both be late."""
@@ -37,6 +39,11 @@ class Computer:
         """
         factor = matrix.t() if transpose else matrix
         with self._lock, torch.inference_mode():
+            if not transpose and kernels.apply_to(rows, matrix, out):
+                from obfuscatune.worker.kernels import few_rows
+
+                few_rows.multiply(rows, matrix, out)
+                return
             rows = rows.to(device=self.device, dtype=matrix.dtype)
             if self.device.type == "cpu" and out.dtype == matrix.dtype:
                 torch.mm(rows, factor, out=out)

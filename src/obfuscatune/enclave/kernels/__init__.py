@@ -1,9 +1,7 @@
 """Rotation and mixing on the CPU, each in one pass: compiled kernels in place of a dozen operations of torch.
 
-    emit       writing LLVM IR a little above the instruction
     source     the kernels: what they compute, panel by panel
-    compiled   IR -> code in memory, once in each process
-    team       a kernel on torch's own OpenMP threads
+    compiled   these in memory, once in each process, by `obfuscatune.jit`
     job        what a kernel is given: tables, packed factors, scratch memory
     rotation   x R for a structured R
     rows       A [x; N], and back
@@ -15,8 +13,6 @@ they are written this way.
 from __future__ import annotations
 
 import functools
-import logging
-import os
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,11 +20,6 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from obfuscatune.enclave.kernels.compiled import Compiled
-
-SWITCH = "OBFUSCATUNE_KERNELS"
-"""Environment variable; 0 leaves everything to torch."""
-
-log = logging.getLogger(__name__)
 
 
 def code_for(x: Tensor) -> Compiled | None:
@@ -50,14 +41,9 @@ def code_for(x: Tensor) -> Compiled | None:
 @functools.cache
 def _is_there() -> bool:
     """Whether kernels can be compiled and run in this process; found out once."""
-    if os.environ.get(SWITCH, "") == "0":
-        return False
     try:
-        from obfuscatune.enclave.kernels import compiled, team
-
-        team.find()
-        compiled.compiled(4)
-    except (ImportError, OSError, AttributeError, RuntimeError) as reason:
-        log.info("rotation and mixing are left to torch, which takes longer: %s", reason)
+        from obfuscatune.enclave.kernels.compiled import compiled
+        from obfuscatune.jit.engine import can_compile
+    except ImportError:  # no llvmlite
         return False
-    return True
+    return can_compile(lambda: compiled(4))

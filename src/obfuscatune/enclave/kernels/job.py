@@ -10,9 +10,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from obfuscatune.enclave.kernels import team
 from obfuscatune.enclave.kernels.compiled import Compiled
 from obfuscatune.enclave.kernels.source import Job
+from obfuscatune.jit import team
 
 ELEMENTS_PER_THREAD = 1 << 15
 """Fewer are not worth waking a thread for; torch's operations use the same bound."""

@@ -19,7 +19,7 @@ from enum import IntEnum
 
 from llvmlite import ir
 
-from obfuscatune.enclave.kernels.emit import CACHE_LINE, I64, POINTER, Function, Shape
+from obfuscatune.jit.emit import CACHE_LINE, I64, POINTER, Function, Shape
 
 
 class Job(IntEnum):

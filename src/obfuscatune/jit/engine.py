@@ -1,0 +1,74 @@
+"""From IR to code in memory: compiled anew in each process, for the processor that it runs on, in some 0.3 seconds.
+
+Nothing is kept on disk: an enclave runs no code that the host could have changed (docs/adr/0010).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+
+from obfuscatune.jit import team
+from obfuscatune.jit.emit import Shape
+
+SWITCH = "OBFUSCATUNE_KERNELS"
+"""Environment variable; 0 leaves everything to torch."""
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Compiled code. It lives as long as this object."""
+
+    def __init__(self, build: Callable[[str], ir.Module]) -> None:
+        """`build` makes the module for a target triple."""
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        triple = llvm.get_process_triple()
+        features = llvm.get_host_cpu_features().flatten()
+        machine = llvm.Target.from_triple(triple).create_target_machine(
+            cpu=llvm.get_host_cpu_name(), features=features, opt=3, jit=True, codemodel="jitdefault"
+        )
+        module = llvm.parse_assembly(str(build(triple)))
+        module.verify()
+        passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=2))
+        passes.getModulePassManager().run(module, passes)
+        self._engine = llvm.create_mcjit_compiler(module, machine)
+        self._engine.finalize_object()
+
+    def address(self, name: str) -> int:
+        """Of an exported function, `void(int64_t *job)`."""
+        return int(self._engine.get_function_address(name))
+
+
+def host_shape(itemsize: int) -> Shape:
+    """What suits this processor."""
+    return shape_for(itemsize, llvm.get_host_cpu_features())
+
+
+def shape_for(itemsize: int, features: Mapping[str, bool]) -> Shape:
+    """As many sums as fit in the registers, with room for a row of the panel and a factor."""
+    if features.get("avx512f"):  # 32 registers of 64 bytes
+        return Shape(itemsize, 64 // itemsize, 2, 8)
+    if features.get("avx2") and features.get("fma"):  # 16 of 32 bytes
+        return Shape(itemsize, 32 // itemsize, 2, 6)
+    return Shape(itemsize, 16 // itemsize, 2, 8)  # 32 of 16 bytes on ARM
+
+
+def can_compile(try_out: Callable[[], T]) -> bool:
+    """Whether kernels can be compiled and run in this process, which `try_out` does with some."""
+    if os.environ.get(SWITCH, "") == "0":
+        return False
+    try:
+        team.find()
+        try_out()
+    except (OSError, AttributeError, RuntimeError) as reason:
+        log.info("kernels are left to torch, which takes longer: %s", reason)
+        return False
+    return True

@@ -1,0 +1,80 @@
+"""The worker's compiled kernel computes what torch does, to rounding, at every size that it takes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from obfuscatune.worker import kernels
+from obfuscatune.worker.compute import Computer
+
+if not kernels._are_there():
+    pytest.skip("no kernels can be compiled here; torch computes", allow_module_level=True)
+
+from obfuscatune.worker.kernels import few_rows
+
+DTYPES = (torch.float32, torch.float64)
+
+
+def some(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=dtype)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 40), st.integers(1, 90), st.integers(16, 300), st.sampled_from(DTYPES), st.integers(1, 3))
+def test_it_computes_the_product(m: int, p: int, q: int, dtype: torch.dtype, threads: int) -> None:
+    rows, matrix, out = some(m, p, dtype=dtype), some(p, q, dtype=dtype), torch.full((m, q), torch.nan, dtype=dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        few_rows.multiply(rows, matrix, out)
+    finally:
+        torch.set_num_threads(before)
+    exact = rows.double() @ matrix.double()
+    bound = p * torch.finfo(dtype).eps * (rows.double().abs() @ matrix.double().abs())
+    assert ((out.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_it_rounds_little_more_than_blas(dtype: torch.dtype) -> None:
+    """Sums of four before they are added up: with one sum after another the error would be three times BLAS's."""
+    rows, matrix, out = some(9, 3072), some(3072, 768), torch.empty(9, 768)
+    exact = rows.double() @ matrix.double()
+    few_rows.multiply(rows, matrix, out)
+    assert (out - exact).norm() < 2.2 * (rows @ matrix - exact).norm()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_shows(value: float) -> None:
+    rows, matrix, out = some(3, 40), some(40, 33), torch.empty(3, 33)
+    matrix[17, 32] = value
+    few_rows.multiply(rows, matrix, out)
+    assert not torch.isfinite(out[:, 32]).any()
+    assert torch.isfinite(out[:, :32]).all()
+
+
+def test_the_computer_uses_it_where_it_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for one row, nor for many; not for the transpose, nor between dtypes, nor for a matrix with gaps."""
+    used = []
+    monkeypatch.setattr(few_rows, "multiply", lambda rows, matrix, out: used.append(rows.shape[0]))
+    computer, matrix = Computer(torch.device("cpu")), some(32, 64)
+    for m in (1, 2, 9, 32, 33):
+        computer.multiply(some(m, 32), matrix, torch.empty(m, 64), transpose=False)
+    assert used == [2, 9, 32]
+    computer.multiply(some(9, 64), matrix, torch.empty(9, 32), transpose=True)
+    computer.multiply(some(9, 32).double(), matrix, torch.empty(9, 64), transpose=False)
+    computer.multiply(some(9, 32).bfloat16(), matrix.bfloat16(), torch.empty(9, 64).bfloat16(), transpose=False)
+    computer.multiply(some(9, 32), some(32, 128)[:, ::2], torch.empty(9, 64), transpose=False)
+    computer.multiply(some(9, 32), some(32, 8), torch.empty(9, 8), transpose=False)
+    assert used == [2, 9, 32]
+
+
+def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OBFUSCATUNE_KERNELS", "0")
+    kernels._are_there.cache_clear()
+    try:
+        assert not kernels.apply_to(some(9, 32), some(32, 64), torch.empty(9, 64))
+    finally:
+        kernels._are_there.cache_clear()
