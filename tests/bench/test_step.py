@@ -8,7 +8,7 @@ from transformers import GPT2Config
 
 from obfuscatune.bench import step as step_module
 from obfuscatune.bench.plots import plot_step
-from obfuscatune.bench.shapes import NAMES, config_of
+from obfuscatune.bench.shapes import NAMES, config_of, shape_name
 from obfuscatune.bench.step import OWN_WAITING, StepBench
 from obfuscatune.bench.step_result import IDLE, WORKER, StepResult
 from obfuscatune.wire.errors import ConfigError
@@ -93,3 +93,11 @@ def test_other_work_side_by_side(tiny_shape: Path, monkeypatch: pytest.MonkeyPat
     measured = bench.run(lambda line: None)
     assert measured.difference("private") < 1e-5
     assert measured.protected["private"].rounds[0]["crossings"] == 4 * (16 if work == "decode" else 1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "name"),
+    [("llama-3.2-1b", "llama-3.2-1b"), ("/models/tiny/config.json", "tiny"), ("/models/v1.5", "v1.5")],
+)
+def test_results_carry_names_and_no_paths(shape: str, name: str) -> None:
+    assert shape_name(shape) == name

@@ -12,6 +12,7 @@ In the order in which data passes through:
     step       what to measure   -> all contenders in turn
     step_result   their answers  -> medians, ratios, where the time went, what limits it
     plots      a result          -> a picture
+    compare    a result, kept ones   -> which ratios have grown
 
     checkpoint   a configuration   -> a model on disk, random weights
     loading      a model on disk   -> seconds and memory of a load under protection, in a process of its own

@@ -6,6 +6,7 @@ import io
 from typing import TYPE_CHECKING, Any
 
 from obfuscatune.bench.step_result import PLAIN, StepResult
+from obfuscatune.bench.wire import WireResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,6 +34,18 @@ def plot_step(result: StepResult) -> str:
         axes.hlines(least, place - 0.38, place + 0.38, colors="black", linestyles="--", label=label)
     axes.set_xticks(range(len(sides)), list(sides))
     axes.set_ylabel("seconds")
+    return as_svg(figure, axes)
+
+
+def plot_wire(result: WireResult) -> str:
+    """A curve for each link: how long so many bytes take, there and back; the fitted lines are thin."""
+    figure, axes = new_figure()
+    for link, colour in zip(result.bench.links, _colours(2 * len(result.bench.links))[::2], strict=True):
+        points = [(row.nbytes, row.seconds) for row in result.rows if row.link == link]
+        axes.plot(*zip(*points, strict=True), "o", color=colour, label=link)
+        latency, gbytes = result.fitted(link)
+        axes.plot([x for x, _ in points], [latency + x / gbytes / 1e9 for x, _ in points], color=colour, linewidth=0.8)
+    axes.set(xscale="log", yscale="log", xlabel="bytes, there and back", ylabel="seconds")
     return as_svg(figure, axes)
 
 

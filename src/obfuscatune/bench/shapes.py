@@ -30,6 +30,12 @@ def config_of(shape: str, layers: int | None = None) -> PretrainedConfig:
     return config
 
 
+def shape_name(shape: str) -> str:
+    """What a shape is called in results: its name, or that of the folder or file with its configuration."""
+    path = Path(shape)
+    return shape if shape in NAMES else path.parent.name if path.name == "config.json" else path.name
+
+
 def _named(shape: str) -> PretrainedConfig | None:
     if shape in _GPT2:
         width, heads, depth = _GPT2[shape]

@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from obfuscatune.bench.limits import Limits
+from obfuscatune.bench.shapes import shape_name
 from obfuscatune.bench.step_result import PLAIN, Side, StepResult
 from obfuscatune.report.environment import environment
 from obfuscatune.wire.errors import ConfigError
@@ -70,7 +71,8 @@ class StepBench:
                         answers[name].append(answer)
             sides = {name: Side(answers[name], *_inspected(contenders[name])) for name in contenders}
             limits = Limits(**contenders[PLAIN].tell("limits"))
-        return StepResult(asdict(self), waiting, sides.pop(PLAIN), sides, limits, environment(self.threads))
+        settings = asdict(self) | {"shape": shape_name(self.shape)}
+        return StepResult(settings, waiting, sides.pop(PLAIN), sides, limits, environment(self.threads))
 
     def _best_plain_waiting(self, progress: Progress) -> str:
         medians = {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from obfuscatune.bench.limits import Limits
@@ -85,7 +84,7 @@ class StepResult:
     """What was measured; seconds and bytes."""
 
     bench: dict[str, Any]
-    """The settings of the `StepBench`."""
+    """The settings of the `StepBench`, with the shape's name."""
     plain_waiting: str
     """How OpenMP's threads wait in the plain process."""
     plain: Side
@@ -139,10 +138,9 @@ class StepResult:
         """What was measured, a row for each side, and where its time went."""
         b = self.bench
         depth = "all" if b["layers"] is None else b["layers"]
-        shape = Path(b["shape"]).stem
         lines = [
-            f"{WORK[b['work']]}, {shape} ({depth} layers), batch {b['batch']} x {b['length']}, {b['threads']} threads, "
-            f"float32; medians of {b['rounds']} rounds; plain with OpenMP waiting: {self.plain_waiting}.",
+            f"{WORK[b['work']]}, {b['shape']} ({depth} layers), batch {b['batch']} x {b['length']}, "
+            f"{b['threads']} threads, float32; medians of {b['rounds']} rounds; plain with OpenMP waiting: {self.plain_waiting}.",
             "",
             "| | seconds | ratio | round by round | mean | crossings | bytes | difference | peak, own | peak, worker |",
             "|---|---|---|---|---|---|---|---|---|---|",

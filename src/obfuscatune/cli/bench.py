@@ -8,6 +8,8 @@ import typer
 
 from obfuscatune.cli import options
 from obfuscatune.cli.bench_files import keep, result_name
+from obfuscatune.cli.bench_kept import check
+from obfuscatune.cli.bench_link import wire
 from obfuscatune.cli.options import option
 from obfuscatune.cli.output import notice, write_json, write_text
 from obfuscatune.wire.errors import ConfigError
@@ -106,7 +108,7 @@ def _side_by_side(
     as_json: bool,
 ) -> None:
     """Measure, show and keep."""
-    from obfuscatune.bench.shapes import config_of
+    from obfuscatune.bench.shapes import config_of, shape_name
     from obfuscatune.bench.step import StepBench
     from obfuscatune.enclave.profiles import resolve
 
@@ -128,7 +130,7 @@ def _side_by_side(
         from obfuscatune.bench.plots import plot_step
 
         size = (f"{batch}-streams",) if work == "decode" else ()
-        name = result_name(work, shape, layers, *size, *profiles)
+        name = result_name(work, shape_name(shape), layers, *size, *profiles)
         notice(f"written: {keep(out, name, measured.as_json(), measured.as_markdown(), plot_step(measured))}")
     if as_json:
         write_json(measured.as_json())
@@ -161,7 +163,7 @@ def obfuscate(
     enclave: at gpt2-xl, some 40 GB of them with the default profile; ask for fewer --layers, or --profile paper.
     """
     from obfuscatune.bench.obfuscate import ObfuscateBench
-    from obfuscatune.bench.shapes import config_of
+    from obfuscatune.bench.shapes import config_of, shape_name
     from obfuscatune.enclave.profiles import resolve
 
     transforms = tuple(transform or ["structured"])
@@ -180,7 +182,7 @@ def obfuscate(
     ).run(notice)
     if out is not None:
         parts = (profile or "private", *transforms)
-        name = result_name("obfuscate", shape if model is None else model.name, layers, *parts)
+        name = result_name("obfuscate", shape_name(shape) if model is None else model.name, layers, *parts)
         notice(f"written: {keep(out, name, measured.as_json(), measured.as_markdown())}")
     if as_json:
         write_json(measured.as_json())
@@ -229,3 +231,9 @@ def rotation(
         write_json(measured.as_json())
     else:
         write_text(measured.as_markdown())
+
+
+bench.command(epilog="Example: obfuscatune bench wire --link tcp --link tls --out benchmarks/results")(wire)
+bench.command(
+    epilog="Example: obfuscatune bench check new/2026-01-31-step-gpt2-private.json --kept benchmarks/results"
+)(check)

@@ -11,7 +11,7 @@ from obfuscatune.wire.errors import StorageError
 def result_name(what: str, shape: str | None = None, layers: int | None = None, *parts: str) -> str:
     """`2026-01-31-step-gpt2-4-layers-private`."""
     day = datetime.now(UTC).strftime("%Y-%m-%d")
-    named = [] if shape is None else [Path(shape).stem]
+    named = [] if shape is None else [shape]
     depth = [] if layers is None else [f"{layers}-layers"]
     return "-".join([day, what, *named, *depth, *parts])
 
@@ -25,7 +25,7 @@ def keep(folder: Path, name: str, document: dict[str, Any], markdown: str, svg: 
     path = folder / f"{name}.json"
     files = {".json": json.dumps(document, indent=1) + "\n", ".md": markdown}
     if svg is not None:
-        files |= {".md": f"{markdown}\n![where the time goes]({name}.svg)\n", ".svg": svg}
+        files |= {".md": f"{markdown}\n![the same as a picture]({name}.svg)\n", ".svg": svg}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for suffix, text in files.items():

@@ -1,0 +1,203 @@
+"""`bench wire`: how long rows take to a worker and their products back, by each way there is on one host.
+
+A worker multiplies rows by a small matrix. What it took to multiply is on its clock and is taken off; what remains is
+the link: headers, bytes, waking up the other process, and the check that what came back is finite.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from obfuscatune.bench.clocked import clocked_worker
+from obfuscatune.enclave.link import WorkerLink
+from obfuscatune.report.environment import environment
+from obfuscatune.report.units import format_bytes
+from obfuscatune.wire.tls import TlsConfig, make_identity
+
+ROWS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
+WIDTH = 256
+LINKS = ("shared memory", "unix socket", "tcp", "tls")
+_MATRIX_ID = bytes(15) + b"\x01"
+_LEAST_ROUNDS, _MOST_ROUNDS = 10, 1000
+_MOST_SECONDS = 0.5
+"""For each number of rows by each link."""
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class WireRow:
+    """So many rows there and their product back; medians, without the time that the worker computed."""
+
+    link: str
+    rows: int
+    nbytes: int
+    """There and back."""
+    seconds: float
+    slow_seconds: float
+    """Nine of ten took no longer."""
+    computing_seconds: float
+
+    @property
+    def gbytes(self) -> float:
+        """10⁹ bytes a second, there and back together."""
+        return self.nbytes / self.seconds / 1e9
+
+
+@dataclass(frozen=True)
+class WireBench:
+    """What is measured: rows of `width` float32 numbers, times a square matrix."""
+
+    links: tuple[str, ...] = LINKS
+    rows: tuple[int, ...] = ROWS
+    width: int = WIDTH
+    threads: int = 2
+
+    def run(self, progress: Progress) -> WireResult:
+        """Measure; some seconds for each link.
+
+        Raises:
+            WireError: a worker did not start, or was lost.
+        """
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            rows = [row for link in self.links for row in self._measured(link, progress)]
+        finally:
+            torch.set_num_threads(before)
+        return WireResult(self, rows, environment(self.threads))
+
+    def _measured(self, name: str, progress: Progress) -> Iterator[WireRow]:
+        with _opened(name, self.threads) as (link, clock):
+            matrix = torch.eye(self.width)
+            link.store(_MATRIX_ID, lambda: matrix, shape=(self.width, self.width), dtype=matrix.dtype)
+            for count in self.rows:
+                seconds, computing = self._timed(link, count, clock, lend=name == "shared memory")
+                row = WireRow(
+                    name,
+                    count,
+                    2 * 4 * count * self.width,
+                    statistics.median(seconds),
+                    sorted(seconds)[len(seconds) * 9 // 10],
+                    computing,
+                )
+                progress(f"{name}, {count} rows: {row.seconds * 1e6:.0f} µs, {row.gbytes:.2f} GB/s")
+                yield row
+
+    def _timed(
+        self, link: WorkerLink, count: int, clock: Callable[[], float], *, lend: bool
+    ) -> tuple[list[float], float]:
+        """Seconds of each round without the worker's computing, and the median of that."""
+        rows = link.lend(count, self.width, torch.float32) if lend else torch.empty(count, self.width)
+        rows.normal_()
+        link.multiply(_MATRIX_ID, rows, transpose=False)
+        seconds: list[float] = []
+        computing: list[float] = []
+        while len(seconds) < _LEAST_ROUNDS or (len(seconds) < _MOST_ROUNDS and sum(seconds) < _MOST_SECONDS):
+            computed, started = clock(), time.perf_counter()
+            link.submit(_MATRIX_ID, rows, transpose=False, known_finite=True).result()
+            passed = time.perf_counter() - started
+            computing.append(clock() - computed)
+            seconds.append(max(passed - computing[-1], 0.0))
+        return seconds, statistics.median(computing)
+
+
+class Fitted(NamedTuple):
+    """A link as a line: seconds = latency + bytes / bandwidth."""
+
+    latency_seconds: float
+    gbytes: float
+
+
+@dataclass(frozen=True)
+class WireResult:
+    """What was measured."""
+
+    bench: WireBench
+    rows: list[WireRow]
+    environment: dict[str, str]
+
+    def fitted(self, link: str) -> Fitted:
+        """The line that comes nearest to all points of a link, each point's error counted in parts of it."""
+        points = [(row.nbytes, row.seconds) for row in self.rows if row.link == link]
+        nbytes, seconds = np.array(points).T
+        lines = np.stack([1 / seconds, nbytes / seconds], axis=1)
+        (latency, per_byte), *_ = np.linalg.lstsq(lines, np.ones(len(points)), rcond=None)
+        return Fitted(max(float(latency), 0.0), 1e-9 / max(float(per_byte), 1e-15))
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, for the file."""
+        return {
+            "bench": asdict(self.bench),
+            "fitted": {link: self.fitted(link)._asdict() for link in self.bench.links},
+            "rows": [asdict(row) | {"gbytes": row.gbytes} for row in self.rows],
+            "environment": self.environment,
+        }
+
+    def as_markdown(self) -> str:
+        """The lines, and the points that they were fitted to."""
+        lines = [
+            f"Rows of {self.bench.width} float32 numbers to a worker on this host and their product back, "
+            f"{self.bench.threads} threads; without the time in which the worker computed.",
+            "",
+            "| link | latency, µs | GB/s, there and back |",
+            "|---|---|---|",
+        ]
+        for link in self.bench.links:
+            it = self.fitted(link)
+            lines.append(f"| {link} | {it.latency_seconds * 1e6:.0f} | {it.gbytes:.2f} |")
+        lines += ["", f"| rows | bytes | {' | '.join(f'{link}, µs' for link in self.bench.links)} |"]
+        lines.append("|---" * (2 + len(self.bench.links)) + "|")
+        for count in self.bench.rows:
+            own = [row for row in self.rows if row.rows == count]
+            cells = " | ".join(f"{row.seconds * 1e6:.0f} (9 of 10: {row.slow_seconds * 1e6:.0f})" for row in own)
+            lines.append(f"| {count} | {format_bytes(own[0].nbytes)} | {cells} |")
+        return "\n".join(lines) + "\n"
+
+
+@contextmanager
+def _opened(name: str, threads: int) -> Iterator[tuple[WorkerLink, Callable[[], float]]]:
+    """A link of that kind, and the seconds that its worker computed so far."""
+    with tempfile.TemporaryDirectory(prefix="obfuscatune-bench-") as folder:  # made with mode 0700
+        listen = None if name in ("shared memory", "unix socket") else f"tcp:127.0.0.1:{_free_port()}"
+        ours, theirs = _identities(Path(folder)) if name == "tls" else (None, None)
+        extra: tuple[str, ...] = ()
+        if theirs is not None:
+            extra = ("--tls-cert", str(theirs.certificate), "--tls-key", str(theirs.private_key))
+            extra += ("--peer", str(theirs.peers))
+        with (
+            clocked_worker(threads, listen, extra) as worker,
+            WorkerLink.open(worker.address, tls=ours) as link,
+        ):
+            yield link, lambda: worker.clock.totals.seconds
+
+
+def _identities(folder: Path) -> tuple[TlsConfig, TlsConfig]:
+    """The enclave's and the worker's, each with the other's certificate."""
+    for side in ("enclave", "worker"):
+        certificate, key = make_identity(side)
+        (folder / f"{side}.pem").write_bytes(certificate)
+        with os.fdopen(os.open(folder / f"{side}.key", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(key)
+    pem = {side: folder / f"{side}.pem" for side in ("enclave", "worker")}
+    return (
+        TlsConfig(pem["enclave"], folder / "enclave.key", pem["worker"]),
+        TlsConfig(pem["worker"], folder / "worker.key", pem["enclave"]),
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
