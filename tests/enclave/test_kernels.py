@@ -27,7 +27,7 @@ from obfuscatune.jit.engine import SWITCH, shape_for
 
 KEY = RootKey(b"k" * 32)
 DIMS = (65, 96, 97, 768, 1021, 1600)  # one grid and two, primes, multiples of a panel and not
-ROWS = (1, 17, 32, 33, 70)
+ROWS = (1, 2, 7, 17, 32, 33, 70)
 MANY_ROWS = tuple(rows for rows in ROWS if rows > 24)
 DTYPES = (torch.float32, torch.float64)
 SHAPES = {"avx512": (64, 2, 8), "avx2": (32, 2, 6), "neon": (16, 2, 8)}

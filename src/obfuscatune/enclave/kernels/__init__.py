@@ -1,6 +1,7 @@
 """Rotation and mixing on the CPU, each in one pass: compiled kernels in place of a dozen operations of torch.
 
     source     the kernels: what they compute, panel by panel
+    few        one more, for few rows
     compiled   these in memory, once in each process, by `obfuscatune.jit`
     job        what a kernel is given: tables, packed factors, scratch memory
     rotation   x R for a structured R

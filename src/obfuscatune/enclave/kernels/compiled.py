@@ -20,6 +20,7 @@ class Compiled:
     shape: Shape
     mix_rows: int
     rotate: int
+    turn: int
     engine: Engine = field(repr=False)
 
 
@@ -37,4 +38,5 @@ def _compiled(itemsize: int) -> Compiled:
 def compile_for(shape: Shape) -> Compiled:
     """Compile the kernels in any shape; one that the processor has no registers for is slow."""
     engine = Engine(functools.partial(build, shape))
-    return Compiled(shape, engine.address("mix_rows"), engine.address("rotate"), engine)
+    mix_rows, rotate, turn = (engine.address(name) for name in ("mix_rows", "rotate", "turn"))
+    return Compiled(shape, mix_rows, rotate, turn, engine)

@@ -29,7 +29,7 @@ def run(kernel: int, fields: Mapping[Job, int], elements: int, scratch_bytes: in
     for key, value in fields.items():
         job[key] = value
     job[Job.SUMS] = ctypes.addressof(sums)
-    job[Job.SCRATCH], job[Job.SCRATCH_BYTES] = _scratch(per_thread * threads), per_thread
+    job[Job.SCRATCH], job[Job.SCRATCH_BYTES] = scratch(per_thread * threads), per_thread
     team.run(kernel, ctypes.addressof(job), threads)
     return sum(sums)
 
@@ -54,7 +54,7 @@ def multiples(count: int, step: int) -> Tensor:
     return torch.arange(count) * step
 
 
-def _scratch(size: int) -> int:
+def scratch(size: int) -> int:
     """Address of memory that is this Python thread's until it asks again; aligned."""
     memory: Tensor | None = getattr(_own, "memory", None)
     if memory is None or memory.numel() < size + _ALIGNMENT:

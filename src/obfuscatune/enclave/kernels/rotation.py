@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from obfuscatune.enclave.kernels import job
+from obfuscatune.enclave.kernels import few, job
 from obfuscatune.enclave.kernels.compiled import Compiled
 from obfuscatune.enclave.kernels.source import Job
+from obfuscatune.jit import team
 
 
 @dataclass(frozen=True)
@@ -72,3 +74,40 @@ class Rotation:
             Job.TARGET_STEP: self.dim * itemsize,
         }
         return y, job.run(self._code.rotate, fields, x.numel(), self._scratch_bytes)
+
+
+class RotationOfFew:
+    """The same for few rows, which would leave most of a panel empty: one after another, on this thread."""
+
+    def __init__(self, permutations: Sequence[Tensor], grids: Sequence[Grid], code: Compiled) -> None:
+        """As `Rotation`; every grid at least a vector register wide."""
+        first, *between, last = permutations
+        itemsize = code.shape.itemsize
+        self.dim, self._kernel, self._itemsize = first.numel(), code.turn, itemsize
+        tables = {few.Job.FROM: first * itemsize, few.Job.TO: last * itemsize}
+        if between:
+            tables[few.Job.BETWEEN] = between[0] * itemsize
+        sizes = {few.Job.WIDTH: self.dim}
+        keys = [
+            (few.Job.START, few.Job.A, few.Job.Q_A, few.Job.B, few.Job.Q_B),
+            (few.Job.SECOND_START, few.Job.C, few.Job.Q_C, few.Job.D, few.Job.Q_D),
+        ]
+        for grid, (start, a, q_a, b, q_b) in zip(grids, keys, strict=False):
+            sizes |= {start: grid.start * itemsize, a: grid.Q_a.shape[0], b: grid.Q_b.shape[0]}
+            tables |= {q_a: grid.Q_a.T.contiguous(), q_b: grid.Q_b.contiguous()}
+        self._tables = tables  # they are read by address
+        self._job = (ctypes.c_int64 * few.Job.LENGTH)()
+        for key, value in {**sizes, **{key: table.data_ptr() for key, table in tables.items()}}.items():
+            self._job[key] = value
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, float]:
+        """As `Rotation`."""
+        y = torch.empty(x.shape, dtype=x.dtype)
+        work = (ctypes.c_int64 * few.Job.LENGTH).from_buffer_copy(self._job)  # other threads have theirs
+        squares = ctypes.c_double(0.0)
+        work[few.Job.X], work[few.Job.Y] = x.data_ptr(), y.data_ptr()
+        work[few.Job.ROWS], work[few.Job.X_STEP] = x.shape[0], x.stride(0) * self._itemsize
+        work[few.Job.SCRATCH] = job.scratch(3 * self.dim * self._itemsize)
+        work[few.Job.SQUARES] = ctypes.addressof(squares)
+        team.run(self._kernel, ctypes.addressof(work), 1)
+        return y, squares.value

@@ -27,7 +27,7 @@ from obfuscatune.enclave.transforms.base import OrthogonalTransform
 
 if TYPE_CHECKING:
     from obfuscatune.enclave.kernels.compiled import Compiled
-    from obfuscatune.enclave.kernels.rotation import Rotation
+    from obfuscatune.enclave.kernels.rotation import Rotation, RotationOfFew
 
 DENSE_BELOW = 64  # up to here one dense factor costs no more than two small ones
 
@@ -46,7 +46,8 @@ class StructuredTransform(OrthogonalTransform):
         between = [self._draw_between(stream)] if grids == 2 else []
         self._permutations = [first, *between, stream.permutation(dim)]
         self._pairs = [(haar(stream, a), haar(stream, b)) for _ in range(grids)]
-        self._fused: dict[tuple[Compiled, bool], Rotation] = {}
+        self._narrowest = b
+        self._fused: dict[tuple[Compiled, bool, bool], Rotation | RotationOfFew] = {}
 
     def apply_measured(self, x: Tensor) -> tuple[Tensor, float]:
         """x R, and its norm, which is x's."""
@@ -123,21 +124,22 @@ class StructuredTransform(OrthogonalTransform):
         return permute_columns(x, undo_first)
 
     def _fused_measured(self, x: Tensor, *, undo: bool) -> tuple[Tensor, float] | None:
-        """x R, or x R⁻¹, and the norm, where there is a grid and x has rows enough for a panel of the kernels.
-
-        None where torch is to compute: it is as fast on a few rows, which leave most of a panel empty.
-        """
+        """x R, or x R⁻¹, and the norm, by the kernels; None where torch is to compute."""
         fits = x.shape[-1] == self.dim > DENSE_BELOW
         code = kernels.code_for(x) if fits else None
-        if code is None or x.shape[0] < code.shape.lanes // 2:
+        if code is None:
             return None
-        if (code, undo) not in self._fused:
-            self._fused[code, undo] = self._prepared(code, x.dtype, undo=undo)
-        result, squares = self._fused[code, undo](x)
+        few = x.shape[0] < code.shape.lanes // 2  # these leave most of a panel empty
+        if few and self._narrowest < code.shape.width:
+            return None
+        key = code, undo, few
+        if key not in self._fused:
+            self._fused[key] = self._prepared(code, x.dtype, undo=undo, few=few)
+        result, squares = self._fused[key](x)
         return result, math.sqrt(squares)
 
-    def _prepared(self, code: Compiled, dtype: torch.dtype, *, undo: bool) -> Rotation:
-        from obfuscatune.enclave.kernels.rotation import Grid, Rotation
+    def _prepared(self, code: Compiled, dtype: torch.dtype, *, undo: bool, few: bool) -> Rotation | RotationOfFew:
+        from obfuscatune.enclave.kernels.rotation import Grid, Rotation, RotationOfFew
 
         steps = [whole(permutation, self.dim) for permutation in self._permutations]
         starts = (0, self.dim - self._covered)
@@ -147,7 +149,7 @@ class StructuredTransform(OrthogonalTransform):
         if undo:
             steps = [torch.argsort(permutation) for permutation in reversed(steps)]
             grids = [Grid(grid.start, grid.Q_a.T, grid.Q_b.T) for grid in reversed(grids)]
-        return Rotation(steps, grids, code)
+        return RotationOfFew(steps, grids, code) if few else Rotation(steps, grids, code)
 
     def _draw_between(self, stream: SecretStream) -> Tensor:
         """A permutation that leaves no coordinate outside both grids: of all of these, each as likely.
