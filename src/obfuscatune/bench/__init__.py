@@ -9,6 +9,7 @@ In the order in which data passes through:
     products   a piece of work   -> the matrix products in it
     limits     this machine      -> how fast a product can be, and how fast memory
     contender  a word on stdin   -> one step, timed, as a line of JSON; a process for each side
+    contender_process   a word   -> such a process's answer
     step       what to measure   -> all contenders in turn
     step_result   their answers  -> medians, ratios, where the time went, what limits it
     plots      a result          -> a picture

@@ -25,7 +25,7 @@ from obfuscatune.bench.limits import measure_limits
 from obfuscatune.bench.products import ProductCounter
 from obfuscatune.bench.shapes import config_of
 from obfuscatune.bench.spans import measured_spans
-from obfuscatune.bench.usage import peak_bytes
+from obfuscatune.bench.usage import peak_bytes, settled_bytes
 from obfuscatune.bench.workload import WORKLOADS, Workload, random_model
 from obfuscatune.enclave.protect import protect
 from obfuscatune.enclave.protection import Protection
@@ -66,7 +66,7 @@ class _Side:
         started = time.perf_counter()
         result = self._work()
         answer: dict[str, Any] = {"seconds": time.perf_counter() - started, "result": result}
-        answer["peak_bytes"] = peak_bytes()
+        answer |= {"peak_bytes": peak_bytes(), "resident_bytes": settled_bytes()}
         if self._protection is not None and before is not None:
             crossed = self._protection.stats.since(before)
             answer["waiting_seconds"] = crossed.seconds_waiting
@@ -75,6 +75,7 @@ class _Side:
         if self._worker is not None and clock is not None:
             answer["worker_seconds"] = self._worker.clock.totals.since(clock).seconds
             answer["worker_peak_bytes"] = peak_bytes(self._worker.pid)
+            answer["worker_resident_bytes"] = settled_bytes(self._worker.pid)
         return answer
 
     def profile(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING, Any
 
+from obfuscatune.bench.memory import PROCESSES, MemoryResult
 from obfuscatune.bench.step_result import PLAIN, StepResult
 from obfuscatune.bench.wire import WireResult
 
@@ -46,6 +47,18 @@ def plot_wire(result: WireResult) -> str:
         latency, gbytes = result.fitted(link)
         axes.plot([x for x, _ in points], [latency + x / gbytes / 1e9 for x, _ in points], color=colour, linewidth=0.8)
     axes.set(xscale="log", yscale="log", xlabel="bytes, there and back", ylabel="seconds")
+    return as_svg(figure, axes)
+
+
+def plot_memory(result: MemoryResult) -> str:
+    """A curve for each process under each profile: what it holds after each step."""
+    figure, axes = new_figure()
+    colours = _colours(2 * len(result.runs))
+    for index, run in enumerate(result.runs):
+        for process, colour in zip(PROCESSES, colours[2 * index :], strict=False):
+            axes.plot([held / 1e6 for held in run.held(process)], color=colour, label=f"{run.profile}, {process}")
+    axes.set(xlabel="steps after the warm-up", ylabel="resident, MB")
+    axes.set_ylim(bottom=0)
     return as_svg(figure, axes)
 
 

@@ -7,23 +7,17 @@ signal: waiting threads that spin would take its cores.
 
 from __future__ import annotations
 
-import json
-import os
-import signal
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
+from obfuscatune.bench.contender_process import Contender
 from obfuscatune.bench.limits import Limits
 from obfuscatune.bench.shapes import shape_name
 from obfuscatune.bench.step_result import PLAIN, Side, StepResult
 from obfuscatune.report.environment import environment
-from obfuscatune.wire.errors import ConfigError
 
 OWN_WAITING: dict[str, str] = {}  # as `settle_process` sets it
 PLAIN_WAITING = {
@@ -32,8 +26,6 @@ PLAIN_WAITING = {
     "brief": OWN_WAITING,
 }
 CALIBRATION_STEPS = 3
-_WAITING_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-_SILENT = {"PYTHONWARNINGS": "ignore", "KINETO_LOG_LEVEL": "99", "TRANSFORMERS_VERBOSITY": "error"}
 Progress = Callable[[str], None]
 
 
@@ -93,43 +85,3 @@ def _inspected(contender: Contender) -> tuple[dict[str, float], dict[str, int]]:
     """Where its time goes, and the products that it computes; after all that is timed."""
     contender.tell("profile")  # the first starts the profiler
     return contender.tell("profile")["spans"], contender.tell("count")
-
-
-class Contender:
-    """The parent's side of a contender process."""
-
-    def __init__(self, settings: dict[str, Any], waiting: dict[str, str]) -> None:
-        inherited = {name: value for name, value in os.environ.items() if name not in _WAITING_VARIABLES}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "obfuscatune.bench.contender", json.dumps(settings)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**inherited, **_SILENT, **waiting, "OMP_NUM_THREADS": str(settings["threads"])},
-        )
-        self._listen()
-
-    def tell(self, word: str) -> dict[str, Any]:
-        """What it answers to a word of `contender.py`."""
-        self._process.send_signal(signal.SIGCONT)
-        if self._process.stdin is not None:
-            print(word, file=self._process.stdin, flush=True)
-        return self._listen()
-
-    def _listen(self) -> dict[str, Any]:
-        """The next answer; the process stands still from then on."""
-        line = self._process.stdout.readline() if self._process.stdout is not None else ""
-        if not line:
-            raise ConfigError(f"a contender ended with status {self._process.wait()}; what it said stands above")
-        self._process.send_signal(signal.SIGSTOP)
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._process.send_signal(signal.SIGCONT)
-        self._process.communicate("quit\n")

@@ -140,7 +140,8 @@ class StepResult:
         depth = "all" if b["layers"] is None else b["layers"]
         lines = [
             f"{WORK[b['work']]}, {b['shape']} ({depth} layers), batch {b['batch']} x {b['length']}, "
-            f"{b['threads']} threads, float32; medians of {b['rounds']} rounds; plain with OpenMP waiting: {self.plain_waiting}.",
+            f"{b['threads']} threads, float32; medians of {b['rounds']} rounds; "
+            f"plain with OpenMP waiting: {self.plain_waiting}.",
             "",
             "| | seconds | ratio | round by round | mean | crossings | bytes | difference | peak, own | peak, worker |",
             "|---|---|---|---|---|---|---|---|---|---|",

@@ -10,6 +10,7 @@ from obfuscatune.cli import options
 from obfuscatune.cli.bench_files import keep, result_name
 from obfuscatune.cli.bench_kept import check
 from obfuscatune.cli.bench_link import wire
+from obfuscatune.cli.bench_memory import memory
 from obfuscatune.cli.options import option
 from obfuscatune.cli.output import notice, write_json, write_text
 from obfuscatune.wire.errors import ConfigError
@@ -237,3 +238,6 @@ bench.command(epilog="Example: obfuscatune bench wire --link tcp --link tls --ou
 bench.command(
     epilog="Example: obfuscatune bench check new/2026-01-31-step-gpt2-private.json --kept benchmarks/results"
 )(check)
+bench.command(
+    epilog="Example: obfuscatune bench memory --steps 1000 --profile private,guarded --out benchmarks/results"
+)(memory)

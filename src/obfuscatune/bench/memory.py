@@ -1,0 +1,148 @@
+"""`bench memory`: many protected steps of a small model, and what both processes hold in memory after each.
+
+What a step takes is given back after it, so both come to rest after some steps; what goes on growing is a leak. A line
+is fitted to the samples after the warm-up, for each process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from obfuscatune.assets import tiny_model_path
+from obfuscatune.bench.contender_process import Contender
+from obfuscatune.bench.shapes import shape_name
+from obfuscatune.report.environment import environment
+from obfuscatune.report.units import format_bytes
+
+PROCESSES = ("enclave", "worker")
+ALLOWED_BYTES = 4 << 20
+"""That the fitted line may rise in all: pages come and go one heap block of some MB at a time. A step that kept one
+activation of the embedded model, 2 x 64 x 256 float32 numbers, would add 131 MB in 1,000 steps."""
+_KEPT_SAMPLES = 200
+_EVERY = 50
+"""Steps between two lines of progress."""
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class MemoryBench:
+    """What is measured: `steps` LoRA steps after `warmup` others, under each profile."""
+
+    shape: str = field(default_factory=lambda: str(tiny_model_path() / "config.json"))
+    layers: int | None = None
+    batch: int = 2
+    length: int = 64
+    threads: int = 2
+    steps: int = 1000
+    warmup: int = 100
+    profiles: tuple[str, ...] = ("private",)
+
+    def run(self, progress: Progress) -> MemoryResult:
+        """Measure; some minutes with the embedded model's shape.
+
+        Raises:
+            ConfigError: a process could not be started, or ended; what it said stands on stderr.
+        """
+        runs = [self._run(profile, progress) for profile in self.profiles]
+        return MemoryResult(asdict(self) | {"shape": shape_name(self.shape)}, runs, environment(self.threads))
+
+    def _run(self, profile: str, progress: Progress) -> MemoryRun:
+        wanted = ("shape", "layers", "batch", "length", "threads")
+        settings = {name: getattr(self, name) for name in wanted}
+        samples: list[tuple[int, int]] = []
+        with Contender(settings | {"work": "step", "kind": "protected", "profile": profile}, {}) as contender:
+            for number in range(self.warmup + self.steps):
+                answer = contender.tell("step")
+                if number >= self.warmup:
+                    samples.append((answer["resident_bytes"], answer["worker_resident_bytes"]))
+                if number % _EVERY == 0:
+                    own, worker = answer["resident_bytes"], answer["worker_resident_bytes"]
+                    progress(f"{profile}, step {number}: {format_bytes(own)} enclave, {format_bytes(worker)} worker")
+        return MemoryRun(profile, samples)
+
+
+@dataclass(frozen=True)
+class MemoryRun:
+    """What both processes held after each step: (enclave, worker), in bytes."""
+
+    profile: str
+    samples: list[tuple[int, int]] = field(repr=False)
+
+    def held(self, process: str) -> list[int]:
+        """By one of `PROCESSES`, after each step."""
+        return [sample[PROCESSES.index(process)] for sample in self.samples]
+
+    def slope(self, process: str) -> float:
+        """Bytes a step, of the line fitted to all samples by least squares."""
+        held = np.array(self.held(process), dtype=np.float64)
+        return float(np.polyfit(np.arange(len(held)), held, 1)[0])
+
+    def growth(self, process: str) -> float:
+        """Bytes that the line rises from the first step to the last."""
+        return self.slope(process) * (len(self.samples) - 1)
+
+    @property
+    def grows(self) -> bool:
+        """Whether one of the lines rises by more than `ALLOWED_BYTES`."""
+        return any(self.growth(process) > ALLOWED_BYTES for process in PROCESSES)
+
+
+@dataclass(frozen=True)
+class MemoryResult:
+    """What was measured."""
+
+    bench: dict[str, Any]
+    """The settings of the `MemoryBench`, with the shape's name."""
+    runs: list[MemoryRun]
+    environment: dict[str, str]
+
+    @property
+    def grows(self) -> bool:
+        """Whether memory grew under any profile."""
+        return any(run.grows for run in self.runs)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, for the file; of the samples as many as a picture needs."""
+        return {
+            "bench": self.bench,
+            "allowed_bytes": ALLOWED_BYTES,
+            "runs": {
+                run.profile: {
+                    "grows": run.grows,
+                    "slope_bytes_a_step": {process: run.slope(process) for process in PROCESSES},
+                    "growth_bytes": {process: run.growth(process) for process in PROCESSES},
+                    "held_bytes": {process: run.held(process)[:: self._every(run)] for process in PROCESSES},
+                    "steps_between_samples": self._every(run),
+                }
+                for run in self.runs
+            },
+            "environment": self.environment,
+        }
+
+    def as_markdown(self) -> str:
+        """A row for each profile and process."""
+        b = self.bench
+        lines = [
+            f"{b['steps']} LoRA steps after {b['warmup']}, {b['shape']}, batch {b['batch']} x {b['length']}, "
+            f"{b['threads']} threads.",
+            "",
+            "| profile | process | after the first step | after the last | line, bytes a step | in all | |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for run in self.runs:
+            for process in PROCESSES:
+                held, grew = run.held(process), run.growth(process)
+                lines.append(
+                    f"| `{run.profile}` | {process} | {format_bytes(held[0])} | {format_bytes(held[-1])} | "
+                    f"{run.slope(process):+.0f} | {format_bytes(grew)} | "
+                    f"{'grows' if grew > ALLOWED_BYTES else 'at rest'} |"
+                )
+        return "\n".join(lines) + "\n"
+
+    @staticmethod
+    def _every(run: MemoryRun) -> int:
+        return -(-len(run.samples) // _KEPT_SAMPLES)
