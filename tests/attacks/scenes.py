@@ -6,6 +6,7 @@ prompts in families, and decoding. `Scheme`s of several strengths hide it; `nois
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from obfuscatune.attacks.base import Attacker
 from obfuscatune.attacks.held import Factors, HeldAdapter, HeldStep
-from obfuscatune.attacks.knowledge import Knowledge, KnownCall, PublicBase, PublicText, Scheme
+from obfuscatune.attacks.knowledge import Architecture, Knowledge, KnownCall, PublicBase, PublicText, Scheme
+from obfuscatune.attacks.stealing import losses
 from obfuscatune.attacks.truth import TrueCall, TrueLayer, Truth
 from obfuscatune.attacks.view import SeenCall, SeenMatrix, WorkerView
 from obfuscatune.enclave.keys import RootKey
@@ -25,6 +27,8 @@ P = 72  # the smallest width at which a structured transform has a grid: 8 x 9
 VOCABULARY = 40
 SHAPES = ((P, 2 * P), (P, P), (P, 2 * P), (2 * P, P))
 TRAINING, PROMPT, STEPS = 12, 8, 12
+SHARPNESS = 2.5
+"""Of the next token's distribution: standard deviation of the logits."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ ROTATED = Hiding(mixing=False, shield_rows=0)
 MIXED = Hiding()
 STRUCTURED = Hiding("structured", "structured", mixing=False, shield_rows=0)
 ONE_SIDED = Hiding(output="identity")
+FAR = replace(ONE_SIDED, drift=0.15)
 IN_CONTEXT = replace(MIXED, context=0.5)
 ROTATED_IN_CONTEXT = replace(ROTATED, context=0.5)
 UNLIKE = replace(STRUCTURED, spread=3.0)
@@ -71,6 +76,31 @@ class World:
     knowledge: dict[Attacker, Knowledge]
 
 
+class Toy(torch.nn.Module):
+    """The world's language model: the next token from the last one, through the layers. All but these is known."""
+
+    def __init__(self, table: Tensor, head: Tensor, weights: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.table, self.head = table, head
+        self.layers = torch.nn.ParameterList([W.clone() for W in weights])
+        self.bias = torch.nn.Parameter(torch.zeros(len(table), dtype=torch.float64))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = torch.nn.functional.normalize(self.table[ids], dim=-1) * P**0.5
+        x = x + torch.tanh(x @ self.layers[1])
+        x = torch.tanh(x @ self.layers[2]) @ self.layers[3]
+        logits: Tensor = SHARPNESS * torch.nn.functional.normalize(x, dim=-1) @ self.head.T + self.bias
+        return logits
+
+    def drawn_again(self, seed: int) -> Toy:
+        random = torch.Generator().manual_seed(seed)
+        drawn = [torch.randn(W.shape, generator=random, dtype=W.dtype) for W in self.layers]
+        return Toy(self.table, self.head, drawn)
+
+    def place(self, weights: Sequence[Tensor]) -> dict[str, Tensor]:
+        return {f"layers.{layer}": W for layer, W in enumerate(weights)}
+
+
 class _Builder:
     def __init__(self, hiding: Hiding, seed: int) -> None:
         self.hiding = hiding
@@ -81,8 +111,6 @@ class _Builder:
             table = table.pow(5)
         scales = torch.linspace(hiding.spread, -hiding.spread, P, dtype=torch.float64).exp()
         self.table = lengths * torch.nn.functional.normalize(table * scales, dim=1) * P**0.5
-        chain = torch.rand(VOCABULARY, VOCABULARY, generator=self.random, dtype=torch.float64).pow(12)
-        self.chain = chain / chain.sum(1, keepdim=True)
         self.bases = [self.weight(p, q) for p, q in SHAPES]
         self.weights = [W + hiding.drift * W.norm() / (W.numel() ** 0.5) * self.normal(*W.shape) for W in self.bases]
         key = RootKey.generate() if seed < 0 else RootKey(bytes([seed % 256]) * 32)
@@ -98,6 +126,9 @@ class _Builder:
         if hiding.noise:
             self.stars = [self.normal(*W.shape) for W in self.weights]
         self.head = self.normal(VOCABULARY, P)
+        self.model = Toy(self.table, self.head, self.weights)
+        with torch.no_grad():
+            self.chain = self.model(torch.arange(VOCABULARY)[:, None])[:, 0].softmax(1)
         self.deltas: list[Tensor | None] = []
         self.adapters = [self.adapter(layer, p, q) for layer, (p, q) in enumerate(SHAPES)]
         self.steps: list[HeldStep] = []
@@ -193,7 +224,9 @@ class _Builder:
         )
         pieces = tuple(f"t{token} " for token in range(VOCABULARY))
         view = WorkerView(matrices, tuple(self.seen), len(SHAPES))
-        truth = Truth(tuple(self.true), layers, tuple(self.bases), pieces)
+        held_out = torch.tensor([self.text(TRAINING) for _ in range(100)])
+        secret_losses = losses(self.model, held_out)
+        truth = Truth(tuple(self.true), layers, tuple(self.bases), pieces, (), held_out, secret_losses)
         if self.hiding.adapted:
             view = replace(view, adapters=tuple(self.adapters), steps=tuple(self.steps))
             truth = replace(truth, adapters=tuple(delta for delta in self.deltas if delta is not None))
@@ -212,10 +245,11 @@ class _Builder:
             if call.phase == "training" and call.layer == 0 and not call.transposed
         ][:16]
         text = PublicText(texts, VOCABULARY)
+        how = Architecture(self.model.drawn_again, lambda: Toy(self.table, self.head, self.bases), self.model.place)
         return {
             Attacker.CLOSED: Knowledge(Attacker.CLOSED, scheme),
-            Attacker.PUBLIC_TEXT: Knowledge(Attacker.PUBLIC_TEXT, scheme, text=text),
-            Attacker.PUBLIC_BASE: Knowledge(Attacker.PUBLIC_BASE, scheme, text=text, base=base),
+            Attacker.PUBLIC_TEXT: Knowledge(Attacker.PUBLIC_TEXT, scheme, text, how),
+            Attacker.PUBLIC_BASE: Knowledge(Attacker.PUBLIC_BASE, scheme, text, how, base),
             Attacker.KNOWN_PLAINTEXT: Knowledge(Attacker.KNOWN_PLAINTEXT, scheme, plaintext=tuple(known)),
         }
 

@@ -29,8 +29,10 @@ SUCCEEDS_ON = {
     "two-sided-alignment": (scenes.MIXED, 0.05),
     "arrowmatch": (scenes.PERMUTED, 0.9),
     "adapter-recovery": (scenes.ADAPTED, 0.8),
+    "stealing-from-nothing": (scenes.CLEAR, 2.1),
+    "stealing-from-base": (scenes.FAR, 2.1),
     "equal-beginnings": (scenes.MIXED, 0.9),
-    "equal-examples": (scenes.MIXED, 0.99),
+    "equal-examples": (scenes.MIXED, 0.95),
     "basis-stitching": (scenes.ROTATED_IN_CONTEXT, 0.7),
     "grid-from-traffic": (scenes.UNLIKE, 0.55),
     "grid-from-base": (scenes.STRUCTURED, 0.8),
@@ -38,7 +40,7 @@ SUCCEEDS_ON = {
     "lengths-and-phases": (scenes.MIXED, 0.99),
     "timing": (scenes.MIXED, 0.9),
 }
-"""The scheme that each attack was made for, and the least value that counts as success there."""
+"""The scheme that each attack was made for, and the least value that is success there; of a loss, the largest."""
 SEEDS = 3
 
 every_attack = pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
@@ -74,8 +76,9 @@ def test_states_its_fields(attack: Attack) -> None:
 def test_succeeds_on_what_it_was_made_for(attack: Attack) -> None:
     hiding, least = SUCCEEDS_ON[attack.name]
     finding = found(attack, hiding)
-    assert finding.value > least
-    assert finding.value > finding.chance + 3 * finding.error
+    better = 1 if finding.best > finding.chance else -1
+    assert better * finding.value > better * least
+    assert better * (finding.value - finding.chance) > 3 * finding.error
 
 
 @every_attack

@@ -1,8 +1,8 @@
 """Attacks on an adapter that lies on the worker: on what was trained on, by its gradients, and on the adapter itself.
 
 Each gradient is a sum over the tokens of a step, as a server sees it in federated learning: the columns of dA* lie in
-the span of the step's inputs, the rows of dB* in that of the gradients of its outputs. So they tell of tokens even where
-no single row could be seen.
+the span of the step's inputs, the rows of dB* in that of the gradients of its outputs. So they tell of tokens even
+where no single row could be seen.
 """
 
 from __future__ import annotations

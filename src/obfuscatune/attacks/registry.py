@@ -15,6 +15,7 @@ from obfuscatune.attacks.norms import NormMatching
 from obfuscatune.attacks.plaintext import KnownPlaintext
 from obfuscatune.attacks.separation import SourceSeparation
 from obfuscatune.attacks.shapes import Shapes
+from obfuscatune.attacks.stealing import StealingFromBase, StealingFromNothing
 from obfuscatune.attacks.stitching import BasisStitching
 from obfuscatune.attacks.timing import Timing
 from obfuscatune.attacks.weights import ArrowMatch, OneSidedProcrustes, SingularValues, TwoSidedAlignment
@@ -36,6 +37,8 @@ ATTACKS: tuple[Attack, ...] = (
     TwoSidedAlignment(),
     ArrowMatch(),
     AdapterRecovery(),
+    StealingFromNothing(),
+    StealingFromBase(),
     PrefixLinkage(),
     ExampleLinkage(),
     BasisStitching(),

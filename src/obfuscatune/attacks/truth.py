@@ -53,6 +53,10 @@ class Truth:
     """What each token reads, by its number."""
     adapters: tuple[Tensor, ...] = ()
     """What fine-tuning added to each layer's W in the end, (p, q); empty where no adapter was on the worker."""
+    held_out: Tensor | None = None
+    """Private text that the secret model was not trained on, (n, length)."""
+    secret_losses: Tensor | None = None
+    """The secret model's mean next-token loss on each, (n,)."""
 
     def rotated(self, call: TrueCall) -> Tensor:
         """x R_in of a forward call, (n, p): its rows as the worker would see them unmixed."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from obfuscatune.attacks.base import Attacker
 from obfuscatune.attacks.knowledge import Knowledge, KnownCall, PublicBase, PublicText, Scheme
 from obfuscatune.attacks.truth import Truth
+from obfuscatune.audit.architecture import architecture
 from obfuscatune.audit.scenario import Scenario
 from obfuscatune.enclave.obfuscate import joint_weight
 from obfuscatune.enclave.profiles import Profile
@@ -26,9 +27,10 @@ def equip(attacker: Attacker, scenario: Scenario, profile: Profile, truth: Truth
         case Attacker.CLOSED:
             return Knowledge(attacker, scheme)
         case Attacker.PUBLIC_TEXT:
-            return Knowledge(attacker, scheme, text=text)
+            return Knowledge(attacker, scheme, text=text, architecture=architecture(scenario.base, profile))
         case Attacker.PUBLIC_BASE:
-            return Knowledge(attacker, scheme, text=text, base=public_base(scenario, profile))
+            how = architecture(scenario.base, profile)
+            return Knowledge(attacker, scheme, text=text, architecture=how, base=public_base(scenario, profile))
         case Attacker.KNOWN_PLAINTEXT:
             return Knowledge(attacker, scheme, plaintext=_known_calls(truth))
 

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from obfuscatune.attacks.stealing import losses
 from obfuscatune.attacks.truth import Phase, TrueCall, TrueLayer, Truth
 from obfuscatune.attacks.view import WorkerView
+from obfuscatune.audit.architecture import Logits
 from obfuscatune.audit.attackers import base_weights
 from obfuscatune.audit.scenario import Scenario
 from obfuscatune.enclave.linear import InFlight, OffloadedProduct
@@ -78,7 +80,10 @@ def run_under_watch(scenario: Scenario, profile: Profile, seed: int, link: Worke
     _generate(tuned, scenario, seed, witness)
     adapters = _fetched(model)
     pieces = tuple(scenario.tokenizer.decode([token]) for token in range(scenario.base.config.vocab_size))
-    return Truth(tuple(witness.calls), tuple(layer.truth() for layer in layers), bases, pieces, adapters)
+    held_out = torch.tensor(scenario.held_out)
+    secret_losses = losses(Logits(scenario.secret), held_out)
+    true_layers = tuple(layer.truth() for layer in layers)
+    return Truth(tuple(witness.calls), true_layers, bases, pieces, adapters, held_out, secret_losses)
 
 
 @dataclass

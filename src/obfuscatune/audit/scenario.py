@@ -41,6 +41,7 @@ class Size:
         new_tokens: that are generated for each.
         tuning_steps: by which the secret model is away from its public base.
         public: windows of public text.
+        held_out: windows of private text that are kept from the tuning, at most a quarter.
     """
 
     length: int = 32
@@ -51,6 +52,7 @@ class Size:
     new_tokens: int = 17
     tuning_steps: int = 40
     public: int = 400
+    held_out: int = 100
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class Scenario:
     tokenizer: PreTrainedTokenizerBase
     private: tuple[tuple[int, ...], ...]
     public: tuple[tuple[int, ...], ...]
+    held_out: tuple[tuple[int, ...], ...]
+    """Of the private ones those that the secret model was not tuned on."""
     size: Size
     drift: float
     """How far the secret model is from its base: the norm of all differences over that of all weights."""
@@ -105,13 +109,14 @@ def make_scenario(
     private = tuple(shuffled[: max(needed, len(windows) // 2)][:2000])
     public = tuple(shuffled[len(private) :][: size.public])
     base = base.float().eval()
-    secret = _tuned(base, private, size.tuning_steps)
+    held_out = private[-min(size.held_out, len(private) // 4) :]
+    secret = _tuned(base, private[: -len(held_out)], size.tuning_steps)
     with torch.no_grad():
         pairs = list(zip(secret.parameters(), base.parameters(), strict=True))
         moved = sum(float((a - b).square().sum()) for a, b in pairs)
         drift = (moved / sum(float(b.square().sum()) for _, b in pairs)) ** 0.5
     secret.save_pretrained(folder)
-    return Scenario(name, folder, base, secret, tokenizer, private, public, size, drift)
+    return Scenario(name, folder, base, secret, tokenizer, private, public, held_out, size, drift)
 
 
 def read_text(path: Path | None) -> str:
