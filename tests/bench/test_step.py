@@ -11,6 +11,8 @@ from obfuscatune.bench.plots import plot_step
 from obfuscatune.bench.shapes import NAMES, config_of, shape_name
 from obfuscatune.bench.step import OWN_WAITING, StepBench
 from obfuscatune.bench.step_result import IDLE, WORKER, StepResult
+from obfuscatune.bench.work import count_work
+from obfuscatune.enclave.profiles import resolve
 from obfuscatune.wire.errors import ConfigError
 
 
@@ -101,3 +103,12 @@ def test_other_work_side_by_side(tiny_shape: Path, monkeypatch: pytest.MonkeyPat
 )
 def test_results_carry_names_and_no_paths(shape: str, name: str) -> None:
     assert shape_name(shape) == name
+
+
+def test_the_cost_model_counts_the_products_that_are_computed(tiny_shape: Path, measured: StepResult) -> None:
+    work = count_work("step", str(tiny_shape), None, 2, 16, resolve("private"))
+    private = measured.protected["private"]
+    assert work.plain_flops == measured.plain.products["flops"]
+    assert work.worker_flops == private.products["worker_flops"]
+    assert work.crossings == private.median("crossings")
+    assert work.crossing_bytes == pytest.approx(private.median("bytes"), rel=0.1)  # and headers, of small messages

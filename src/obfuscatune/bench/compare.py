@@ -77,6 +77,14 @@ def compare(document: Mapping[str, Any], kept: Path, *, but: Path | None = None)
     return found
 
 
+def kept_results(kept: Path, like: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """File names and contents of all results in a folder that have ratios, made on the same kind of machine."""
+    for path in sorted(kept.glob("*.json")):
+        for document in _read(path, None):
+            if _machine(document) == _machine(like):
+                yield path.name, document
+
+
 def as_markdown(comparisons: Sequence[Comparison], margin: float) -> str:
     """A table, and what the margin was."""
     lines = ["| profile | ratio now | kept | change | | kept in |", "|---|---|---|---|---|---|"]
@@ -103,8 +111,11 @@ def _has_ratios(document: Any) -> bool:
 
 
 def _key(document: Mapping[str, Any]) -> tuple[Any, ...]:
-    bench, machine = document["bench"], document["environment"]
-    return tuple(bench[name] for name in _WORK) + tuple(machine[name] for name in _MACHINE)
+    return tuple(document["bench"][name] for name in _WORK) + _machine(document)
+
+
+def _machine(document: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(document["environment"][name] for name in _MACHINE)
 
 
 def _compared(profile: str, ratio: float, same: Sequence[tuple[Path, dict[str, Any]]]) -> Comparison:

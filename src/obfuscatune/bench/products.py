@@ -1,4 +1,4 @@
-"""Matrix products counted as they happen: their floating-point operations, and the bytes that they read and write."""
+"""Operations counted as they happen: what matrix products compute, read and write, and what all others write."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ class ProductCounter(TorchDispatchMode):
         self.flops = 0
         self.nbytes = 0
         """Of both factors and the product, each time."""
+        self.other_nbytes = 0
+        """That other operations wrote."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -33,7 +35,13 @@ class ProductCounter(TorchDispatchMode):
         if factors is None:
             with self:  # what is made of other operations is seen through them
                 parts = func.decompose(*args, **(kwargs or {}))
-            return func(*args, **(kwargs or {})) if parts is NotImplemented else parts
+            if parts is not NotImplemented:
+                return parts
+            result = func(*args, **(kwargs or {}))
+            if not func.is_view:
+                results = result if isinstance(result, tuple | list) else (result,)
+                self.other_nbytes += sum(x.numel() * x.itemsize for x in results if isinstance(x, Tensor))
+            return result
         result = func(*args, **(kwargs or {}))
         self._count(args[factors[0]], args[factors[1]], result)
         return result

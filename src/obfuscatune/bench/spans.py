@@ -17,6 +17,7 @@ OWN = "obfuscatune."
 """The enclave's own spans begin so."""
 WAIT = "wait"
 """Its span of that name, without the operations in it: those are checks of what came."""
+SEND = "send"
 CHECK, COPY, PYTHON, OTHER = "check", "copy", "Python between operations", "other operations"
 ENCLAVE = {"mix": "mix, and draw secrets", "verify": CHECK}
 """Spans of the enclave that are called otherwise here."""

@@ -11,6 +11,7 @@ from obfuscatune.cli.bench_files import keep, result_name
 from obfuscatune.cli.bench_kept import check
 from obfuscatune.cli.bench_link import wire
 from obfuscatune.cli.bench_memory import memory
+from obfuscatune.cli.bench_predict import predict
 from obfuscatune.cli.options import option
 from obfuscatune.cli.output import notice, write_json, write_text
 from obfuscatune.wire.errors import ConfigError
@@ -241,3 +242,7 @@ bench.command(
 bench.command(
     epilog="Example: obfuscatune bench memory --steps 1000 --profile private,guarded --out benchmarks/results"
 )(memory)
+bench.command(
+    epilog="Example: obfuscatune bench predict --from benchmarks/results/2026-01-31-step-gpt2-private.json --shape "
+    "gpt2-xl --worker-gflops 20000 --link-gbytes 1.2 --latency-us 100"
+)(predict)

@@ -1,0 +1,209 @@
+"""`bench predict`: how long a protected step takes beside a plain one, from speeds and a model's shape.
+
+    plain      = products / plain speed   + other operations / plain speed
+    protected  = products that stay / enclave speed + other operations / enclave speed
+               + worker's products / worker speed
+               + bytes that cross / speed of rotating and mixing them, both ways
+               + crossings · latency + bytes that cross / link's bandwidth
+
+Speeds come from one measured result; each can be set otherwise, as for a worker on an accelerator or another host.
+Enclave and worker are taken to work in turn, as they do on one host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from obfuscatune.bench.shapes import NAMES
+from obfuscatune.bench.spans import CHECK, COPY, ENCLAVE, SEND
+from obfuscatune.bench.step_result import IDLE
+from obfuscatune.bench.work import WORKS, Work, count_work
+from obfuscatune.enclave.profiles import resolve
+from obfuscatune.wire.errors import ConfigError
+
+_PER_CROSSING = ("rotate", ENCLAVE["mix"], CHECK, COPY)
+_LINK = (SEND, IDLE)
+
+
+@dataclass(frozen=True)
+class Processor:
+    """One process on its cores; 10⁹ a second."""
+
+    gflops: float
+    """Of its products."""
+    gbytes: float
+    """Written by its other operations."""
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """All that the prediction knows of machines and link."""
+
+    plain: Processor
+    enclave: Processor
+    worker_gflops: float
+    crossing_gbytes: float
+    """10⁹ bytes that cross, for each second of rotating, mixing, drawing and checking."""
+    latency_seconds: float
+    """Of one crossing, without what its bytes take."""
+    link_gbytes: float | None = None
+    """10⁹ bytes a second, there and back; None where rows lie in shared memory."""
+
+    def elsewhere(
+        self, worker_gflops: float | None, link_gbytes: float | None, latency_seconds: float | None
+    ) -> Speeds:
+        """With a worker or a link of these speeds, where they are not None."""
+        return replace(
+            self,
+            worker_gflops=self.worker_gflops if worker_gflops is None else worker_gflops,
+            link_gbytes=self.link_gbytes if link_gbytes is None else link_gbytes,
+            latency_seconds=self.latency_seconds if latency_seconds is None else latency_seconds,
+        )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds of one step or pass."""
+
+    plain_seconds: float
+    parts: dict[str, float]
+    """Of the protected one; adds up to it."""
+
+    @property
+    def protected_seconds(self) -> float:
+        """In all."""
+        return sum(self.parts.values())
+
+    @property
+    def ratio(self) -> float:
+        """Protected over plain."""
+        return self.protected_seconds / self.plain_seconds
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything."""
+        return asdict(self) | {"protected_seconds": self.protected_seconds, "ratio": self.ratio}
+
+    def as_markdown(self) -> str:
+        """A table of the parts."""
+        lines = ["| | seconds | share |", "|---|---|---|"]
+        lines += [f"| {name} | {part:.3f} | {part / self.protected_seconds:.0%} |" for name, part in self.parts.items()]
+        lines += [
+            f"| protected | {self.protected_seconds:.3f} | |",
+            f"| plain | {self.plain_seconds:.3f} | |",
+            f"| ratio | **{self.ratio:.2f}** | |",
+        ]
+        return "\n".join(lines) + "\n"
+
+
+def predict(work: Work, speeds: Speeds) -> Prediction:
+    """The seconds that the formulas above give."""
+    plain = work.plain_flops / speeds.plain.gflops + work.other_bytes / speeds.plain.gbytes
+    link = 0.0 if speeds.link_gbytes is None else work.crossing_bytes / speeds.link_gbytes
+    parts = {
+        "products in the enclave": work.enclave_flops / speeds.enclave.gflops,
+        "other operations": work.other_bytes / speeds.enclave.gbytes,
+        "worker's products": work.worker_flops / speeds.worker_gflops,
+        "rotating, mixing, drawing, checking": work.crossing_bytes / speeds.crossing_gbytes,
+        "latency": 1e9 * work.crossings * speeds.latency_seconds,
+        "link's bandwidth": link,
+    }
+    return Prediction(plain / 1e9, {name: part / 1e9 for name, part in parts.items()})
+
+
+def calibrate(document: Mapping[str, Any], profile: str, work: Work) -> Speeds:
+    """The speeds at which a result of `bench step` or `bench forward` was made; `work` is that of the same bench.
+
+    Raises:
+        ConfigError: the result has no such profile.
+    """
+    if profile not in document["protected"]:
+        raise ConfigError(f"that result has no profile {profile!r}, but {', '.join(document['protected'])}")
+    plain, protected = document["plain"], document["protected"][profile]
+    own = protected["breakdown_seconds"]
+    crossing = sum(own.get(name, 0.0) for name in _PER_CROSSING)
+    return Speeds(
+        _processor(plain["breakdown_seconds"], work.plain_flops, work.other_bytes),
+        _processor(own, work.enclave_flops, work.other_bytes),
+        work.worker_flops / protected["worker_seconds"] / 1e9,
+        work.crossing_bytes / crossing / 1e9,
+        sum(own.get(name, 0.0) for name in _LINK) / work.crossings,
+    )
+
+
+def _processor(breakdown: Mapping[str, float], flops: float, other_bytes: float) -> Processor:
+    products = breakdown["products"]
+    elsewhere = ("products", *_PER_CROSSING, *_LINK)
+    others = sum(part for name, part in breakdown.items() if name not in elsewhere and not name.startswith("wait"))
+    return Processor(flops / products / 1e9, other_bytes / others / 1e9)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A kept result's ratio, and what was predicted for the same work."""
+
+    file: str
+    what: str
+    profile: str
+    plain_seconds: tuple[float, float]
+    """Predicted, measured."""
+    protected_seconds: tuple[float, float]
+    ratio: tuple[float, float]
+
+    @property
+    def error(self) -> float:
+        """Of the predicted ratio; 0.1 is 10 % too slow."""
+        return self.ratio[0] / self.ratio[1] - 1
+
+
+def calibrated(document: Mapping[str, Any], profile: str) -> Speeds:
+    """As `calibrate`, with the work counted that the result is of.
+
+    Raises:
+        ConfigError: its shape has no name, its profile is not covered, or it is of other work.
+    """
+    return calibrate(document, profile, _work_of(document, profile))
+
+
+def check(results: Iterable[tuple[str, Mapping[str, Any]]], speeds: Speeds) -> Iterator[Checked]:
+    """Every ratio of the named results that the model covers, beside the predicted one."""
+    for file, document in results:
+        bench = document["bench"]
+        if bench["work"] not in WORKS or bench["shape"] not in NAMES:
+            continue
+        depth = "" if bench["layers"] is None else f", {bench['layers']} layers"
+        what = f"{bench['work']}, {bench['shape']}{depth}, {bench['batch']} x {bench['length']}"
+        for profile, side in document["protected"].items():
+            if resolve(profile).lora_on == "worker":
+                continue
+            it = predict(_work_of(document, profile), speeds)
+            yield Checked(
+                file,
+                what,
+                profile,
+                (it.plain_seconds, document["plain"]["seconds"]),
+                (it.protected_seconds, side["seconds"]),
+                (it.ratio, side["ratio"]),
+            )
+
+
+def check_as_markdown(checked: Iterable[Checked]) -> str:
+    """Predicted beside measured."""
+    lines = [
+        "| | profile | plain s, predicted | measured | protected s, predicted | measured | ratio, predicted "
+        "| measured | off by |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {one.what} | `{one.profile}` | {one.plain_seconds[0]:.2f} | {one.plain_seconds[1]:.2f} | "
+        f"{one.protected_seconds[0]:.2f} | {one.protected_seconds[1]:.2f} | {one.ratio[0]:.2f} | {one.ratio[1]:.2f} | "
+        f"{one.error:+.0%} |"
+        for one in checked
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _work_of(document: Mapping[str, Any], profile: str) -> Work:
+    bench = document["bench"]
+    return count_work(bench["work"], bench["shape"], bench["layers"], bench["batch"], bench["length"], resolve(profile))
