@@ -12,6 +12,7 @@ import pytest
         (["--profile", "private:first_blocks"], "KNOB=VALUE"),
         (["--profile", "enclave"], "nothing to audit"),
         (["--data", "/nowhere.txt", "--profile", "private"], "cannot be read"),
+        (["--data", "a.txt", "--data", "embedded"], "at most one for each --model"),
     ],
 )
 def test_what_cannot_be_audited_is_refused(obfuscatune, tmp_path, options, says):

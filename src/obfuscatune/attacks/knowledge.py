@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,11 +63,13 @@ class Architecture:
         build: a module of random weights, from a seed; it takes token numbers (n, length) to logits (n, length, V).
         published: the same with the weights of the public base.
         place: from a W (p, q) for each layer that crosses to the module's parameters, by name.
+        trained: kept by who trains such modules, for whom it takes minutes; by whatever tells them apart.
     """
 
     build: Callable[[int], nn.Module]
     published: Callable[[], nn.Module]
     place: Callable[[Sequence[Tensor]], dict[str, Tensor]]
+    trained: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

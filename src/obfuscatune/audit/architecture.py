@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,6 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from obfuscatune.attacks.knowledge import Architecture
-from obfuscatune.enclave.profiles import Profile
 from obfuscatune.enclave.sites import find_groups
 
 if TYPE_CHECKING:
@@ -32,9 +32,10 @@ class Logits(nn.Module):
         return logits
 
 
-def architecture(base: PreTrainedModel, profile: Profile) -> Architecture:
-    """That of a model, and where the layers that a profile offloads have their weights in it."""
-    groups = find_groups(base, profile.first_blocks)
+@lru_cache(maxsize=8)
+def architecture(base: PreTrainedModel, first_blocks: int) -> Architecture:
+    """That of a model, and where the layers behind the first blocks have their weights in it."""
+    groups = find_groups(base, first_blocks)
 
     def build(seed: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):

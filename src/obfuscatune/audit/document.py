@@ -65,15 +65,15 @@ def as_markdown(grid: Grid) -> str:
 def _markdown(grid: Grid) -> Iterator[str]:
     profiles = list(dict.fromkeys(cell.profile for cell in grid.cells))
     for model in dict.fromkeys(cell.model for cell in grid.cells):
-        yield f"### {model}"
+        yield f"### {model}, {grid.seeds} {'seed' if grid.seeds == 1 else 'seeds'}"
         yield ""
-        yield f"| attack | attacker | measure | {' | '.join(f'`{name}`' for name in profiles)} |"
+        yield f"| attack | attacker | on | {' | '.join(f'`{name}`' for name in profiles)} |"
         yield "|" + "---|" * (3 + len(profiles))
         mine = [cell for cell in grid.cells if cell.model == model]
         for attack in dict.fromkeys(cell.attack for cell in mine):
             row = {cell.profile: cell for cell in mine if cell.attack is attack}
             figures = " | ".join(figure(row[name]) for name in profiles)
-            yield f"| {attack.name} | {attack.needs} | {attack.measure} | {figures} |"
+            yield f"| {attack.name} | {attack.needs} | {attack.target} | {figures} |"
         yield ""
     yield "### Verdicts"
     yield ""

@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from obfuscatune.audit.grid import Grid
     from obfuscatune.audit.scenario import Scenario
 
+EMBEDDED = "embedded"
 REPORT, FIGURES, TABLE = "report.html", "audit.json", "audit.md"
 
 
 def audit(
     model: Annotated[
-        list[str] | None, option("--model", "Model directory; may be repeated.", default="the embedded model")
+        list[str] | None,
+        option("--model", "Model directory, or `embedded`; may be repeated.", default="the embedded model"),
     ] = None,
     profile: Annotated[
         str | None,
@@ -37,7 +39,12 @@ def audit(
     attacker: Annotated[str, typer.Option(help="closed, public-text, public-base, known-plaintext or all.")] = "all",
     seeds: Annotated[int, typer.Option(help="Runs of each profile, with other texts and secrets.", min=1)] = 3,
     data: Annotated[
-        Path | None, option("--data", "Text to run on: .jsonl records, .xz or plain.", default="the embedded notes")
+        list[Path] | None,
+        option(
+            "--data",
+            "Text to run on: .jsonl records, .xz, plain, or `embedded`. If repeated, one for each --model in turn.",
+            default="the embedded notes",
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for report.html, audit.json and audit.md.")] = Path("runs/audit"),
     fail_above: Annotated[
@@ -51,6 +58,8 @@ def audit(
     For each profile a worker on this machine records a run of fine-tuning and generation, and every attack is tried
     on what it saw. Beside each figure stands what luck would give. The secret model is the given one, tuned on half of
     the text; the attacker who has the public base has the given one itself.
+
+    Example: obfuscatune audit --profile private,guarded,identity --model embedded --model ./llama --data notes.jsonl
     """
     from obfuscatune.audit.grid import attacks_of, run_grid
     from obfuscatune.audit.variants import default_names, parse_variants
@@ -60,8 +69,10 @@ def audit(
     attacks = attacks_of(_attacker(attacker))
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="obfuscatune-audit-")))
-        names: list[str | None] = [*model] if model else [None]
-        scenarios = [_scenario(name, data, folder / str(number)) for number, name in enumerate(names)]
+        scenarios = [
+            _scenario(name, text, folder / str(number))
+            for number, (name, text) in enumerate(_subjects(model or [EMBEDDED], data or [Path(EMBEDDED)]))
+        ]
         with output.progress("auditing") as meter:
             meter.expect(len(scenarios) * len(variants) * seeds * (1 + len(attacks)))
             grid = run_grid(scenarios, variants, attacks, seeds, lambda done: meter.advance(1, done))
@@ -92,6 +103,19 @@ def _attacker(name: str) -> "Attacker | None":
     if name not in list(Attacker):
         raise ConfigError(f"--attacker: expected all or one of {', '.join(Attacker)}, found {name}")
     return Attacker(name)
+
+
+def _subjects(models: list[str], texts: list[Path]) -> list[tuple[str | None, Path | None]]:
+    """Each model with its text, the last of which serves all that follow; None for what is embedded."""
+    if len(texts) > len(models):
+        raise ConfigError(
+            f"--data was given {len(texts)} times, for {len(models)} models: at most one for each --model"
+        )
+    texts = texts + texts[-1:] * (len(models) - len(texts))
+    return [
+        (None if model == EMBEDDED else model, None if text == Path(EMBEDDED) else text)
+        for model, text in zip(models, texts, strict=True)
+    ]
 
 
 def _scenario(model: str | None, data: Path | None, folder: Path) -> "Scenario":
