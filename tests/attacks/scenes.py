@@ -201,7 +201,7 @@ class _Builder:
             sent = torch.linalg.qr(self.normal(len(sent), len(sent)))[0] @ sent
         if hiding.noise:
             sent = self.normal(*sent.shape)
-        awaited = round(1e4 * (1 + 0.02 * len(tokens)) * float(self.normal(1).mul(0.1).exp()))
+        awaited = round(1e4 * (1 + 0.05 * len(tokens)) * float(self.normal(1).mul(0.1).exp()))
         self.seen.append(SeenCall(len(self.seen), layer, layer, transposed, sent, awaited, self.passes))
         self.true.append(TrueCall(layer, transposed, rows, tokens, phase, text, 0))  # type: ignore[arg-type]
 

@@ -48,10 +48,12 @@ def types(entries: list[TranscriptEntry]) -> list[str]:
     return [entry.header.type.name for entry in entries]
 
 
+@pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
-def test_what_is_read_back_is_what_was_sent(tmp_path: Path, shared: bool) -> None:
+def test_what_is_read_back_is_what_was_sent(tmp_path: Path, shared: bool, mapped: bool) -> None:
     recorded(tmp_path / "run", tmp_path / "t", shared=shared)
-    entries = list(read_transcript(tmp_path / "t"))
+    entries = list(read_transcript(tmp_path / "t", mapped=mapped))
+    (tmp_path / "t" / FRAMES).unlink()
     assert types(entries) == ONE_MULTIPLY
     assert [entry.direction for entry in entries] == ["request", "reply"] * 6
     assert len({entry.session for entry in entries}) == 1

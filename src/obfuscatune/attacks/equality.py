@@ -18,7 +18,7 @@ from obfuscatune.attacks.view import WorkerView
 EXACT = 1 - 1e-4
 """Cosine above which two directions are one: float32 keeps them within 1e-6."""
 MOST_CALLS = 240
-MOST_ROWS = 600
+MOST_ROWS = 3000
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,14 @@ the singular values of W*, which nothing hides, and nothing else of it. The secr
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
-from obfuscatune.attacks.alignment import align, align_one_sided, polar
+from obfuscatune.attacks.alignment import align, align_one_sided
 from obfuscatune.attacks.base import Attacker, CannotRun, Finding, Target
 from obfuscatune.attacks.knowledge import Architecture, Knowledge, PublicBase
 from obfuscatune.attacks.truth import Truth
@@ -127,13 +129,17 @@ def _read(view: WorkerView, base: PublicBase) -> list[Tensor]:
     """W of every layer: by the reading with the fewest secret bases that is plausible, else the base's own."""
     read = []
     for layer, (W, W_star) in enumerate(zip(base.weights, _newest(view), strict=True)):
-        one = align_one_sided(W, W_star)
-        readings = [W_star, one.R_in @ W_star @ one.R_out.T]
-        if not any(_is_plausible(it, W) for it in readings):
-            two = align(view, base, layer)
-            readings.append(two.R_in @ W_star @ two.R_out.T)
+        readings = chain([W_star], _turned_back(view, base, layer, W_star))
         read.append(next((it for it in readings if _is_plausible(it, W)), W))
     return read
+
+
+def _turned_back(view: WorkerView, base: PublicBase, layer: int, W_star: Tensor) -> Iterator[Tensor]:
+    """By one secret basis, then by two; each takes its time, so only when it is asked for."""
+    one = align_one_sided(base.weights[layer], W_star)
+    yield one.R_in @ W_star @ one.R_out.T
+    two = align(view, base, layer)
+    yield two.R_in @ W_star @ two.R_out.T
 
 
 def _is_plausible(guess: Tensor, W: Tensor) -> bool:
@@ -142,8 +148,15 @@ def _is_plausible(guess: Tensor, W: Tensor) -> bool:
 
 def _turned(W_star: Tensor, generator: torch.Generator) -> Tensor:
     """W* (p, q) in a random basis on both sides."""
-    left, right = (polar(torch.randn(side, side, dtype=W_star.dtype, generator=generator)) for side in W_star.shape)
+    left, right = (_random_basis(side, generator) for side in W_star.shape)
     return left @ W_star @ right
+
+
+def _random_basis(p: int, generator: torch.Generator) -> Tensor:
+    """Uniform over the orthogonal matrices (p, p)."""
+    Q, R = torch.linalg.qr(torch.randn(p, p, dtype=torch.float64, generator=generator))
+    basis: Tensor = Q * R.diagonal().sign()
+    return basis
 
 
 def _around(matrices: list[Tensor], how: Architecture, texts: Tensor, seed: int) -> nn.Module:

@@ -21,6 +21,8 @@ from obfuscatune.attacks.view import SeenCall, WorkerView
 STEPS = 60
 STARTS = 2
 MOST_CALLS = 180
+MOST_ROWS = 8000
+"""Of all calls together, where they fill the space."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,11 @@ class BasisStitching:
         """The best of a few starts, the first of which matches the mean moments."""
         if view.layers < 3:
             raise CannotRun("needs two layers on the residual stream")
-        first, second = view.decoding(0)[:MOST_CALLS], view.decoding(2)[:MOST_CALLS]
+        first, second = view.decoding(0), view.decoding(2)
         if first[0].width != second[0].width:
             raise CannotRun("the layers have inputs of different widths")
+        most = min(MOST_CALLS, max(1, MOST_ROWS // first[0].count))
+        first, second = first[:most], second[:most]
         P, Q = _spaces(first), _spaces(second)
         generator = torch.Generator().manual_seed(seed)
         p = P.shape[2]

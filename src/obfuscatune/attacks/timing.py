@@ -16,14 +16,15 @@ from obfuscatune.attacks.view import WorkerView
 
 @dataclass(frozen=True)
 class DurationGuess:
-    """Calls that begin a pass of generation, and how long the enclave computed within it, in ns."""
+    """Calls that begin a pass of generation, how long the enclave computed within it (ns), and how unusual that is."""
 
     calls: tuple[int, ...]
     durations: Tensor
+    scores: Tensor
 
 
 class Timing:
-    """Takes the longer passes of generation for those over prompts."""
+    """Takes for prompts, which are few, those passes of generation in which the enclave's times are unusual."""
 
     name = "timing"
     needs = Attacker.CLOSED
@@ -32,26 +33,25 @@ class Timing:
     source = "traffic analysis"
 
     def run(self, view: WorkerView, knowledge: Knowledge, seed: int) -> DurationGuess:
-        """Time that the worker waited before each call but the first, whose wait is the user's."""
-        begun: list[int] = []
-        durations: list[float] = []
+        """How long the worker waited before each call but the first of a pass, whose wait is the user's."""
+        passes: list[tuple[int, list[float]]] = []
         for call in view.calls:
             if call.layer == 0 and not call.transposed:
-                begun.append(call.index)
-                durations.append(0.0)
+                passes.append((call.index, []))
             elif not call.transposed:
-                durations[-1] += call.awaited_ns
-        kept = [number for number in range(len(begun)) if number not in view.trained_passes]
-        if not any(durations[number] for number in kept):
+                passes[-1][1].append(float(call.awaited_ns))
+        kept = [it for number, it in enumerate(passes) if number not in view.trained_passes]
+        waits = torch.tensor([waits for _, waits in kept])  # (passes, layers - 1)
+        if not waits.any():
             raise CannotRun("the transcript holds no times, or nothing was generated")
-        return DurationGuess(
-            tuple(begun[number] for number in kept), torch.tensor([durations[number] for number in kept])
-        )
+        away = (waits - waits.median(0).values).abs()
+        scores = (away / away.median(0).values.clamp_min(1.0)).mean(1)
+        return DurationGuess(tuple(index for index, _ in kept), waits.sum(1), scores)
 
     def score(self, guess: DurationGuess, truth: Truth) -> Finding:
         """Against what was done."""
         prompts = torch.tensor([truth.calls[call].phase == "prompt" for call in guess.calls])
-        area, error = area_under_curve(guess.durations, prompts)
+        area, error = area_under_curve(guess.scores, prompts)
         medians = {
             f"median {name} us": float(guess.durations[chosen].median()) / 1000
             for name, chosen in (("prompt", prompts), ("decoding", ~prompts))

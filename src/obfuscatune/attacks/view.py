@@ -41,7 +41,7 @@ class SeenCall:
     layer: int
     transposed: bool
     sent: Tensor
-    """As they came: full-rank calls of a wide layer fill memory soon enough."""
+    """As they came, perhaps still on the disk: full-rank calls of a wide layer fill memory soon enough."""
     awaited_ns: int = 0
     """How long the worker had nothing to do before it: what the enclave took since the last reply."""
     number: int = 0

@@ -55,6 +55,8 @@ class Recording:
 def record_run(scenario: Scenario, profile: Profile, seed: int, folder: Path) -> Recording:
     """Protect, fine-tune, generate, with a worker of its own that records to `folder`.
 
+    What crossed is read from there when it is used; the folder may be removed all the same.
+
     Raises:
         ObfuscaTuneError: as loading, training and the link do.
     """
@@ -64,7 +66,7 @@ def record_run(scenario: Scenario, profile: Profile, seed: int, folder: Path) ->
             truth = run_under_watch(scenario, profile, seed, link)
         finally:
             link.close()
-    return Recording(WorkerView.from_entries(read_transcript(folder)), truth)
+    return Recording(WorkerView.from_entries(read_transcript(folder, mapped=True)), truth)
 
 
 def run_under_watch(scenario: Scenario, profile: Profile, seed: int, link: WorkerLink) -> Truth:

@@ -47,12 +47,13 @@ class TranscriptEntry:
     """When it came or went, by the worker's monotonic clock."""
 
 
-def read_transcript(folder: Path, *, allow_cut: bool = False) -> Iterator[TranscriptEntry]:
+def read_transcript(folder: Path, *, allow_cut: bool = False, mapped: bool = False) -> Iterator[TranscriptEntry]:
     """All messages in order, one in memory at a time.
 
     Args:
         folder: what the worker was given as --record.
         allow_cut: take a transcript that stops short, as of a worker that still runs or was killed.
+        mapped: leave matrices on the disk until they are used. The files may be removed then, but not changed.
 
     Raises:
         StorageError: the folder cannot be read as a transcript, or stops short.
@@ -61,19 +62,30 @@ def read_transcript(folder: Path, *, allow_cut: bool = False) -> Iterator[Transc
     try:
         lines = (folder / INDEX).read_text().splitlines()
         with (folder / FRAMES).open("rb") as frames:
-            yield from _entries(lines, frames, folder, allow_cut)
+            mapping = _mapping(folder / FRAMES) if mapped else None
+            yield from _entries(lines, frames, mapping, folder, allow_cut)
     except (OSError, UnicodeDecodeError) as error:
         raise StorageError(f"cannot read the transcript in {folder}: {error}") from error
 
 
-def _entries(lines: list[str], frames: BinaryIO, folder: Path, allow_cut: bool) -> Iterator[TranscriptEntry]:
+def _mapping(path: Path) -> torch.Tensor:
+    """The bytes of a file, read when they are used."""
+    size = path.stat().st_size
+    if size == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+
+
+def _entries(
+    lines: list[str], frames: BinaryIO, mapping: torch.Tensor | None, folder: Path, allow_cut: bool
+) -> Iterator[TranscriptEntry]:
     running, count = False, 0
     for number, line in enumerate(lines, start=1):
         where = f"{folder / INDEX}, line {number}"
         record = _record(line, where)
         event = None if record is None else record["event"]
         if event in ("request", "reply") and record is not None and running:
-            yield _entry(record, frames, where)
+            yield _entry(record, frames, mapping, where)
             count += 1
         elif event == "begin" and (allow_cut or not running):
             running, count = True, 0
@@ -98,7 +110,7 @@ def _record(line: str, where: str) -> dict[str, Any] | None:
     return record
 
 
-def _entry(record: dict[str, Any], frames: BinaryIO, where: str) -> TranscriptEntry:
+def _entry(record: dict[str, Any], frames: BinaryIO, mapping: torch.Tensor | None, where: str) -> TranscriptEntry:
     try:
         direction, session, offset, length = (record[key] for key in ("event", "session", "offset", "length"))
         at_ns = int(record.get("at_ns", 0))
@@ -109,14 +121,29 @@ def _entry(record: dict[str, Any], frames: BinaryIO, where: str) -> TranscriptEn
         if not FORMS[header.type].tensor_bytes:
             body = _exactly(frames, header.payload_bytes, where)
             return TranscriptEntry(direction, session, header, body, None, at_ns)
-        tensor = torch.empty(header.rows, header.cols, dtype=header.dtype.torch_dtype)
-        if frames.readinto(bytes_of(tensor)) != header.payload_bytes:  # type: ignore[attr-defined]
-            raise StorageError(f"{where}: {FRAMES} ends before the message does")
+        tensor = _matrix(header, frames, mapping, where)
     except (KeyError, TypeError, ValueError) as error:
         raise StorageError(f"{where}: not a record of a transcript ({error})") from error
     except ProtocolError as error:
         raise type(error)(f"{where}: {error}") from error
     return TranscriptEntry(direction, session, header, b"", tensor, at_ns)
+
+
+def _matrix(header: Header, frames: BinaryIO, mapping: torch.Tensor | None, where: str) -> torch.Tensor:
+    """The matrix after a header that was just read."""
+    dtype = header.dtype.torch_dtype
+    if mapping is not None:
+        start = frames.tell()
+        data = mapping[start : start + header.payload_bytes]
+        if start % header.dtype.itemsize:
+            data = data.clone()  # no tensor begins at such an address
+        if len(data) == header.payload_bytes:
+            return data.view(dtype).view(header.rows, header.cols)
+    else:
+        tensor = torch.empty(header.rows, header.cols, dtype=dtype)
+        if frames.readinto(bytes_of(tensor)) == header.payload_bytes:  # type: ignore[attr-defined]
+            return tensor
+    raise StorageError(f"{where}: {FRAMES} ends before the message does")
 
 
 def _exactly(frames: BinaryIO, size: int, where: str) -> bytes:
