@@ -38,7 +38,9 @@ reproduce-small: $(READY)
 	$(BIN)/obfuscatune reproduce --preset cpu --data-root $(DATA) --out reproduce-out
 
 benchmarks: $(READY)
-	$(BIN)/obfuscatune bench step --shape gpt2 --rounds 11 --out benchmarks/results
+	$(BIN)/obfuscatune bench step --shape gpt2 --rounds 11 --profile private,paper,guarded --out benchmarks/results
+	$(BIN)/obfuscatune bench wire --out benchmarks/results
+	$(BIN)/obfuscatune bench memory --profile private,guarded,paper --out benchmarks/results
 	$(BIN)/python scripts/compare_on_real_data.py --data-root $(DATA) --out benchmarks/results
 
 # torch first and by itself: a range would pull the newest build with its CUDA libraries.

@@ -9,7 +9,7 @@ import pytest
 
 from obfuscatune.bench.predict import Processor, Speeds, calibrate, check, predict
 from obfuscatune.bench.spans import OTHER
-from obfuscatune.bench.step_result import IDLE, WORKER
+from obfuscatune.bench.step_result import LINK, WORKER
 from obfuscatune.bench.work import Work, count_work
 from obfuscatune.cli.app import run
 from obfuscatune.enclave.profiles import resolve
@@ -38,9 +38,8 @@ def a_result(profile: str = "private", **bench: Any) -> dict[str, Any]:
         OTHER: work.other_bytes / 8e9,
         "rotate": work.crossing_bytes / 4e9,
         "copy": work.crossing_bytes / 4e9,
-        "send": work.crossings * 4e-5,
         WORKER: work.worker_flops / 110e9,
-        IDLE: work.crossings * 6e-5,
+        LINK: work.crossings * 1e-4,
     }
     seconds = sum(protected.values())
     return {

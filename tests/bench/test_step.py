@@ -10,7 +10,7 @@ from obfuscatune.bench import step as step_module
 from obfuscatune.bench.plots import plot_step
 from obfuscatune.bench.shapes import NAMES, config_of, shape_name
 from obfuscatune.bench.step import OWN_WAITING, StepBench
-from obfuscatune.bench.step_result import IDLE, WORKER, StepResult
+from obfuscatune.bench.step_result import LINK, WORKER, StepResult
 from obfuscatune.bench.work import count_work
 from obfuscatune.enclave.profiles import resolve
 from obfuscatune.wire.errors import ConfigError
@@ -51,7 +51,7 @@ def test_the_breakdown_adds_up(measured: StepResult) -> None:
         assert sum(side.breakdown().values()) == pytest.approx(side.seconds)
         assert min(side.breakdown().values()) >= 0
         assert "products" in side.breakdown() and "optimizer" in side.breakdown()
-    assert set(measured.protected["private"].breakdown()) >= {"rotate", "mix, and draw secrets", "send", WORKER, IDLE}
+    assert set(measured.protected["private"].breakdown()) >= {"rotate", "mix, and draw secrets", WORKER, LINK}
     assert WORKER not in measured.plain.breakdown()
     assert measured.ratio("private") == sorted(measured.ratios("private"))[1]
 

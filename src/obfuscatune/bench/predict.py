@@ -17,14 +17,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from obfuscatune.bench.shapes import NAMES
-from obfuscatune.bench.spans import CHECK, COPY, ENCLAVE, SEND
-from obfuscatune.bench.step_result import IDLE
+from obfuscatune.bench.spans import CHECK, COPY, ENCLAVE
+from obfuscatune.bench.step_result import LINK, WORKER
 from obfuscatune.bench.work import WORKS, Work, count_work
 from obfuscatune.enclave.profiles import resolve
 from obfuscatune.wire.errors import ConfigError
 
 _PER_CROSSING = ("rotate", ENCLAVE["mix"], CHECK, COPY)
-_LINK = (SEND, IDLE)
 
 
 @dataclass(frozen=True)
@@ -128,14 +127,14 @@ def calibrate(document: Mapping[str, Any], profile: str, work: Work) -> Speeds:
         _processor(own, work.enclave_flops, work.other_bytes),
         work.worker_flops / protected["worker_seconds"] / 1e9,
         work.crossing_bytes / crossing / 1e9,
-        sum(own.get(name, 0.0) for name in _LINK) / work.crossings,
+        own[LINK] / work.crossings,
     )
 
 
 def _processor(breakdown: Mapping[str, float], flops: float, other_bytes: float) -> Processor:
     products = breakdown["products"]
-    elsewhere = ("products", *_PER_CROSSING, *_LINK)
-    others = sum(part for name, part in breakdown.items() if name not in elsewhere and not name.startswith("wait"))
+    elsewhere = ("products", *_PER_CROSSING, WORKER, LINK)
+    others = sum(part for name, part in breakdown.items() if name not in elsewhere)
     return Processor(flops / products / 1e9, other_bytes / others / 1e9)
 
 

@@ -67,6 +67,8 @@ class StepBench:
         return StepResult(settings, waiting, sides.pop(PLAIN), sides, limits, environment(self.threads))
 
     def _best_plain_waiting(self, progress: Progress) -> str:
+        if len(PLAIN_WAITING) == 1:
+            return next(iter(PLAIN_WAITING))
         medians = {}
         for name, waiting in PLAIN_WAITING.items():
             with self._contender(PLAIN, waiting) as plain:

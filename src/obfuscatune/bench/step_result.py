@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from obfuscatune.bench.limits import Limits
-from obfuscatune.bench.spans import WAIT
+from obfuscatune.bench.spans import SEND, WAIT
 from obfuscatune.report.units import format_bytes
 
 PLAIN = "plain"
-WORKER = "wait: the worker computes"
-IDLE = "wait: wire, waking up, idle"
+WORKER = "the worker computes"
+LINK = "link: send, wake up, idle"
 WORK = {"step": "LoRA step", "forward": "forward pass", "decode": "16 tokens a stream"}
 
 
@@ -45,15 +45,17 @@ class Side:
         """Where a median round goes, in seconds; adds up to it.
 
         Waiting, and how long the worker computed, were clocked in every round. Everything else is shared out as in the
-        round under the profiler, which makes small operations look a little larger than they are.
+        round under the profiler, which makes small operations look a little larger than they are. A worker may begin
+        while the enclave still sends, so sending and waiting are one: what the worker did not compute in is the link's.
         """
         waiting = min(self.median("waiting_seconds"), self.seconds)
-        computing = min(self.median("worker_seconds"), waiting)
         rest = {name: seconds for name, seconds in self.spans.items() if name != WAIT}
         scale = (self.seconds - waiting) / sum(rest.values())
         parts = {name: seconds * scale for name, seconds in rest.items()}
-        if waiting:
-            parts |= {WORKER: computing, IDLE: waiting - computing}
+        linked = waiting + parts.pop(SEND, 0.0)
+        if linked:
+            computing = min(self.median("worker_seconds"), linked)
+            parts |= {WORKER: computing, LINK: linked - computing}
         return dict(sorted(parts.items(), key=lambda part: -part[1]))
 
     def least_seconds(self, limits: Limits) -> float:
