@@ -23,7 +23,7 @@ def some(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.integers(1, 40), st.integers(1, 90), st.integers(16, 300), st.sampled_from(DTYPES), st.integers(1, 3))
+@given(st.integers(1, 40), st.integers(1, 90), st.integers(64, 400), st.sampled_from(DTYPES), st.integers(1, 3))
 def test_it_computes_the_product(m: int, p: int, q: int, dtype: torch.dtype, threads: int) -> None:
     rows, matrix, out = some(m, p, dtype=dtype), some(p, q, dtype=dtype), torch.full((m, q), torch.nan, dtype=dtype)
     before = torch.get_num_threads()
@@ -37,22 +37,21 @@ def test_it_computes_the_product(m: int, p: int, q: int, dtype: torch.dtype, thr
     assert ((out.double() - exact).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_it_rounds_little_more_than_blas(dtype: torch.dtype) -> None:
-    """Sums of four before they are added up: with one sum after another the error would be three times BLAS's."""
+def test_it_rounds_no_more_than_blas() -> None:
+    """Less: sums of 16 before they are added up. With one sum after another it would be three times BLAS's."""
     rows, matrix, out = some(9, 3072), some(3072, 768), torch.empty(9, 768)
     exact = rows.double() @ matrix.double()
     few_rows.multiply(rows, matrix, out)
-    assert (out - exact).norm() < 2.2 * (rows @ matrix - exact).norm()
+    assert (out - exact).norm() <= 1.1 * (rows @ matrix - exact).norm()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_what_is_not_finite_shows(value: float) -> None:
-    rows, matrix, out = some(3, 40), some(40, 33), torch.empty(3, 33)
-    matrix[17, 32] = value
+    rows, matrix, out = some(3, 40), some(40, 97), torch.empty(3, 97)
+    matrix[17, 96] = value
     few_rows.multiply(rows, matrix, out)
-    assert not torch.isfinite(out[:, 32]).any()
-    assert torch.isfinite(out[:, :32]).all()
+    assert not torch.isfinite(out[:, 96]).any()
+    assert torch.isfinite(out[:, :96]).all()
 
 
 def test_the_computer_uses_it_where_it_wins(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,6 +67,7 @@ def test_the_computer_uses_it_where_it_wins(monkeypatch: pytest.MonkeyPatch) -> 
     computer.multiply(some(9, 32).bfloat16(), matrix.bfloat16(), torch.empty(9, 64).bfloat16(), transpose=False)
     computer.multiply(some(9, 32), some(32, 128)[:, ::2], torch.empty(9, 64), transpose=False)
     computer.multiply(some(9, 32), some(32, 8), torch.empty(9, 8), transpose=False)
+    computer.multiply(some(32, 9).T, matrix, torch.empty(9, 64), transpose=False)
     assert used == [2, 9, 32]
 
 

@@ -22,11 +22,11 @@ def apply_to(rows: Tensor, matrix: Tensor, out: Tensor) -> bool:
     """Whether `few_rows.multiply` computes out (m, q) = rows (m, p) @ matrix (p, q), and faster than torch."""
     if not FEWEST <= rows.shape[0] <= MOST or matrix.device.type != "cpu" or not _are_there():
         return False
-    if matrix.dtype not in (torch.float32, torch.float64) or not matrix.is_contiguous():
+    if matrix.dtype not in (torch.float32, torch.float64) or not (matrix.is_contiguous() and rows.is_contiguous()):
         return False
-    from obfuscatune.worker.kernels.few_rows import lanes
+    from obfuscatune.worker.kernels.few_rows import strip_columns
 
-    return rows.dtype == out.dtype == matrix.dtype and matrix.shape[1] >= lanes(matrix.itemsize)
+    return rows.dtype == out.dtype == matrix.dtype and matrix.shape[1] >= strip_columns(matrix.itemsize)
 
 
 @functools.cache
@@ -34,7 +34,7 @@ def _are_there() -> bool:
     """Whether kernels can be compiled and run in this process; found out once."""
     try:
         from obfuscatune.jit.engine import can_compile
-        from obfuscatune.worker.kernels.few_rows import lanes
+        from obfuscatune.worker.kernels.few_rows import strip_columns
     except ImportError:  # no llvmlite
         return False
-    return can_compile(lambda: lanes(4))
+    return can_compile(lambda: strip_columns(4))

@@ -12,55 +12,41 @@ from torch import Tensor
 from obfuscatune.jit import team
 from obfuscatune.jit.emit import Shape
 from obfuscatune.jit.engine import Engine, host_shape
-from obfuscatune.worker.kernels.source import BLOCK, Job, build
+from obfuscatune.worker.kernels.source import Job, build
 
-PIECE_BYTES = 1 << 11
-"""Of one row of sums: with 16 rows they fill two thirds of a core's first cache."""
+PIECE_BYTES = 1 << 12
+"""Of a row of W, at most: its sums stay in the second cache."""
 _ALIGNMENT = 64
 _lock = threading.Lock()
 
 
-def lanes(itemsize: int) -> int:
-    """Numbers of 4 or 8 bytes in a vector register. Compiles the kernel for them."""
-    return _kernel(itemsize)[0].width
+def strip_columns(itemsize: int) -> int:
+    """Least columns of a matrix of numbers of 4 or 8 bytes. Compiles the kernel for them."""
+    return _kernel(itemsize)[0].lanes
 
 
 def multiply(rows: Tensor, matrix: Tensor, out: Tensor) -> None:
     """out = rows @ matrix.
 
     Args:
-        rows: (m, p), float32 or float64.
-        matrix: (p, q), contiguous, of the same dtype; q at least a vector register's.
+        rows: (m, p), contiguous, float32 or float64.
+        matrix: (p, q), contiguous, of the same dtype; q at least `strip_columns`.
         out: (m, q), contiguous, of the same dtype.
     """
     (m, p), q = rows.shape, matrix.shape[1]
     shape, kernel, _ = _kernel(rows.itemsize)
-    padded = -(-m // BLOCK) * BLOCK
-    X = rows.new_zeros(p, padded)
-    X[:, :m] = rows.T
-    vectors = -(-q // shape.width)
-    threads = torch.get_num_threads()
-    piece = max(min(PIECE_BYTES // (shape.width * shape.itemsize), -(-vectors // (2 * threads))), 1)
-    pieces = -(-vectors // piece)
-    scratch_bytes = -(-padded * piece * shape.width * shape.itemsize // _ALIGNMENT) * _ALIGNMENT
+    strips, threads = -(-q // shape.lanes), torch.get_num_threads()
+    each = -(-strips // threads)
+    piece = -(-each // -(-each * shape.row_bytes // PIECE_BYTES))  # as many pieces for one thread as for the others
+    scratch_bytes = m * piece * shape.row_bytes
     scratch = torch.empty(threads * scratch_bytes + _ALIGNMENT, dtype=torch.uint8)
     job = (ctypes.c_int64 * Job.LENGTH)()
-    fields = {
-        Job.PIECES: pieces,
-        Job.PIECE: piece,
-        Job.ROWS: padded,
-        Job.REAL_ROWS: m,
-        Job.INNER: p,
-        Job.COLUMNS: q,
-        Job.X: X.data_ptr(),
-        Job.W: matrix.data_ptr(),
-        Job.OUT: out.data_ptr(),
-        Job.SCRATCH: -(-scratch.data_ptr() // _ALIGNMENT) * _ALIGNMENT,
-        Job.SCRATCH_BYTES: scratch_bytes,
-    }
-    for key, value in fields.items():
-        job[key] = value
-    team.run(kernel, ctypes.addressof(job), min(threads, pieces))
+    job[Job.STRIPS], job[Job.PIECE] = strips, piece
+    job[Job.ROWS], job[Job.INNER], job[Job.COLUMNS] = m, p, q
+    job[Job.X], job[Job.W], job[Job.OUT] = rows.data_ptr(), matrix.data_ptr(), out.data_ptr()
+    job[Job.SCRATCH] = -(-scratch.data_ptr() // _ALIGNMENT) * _ALIGNMENT
+    job[Job.SCRATCH_BYTES] = scratch_bytes
+    team.run(kernel, ctypes.addressof(job), min(threads, strips))
 
 
 def _kernel(itemsize: int) -> tuple[Shape, int, Engine]:
@@ -71,6 +57,8 @@ def _kernel(itemsize: int) -> tuple[Shape, int, Engine]:
 
 @functools.cache
 def _compiled(itemsize: int) -> tuple[Shape, int, Engine]:
-    shape = host_shape(itemsize)
+    host = host_shape(itemsize)
+    wide = host.width * itemsize == 64  # 32 registers: 24 sums, 4 vectors of W, a factor
+    shape = Shape(itemsize, host.width, 4 if wide else 2, 6)
     engine = Engine(functools.partial(build, shape))
     return shape, engine.address("few_rows"), engine

@@ -1,11 +1,13 @@
 """The kernel: rows X (m, p) times W (p, q) for few rows.
 
-    for each piece of columns, by whichever thread is free        its sums fit in a core's first cache
-        for each 4 rows of W                                      read from memory once
-            for each 4 rows of X                                  16 factors in registers
-                for each vector of columns                        4 sums += 4 x 4 factors times 4 vectors of W
+    for each piece of columns, by whichever thread is free: its sums (m, columns) fit in the second cache
+        for each `CHUNK` rows of W                   read from memory once, from left to right
+            for each strip of columns, a few vectors wide
+                for each block of up to `height` rows of X
+                    sums in registers  +=  X's numbers, one after another, times vectors of W
+                    these are added to the sums of the chunks before
 
-X comes packed: columns first, and rows of zeros up to a multiple of 4.
+A strip at the end of a piece or of the matrix overlaps the one before; its columns are computed twice, to the same bits.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from llvmlite import ir
 
 from obfuscatune.jit.emit import I64, POINTER, Function, Shape
 
-BLOCK = 4
-"""Rows of X, and of W, that are multiplied at a time: their 16 factors, 4 sums and 4 vectors of W fit in registers."""
+CHUNK = 16
+"""Rows of W that are read side by side; the next strip of as many is fetched meanwhile."""
 
 
 class Job(IntEnum):
@@ -25,25 +27,25 @@ class Job(IntEnum):
 
     NEXT_PIECE = 0  # taken by threads, one after another
     NEXT_THREAD = 1  # likewise
-    PIECES = 2
-    PIECE = 3  # columns of a piece, in vectors
-    ROWS = 4  # of X, with its rows of zeros
-    REAL_ROWS = 5
-    INNER = 6  # p
-    COLUMNS = 7  # q
-    X = 8  # addresses
-    W = 9
-    OUT = 10
-    SCRATCH = 11
-    SCRATCH_BYTES = 12  # of one thread
-    LENGTH = 13
+    STRIPS = 2
+    PIECE = 3  # strips that a thread takes at a time
+    ROWS = 4  # m
+    INNER = 5  # p
+    COLUMNS = 6  # q
+    X = 7  # addresses
+    W = 8
+    OUT = 9
+    SCRATCH = 10
+    SCRATCH_BYTES = 11  # of one thread: the sums of a piece
+    LENGTH = 12
 
 
 def build(shape: Shape, triple: str) -> ir.Module:
     """A module that exports `few_rows`."""
     module = ir.Module("obfuscatune-worker")
     module.triple = triple
-    multiply = {height: _multiply(module, shape, height) for height in (BLOCK, 1)}
+    blocks = [_block(module, shape, height) for height in range(1, shape.height + 1)]
+    chunk = _chunk(module, shape, blocks)
     f = Function(module, "few_rows", 1, shape, exported=True)
     b = f.builder
     (job,) = f.arguments
@@ -51,79 +53,111 @@ def build(shape: Shape, triple: str) -> ir.Module:
     def field(key: Job) -> ir.Value:
         return f.read(job, I64, 8 * key)
 
-    def take(key: Job) -> ir.Value:
+    def take(key: Job, count: ir.Value) -> ir.Value:
         place = b.inttoptr(b.add(job, I64(8 * key)), POINTER)
-        return b.atomic_rmw("add", place, I64(1), "monotonic")
+        return b.atomic_rmw("add", place, count, "monotonic")
 
-    vector_bytes, size = I64(shape.width * shape.itemsize), I64(shape.itemsize)
-    sums = b.add(field(Job.SCRATCH), b.mul(take(Job.NEXT_THREAD), field(Job.SCRATCH_BYTES)))
-    rows, inner, step = field(Job.ROWS), field(Job.INNER), b.mul(field(Job.COLUMNS), size)
-    pieces, last = field(Job.PIECES), b.sub(step, vector_bytes)
-    whole = b.mul(b.udiv(inner, I64(BLOCK)), I64(BLOCK))
-    head, taken, end = (f.ir.append_basic_block(name) for name in ("take", "taken", "out_of_pieces"))
+    row_bytes, m = I64(shape.row_bytes), field(Job.ROWS)
+    sums = b.add(field(Job.SCRATCH), b.mul(take(Job.NEXT_THREAD, I64(1)), field(Job.SCRATCH_BYTES)))
+    step = b.mul(field(Job.COLUMNS), I64(shape.itemsize))
+    last = b.sub(step, row_bytes)
+    head, taken, end = (f.ir.append_basic_block(name) for name in ("take", "taken", "out_of_strips"))
     b.branch(head)
     b.position_at_end(head)
-    piece = take(Job.NEXT_PIECE)
-    b.cbranch(b.icmp_signed("<", piece, pieces), taken, end)
+    first = take(Job.NEXT_PIECE, field(Job.PIECE))
+    b.cbranch(b.icmp_signed("<", first, field(Job.STRIPS)), taken, end)
     b.position_at_end(taken)
-    start = b.mul(b.mul(piece, field(Job.PIECE)), vector_bytes)
-    all_vectors = b.udiv(b.add(b.sub(step, start), b.sub(vector_bytes, I64(1))), vector_bytes)
-    vectors = b.select(b.icmp_signed("<", all_vectors, field(Job.PIECE)), all_vectors, field(Job.PIECE))
-    with f.loop(b.mul(rows, vectors)) as place:
-        f.write(f.zero(), b.add(sums, b.mul(place, vector_bytes)))
-    for height, begin, stop in ((BLOCK, I64(0), whole), (1, whole, inner)):
-        with f.loop(stop, start=begin, step=height) as k:
-            W = b.add(field(Job.W), b.mul(k, step))
-            X = b.add(field(Job.X), b.mul(b.mul(k, rows), size))
-            b.call(multiply[height], [X, rows, W, step, start, last, vectors, sums])
-    with f.loop(field(Job.REAL_ROWS)) as row, f.loop(vectors) as vector:
-        found = f.read(b.add(sums, b.mul(b.add(b.mul(row, vectors), vector), vector_bytes)), shape.vector)
-        f.write(found, b.add(b.add(field(Job.OUT), b.mul(row, step)), _column(f, start, vector, last)))
+    stop = _at_most(f, b.add(first, field(Job.PIECE)), field(Job.STRIPS))
+    with f.loop(b.mul(m, b.sub(stop, first))) as place:
+        f.write_row([f.zero()] * shape.vectors, b.add(sums, b.mul(place, row_bytes)))
+    x_step = b.mul(field(Job.INNER), I64(shape.itemsize))
+    with f.loop(field(Job.INNER), step=CHUNK) as k:
+        rows = _at_most(f, b.sub(field(Job.INNER), k), I64(CHUNK))
+        X = b.add(field(Job.X), b.mul(k, I64(shape.itemsize)))
+        W = b.add(field(Job.W), b.mul(k, step))
+        b.call(chunk, [X, x_step, m, W, step, rows, first, stop, last, sums])
+    with f.loop(stop, start=first) as strip, f.loop(m) as row:
+        place = b.add(b.mul(b.sub(strip, first), m), row)
+        found = f.read_row(b.add(sums, b.mul(place, row_bytes)))
+        column = _at_most(f, b.mul(strip, row_bytes), last)
+        f.write_row(found, b.add(b.add(field(Job.OUT), b.mul(row, step)), column))
     b.branch(head)
     b.position_at_end(end)
     b.ret_void()
     return module
 
 
-def _multiply(module: ir.Module, shape: Shape, height: int) -> ir.Function:
-    """multiply(X, rows, W, step, start, last, vectors, sums): sums (rows, vectors) += `height` rows of W, from the
-    column `start` bytes on, times their factors in X. Meanwhile the next rows of W are brought into the cache."""
-    f = Function(module, f"multiply_{height}", 8, shape)
+def _chunk(module: ir.Module, shape: Shape, blocks: list[ir.Function]) -> ir.Function:
+    """chunk(X, x_step, m, W, step, rows, first, stop, last, sums): the sums of the strips from `first` to `stop` gain
+    X (m, rows) times `rows` rows of W, which are `step` bytes apart; no strip begins behind the byte `last`.
+
+    The sums lie strip by strip, (m, lanes) each.
+    """
+    f = Function(module, "chunk", 10, shape)
     b = f.builder
-    X, rows, W, step, start, last, vectors, sums = f.arguments
-    vector_bytes, size = I64(shape.width * shape.itemsize), I64(shape.itemsize)
-    beyond = b.mul(step, I64(height))
-    with f.loop(rows, step=BLOCK) as row:
-        factors = [
-            [
-                f.spread(
-                    f.read(b.add(X, b.mul(b.add(b.mul(rows, I64(k)), row), size)), shape.number, shape.itemsize * i)
-                )
-                for i in range(BLOCK)
-            ]
-            for k in range(height)
-        ]
-        is_first = b.icmp_signed("==", row, I64(0))
-        ahead = b.select(is_first, beyond, I64(0))  # what is in the cache already costs little to fetch again
-        with f.loop(vectors) as vector:
-            column = b.add(W, _column(f, start, vector, last))
-            found = []
-            for k in range(height):
-                line = b.add(column, b.mul(step, I64(k)))
-                f.fetch(b.add(line, ahead))
-                found.append(f.read(line, shape.vector))
-            for i in range(BLOCK):
-                place = b.add(sums, b.mul(b.add(b.mul(b.add(row, I64(i)), vectors), vector), vector_bytes))
-                total = b.fmul(factors[0][i], found[0])
-                for k in range(1, height):
-                    total = f.multiply_add(factors[k][i], found[k], total)
-                f.write(b.fadd(f.read(place, shape.vector), total), place)  # fewer additions, less rounding
+    X, x_step, m, W, step, rows, first, stop, last, sums = f.arguments
+    row_bytes = I64(shape.row_bytes)
+    count = b.udiv(b.add(m, I64(shape.height - 1)), I64(shape.height))
+    low, taller = b.udiv(m, count), b.urem(m, count)
+    with f.loop(stop, start=first) as strip:
+        column = b.add(W, _at_most(f, b.mul(strip, row_bytes), last))
+        is_last = b.icmp_signed("==", b.add(strip, I64(1)), stop)
+        after = b.select(is_last, first, b.add(strip, I64(1)))
+        coming = b.add(W, _at_most(f, b.mul(after, row_bytes), last))
+        coming = b.add(coming, b.select(is_last, b.mul(step, I64(CHUNK)), I64(0)))
+        total = b.add(sums, b.mul(b.mul(b.sub(strip, first), m), row_bytes))
+        row = f.local(I64, I64(0))
+        with f.loop(count) as block:
+            height = b.add(low, b.zext(b.icmp_signed("<", block, taller), I64))
+            here = b.load(row, typ=I64)
+            x = b.add(X, b.mul(here, x_step))
+            fetched = b.select(b.icmp_signed("==", block, I64(0)), coming, column)  # the first fetches for all
+            arguments = [x, x_step, column, step, rows, b.add(total, b.mul(here, row_bytes)), fetched]
+            _by_height(f, blocks, height, arguments)
+            b.store(b.add(here, height), row)
     b.ret_void()
     return f.ir
 
 
-def _column(f: Function, start: ir.Value, vector: ir.Value, last: ir.Value) -> ir.Value:
-    """Where a vector of columns begins in a row, in bytes: the last one overlaps the one before."""
+def _by_height(f: Function, blocks: list[ir.Function], height: ir.Value, arguments: list[ir.Value]) -> None:
+    """Call the one of `blocks` for that height."""
     b = f.builder
-    place = b.add(start, b.mul(vector, I64(f.shape.width * f.shape.itemsize)))
-    return b.select(b.icmp_signed("<", place, last), place, last)
+    done = f.ir.append_basic_block("multiplied")
+    switch = b.switch(height, done)
+    for number, function in enumerate(blocks, 1):
+        case = f.ir.append_basic_block(f"height_{number}")
+        switch.add_case(I64(number), case)
+        b.position_at_end(case)
+        b.call(function, arguments)
+        b.branch(done)
+    b.position_at_end(done)
+
+
+def _block(module: ir.Module, shape: Shape, height: int) -> ir.Function:
+    """block_M(x, x_step, W, step, rows, sums, coming): a strip of sums (M, lanes) gains x (M, rows) times `rows` rows of
+    W. Meanwhile the strip at `coming` is fetched."""
+    f = Function(module, f"block_{height}", 7, shape)
+    b = f.builder
+    x, x_step, W, step, rows, sums, coming = f.arguments
+    places = [b.add(sums, I64(i * shape.row_bytes)) for i in range(height)]
+    totals = [[f.local(shape.vector, f.zero()) for _ in range(shape.vectors)] for _ in range(height)]
+    x_rows = [b.add(x, b.mul(x_step, I64(i))) for i in range(height)]
+    with f.loop(rows) as k:
+        line = b.mul(k, step)
+        for index in range(shape.lines):
+            f.fetch(b.add(b.add(coming, line), I64(64 * index)))
+        vectors = f.read_row(b.add(W, line))
+        for x_row, row_totals in zip(x_rows, totals, strict=True):
+            factor = f.spread(f.read(b.add(x_row, b.mul(k, I64(shape.itemsize))), shape.number))
+            for vector, total in zip(vectors, row_totals, strict=True):
+                b.store(f.multiply_add(factor, vector, b.load(total, typ=shape.vector)), total)
+    for place, row_totals in zip(places, totals, strict=True):
+        before = f.read_row(place)
+        after = [b.fadd(old, b.load(total, typ=shape.vector)) for old, total in zip(before, row_totals, strict=True)]
+        f.write_row(after, place)
+    b.ret_void()
+    return f.ir
+
+
+def _at_most(f: Function, value: ir.Value, most: ir.Value) -> ir.Value:
+    return f.builder.select(f.builder.icmp_signed("<", value, most), value, most)
