@@ -115,10 +115,9 @@ class DenseMixing:
 
     def mix(self, x: Tensor, scale: float, out: Tensor) -> None:
         """Q [x; N] for x (n, p). Shield rows: as large as x on average, times the scale."""
-        self._Q = self._Q.to(x)
         shield = self._stream.normal(self.rows - self._rows, x.shape[1], dtype=x.dtype).to(x.device)
         self._shield = shield.mul_(self._shield_scale * (scale or 1.0))
-        torch.mm(self._Q, torch.cat([x, shield]), out=out)
+        _product(self._Q.to(x), torch.cat([x, shield]), out)
 
     def image(self, x: Tensor, v: Tensor) -> Tensor:
         """Q [x; N] v."""
@@ -126,7 +125,20 @@ class DenseMixing:
 
     def unmix(self, y: Tensor) -> Tensor:
         """(Qᵀ y)[:n] for y (m, q)."""
-        return torch.mm(self._Q[:, : self._rows].T.to(y), y)
+        x = y.new_empty(self._rows, y.shape[1])
+        _product(self._Q[:, : self._rows].T.contiguous().to(y), y, x)
+        return x
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """out = left right, for few rows: on this thread, since waking others takes longer."""
+    code = kernels.code_for(right)
+    if code is None or not (right.is_contiguous() and out.is_contiguous()):
+        torch.mm(left, right, out=out)
+        return
+    from obfuscatune.enclave.kernels.rows import multiply
+
+    multiply(left, right, out, code)
 
 
 class KroneckerMixing:

@@ -21,6 +21,7 @@ class Compiled:
     mix_rows: int
     rotate: int
     turn: int
+    multiply: int
     engine: Engine = field(repr=False)
 
 
@@ -38,5 +39,5 @@ def _compiled(itemsize: int) -> Compiled:
 def compile_for(shape: Shape) -> Compiled:
     """Compile the kernels in any shape; one that the processor has no registers for is slow."""
     engine = Engine(functools.partial(build, shape))
-    mix_rows, rotate, turn = (engine.address(name) for name in ("mix_rows", "rotate", "turn"))
-    return Compiled(shape, mix_rows, rotate, turn, engine)
+    mix_rows, rotate, turn, multiply = map(engine.address, ("mix_rows", "rotate", "turn", "multiply"))
+    return Compiled(shape, mix_rows, rotate, turn, multiply, engine)

@@ -1,4 +1,4 @@
-"""The kernel that rotates few rows: one after another, by one thread, in the first cache.
+"""Kernels for few rows, on one thread: `turn` rotates them one after another, `multiply` mixes them.
 
     x  ->  picked by Π₁  ->  (Q_a ⊗ Q_b) on the first grid  ( ->  picked by Π₂  ->  on the second )  ->  picked  ->  x R
 
@@ -31,9 +31,25 @@ class Job(IntEnum):
     LENGTH = 20
 
 
-def add_turn(module: ir.Module, shape: Shape) -> None:
-    """Add `turn`, exported."""
-    multiply, pick = _multiply(module, shape), _pick(module, shape)
+class Product(IntEnum):
+    """Likewise, for OUT (rows, columns) = LEFT (rows, inner) RIGHT (inner, columns)."""
+
+    LEFT, RIGHT, OUT = 0, 1, 2  # addresses; row by row without gaps
+    ROWS, INNER, COLUMNS = 3, 4, 5  # at least a vector of columns
+    LENGTH = 6
+
+
+def add_few(module: ir.Module, shape: Shape) -> None:
+    """Add `turn` and `multiply`, exported."""
+    multiply = _multiply(module, shape)
+    f = Function(module, "multiply", 1, shape, exported=True)
+    f.builder.call(multiply, [f.read(f.arguments[0], I64, 8 * key) for key in list(Product)[: Product.LENGTH]])
+    f.builder.ret_void()
+    _add_turn(module, shape, multiply)
+
+
+def _add_turn(module: ir.Module, shape: Shape, multiply: ir.Function) -> None:
+    pick = _pick(module, shape)
     f = Function(module, "turn", 1, shape, exported=True)
     b = f.builder
     (job,) = f.arguments

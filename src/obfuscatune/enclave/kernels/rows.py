@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
 from obfuscatune.enclave.kernels import job
 from obfuscatune.enclave.kernels.compiled import Compiled
+from obfuscatune.enclave.kernels.few import Product
 from obfuscatune.enclave.kernels.source import Job
+from obfuscatune.jit import team
 
 TOGETHER_BYTES = 1 << 20
 """Of the panels that a thread works on at a time: half of what a core's second cache holds."""
@@ -40,6 +44,14 @@ def unmix(y: Tensor, order: Tensor, rows: int, Q_a: Tensor, Q_b: Tensor, code: C
     unused = y.new_empty(1, y.shape[1]).expand(y.shape[0] - rows, -1)
     targets = torch.cat([_places(result, result), _places(unused, result)])[order]
     return result, _run(y, _places(y, y), result, targets, Q_a.T, Q_b.T, code)
+
+
+def multiply(left: Tensor, right: Tensor, out: Tensor, code: Compiled) -> None:
+    """out (m, q) = left (m, k) right (k, q), all contiguous: for few rows, on this thread."""
+    work = (ctypes.c_int64 * Product.LENGTH)(
+        left.data_ptr(), right.data_ptr(), out.data_ptr(), *left.shape, right.shape[1]
+    )
+    team.run(code.multiply, ctypes.addressof(work), 1)
 
 
 def _places(x: Tensor, base: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from enum import IntEnum
 
 from llvmlite import ir
 
-from obfuscatune.enclave.kernels.few import add_turn
+from obfuscatune.enclave.kernels.few import add_few
 from obfuscatune.jit.emit import CACHE_LINE, I64, POINTER, Function, Shape
 
 
@@ -50,14 +50,14 @@ class Job(IntEnum):
 
 
 def build(shape: Shape, triple: str) -> ir.Module:
-    """A module that exports `mix_rows`, `rotate` and `turn`."""
+    """A module that exports `mix_rows`, `rotate`, `turn` and `multiply`."""
     module = ir.Module("obfuscatune")
     module.triple = triple
     multiply = [_multiply(module, shape, height) for height in range(1, shape.height + 1)]
     times, times_looking = (_times(module, shape, multiply, look=look) for look in (False, True))
     _mix_rows(module, shape, _kronecker(module, shape, times, times_looking))
     _rotate(module, shape, _kronecker(module, shape, times, times))
-    add_turn(module, shape)
+    add_few(module, shape)
     return module
 
 

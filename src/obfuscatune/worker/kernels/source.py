@@ -7,7 +7,7 @@
                     sums in registers  +=  X's numbers, one after another, times vectors of W
                     these are added to the sums of the chunks before
 
-A strip at the end of a piece or of the matrix overlaps the one before; its columns are computed twice, to the same bits.
+The last strip of the matrix overlaps the one before; its columns are computed twice, to the same bits.
 """
 
 from __future__ import annotations
@@ -134,8 +134,10 @@ def _by_height(f: Function, blocks: list[ir.Function], height: ir.Value, argumen
 
 
 def _block(module: ir.Module, shape: Shape, height: int) -> ir.Function:
-    """block_M(x, x_step, W, step, rows, sums, coming): a strip of sums (M, lanes) gains x (M, rows) times `rows` rows of
-    W. Meanwhile the strip at `coming` is fetched."""
+    """block_M(x, x_step, W, step, rows, sums, coming): a strip of sums (M, lanes) gains x (M, rows) times rows of W.
+
+    Meanwhile the strip at `coming` is fetched.
+    """
     f = Function(module, f"block_{height}", 7, shape)
     b = f.builder
     x, x_step, W, step, rows, sums, coming = f.arguments
