@@ -1,7 +1,7 @@
 """A transcript as its reader sees it: matrices, and calls that multiply by them, in order.
 
-A run sends the model's matrices in the model's order; each forward pass then uses each once, in that order. So the
-n-th forward call of L matrices is that of layer n mod L, whatever identifiers say: a re-keyed matrix is known by its
+A run sends the model's matrices in the model's order; each forward pass then uses each once, in that order. So a
+matrix that was not seen in use before is that of the layer after the one before it: a re-keyed one is known by its
 place. Layers are counted from 0, the first that crosses. Rows for an adapter on the worker are calls of the layer whose
 matrix it belongs to.
 """
@@ -148,7 +148,8 @@ class _Reader:
         self._index_of: dict[bytes, int] = {}
         self._layer_of: dict[int, int] = {}
         self._calls: list[SeenCall] = []
-        self._layers = self._forward = self._replied_ns = 0
+        self._layers = self._replied_ns = 0
+        self._last = -1
         self._adapters = HoldsAdapters()
 
     def read(self, entry: TranscriptEntry) -> None:
@@ -170,8 +171,7 @@ class _Reader:
     def _call(self, entry: TranscriptEntry, rows: Tensor, matrix: int, transposed: bool) -> None:
         self._layers = self._layers or len(self._stored)
         if not transposed:
-            self._layer_of[matrix] = self._forward % self._layers
-            self._forward += 1
+            self._last = self._layer_of.setdefault(matrix, (self._last + 1) % self._layers)
         layer = self._layer_of.get(matrix, 0)
         awaited = max(0, entry.at_ns - self._replied_ns)
         self._calls.append(SeenCall(len(self._calls), matrix, layer, transposed, rows, awaited, entry.header.code))

@@ -31,6 +31,7 @@ from obfuscatune.tuning.adapter import add_lora
 from obfuscatune.tuning.batches import Plan
 from obfuscatune.tuning.data import Example
 from obfuscatune.tuning.loop import Descent, make_optimizer, train
+from obfuscatune.wire.errors import ConnectionLost
 from obfuscatune.wire.transcript import read_transcript
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def record_run(scenario: Scenario, profile: Profile, seed: int, folder: Path) ->
     What crossed is read from there when it is used; the folder may be removed all the same.
 
     Raises:
+        ConnectionLost: requests had to be sent twice, so that transcript and truth do not match.
         ObfuscaTuneError: as loading, training and the link do.
     """
     with local_worker(record=folder, threads=1) as worker:
@@ -66,7 +68,13 @@ def record_run(scenario: Scenario, profile: Profile, seed: int, folder: Path) ->
             truth = run_under_watch(scenario, profile, seed, link)
         finally:
             link.close()
-    return Recording(WorkerView.from_entries(read_transcript(folder, mapped=True)), truth)
+    view = WorkerView.from_entries(read_transcript(folder, mapped=True))
+    if len(view.calls) != len(truth.calls):
+        raise ConnectionLost(
+            f"the worker was asked {len(view.calls)} times for {len(truth.calls)} products, for the connection was lost "
+            "meanwhile: run the audit again, on a machine that is less busy"
+        )
+    return Recording(view, truth)
 
 
 def run_under_watch(scenario: Scenario, profile: Profile, seed: int, link: WorkerLink) -> Truth:
