@@ -49,7 +49,7 @@ def _accuracy(study: Study, tasks: tuple[str, ...]) -> Iterator[Cell]:
     for seed in preset.seeds:
         for task in tasks:
             yield from (study.tuned(task, method, seed) for method in preset.methods)
-    for seed in preset.seeds:
+    for seed in preset.seeds[: preset.ablation_seeds]:
         for task in ablation_tasks:
             yield from (study.tuned(task, method, seed) for method in preset.ablations)
             plain = study.tuned(task, "plain", seed)

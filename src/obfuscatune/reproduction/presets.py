@@ -34,6 +34,7 @@ class Preset:
         recalled: training questions that are asked too: what was learnt from them shows there first.
         methods: those that every task is tuned with.
         ablations: those that only `ablation_tasks` are tuned with, and that are asked in 16 bits.
+        ablation_seeds: how many of the seeds; None for all.
         depths: blocks after which the logits' error is measured, in a model that has so many.
         error_shapes: random-weight shapes for the error, with how many of their blocks.
         error_tokens: length of the sequence that the error is measured on.
@@ -56,6 +57,7 @@ class Preset:
     methods: tuple[str, ...]
     ablations: tuple[str, ...]
     ablation_tasks: tuple[str, ...]
+    ablation_seeds: int | None
     depths: tuple[int, ...]
     error_shapes: tuple[ShapeDepth, ...]
     error_tokens: int
@@ -86,6 +88,7 @@ PRESETS: Mapping[str, Preset] = {
             methods=("plain", "enclave", "paper", "private"),
             ablations=ABLATIONS,
             ablation_tasks=TASKS,
+            ablation_seeds=None,
             depths=(1, 2, 4, 8, 12, 24, 36, 48),
             error_shapes=_SIZES,
             error_tokens=256,
@@ -109,6 +112,7 @@ PRESETS: Mapping[str, Preset] = {
             methods=_MAIN,
             ablations=ABLATIONS[1:],  # condition number 1 is that of `paper`
             ablation_tasks=("sciq",),
+            ablation_seeds=2,
             depths=(1, 2, 4, 8, 12),
             error_shapes=(ShapeDepth("gpt2"),),
             error_tokens=64,
@@ -137,6 +141,7 @@ PRESETS: Mapping[str, Preset] = {
             methods=_MAIN,
             ablations=("conditioned(8)", "gaussian"),
             ablation_tasks=("sciq",),
+            ablation_seeds=None,
             depths=(1, 2),
             error_shapes=(ShapeDepth("gpt2", 2),),
             error_tokens=16,
