@@ -14,6 +14,8 @@ from obfuscatune.report.units import format_bytes
 PLAIN = "plain"
 WORKER = "the worker computes"
 LINK = "link: send, wake up, idle"
+QUIET_SPREAD = 1.5
+"""The slowest round over the fastest, on a machine that does nothing else: 1.1 is common."""
 WORK = {"step": "LoRA step", "forward": "forward pass", "decode": "16 tokens a stream"}
 
 
@@ -40,6 +42,12 @@ class Side:
     def median(self, name: str) -> float:
         """Of what is told of each round; 0 where it is not told of this side."""
         return float(statistics.median(answer.get(name, 0.0) for answer in self.rounds))
+
+    @property
+    def slowest_over_fastest(self) -> float:
+        """Of the rounds."""
+        seconds = [float(answer["seconds"]) for answer in self.rounds]
+        return max(seconds) / min(seconds)
 
     def breakdown(self) -> dict[str, float]:
         """Where a median round goes, in seconds; adds up to it.
@@ -150,11 +158,21 @@ class StepResult:
             f"| plain | {self.plain.seconds:.3f} | | | | | | | {format_bytes(self.plain.rounds[-1]['peak_bytes'])} | |",
             *(self._row(profile) for profile in self.protected),
             "",
+            *self._disturbed(),
             *self._breakdown(),
             "",
             *self._roofline(),
         ]
         return "\n".join(lines) + "\n"
+
+    def _disturbed(self) -> Iterator[str]:
+        """A warning where rounds of one side took so differently long that something else must have been at work."""
+        sides = {PLAIN: self.plain} | self.protected
+        spreads = {name: side.slowest_over_fastest for name, side in sides.items()}
+        worst = max(spreads, key=lambda name: spreads[name])
+        if spreads[worst] > QUIET_SPREAD:
+            yield f"**Not an idle machine**: the slowest round of {worst} took {spreads[worst]:.1f} times the fastest."
+            yield ""
 
     def _row(self, profile: str) -> str:
         side, ratios = self.protected[profile], self.ratios(profile)
