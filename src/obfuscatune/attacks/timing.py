@@ -16,7 +16,7 @@ from obfuscatune.attacks.view import WorkerView
 
 @dataclass(frozen=True)
 class DurationGuess:
-    """Calls that begin a pass of generation, how long the enclave computed within it (ns), and how unusual that is."""
+    """Calls that begin a pass of generation, how long the enclave computed within it (ns), and how long that seems."""
 
     calls: tuple[int, ...]
     durations: Tensor
@@ -24,7 +24,7 @@ class DurationGuess:
 
 
 class Timing:
-    """Takes for prompts, which are few, those passes of generation in which the enclave's times are unusual."""
+    """Takes for prompts the passes of generation in which the enclave took longer than in others."""
 
     name = "timing"
     needs = Attacker.CLOSED
@@ -44,8 +44,8 @@ class Timing:
         waits = torch.tensor([waits for _, waits in kept])  # (passes, layers - 1)
         if not waits.any():
             raise CannotRun("the transcript holds no times, or nothing was generated")
-        away = (waits - waits.median(0).values).abs()
-        scores = (away / away.median(0).values.clamp_min(1.0)).mean(1)
+        away = waits - waits.median(0).values
+        scores = (away / away.abs().median(0).values.clamp_min(1.0)).median(1).values  # whatever else the host did
         return DurationGuess(tuple(index for index, _ in kept), waits.sum(1), scores)
 
     def score(self, guess: DurationGuess, truth: Truth) -> Finding:

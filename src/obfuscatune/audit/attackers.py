@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -32,15 +33,17 @@ def equip(attacker: Attacker, scenario: Scenario, profile: Profile, truth: Truth
                 attacker, scheme, text=text, architecture=architecture(scenario.base, profile.first_blocks)
             )
         case Attacker.PUBLIC_BASE:
-            return Knowledge(attacker, scheme, text=text, architecture=how, base=public_base(scenario, profile))
+            base = public_base(scenario, profile.first_blocks)
+            return Knowledge(attacker, scheme, text=text, architecture=how, base=base)
         case Attacker.KNOWN_PLAINTEXT:
             return Knowledge(attacker, scheme, plaintext=_known_calls(truth))
 
 
-def public_base(scenario: Scenario, profile: Profile) -> PublicBase:
-    """The base's matrices, and what public text brings to each of them."""
+@lru_cache(maxsize=1)
+def public_base(scenario: Scenario, first_blocks: int) -> PublicBase:
+    """The base's matrices behind the first blocks, and what public text brings to each of them."""
     model = scenario.base
-    groups = find_groups(model, profile.first_blocks)
+    groups = find_groups(model, first_blocks)
     seen: list[list[Tensor]] = [[] for _ in groups]
     hooks = []
     for index, group in enumerate(groups):
@@ -59,7 +62,7 @@ def public_base(scenario: Scenario, profile: Profile) -> PublicBase:
             hook.remove()
     positions = torch.arange(batch.shape[1]).expand(batch.shape).reshape(-1)
     inputs = tuple(torch.cat(rows) for rows in seen)
-    return PublicBase(base_weights(model, profile), inputs, batch.reshape(-1), positions, _head(model))
+    return PublicBase(base_weights(model, first_blocks), inputs, batch.reshape(-1), positions, _head(model))
 
 
 def _head(model: Any) -> Tensor:
@@ -69,14 +72,12 @@ def _head(model: Any) -> Tensor:
         return torch.mul(model.get_output_embeddings().weight, norms[-1].weight).double()
 
 
-def base_weights(model: Any, profile: Profile) -> tuple[Tensor, ...]:
-    """W (p, q) of each group that a profile offloads, from a plain model, in float64."""
+def base_weights(model: Any, first_blocks: int) -> tuple[Tensor, ...]:
+    """W (p, q) of each group behind the first blocks, from a plain model, in float64."""
     with torch.no_grad():
         return tuple(
             joint_weight(layers, tuple(layer.weight for layer in layers)).double()
-            for layers in (
-                tuple(site.layer for site in group.sites) for group in find_groups(model, profile.first_blocks)
-            )
+            for layers in (tuple(site.layer for site in group.sites) for group in find_groups(model, first_blocks))
         )
 
 

@@ -71,8 +71,8 @@ def record_run(scenario: Scenario, profile: Profile, seed: int, folder: Path) ->
     view = WorkerView.from_entries(read_transcript(folder, mapped=True))
     if len(view.calls) != len(truth.calls):
         raise ConnectionLost(
-            f"the worker was asked {len(view.calls)} times for {len(truth.calls)} products, for the connection was lost "
-            "meanwhile: run the audit again, on a machine that is less busy"
+            f"the worker was asked {len(view.calls)} times for {len(truth.calls)} products: the connection was lost "
+            "meanwhile, so run the audit again, on a machine that is less busy"
         )
     return Recording(view, truth)
 
@@ -84,7 +84,7 @@ def run_under_watch(scenario: Scenario, profile: Profile, seed: int, link: Worke
     """
     model = load(scenario.directory, link, profile=profile, dtype=torch.float32)
     witness = _Witness()
-    bases, weights = base_weights(scenario.base, profile), base_weights(scenario.secret, profile)
+    bases, weights = (base_weights(it, profile.first_blocks) for it in (scenario.base, scenario.secret))
     layers = _watch(model, weights, witness)
     tuned = _finetune(model, scenario, seed, witness, layers)
     _generate(tuned, scenario, seed, witness)

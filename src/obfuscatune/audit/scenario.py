@@ -55,7 +55,7 @@ class Size:
     held_out: int = 100
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scenario:
     """Everything a run needs. Texts are windows of `size.length` token numbers."""
 
