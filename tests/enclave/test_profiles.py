@@ -24,6 +24,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no such sides": ({"sides": "left"}, "sides is one of both, paper, not 'left'"),
     "nowhere": ({"lora_on": "moon"}, "lora_on is one of enclave, worker, not 'moon'"),
     "LoRA outside and mixing": ({"lora_on": "worker"}, "lora_on='worker' needs mixing=False and sides='paper'"),
+    "no such wire dtype": ({"wire_dtype": "int8"}, "wire_dtype is one of model, bfloat16, not 'int8'"),
     "no shield rows": ({"shield_rows": 0}, "shield_rows=0 sends a row that crosses alone .* allow_unsafe"),
 }
 
@@ -51,6 +52,33 @@ def test_the_ablations_of_the_paper(transform: str) -> None:
 def test_enclave_offloads_nothing() -> None:
     assert not resolve("enclave").offload
     assert all(resolve(name).offload for name in ("private", "paper"))
+
+
+def test_knobs_may_stand_in_the_name() -> None:
+    profile = resolve("private:first_blocks=2:verify=0.5:full_rank=true:transform=haar", verify=1.0)
+    assert profile == resolve("private", first_blocks=2, verify=1.0, full_rank=True, transform="haar")
+
+
+@pytest.mark.parametrize(
+    ("profile", "message"),
+    [
+        ("privat:verify=1", "unknown profile 'privat'"),
+        ("private:verify", "expected KNOB=VALUE after the colon, found 'verify'"),
+        ("private:verify=much", "verify takes float, found 'much'"),
+        ("private:full_rank=1", "full_rank takes bool, found '1'"),
+        ("private:first_blocks=1.5", "first_blocks takes int, found '1.5'"),
+        ("private:colour=red", "unknown knob 'colour'"),
+        ("private:mixing=false", "mixing=False sends every row"),
+    ],
+)
+def test_a_wrong_knob_in_the_name_is_refused(profile: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve(profile)
+
+
+def test_what_trains_on_the_worker_keeps_its_precision() -> None:
+    with pytest.raises(ConfigError, match="needs lora_on='enclave'"):
+        resolve("paper:wire_dtype=bfloat16")
 
 
 def test_knobs_change_one_thing() -> None:

@@ -7,7 +7,7 @@ identity, rotation         unsafe controls, on which attacks must succeed
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from obfuscatune.enclave.profiles import PRESETS, Profile, resolve
@@ -54,27 +54,7 @@ def _parse(name: str) -> Variant:
         preset = "private"
     else:
         knobs = {"allow_unsafe": True} if settings else {}
-    for setting in settings:
-        knob, separator, value = setting.partition("=")
-        if not separator:
-            raise ConfigError(f"--profile {name}: expected KNOB=VALUE after the colon, found {setting!r}")
-        knobs[knob] = _value(name, knob, value)
-    profile = resolve(preset, **knobs)
+    profile = resolve(":".join([preset, *settings]), **knobs)
     if not profile.offload:
         raise ConfigError(f"--profile {name}: it sends nothing to a worker, there is nothing to audit")
     return Variant(name, profile)
-
-
-def _value(name: str, knob: str, text: str) -> Any:
-    kinds = {field.name: str(field.type) for field in fields(Profile)}
-    kind = kinds.get(knob, "str")
-    try:
-        if kind == "bool":
-            return {"true": True, "false": False}[text.lower()]
-        if kind == "int":
-            return int(text)
-        if kind == "float":
-            return float(text)
-    except (KeyError, ValueError):
-        raise ConfigError(f"--profile {name}: {knob} takes {kind}, found {text!r}") from None
-    return text

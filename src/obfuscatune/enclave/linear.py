@@ -54,10 +54,12 @@ class OffloadedProduct:
         R_out: Transform,
         mixer: Mixer,
         verifier: Verifier | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        """`dtype`: in which rows and products travel; None for that of what is multiplied."""
         self._link, self._matrix_id = link, matrix_id
         self._R_in, self._R_out = R_in, R_out
-        self._mixer, self._verifier = mixer, verifier
+        self._mixer, self._verifier, self._dtype = mixer, verifier, dtype
 
     @property
     def is_computed_apart(self) -> bool:
@@ -89,22 +91,21 @@ class OffloadedProduct:
             return self._R_in.apply_transpose(unmixed).to(crossing.like.dtype)
 
     def _send(self, rotated: Tensor, norm: float, like: Tensor, *, transpose: bool) -> InFlight:
-        """Mix and send rows of that norm; they travel in the model's dtype, rounded once."""
+        """Mix and send rows of that norm; they are rounded once, to the dtype that they travel in."""
         like = like.new_empty(0)
+        dtype = self._dtype or like.dtype
         if rotated.shape[0] == 0:
             return InFlight(like)
         with span("obfuscatune.mix"):
             A = self._mixer.draw(*rotated.shape)
             scale = _root_mean_square(rotated, norm)
-            X_star = self._link.lend(A.rows, rotated.shape[1], like.dtype)  # (m, p)
-            as_sent = rotated.dtype == like.dtype and rotated.device.type == "cpu"
+            X_star = self._link.lend(A.rows, rotated.shape[1], dtype)  # (m, p)
+            as_sent = rotated.dtype == dtype and rotated.device.type == "cpu"
             mixed = X_star if as_sent else rotated.new_empty(X_star.shape)
             A.mix(rotated, scale, mixed)
             if not as_sent:
                 X_star.copy_(mixed)
-        check = (
-            None if self._verifier is None else self._check(self._verifier, A, rotated, scale, like.dtype, transpose)
-        )
+        check = None if self._verifier is None else self._check(self._verifier, A, rotated, scale, dtype, transpose)
         with span("obfuscatune.send"):
             pending = self._link.submit(self._matrix_id, X_star, transpose=transpose, known_finite=as_sent)
         return InFlight(like, A, pending, check)

@@ -1,6 +1,7 @@
 """Profiles: presets of independent knobs, resolved once, before anything is sent.
 
     profile="private"  ->  resolve("private", first_blocks=2)  ->  Profile(...)  ->  parts that are composed
+    profile="private:first_blocks=2:verify=1"        the same in one word, wherever the name of a profile may stand
 
     private   the default: rows mixed afresh, both sides rotated, LoRA in the enclave
     guarded   the same, louder and at full rank, every product verified, secrets renewed while training goes on
@@ -16,11 +17,14 @@ from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
+import torch
+
 from obfuscatune.enclave.transforms import TransformSpec
 from obfuscatune.wire.errors import ConfigError
 
 Sides = Literal["both", "paper"]
 LoraOn = Literal["enclave", "worker"]
+WireDtype = Literal["model", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class Profile:
         sides: which sides of a matrix are rotated: `both`, or as in the `paper`: the input of layers that read the
             residual stream, whose outputs are then plain outside, and the output of layers that write to it.
         lora_on: where LoRA's factors, their gradients and the optimizer's state are, once the adapter was moved.
+        wire_dtype: in which matrices, rows and products cross: the `model`'s dtype, or `bfloat16`, half the bytes and,
+            where the worker's processor has units for it, several times the speed, for three significant digits.
         offload: whether anything goes to a worker at all.
         verify: share of the products, drawn by lot, that are held against secret vectors (docs/verification.md).
         rekey_every: steps of the optimizer within which the transforms of all layers are drawn anew; 0 is never.
@@ -56,6 +62,7 @@ class Profile:
     first_blocks: int = 0
     sides: Sides = "both"
     lora_on: LoraOn = "enclave"
+    wire_dtype: WireDtype = "model"
     offload: bool = True
     verify: float = 0.0
     rekey_every: int = 0
@@ -72,9 +79,12 @@ class Profile:
             raise ConfigError(f"rekey_every is a number of steps, 0 for never; got {self.rekey_every}")
         if not 0 <= self.verify <= 1:
             raise ConfigError(f"verify is a share between 0 and 1, got {self.verify}")
-        for knob, value, known in (("sides", self.sides, Sides), ("lora_on", self.lora_on, LoraOn)):
+        for knob, known in (("sides", Sides), ("lora_on", LoraOn), ("wire_dtype", WireDtype)):
+            value = getattr(self, knob)
             if value not in get_args(known):
                 raise ConfigError(f"{knob} is one of {', '.join(get_args(known))}, not {value!r}")
+        if self.lora_on == "worker" and self.wire_dtype != "model":
+            raise ConfigError("wire_dtype='bfloat16' needs lora_on='enclave': what trains keeps its precision")
         if self.lora_on == "worker" and (self.mixing or self.sides != "paper"):
             raise ConfigError(
                 "lora_on='worker' needs mixing=False and sides='paper': a factor's gradient is a product of rows that "
@@ -107,6 +117,10 @@ class Profile:
                 "it is refused, tests and controls pass allow_unsafe=True"
             )
 
+    def crossing_dtype(self, model: torch.dtype) -> torch.dtype:
+        """In which tensors of a model of that dtype cross."""
+        return model if self.wire_dtype == "model" else torch.bfloat16
+
     @property
     def transform_spec(self) -> TransformSpec:
         """The transform, parsed."""
@@ -128,13 +142,19 @@ PRESETS = {
 def resolve(profile: str | Profile, **knobs: Any) -> Profile:
     """The preset of that name (or the profile itself), with single knobs changed.
 
+    Args:
+        profile: `NAME[:KNOB=VALUE]...`.
+        knobs: likewise; what stands here wins.
+
     Raises:
         ConfigError: no such profile or knob, or a knob out of its range.
     """
     if isinstance(profile, str):
-        if profile not in PRESETS:
-            raise ConfigError(f"unknown profile {profile!r}; this version has: {', '.join(PRESETS)}")
-        profile = PRESETS[profile]
+        name, *settings = profile.split(":")
+        if name not in PRESETS:
+            raise ConfigError(f"unknown profile {name!r}; this version has: {', '.join(PRESETS)}")
+        knobs = dict(_setting(profile, setting) for setting in settings) | knobs
+        profile = PRESETS[name]
     known = [field.name for field in fields(Profile) if field.name != "name"]
     for knob in knobs:
         if knob not in known:
@@ -142,3 +162,22 @@ def resolve(profile: str | Profile, **knobs: Any) -> Profile:
             hint = f"; did you mean {near[0]!r}?" if near else f"; known are: {', '.join(known)}"
             raise ConfigError(f"unknown knob {knob!r} of a profile{hint}")
     return replace(profile, **knobs)
+
+
+def _setting(profile: str, setting: str) -> tuple[str, Any]:
+    """KNOB=VALUE as a knob and its value; one that is not known is left for `resolve` to refuse."""
+    knob, separator, text = setting.partition("=")
+    if not separator:
+        raise ConfigError(f"profile {profile!r}: expected KNOB=VALUE after the colon, found {setting!r}")
+    kind = {field.name: str(field.type) for field in fields(Profile)}.get(knob, "str")
+    try:
+        match kind:
+            case "bool":
+                return knob, {"true": True, "false": False}[text.lower()]
+            case "int":
+                return knob, int(text)
+            case "float":
+                return knob, float(text)
+    except (KeyError, ValueError):
+        raise ConfigError(f"profile {profile!r}: {knob} takes {kind}, found {text!r}") from None
+    return knob, text

@@ -162,9 +162,12 @@ class Protection:
         link, W_star = self._worker, obfuscated.W_star
         matrix_id = secrets.token_bytes(MATRIX_ID_BYTES)
         p, q = W_star.shape
-        link.store(matrix_id, weights.keep(obfuscated), shape=(p, q), dtype=W_star.dtype, tensor=W_star)
+        source, dtype = weights.keep(obfuscated), self.profile.crossing_dtype(W_star.dtype)
+        W_star = W_star.to(dtype)
+        link.store(matrix_id, lambda: source().to(dtype), shape=(p, q), dtype=dtype, tensor=W_star)
         verifier = Verifier(W_star, SecretStream.fresh(), self.profile.verify) if self.profile.verify else None
-        return matrix_id, OffloadedProduct(link, matrix_id, obfuscated.R_in, obfuscated.R_out, self.mixer, verifier)
+        transforms = obfuscated.R_in, obfuscated.R_out
+        return matrix_id, OffloadedProduct(link, matrix_id, *transforms, self.mixer, verifier, dtype)
 
     def close(self) -> None:
         """Let the worker forget, and close the connection."""
