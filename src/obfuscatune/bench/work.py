@@ -23,7 +23,6 @@ from obfuscatune.enclave.profiles import Profile
 from obfuscatune.wire.errors import ConfigError
 
 WORKS = ("step", "forward")
-_NUMBER_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def count_work(work: str, shape: str, layers: int | None, batch: int, length: in
             moved += 2 * rows * layer.parameters
             computed += 2 * sent * layer.parameters
             crossings += 1
-            crossed += sent * (layer.p + layer.q) * _NUMBER_BYTES
+            crossed += sent * (layer.p + layer.q) * layer.element_bytes
     return Work(counter.flops, counter.other_nbytes, counter.flops - moved, computed, crossings, crossed)
 
 

@@ -21,8 +21,8 @@ def memory(
     batch: Annotated[int, typer.Option(help="Sequences at a time.", min=1)] = 2,
     length: Annotated[int, typer.Option(help="Tokens a sequence.", min=2)] = 64,
     threads: Annotated[int | None, option("--threads", "For both processes.", default="all cores")] = None,
-    steps: Annotated[int, typer.Option(help="After the warm-up.", min=2)] = 1000,
-    warmup: Annotated[int, typer.Option(help="Steps that do not count.", min=0)] = 100,
+    steps: Annotated[int, typer.Option(help="After the warm-up.", min=4)] = 1000,
+    warmup: Annotated[int, typer.Option(help="Steps before these.", min=0)] = 100,
     profile: Annotated[
         str | None, option("--profile", "One after the other, as private,guarded.", default="private")
     ] = None,
@@ -31,7 +31,8 @@ def memory(
 ) -> None:
     """Take many protected LoRA steps and watch what enclave and worker hold in memory.
 
-    A line is fitted to each process's samples. Ends with code 1 if one rises by more than 4 MiB over the whole run.
+    A line is fitted to the second half of each process's samples: by then both heaps are as large as they need be. Ends
+    with code 1 if one rises by more than 4 MiB.
     """
     from obfuscatune.bench.memory import MemoryBench
     from obfuscatune.bench.shapes import config_of
