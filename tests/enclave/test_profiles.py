@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import re
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from obfuscatune.enclave.profiles import resolve
+from obfuscatune.enclave.profiles import PRESETS, Profile, resolve
 from obfuscatune.wire.errors import ConfigError
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -112,3 +114,15 @@ def test_identity_is_refused_in_the_paper_too() -> None:
 def test_unknown_profile() -> None:
     with pytest.raises(ConfigError, match=r"unknown profile 'paranoid'.*private"):
         resolve("paranoid")
+
+
+def test_the_docs_have_every_knob_as_the_presets_have_it() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "profiles.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]*) \| ([^|]*) \| ([^|]*) \|", page, re.MULTILINE)
+    knobs = {field.name for field in fields(Profile)} - {"name", "offload", "allow_unsafe"}
+    assert {knob for knob, *_ in rows} == knobs
+    for knob, *cells in rows:
+        for name, cell in zip(("private", "guarded", "paper"), map(str.strip, cells), strict=True):
+            value = getattr(PRESETS[name], knob)
+            said = {"yes": True, "no": False, "1/16": 1 / 16}.get(cell, cell)
+            assert not cell or str(said) in (str(value), str(value).removesuffix(".0"))
