@@ -19,5 +19,11 @@ In the order in which data passes through:
     loading      a model on disk   -> seconds and memory of a load under protection, in a process of its own
     obfuscate    what to measure   -> such processes in turn, and what came of it
 
+    work         a shape           -> how many operations and bytes a step of it is, plain and protected
+    predict      these, and speeds -> seconds of both, and the ratio
+
+    wire         numbers of rows   -> how long they take over each kind of link, and a line fitted to that
+    memory       a number of steps -> what enclave and worker hold after each, and whether it grows
+    rotation     widths and rows   -> how long rotation and mixing take, by torch and by the kernels
     verify       a number of calls -> how often wrong products are caught, and honest ones not
 """
