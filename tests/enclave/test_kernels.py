@@ -275,3 +275,15 @@ def test_without_kernels_torch_computes_the_same(monkeypatch: pytest.MonkeyPatch
 def test_a_kernel_is_compiled_for_one_dtype_at_a_time() -> None:
     assert isinstance(kernels.code_for(some(40, 96)), Compiled)
     assert kernels.code_for(some(40, 96)).shape.itemsize == 8
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", DIMS)
+def test_matrices_are_transformed_as_by_torch(monkeypatch: pytest.MonkeyPatch, dim: int, dtype: torch.dtype) -> None:
+    """From either side, and in columns that lie between others."""
+    R, W = structured(dim), some(dim, 150, dtype=dtype)[:, 20:131]
+    found = R.weight_left(W, wide=dtype), R.weight_right(W.T.contiguous(), wide=dtype)
+    monkeypatch.setattr(kernels, "code_for", lambda x: None)
+    expected = R.weight_left(W, wide=dtype), R.weight_right(W.T.contiguous(), wide=dtype)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=40 * torch.finfo(dtype).eps)

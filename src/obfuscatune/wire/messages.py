@@ -29,7 +29,7 @@ MAGIC = b"OBFT"
 TRANSPOSED = 1
 """Flag of MULTIPLY: by W* transposed."""
 SHARED = 2
-"""Flag of MULTIPLY and PRODUCT: the matrix lies in shared memory."""
+"""Flag of MULTIPLY, FORWARD, BACKWARD and PRODUCT: the matrix lies in shared memory."""
 DROPOUT = 4
 """Flag of FORWARD: the worker draws the adapters' dropout."""
 CONTENT_STORE = 1
@@ -170,9 +170,21 @@ FORMS: Mapping[MessageType, Form] = MappingProxyType(
         MessageType.PUT: Form(dtype=True, tensor_bytes=MAX_WINDOW_BYTES, number=(1, PARTS * MAX_SLICES)),
         MessageType.FETCH: Form(number=(1, PARTS * MAX_SLICES)),
         MessageType.FORWARD: Form(
-            dtype=True, tensor_bytes=MAX_WINDOW_BYTES, multiply=True, number=(0, LAST_NUMBER), flags=DROPOUT
+            dtype=True,
+            tensor_bytes=MAX_WINDOW_BYTES,
+            multiply=True,
+            number=(0, LAST_NUMBER),
+            flags=DROPOUT | SHARED,
+            shared_bytes=_PLACES.size,
         ),
-        MessageType.BACKWARD: Form(dtype=True, tensor_bytes=MAX_WINDOW_BYTES, multiply=True, number=(1, LAST_NUMBER)),
+        MessageType.BACKWARD: Form(
+            dtype=True,
+            tensor_bytes=MAX_WINDOW_BYTES,
+            multiply=True,
+            number=(1, LAST_NUMBER),
+            flags=SHARED,
+            shared_bytes=_PLACES.size,
+        ),
         MessageType.STEP: Form(body_bytes=(Step.BYTES, Step.BYTES)),
         MessageType.ZERO: Form(),
         MessageType.NORM: Form(),

@@ -7,24 +7,21 @@ from dataclasses import dataclass, field
 import torch
 
 from obfuscatune.wire.errors import AdapterLost, QuotaExceeded, StorageError, UnknownMatrix
-from obfuscatune.wire.limits import MAX_MATRIX_BYTES, MAX_WINDOW_BYTES
+from obfuscatune.wire.limits import MAX_MATRIX_BYTES
 from obfuscatune.wire.messages import (
     ACCELERATOR,
     CONTENT_STORE,
     NO_DIGEST,
     NO_MATRIX,
-    SHARED,
     ErrorCode,
-    Header,
     MessageType,
 )
-from obfuscatune.wire.tensors import bytes_of
 from obfuscatune.worker.answer_adapters import AdapterAnswerer
 from obfuscatune.worker.buffers import Buffers
 from obfuscatune.worker.compute import Computer
 from obfuscatune.worker.declined import Declined
 from obfuscatune.worker.disk import ContentStore
-from obfuscatune.worker.replies import Reply, Request, refusal, short
+from obfuscatune.worker.replies import Reply, Request, product_of, refusal, room_for, short
 from obfuscatune.worker.store import Key, MatrixStore
 
 log = logging.getLogger(__name__)
@@ -109,29 +106,9 @@ class Answerer:
         inner, outer = matrix.shape[::-1] if header.transposed else matrix.shape
         if header.cols != inner:
             return refusal(ErrorCode.SHAPE, f"rows have {header.cols} columns, the matrix takes {inner}", header)
-        size = header.rows * outer * header.reply_dtype.itemsize
-        if size > MAX_WINDOW_BYTES:
-            return refusal(ErrorCode.LIMIT, f"the product would have {size} bytes; split the rows", header)
-        landing = request.landing
-        if landing is not None and landing.nbytes < size:
-            return refusal(ErrorCode.LIMIT, f"the product has {size} bytes, there is room for {landing.nbytes}", header)
-        dtype = header.reply_dtype.torch_dtype
-        if landing is None:
-            product = buffers.lend(header.rows, outer, dtype)
-        else:
-            product = landing[:size].view(dtype).view(header.rows, outer)
+        product = room_for(request, outer, buffers)
         self.computer.multiply(request.matrix(), matrix, product, transpose=header.transposed)
-        reply = Header(
-            MessageType.PRODUCT,
-            header.request_id,
-            header.matrix_id,
-            header.reply_dtype,
-            rows=header.rows,
-            cols=outer,
-            payload_bytes=size if landing is None else 0,
-            flags=0 if landing is None else SHARED,
-        )
-        return Reply(reply, bytes_of(product) if landing is None else b"", product=product)
+        return product_of(request, product)
 
     def _kept(self, request: Request) -> torch.Tensor | None:
         """What was offered, where it lies on disk."""

@@ -6,16 +6,13 @@ from collections.abc import Callable
 import torch
 
 from obfuscatune.wire.adapters import Attachment, Step
-from obfuscatune.wire.dtypes import DType
-from obfuscatune.wire.limits import MAX_WINDOW_BYTES
-from obfuscatune.wire.messages import DROPOUT, NO_MATRIX, ErrorCode, Header, MessageType
-from obfuscatune.wire.tensors import bytes_of
+from obfuscatune.wire.messages import DROPOUT, NO_MATRIX, ErrorCode, MessageType
 from obfuscatune.worker.adapters import Adapter, AdapterStore
 from obfuscatune.worker.buffers import Buffers
 from obfuscatune.worker.compute import Computer
 from obfuscatune.worker.declined import Declined
 from obfuscatune.worker.lora import Kept, add_backward, add_forward
-from obfuscatune.worker.replies import Reply, Request, short
+from obfuscatune.worker.replies import Reply, Request, product_of, room_for, short
 from obfuscatune.worker.store import MatrixStore
 
 NOT_FINITE = -1.0
@@ -73,13 +70,13 @@ class AdapterAnswerer:
         out = buffers.lend(part.shape[0], part.shape[1], part.dtype)
         with adapter.lock:
             out.copy_(part)
-        return _product(request.header, out)
+        return product_of(request, out)
 
     def _forward(self, session: bytes, request: Request, buffers: Buffers) -> Reply:
         header = request.header
         adapter = self._adapter(session, request)
         W = self._store.get((session, adapter.attachment.matrix_id))
-        out = self._room(header, adapter, buffers, transpose=False)
+        out = self._room(request, adapter, buffers, transpose=False)
         dropout = self._dropout if header.flags & DROPOUT else None
         with self._computer.turn() as device, adapter.lock:
             rows = request.matrix().to(device)
@@ -89,13 +86,13 @@ class AdapterAnswerer:
             out.copy_(y)
         if header.code:
             adapter.remember(header.code, kept)
-        return _product(header, out)
+        return product_of(request, out)
 
     def _backward(self, session: bytes, request: Request, buffers: Buffers) -> Reply:
         header = request.header
         adapter = self._adapter(session, request)
         W = self._store.get((session, adapter.attachment.matrix_id))
-        out = self._room(header, adapter, buffers, transpose=True)
+        out = self._room(request, adapter, buffers, transpose=True)
         kept = adapter.take(header.code)
         if kept.x.shape[0] != header.rows:
             raise Declined(
@@ -106,7 +103,7 @@ class AdapterAnswerer:
             dx = torch.mm(rows.to(W.dtype), W.t())
             add_backward(rows.to(adapter.dtype), dx, adapter.factors, kept)
             out.copy_(dx)
-        return _product(header, out)
+        return product_of(request, out)
 
     def _step(self, session: bytes, request: Request, buffers: Buffers) -> Reply:
         settings = Step.unpack(request.body)
@@ -123,7 +120,7 @@ class AdapterAnswerer:
         total = sum(adapter.squared_norm() for adapter in self._named(session, request))
         out = buffers.lend(1, 1, torch.float64)
         out.fill_(total if total < float("inf") else NOT_FINITE)
-        return _product(request.header, out)
+        return product_of(request, out)
 
     def _adapter(self, session: bytes, request: Request) -> Adapter:
         return self.adapters.get((session, request.header.matrix_id))
@@ -132,26 +129,9 @@ class AdapterAnswerer:
         key = (session, request.header.matrix_id)
         return self.adapters.named(key, every=request.header.matrix_id == NO_MATRIX)
 
-    def _room(self, header: Header, adapter: Adapter, buffers: Buffers, *, transpose: bool) -> torch.Tensor:
+    def _room(self, request: Request, adapter: Adapter, buffers: Buffers, *, transpose: bool) -> torch.Tensor:
         """Memory for a product, once it is known that the rows fit and the product may be sent."""
         inner, outer = adapter.shape[::-1] if transpose else adapter.shape
-        if header.cols != inner:
-            raise Declined(ErrorCode.SHAPE, f"rows have {header.cols} columns, the matrix takes {inner}")
-        size = header.rows * outer * header.reply_dtype.itemsize
-        if size > MAX_WINDOW_BYTES:
-            raise Declined(ErrorCode.LIMIT, f"the product would have {size} bytes; split the rows")
-        return buffers.lend(header.rows, outer, header.reply_dtype.torch_dtype)
-
-
-def _product(request: Header, out: torch.Tensor) -> Reply:
-    rows, cols = out.shape
-    header = Header(
-        MessageType.PRODUCT,
-        request.request_id,
-        request.matrix_id,
-        DType.of(out.dtype),
-        rows=rows,
-        cols=cols,
-        payload_bytes=out.nbytes,
-    )
-    return Reply(header, bytes_of(out), product=out)
+        if request.header.cols != inner:
+            raise Declined(ErrorCode.SHAPE, f"rows have {request.header.cols} columns, the matrix takes {inner}")
+        return room_for(request, outer, buffers)

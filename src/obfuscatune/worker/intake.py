@@ -49,7 +49,7 @@ class Intake:
         self._admit(header)
         if header.type is MessageType.STORE:
             return self._matrix(header, deadline)
-        if header.type is MessageType.MULTIPLY and header.shared:
+        if header.shared:
             return self._in_shared_memory(header, deadline)
         if header.type in WITH_ROWS:
             rows = self._buffers.lend(header.rows, header.cols, header.dtype.torch_dtype)
@@ -86,7 +86,7 @@ class Intake:
         self._shared = SharedMemory.attach(self._transport.take_descriptor(), size)
 
     def _in_shared_memory(self, header: Header, deadline: Deadline) -> Request:
-        """A MULTIPLY whose rows are read, and whose product is written, where the enclave says."""
+        """A request whose rows are read, and whose product is written, where the enclave says."""
         places = Places.unpack(recv_body(self._transport, header, deadline))
         if self._shared is None:
             raise MalformedMessage("rows in shared memory, and no memory is shared")

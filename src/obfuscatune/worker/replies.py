@@ -4,16 +4,19 @@ from dataclasses import dataclass
 
 import torch
 
+from obfuscatune.wire.dtypes import DType
 from obfuscatune.wire.errors import MalformedMessage
-from obfuscatune.wire.limits import MAX_ERROR_BYTES
-from obfuscatune.wire.messages import NO_MATRIX, ErrorCode, Header, MessageType
+from obfuscatune.wire.limits import MAX_ERROR_BYTES, MAX_WINDOW_BYTES
+from obfuscatune.wire.messages import NO_MATRIX, SHARED, ErrorCode, Header, MessageType
 from obfuscatune.wire.tensors import bytes_of
 from obfuscatune.wire.transport import Buffer
+from obfuscatune.worker.buffers import Buffers
+from obfuscatune.worker.declined import Declined
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A request as it was received. `tensor` (rows, cols) for STORE and MULTIPLY, `body` for the rest."""
+    """A request as it was received. `tensor` (rows, cols) where it carries a matrix, `body` for the rest."""
 
     header: Header
     body: bytes = b""
@@ -47,6 +50,40 @@ class Reply:
     """Whether the connection ends with it."""
     product: torch.Tensor | None = None
     """The product: in shared memory, or the memory of `payload`, lent by the connection's buffers."""
+
+
+def room_for(request: Request, cols: int, buffers: Buffers) -> torch.Tensor:
+    """Memory for the product of a request, one row for each of its rows: where it says, or lent by the buffers.
+
+    Raises:
+        Declined: it is too large to be sent, or for its place.
+    """
+    header = request.header
+    dtype, landing = header.reply_dtype.torch_dtype, request.landing
+    size = header.rows * cols * dtype.itemsize
+    if size > MAX_WINDOW_BYTES:
+        raise Declined(ErrorCode.LIMIT, f"the product would have {size} bytes; split the rows")
+    if landing is None:
+        return buffers.lend(header.rows, cols, dtype)
+    if landing.nbytes < size:
+        raise Declined(ErrorCode.LIMIT, f"the product has {size} bytes, there is room for {landing.nbytes}")
+    return landing[:size].view(dtype).view(header.rows, cols)
+
+
+def product_of(request: Request, out: torch.Tensor) -> Reply:
+    """The PRODUCT that brings `out`, from `room_for` or the buffers."""
+    shared = request.landing is not None
+    header = Header(
+        MessageType.PRODUCT,
+        request.header.request_id,
+        request.header.matrix_id,
+        DType.of(out.dtype),
+        rows=out.shape[0],
+        cols=out.shape[1],
+        payload_bytes=0 if shared else out.nbytes,
+        flags=SHARED if shared else 0,
+    )
+    return Reply(header, b"" if shared else bytes_of(out), product=out)
 
 
 def refusal(code: ErrorCode, text: str, request: Header | None = None, *, last: bool = False) -> Reply:

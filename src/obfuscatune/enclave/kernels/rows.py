@@ -46,6 +46,17 @@ def unmix(y: Tensor, order: Tensor, rows: int, Q_a: Tensor, Q_b: Tensor, code: C
     return result, _run(y, _places(y, y), result, targets, Q_a.T, Q_b.T, code)
 
 
+def on_rows(x: Tensor, picked: Tensor, out: Tensor, placed: Tensor, Q_a: Tensor, Q_b: Tensor, code: Compiled) -> None:
+    """out[placed] = (Q_a ⊗ Q_b) x[picked], for x and out whose rows are contiguous and as long; no memory in common.
+
+    Args:
+        picked, placed: int64 (a·b,), numbers of rows.
+        Q_a, Q_b: (a, a) and (b, b) in x's dtype.
+        code: the kernels for the dtype.
+    """
+    _run(x, picked * (x.stride(0) * x.itemsize), out, placed * (out.stride(0) * out.itemsize), Q_a, Q_b, code)
+
+
 def multiply(left: Tensor, right: Tensor, out: Tensor, code: Compiled) -> None:
     """out (m, q) = left (m, k) right (k, q), all contiguous: for few rows, on this thread."""
     work = (ctypes.c_int64 * Product.LENGTH)(

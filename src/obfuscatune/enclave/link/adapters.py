@@ -59,13 +59,18 @@ class AdapterLink:
         wanted = Wanted(shape, self._dtype)
         return self._matrix(Order(MessageType.FETCH, self.adapter_id, number=part.number(index), wanted=wanted))
 
-    def forward(self, rows: torch.Tensor, *, number: int, dropout: bool) -> torch.Tensor:
-        """rows W* plus the adapter's part: (m, p) -> (m, q).
+    def lend(self, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
+        """Memory for rows that are to be sent; see `WorkerLink.lend`."""
+        return self._link.lend(rows, cols, dtype)
+
+    def forward(self, rows: torch.Tensor, *, number: int, dropout: bool, known_finite: bool = False) -> torch.Tensor:
+        """rows W* plus the adapter's part: (m, p) -> (m, q), see `Pending.result` for whose memory that is.
 
         Args:
             rows: (m, p), contiguous, on the CPU.
             number: under which to keep what the backward pass needs, of `new_number`; 0 keeps nothing.
             dropout: whether the worker is to draw the slices' dropout.
+            known_finite: the caller has made sure that `rows` contain neither NaN nor infinity.
         """
         return self._matrix(
             Order(
@@ -76,10 +81,11 @@ class AdapterLink:
                 number=number,
                 flags=DROPOUT if dropout else 0,
                 wanted=Wanted((rows.shape[0], self._shape[1]), rows.dtype),
+                known_finite=known_finite,
             )
         )
 
-    def backward(self, rows: torch.Tensor, *, number: int) -> torch.Tensor:
+    def backward(self, rows: torch.Tensor, *, number: int, known_finite: bool = False) -> torch.Tensor:
         """Gradients (m, q) of forward pass `number` -> those of its rows (m, p); the factors' are added up there."""
         return self._matrix(
             Order(
@@ -90,6 +96,7 @@ class AdapterLink:
                 number=number,
                 wanted=Wanted((rows.shape[0], self._shape[0]), rows.dtype),
                 once=True,
+                known_finite=known_finite,
             )
         )
 

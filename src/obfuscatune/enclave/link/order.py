@@ -12,7 +12,7 @@ from obfuscatune.enclave.link.pending import Pending
 from obfuscatune.wire.deadline import Deadline
 from obfuscatune.wire.dtypes import DType
 from obfuscatune.wire.errors import AdapterLost, BadReply, NonFiniteError, WireError
-from obfuscatune.wire.messages import NO_MATRIX, Header, MessageType
+from obfuscatune.wire.messages import NO_MATRIX, SHARED, Header, MessageType, Places
 from obfuscatune.wire.tensors import is_finite
 
 RESUME = "it exists nowhere else: resume from the last checkpoint"
@@ -42,6 +42,7 @@ class Order(Pending):
         flags: int = 0,
         wanted: Wanted | None = None,
         once: bool = False,
+        known_finite: bool = False,
     ) -> None:
         """What to ask.
 
@@ -56,11 +57,12 @@ class Order(Pending):
             flags: of the header.
             wanted: what comes back; None for no more than that it was done.
             once: it must not be done twice.
+            known_finite: the caller has made sure that `rows` contain neither NaN nor infinity.
 
         Raises:
             NonFiniteError: `rows` contain NaN or infinity.
         """
-        if rows is not None and not is_finite(rows):
+        if rows is not None and not known_finite and not is_finite(rows):
             raise NonFiniteError(
                 f"what {kind.name} was to send contains NaN or infinity; it was not sent. "
                 "Lower the learning rate, or compute in a wider dtype"
@@ -87,7 +89,7 @@ class Order(Pending):
         return self._is_done or super().done
 
     def header(self, request_id: int, *, shared: bool = False) -> Header:
-        """The message that asks for it; what it sends is never laid in shared memory."""
+        """The message that asks for it, with what it sends as payload or in shared memory."""
         dtype, rows, cols = (DType.NONE, 0, 0) if self._like is None else (DType.of(self._like[0]), *self._like[1:])
         multiplies = self._kind in (MessageType.FORWARD, MessageType.BACKWARD)
         return Header(
@@ -97,9 +99,9 @@ class Order(Pending):
             dtype,
             rows=rows,
             cols=cols,
-            payload_bytes=self.rows.nbytes,
+            payload_bytes=Places.BYTES if shared else self.rows.nbytes,
             reply_dtype=DType.of(self.dtype) if multiplies else DType.NONE,
-            flags=self._flags,
+            flags=self._flags | (SHARED if shared else 0),
             code=self._number,
         )
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from obfuscatune.enclave.link import AdapterLink
+from obfuscatune.enclave.link import AdapterLink, check_finite
 from obfuscatune.enclave.modules import SharedCrossing, _state
 from obfuscatune.enclave.remote.adapter import RemoteAdapter
 from obfuscatune.wire.errors import ProtectionError
@@ -87,9 +87,10 @@ class _Adapted(torch.autograd.Function):
         if rows.shape[0] == 0:
             y = x.new_zeros(*x.shape[:-1], sum(widths))
         else:
-            X_star = offloaded.R_in.apply(_widen(rows)).to("cpu", x.dtype).contiguous()
-            Y_star = remote.forward(X_star, number=number, dropout=training)
-            y = offloaded.R_out.inverse(_widen(Y_star.to(x.device))).to(x.dtype).view(*x.shape[:-1], sum(widths))
+            X_star = _laid_out(remote, offloaded.R_in.apply(_widen(rows)), x.dtype)
+            Y_star = remote.forward(X_star, number=number, dropout=training, known_finite=True)
+            y = _own(offloaded.R_out.inverse(_widen(Y_star.to(x.device))).to(x.dtype), Y_star)
+            y = y.view(*x.shape[:-1], sum(widths))
         parts = y.split(widths, dim=-1)
         for part, bias in zip(parts, biases, strict=True):
             if bias is not None:
@@ -106,11 +107,25 @@ class _Adapted(torch.autograd.Function):
         if rows.shape[0] == 0:
             dx = g.new_zeros(*g.shape[:-1], R_in.dim)
         else:
-            G_star = R_out.inverse_transpose(_widen(rows)).to("cpu", g.dtype).contiguous()
-            D_star = remote.backward(G_star, number=number)
-            dx = R_in.apply_transpose(_widen(D_star.to(g.device))).to(g.dtype).view(*g.shape[:-1], R_in.dim)
+            G_star = _laid_out(remote, R_out.inverse_transpose(_widen(rows)), g.dtype)
+            D_star = remote.backward(G_star, number=number, known_finite=True)
+            dx = _own(R_in.apply_transpose(_widen(D_star.to(g.device))).to(g.dtype), D_star)
+            dx = dx.view(*g.shape[:-1], R_in.dim)
         nothing = (None,) * (len(ctx.needs_input_grad) - 1)  # type: ignore[attr-defined]
         return (dx if ctx.needs_input_grad[0] else None, *nothing)  # type: ignore[attr-defined]
+
+
+def _laid_out(remote: AdapterLink, rotated: Tensor, dtype: torch.dtype) -> Tensor:
+    """The rows where they are sent from, in the dtype that they travel in. Looked at before: there they can change."""
+    rows = rotated.to("cpu", dtype)
+    check_finite(rows)
+    return remote.lend(rows.shape[0], rows.shape[1], dtype).copy_(rows)
+
+
+def _own(result: Tensor, received: Tensor) -> Tensor:
+    """The result in memory of our own: what was received may lie where the worker can change it, and a transform that
+    is 1 gives it back as it is."""
+    return result.clone() if result.untyped_storage().data_ptr() == received.untyped_storage().data_ptr() else result
 
 
 def _widen(x: Tensor) -> Tensor:

@@ -62,6 +62,9 @@ class StructuredTransform(OrthogonalTransform):
 
         The outer permutations move numbers of W's dtype, which is the same as to move wide ones and costs half.
         """
+        code = kernels.code_for(W) if W.dtype == wide and self.dim > DENSE_BELOW else None
+        if code is not None:
+            return self._left_fused(W, code)
         first, Q_a, Q_b, second, *rest = self._factors_in(wide, W.device)
         x = permute_rows(W, first).to(wide)
         if len(self._pairs) == 1:
@@ -74,6 +77,9 @@ class StructuredTransform(OrthogonalTransform):
 
     def weight_right(self, W: Tensor, *, wide: torch.dtype = torch.float64) -> Tensor:
         """W R for W (p, dim), likewise."""
+        fused = self._fused_measured(W, undo=False) if W.dtype == wide else None
+        if fused is not None:
+            return fused[0]
         first, Q_a, Q_b, second, *rest = self._factors_in(wide, W.device)
         x = permute_columns(W, first).to(wide)
         if len(self._pairs) == 1:
@@ -81,6 +87,22 @@ class StructuredTransform(OrthogonalTransform):
         Q_c, Q_d, last, *_ = rest
         x = permute_columns(self._on_first(x, Q_a, Q_b), second)
         return permute_columns(self._on_last(x, Q_c, Q_d).to(W.dtype), last)
+
+    def _left_fused(self, W: Tensor, code: Compiled) -> Tensor:
+        """Rᵀ W by the kernels: each grid in one pass, with the permutations before and after it."""
+        from obfuscatune.enclave.kernels.rows import on_rows
+
+        everywhere, result = torch.arange(self.dim), W
+        picked, starts = whole(self._permutations[0], self.dim), (0, self.dim - self._covered)
+        for start, (Q_a, Q_b), permutation in zip(starts, self._pairs, self._permutations[1:], strict=False):
+            placed = torch.argsort(permutation)
+            grid = slice(start, start + self._covered)
+            rest = torch.cat([everywhere[:start], everywhere[grid.stop :]])
+            x, result = result, torch.empty(W.shape, dtype=W.dtype)
+            on_rows(x, picked[grid], result, placed[grid], Q_a.T.to(W), Q_b.T.to(W), code)
+            result[placed[rest]] = x[picked[rest]]
+            picked = everywhere
+        return result
 
     @property
     def parameter_count(self) -> int:
