@@ -32,7 +32,8 @@ def main() -> int:
     settings = {**vars(arguments), "data_root": "", "out": ""}
     document = {"settings": settings, "environment": environment(), "tasks": rows}
     arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / f"{datetime.now(UTC):%Y-%m-%d}-real-data.json"
+    how = "" if arguments.profile == "private" else "-" + "".join(c if c.isalnum() else "-" for c in arguments.profile)
+    path = arguments.out / f"{datetime.now(UTC):%Y-%m-%d}-real-data{how}.json"
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(table(rows))
     print(f"\nwritten: {path}", file=sys.stderr)
@@ -49,6 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--profile", default="private", help="with knobs: docs/profiles.md")
     parser.add_argument("--limit", type=int, help="ask only the first so many test questions")
     return parser.parse_args()
 
@@ -56,7 +58,7 @@ def parse_arguments() -> argparse.Namespace:
 def compare_task(task: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Fine-tune and ask, on both sides; what is the same and what is not."""
     with tempfile.TemporaryDirectory() as folder:
-        protected = run_side(task, arguments, Path(folder) / "protected", [])
+        protected = run_side(task, arguments, Path(folder) / "protected", ["--profile", arguments.profile])
         plain = run_side(task, arguments, Path(folder) / "plain", ["--plain"])
     comparisons = [compare(one, other) for one, other in zip(metrics(protected), metrics(plain), strict=True)]
     loss_difference = max(abs(a - b) for a, b in zip(protected["losses"], plain["losses"], strict=True))
