@@ -15,7 +15,7 @@ PLAIN = "plain"
 WORKER = "the worker computes"
 LINK = "link: send, wake up, idle"
 QUIET_SPREAD = 1.5
-"""The slowest round over the fastest, on a machine that does nothing else: 1.1 is common."""
+"""The slowest round over the fastest, beyond which a result says that other work may have run beside it."""
 WORK = {"step": "LoRA step", "forward": "forward pass", "decode": "16 tokens a stream"}
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from obfuscatune.enclave import kernels
 from obfuscatune.enclave.keys import SecretStream
-from obfuscatune.enclave.orthogonal import covering_grid, haar, haar_batch, kronecker_rows
+from obfuscatune.enclave.orthogonal import covering_grid, haar_batch, kronecker_rows
 from obfuscatune.wire.errors import BadReply
 
 if TYPE_CHECKING:
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 DENSE_BELOW = 32  # rows; up to here one dense factor costs no more than two small ones
 DRAWN_AHEAD = 64
-"""Dense factors that are drawn together: one QR of many small matrices takes little longer than of one."""
+"""Factors that are drawn together, at most: one QR of many small matrices takes little longer than of one."""
+ELEMENTS_AHEAD = 1 << 18
+"""Of factors that are drawn together: 2 MiB."""
 KERNELS_BELOW = 2048
 """Rows; with more the small products are large enough for torch to be as fast. Measured at 528 and at 4116."""
 
@@ -66,7 +68,7 @@ class KroneckerMixer:
         self._shield_rows, self._shield_scale = shield_rows, shield_scale
         self._full_rank = full_rank
         self._stream = stream
-        self._dense = _DrawnAhead(stream)
+        self._factors = _DrawnAhead(stream)
 
     def draw(self, rows: int, width: int) -> Mixing:
         """Secrets for one crossing of ``rows`` >= 1 rows of ``width`` elements."""
@@ -75,10 +77,10 @@ class KroneckerMixer:
             wanted = max(wanted, width)
         stream = self._stream
         if wanted <= DENSE_BELOW:
-            return DenseMixing(rows, self._dense.take(wanted), stream, self._shield_scale)
+            return DenseMixing(rows, self._factors.take(wanted), stream, self._shield_scale)
         a, b = covering_grid(wanted)
-        places, Q_a, Q_b = stream.permutation(a * b), haar(stream, a), haar(stream, b)
-        return KroneckerMixing(rows, places, Q_a, Q_b, stream, self._shield_scale)
+        Q_a, Q_b = self._factors.take(a), self._factors.take(b)
+        return KroneckerMixing(rows, stream.permutation(a * b), Q_a, Q_b, stream, self._shield_scale)
 
 
 class _DrawnAhead:
@@ -97,7 +99,8 @@ class _DrawnAhead:
             try:
                 return ready.pop()
             except IndexError:  # another thread may have taken what this one had drawn
-                ready.extend(haar_batch(self._stream, DRAWN_AHEAD, size).unbind())
+                count = max(min(DRAWN_AHEAD, ELEMENTS_AHEAD // size**2), 1)
+                ready.extend(haar_batch(self._stream, count, size).unbind())
 
 
 class DenseMixing:
