@@ -1,6 +1,7 @@
 """What `obfuscatune bench` keeps: one name, and a file of each kind under it."""
 
 import json
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,11 @@ from obfuscatune.wire.errors import StorageError
 
 
 def result_name(what: str, shape: str | None = None, layers: int | None = None, *parts: str) -> str:
-    """`2026-01-31-step-gpt2-4-layers-private`."""
+    """`2026-01-31-step-gpt2-4-layers-private`; what a file cannot be called, in a path or in knobs, becomes a dash."""
     day = datetime.now(UTC).strftime("%Y-%m-%d")
     named = [] if shape is None else [shape]
     depth = [] if layers is None else [f"{layers}-layers"]
-    return "-".join([day, what, *named, *depth, *parts])
+    return re.sub(r"[^\w.()-]+", "-", "-".join([day, what, *named, *depth, *parts]))
 
 
 def keep(folder: Path, name: str, document: dict[str, Any], markdown: str, svg: str | None = None) -> Path:
