@@ -98,3 +98,12 @@ def test_documents_show_figure_and_chance_and_what_was_not_run() -> None:
     page = render(it, {"python": "3"})
     assert "0.990" in page and "chance 0.500" in page and "one &lt;row&gt;" in page
     assert "http://" not in page and "https://" not in page
+
+
+def test_what_was_taken_back_is_named_and_breaks_nothing() -> None:
+    it = the_verdict(cell("private", "equal-tokens-decoding", SUCCESS), cell("private", "equal-rows", LUCK))
+    assert not it.holds
+    assert "PROMISE" not in it.text and "Not promised, and open: equal-tokens-decoding 0.99" in it.text
+    broken = the_verdict(cell("private", "equal-tokens-decoding", SUCCESS), cell("private", "equal-rows", SUCCESS))
+    assert "THE PROMISE IS BROKEN" in broken.text
+    assert "BROKEN" in the_verdict(cell("guarded", "equal-tokens-decoding", SUCCESS)).text

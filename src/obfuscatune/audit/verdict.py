@@ -18,6 +18,8 @@ PROMISED: dict[tuple[str, Attacker], tuple[Target, ...]] = {
     ("guarded", Attacker.PUBLIC_BASE): (Target.TOKENS,),
 }
 """What a profile promises to hide from whom (docs/threat-model.md); the others promise nothing."""
+EXCEPTED: dict[str, frozenset[str]] = {"private": frozenset({"equal-tokens-decoding"})}
+"""What it does not promise to anyone, because the audit found it open: attacks by name."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,15 @@ class Verdict:
     def text(self) -> str:
         """One or two sentences."""
         who = f"{self.profile} against {_WHO[self.attacker]}"
-        if any(cell.attack.target in self.promised for cell in self.open):
+        excepted = EXCEPTED.get(self.profile, frozenset())
+        concerned = [cell for cell in self.open if cell.attack.target in self.promised]
+        if any(cell.attack.name not in excepted for cell in concerned):
             first = f"{who}: THE PROMISE IS BROKEN. {_list(self.open)}."
+        elif concerned:
+            first = (
+                f"{who}: enough for what it promises, as far as {_count(self.withstood)} on tokens and weights can tell. "
+                f"Not promised, and open: {_list(self.open)}."
+            )
         elif self.open and self.promised:
             first = f"{who}: enough for {_and(self.promised)}, not for the rest. {_list(self.open)}."
         elif self.open:
