@@ -54,8 +54,8 @@ class Verdict:
             first = f"{who}: THE PROMISE IS BROKEN. {_list(self.open)}."
         elif concerned:
             first = (
-                f"{who}: enough for what it promises, as far as {_count(self.withstood)} on tokens and weights can tell. "
-                f"Not promised, and open: {_list(self.open)}."
+                f"{who}: enough for what it promises, as far as {_count(self.withstood)} on tokens and weights can "
+                f"tell. Not promised, and open: {_list(self.open)}."
             )
         elif self.open and self.promised:
             first = f"{who}: enough for {_and(self.promised)}, not for the rest. {_list(self.open)}."
