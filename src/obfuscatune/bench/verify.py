@@ -85,7 +85,7 @@ class VerifyBench:
                         stated += request.stated(changed) / -(-self.trials // 4)
                     caught += request.excess(changed) > 1
                 row = TamperingRow(name, kind, size, caught / self.trials, stated)
-                progress(f"{name}, {kind} by {size:g} rms: {caught:.1%} caught, at least {row.stated:.1%} stated")
+                progress(f"{name}, {kind} by {size:g} rms: {row.caught:.1%} caught, at least {row.stated:.1%} stated")
                 yield row
 
 
