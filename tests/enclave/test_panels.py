@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from obfuscatune import RootKey
-from obfuscatune.enclave import panels
+from obfuscatune.enclave import kernels, panels
 from obfuscatune.enclave.panels import transform_in_place
 from obfuscatune.enclave.transforms import Transform, TransformSpec
 
@@ -56,6 +56,18 @@ def test_it_is_the_product_of_dense_matrices(spec: str, p: int, q: int, dtype: t
     W_star = transform_in_place(W, R_in, R_out)
     assert W_star is W
     torch.testing.assert_close(W.double(), expected, rtol=0, atol=ROUNDING[dtype] * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("by", ["kernels", "panels"])
+@pytest.mark.parametrize(("p", "q"), [*SHAPES, (520, 333), (70, 1031)])
+def test_in_its_own_dtype_too(monkeypatch: pytest.MonkeyPatch, by: str, p: int, q: int) -> None:
+    """Many panels of the kernels, the last of them not full."""
+    if by == "panels":
+        monkeypatch.setattr(kernels, "code_for", lambda x: None)
+    (R_in, R_out), W = pair("structured", p, q), matrix(p, q, torch.float32)
+    expected = dense(R_in).T @ W.double() @ dense(R_out)
+    transform_in_place(W, R_in, R_out, wide=torch.float32)
+    assert torch.linalg.vector_norm(W - expected) < 5e-7 * torch.linalg.vector_norm(expected)
 
 
 def test_an_amplifying_transform_is_inverted_on_the_left() -> None:

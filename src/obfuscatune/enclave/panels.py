@@ -1,9 +1,10 @@
-"""R_in⁻¹ W R_out in W's own place: panel by panel, each small enough for a core's cache.
+"""R_in⁻¹ W R_out in W's own place, without memory for another W.
 
-    W (p, q)  ->  column panels (p, c): R_in⁻¹ from the left  ->  row panels (r, q): R_out from the right  ->  W_star
+    W (p, q)  ->  R_in⁻¹ from the left  ->  R_out from the right  ->  W_star
 
-Beside W there is one panel for each thread, and, where W has 16 bits, one float32 matrix in between. Each panel is
-worked on by one thread alone, so the number of threads changes no bit of the result.
+Each side by the compiled kernels, where they apply; else panel by panel, each small enough for a core's cache and
+worked on by one thread alone: columns from the left, rows from the right. Where W has 16 bits there is one float32
+matrix in between. Either way the number of threads changes no bit of the result.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor
 
 from obfuscatune.enclave.transforms import Transform
-from obfuscatune.enclave.transforms.identity import UnsafeIdentity
 
 PANEL_ELEMENTS = 1 << 18
 """Of a panel: 2 MiB in float64, what a core's second cache holds."""
@@ -33,34 +33,43 @@ def transform_in_place(W: Tensor, R_in: Transform, R_out: Transform, *, wide: to
         wide: dtype of a panel while it is worked on, W's own where that is wider. Each of both sides rounds once,
             to W's dtype or, where that has 16 bits, to float32 and at last to W's.
     """
+    W_star = W.float() if W.dtype in _SIXTEEN_BITS else W
+    wide = torch.promote_types(wide, W_star.dtype)
+    with torch.no_grad():
+        if not R_in.left_in_place(W_star, wide=wide):
+            _by_columns(W_star, lambda panel: R_in.weight_left(panel, wide=wide))
+        if not R_out.right_in_place(W_star, wide=wide):
+            _by_rows(W_star, lambda panel: R_out.weight_right(panel, wide=wide))
+        return W if W_star is W else W.copy_(W_star)
+
+
+def _by_columns(W: Tensor, act: Callable[[Tensor], Tensor]) -> None:
     p, q = W.shape
-    wide = torch.promote_types(wide, W.dtype)
-    between = torch.empty(p, q) if W.dtype in _SIXTEEN_BITS else W
 
-    def left(start: int, stop: int) -> None:
-        between[:, start:stop] = R_in.weight_left(W[:, start:stop].to(between.dtype), wide=wide)
+    def work(start: int, stop: int) -> None:
+        W[:, start:stop] = act(W[:, start:stop])
 
-    def right(start: int, stop: int) -> None:
-        W[start:stop] = R_out.weight_right(between[start:stop], wide=wide)
+    _all(work, q, max(PANEL_ELEMENTS // p // _LANES, 1) * _LANES)
 
-    columns = max(PANEL_ELEMENTS // p // _LANES, 1) * _LANES
-    rows = max(PANEL_ELEMENTS // q, 1)
+
+def _by_rows(W: Tensor, act: Callable[[Tensor], Tensor]) -> None:
+    p, q = W.shape
+
+    def work(start: int, stop: int) -> None:
+        W[start:stop] = act(W[start:stop])
+
+    _all(work, p, max(PANEL_ELEMENTS // q, 1))
+
+
+def _all(work: Callable[[int, int], None], size: int, width: int) -> None:
+    """`work` on every panel of that width; raises what one of them raised."""
     threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(threads, "obfuscatune-panel", _one_core) as pool:
-            if between is not W or not isinstance(R_in, UnsafeIdentity):
-                _all(pool, left, q, columns)
-            if between is not W or not isinstance(R_out, UnsafeIdentity):
-                _all(pool, right, p, rows)
+            for done in [pool.submit(work, start, stop) for start, stop in _panels(size, width)]:
+                done.result()
     finally:
         torch.set_num_threads(threads)  # of threads to come: the pool's have set it to one
-    return W
-
-
-def _all(pool: ThreadPoolExecutor, work: Callable[[int, int], None], size: int, width: int) -> None:
-    """`work` on every panel of that width; raises what one of them raised."""
-    for done in [pool.submit(work, start, stop) for start, stop in _panels(size, width)]:
-        done.result()
 
 
 def _panels(size: int, width: int) -> Iterator[tuple[int, int]]:

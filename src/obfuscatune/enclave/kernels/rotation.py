@@ -59,9 +59,13 @@ class Rotation:
         rows = 1 + area * len(grids) + side
         self._scratch_bytes = rows * shape.row_bytes + 8 * shape.lanes + 2 * area * shape.itemsize
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, float]:
-        """For x (n, p), n >= 1, whose rows are contiguous: the result (n, p), and the sum of the squares of x."""
-        y = torch.empty(x.shape, dtype=x.dtype)
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, float]:
+        """For x (n, p), n >= 1, whose rows are contiguous: the result (n, p), and the sum of the squares of x.
+
+        `out`, contiguous, takes the result where it is given; it may be x, whose panels are read before they are
+        written.
+        """
+        y = torch.empty(x.shape, dtype=x.dtype) if out is None else out
         n, itemsize = x.shape[0], x.itemsize
         fields = {
             **self._fixed,
@@ -100,9 +104,9 @@ class RotationOfFew:
         for key, value in {**sizes, **{key: table.data_ptr() for key, table in tables.items()}}.items():
             self._job[key] = value
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, float]:
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, float]:
         """As `Rotation`."""
-        y = torch.empty(x.shape, dtype=x.dtype)
+        y = torch.empty(x.shape, dtype=x.dtype) if out is None else out
         work = (ctypes.c_int64 * few.Job.LENGTH).from_buffer_copy(self._job)  # other threads have theirs
         squares = ctypes.c_double(0.0)
         work[few.Job.X], work[few.Job.Y] = x.data_ptr(), y.data_ptr()

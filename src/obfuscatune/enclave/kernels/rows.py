@@ -46,15 +46,21 @@ def unmix(y: Tensor, order: Tensor, rows: int, Q_a: Tensor, Q_b: Tensor, code: C
     return result, _run(y, _places(y, y), result, targets, Q_a.T, Q_b.T, code)
 
 
-def on_rows(x: Tensor, picked: Tensor, out: Tensor, placed: Tensor, Q_a: Tensor, Q_b: Tensor, code: Compiled) -> None:
-    """out[placed] = (Q_a ⊗ Q_b) x[picked], for x and out whose rows are contiguous and as long; no memory in common.
+def on_rows(x: Tensor, picked: Tensor, placed: Tensor, Q_a: Tensor, Q_b: Tensor, code: Compiled) -> None:
+    """x[placed] = (Q_a ⊗ Q_b) x[picked], in place, for x (n, q) whose rows are contiguous.
 
     Args:
         picked, placed: int64 (a·b,), numbers of rows.
-        Q_a, Q_b: (a, a) and (b, b) in x's dtype.
+        Q_a, Q_b: (a, a) and (b, b) in x's dtype; a above 1, so that all is read before anything is written.
         code: the kernels for the dtype.
     """
-    _run(x, picked * (x.stride(0) * x.itemsize), out, placed * (out.stride(0) * out.itemsize), Q_a, Q_b, code)
+    lanes = code.shape.lanes
+    own = x.shape[1] // lanes * lanes
+    last = x[:, -lanes:].clone()  # of columns that fill no panel, one with others: done twice, it would be wrong
+    for part in (x[:, :own], last) if own < x.shape[1] else (x,):
+        step = part.stride(0) * part.itemsize
+        _run(part, picked * step, part, placed * step, Q_a, Q_b, code)
+    x[:, own:] = last[:, lanes - (x.shape[1] - own) :]
 
 
 def multiply(left: Tensor, right: Tensor, out: Tensor, code: Compiled) -> None:

@@ -60,6 +60,18 @@ class Transform(ABC):
         """W R for W (p, dim), likewise."""
         return self.apply(W.to(wide)).to(W.dtype)
 
+    def left_in_place(self, W: Tensor, *, wide: torch.dtype) -> bool:
+        """W (dim, q), contiguous, becomes `weight_left(W)`, by all of torch's threads and without memory for another W.
+
+        Returns:
+            False, with W as it was, where there is no such way: the caller goes panel by panel then.
+        """
+        return False
+
+    def right_in_place(self, W: Tensor, *, wide: torch.dtype) -> bool:
+        """W (p, dim) becomes `weight_right(W)`, likewise."""
+        return False
+
     @property
     @abstractmethod
     def condition_number(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from obfuscatune.enclave.transforms.base import OrthogonalTransform
@@ -11,6 +12,14 @@ class UnsafeIdentity(OrthogonalTransform):
     """R = 1: everything lies open to the worker."""
 
     name = "identity"
+
+    def left_in_place(self, W: Tensor, *, wide: torch.dtype) -> bool:
+        """There is nothing to do."""
+        return True
+
+    def right_in_place(self, W: Tensor, *, wide: torch.dtype) -> bool:
+        """Likewise."""
+        return True
 
     @property
     def parameter_count(self) -> int:

@@ -62,9 +62,10 @@ class StructuredTransform(OrthogonalTransform):
 
         The outer permutations move numbers of W's dtype, which is the same as to move wide ones and costs half.
         """
-        code = kernels.code_for(W) if W.dtype == wide and self.dim > DENSE_BELOW else None
-        if code is not None:
-            return self._left_fused(W, code)
+        if W.dtype == wide:
+            result = W.clone(memory_format=torch.contiguous_format)
+            if self.left_in_place(result, wide=wide):
+                return result
         first, Q_a, Q_b, second, *rest = self._factors_in(wide, W.device)
         x = permute_rows(W, first).to(wide)
         if len(self._pairs) == 1:
@@ -88,21 +89,30 @@ class StructuredTransform(OrthogonalTransform):
         x = permute_columns(self._on_first(x, Q_a, Q_b), second)
         return permute_columns(self._on_last(x, Q_c, Q_d).to(W.dtype), last)
 
-    def _left_fused(self, W: Tensor, code: Compiled) -> Tensor:
-        """Rᵀ W by the kernels: each grid in one pass, with the permutations before and after it."""
+    def left_in_place(self, W: Tensor, *, wide: torch.dtype) -> bool:
+        """By the kernels: each grid in one pass, with the permutations before and after it."""
+        fits = W.dtype == wide and W.shape[0] == self.dim > DENSE_BELOW
+        code = kernels.code_for(W) if fits else None
+        if code is None:
+            return False
         from obfuscatune.enclave.kernels.rows import on_rows
 
-        everywhere, result = torch.arange(self.dim), W
+        everywhere = torch.arange(self.dim)
         picked, starts = whole(self._permutations[0], self.dim), (0, self.dim - self._covered)
         for start, (Q_a, Q_b), permutation in zip(starts, self._pairs, self._permutations[1:], strict=False):
             placed = torch.argsort(permutation)
             grid = slice(start, start + self._covered)
             rest = torch.cat([everywhere[:start], everywhere[grid.stop :]])
-            x, result = result, torch.empty(W.shape, dtype=W.dtype)
-            on_rows(x, picked[grid], result, placed[grid], Q_a.T.to(W), Q_b.T.to(W), code)
-            result[placed[rest]] = x[picked[rest]]
+            outside = W[picked[rest]]
+            on_rows(W, picked[grid], placed[grid], Q_a.T.to(W), Q_b.T.to(W), code)
+            W[placed[rest]] = outside
             picked = everywhere
-        return result
+        return True
+
+    def right_in_place(self, W: Tensor, *, wide: torch.dtype) -> bool:
+        """By the kernels, row by row or panel by panel of rows."""
+        fits = W.dtype == wide and W.is_contiguous()
+        return fits and self._fused_measured(W, undo=False, out=W) is not None
 
     @property
     def parameter_count(self) -> int:
@@ -145,8 +155,8 @@ class StructuredTransform(OrthogonalTransform):
         x = self._on_first(permute_columns(x, undo_between), Q_a.T, Q_b.T)
         return permute_columns(x, undo_first)
 
-    def _fused_measured(self, x: Tensor, *, undo: bool) -> tuple[Tensor, float] | None:
-        """x R, or x R⁻¹, and the norm, by the kernels; None where torch is to compute."""
+    def _fused_measured(self, x: Tensor, *, undo: bool, out: Tensor | None = None) -> tuple[Tensor, float] | None:
+        """x R, or x R⁻¹, and the norm, by the kernels; None where torch is to compute. `out` may be x."""
         fits = x.shape[-1] == self.dim > DENSE_BELOW
         code = kernels.code_for(x) if fits else None
         if code is None:
@@ -157,7 +167,7 @@ class StructuredTransform(OrthogonalTransform):
         key = code, undo, few
         if key not in self._fused:
             self._fused[key] = self._prepared(code, x.dtype, undo=undo, few=few)
-        result, squares = self._fused[key](x)
+        result, squares = self._fused[key](x, out)
         return result, math.sqrt(squares)
 
     def _prepared(self, code: Compiled, dtype: torch.dtype, *, undo: bool, few: bool) -> Rotation | RotationOfFew:
