@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,21 +88,22 @@ class Checkpoint:
         entry.shard.fill(bytes_of(tensor), entry.begin)
         return tensor.to(dtype)
 
-    def read_rows(self, name: str, shape: torch.Size) -> Iterator[tuple[int, Tensor]]:
-        """A matrix, some rows at a time: (number of the first, rows (r, shape[1]) in the dtype of the file).
-
-        The rows are overwritten by the next.
+    def read_into(self, name: str, target: Tensor) -> None:
+        """A matrix into memory that there is, as a target of any dtype whose rows and columns may lie in any way.
 
         Raises:
             ModelFileError: as `read`.
         """
-        entry, stored = self._checked(name, shape)
-        rows, columns = shape
+        entry, stored = self._checked(name, target.shape)
+        if target.is_contiguous() and target.dtype == stored:
+            entry.shard.fill(bytes_of(target), entry.begin)
+            return
+        rows, columns = target.shape
         panel = torch.empty(min(rows, max(PANEL_BYTES // (columns * stored.itemsize), 1)), columns, dtype=stored)
         for start in range(0, rows, len(panel)):
             part = panel[: min(len(panel), rows - start)]
             entry.shard.fill(bytes_of(part), entry.begin + start * columns * stored.itemsize)
-            yield start, part
+            target[start : start + len(part)] = part
 
     def _checked(self, name: str, shape: torch.Size) -> tuple[_Entry, torch.dtype]:
         entry = self._entries.get(name)

@@ -243,8 +243,7 @@ class _Reader:
         columns = W.split(list(group.widths), dim=1)
         for site, own in zip(group.sites, columns, strict=True):
             target = own if isinstance(site.layer, Conv1D) else own.T
-            for start, rows in self._checkpoint.read_rows(self._locate(f"{site.name}.weight"), target.shape):
-                target[start : start + len(rows)] = rows
+            self._checkpoint.read_into(self._locate(f"{site.name}.weight"), target)
         return W
 
     def fill(self, model: PreTrainedModel) -> None:
