@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -93,6 +93,46 @@ class Function:
         b.position_at_end(body)
         yield index
         b.store(b.add(index, I64(step)), counter)
+        b.branch(head)
+        b.position_at_end(end)
+
+    def at_most(self, value: ir.Value, most: ir.Value) -> ir.Value:
+        """The smaller of two signed numbers."""
+        return self.builder.select(self.builder.icmp_signed("<", value, most), value, most)
+
+    def call_by_number(self, functions: Sequence[ir.Function], number: ir.Value, arguments: list[ir.Value]) -> None:
+        """Call the first of the functions for 1, the second for 2 …; none for any other number."""
+        b = self.builder
+        done = self.ir.append_basic_block("called")
+        switch = b.switch(number, done)
+        for case_number, function in enumerate(functions, 1):
+            case = self.ir.append_basic_block(f"number_{case_number}")
+            switch.add_case(I64(case_number), case)
+            b.position_at_end(case)
+            b.call(function, arguments)
+            b.branch(done)
+        b.position_at_end(done)
+
+    def field(self, key: int) -> ir.Value:
+        """A number of the job that the first argument is the address of."""
+        return self.read(self.arguments[0], I64, 8 * key)
+
+    def take(self, key: int, count: ir.Value) -> ir.Value:
+        """What a counter of the job stood at before it went up by `count`; no two threads are given the same."""
+        place = self._pointer(self.arguments[0], 8 * key)
+        return self.builder.atomic_rmw("add", place, count, "monotonic")
+
+    @contextmanager
+    def shares(self, counter: int, together: ir.Value, total: ir.Value) -> Iterator[tuple[ir.Value, ir.Value]]:
+        """Around what is done from one number to another: threads take `together` at a time, up to `total`."""
+        b = self.builder
+        head, taken, end = (self.ir.append_basic_block(name) for name in ("take", "taken", "nothing_left"))
+        b.branch(head)
+        b.position_at_end(head)
+        start = self.take(counter, together)
+        b.cbranch(b.icmp_signed("<", start, total), taken, end)
+        b.position_at_end(taken)
+        yield start, self.at_most(b.add(start, together), total)
         b.branch(head)
         b.position_at_end(end)
 

@@ -109,12 +109,12 @@ def _multiply(module: ir.Module, shape: Shape) -> ir.Function:
     last_row, last_column = b.sub(rows, I64(1)), b.mul(b.sub(columns, I64(shape.width)), size)
     step = b.mul(columns, size)
     with f.loop(rows, step=2) as row:
-        pair = [row, _at_most(f, b.add(row, I64(1)), last_row)]
+        pair = [row, f.at_most(b.add(row, I64(1)), last_row)]
         factors = [b.add(left, b.mul(b.mul(one, inner), size)) for one in pair]
         targets = [b.add(out, b.mul(one, step)) for one in pair]
         with f.loop(columns, step=2 * shape.width) as column:
             places = [b.mul(b.add(column, I64(shape.width * v)), size) for v in range(2)]
-            places = [_at_most(f, place, last_column) for place in places]
+            places = [f.at_most(place, last_column) for place in places]
             sums = [[f.local(shape.vector, f.zero()) for _ in places] for _ in pair]
             with f.loop(inner) as k:
                 line = b.add(right, b.mul(k, step))
@@ -128,10 +128,6 @@ def _multiply(module: ir.Module, shape: Shape) -> ir.Function:
                     f.write(b.load(total, typ=shape.vector), b.add(target, place))
     b.ret_void()
     return f.ir
-
-
-def _at_most(f: Function, value: ir.Value, most: ir.Value) -> ir.Value:
-    return f.builder.select(f.builder.icmp_signed("<", value, most), value, most)
 
 
 def _pick(module: ir.Module, shape: Shape) -> ir.Function:

@@ -20,7 +20,7 @@ from enum import IntEnum
 from llvmlite import ir
 
 from obfuscatune.enclave.kernels.few import add_few
-from obfuscatune.jit.emit import CACHE_LINE, I64, POINTER, Function, Shape
+from obfuscatune.jit.emit import CACHE_LINE, I64, Function, Shape
 
 
 class Job(IntEnum):
@@ -116,25 +116,11 @@ def _times(module: ir.Module, shape: Shape, multiply: list[ir.Function], *, look
         offsets = b.add(to, b.mul(b.mul(first, to_step), I64(8)))
         line = b.select(b.icmp_signed("<", block, I64(shape.lines)), b.mul(block, I64(CACHE_LINE)), I64(0))
         fetched = [b.add(next_, line), places, place_step]
-        _by_height(f, multiply, height, [here, size, staged, target, offsets, to_step, *fetched])
+        f.call_by_number(multiply, height, [here, size, staged, target, offsets, to_step, *fetched])
         b.store(b.add(first, height), row_index)
         b.store(b.add(here, b.mul(b.mul(height, size), I64(shape.itemsize))), q_next)
     b.ret_void()
     return f.ir
-
-
-def _by_height(f: Function, multiply: list[ir.Function], height: ir.Value, arguments: list[ir.Value]) -> None:
-    """Call the one of `multiply` for that height."""
-    b = f.builder
-    done = f.ir.append_basic_block("multiplied")
-    switch = b.switch(height, done)
-    for number, function in enumerate(multiply, 1):
-        case = f.ir.append_basic_block(f"height_{number}")
-        switch.add_case(I64(number), case)
-        b.position_at_end(case)
-        b.call(function, arguments)
-        b.branch(done)
-    b.position_at_end(done)
 
 
 def _kronecker(module: ir.Module, shape: Shape, times: ir.Function, times_first: ir.Function) -> ir.Function:
@@ -185,33 +171,23 @@ class _Panels:
 
     def __init__(self, f: Function) -> None:
         self.f = f
-        self._job = f.arguments[0]
-        thread = self._take(Job.NEXT_THREAD, I64(1))
+        thread = f.take(Job.NEXT_THREAD, I64(1))
         b = f.builder
         self._sum = b.add(self[Job.SUMS], b.mul(thread, I64(8)))
         self.scratch = b.add(self[Job.SCRATCH], b.mul(thread, self[Job.SCRATCH_BYTES]))
 
     def __getitem__(self, key: Job) -> ir.Value:
-        return self.f.read(self._job, I64, 8 * key)
+        return self.f.field(key)
 
     @contextmanager
     def each(self, seen: ir.Value) -> Iterator[tuple[ir.Value, ir.Value]]:
         """Around what is to be done for the panels from one number to another; afterwards what `seen` has gained is
         added to the thread's sum."""
-        f, b = self.f, self.f.builder
-        head, taken, end = (f.ir.append_basic_block(name) for name in ("take", "taken", "out_of_panels"))
-        b.branch(head)
-        b.position_at_end(head)
-        panels, together = self[Job.PANELS], self[Job.TOGETHER]
-        start = self._take(Job.NEXT_PANEL, together)
-        b.cbranch(b.icmp_signed("<", start, panels), taken, end)
-        b.position_at_end(taken)
-        stop = b.add(start, together)
-        f.write_row([f.zero()] * f.shape.vectors, seen)
-        yield start, b.select(b.icmp_signed("<", stop, panels), stop, panels)
-        self._add_up(seen)
-        b.branch(head)
-        b.position_at_end(end)
+        f = self.f
+        with f.shares(Job.NEXT_PANEL, self[Job.TOGETHER], self[Job.PANELS]) as panels:
+            f.write_row([f.zero()] * f.shape.vectors, seen)
+            yield panels
+            self._add_up(seen)
 
     def _add_up(self, seen: ir.Value) -> None:
         """In float64."""
@@ -223,11 +199,6 @@ class _Panels:
             value = b.fpext(value, wide) if f.shape.itemsize == 4 else value
             b.store(b.fadd(b.load(total, typ=wide), value), total)
         f.write(b.load(total, typ=wide), self._sum)
-
-    def _take(self, key: Job, count: ir.Value) -> ir.Value:
-        b = self.f.builder
-        place = b.inttoptr(b.add(self._job, I64(8 * key)), POINTER)
-        return b.atomic_rmw("add", place, count, "monotonic")
 
 
 def _mix_rows(module: ir.Module, shape: Shape, kronecker: ir.Function) -> None:

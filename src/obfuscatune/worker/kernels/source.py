@@ -16,7 +16,7 @@ from enum import IntEnum
 
 from llvmlite import ir
 
-from obfuscatune.jit.emit import I64, POINTER, Function, Shape
+from obfuscatune.jit.emit import I64, Function, Shape
 
 CHUNK = 16
 """Rows of W that are read side by side; the next strip of as many is fetched meanwhile."""
@@ -48,41 +48,24 @@ def build(shape: Shape, triple: str) -> ir.Module:
     chunk = _chunk(module, shape, blocks)
     f = Function(module, "few_rows", 1, shape, exported=True)
     b = f.builder
-    (job,) = f.arguments
-
-    def field(key: Job) -> ir.Value:
-        return f.read(job, I64, 8 * key)
-
-    def take(key: Job, count: ir.Value) -> ir.Value:
-        place = b.inttoptr(b.add(job, I64(8 * key)), POINTER)
-        return b.atomic_rmw("add", place, count, "monotonic")
-
-    row_bytes, m = I64(shape.row_bytes), field(Job.ROWS)
-    sums = b.add(field(Job.SCRATCH), b.mul(take(Job.NEXT_THREAD, I64(1)), field(Job.SCRATCH_BYTES)))
-    step = b.mul(field(Job.COLUMNS), I64(shape.itemsize))
+    row_bytes, m = I64(shape.row_bytes), f.field(Job.ROWS)
+    sums = b.add(f.field(Job.SCRATCH), b.mul(f.take(Job.NEXT_THREAD, I64(1)), f.field(Job.SCRATCH_BYTES)))
+    step = b.mul(f.field(Job.COLUMNS), I64(shape.itemsize))
     last = b.sub(step, row_bytes)
-    head, taken, end = (f.ir.append_basic_block(name) for name in ("take", "taken", "out_of_strips"))
-    b.branch(head)
-    b.position_at_end(head)
-    first = take(Job.NEXT_PIECE, field(Job.PIECE))
-    b.cbranch(b.icmp_signed("<", first, field(Job.STRIPS)), taken, end)
-    b.position_at_end(taken)
-    stop = _at_most(f, b.add(first, field(Job.PIECE)), field(Job.STRIPS))
-    with f.loop(b.mul(m, b.sub(stop, first))) as place:
-        f.write_row([f.zero()] * shape.vectors, b.add(sums, b.mul(place, row_bytes)))
-    x_step = b.mul(field(Job.INNER), I64(shape.itemsize))
-    with f.loop(field(Job.INNER), step=CHUNK) as k:
-        rows = _at_most(f, b.sub(field(Job.INNER), k), I64(CHUNK))
-        X = b.add(field(Job.X), b.mul(k, I64(shape.itemsize)))
-        W = b.add(field(Job.W), b.mul(k, step))
-        b.call(chunk, [X, x_step, m, W, step, rows, first, stop, last, sums])
-    with f.loop(stop, start=first) as strip, f.loop(m) as row:
-        place = b.add(b.mul(b.sub(strip, first), m), row)
-        found = f.read_row(b.add(sums, b.mul(place, row_bytes)))
-        column = _at_most(f, b.mul(strip, row_bytes), last)
-        f.write_row(found, b.add(b.add(field(Job.OUT), b.mul(row, step)), column))
-    b.branch(head)
-    b.position_at_end(end)
+    x_step = b.mul(f.field(Job.INNER), I64(shape.itemsize))
+    with f.shares(Job.NEXT_PIECE, f.field(Job.PIECE), f.field(Job.STRIPS)) as (first, stop):
+        with f.loop(b.mul(m, b.sub(stop, first))) as place:
+            f.write_row([f.zero()] * shape.vectors, b.add(sums, b.mul(place, row_bytes)))
+        with f.loop(f.field(Job.INNER), step=CHUNK) as k:
+            rows = f.at_most(b.sub(f.field(Job.INNER), k), I64(CHUNK))
+            X = b.add(f.field(Job.X), b.mul(k, I64(shape.itemsize)))
+            W = b.add(f.field(Job.W), b.mul(k, step))
+            b.call(chunk, [X, x_step, m, W, step, rows, first, stop, last, sums])
+        with f.loop(stop, start=first) as strip, f.loop(m) as row:
+            place = b.add(b.mul(b.sub(strip, first), m), row)
+            found = f.read_row(b.add(sums, b.mul(place, row_bytes)))
+            column = f.at_most(b.mul(strip, row_bytes), last)
+            f.write_row(found, b.add(b.add(f.field(Job.OUT), b.mul(row, step)), column))
     b.ret_void()
     return module
 
@@ -100,10 +83,10 @@ def _chunk(module: ir.Module, shape: Shape, blocks: list[ir.Function]) -> ir.Fun
     count = b.udiv(b.add(m, I64(shape.height - 1)), I64(shape.height))
     low, taller = b.udiv(m, count), b.urem(m, count)
     with f.loop(stop, start=first) as strip:
-        column = b.add(W, _at_most(f, b.mul(strip, row_bytes), last))
+        column = b.add(W, f.at_most(b.mul(strip, row_bytes), last))
         is_last = b.icmp_signed("==", b.add(strip, I64(1)), stop)
         after = b.select(is_last, first, b.add(strip, I64(1)))
-        coming = b.add(W, _at_most(f, b.mul(after, row_bytes), last))
+        coming = b.add(W, f.at_most(b.mul(after, row_bytes), last))
         coming = b.add(coming, b.select(is_last, b.mul(step, I64(CHUNK)), I64(0)))
         total = b.add(sums, b.mul(b.mul(b.sub(strip, first), m), row_bytes))
         row = f.local(I64, I64(0))
@@ -113,24 +96,10 @@ def _chunk(module: ir.Module, shape: Shape, blocks: list[ir.Function]) -> ir.Fun
             x = b.add(X, b.mul(here, x_step))
             fetched = b.select(b.icmp_signed("==", block, I64(0)), coming, column)  # the first fetches for all
             arguments = [x, x_step, column, step, rows, b.add(total, b.mul(here, row_bytes)), fetched]
-            _by_height(f, blocks, height, arguments)
+            f.call_by_number(blocks, height, arguments)
             b.store(b.add(here, height), row)
     b.ret_void()
     return f.ir
-
-
-def _by_height(f: Function, blocks: list[ir.Function], height: ir.Value, arguments: list[ir.Value]) -> None:
-    """Call the one of `blocks` for that height."""
-    b = f.builder
-    done = f.ir.append_basic_block("multiplied")
-    switch = b.switch(height, done)
-    for number, function in enumerate(blocks, 1):
-        case = f.ir.append_basic_block(f"height_{number}")
-        switch.add_case(I64(number), case)
-        b.position_at_end(case)
-        b.call(function, arguments)
-        b.branch(done)
-    b.position_at_end(done)
 
 
 def _block(module: ir.Module, shape: Shape, height: int) -> ir.Function:
@@ -159,7 +128,3 @@ def _block(module: ir.Module, shape: Shape, height: int) -> ir.Function:
         f.write_row(after, place)
     b.ret_void()
     return f.ir
-
-
-def _at_most(f: Function, value: ir.Value, most: ir.Value) -> ir.Value:
-    return f.builder.select(f.builder.icmp_signed("<", value, most), value, most)
