@@ -6,6 +6,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from obfuscatune.wire.errors import BadReply, NonFiniteError
 if not kernels._is_there():
     pytest.skip("no kernels can be compiled here; torch computes", allow_module_level=True)
 
+from obfuscatune.enclave.kernels import deviates
 from obfuscatune.enclave.kernels import rows as row_kernels
 from obfuscatune.enclave.kernels.compiled import Compiled, compile_for, compiled
 from obfuscatune.jit.emit import Shape
@@ -287,3 +289,32 @@ def test_matrices_are_transformed_as_by_torch(monkeypatch: pytest.MonkeyPatch, d
     expected = R.weight_left(W, wide=dtype), R.weight_right(W.T.contiguous(), wide=dtype)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=40 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("registers", SHAPES)
+@pytest.mark.parametrize("pairs", [16, 4096, 3 * 16384 + 16])
+def test_deviates_are_those_of_box_and_muller(registers: str, pairs: int) -> None:
+    """Random words, and those at which the polynomials' pieces meet: 0, the last, every half of a quarter turn."""
+    size, vectors, height = SHAPES[registers]
+    edges = np.array([(eighth << 29) + step for eighth in range(8) for step in (-256, 0)], dtype=np.int64)
+    words = np.frombuffer(KEY.stream("words").random_bytes(8 * pairs), np.uint32).copy()
+    words[: len(edges)] = words[pairs : pairs + len(edges)] = edges % 2**32
+    first, second = (words.reshape(2, pairs) >> 8).astype(np.float64) * 2.0**-24
+    radius, angle = np.sqrt(-2 * np.log1p(-first)), 2 * np.pi * second
+    expected = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
+    found = deviates.from_words(words, 2, Shape(4, size // 4, vectors, height))
+    assert np.abs(found - expected).max() < 1e-6  # of 5.8 at most, whose last bit is 5e-7
+
+
+def test_streams_draw_the_same_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in between: what is drawn next must not depend on how the last was computed."""
+
+    def draw() -> list[Tensor]:
+        stream = KEY.stream("alike")
+        return [stream.normal(*shape, dtype=torch.float32) for shape in ((3, 5), (300, 700), (1,))]
+
+    drawn = draw()
+    monkeypatch.setattr(kernels, "code_for_deviates", lambda: None)
+    for by_kernel, by_numpy in zip(drawn, draw(), strict=True):
+        # numpy's angle, up to 2π, is rounded by 2.4e-7 and multiplied by a radius of up to 5.8
+        torch.testing.assert_close(by_kernel, by_numpy, rtol=0, atol=3e-6)

@@ -17,6 +17,7 @@ import os
 import secrets
 import weakref
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -26,10 +27,17 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 from torch import Tensor
 
+from obfuscatune.enclave import kernels
 from obfuscatune.wire.errors import ConfigError, StorageError
 
 KEY_BYTES = 32
 LABEL = b"obfuscatune/keys/v1"
+PAIRS_TOGETHER = 16
+"""Of float32 deviates, drawn at a time: as many as any processor computes at once."""
+_BLOCK_BYTES = 16
+_ZEROS = memoryview(bytes(1 << 16))
+
+Float = TypeVar("Float", bound=np.floating)
 
 
 class RootKey:
@@ -114,6 +122,14 @@ class SecretStream:
         """The next `count` bytes."""
         return self._cipher.update(bytes(count))
 
+    def _words(self, count: int) -> NDArray[np.uint32]:
+        """The next `count` words (count,), to be written over: no byte of them is copied."""
+        size = 4 * count
+        memory = np.empty(size + _BLOCK_BYTES, np.uint8)  # the cipher asks for room for a block more
+        for start in range(0, size, len(_ZEROS)):
+            self._cipher.update_into(_ZEROS[: size - start], memory.data[start:])
+        return memory[:size].view(np.uint32)
+
     def permutation(self, size: int) -> Tensor:
         """A uniform permutation, int64 (size,): the order that sorts 64-bit keys.
 
@@ -129,25 +145,33 @@ class SecretStream:
         """
         count = math.prod(shape)
         pairs = (count + 1) // 2
-        u, angle = self._uniform(2 * pairs, dtype).reshape(2, pairs)
-        radius = np.sqrt(-2 * np.log1p(-u))  # 1 - u is never 0
-        angle *= 2 * math.pi
-        deviates = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
+        deviates = self._normal_float64(pairs) if dtype == torch.float64 else self._normal_float32(pairs)
         return torch.from_numpy(deviates[:count].reshape(shape))
 
-    def _uniform(self, count: int, dtype: torch.dtype) -> NDArray[np.floating]:
-        """Uniform in [0, 1), as many bits as the significand holds.
+    def _normal_float64(self, pairs: int) -> NDArray[np.float64]:
+        bits = np.frombuffer(self.random_bytes(16 * pairs), dtype=np.uint64) >> np.uint64(11)
+        return _box_muller(bits.astype(np.float64) * 2.0**-53)
 
-        numpy and not torch, here as above: a few hundred numbers are drawn at each crossing, and it starts no threads.
-        """
-        if dtype == torch.float64:
-            bits = np.frombuffer(self.random_bytes(8 * count), dtype=np.uint64) >> np.uint64(11)
-            return bits.astype(np.float64) * 2.0**-53
-        words = np.frombuffer(self.random_bytes(4 * count), dtype=np.uint32) >> np.uint32(8)
-        return words.astype(np.float32) * np.float32(2.0**-24)
+    def _normal_float32(self, pairs: int) -> NDArray[np.float32]:
+        words = self._words(2 * -(-pairs // PAIRS_TOGETHER) * PAIRS_TOGETHER)
+        from_words = kernels.code_for_deviates()
+        if from_words is not None:
+            return from_words(words, torch.get_num_threads())
+        return _box_muller((words >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24))
 
     def __repr__(self) -> str:
         return "SecretStream(<redacted>)"
+
+
+def _box_muller(uniform: NDArray[Float]) -> NDArray[Float]:
+    """Uniform in [0, 1), as many bits as the significand holds, (2k,) -> normal (2k,).
+
+    numpy and not torch, here as above: a few hundred numbers are drawn at each crossing, and it starts no threads.
+    """
+    u, angle = uniform.reshape(2, -1)
+    radius = np.sqrt(-2 * np.log1p(-u))  # 1 - u is never 0
+    angle *= 2 * math.pi
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
 
 
 _fresh_streams: weakref.WeakSet[SecretStream] = weakref.WeakSet()

@@ -6,6 +6,7 @@
     job        what a kernel is given: tables, packed factors, scratch memory
     rotation   x R for a structured R
     rows       A [x; N], and back
+    deviates   N, from random words
 
 torch's operations stay: where these kernels do not apply, and as what they are tested against. docs/adr/0010 says why
 they are written this way.
@@ -14,9 +15,12 @@ they are written this way.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -37,6 +41,15 @@ def code_for(x: Tensor) -> Compiled | None:
 
     code = compiled(x.itemsize)
     return code if x.shape[1] >= code.shape.lanes else None
+
+
+def code_for_deviates() -> Callable[[NDArray[np.uint32], int], NDArray[np.float32]] | None:
+    """`deviates.from_words`, or None where numpy is to compute."""
+    if not _is_there():
+        return None
+    from obfuscatune.enclave.kernels.deviates import from_words
+
+    return from_words
 
 
 @functools.cache
