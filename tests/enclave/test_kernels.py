@@ -245,11 +245,6 @@ def test_the_rest_is_left_to_torch(x: Tensor) -> None:
     assert kernels.code_for(x) is None
 
 
-@pytest.mark.parametrize(("rows", "kernels_win"), [(25, True), (64, True), (4096, False)])
-def test_very_many_rows_are_mixed_by_torch(rows: int, kernels_win: bool) -> None:
-    assert (mixing(rows)._code_for(some(rows, 96)) is not None) == kernels_win
-
-
 @pytest.mark.parametrize("how", ["switched off", "not installed"])
 def test_without_kernels_torch_computes_the_same(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     R, x, A = structured(768), some(33, 768), mixing(33)

@@ -23,15 +23,13 @@ from obfuscatune.enclave.orthogonal import covering_grid, haar_batch, kronecker_
 from obfuscatune.wire.errors import BadReply
 
 if TYPE_CHECKING:
-    from obfuscatune.enclave.kernels.compiled import Compiled
+    pass
 
 DENSE_BELOW = 32  # rows; up to here one dense factor costs no more than two small ones
 DRAWN_AHEAD = 64
 """Factors that are drawn together, at most: one QR of many small matrices takes little longer than of one."""
 ELEMENTS_AHEAD = 1 << 18
 """Of factors that are drawn together: 2 MiB."""
-KERNELS_BELOW = 2048
-"""Rows; with more the small products are large enough for torch to be as fast. Measured at 528 and at 4116."""
 
 
 class Mixing(Protocol):
@@ -165,7 +163,7 @@ class KroneckerMixing:
         """A [x; N] for x (n, p). Shield rows: as large as x on average, times the scale."""
         shield = self._stream.normal(self.rows - self._rows, x.shape[1], dtype=x.dtype)
         self._shield = shield.mul_(self._shield_scale * (scale or 1.0))
-        code = self._code_for(x)
+        code = kernels.code_for(x)
         if code is None or not out.is_contiguous():
             self._mix_by_torch(x, shield, out)
             return
@@ -181,7 +179,7 @@ class KroneckerMixing:
 
     def unmix(self, y: Tensor) -> Tensor:
         """(Aᵀ y)[:n] for y (m, q)."""
-        code = self._code_for(y)
+        code = kernels.code_for(y)
         if code is None:
             return self._unmix_by_torch(y)
         from obfuscatune.enclave.kernels.rows import unmix
@@ -190,10 +188,6 @@ class KroneckerMixing:
         if not finite:  # the link has checked it; but it may lie where the worker can change it afterwards
             raise BadReply("the worker's product contains NaN or infinity")
         return x
-
-    def _code_for(self, x: Tensor) -> Compiled | None:
-        """The kernels, where they win."""
-        return kernels.code_for(x) if self.rows < KERNELS_BELOW else None
 
     def _mix_by_torch(self, x: Tensor, shield: Tensor, out: Tensor) -> None:
         sources = self._order.remainder(self._rows)  # N overwrites what is laid in its places

@@ -5,6 +5,7 @@ Nothing is kept on disk: an enclave runs no code that the host could have change
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -47,6 +48,7 @@ class Engine:
         return int(self._engine.get_function_address(name))
 
 
+@functools.cache
 def host_shape(itemsize: int) -> Shape:
     """What suits this processor."""
     return shape_for(itemsize, llvm.get_host_cpu_features())
