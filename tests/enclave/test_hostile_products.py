@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from obfuscatune import protect
-from obfuscatune.wire.errors import WrongProduct
+from obfuscatune.wire.errors import BadReply, WrongProduct
+from obfuscatune.worker import answer, answer_adapters
+from obfuscatune.worker.replies import Request
 from tests.contract.architectures import ARCHITECTURES
 from tests.contract.comparison import backward, batch, with_lora
 from tests.worker.serving import Serving, serving
@@ -68,4 +71,58 @@ def test_without_verification_nothing_is_noticed(tmp_path: Path) -> None:
         before = model(**inputs).logits
         tampered(worker, other_rows, transpose=False)
         assert not torch.allclose(model(**inputs).logits, before, atol=1e-2)
+        model.protection.close()
+
+
+def replied(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+    """From here on one element of every matrix that a worker replies with is this."""
+    for place in (answer, answer_adapters):
+        honest = place.product_of
+
+        def product_of(request: Request, product: torch.Tensor, honest: Any = honest) -> Any:
+            product[-1, -1] = value
+            return honest(request, product)
+
+        monkeypatch.setattr(place, "product_of", product_of)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("verify", [0.0, 1.0], ids=["unverified", "verified"])
+@pytest.mark.parametrize("lengths", [(1,), (9, 4), (60, 60)], ids=["one row", "few", "many"])
+@pytest.mark.parametrize("profile", ["private", "paper"])
+def test_what_is_not_finite_ends_the_pass(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    profile: str,
+    lengths: tuple[int, ...],
+    verify: float,
+    value: float,
+) -> None:
+    inputs = batch(lengths, 97).inputs()
+    with serving(tmp_path) as worker, torch.no_grad():
+        plain = ARCHITECTURES["gpt2"].build(torch.float32)
+        model = protect(plain, str(worker.address), profile=profile, verify=verify)
+        model(**inputs)
+        replied(monkeypatch, value)
+        with pytest.raises(BadReply, match="the worker's product contains NaN or infinity"):
+            model(**inputs)
+        model.protection.close()
+
+
+@pytest.mark.parametrize("backwards", [False, True], ids=["forward", "backward"])
+def test_what_is_not_finite_comes_of_no_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backwards: bool
+) -> None:
+    architecture, inputs = ARCHITECTURES["gpt2"], batch((9, 4), 97).inputs()
+    with serving(tmp_path) as worker:
+        model = protect(architecture.build(torch.float32), str(worker.address), profile="paper", verify=0.0)
+        adapted = with_lora(model, architecture).train()
+        model.protection.move_adapter(adapted)
+        loss = adapted(**inputs).loss
+        replied(monkeypatch, torch.nan)
+        with pytest.raises(BadReply, match="the worker's product contains NaN or infinity"):
+            if backwards:
+                loss.backward()
+            else:
+                adapted(**inputs)
         model.protection.close()

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from obfuscatune.enclave.link import Pending, WorkerLink, check_finite
+from obfuscatune.enclave.link import Pending, WorkerLink, check_finite, check_product
 from obfuscatune.enclave.mixing import Mixer, Mixing
 from obfuscatune.enclave.spans import span
 from obfuscatune.enclave.transforms import Transform
@@ -107,7 +107,9 @@ class OffloadedProduct:
                 X_star.copy_(mixed)
         check = None if self._verifier is None else self._check(self._verifier, A, rotated, scale, dtype, transpose)
         with span("obfuscatune.send"):
-            pending = self._link.submit(self._matrix_id, X_star, transpose=transpose, known_finite=as_sent)
+            pending = self._link.submit(
+                self._matrix_id, X_star, transpose=transpose, known_finite=as_sent, product_unchecked=True
+            )
         return InFlight(like, A, pending, check)
 
     def _check(
@@ -135,7 +137,8 @@ class OffloadedProduct:
             Y_star = crossing.pending.result()  # (m, width)
         if crossing.check is not None:
             with span("obfuscatune.verify"):
-                Y_star = _widen(Y_star.clone())  # a check of what the worker can still change would be none
+                own = Y_star.clone()  # a check of what the worker can still change would be none
+                Y_star = _widen(check_product(own))
                 crossing.check(Y_star)
         with span("obfuscatune.mix"):
             return crossing.mixing.unmix(_widen(Y_star.to(like.device)))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from obfuscatune.enclave import kernels
 from obfuscatune.enclave.keys import SecretStream
+from obfuscatune.enclave.link.pending import NOT_FINITE, check_product
 from obfuscatune.enclave.orthogonal import covering_grid, haar_batch, kronecker_rows
 from obfuscatune.wire.errors import BadReply
 
@@ -46,7 +47,13 @@ class Mixing(Protocol):
         """X* v (m, k) for x (n, p) as it was just mixed and v (p, k), without reading X* back."""
 
     def unmix(self, y: Tensor) -> Tensor:
-        """(m, q) -> (n, q), in memory of its own: the inverse on the rows that were not shield rows."""
+        """(m, q) -> (n, q), in memory of its own: the inverse on the rows that were not shield rows.
+
+        y may lie where the worker can change it at any moment, so only the result is looked at.
+
+        Raises:
+            BadReply: y contained NaN or infinity.
+        """
 
 
 class Mixer(Protocol):
@@ -128,7 +135,7 @@ class DenseMixing:
         """(Qᵀ y)[:n] for y (m, q)."""
         x = y.new_empty(self._rows, y.shape[1])
         _product(self._Q[:, : self._rows].T.contiguous().to(y), y, x)
-        return x
+        return check_product(x)
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
@@ -185,8 +192,8 @@ class KroneckerMixing:
         from obfuscatune.enclave.kernels.rows import unmix
 
         x, finite = unmix(y, self._order, self._rows, self._Q_a.to(y), self._Q_b.to(y), code)
-        if not finite:  # the link has checked it; but it may lie where the worker can change it afterwards
-            raise BadReply("the worker's product contains NaN or infinity")
+        if not finite:
+            raise BadReply(NOT_FINITE)
         return x
 
     def _mix_by_torch(self, x: Tensor, shield: Tensor, out: Tensor) -> None:
@@ -197,7 +204,7 @@ class KroneckerMixing:
 
     def _unmix_by_torch(self, y: Tensor) -> Tensor:
         stacked = kronecker_rows(self._Q_a.T.to(y), self._Q_b.T.to(y), y)
-        return torch.index_select(stacked, 0, self._places[: self._rows].to(y.device))
+        return check_product(torch.index_select(stacked, 0, self._places[: self._rows].to(y.device)))
 
 
 @dataclass(frozen=True)
@@ -215,8 +222,8 @@ class NoMixing:
         return x @ v
 
     def unmix(self, y: Tensor) -> Tensor:
-        """y, copied: what a worker sent may lie where the worker can change it."""
-        return y.clone()
+        """y, copied."""
+        return check_product(y.clone())
 
 
 class NoMixer:

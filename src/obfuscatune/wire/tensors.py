@@ -39,7 +39,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
     One pass for the sum, at memory speed: a NaN or an infinity never leaves a sum finite. A sum may overflow although
         every element is finite, so only then each is looked at.
     """
-    if tensor.dtype in (torch.float64, torch.float32):
+    if tensor.device.type == "cpu" and tensor.dtype in (torch.float64, torch.float32):
         # numpy and not torch: as fast on one core, and it wakes no OpenMP threads that spin next to the worker's
         with np.errstate(over="ignore", invalid="ignore"):
             total = float(np.add.reduce(tensor.detach().numpy(), axis=None))

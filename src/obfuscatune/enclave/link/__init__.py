@@ -19,9 +19,18 @@ In the order in which a request passes through:
 """
 
 from obfuscatune.enclave.link.adapters import AdapterLink
-from obfuscatune.enclave.link.pending import MatrixSource, Pending, check_finite
+from obfuscatune.enclave.link.pending import MatrixSource, Pending, check_finite, check_product
 from obfuscatune.enclave.link.retry import RetryPolicy
 from obfuscatune.enclave.link.stats import LinkStats
 from obfuscatune.enclave.link.worker_link import WorkerLink
 
-__all__ = ["AdapterLink", "LinkStats", "MatrixSource", "Pending", "RetryPolicy", "WorkerLink", "check_finite"]
+__all__ = [
+    "AdapterLink",
+    "LinkStats",
+    "MatrixSource",
+    "Pending",
+    "RetryPolicy",
+    "WorkerLink",
+    "check_finite",
+    "check_product",
+]

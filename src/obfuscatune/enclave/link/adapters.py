@@ -66,6 +66,9 @@ class AdapterLink:
     def forward(self, rows: torch.Tensor, *, number: int, dropout: bool, known_finite: bool = False) -> torch.Tensor:
         """rows W* plus the adapter's part: (m, p) -> (m, q), see `Pending.result` for whose memory that is.
 
+        Neither this nor what `backward` returns is looked at for NaN and infinity: that is the caller's, in memory of
+        its own.
+
         Args:
             rows: (m, p), contiguous, on the CPU.
             number: under which to keep what the backward pass needs, of `new_number`; 0 keeps nothing.
@@ -82,6 +85,7 @@ class AdapterLink:
                 flags=DROPOUT if dropout else 0,
                 wanted=Wanted((rows.shape[0], self._shape[1]), rows.dtype),
                 known_finite=known_finite,
+                product_unchecked=True,
             )
         )
 
@@ -97,6 +101,7 @@ class AdapterLink:
                 wanted=Wanted((rows.shape[0], self._shape[0]), rows.dtype),
                 once=True,
                 known_finite=known_finite,
+                product_unchecked=True,
             )
         )
 

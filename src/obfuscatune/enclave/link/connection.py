@@ -39,7 +39,7 @@ from obfuscatune.wire.messages import (
     pack_size,
 )
 from obfuscatune.wire.shared_memory import SharedMemory
-from obfuscatune.wire.tensors import bytes_of, is_finite
+from obfuscatune.wire.tensors import bytes_of
 from obfuscatune.wire.transport import Buffer, Transport
 
 _REFUSALS: dict[ErrorCode, type[WireError]] = {
@@ -159,7 +159,7 @@ class LinkConnection:
         """The matrix of a PRODUCT: in `landing`, or received into a fresh tensor of the `shape` and `dtype` asked for.
 
         Raises:
-            BadReply: another matrix, shape or dtype came, or in another way, or NaN or infinity.
+            BadReply: another matrix, shape or dtype came, or in another way.
         """
         came = (header.matrix_id, header.rows, header.cols, header.dtype)
         if came != (matrix_id, *shape, DType.of(dtype)):
@@ -177,8 +177,6 @@ class LinkConnection:
                 recv_payload(self._transport, bytes_of(product), deadline)
             finally:
                 self._stats.seconds_waiting += time.monotonic() - started
-        if not is_finite(product):
-            raise BadReply("the worker's product contains NaN or infinity, although all that was sent is finite")
         return product
 
     def close(self) -> None:

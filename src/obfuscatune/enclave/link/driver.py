@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from obfuscatune.enclave.link.arena import Arena
 from obfuscatune.enclave.link.connection import LinkConnection
-from obfuscatune.enclave.link.pending import Pending, StoredMatrix
+from obfuscatune.enclave.link.pending import Pending, StoredMatrix, check_product
 from obfuscatune.enclave.link.retry import Insistence, RetryPolicy
 from obfuscatune.enclave.link.stats import LinkStats
 from obfuscatune.wire.deadline import Deadline, transfer_seconds
@@ -203,9 +203,10 @@ class LinkDriver:
         if pending is None:
             raise MalformedMessage(f"{header.type.name} came for a request that is not in flight")
         if header.type is MessageType.PRODUCT:
-            pending.product = connection.product(
+            product = connection.product(
                 header, pending.matrix_id, pending.shape, pending.dtype, pending.landing, deadline
             )
+            pending.product = product if pending.product_unchecked else check_product(product)
             self.stats.crossings += 1
         elif header.type is MessageType.DONE:
             pending.acknowledged(header)

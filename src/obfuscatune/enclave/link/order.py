@@ -43,6 +43,7 @@ class Order(Pending):
         wanted: Wanted | None = None,
         once: bool = False,
         known_finite: bool = False,
+        product_unchecked: bool = False,
     ) -> None:
         """What to ask.
 
@@ -58,6 +59,7 @@ class Order(Pending):
             wanted: what comes back; None for no more than that it was done.
             once: it must not be done twice.
             known_finite: the caller has made sure that `rows` contain neither NaN nor infinity.
+            product_unchecked: it will make sure of what comes back.
 
         Raises:
             NonFiniteError: `rows` contain NaN or infinity.
@@ -80,6 +82,7 @@ class Order(Pending):
         self._number, self._flags = number, flags
         self._wanted, self._once = wanted, once
         self._is_done = False
+        self.product_unchecked = product_unchecked
         self.shape = (0, 0) if wanted is None else wanted.shape
         self.dtype = torch.float64 if wanted is None else wanted.dtype
 

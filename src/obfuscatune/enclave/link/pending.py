@@ -8,6 +8,7 @@ import torch
 from obfuscatune.wire.deadline import Deadline
 from obfuscatune.wire.dtypes import DType
 from obfuscatune.wire.errors import (
+    BadReply,
     ConfigError,
     LimitExceeded,
     MalformedMessage,
@@ -21,6 +22,8 @@ from obfuscatune.wire.tensors import is_finite
 
 MatrixSource = Callable[[], torch.Tensor]
 """Makes W_star (p, q) again, contiguous, on the CPU. Called only when the worker lacks it."""
+
+NOT_FINITE = "the worker's product contains NaN or infinity, although all that was sent is finite"
 
 
 @dataclass
@@ -82,7 +85,10 @@ class Pending:
         transpose: bool,
         dtype: torch.dtype,
         wait: Callable[["Pending"], None],
+        product_unchecked: bool = False,
     ) -> None:
+        self.product_unchecked = product_unchecked
+        """The caller looks for NaN and infinity itself."""
         self.matrix_id = matrix.matrix_id
         self.needs = matrix.matrix_id
         """The matrix that the worker must hold for it."""
@@ -158,6 +164,17 @@ def _check_rows(rows: torch.Tensor, inner: int) -> None:
         raise LimitExceeded(
             f"{rows.shape[0]} rows ({rows.nbytes} bytes) in one call: split it, the wire takes {MAX_WINDOW_BYTES} bytes"
         )
+
+
+def check_product(product: torch.Tensor) -> torch.Tensor:
+    """The product, where it is finite.
+
+    Raises:
+        BadReply: it contains NaN or infinity.
+    """
+    if not is_finite(product):
+        raise BadReply(NOT_FINITE)
+    return product
 
 
 def check_finite(rows: torch.Tensor) -> None:

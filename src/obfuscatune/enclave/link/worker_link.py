@@ -158,10 +158,13 @@ class WorkerLink:
         transpose: bool,
         reply_dtype: torch.dtype | None = None,
         known_finite: bool = False,
+        product_unchecked: bool = False,
     ) -> Pending:
         """As `multiply`, but return once it is sent; `Pending.result` waits. `rows` must not change until then.
 
-        `known_finite`: the caller has made sure that `rows` contain neither NaN nor infinity.
+        Args:
+            known_finite: the caller has made sure that `rows` contain neither NaN nor infinity.
+            product_unchecked: it will make sure of the product, once that lies in memory of its own.
         """
         driver = self._driver
         with self._lock:
@@ -170,7 +173,9 @@ class WorkerLink:
                 raise ConfigError("no matrix was stored under this id: store it first")
             if not known_finite:
                 check_finite(rows)
-            pending = Pending(matrix, rows.detach(), transpose, reply_dtype or rows.dtype, self._finish)
+            pending = Pending(
+                matrix, rows.detach(), transpose, reply_dtype or rows.dtype, self._finish, product_unchecked
+            )
             driver.waiting.append(pending)
             self._drive_for(pending, lambda: pending not in driver.waiting)
             return pending

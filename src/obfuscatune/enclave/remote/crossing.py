@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from obfuscatune.enclave.link import AdapterLink, check_finite
+from obfuscatune.enclave.link import AdapterLink, check_finite, check_product
 from obfuscatune.enclave.modules import SharedCrossing, _state
 from obfuscatune.enclave.remote.adapter import RemoteAdapter
 from obfuscatune.wire.errors import ProtectionError
@@ -123,9 +123,10 @@ def _laid_out(remote: AdapterLink, rotated: Tensor, dtype: torch.dtype) -> Tenso
 
 
 def _own(result: Tensor, received: Tensor) -> Tensor:
-    """The result in memory of our own: what was received may lie where the worker can change it, and a transform that
-    is 1 gives it back as it is."""
-    return result.clone() if result.untyped_storage().data_ptr() == received.untyped_storage().data_ptr() else result
+    """The result, finite, in memory of our own: what was received may lie where the worker can change it, and a
+    transform that is 1 gives it back as it is."""
+    shared = result.untyped_storage().data_ptr() == received.untyped_storage().data_ptr()
+    return check_product(result.clone() if shared else result)
 
 
 def _widen(x: Tensor) -> Tensor:
