@@ -94,7 +94,10 @@ def test_other_work_side_by_side(tiny_shape: Path, monkeypatch: pytest.MonkeyPat
     bench = StepBench(work=work, shape=str(tiny_shape), batch=2, length=8, threads=1, rounds=1, warmup=0)  # type: ignore[arg-type]
     measured = bench.run(lambda line: None)
     assert measured.difference("private") < 1e-5
-    assert measured.protected["private"].rounds[0]["crossings"] == 4 * (16 if work == "decode" else 1)
+    passes = [2] * 16 if work == "decode" else [2 * 8]  # rows of each; the prompts were read before
+    private, block = measured.protected["private"], 32 * (96 + 32 + 128 + 128)
+    assert private.rounds[0]["crossings"] == 4 * len(passes)
+    assert private.products["worker_flops"] == 2 * block * sum(rows + 8 for rows in passes)  # also by the kernel
 
 
 @pytest.mark.parametrize(

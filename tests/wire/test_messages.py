@@ -12,7 +12,6 @@ from obfuscatune.wire.dtypes import DType
 from obfuscatune.wire.errors import BadMagic, LimitExceeded, MalformedMessage, Truncated, UnsupportedVersion
 from obfuscatune.wire.limits import MAX_DIM, MAX_ERROR_BYTES, MAX_IN_FLIGHT, MAX_MATRIX_BYTES, MAX_WINDOW_BYTES
 from obfuscatune.wire.messages import (
-    CONTENT_STORE,
     FORMS,
     HEADER_BYTES,
     NO_MATRIX,
@@ -22,11 +21,9 @@ from obfuscatune.wire.messages import (
     TRANSPOSED,
     ErrorCode,
     Header,
-    Hello,
     MessageType,
-    Welcome,
-    error_text,
 )
+from obfuscatune.wire.payloads import CONTENT_STORE, Hello, Welcome, error_text
 
 EVERY = REQUESTS | REPLIES
 MULTIPLY = Header(MessageType.MULTIPLY, 7, bytes(range(16)), DType.FLOAT32, 2, 3, 24, DType.FLOAT64, TRANSPOSED)

@@ -13,18 +13,8 @@ from obfuscatune.wire.deadline import NEVER, Deadline
 from obfuscatune.wire.dtypes import DType
 from obfuscatune.wire.errors import WireError
 from obfuscatune.wire.framing import recv_body, recv_header
-from obfuscatune.wire.messages import (
-    FORMS,
-    HEADER_BYTES,
-    REPLIES,
-    REQUESTS,
-    ErrorCode,
-    Header,
-    Hello,
-    MessageType,
-    Welcome,
-    error_text,
-)
+from obfuscatune.wire.messages import FORMS, HEADER_BYTES, REPLIES, REQUESTS, ErrorCode, Header, MessageType
+from obfuscatune.wire.payloads import Hello, Welcome, error_text
 
 SPEC = (Path(__file__).parents[2] / "docs" / "spec" / "wire.md").read_text()
 VECTORS = {

@@ -15,7 +15,8 @@ from obfuscatune.wire.connect import connect
 from obfuscatune.wire.deadline import Deadline
 from obfuscatune.wire.framing import recv_body, recv_header, recv_payload, send_message
 from obfuscatune.wire.listen import Listener
-from obfuscatune.wire.messages import FORMS, REPLIES, Header, Hello, MessageType
+from obfuscatune.wire.messages import FORMS, REPLIES, Header, MessageType
+from obfuscatune.wire.payloads import Hello
 from obfuscatune.wire.tensors import bytes_of
 from obfuscatune.wire.transport import Buffer
 from obfuscatune.worker.answer import Answerer

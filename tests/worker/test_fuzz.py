@@ -13,7 +13,8 @@ from obfuscatune.wire.deadline import Deadline
 from obfuscatune.wire.dtypes import DType
 from obfuscatune.wire.errors import ConnectionLost, WireError
 from obfuscatune.wire.limits import MAX_WINDOW_BYTES
-from obfuscatune.wire.messages import DROPOUT, Header, Hello, MessageType
+from obfuscatune.wire.messages import DROPOUT, Header, MessageType
+from obfuscatune.wire.payloads import Hello
 from obfuscatune.wire.transport import Buffer
 from obfuscatune.worker import buffers as buffers_module
 from obfuscatune.worker.answer import Answerer, Request

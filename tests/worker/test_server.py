@@ -15,17 +15,8 @@ from obfuscatune.wire.dtypes import DType
 from obfuscatune.wire.errors import QuotaExceeded, WorkerRefused
 from obfuscatune.wire.framing import recv_header, send_message
 from obfuscatune.wire.limits import MAX_IN_FLIGHT
-from obfuscatune.wire.messages import (
-    NO_MATRIX,
-    REPLIES,
-    SHARED,
-    ErrorCode,
-    Header,
-    Hello,
-    MessageType,
-    Places,
-    pack_size,
-)
+from obfuscatune.wire.messages import NO_MATRIX, REPLIES, SHARED, ErrorCode, Header, MessageType
+from obfuscatune.wire.payloads import Hello, Places, pack_size
 from obfuscatune.wire.shared_memory import SharedMemory
 from obfuscatune.wire.tensors import bytes_of
 from obfuscatune.worker.intake import TooManyInFlight

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from obfuscatune.process import settle_process
@@ -36,23 +36,22 @@ class ClockedComputer(Computer):
     @contextmanager
     def turn(self) -> Iterator[torch.device]:
         """See `Computer`."""
-        with super().turn() as device, self._clocked():
+        counter = ProductCounter() if self.page.counting else None
+        with super().turn() as device, self._clocked(counter), counter or nullcontext():
             yield device
 
     def multiply(self, rows: torch.Tensor, matrix: torch.Tensor, out: torch.Tensor, *, transpose: bool) -> None:
         """See `Computer`."""
-        with self._clocked():
+        counter = ProductCounter() if self.page.counting else None
+        with self._clocked(counter):
             super().multiply(rows, matrix, out, transpose=transpose)
+            if counter is not None:  # by its shapes: the kernel for few rows is no operation of torch
+                counter.count(rows, matrix, out)
 
     @contextmanager
-    def _clocked(self) -> Iterator[None]:
-        counter = ProductCounter() if self.page.counting else None
+    def _clocked(self, counter: ProductCounter | None) -> Iterator[None]:
         started = time.perf_counter()
-        if counter is None:
-            yield
-        else:
-            with counter:
-                yield
+        yield
         spent = Totals(time.perf_counter() - started, 1)
         if counter is not None:
             spent = spent.plus(Totals(flops=counter.flops, nbytes=counter.nbytes))

@@ -43,9 +43,10 @@ class ProductCounter(TorchDispatchMode):
                 self.other_nbytes += sum(x.numel() * x.itemsize for x in results if isinstance(x, Tensor))
             return result
         result = func(*args, **(kwargs or {}))
-        self._count(args[factors[0]], args[factors[1]], result)
+        self.count(args[factors[0]], args[factors[1]], result)
         return result
 
-    def _count(self, a: Tensor, b: Tensor, result: Tensor) -> None:
+    def count(self, a: Tensor, b: Tensor, result: Tensor) -> None:
+        """One product of a (…, n, k) by b with that result."""
         self.flops += 2 * result.numel() * a.shape[-1]
         self.nbytes += sum(x.numel() * x.itemsize for x in (a, b, result))

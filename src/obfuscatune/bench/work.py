@@ -20,6 +20,7 @@ from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.mixing import KroneckerMixer
 from obfuscatune.enclave.plan import LayerPlan, make_plan
 from obfuscatune.enclave.profiles import Profile
+from obfuscatune.tuning.adapter import without_peft_warnings
 from obfuscatune.wire.errors import ConfigError
 
 WORKS = ("step", "forward")
@@ -57,7 +58,8 @@ def count_work(work: str, shape: str, layers: int | None, batch: int, length: in
         plan = make_plan(model, profile)
         ids = torch.zeros(batch, length, dtype=torch.long)
         if work == "step":
-            tuned = get_peft_model(model, LoraConfig(**LORA, fan_in_fan_out=config.model_type == "gpt2")).train()
+            with without_peft_warnings():
+                tuned = get_peft_model(model, LoraConfig(**LORA)).train()
             with ProductCounter() as counter:
                 tuned(input_ids=ids, labels=ids).loss.backward()
         else:

@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 
+from obfuscatune.tuning.adapter import without_peft_warnings
 from obfuscatune.tuning.elsewhere import after_step, moved_optimizer
 
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -29,8 +30,8 @@ class LoraStep:
 
     def __init__(self, model: PreTrainedModel, batch: int, length: int) -> None:
         torch.manual_seed(SEED)
-        lora = LoraConfig(**LORA, fan_in_fan_out=model.config.model_type == "gpt2")  # GPT-2's Conv1D is (in, out)
-        self._model = get_peft_model(model, lora).train()
+        with without_peft_warnings():
+            self._model = get_peft_model(model, LoraConfig(**LORA)).train()
         trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         moved = moved_optimizer(self._model, lr=RATE, weight_decay=0.01)
         self._optimizer = moved or torch.optim.AdamW(trained, lr=RATE, weight_decay=0.01)

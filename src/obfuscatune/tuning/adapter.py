@@ -127,7 +127,7 @@ def set_adapter_weights(peft_model: "PeftModel", weights: bytes, *, where: str) 
 def _wrap(model: "PreTrainedModel", config: Any) -> "PeftModel":
     from peft import get_peft_model
 
-    with torch.random.fork_rng(devices=[]), _without_peft_warnings():
+    with torch.random.fork_rng(devices=[]), without_peft_warnings():
         try:
             return get_peft_model(model, config)
         except ValueError as error:
@@ -135,7 +135,7 @@ def _wrap(model: "PreTrainedModel", config: Any) -> "PeftModel":
 
 
 @contextmanager
-def _without_peft_warnings() -> Iterator[None]:
+def without_peft_warnings() -> Iterator[None]:
     """PEFT sees whether a layer is a Conv1D and sets fan_in_fan_out right, but warns that it did.
 
     And it asks the model a question by a name that Transformers has deprecated since.

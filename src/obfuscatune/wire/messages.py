@@ -1,8 +1,8 @@
 """Messages as bytes and back. Pure: no socket, no file, no allocation beyond the message itself.
 
-Every message is a header of 56 bytes and a payload, whose length the header states. `FORMS` says for each type what
-it may carry; `Header.unpack` holds a header against its form and refuses everything else. docs/spec/wire.md has the
-same in words.
+Every message is a header of 56 bytes and a payload, whose length the header states: a matrix, or what `payloads` and
+`adapters` describe. `FORMS` says for each type what it may carry; `Header.unpack` holds a header against its form and
+refuses everything else. docs/spec/wire.md has the same in words.
 """
 
 import struct
@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from types import MappingProxyType
-from typing import ClassVar
 
 from obfuscatune.wire.adapters import PARTS, Step, attachment_bytes
 from obfuscatune.wire.dtypes import DType
@@ -18,12 +17,12 @@ from obfuscatune.wire.errors import BadMagic, LimitExceeded, MalformedMessage, T
 from obfuscatune.wire.limits import (
     MAX_DIM,
     MAX_ERROR_BYTES,
-    MAX_IN_FLIGHT,
     MAX_MATRIX_BYTES,
     MAX_SLICES,
     MAX_WINDOW_BYTES,
     VERSION,
 )
+from obfuscatune.wire.payloads import SIZE_BYTES, Hello, Places, Welcome
 
 MAGIC = b"OBFT"
 TRANSPOSED = 1
@@ -32,23 +31,12 @@ SHARED = 2
 """Flag of MULTIPLY, FORWARD, BACKWARD and PRODUCT: the matrix lies in shared memory."""
 DROPOUT = 4
 """Flag of FORWARD: the worker draws the adapters' dropout."""
-CONTENT_STORE = 1
-"""Feature of a worker: it keeps matrices on disk by their content, and so wants the digest in an OFFER."""
-SHARED_MEMORY = 2
-"""Feature of a connection: SHARE is welcome on it."""
-ACCELERATOR = 4
-"""Feature of a worker: it computes on a device of its own, not on its host's processor."""
-FEATURES = CONTENT_STORE | SHARED_MEMORY | ACCELERATOR
 LAST_NUMBER = 2**32 - 1
 """Of a forward pass."""
 NO_MATRIX = bytes(16)
 NO_DIGEST = bytes(32)
 
 _HEADER = struct.Struct("<4sBBBBIIIIQ16sQ")
-_HELLO = struct.Struct("<32sHH")
-_WELCOME = struct.Struct("<HHIQQQ")
-_PLACES = struct.Struct("<QQ")
-_SIZE = struct.Struct("<Q")
 HEADER_BYTES = _HEADER.size
 
 
@@ -147,8 +135,8 @@ class Form:
 
 FORMS: Mapping[MessageType, Form] = MappingProxyType(
     {
-        MessageType.HELLO: Form(matrix=False, body_bytes=(_HELLO.size, _HELLO.size)),
-        MessageType.WELCOME: Form(matrix=False, body_bytes=(_WELCOME.size, _WELCOME.size)),
+        MessageType.HELLO: Form(matrix=False, body_bytes=(Hello.BYTES, Hello.BYTES)),
+        MessageType.WELCOME: Form(matrix=False, body_bytes=(Welcome.BYTES, Welcome.BYTES)),
         MessageType.OFFER: Form(dtype=True, body_bytes=(32, 32)),
         MessageType.HAVE: Form(),
         MessageType.WANT: Form(),
@@ -159,13 +147,13 @@ FORMS: Mapping[MessageType, Form] = MappingProxyType(
             tensor_bytes=MAX_WINDOW_BYTES,
             multiply=True,
             flags=TRANSPOSED | SHARED,
-            shared_bytes=_PLACES.size,
+            shared_bytes=Places.BYTES,
         ),
         MessageType.PRODUCT: Form(dtype=True, tensor_bytes=MAX_WINDOW_BYTES, flags=SHARED),
         MessageType.FORGET: Form(),
         MessageType.DONE: Form(),
         MessageType.ERROR: Form(matrix=False, code=True, body_bytes=(1, MAX_ERROR_BYTES)),
-        MessageType.SHARE: Form(body_bytes=(_SIZE.size, _SIZE.size)),
+        MessageType.SHARE: Form(body_bytes=(SIZE_BYTES, SIZE_BYTES)),
         MessageType.ATTACH: Form(dtype=True, body_bytes=attachment_bytes(1, MAX_SLICES)),
         MessageType.PUT: Form(dtype=True, tensor_bytes=MAX_WINDOW_BYTES, number=(1, PARTS * MAX_SLICES)),
         MessageType.FETCH: Form(number=(1, PARTS * MAX_SLICES)),
@@ -175,7 +163,7 @@ FORMS: Mapping[MessageType, Form] = MappingProxyType(
             multiply=True,
             number=(0, LAST_NUMBER),
             flags=DROPOUT | SHARED,
-            shared_bytes=_PLACES.size,
+            shared_bytes=Places.BYTES,
         ),
         MessageType.BACKWARD: Form(
             dtype=True,
@@ -183,7 +171,7 @@ FORMS: Mapping[MessageType, Form] = MappingProxyType(
             multiply=True,
             number=(1, LAST_NUMBER),
             flags=SHARED,
-            shared_bytes=_PLACES.size,
+            shared_bytes=Places.BYTES,
         ),
         MessageType.STEP: Form(body_bytes=(Step.BYTES, Step.BYTES)),
         MessageType.ZERO: Form(),
@@ -325,119 +313,3 @@ def _check_size(header: Header, form: Form) -> None:
         raise LimitExceeded(f"{name} with a payload of {header.payload_bytes} bytes: at most {most}")
     if header.payload_bytes < least:
         raise MalformedMessage(f"{name} with a payload of {header.payload_bytes} bytes: at least {least}")
-
-
-@dataclass(frozen=True, slots=True)
-class Hello:
-    """Payload of HELLO (36 bytes): who speaks, and which versions it speaks."""
-
-    session_id: bytes
-    oldest: int = VERSION
-    newest: int = VERSION
-
-    def __repr__(self) -> str:
-        return f"Hello(session_id=<secret>, oldest={self.oldest}, newest={self.newest})"
-
-    def pack(self) -> bytes:
-        """The payload as bytes."""
-        return _HELLO.pack(self.session_id, self.oldest, self.newest)
-
-    @classmethod
-    def unpack(cls, body: bytes) -> "Hello":
-        """Read 36 bytes.
-
-        Raises:
-            MalformedMessage: another length, or an empty range of versions.
-        """
-        if len(body) != _HELLO.size:
-            raise MalformedMessage(f"the payload of HELLO has {_HELLO.size} bytes, {len(body)} came")
-        hello = cls(*_HELLO.unpack(body))
-        if hello.oldest > hello.newest:
-            raise MalformedMessage(f"HELLO offers versions {hello.oldest} to {hello.newest}: an empty range")
-        return hello
-
-
-@dataclass(frozen=True, slots=True)
-class Welcome:
-    """Payload of WELCOME (32 bytes): the version that both speak, and what the worker takes."""
-
-    version: int
-    max_in_flight: int
-    features: int
-    window_bytes: int
-    """Most payload of all MULTIPLY requests that await their reply."""
-    matrix_bytes: int
-    """Largest single matrix."""
-    quota_bytes: int
-    """Memory for the matrices of all sessions."""
-
-    def pack(self) -> bytes:
-        """The payload as bytes."""
-        return _WELCOME.pack(
-            self.version,
-            self.max_in_flight,
-            self.features,
-            self.window_bytes,
-            self.matrix_bytes,
-            self.quota_bytes,
-        )
-
-    @classmethod
-    def unpack(cls, body: bytes) -> "Welcome":
-        """Read 32 bytes.
-
-        Raises:
-            UnsupportedVersion: the worker chose a version that was not offered.
-            MalformedMessage: another length, unknown features, or limits that let nothing through or exceed the spec.
-        """
-        if len(body) != _WELCOME.size:
-            raise MalformedMessage(f"the payload of WELCOME has {_WELCOME.size} bytes, {len(body)} came")
-        welcome = cls(*_WELCOME.unpack(body))
-        if welcome.version != VERSION:
-            raise UnsupportedVersion(f"the worker chose version {welcome.version}, offered was {VERSION}")
-        if welcome.features & ~FEATURES:
-            raise MalformedMessage(f"WELCOME names unknown features {welcome.features:#x}")
-        if not 1 <= welcome.max_in_flight <= MAX_IN_FLIGHT:
-            raise MalformedMessage(f"WELCOME allows {welcome.max_in_flight} in flight: 1 to {MAX_IN_FLIGHT} may be")
-        if not 1 <= welcome.window_bytes <= MAX_WINDOW_BYTES or not 1 <= welcome.matrix_bytes <= MAX_MATRIX_BYTES:
-            raise MalformedMessage("WELCOME states a window or a matrix size outside the limits of the protocol")
-        return welcome
-
-
-@dataclass(frozen=True, slots=True)
-class Places:
-    """Payload of a MULTIPLY in shared memory (16 bytes): where its rows lie, and where the product is to be laid."""
-
-    BYTES: ClassVar[int] = _PLACES.size
-    rows: int
-    product: int
-
-    def pack(self) -> bytes:
-        """The payload as bytes."""
-        return _PLACES.pack(self.rows, self.product)
-
-    @classmethod
-    def unpack(cls, body: bytes) -> "Places":
-        """Read 16 bytes; that they lie within the memory is for whoever has it to check."""
-        return cls(*_PLACES.unpack(body))
-
-
-def pack_size(size: int) -> bytes:
-    """Payload of SHARE: bytes of the memory whose descriptor comes with it."""
-    return _SIZE.pack(size)
-
-
-def unpack_size(body: bytes) -> int:
-    """Read the payload of SHARE."""
-    return int(_SIZE.unpack(body)[0])
-
-
-def error_text(body: bytes) -> str:
-    """The text of an ERROR: printable ASCII and nothing else, for it ends up on a terminal.
-
-    Raises:
-        MalformedMessage: any other byte.
-    """
-    if not all(0x20 <= byte < 0x7F for byte in body):
-        raise MalformedMessage("the text of an ERROR is printable ASCII; other bytes came")
-    return body.decode("ascii")

@@ -8,14 +8,8 @@ import torch
 
 from obfuscatune.wire.errors import AdapterLost, QuotaExceeded, StorageError, UnknownMatrix
 from obfuscatune.wire.limits import MAX_MATRIX_BYTES
-from obfuscatune.wire.messages import (
-    ACCELERATOR,
-    CONTENT_STORE,
-    NO_DIGEST,
-    NO_MATRIX,
-    ErrorCode,
-    MessageType,
-)
+from obfuscatune.wire.messages import NO_DIGEST, NO_MATRIX, ErrorCode, MessageType
+from obfuscatune.wire.payloads import ACCELERATOR, CONTENT_STORE
 from obfuscatune.worker.answer_adapters import AdapterAnswerer
 from obfuscatune.worker.buffers import Buffers
 from obfuscatune.worker.compute import Computer

@@ -14,7 +14,8 @@ from obfuscatune.wire.deadline import Deadline, transfer_seconds
 from obfuscatune.wire.errors import StorageError, WireError
 from obfuscatune.wire.framing import send_message
 from obfuscatune.wire.limits import CHUNK_BYTES, HANDSHAKE_SECONDS, LINGER_SECONDS, STALL_SECONDS
-from obfuscatune.wire.messages import SHARED_MEMORY, WITH_ROWS, ErrorCode, Header, Hello, MessageType
+from obfuscatune.wire.messages import WITH_ROWS, ErrorCode, Header, MessageType
+from obfuscatune.wire.payloads import SHARED_MEMORY, Hello
 from obfuscatune.wire.tensors import bytes_of
 from obfuscatune.wire.transcript import Direction
 from obfuscatune.wire.transport import Buffer, Transport
@@ -66,7 +67,7 @@ class Connection:
             return
         answering = threading.Thread(target=self._answer_all, name=f"answer-{self._label}", daemon=True)
         answering.start()
-        self._inbox.put(self._read_all())
+        self._hand_over(self._read_all())
         answering.join()
         self._linger()
         self._transport.close()
@@ -98,9 +99,7 @@ class Connection:
                 if self._is_for_this_thread(item):
                     self._respond(item)
                     continue
-                with self._lock:
-                    self._handed_over += 1
-                self._inbox.put(item)
+                self._hand_over(item)
         except StorageError as error:
             log.error("%s", error)  # noqa: TRY400 - one line, no traceback
             self._service.on_failure()
@@ -111,6 +110,11 @@ class Connection:
         except (RuntimeError, MemoryError) as error:  # what torch raises where memory cannot be had
             log.error("session %s: %s", self._label, error)  # noqa: TRY400 - one line, no traceback
             return refusal(ErrorCode.FAILED, f"no memory for this request: {error}", last=True)
+
+    def _hand_over(self, item: Request | Reply | None) -> None:
+        with self._lock:
+            self._handed_over += 1
+        self._inbox.put(item)
 
     def _is_for_this_thread(self, item: Request | Reply) -> bool:
         """Whether the reader answers it itself: a product in shared memory, when the other thread has nothing to do.

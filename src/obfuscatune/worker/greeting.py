@@ -4,7 +4,8 @@ from obfuscatune.wire.deadline import Deadline
 from obfuscatune.wire.errors import LimitExceeded, ProtocolError, UnsupportedVersion, WireError, WorkerRefused
 from obfuscatune.wire.framing import recv_body, recv_header
 from obfuscatune.wire.limits import MAX_IN_FLIGHT, MAX_MATRIX_BYTES, MAX_WINDOW_BYTES, VERSION
-from obfuscatune.wire.messages import ErrorCode, Header, Hello, MessageType, Welcome
+from obfuscatune.wire.messages import ErrorCode, Header, MessageType
+from obfuscatune.wire.payloads import Hello, Welcome
 from obfuscatune.wire.transport import Transport
 from obfuscatune.worker.replies import Reply, refusal
 from obfuscatune.worker.sessions import session_key

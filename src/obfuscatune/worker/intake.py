@@ -9,7 +9,8 @@ from obfuscatune.wire.deadline import Deadline, transfer_seconds
 from obfuscatune.wire.errors import LimitExceeded, MalformedMessage, QuotaExceeded
 from obfuscatune.wire.framing import recv_body, recv_header, recv_payload
 from obfuscatune.wire.limits import CHUNK_BYTES, MAX_IN_FLIGHT, MAX_WINDOW_BYTES, STALL_SECONDS
-from obfuscatune.wire.messages import REQUESTS, WITH_ROWS, ErrorCode, Header, MessageType, Places, unpack_size
+from obfuscatune.wire.messages import REQUESTS, WITH_ROWS, ErrorCode, Header, MessageType
+from obfuscatune.wire.payloads import Places, unpack_size
 from obfuscatune.wire.shared_memory import SharedMemory
 from obfuscatune.wire.tensors import bytes_of
 from obfuscatune.wire.transport import Transport

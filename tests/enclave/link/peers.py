@@ -9,7 +9,8 @@ import torch
 
 from obfuscatune.wire.deadline import Deadline
 from obfuscatune.wire.errors import ConnectionLost
-from obfuscatune.wire.messages import HEADER_BYTES, REQUESTS, WITH_ROWS, Header, Hello, MessageType
+from obfuscatune.wire.messages import HEADER_BYTES, REQUESTS, WITH_ROWS, Header, MessageType
+from obfuscatune.wire.payloads import Hello
 from obfuscatune.wire.transport import Buffer
 from obfuscatune.worker.answer import Answerer, Request
 from obfuscatune.worker.buffers import Buffers

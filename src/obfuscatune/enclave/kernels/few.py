@@ -31,6 +31,10 @@ class Job(IntEnum):
     LENGTH = 20
 
 
+FIRST_GRID = (Job.START, Job.A, Job.Q_A, Job.B, Job.Q_B)
+SECOND_GRID = (Job.SECOND_START, Job.C, Job.Q_C, Job.D, Job.Q_D)
+
+
 class Product(IntEnum):
     """Likewise, for OUT (rows, columns) = LEFT (rows, inner) RIGHT (inner, columns)."""
 
@@ -43,7 +47,7 @@ def add_few(module: ir.Module, shape: Shape) -> None:
     """Add `turn` and `multiply`, exported."""
     multiply = _multiply(module, shape)
     f = Function(module, "multiply", 1, shape, exported=True)
-    f.builder.call(multiply, [f.read(f.arguments[0], I64, 8 * key) for key in list(Product)[: Product.LENGTH]])
+    f.builder.call(multiply, [f.field(key) for key in Product if key < Product.LENGTH])
     f.builder.ret_void()
     _add_turn(module, shape, multiply)
 
@@ -52,45 +56,29 @@ def _add_turn(module: ir.Module, shape: Shape, multiply: ir.Function) -> None:
     pick = _pick(module, shape)
     f = Function(module, "turn", 1, shape, exported=True)
     b = f.builder
-    (job,) = f.arguments
-
-    def field(key: Job) -> ir.Value:
-        return f.read(job, I64, 8 * key)
-
-    width, size = field(Job.WIDTH), I64(shape.itemsize)
+    width, size = f.field(Job.WIDTH), I64(shape.itemsize)
     row_bytes = b.mul(width, size)
-    first = field(Job.SCRATCH)
+    first = f.field(Job.SCRATCH)
     second, third = b.add(first, row_bytes), b.add(first, b.mul(row_bytes, I64(2)))
-    two_grids = b.icmp_signed("!=", field(Job.BETWEEN), I64(0))
-    with f.loop(field(Job.ROWS)) as row:
-        x = b.add(field(Job.X), b.mul(row, field(Job.X_STEP)))
-        _add_squares(f, x, width, field(Job.SQUARES))
-        b.call(pick, [x, field(Job.FROM), first, width])
+    two_grids = b.icmp_signed("!=", f.field(Job.BETWEEN), I64(0))
+    with f.loop(f.field(Job.ROWS)) as row:
+        x = b.add(f.field(Job.X), b.mul(row, f.field(Job.X_STEP)))
+        _add_squares(f, x, width, f.field(Job.SQUARES))
+        b.call(pick, [x, f.field(Job.FROM), first, width])
         result = f.local(I64, first)
-        grids = [(Job.START, Job.A, Job.Q_A, Job.B, Job.Q_B)]
-        _on_grid(f, multiply, first, third, *(field(key) for key in grids[0]))
+        _on_grid(f, multiply, first, third, FIRST_GRID)
         with b.if_then(two_grids):
-            b.call(pick, [first, field(Job.BETWEEN), second, width])
-            keys = (Job.SECOND_START, Job.C, Job.Q_C, Job.D, Job.Q_D)
-            _on_grid(f, multiply, second, third, *(field(key) for key in keys))
+            b.call(pick, [first, f.field(Job.BETWEEN), second, width])
+            _on_grid(f, multiply, second, third, SECOND_GRID)
             b.store(second, result)
-        y = b.add(field(Job.Y), b.mul(row, row_bytes))
-        b.call(pick, [b.load(result, typ=I64), field(Job.TO), y, width])
+        y = b.add(f.field(Job.Y), b.mul(row, row_bytes))
+        b.call(pick, [b.load(result, typ=I64), f.field(Job.TO), y, width])
     b.ret_void()
 
 
-def _on_grid(
-    f: Function,
-    multiply: ir.Function,
-    row: ir.Value,
-    spare: ir.Value,
-    start: ir.Value,
-    a: ir.Value,
-    q_a: ir.Value,
-    b: ir.Value,
-    q_b: ir.Value,
-) -> None:
-    """The (a, b) matrix U that begins `start` bytes into the row becomes Q_aᵀ U Q_b."""
+def _on_grid(f: Function, multiply: ir.Function, row: ir.Value, spare: ir.Value, keys: tuple[Job, ...]) -> None:
+    """The (a, b) matrix U that begins some bytes into the row becomes Q_aᵀ U Q_b."""
+    start, a, q_a, b, q_b = (f.field(key) for key in keys)
     grid = f.builder.add(row, start)
     f.builder.call(multiply, [q_a, grid, spare, a, a, b])
     f.builder.call(multiply, [spare, q_b, grid, a, b, b])

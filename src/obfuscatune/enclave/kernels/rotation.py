@@ -92,11 +92,7 @@ class RotationOfFew:
         if between:
             tables[few.Job.BETWEEN] = between[0] * itemsize
         sizes = {few.Job.WIDTH: self.dim}
-        keys = [
-            (few.Job.START, few.Job.A, few.Job.Q_A, few.Job.B, few.Job.Q_B),
-            (few.Job.SECOND_START, few.Job.C, few.Job.Q_C, few.Job.D, few.Job.Q_D),
-        ]
-        for grid, (start, a, q_a, b, q_b) in zip(grids, keys, strict=False):
+        for grid, (start, a, q_a, b, q_b) in zip(grids, (few.FIRST_GRID, few.SECOND_GRID), strict=False):
             sizes |= {start: grid.start * itemsize, a: grid.Q_a.shape[0], b: grid.Q_b.shape[0]}
             tables |= {q_a: grid.Q_a.T.contiguous(), q_b: grid.Q_b.contiguous()}
         self._tables = tables  # they are read by address

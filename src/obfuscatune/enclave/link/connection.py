@@ -25,19 +25,8 @@ from obfuscatune.wire.errors import (
     WorkerRefused,
 )
 from obfuscatune.wire.framing import recv_body, recv_header, recv_payload, send_message
-from obfuscatune.wire.messages import (
-    ACCELERATOR,
-    CONTENT_STORE,
-    REPLIES,
-    SHARED_MEMORY,
-    ErrorCode,
-    Header,
-    Hello,
-    MessageType,
-    Welcome,
-    error_text,
-    pack_size,
-)
+from obfuscatune.wire.messages import REPLIES, ErrorCode, Header, MessageType
+from obfuscatune.wire.payloads import ACCELERATOR, CONTENT_STORE, SHARED_MEMORY, Hello, Welcome, error_text, pack_size
 from obfuscatune.wire.shared_memory import SharedMemory
 from obfuscatune.wire.tensors import bytes_of
 from obfuscatune.wire.transport import Buffer, Transport

@@ -27,7 +27,8 @@ from obfuscatune.wire.errors import (
     WorkerRefused,
 )
 from obfuscatune.wire.limits import SHARED_BYTES
-from obfuscatune.wire.messages import NO_DIGEST, Header, MessageType, Places
+from obfuscatune.wire.messages import NO_DIGEST, Header, MessageType
+from obfuscatune.wire.payloads import Places
 from obfuscatune.wire.tensors import bytes_of, content_digest
 from obfuscatune.wire.transport import Buffer, Transport
 

@@ -12,7 +12,8 @@ from obfuscatune.enclave.link.pending import Pending
 from obfuscatune.wire.deadline import Deadline
 from obfuscatune.wire.dtypes import DType
 from obfuscatune.wire.errors import AdapterLost, BadReply, NonFiniteError, WireError
-from obfuscatune.wire.messages import NO_MATRIX, SHARED, Header, MessageType, Places
+from obfuscatune.wire.messages import NO_MATRIX, SHARED, Header, MessageType
+from obfuscatune.wire.payloads import Places
 from obfuscatune.wire.tensors import is_finite
 
 RESUME = "it exists nowhere else: resume from the last checkpoint"

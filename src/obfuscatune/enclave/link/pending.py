@@ -17,7 +17,8 @@ from obfuscatune.wire.errors import (
     WorkerRefused,
 )
 from obfuscatune.wire.limits import MAX_DIM, MAX_MATRIX_BYTES, MAX_WINDOW_BYTES
-from obfuscatune.wire.messages import NO_DIGEST, SHARED, TRANSPOSED, Header, MessageType, Places
+from obfuscatune.wire.messages import NO_DIGEST, SHARED, TRANSPOSED, Header, MessageType
+from obfuscatune.wire.payloads import Places
 from obfuscatune.wire.tensors import is_finite
 
 MatrixSource = Callable[[], torch.Tensor]
