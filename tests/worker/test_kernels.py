@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from obfuscatune.worker import kernels
 from obfuscatune.worker.compute import Computer
 
-if not kernels._are_there():
+if not kernels.are_there():
     pytest.skip("no kernels can be compiled here; torch computes", allow_module_level=True)
 
 from obfuscatune.worker.kernels import few_rows
@@ -73,8 +73,8 @@ def test_the_computer_uses_it_where_it_wins(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OBFUSCATUNE_KERNELS", "0")
-    kernels._are_there.cache_clear()
+    kernels.are_there.cache_clear()
     try:
         assert not kernels.apply_to(some(9, 32), some(32, 64), torch.empty(9, 64))
     finally:
-        kernels._are_there.cache_clear()
+        kernels.are_there.cache_clear()

@@ -122,6 +122,29 @@ class Function:
         place = self._pointer(self.arguments[0], 8 * key)
         return self.builder.atomic_rmw("add", place, count, "monotonic")
 
+    def load_shared(self, address: ir.Value, offset: int = 0) -> ir.Value:
+        """What another process last stored there; all that it stored before is seen by what is loaded afterwards."""
+        return self.builder.load_atomic(self._pointer(address, offset), "seq_cst", 8, typ=I64)
+
+    def store_shared(self, value: ir.Value, address: ir.Value, offset: int = 0) -> None:
+        """Store a number for another process to see, after all that was stored before and before all loaded after."""
+        self.builder.atomic_rmw("xchg", self._pointer(address, offset), value, "seq_cst")
+
+    def rest(self) -> None:
+        """In a loop that waits for another core: let the processor know."""
+        instruction = "yield" if self._is_arm else "pause"
+        self.builder.asm(ir.FunctionType(ir.VoidType(), []), instruction, "", [], side_effect=True)
+
+    def ticks(self) -> ir.Value:
+        """The processor's clock, which runs at the same speed always."""
+        if self._is_arm:
+            return self.builder.asm(ir.FunctionType(I64, []), "mrs $0, cntvct_el0", "=r", [], side_effect=True)
+        kind = ir.FunctionType(I64, [])
+        clock = self.module.globals.get("llvm.readcyclecounter") or ir.Function(
+            self.module, kind, "llvm.readcyclecounter"
+        )
+        return self.builder.call(clock, [])
+
     @contextmanager
     def shares(self, counter: int, together: ir.Value, total: ir.Value) -> Iterator[tuple[ir.Value, ir.Value]]:
         """Around what is done from one number to another: threads take `together` at a time, up to `total`."""
@@ -200,6 +223,10 @@ class Function:
         b = self.builder
         base = b.inttoptr(address, POINTER)
         return b.gep(base, [I64(offset)], source_etype=BYTE) if offset else base
+
+    @property
+    def _is_arm(self) -> bool:
+        return str(self.module.triple).startswith(("aarch64", "arm64"))
 
     def _alignment(self, kind: ir.Type) -> int:
         return 8 if kind == I64 else self.shape.itemsize

@@ -31,6 +31,7 @@ class Engine:
         """`build` makes the module for a target triple."""
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
+        llvm.initialize_native_asmparser()  # some instructions have no other name
         triple = llvm.get_process_triple()
         features = llvm.get_host_cpu_features().flatten()
         machine = llvm.Target.from_triple(triple).create_target_machine(

@@ -31,6 +31,11 @@ def find() -> None:
     _parallel()
 
 
+def parallel_address() -> int:
+    """Of GOMP_parallel, for a kernel that calls upon threads itself."""
+    return ctypes.cast(_parallel(), ctypes.c_void_p).value or 0
+
+
 _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 

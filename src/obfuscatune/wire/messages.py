@@ -19,10 +19,12 @@ from obfuscatune.wire.limits import (
     MAX_ERROR_BYTES,
     MAX_MATRIX_BYTES,
     MAX_SLICES,
+    MAX_WATCHED,
     MAX_WINDOW_BYTES,
     VERSION,
 )
 from obfuscatune.wire.payloads import SIZE_BYTES, Hello, Places, Welcome
+from obfuscatune.wire.slot import watch_bytes
 
 MAGIC = b"OBFT"
 TRANSPOSED = 1
@@ -64,6 +66,7 @@ class MessageType(IntEnum):
     STEP = 19
     ZERO = 20
     NORM = 21
+    WATCH = 22
 
 
 class ErrorCode(IntEnum):
@@ -88,6 +91,7 @@ REQUESTS = frozenset(
         MessageType.STORE,
         MessageType.MULTIPLY,
         MessageType.FORGET,
+        MessageType.WATCH,
     }
 )
 ON_ADAPTERS = frozenset(
@@ -176,6 +180,7 @@ FORMS: Mapping[MessageType, Form] = MappingProxyType(
         MessageType.STEP: Form(body_bytes=(Step.BYTES, Step.BYTES)),
         MessageType.ZERO: Form(),
         MessageType.NORM: Form(),
+        MessageType.WATCH: Form(body_bytes=watch_bytes(1, MAX_WATCHED)),
     }
 )
 

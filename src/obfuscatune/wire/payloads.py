@@ -13,7 +13,9 @@ SHARED_MEMORY = 2
 """Feature of a connection: SHARE is welcome on it."""
 ACCELERATOR = 4
 """Feature of a worker: it computes on a device of its own, not on its host's processor."""
-FEATURES = CONTENT_STORE | SHARED_MEMORY | ACCELERATOR
+SLOTS = 8
+"""Feature of a connection: WATCH is welcome on it."""
+FEATURES = CONTENT_STORE | SHARED_MEMORY | ACCELERATOR | SLOTS
 _HELLO = struct.Struct("<32sHH")
 _WELCOME = struct.Struct("<HHIQQQ")
 _PLACES = struct.Struct("<QQ")

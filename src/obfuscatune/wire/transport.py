@@ -41,6 +41,9 @@ class Transport(Protocol):
         Raises ConnectionLost, DeadlineExceeded.
         """
 
+    def has_news(self) -> bool:
+        """Whether `recv_into` would return, or raise, at once."""
+
     def take_descriptor(self) -> int | None:
         """The descriptor that came with what was received last, for the caller to close; None where none did."""
 
@@ -101,6 +104,12 @@ class SocketTransport:
         if len(view) < WHOLE_BYTES:
             return self._wait(self._read, view, deadline)
         return self._read_whole(view, deadline)
+
+    def has_news(self) -> bool:
+        """See `Transport.has_news`."""
+        poll = select.poll()
+        poll.register(self._sock.fileno(), select.POLLIN)
+        return bool(poll.poll(0))
 
     def take_descriptor(self) -> int | None:
         """See `Transport.take_descriptor`."""

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from obfuscatune.wire.errors import AdapterLost, QuotaExceeded, StorageError, UnknownMatrix
+from obfuscatune.wire.errors import AdapterLost, MalformedMessage, QuotaExceeded, StorageError, UnknownMatrix
 from obfuscatune.wire.limits import MAX_MATRIX_BYTES
 from obfuscatune.wire.messages import NO_DIGEST, NO_MATRIX, ErrorCode, MessageType
-from obfuscatune.wire.payloads import ACCELERATOR, CONTENT_STORE
+from obfuscatune.wire.payloads import ACCELERATOR, CONTENT_STORE, SLOTS
+from obfuscatune.wire.slot import Watched
 from obfuscatune.worker.answer_adapters import AdapterAnswerer
 from obfuscatune.worker.buffers import Buffers
 from obfuscatune.worker.compute import Computer
@@ -39,13 +40,15 @@ class Answerer:
             MessageType.STORE: self._store,
             MessageType.MULTIPLY: self._multiply,
             MessageType.FORGET: self._forget,
+            MessageType.WATCH: self._watch,
         }
 
     @property
     def features(self) -> int:
         """What WELCOME says of this worker."""
         keeps = 0 if self.disk is None else CONTENT_STORE
-        return keeps | (0 if self.computer.device.type == "cpu" else ACCELERATOR)
+        apart = 0 if self.computer.device.type == "cpu" else ACCELERATOR
+        return keeps | apart | (SLOTS if self.computer.watches else 0)
 
     def answer(self, session: bytes, request: Request, buffers: Buffers) -> Reply:
         """The reply to one request of the session with that key. Refusals are replies; nothing is raised for them."""
@@ -103,6 +106,17 @@ class Answerer:
         product = room_for(request, outer, buffers)
         self.computer.multiply(request.matrix(), matrix, product, transpose=header.transposed)
         return product_of(request, product)
+
+    def _watch(self, session: bytes, request: Request, buffers: Buffers) -> Reply:
+        watched = Watched.unpack(request.body)
+        if request.memory is None:
+            raise Declined(ErrorCode.FAILED, "no memory is shared: send messages")
+        matrices = [self.store.get((session, matrix_id)) for matrix_id in watched.matrix_ids]
+        try:
+            self.computer.watch(request.memory, watched.slot, matrices)
+        except MalformedMessage as error:
+            return refusal(ErrorCode.MALFORMED, str(error), last=True)
+        return short(MessageType.DONE, request.header)
 
     def _kept(self, request: Request) -> torch.Tensor | None:
         """What was offered, where it lies on disk."""

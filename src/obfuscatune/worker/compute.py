@@ -1,12 +1,22 @@
 """All that a worker computes: rows @ W*, or rows @ W*^T; and whose turn it is to compute."""
 
+from __future__ import annotations
+
+import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 
+from obfuscatune.wire.messages import ErrorCode
+from obfuscatune.wire.shared_memory import SharedMemory
 from obfuscatune.worker import kernels
+from obfuscatune.worker.declined import Declined
+
+if TYPE_CHECKING:
+    from obfuscatune.worker.watch import Watched
 
 
 class Computer:
@@ -17,6 +27,7 @@ class Computer:
         self.device = device
         self.dtype = dtype
         self._lock = threading.Lock()
+        self._watches = threading.Semaphore(max(len(os.sched_getaffinity(0)) - 1, 1))
 
     def adopt(self, matrix: torch.Tensor) -> torch.Tensor:
         """A received (p, q) matrix as it is kept; the same memory when neither device nor dtype change."""
@@ -27,6 +38,31 @@ class Computer:
         """The device, for one computation alone. Nothing in it is differentiated by torch."""
         with self._lock, torch.inference_mode():
             yield self.device
+
+    @property
+    def watches(self) -> bool:
+        """Whether it can watch a slot."""
+        return self.device.type == "cpu" and self.dtype in (None, torch.float32) and kernels.may_be_there()
+
+    def watch(self, memory: SharedMemory, slot_offset: int, matrices: Sequence[torch.Tensor]) -> Watched:
+        """Answer what an enclave on this host posts in a slot, for as long as it does; see `watch.watch`.
+
+        Each watch takes a core, and leaves one to the enclave, which waits awake as well.
+
+        Raises:
+            Declined: that is not possible here, or not now.
+        """
+        if not self.watches or not kernels.are_there():
+            raise Declined(ErrorCode.FAILED, "this worker watches no slots: send messages")
+        if not self._watches.acquire(blocking=False):
+            raise Declined(ErrorCode.FAILED, "all cores watch other slots: send messages")
+        try:
+            from obfuscatune.worker.watch import watch
+
+            threads = min(torch.get_num_threads(), len(os.sched_getaffinity(0)) - 1)
+            return watch(memory, slot_offset, matrices, max(threads, 1))
+        finally:
+            self._watches.release()
 
     def multiply(self, rows: torch.Tensor, matrix: torch.Tensor, out: torch.Tensor, *, transpose: bool) -> None:
         """Write the product into `out`, in its dtype.

@@ -15,7 +15,7 @@ from obfuscatune.wire.errors import StorageError, WireError
 from obfuscatune.wire.framing import send_message
 from obfuscatune.wire.limits import CHUNK_BYTES, HANDSHAKE_SECONDS, LINGER_SECONDS, STALL_SECONDS
 from obfuscatune.wire.messages import WITH_ROWS, ErrorCode, Header, MessageType
-from obfuscatune.wire.payloads import SHARED_MEMORY, Hello
+from obfuscatune.wire.payloads import SHARED_MEMORY, SLOTS, Hello
 from obfuscatune.wire.tensors import bytes_of
 from obfuscatune.wire.transcript import Direction
 from obfuscatune.wire.transport import Buffer, Transport
@@ -84,11 +84,19 @@ class Connection:
         try:
             body = Hello(bytes(32)).pack()  # without the session id, which is a key and is not kept
             self._record("request", Header(MessageType.HELLO, payload_bytes=len(body)), body)
-            features = self._service.answerer.features | (SHARED_MEMORY if self._transport.shares_memory else 0)
-            self._send(welcome(self._store.quota_bytes, features), deadline)
+            self._send(welcome(self._store.quota_bytes, self._features), deadline)
         except BaseException:
             self._service.sessions.leave(session, keep=self._store.holds_any(session))
             raise
+
+    @property
+    def _features(self) -> int:
+        features = self._service.answerer.features
+        if not self._transport.shares_memory:
+            return features & ~SLOTS
+        if self._service.recorder is not None:
+            features &= ~SLOTS  # what is handed over in a slot passes by the recorder
+        return features | SHARED_MEMORY
 
     def _read_all(self) -> Reply | None:
         """Read requests until the end, most into the inbox. Returns what to say last, None for nothing."""
@@ -96,10 +104,10 @@ class Connection:
         try:
             while True:
                 item = self._intake.next()
-                if self._is_for_this_thread(item):
-                    self._respond(item)
-                    continue
-                self._hand_over(item)
+                if not self._is_for_this_thread(item):
+                    self._hand_over(item)
+                elif self._respond(item):
+                    return None
         except StorageError as error:
             log.error("%s", error)  # noqa: TRY400 - one line, no traceback
             self._service.on_failure()
@@ -117,12 +125,12 @@ class Connection:
         self._inbox.put(item)
 
     def _is_for_this_thread(self, item: Request | Reply) -> bool:
-        """Whether the reader answers it itself: a product in shared memory, when the other thread has nothing to do.
+        """Whether the reader answers it itself: what lies in shared memory, when the other thread has nothing to do.
 
         To read on meanwhile would bring nothing, for what is sent is a header; to wake the other thread takes longer
         than many a product.
         """
-        if not item.header.shared or not isinstance(item, Request):
+        if not isinstance(item, Request) or not (item.header.shared or item.header.type is MessageType.WATCH):
             return False
         with self._lock:
             return self._handed_over == 0
@@ -133,10 +141,10 @@ class Connection:
         item: Request | Reply | None = None
         try:
             while (item := self._inbox.get()) is not None:
-                self._respond(item)
+                was_last = self._respond(item)
                 with self._lock:
                     self._handed_over -= 1
-                if isinstance(item, Reply) and item.last:
+                if was_last:
                     break
             finished = True
         except WireError as error:
@@ -149,8 +157,8 @@ class Connection:
             if not finished:
                 self._transport.shutdown()  # so that the reader ends too
 
-    def _respond(self, item: Request | Reply) -> None:
-        """Answer one request, or send what the reader had to say itself."""
+    def _respond(self, item: Request | Reply) -> bool:
+        """Answer one request, or send what the reader had to say itself. Whether the connection ends with that."""
         if isinstance(item, Request):
             if self._service.recorder is not None:
                 self._record("request", item.header.inline(), item.payload)
@@ -160,11 +168,12 @@ class Connection:
         self._intake.settle(item.header)
         self._send(reply, Deadline(STALL_SECONDS + transfer_seconds(reply.header.payload_bytes)))
         if item.header.shared:
-            return
+            return reply.last
         if isinstance(item, Request) and item.header.type in WITH_ROWS and item.tensor is not None:
             self._buffers.give_back(item.tensor)
         if reply.product is not None:
             self._buffers.give_back(reply.product)
+        return reply.last
 
     def _send(self, reply: Reply, deadline: Deadline) -> None:
         if self._service.recorder is not None:

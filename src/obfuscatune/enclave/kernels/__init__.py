@@ -33,7 +33,7 @@ def code_for(x: Tensor) -> Compiled | None:
     They take float32 and float64 on the CPU, rows that are contiguous and at least as long as a panel's, and nothing
     through which autograd is to find its way.
     """
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or not _is_there():
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or not are_there():
         return None
     if x.dim() != 2 or x.shape[0] < 1 or x.stride(1) != 1 or (x.requires_grad and torch.is_grad_enabled()):
         return None
@@ -45,7 +45,7 @@ def code_for(x: Tensor) -> Compiled | None:
 
 def code_for_deviates() -> Callable[[NDArray[np.uint32], int], NDArray[np.float32]] | None:
     """`deviates.from_words`, or None where numpy is to compute."""
-    if not _is_there():
+    if not are_there():
         return None
     from obfuscatune.enclave.kernels.deviates import from_words
 
@@ -53,7 +53,7 @@ def code_for_deviates() -> Callable[[NDArray[np.uint32], int], NDArray[np.float3
 
 
 @functools.cache
-def _is_there() -> bool:
+def are_there() -> bool:
     """Whether kernels can be compiled and run in this process; found out once."""
     try:
         from obfuscatune.enclave.kernels.compiled import compiled

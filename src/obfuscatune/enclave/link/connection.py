@@ -26,7 +26,16 @@ from obfuscatune.wire.errors import (
 )
 from obfuscatune.wire.framing import recv_body, recv_header, recv_payload, send_message
 from obfuscatune.wire.messages import REPLIES, ErrorCode, Header, MessageType
-from obfuscatune.wire.payloads import ACCELERATOR, CONTENT_STORE, SHARED_MEMORY, Hello, Welcome, error_text, pack_size
+from obfuscatune.wire.payloads import (
+    ACCELERATOR,
+    CONTENT_STORE,
+    SHARED_MEMORY,
+    SLOTS,
+    Hello,
+    Welcome,
+    error_text,
+    pack_size,
+)
 from obfuscatune.wire.shared_memory import SharedMemory
 from obfuscatune.wire.tensors import bytes_of
 from obfuscatune.wire.transport import Buffer, Transport
@@ -75,6 +84,11 @@ class LinkConnection:
         """Whether the worker computes on other cores than this process's: on a device, or on another host."""
         return bool(self.welcome.features & ACCELERATOR) or not self._transport.shares_memory
 
+    @property
+    def watches_slots(self) -> bool:
+        """Whether the worker would watch a slot in the memory that is shared."""
+        return bool(self.welcome.features & SLOTS) and self.arena is not None
+
     def share(self, request_id: int, size: int, deadline: Deadline) -> None:
         """Share memory with the worker, where it is on this host and there is some; else this does nothing."""
         if not self.welcome.features & SHARED_MEMORY or not self._transport.shares_memory:
@@ -104,6 +118,10 @@ class LinkConnection:
             self._stats.seconds_waiting += time.monotonic() - started
         self._stats.bytes_received += header.message_bytes
         return header
+
+    def has_news(self) -> bool:
+        """Whether a reply is there, or the connection's end."""
+        return self._transport.has_news()
 
     def body(self, header: Header, deadline: Deadline) -> bytes:
         """The payload of a reply that carries no matrix."""

@@ -6,6 +6,7 @@ again, so that no reply of an earlier connection, nor a reply played a second ti
 """
 
 import secrets
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -13,6 +14,7 @@ from obfuscatune.enclave.link.arena import Arena
 from obfuscatune.enclave.link.connection import LinkConnection
 from obfuscatune.enclave.link.pending import Pending, StoredMatrix, check_product
 from obfuscatune.enclave.link.retry import Insistence, RetryPolicy
+from obfuscatune.enclave.link.slot import State, WatchedSlot, fits
 from obfuscatune.enclave.link.stats import LinkStats
 from obfuscatune.wire.deadline import Deadline, transfer_seconds
 from obfuscatune.wire.errors import (
@@ -64,6 +66,8 @@ class LinkDriver:
         self._connected_before = False
         self._last_id = 0
         self._in_flight: OrderedDict[int, Pending] = OrderedDict()
+        self._slot: WatchedSlot | None = None
+        self._posted: Pending | None = None
 
     @property
     def arena(self) -> Arena | None:
@@ -114,7 +118,10 @@ class LinkDriver:
         for pending in self._in_flight.values():
             pending.interrupted()
         self.waiting[:0] = [pending for pending in self._in_flight.values() if not pending.done]
+        if self._posted is not None:
+            self.waiting.insert(0, self._posted)
         self._in_flight.clear()
+        self._slot = self._posted = None
         if self._connection is not None:
             self._connection.close()
             self._connection = None
@@ -122,7 +129,8 @@ class LinkDriver:
     def farewell(self) -> None:
         """Have the worker forget this session, where it is still connected, and disconnect."""
         try:
-            if self._connection is not None and not self._in_flight:
+            if self._connection is not None and not self._in_flight and self._posted is None:
+                self._end_watch(self._connection)
                 self._ask(self._connection, Header(MessageType.FORGET, self._next_id()), seconds=FAREWELL_SECONDS)
         except WireError:
             return  # gone: it has forgotten, or will when the session expires
@@ -134,6 +142,12 @@ class LinkDriver:
         connection = self._connection
         if connection is None:
             self._greet()
+        elif self._posted is not None and self._slot is not None:
+            self._collect(connection, self._slot, self._posted)
+        elif not (self._in_flight or self.missing or self.leaving) and self._post(connection, self.waiting[0]):
+            return
+        elif self._slot is not None and self._slot.watch_id is not None:
+            self._end_watch(connection)
         elif self._in_flight and (self.missing or self.leaving or not self.waiting):
             self._receive(connection)
         elif self.missing:
@@ -168,9 +182,7 @@ class LinkDriver:
         if pending.rows.nbytes > window:
             self._fail([pending], LimitExceeded(f"the worker takes {window} bytes in one call: split the rows"))
             return
-        self.stats.retries += pending.times_sent > 0
-        pending.times_sent += 1
-        pending.deadline = Deadline(self._deadline_s)
+        self._set_out(pending)
         request_id = self._next_id()
         places = self._places(connection, pending)
         if places is None:
@@ -179,6 +191,75 @@ class LinkDriver:
             connection.send(pending.header(request_id, shared=True), places.pack(), pending.deadline)
         self.waiting.remove(pending)
         self._in_flight[request_id] = pending
+
+    def _post(self, connection: LinkConnection, pending: Pending) -> bool:
+        """Hand a request over in the slot; False where it has to be sent."""
+        if not fits(pending) or not connection.watches_slots:
+            return False
+        slot = self._slot = self._slot or WatchedSlot.lent_by(connection.arena)  # type: ignore[arg-type]
+        places = None if slot is None or slot.rests else self._places(connection, pending)
+        if slot is None or places is None:
+            return False
+        if not slot.is_watched_for(pending.matrix_id):
+            self._end_watch(connection)
+            self._watch(connection, slot)
+        self._set_out(pending)
+        self.waiting.remove(pending)
+        self._posted = pending
+        slot.post(pending, places.rows, places.product)
+        return True
+
+    def _watch(self, connection: LinkConnection, slot: WatchedSlot) -> None:
+        request_id = self._next_id()
+        body = slot.begin_watch(request_id, self.matrices).pack()
+        header = Header(MessageType.WATCH, request_id, payload_bytes=len(body))
+        connection.send(header, body, Deadline(self._deadline_s))
+
+    def _end_watch(self, connection: LinkConnection) -> None:
+        """Call the worker away from the slot, if it watches, so that it reads messages again.
+
+        Raises:
+            ProtocolError: it says that we broke the protocol, or something that answers no WATCH.
+        """
+        slot = self._slot
+        if slot is None or slot.watch_id is None:
+            return
+        slot.call_away()
+        deadline = Deadline(self._deadline_s)
+        reply = connection.receive(deadline)
+        refused = reply.type is MessageType.ERROR
+        if refused and reply.request_id in (0, slot.watch_id):
+            error = connection.refusal(reply, deadline)
+            if reply.request_id == 0:
+                raise error
+        elif reply.type is not MessageType.DONE or reply.request_id != slot.watch_id:
+            raise MalformedMessage(f"{reply.type.name} came, which does not answer WATCH")
+        slot.end_watch(refused=refused)
+
+    def _collect(self, connection: LinkConnection, slot: WatchedSlot, pending: Pending) -> None:
+        """Wait for the answer to what was posted. Where the worker left before it saw that, begin anew."""
+        started = time.monotonic()
+        state = slot.wait()
+        self.stats.seconds_waiting += time.monotonic() - started
+        if state is State.ANSWERED and pending.landing is not None:
+            pending.product = pending.landing if pending.product_unchecked else check_product(pending.landing)
+            self._posted = None
+            self.stats.crossings += 1
+            self.stats.bytes_sent += pending.rows.nbytes
+            self.stats.bytes_received += pending.landing.nbytes
+            return
+        pending.deadline.remaining()
+        if connection.has_news():
+            self._end_watch(connection)
+            self._posted = None
+            pending.times_sent -= 1
+            self.waiting.insert(0, pending)
+
+    def _set_out(self, pending: Pending) -> None:
+        """It is about to be sent, or posted."""
+        self.stats.retries += pending.times_sent > 0
+        pending.times_sent += 1
+        pending.deadline = Deadline(self._deadline_s)
 
     def _places(self, connection: LinkConnection, pending: Pending) -> Places | None:
         """Where rows and product lie in the memory of this connection; None where the rows do not, or it is full."""
