@@ -15,20 +15,32 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from obfuscatune.enclave.link import Pending, WorkerLink, check_finite, check_product
-from obfuscatune.enclave.mixing import Mixer, Mixing
+from obfuscatune.enclave.mixing import DENSE_BELOW, FewMixing, Mixer, Mixing
 from obfuscatune.enclave.spans import span
 from obfuscatune.enclave.transforms import Transform
 from obfuscatune.enclave.verify import Verifier
+from obfuscatune.wire.errors import ProtectionError
+
+if TYPE_CHECKING:
+    from obfuscatune.enclave.kernels.rotation import RotationOfFew
 
 _LEAST_NORM = 1e-15
 """Below it squares may vanish in float32, and the norm with them."""
+
+
+@dataclass(frozen=True)
+class FewWay:
+    """How few rows go through a product, one way: turned by `turn`, and what came by `back`."""
+
+    turn: RotationOfFew
+    back: RotationOfFew
 
 
 @dataclass(frozen=True)
@@ -36,11 +48,13 @@ class InFlight:
     """A crossing that was started: what undoes its mixing, and the reply to come; both None where no row crosses."""
 
     like: Tensor
-    """An empty tensor of the dtype and on the device of what was asked."""
-    mixing: Mixing | None = None
+    """Of the dtype and on the device of what was asked; of few rows, these themselves."""
+    mixing: Mixing | FewMixing | None = None
     pending: Pending | None = None
     check: Callable[[Tensor], None] | None = None
     """Holds the product, in memory of our own, against what it must be; where this request is verified."""
+    few: FewWay | None = None
+    """Where few rows cross: the mixing is a `FewMixing` then."""
 
 
 class OffloadedProduct:
@@ -60,6 +74,7 @@ class OffloadedProduct:
         self._link, self._matrix_id = link, matrix_id
         self._R_in, self._R_out = R_in, R_out
         self._mixer, self._verifier, self._dtype = mixer, verifier, dtype
+        self._ways: dict[tuple[int, torch.dtype, bool], FewWay | None] = {}
 
     @property
     def is_computed_apart(self) -> bool:
@@ -68,24 +83,34 @@ class OffloadedProduct:
 
     def start_forward(self, x: Tensor) -> InFlight:
         """Send x (n, p)."""
+        few = self._send_few(x, transpose=False)
+        if few is not None:
+            return few
         with span("obfuscatune.rotate"):
             rotated, norm = self._R_in.apply_measured(_widen(x))  # (n, p)
         return self._send(rotated, norm, x, transpose=False)
 
     def finish_forward(self, crossing: InFlight) -> Tensor:
         """y = x W (n, q), in x's dtype and on its device; memory of its own."""
+        if crossing.few is not None:
+            return self._receive_few(crossing, crossing.few)
         unmixed = self._receive(crossing, self._R_out.dim)  # (n, q)
         with span("obfuscatune.rotate"):
             return self._R_out.inverse(unmixed).to(crossing.like.dtype)
 
     def start_backward(self, g: Tensor) -> InFlight:
         """Send g (n, q)."""
+        few = self._send_few(g, transpose=True)
+        if few is not None:
+            return few
         with span("obfuscatune.rotate"):
             rotated, norm = self._R_out.inverse_transpose_measured(_widen(g))  # (n, q)
         return self._send(rotated, norm, g, transpose=True)
 
     def finish_backward(self, crossing: InFlight) -> Tensor:
         """dx = g Wᵀ (n, p), in g's dtype and on its device; memory of its own."""
+        if crossing.few is not None:
+            return self._receive_few(crossing, crossing.few)
         unmixed = self._receive(crossing, self._R_in.dim)  # (n, p)
         with span("obfuscatune.rotate"):
             return self._R_in.apply_transpose(unmixed).to(crossing.like.dtype)
@@ -105,22 +130,80 @@ class OffloadedProduct:
             A.mix(rotated, scale, mixed)
             if not as_sent:
                 X_star.copy_(mixed)
-        check = None if self._verifier is None else self._check(self._verifier, A, rotated, scale, dtype, transpose)
+        check = self._check(lambda v: A.image(rotated, v), rotated.dtype, scale, dtype, transpose)
         with span("obfuscatune.send"):
             pending = self._link.submit(
                 self._matrix_id, X_star, transpose=transpose, known_finite=as_sent, product_unchecked=True
             )
         return InFlight(like, A, pending, check)
 
+    def _send_few(self, x: Tensor, *, transpose: bool) -> InFlight | None:
+        """Send few rows x (n, p), or (n, q): turned, mixed and laid where they are sent from by one kernel.
+
+        None where there is no such kernel; and for rows without a norm, for `_send` to tell why.
+        """
+        n = x.shape[0]
+        way = self._way(x, transpose=transpose) if 0 < n <= DENSE_BELOW else None
+        mixing = None if way is None else self._mixer.draw_few(n, way.turn.dim, x.dtype)
+        if way is None or mixing is None:
+            return None
+        with span("obfuscatune.mix"):
+            X_star = self._link.lend(mixing.rows, way.turn.dim, x.dtype)
+            norm = math.sqrt(way.turn.send(x, mixing.secrets, X_star))
+        if not _LEAST_NORM < norm < math.inf:
+            return None
+        check = self._check(mixing.image, x.dtype, norm / math.sqrt(x.numel()), x.dtype, transpose)
+        with span("obfuscatune.send"):
+            pending = self._link.submit(
+                self._matrix_id, X_star, transpose=transpose, known_finite=True, product_unchecked=True
+            )
+        with span("obfuscatune.mix"):
+            self._mixer.draw_ahead()
+        return InFlight(x, mixing, pending, check, way)
+
+    def _receive_few(self, crossing: InFlight, way: FewWay) -> Tensor:
+        """Wait for the product; unmixed and turned back by one kernel: (n, q), or (n, p)."""
+        x, mixing, pending = crossing.like, crossing.mixing, crossing.pending
+        if not isinstance(mixing, FewMixing) or pending is None:
+            raise ProtectionError("a crossing of few rows was finished without what it was begun with")
+        with span("obfuscatune.wait"):
+            Y_star = pending.result()  # (m, q)
+        if crossing.check is not None:
+            with span("obfuscatune.verify"):
+                Y_star = check_product(Y_star.clone())  # a check of what the worker can still change would be none
+                crossing.check(Y_star)
+        with span("obfuscatune.mix"):
+            y = x.new_empty(x.shape[0], way.back.dim)
+            if not math.isfinite(way.back.receive(Y_star, mixing.secrets, y)):
+                check_product(y)
+            self._mixer.give_back(mixing)
+        return y
+
+    def _way(self, x: Tensor, *, transpose: bool) -> FewWay | None:
+        if x.device.type != "cpu" or x.stride(1) != 1 or self._dtype not in (None, x.dtype):
+            return None
+        key = x.shape[0], x.dtype, transpose
+        if key not in self._ways:
+            there, back = (self._R_out, self._R_in) if transpose else (self._R_in, self._R_out)
+            turn = there.of_few(x.shape[0], x.dtype, undo=False)
+            turn_back = back.of_few(x.shape[0], x.dtype, undo=True)
+            self._ways[key] = None if turn is None or turn_back is None else FewWay(turn, turn_back)
+        return self._ways[key]
+
     def _check(
-        self, verifier: Verifier, A: Mixing, rotated: Tensor, scale: float, dtype: torch.dtype, transpose: bool
+        self, image: Callable[[Tensor], Tensor], rows: torch.dtype, scale: float, dtype: torch.dtype, transpose: bool
     ) -> Callable[[Tensor], None] | None:
-        """What the product of the rows just mixed will be held against; None where this one is not verified."""
+        """What the product of the rows just mixed will be held against; None where this one is not verified.
+
+        `image` makes X* v of v in the dtype of the `rows`, which travel in `dtype`.
+        """
+        if self._verifier is None:
+            return None
         with span("obfuscatune.verify"):
-            probe = verifier.draw(transpose=transpose)
+            probe = self._verifier.draw(transpose=transpose)
             if probe is None:
                 return None
-            u = A.image(rotated, probe.v.to(rotated)).to(probe.v)
+            u = image(probe.v.to(rows)).to(probe.v)
 
         def check(product: Tensor) -> None:
             probe.check(product, u, scale, dtype)
@@ -131,7 +214,7 @@ class OffloadedProduct:
     def _receive(self, crossing: InFlight, width: int) -> Tensor:
         """Wait for the product and unmix it: (n, width)."""
         like = crossing.like
-        if crossing.mixing is None or crossing.pending is None:
+        if crossing.mixing is None or crossing.pending is None or isinstance(crossing.mixing, FewMixing):
             return _widen(like).new_zeros(0, width)
         with span("obfuscatune.wait"):
             Y_star = crossing.pending.result()  # (m, width)

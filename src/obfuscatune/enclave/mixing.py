@@ -11,24 +11,25 @@ so it is drawn in the worker's basis directly: N and N R are alike for orthogona
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from obfuscatune.enclave import kernels
+from obfuscatune.enclave.kernels.mixing import MixingOfFew
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.link.pending import NOT_FINITE, check_product
 from obfuscatune.enclave.orthogonal import covering_grid, haar_batch, kronecker_rows
 from obfuscatune.wire.errors import BadReply
 
-if TYPE_CHECKING:
-    pass
-
 DENSE_BELOW = 32  # rows; up to here one dense factor costs no more than two small ones
 DRAWN_AHEAD = 64
 """Factors that are drawn together, at most: one QR of many small matrices takes little longer than of one."""
+FEW_AHEAD = 64
+"""Crossings of few rows whose memory is kept to be drawn into."""
 ELEMENTS_AHEAD = 1 << 18
 """Of factors that are drawn together: 2 MiB."""
 
@@ -59,8 +60,76 @@ class Mixing(Protocol):
 class Mixer(Protocol):
     """Draws the mixing of each crossing."""
 
+    def draw_few(self, rows: int, width: int, dtype: torch.dtype) -> FewMixing | None:
+        """The mixing for a crossing of few rows, as kernels take it; None where `draw` is to be asked."""
+
+    def draw_ahead(self) -> None:
+        """A moment's work for a coming crossing, for whoever would otherwise wait."""
+
+    def give_back(self, mixing: FewMixing) -> None:
+        """What `draw_few` drew, after the crossing that it was for."""
+
     def draw(self, rows: int, width: int) -> Mixing:
         """The mixing for one crossing of ``rows`` rows of ``width`` elements."""
+
+
+@dataclass(frozen=True, eq=False)
+class FewMixing:
+    """The secrets of one crossing of few rows, and the memory that they lie in."""
+
+    key: tuple[int, int, torch.dtype]
+    """Rows, width and dtype that they are for."""
+    secrets: MixingOfFew
+    renewals: int
+    """Of the stream, when they were drawn."""
+
+    @property
+    def rows(self) -> int:
+        """m."""
+        return self.secrets.Q.shape[0]
+
+    def image(self, v: Tensor) -> Tensor:
+        """X* v (m, k) for v (p, k), of the rows that were just mixed, without reading X* back."""
+        return self.secrets.mixed_by @ (self.secrets.stack @ v)
+
+
+class _FewAhead:
+    """What crossings of few rows take, drawn while others are waited for, into memory that is used again."""
+
+    def __init__(self, stream: SecretStream, factors: _DrawnAhead, loudness: float) -> None:
+        self._stream, self._factors, self._loudness = stream, factors, loudness
+        self._ready: dict[tuple[int, int, torch.dtype], list[FewMixing]] = {}
+        self._used: deque[FewMixing] = deque(maxlen=FEW_AHEAD)
+
+    def take(self, rows: int, shield_rows: int, width: int, dtype: torch.dtype) -> FewMixing:
+        """Secrets that were never used."""
+        key = rows, width, dtype
+        ready = self._ready.setdefault(key, [])
+        while ready:
+            mixing = ready.pop()
+            if mixing.renewals == self._stream.renewals:
+                return mixing
+        m = rows + shield_rows
+        return self._drawn(key, torch.empty(m, width, dtype=dtype), torch.empty(m, m, dtype=dtype))
+
+    def give_back(self, mixing: FewMixing) -> None:
+        """Its crossing is over: its memory may be drawn into."""
+        self._used.append(mixing)
+
+    def draw_one(self) -> None:
+        """Anew, in the place of what was given back first."""
+        try:
+            used = self._used.popleft()
+        except IndexError:
+            return
+        self._ready[used.key].append(self._drawn(used.key, used.secrets.stack, used.secrets.mixed_by))
+
+    def _drawn(self, key: tuple[int, int, torch.dtype], stack: Tensor, mixed_by: Tensor) -> FewMixing:
+        rows, width, dtype = key
+        m, renewals = stack.shape[0], self._stream.renewals
+        stack[rows:] = self._stream.normal(m - rows, width, dtype=dtype)
+        Q = self._factors.take(m).to(dtype)
+        return FewMixing(key, MixingOfFew(Q, stack, mixed_by, self._loudness), renewals)
 
 
 class KroneckerMixer:
@@ -74,6 +143,21 @@ class KroneckerMixer:
         self._full_rank = full_rank
         self._stream = stream
         self._factors = _DrawnAhead(stream)
+        self._few = _FewAhead(stream, self._factors, shield_scale)
+
+    def draw_few(self, rows: int, width: int, dtype: torch.dtype) -> FewMixing | None:
+        """Likewise; in memory of its own until it is given back."""
+        if self._full_rank or rows + self._shield_rows > DENSE_BELOW:
+            return None
+        return self._few.take(rows, self._shield_rows, width, dtype)
+
+    def draw_ahead(self) -> None:
+        """For one crossing of few rows like those before."""
+        self._few.draw_one()
+
+    def give_back(self, mixing: FewMixing) -> None:
+        """To be drawn into."""
+        self._few.give_back(mixing)
 
     def draw(self, rows: int, width: int) -> Mixing:
         """Secrets for one crossing of ``rows`` >= 1 rows of ``width`` elements."""
@@ -232,3 +316,12 @@ class NoMixer:
     def draw(self, rows: int, width: int) -> NoMixing:
         """A = 1."""
         return NoMixing(rows)
+
+    def draw_few(self, rows: int, width: int, dtype: torch.dtype) -> None:
+        """Nothing that a kernel takes."""
+
+    def draw_ahead(self) -> None:
+        """Nothing."""
+
+    def give_back(self, mixing: FewMixing) -> None:
+        """Nothing."""

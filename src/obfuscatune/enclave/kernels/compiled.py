@@ -22,6 +22,8 @@ class Compiled:
     rotate: int
     turn: int
     multiply: int
+    send: int
+    receive: int
     engine: Engine = field(repr=False)
 
 
@@ -39,5 +41,5 @@ def _compiled(itemsize: int) -> Compiled:
 def compile_for(shape: Shape) -> Compiled:
     """Compile the kernels in any shape; one that the processor has no registers for is slow."""
     engine = Engine(functools.partial(build, shape))
-    mix_rows, rotate, turn, multiply = map(engine.address, ("mix_rows", "rotate", "turn", "multiply"))
-    return Compiled(shape, mix_rows, rotate, turn, multiply, engine)
+    names = ("mix_rows", "rotate", "turn", "multiply", "send", "receive")
+    return Compiled(shape=shape, engine=engine, **{name: engine.address(name) for name in names})

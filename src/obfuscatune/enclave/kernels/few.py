@@ -1,6 +1,10 @@
-"""Kernels for few rows, on one thread: `turn` rotates them one after another, `multiply` mixes them.
+"""Kernels for few rows, on one thread: `turn` rotates them one after another, `multiply` mixes them; `send` and
+`receive` do both, one way and back.
 
     x  ->  picked by Π₁  ->  (Q_a ⊗ Q_b) on the first grid  ( ->  picked by Π₂  ->  on the second )  ->  picked  ->  x R
+
+    send       x  ->  turned, above the shield rows  ->  Aᵀ with the shield's columns scaled to x  ->  what is sent
+    receive    what came  ->  n rows of A times it  ->  turned back
 
 A row of the grid is a·b numbers as an (a, b) matrix U: Q_aᵀ U, then times Q_b, vectors of columns at a time; where b is
 no multiple of a vector, the last one overlaps the one before and computes the same again.
@@ -28,7 +32,13 @@ class Job(IntEnum):
     SECOND_START, C, Q_C, D, Q_D = 13, 14, 15, 16, 17
     SCRATCH = 18  # three rows
     SQUARES = 19  # address of a float64, to which the squares of x are added
-    LENGTH = 20
+    STACK = 20  # address of (M, WIDTH): x turned goes above the shield rows that lie there; receive: what is unmixed
+    M = 21
+    MIXING = 22  # address of Q (M, M), of which A is the transpose
+    MIXED_BY = 23  # address of (M, M), where `send` lays A, its last columns times the size of the shield rows
+    LOUDNESS = 24  # address of a float64: size of the shield rows over that of x
+    CROSSED = 25  # address of (M, WIDTH): send writes it, receive reads it
+    LENGTH = 26
 
 
 FIRST_GRID = (Job.START, Job.A, Job.Q_A, Job.B, Job.Q_B)
@@ -44,15 +54,49 @@ class Product(IntEnum):
 
 
 def add_few(module: ir.Module, shape: Shape) -> None:
-    """Add `turn` and `multiply`, exported."""
+    """Add `turn`, `multiply`, `send` and `receive`, exported."""
     multiply = _multiply(module, shape)
     f = Function(module, "multiply", 1, shape, exported=True)
     f.builder.call(multiply, [f.field(key) for key in Product if key < Product.LENGTH])
     f.builder.ret_void()
-    _add_turn(module, shape, multiply)
+    turn = _add_turn(module, shape, multiply)
+    _add_send(module, shape, turn, multiply)
+    _add_receive(module, shape, turn, multiply)
 
 
-def _add_turn(module: ir.Module, shape: Shape, multiply: ir.Function) -> None:
+def _add_send(module: ir.Module, shape: Shape, turn: ir.Function, multiply: ir.Function) -> None:
+    f = Function(module, "send", 1, shape, exported=True)
+    b = f.builder
+    b.call(turn, [f.arguments[0]])
+    wide, size = ir.DoubleType(), I64(shape.itemsize)
+    m, n, stack = f.field(Job.M), f.field(Job.ROWS), f.field(Job.STACK)
+    count = b.sitofp(b.mul(n, f.field(Job.WIDTH)), wide)
+    mean = b.fdiv(f.read(f.field(Job.SQUARES), wide), count)
+    root = ir.Function(module, ir.FunctionType(wide, [wide]), "llvm.sqrt.f64")
+    zero = ir.Constant(wide, 0.0)
+    magnitude = b.select(b.fcmp_ordered("==", mean, zero), ir.Constant(wide, 1.0), b.call(root, [mean]))
+    scale = b.fmul(magnitude, f.read(f.field(Job.LOUDNESS), wide))
+    scale = b.fptrunc(scale, shape.number) if shape.itemsize == 4 else scale
+    one = ir.Constant(shape.number, 1.0)
+    with f.loop(m) as i:
+        factor = b.select(b.icmp_signed("<", i, n), one, scale)
+        with f.loop(m) as j:
+            number = f.read(b.add(f.field(Job.MIXING), b.mul(b.add(b.mul(i, m), j), size)), shape.number)
+            place = b.add(f.field(Job.MIXED_BY), b.mul(b.add(b.mul(j, m), i), size))
+            f.write(b.fmul(number, factor), place)
+    b.call(multiply, [f.field(Job.MIXED_BY), stack, f.field(Job.CROSSED), m, m, f.field(Job.WIDTH)])
+    b.ret_void()
+
+
+def _add_receive(module: ir.Module, shape: Shape, turn: ir.Function, multiply: ir.Function) -> None:
+    f = Function(module, "receive", 1, shape, exported=True)
+    operands = [f.field(key) for key in (Job.MIXING, Job.CROSSED, Job.STACK, Job.ROWS, Job.M, Job.WIDTH)]
+    f.builder.call(multiply, operands)
+    f.builder.call(turn, [f.arguments[0]])
+    f.builder.ret_void()
+
+
+def _add_turn(module: ir.Module, shape: Shape, multiply: ir.Function) -> ir.Function:
     pick = _pick(module, shape)
     f = Function(module, "turn", 1, shape, exported=True)
     b = f.builder
@@ -74,6 +118,7 @@ def _add_turn(module: ir.Module, shape: Shape, multiply: ir.Function) -> None:
         y = b.add(f.field(Job.Y), b.mul(row, row_bytes))
         b.call(pick, [b.load(result, typ=I64), f.field(Job.TO), y, width])
     b.ret_void()
+    return f.ir
 
 
 def _on_grid(f: Function, multiply: ir.Function, row: ir.Value, spare: ir.Value, keys: tuple[Job, ...]) -> None:

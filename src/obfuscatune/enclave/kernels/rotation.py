@@ -11,6 +11,7 @@ from torch import Tensor
 
 from obfuscatune.enclave.kernels import few, job
 from obfuscatune.enclave.kernels.compiled import Compiled
+from obfuscatune.enclave.kernels.mixing import MixingOfFew
 from obfuscatune.enclave.kernels.source import Job
 from obfuscatune.jit import team
 
@@ -87,7 +88,7 @@ class RotationOfFew:
         """As `Rotation`; every grid at least a vector register wide."""
         first, *between, last = permutations
         itemsize = code.shape.itemsize
-        self.dim, self._kernel, self._itemsize = first.numel(), code.turn, itemsize
+        self.dim, self._code, self._itemsize = first.numel(), code, itemsize
         tables = {few.Job.FROM: first * itemsize, few.Job.TO: last * itemsize}
         if between:
             tables[few.Job.BETWEEN] = between[0] * itemsize
@@ -103,11 +104,38 @@ class RotationOfFew:
     def __call__(self, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, float]:
         """As `Rotation`."""
         y = torch.empty(x.shape, dtype=x.dtype) if out is None else out
+        return y, self._run(self._code.turn, x, y)
+
+    def send(self, x: Tensor, mixing: MixingOfFew, out: Tensor) -> float:
+        """out (m, p) = A [x R; N] for x (n, p), rows contiguous; the sum of the squares of x.
+
+        N is `mixing.stack`'s last rows times the root mean square of x, above which x R is laid; A is the transpose of
+        `mixing.Q`, and lies in `mixing.mixed_by` afterwards, its last columns with N's size in them.
+        """
+        return self._run(self._code.send, x, mixing.stack, mixing, out)
+
+    def receive(self, crossed: Tensor, mixing: MixingOfFew, out: Tensor) -> float:
+        """out (n, p) = (Aᵀ Y)[:n] R for `crossed` Y (m, p), contiguous; the sum of the squares, for which Y was read.
+
+        `mixing.Q` is read, and nothing else of it.
+        """
+        unmixed = torch.empty_like(out)
+        return self._run(self._code.receive, unmixed, out, mixing, crossed)
+
+    def _run(
+        self, kernel: int, x: Tensor, y: Tensor, mixing: MixingOfFew | None = None, crossed: Tensor | None = None
+    ) -> float:
         work = (ctypes.c_int64 * few.Job.LENGTH).from_buffer_copy(self._job)  # other threads have theirs
         squares = ctypes.c_double(0.0)
         work[few.Job.X], work[few.Job.Y] = x.data_ptr(), y.data_ptr()
         work[few.Job.ROWS], work[few.Job.X_STEP] = x.shape[0], x.stride(0) * self._itemsize
         work[few.Job.SCRATCH] = job.scratch(3 * self.dim * self._itemsize)
         work[few.Job.SQUARES] = ctypes.addressof(squares)
-        team.run(self._kernel, ctypes.addressof(work), 1)
-        return y, squares.value
+        if mixing is not None and crossed is not None:
+            loudness = ctypes.c_double(mixing.loudness)
+            work[few.Job.STACK] = (y if kernel == self._code.send else x).data_ptr()
+            work[few.Job.M], work[few.Job.MIXING] = mixing.Q.shape[0], mixing.Q.data_ptr()
+            work[few.Job.MIXED_BY], work[few.Job.LOUDNESS] = mixing.mixed_by.data_ptr(), ctypes.addressof(loudness)
+            work[few.Job.CROSSED] = crossed.data_ptr()
+        team.run(kernel, ctypes.addressof(work), 1)
+        return squares.value

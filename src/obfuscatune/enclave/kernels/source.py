@@ -50,7 +50,7 @@ class Job(IntEnum):
 
 
 def build(shape: Shape, triple: str) -> ir.Module:
-    """A module that exports `mix_rows`, `rotate`, `turn` and `multiply`."""
+    """A module that exports `mix_rows`, `rotate`, and what `few` adds."""
     module = ir.Module("obfuscatune")
     module.triple = triple
     multiply = [_multiply(module, shape, height) for height in range(1, shape.height + 1)]

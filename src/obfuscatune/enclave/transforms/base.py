@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from obfuscatune.wire.errors import ProtectionError
+
+if TYPE_CHECKING:
+    from obfuscatune.enclave.kernels.rotation import RotationOfFew
 
 _Product = Callable[[Tensor, tuple[Tensor, ...]], Tensor]
 
@@ -71,6 +75,10 @@ class Transform(ABC):
     def right_in_place(self, W: Tensor, *, wide: torch.dtype) -> bool:
         """W (p, dim) becomes `weight_right(W)`, likewise."""
         return False
+
+    def of_few(self, rows: int, dtype: torch.dtype, *, undo: bool) -> RotationOfFew | None:
+        """What turns so few rows by R, or R⁻¹ where `undo`, and mixes them on the way; None where nothing does."""
+        return None
 
     @property
     @abstractmethod

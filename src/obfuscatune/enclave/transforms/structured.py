@@ -164,11 +164,21 @@ class StructuredTransform(OrthogonalTransform):
         few = x.shape[0] < code.shape.lanes // 2  # these leave most of a panel empty
         if few and self._narrowest < code.shape.width:
             return None
+        result, squares = self._kernel(code, x.dtype, undo=undo, few=few)(x, out)
+        return result, math.sqrt(squares)
+
+    def of_few(self, rows: int, dtype: torch.dtype, *, undo: bool) -> RotationOfFew | None:
+        """By the kernel for few rows."""
+        code = kernels.code_for(torch.empty(1, self.dim, dtype=dtype)) if self.dim > DENSE_BELOW else None
+        if code is None or rows >= code.shape.lanes // 2 or self._narrowest < code.shape.width:
+            return None
+        return self._kernel(code, dtype, undo=undo, few=True)  # type: ignore[return-value]  # few: that kind
+
+    def _kernel(self, code: Compiled, dtype: torch.dtype, *, undo: bool, few: bool) -> Rotation | RotationOfFew:
         key = code, undo, few
         if key not in self._fused:
-            self._fused[key] = self._prepared(code, x.dtype, undo=undo, few=few)
-        result, squares = self._fused[key](x, out)
-        return result, math.sqrt(squares)
+            self._fused[key] = self._prepared(code, dtype, undo=undo, few=few)
+        return self._fused[key]
 
     def _prepared(self, code: Compiled, dtype: torch.dtype, *, undo: bool, few: bool) -> Rotation | RotationOfFew:
         from obfuscatune.enclave.kernels.rotation import Grid, Rotation, RotationOfFew
