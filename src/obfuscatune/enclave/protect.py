@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from obfuscatune.enclave.cores import CoreKeeper
 from obfuscatune.enclave.keys import RootKey
 from obfuscatune.enclave.link import RetryPolicy, WorkerLink
 from obfuscatune.enclave.obfuscate import joint_weight
@@ -141,6 +142,8 @@ def adopt(model: nn.Module, protection: Protection) -> None:
     model.protection = protection  # type: ignore[assignment]
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     base.save_pretrained = _refuse_to_save
+    if protection.link is not None:
+        CoreKeeper(protection.link, protection.profile).watch_over(getattr(base, "base_model", base))
 
 
 def _refuse_to_save(*_args: Any, **_kwargs: Any) -> NoReturn:

@@ -177,11 +177,14 @@ class Function:
         for v, vector in enumerate(row):
             self.write(vector, address, self.shape.width * self.shape.itemsize * v)
 
-    def fetch(self, address: ir.Value) -> None:
-        """Have the line at an address, which need not be valid, brought into the cache."""
+    def fetch(self, address: ir.Value, *, level: int = 1) -> None:
+        """Have the line at an address, which need not be valid, brought into the first cache, or into the second.
+
+        More lines can be on their way to the second at a time.
+        """
         kind = ir.FunctionType(ir.VoidType(), [POINTER, I32, I32, I32])
         prefetch = self.module.globals.get("llvm.prefetch.p0") or ir.Function(self.module, kind, "llvm.prefetch.p0")
-        self.builder.call(prefetch, [self._pointer(address, 0), I32(0), I32(3), I32(1)])  # to read, to keep, data
+        self.builder.call(prefetch, [self._pointer(address, 0), I32(0), I32(4 - level), I32(1)])  # to read, data
 
     def spread(self, value: ir.Value) -> ir.Value:
         """A vector whose numbers are all `value`."""

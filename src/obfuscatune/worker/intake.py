@@ -2,8 +2,6 @@
 
 import threading
 
-import torch
-
 from obfuscatune.wire.adapters import Attachment, Step
 from obfuscatune.wire.deadline import Deadline, transfer_seconds
 from obfuscatune.wire.errors import LimitExceeded, MalformedMessage, QuotaExceeded
@@ -16,6 +14,7 @@ from obfuscatune.wire.slot import Watched
 from obfuscatune.wire.tensors import bytes_of
 from obfuscatune.wire.transport import Transport
 from obfuscatune.worker.buffers import Buffers
+from obfuscatune.worker.memory import matrix_memory
 from obfuscatune.worker.replies import Reply, Request, refusal
 from obfuscatune.worker.store import MatrixStore
 
@@ -106,7 +105,7 @@ class Intake:
             self._discard(header.payload_bytes, deadline)
             return refusal(ErrorCode.QUOTA, str(error), header)
         try:
-            matrix = torch.empty(header.rows, header.cols, dtype=header.dtype.torch_dtype)
+            matrix = matrix_memory(header.rows, header.cols, header.dtype.torch_dtype)
             recv_payload(self._transport, bytes_of(matrix), deadline)
         except BaseException:
             self._store.release(header.payload_bytes)

@@ -14,13 +14,16 @@ from obfuscatune.wire.shared_memory import ALIGNMENT, SharedMemory
 class Arena:
     """Lends matrices in shared memory; each comes back by itself when nothing refers to it any more.
 
-    First fit from the start, so that few pages are ever touched, and those again and again.
+    First fit from the start, and what came back is lent again for the same size, so that few pages are ever touched,
+    and those again and again.
     """
 
     def __init__(self, memory: SharedMemory) -> None:
         self._memory = memory
-        self._bytes = torch.frombuffer(memory.buffer, dtype=torch.uint8)
-        self._lent: dict[int, int] = {}  # offset -> bytes, in the order of the offsets
+        self._start = torch.frombuffer(memory.buffer, dtype=torch.uint8).data_ptr()
+        self._blocks: dict[int, int] = {}  # offset -> bytes, in the order of the offsets; lent or kept
+        self._kept: dict[int, list[int]] = {}  # bytes -> offsets of blocks that came back
+        self._lent: set[int] = set()
         self._lock = threading.Lock()
 
     def lend(self, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor | None:
@@ -28,27 +31,40 @@ class Arena:
         size = rows * cols * dtype.itemsize
         room = -(-size // ALIGNMENT) * ALIGNMENT
         with self._lock:
-            offset = self._gap(room)
+            kept = self._kept.get(room)
+            offset = kept.pop() if kept else self._new(room)
             if offset is None:
                 return None
-            self._lent = dict(sorted({**self._lent, offset: room}.items()))
+            self._lent.add(offset)
         block = np.frombuffer(self._memory.buffer, np.uint8, size, offset)
         weakref.finalize(block, self._give_back, offset).atexit = False
         return torch.from_numpy(block).view(dtype).view(rows, cols)
 
     def offset_of(self, matrix: torch.Tensor) -> int | None:
         """Where a matrix lies in this arena; None where it does not."""
-        offset = matrix.data_ptr() - self._bytes.data_ptr()
+        offset = matrix.data_ptr() - self._start
         return offset if offset in self._lent else None
+
+    def _new(self, room: int) -> int | None:
+        """The offset of a new block; where there is no gap, what came back is made one."""
+        offset = self._gap(room)
+        if offset is None and len(self._blocks) > len(self._lent):
+            self._kept.clear()
+            self._blocks = {offset: size for offset, size in self._blocks.items() if offset in self._lent}
+            offset = self._gap(room)
+        if offset is not None:
+            self._blocks = dict(sorted({**self._blocks, offset: room}.items()))
+        return offset
 
     def _gap(self, room: int) -> int | None:
         start = 0
-        for offset, lent in self._lent.items():
+        for offset, size in self._blocks.items():
             if offset - start >= room:
                 return start
-            start = offset + lent
+            start = offset + size
         return start if self._memory.size - start >= room else None
 
     def _give_back(self, offset: int) -> None:
         with self._lock:
-            del self._lent[offset]
+            self._lent.discard(offset)
+            self._kept.setdefault(self._blocks[offset], []).append(offset)

@@ -80,6 +80,11 @@ class LinkDriver:
         return self._connection is not None and self._connection.computes_apart
 
     @property
+    def is_watched(self) -> bool:
+        """Whether the worker that is connected now watches a slot, or did the last time it was asked to."""
+        return self._slot is not None and not self._slot.rests
+
+    @property
     def connected(self) -> bool:
         """Whether there is a connection that has not failed yet."""
         return self._connection is not None

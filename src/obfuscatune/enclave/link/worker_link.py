@@ -50,6 +50,11 @@ class WorkerLink:
         """Whether the worker computes on other cores than this process's, so that both can work at the same time."""
         return self._driver.computes_apart
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether few rows are handed to a worker that waits awake for them, on a core of this host."""
+        return self._driver.is_watched
+
     @classmethod
     def open(
         cls,

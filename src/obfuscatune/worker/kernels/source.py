@@ -22,6 +22,10 @@ CHUNK = 16
 """Rows of W that are read side by side; the next strip of as many is fetched meanwhile."""
 
 
+AHEAD = 3
+"""Strips from the one that is multiplied by to the one that is fetched."""
+
+
 class Job(IntEnum):
     """Where each number stands in a job."""
 
@@ -84,10 +88,11 @@ def _chunk(module: ir.Module, shape: Shape, blocks: list[ir.Function]) -> ir.Fun
     low, taller = b.udiv(m, count), b.urem(m, count)
     with f.loop(stop, start=first) as strip:
         column = b.add(W, f.at_most(b.mul(strip, row_bytes), last))
-        is_last = b.icmp_signed("==", b.add(strip, I64(1)), stop)
-        after = b.select(is_last, first, b.add(strip, I64(1)))
+        after = b.add(strip, I64(AHEAD))
+        is_beyond = b.icmp_signed(">=", after, stop)
+        after = b.select(is_beyond, f.at_most(b.add(b.sub(after, stop), first), b.sub(stop, I64(1))), after)
         coming = b.add(W, f.at_most(b.mul(after, row_bytes), last))
-        coming = b.add(coming, b.select(is_last, b.mul(step, I64(CHUNK)), I64(0)))
+        coming = b.add(coming, b.select(is_beyond, b.mul(step, I64(CHUNK)), I64(0)))
         total = b.add(sums, b.mul(b.mul(b.sub(strip, first), m), row_bytes))
         row = f.local(I64, I64(0))
         with f.loop(count) as block:
@@ -116,7 +121,7 @@ def _block(module: ir.Module, shape: Shape, height: int) -> ir.Function:
     with f.loop(rows) as k:
         line = b.mul(k, step)
         for index in range(shape.lines):
-            f.fetch(b.add(b.add(coming, line), I64(64 * index)))
+            f.fetch(b.add(b.add(coming, line), I64(64 * index)), level=2)
         vectors = f.read_row(b.add(W, line))
         for x_row, row_totals in zip(x_rows, totals, strict=True):
             factor = f.spread(f.read(b.add(x_row, b.mul(k, I64(shape.itemsize))), shape.number))

@@ -1,0 +1,63 @@
+"""While a model decodes beside a worker that watches a slot, each of both has its own cores.
+
+Both wait awake then, for a few hundred microseconds at a time. An operation of torch that calls upon all cores would
+wait for the one on which the worker is, longer than it takes on one core alone. The head, which is large and comes when
+the worker has nothing more to do, is left to all cores.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from obfuscatune.enclave.link import WorkerLink
+from obfuscatune.enclave.profiles import Profile
+from obfuscatune.wire.limits import MAX_SLOT_ROWS
+
+
+class CoreKeeper:
+    """Leaves the worker a core during forward passes of few tokens."""
+
+    def __init__(self, link: WorkerLink, profile: Profile) -> None:
+        self._link = link
+        self._most = 0 if profile.full_rank or not profile.mixing else MAX_SLOT_ROWS - profile.shield_rows
+        self._own = threading.local()
+
+    def watch_over(self, model: nn.Module) -> None:
+        """From now on, whenever that model, which holds the blocks and not the head, is called."""
+        model.register_forward_pre_hook(self._before, with_kwargs=True)
+        model.register_forward_hook(self._after, always_call=True)
+
+    def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        threads = torch.get_num_threads()
+        fewer = max(min(threads, len(os.sched_getaffinity(0)) - 1), 1)
+        shares = fewer < threads and 0 < _tokens(args, kwargs) <= self._most and self._link.is_watched
+        self._kept.append(threads if shares else 0)
+        if shares:
+            torch.set_num_threads(fewer)
+
+    def _after(self, *_: object) -> None:
+        threads = self._kept.pop()
+        if threads:
+            torch.set_num_threads(threads)
+
+    @property
+    def _kept(self) -> list[int]:
+        """What to go back to, for each call that this thread is in; 0 where nothing was changed."""
+        if not hasattr(self._own, "kept"):
+            self._own.kept = []
+        kept: list[int] = self._own.kept
+        return kept
+
+
+def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """How many tokens a model is called with; 0 where that cannot be told."""
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    if isinstance(ids, Tensor):
+        return ids.numel()
+    embeddings = kwargs.get("inputs_embeds")
+    return embeddings.shape[:-1].numel() if isinstance(embeddings, Tensor) else 0

@@ -1,0 +1,26 @@
+"""Memory for a matrix that stays: in huge pages, where the system has them.
+
+Each product reads all of W*. In pages of 4 KiB that takes some percent longer, and to touch them for the first time,
+when the matrix comes, takes longer than to receive it.
+"""
+
+import mmap
+import sys
+
+import torch
+
+HUGE_PAGE_BYTES = 2 << 20
+"""On x86-64 and, mostly, on ARM; where it is another, nothing is lost."""
+
+
+def matrix_memory(rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
+    """A (rows, cols) matrix with arbitrary elements, at the beginning of a huge page if it fills one."""
+    size = rows * cols * dtype.itemsize
+    if size < HUGE_PAGE_BYTES or not sys.platform.startswith("linux"):
+        return torch.empty(rows, cols, dtype=dtype)
+    pages = -(-size // HUGE_PAGE_BYTES) + 1
+    memory = mmap.mmap(-1, pages * HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    everything = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -everything.data_ptr() % HUGE_PAGE_BYTES
+    return everything[start : start + size].view(dtype).view(rows, cols)
