@@ -27,6 +27,6 @@ def test_every_operation_is_timed_by_torch_and_by_the_kernels(monkeypatch: pytes
 
 
 def test_without_kernels_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_is_there", lambda: False)
+    monkeypatch.setattr(kernels, "are_there", lambda: False)
     with pytest.raises(ConfigError, match="install llvmlite"):
         RotationBench().run(lambda line: None)

@@ -18,7 +18,7 @@ from obfuscatune.enclave.mixing import KroneckerMixer, KroneckerMixing
 from obfuscatune.enclave.transforms.structured import StructuredTransform
 from obfuscatune.wire.errors import BadReply, NonFiniteError
 
-if not kernels._is_there():
+if not kernels.are_there():
     pytest.skip("no kernels can be compiled here; torch computes", allow_module_level=True)
 
 from obfuscatune.enclave.kernels import deviates
@@ -251,7 +251,7 @@ def test_without_kernels_torch_computes_the_same(monkeypatch: pytest.MonkeyPatch
     mixed = x.new_empty(A.rows, 768)
     A.mix(x, 1.0, mixed)
     found = R.apply(x), A.unmix(mixed)
-    kernels._is_there.cache_clear()
+    kernels.are_there.cache_clear()
     try:
         if how == "switched off":
             monkeypatch.setenv(SWITCH, "0")
@@ -266,7 +266,7 @@ def test_without_kernels_torch_computes_the_same(monkeypatch: pytest.MonkeyPatch
         for with_, without in zip(found, (R.apply(x), A.unmix(mixed)), strict=True):
             torch.testing.assert_close(with_, without, rtol=0, atol=1e-13)
     finally:
-        kernels._is_there.cache_clear()
+        kernels.are_there.cache_clear()
 
 
 def test_a_kernel_is_compiled_for_one_dtype_at_a_time() -> None:

@@ -16,7 +16,7 @@ from obfuscatune.wire.errors import QuotaExceeded, WorkerRefused
 from obfuscatune.wire.framing import recv_header, send_message
 from obfuscatune.wire.limits import MAX_IN_FLIGHT
 from obfuscatune.wire.messages import NO_MATRIX, REPLIES, SHARED, ErrorCode, Header, MessageType
-from obfuscatune.wire.payloads import Hello, Places, pack_size
+from obfuscatune.wire.payloads import Hello, Places, pack_number
 from obfuscatune.wire.shared_memory import SharedMemory
 from obfuscatune.wire.tensors import bytes_of
 from obfuscatune.worker.intake import TooManyInFlight
@@ -340,7 +340,7 @@ def shared_multiply(request_id: int, rows: int, product: int) -> tuple[Header, b
 def share(client: RawClient, size: int, descriptor: int | None) -> Header:
     """Say SHARE; the reply."""
     header = Header(MessageType.SHARE, 99, payload_bytes=8)
-    send_message(client.transport, header, pack_size(size), deadline=Deadline(20), descriptor=descriptor)
+    send_message(client.transport, header, pack_number(size), deadline=Deadline(20), descriptor=descriptor)
     return client.reply()[0]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 
 from obfuscatune.process import settle_process
@@ -17,9 +18,11 @@ settle_process()
 # ruff: noqa: E402 - torch reads the environment when it is imported
 import torch
 
+from obfuscatune.bench.kept_memory import KeptMemory
 from obfuscatune.bench.usage import cpu_seconds, peak_bytes, settled_bytes
 from obfuscatune.enclave.load import load
 from obfuscatune.enclave.local import local_worker
+from obfuscatune.enclave.protect import Progress
 from obfuscatune.enclave.stages import StageClock
 
 
@@ -28,7 +31,8 @@ def main() -> None:
     settings = json.loads(sys.argv[1])
     torch.set_num_threads(settings["threads"])
     clock = StageClock()
-    with local_worker(threads=settings["threads"]) as worker:
+    with local_worker(threads=settings["threads"]) as worker, ExitStack() as stack:
+        progress = _giving_back(stack, settings["kept_bytes"])
         before = settled_bytes()
         computed, computed_by_worker = cpu_seconds(), cpu_seconds(worker.pid)
         started = time.perf_counter()
@@ -38,6 +42,7 @@ def main() -> None:
             settings["profile"],
             dtype=torch.float32,
             clock=clock,
+            progress=progress,
             **settings["knobs"],
         )
         seconds = time.perf_counter() - started
@@ -59,6 +64,15 @@ def main() -> None:
         }
         model.protection.close()
     print(json.dumps(answer))  # noqa: T201 - the answer to the parent
+
+
+def _giving_back(stack: ExitStack, nbytes: int) -> Progress | None:
+    """What lets so many bytes go, held by another process, as the worker takes them; None for none."""
+    if not nbytes:
+        return None
+    kept = stack.enter_context(KeptMemory(nbytes))
+    kept.keep_ahead_of(0)
+    return lambda done, total, name: kept.keep_ahead_of(nbytes * done // total)
 
 
 if __name__ == "__main__":

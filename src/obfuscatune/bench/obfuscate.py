@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from obfuscatune.bench.checkpoint import write_random_checkpoint
+from obfuscatune.bench.kept_memory import SAMPLE_BYTES, SPARE, seconds_for_a_new_byte
 from obfuscatune.bench.shapes import config_of
 from obfuscatune.report.environment import environment
 from obfuscatune.report.units import format_bytes, format_share
@@ -35,6 +36,8 @@ class ObfuscateBench:
     first_blocks: int | None = None
     threads: int = 2
     rounds: int = 3
+    memory_kept: bool = False
+    """Whether a process beside it holds as much memory as is needed, and gives it back as the worker takes it."""
 
     def run(self, progress: Progress) -> ObfuscateResult:
         """Measure. A shape is first written to the folder for temporary files, and removed in the end.
@@ -51,19 +54,22 @@ class ObfuscateBench:
 
     def _measure(self, model: Path, progress: Progress) -> ObfuscateResult:
         rounds: dict[str, list[dict[str, Any]]] = {transform: [] for transform in self.transforms}
+        size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+        new_memory = seconds_for_a_new_byte(min(size, SAMPLE_BYTES))
         for number in range(self.rounds):
             for transform, own in rounds.items():
-                own.append(self._load(model, transform))
+                own.append(self._load(model, transform, int(size * SPARE) if self.memory_kept else 0))
                 progress(f"round {number + 1}/{self.rounds}: {transform} {own[-1]['seconds']:.1f} s")
-        return ObfuscateResult(self, rounds, environment(self.threads))
+        return ObfuscateResult(self, rounds, environment(self.threads), new_memory)
 
-    def _load(self, model: Path, transform: str) -> dict[str, Any]:
+    def _load(self, model: Path, transform: str, kept_bytes: int) -> dict[str, Any]:
         knobs = {"transform": transform, "first_blocks": self.first_blocks}
         settings = {
             "model": str(model),
             "profile": self.profile,
             "knobs": {name: value for name, value in knobs.items() if value is not None},
             "threads": self.threads,
+            "kept_bytes": kept_bytes,
         }
         done = subprocess.run(
             [sys.executable, "-P", "-m", "obfuscatune.bench.loading", json.dumps(settings)],
@@ -84,6 +90,8 @@ class ObfuscateResult:
     bench: ObfuscateBench
     rounds: dict[str, list[dict[str, Any]]] = field(repr=False)
     environment: dict[str, str]
+    new_memory_seconds_per_byte: float
+    """Of one core, to write to new memory for the first time; measured before."""
 
     def best(self, transform: str) -> dict[str, Any]:
         """The round that took the least time."""
@@ -96,6 +104,7 @@ class ObfuscateResult:
             "bench": asdict(self.bench) | {"model": model},
             "best": {transform: self.best(transform) for transform in self.rounds},
             "environment": self.environment,
+            "new_memory_seconds_per_byte": self.new_memory_seconds_per_byte,
             "rounds": self.rounds,
         }
 
@@ -124,5 +133,13 @@ class ObfuscateResult:
                 f"| {format_bytes(it['enclave_peak_bytes'])} | {format_bytes(it['worker_peak_bytes'])} "
                 f"| {format_bytes(it['bytes_uploaded'])} | {format_bytes(it['enclave_bytes'])}, {format_share(share)} |"
             )
+        taken = max(self.best(transform)["bytes_uploaded"] for transform in self.rounds)
+        of_new_memory = self.new_memory_seconds_per_byte * taken
+        lines += [
+            "",
+            f"To take {format_bytes(taken)} of new memory costs one core {of_new_memory:.1f} s here.",
+        ]
+        if b.memory_kept:
+            lines.append("A process beside it held as much, and gave it back as the worker took it.")
         lines += ["", ", ".join(f"{name} {value}" for name, value in self.environment.items()), ""]
         return "\n".join(lines)

@@ -155,6 +155,14 @@ def obfuscate(
     rounds: Annotated[int, typer.Option(help="Loads with each transform; the fastest counts.", min=1)] = 3,
     profile: options.Profile = None,
     first_blocks: options.FirstBlocks = None,
+    memory_kept: Annotated[
+        bool,
+        typer.Option(
+            "--memory-kept",
+            help="Without what a virtual machine's host takes to supply new memory: "
+            "a process beside it holds some, and gives it back as the worker takes it.",
+        ),
+    ] = False,
     out: Annotated[Path | None, option("--out", "Also write JSON and Markdown to this folder.")] = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -181,9 +189,10 @@ def obfuscate(
         first_blocks=first_blocks,
         threads=threads or os.cpu_count() or 1,
         rounds=rounds,
+        memory_kept=memory_kept,
     ).run(notice)
     if out is not None:
-        parts = (profile or "private", *transforms)
+        parts = (profile or "private", *transforms, *(["memory-kept"] if memory_kept else []))
         name = result_name("obfuscate", shape_name(shape) if model is None else model.name, layers, *parts)
         notice(f"written: {keep(out, name, measured.as_json(), measured.as_markdown())}")
     if as_json:

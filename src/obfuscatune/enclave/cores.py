@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from obfuscatune.enclave.link import WorkerLink
 from obfuscatune.enclave.profiles import Profile
+from obfuscatune.wire.errors import ProtectionError
 from obfuscatune.wire.limits import MAX_SLOT_ROWS
 
 
@@ -44,6 +45,9 @@ class CoreKeeper:
         threads = self._kept.pop()
         if threads:
             torch.set_num_threads(threads)
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        raise ProtectionError("a protected model cannot be copied: it holds a connection to the worker")
 
     @property
     def _kept(self) -> list[int]:

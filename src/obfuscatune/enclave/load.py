@@ -1,15 +1,15 @@
 """`load`: protect a model straight from its files, so that this process never holds the large matrices together.
 
 config  ->  model without weights  ->  for each group: read W, make W_star in its place, send it
-                                   ->  read what stays in the enclave
+                                   ->  meanwhile, read what stays in the enclave
 
-While one W_star is sent, the next is read and made: two large matrices are in memory, in two places used in turn.
+Two groups at a time, each by a thread of its own from its files to the worker: two large matrices are in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,11 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from obfuscatune.enclave.ahead import one_ahead
 from obfuscatune.enclave.checkpoint import Checkpoint
 from obfuscatune.enclave.keys import RootKey
+from obfuscatune.enclave.lanes import in_lanes
 from obfuscatune.enclave.link import RetryPolicy, WorkerLink
-from obfuscatune.enclave.obfuscate import Obfuscated
-from obfuscatune.enclave.offloaded import WeightFromFiles
+from obfuscatune.enclave.offloaded import Offloaded, WeightFromFiles
 from obfuscatune.enclave.profiles import Profile, resolve
 from obfuscatune.enclave.protect import Progress, adopt, open_link, released_on_failure, width_of
 from obfuscatune.enclave.protection import Protection, place
@@ -38,6 +37,8 @@ from obfuscatune.enclave.stages import StageClock
 from obfuscatune.wire.errors import ModelFileError
 from obfuscatune.wire.tls import TlsConfig
 
+LANES = 2
+"""Groups that are on their way at a time: while one is read or sent, the other is transformed."""
 LONGEST_REASON = 300
 """Characters of an upstream error that are passed on; some list every architecture there is."""
 _HUB_REASONS = (
@@ -94,15 +95,16 @@ def load(
     protection = Protection.start(link, resolved, key, width_of(skeleton))
     clock = clock or StageClock()
     with released_on_failure(protection, workers):
-        with closing(_made_ahead(groups, reader, protection, clock)) as made:
-            for done, (group, obfuscated) in enumerate(made, start=1):
-                again = WeightFromFiles(partial(reader.joint_weight, group), group.name)
-                with clock.measure("sending"):
-                    place(skeleton, protection.offload(group, obfuscated, again))
+        work = partial(_offload, reader=reader, protection=protection, clock=clock)
+        size = max((group.weight_bytes for group in groups), default=0)
+        places = [torch.empty(size, dtype=torch.uint8) for _ in groups[:LANES]]
+        with in_lanes(work, groups, places, protection.broken_off) as offloaded:
+            with clock.measure("reading"):
+                reader.fill(skeleton, groups)
+            for done, (group, layer) in enumerate(zip(groups, offloaded, strict=True), start=1):
+                place(skeleton, protection.layers(group, layer))
                 if progress is not None:
                     progress(done, len(groups), group.name)
-        with clock.measure("reading"):
-            reader.fill(skeleton)
     if generation is not None:
         skeleton.generation_config = generation
     adopt(skeleton, protection)
@@ -191,20 +193,16 @@ def _blamed_on(file: Path | str) -> Iterator[None]:
         raise ModelFileError(f"{file} cannot be used: {type(error).__name__}: {reason}") from error
 
 
-def _made_ahead(
-    groups: list[SiteGroup], reader: _Reader, protection: Protection, clock: StageClock
-) -> Generator[tuple[SiteGroup, Obfuscated], None, None]:
-    """Each group with its W_star; the next is read and made while one is used, which must then be done with."""
-    size = max((group.weight_bytes for group in groups), default=0)
-    places = [torch.empty(size, dtype=torch.uint8) for _ in groups[:2]]
-
-    def make(group: SiteGroup, memory: Tensor) -> tuple[SiteGroup, Obfuscated]:
-        with clock.measure("reading"):
-            W = reader.joint_weight(group, memory)
-        with clock.measure("transforming"):
-            return group, protection.obfuscate(group, W)
-
-    return one_ahead(partial(make, group, places[index % 2]) for index, group in enumerate(groups))
+def _offload(
+    group: SiteGroup, memory: Tensor, *, reader: _Reader, protection: Protection, clock: StageClock
+) -> Offloaded:
+    """One group from its files to the worker; W, and W_star in its place, lie in `memory`, which is free afterwards."""
+    with clock.measure("reading"):
+        W = reader.joint_weight(group, memory)
+    with clock.measure("transforming"):
+        obfuscated = protection.obfuscate(group, W)
+    with clock.measure("sending"):
+        return protection.send(group, obfuscated, WeightFromFiles(partial(reader.joint_weight, group), group.name))
 
 
 class _Reader:
@@ -246,17 +244,18 @@ class _Reader:
             self._checkpoint.read_into(self._locate(f"{site.name}.weight"), target)
         return W
 
-    def fill(self, model: PreTrainedModel) -> None:
-        """Read every parameter that is still empty, tie what is tied, and see that nothing is left out."""
+    def fill(self, model: PreTrainedModel, offloaded: list[SiteGroup]) -> None:
+        """Read every parameter but the offloaded weights, tie what is tied, and see that nothing is left out."""
+        away = {f"{site.path}.weight" for group in offloaded for site in group.sites}
         tied = set(getattr(model, "all_tied_weights_keys", {}))
         for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-            if parameter.is_meta and not (name in tied and self._locate(name) not in self._checkpoint):
+            if name not in away and not (name in tied and self._locate(name) not in self._checkpoint):
                 _put(model, name, nn.Parameter(self.read(name, parameter.shape, parameter.dtype)))
         for name, buffer in list(model.named_buffers()):
             if self._locate(name) in self._checkpoint and buffer.is_floating_point():
                 _put(model, name, self.read(name, buffer.shape, buffer.dtype))
         model.tie_weights()
-        absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+        absent = [name for name, parameter in model.named_parameters() if parameter.is_meta and name not in away]
         if absent:
             raise ModelFileError(f"the model's files lack {len(absent)} parameters, the first is {absent[0]!r}")
 

@@ -84,7 +84,8 @@ def protect(
             with torch.no_grad():
                 plain = tuple(site.layer for site in group.sites)
                 W = joint_weight(plain, tuple(layer.weight.cpu() for layer in plain))
-                layers |= protection.offload(group, protection.obfuscate(group, W), WeightFromSpool(spool))
+                sent = protection.send(group, protection.obfuscate(group, W), WeightFromSpool(spool))
+                layers |= protection.layers(group, sent)
             if progress is not None:
                 progress(done, len(groups), group.name)
     place(model, layers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -69,18 +70,24 @@ class Protection:
             side = residual_side(first.name, first.in_features, first.out_features, self.width)
         return obfuscate(W, self.key, self.profile.transform_spec, group.name, only=side)
 
-    def offload(self, group: SiteGroup, obfuscated: Obfuscated, weights: WeightSource) -> dict[str, nn.Module]:
-        """Send W_star; the layers that are to take the plain ones' places, by path."""
+    def send(self, group: SiteGroup, obfuscated: Obfuscated, weights: WeightSource) -> Offloaded:
+        """Have the worker hold W_star, which may be overwritten afterwards. From any thread."""
         matrix_id, product = self._send(obfuscated, weights)
         crossing = SharedCrossing(product, group.widths)
-        self.offloaded.append(
-            Offloaded(group.name, obfuscated.only, weights, crossing, matrix_id, obfuscated.R_in, obfuscated.R_out)
-        )
+        return Offloaded(group.name, obfuscated.only, weights, crossing, matrix_id, obfuscated.R_in, obfuscated.R_out)
+
+    def layers(self, group: SiteGroup, offloaded: Offloaded) -> dict[str, nn.Module]:
+        """The layers that are to take the plain ones' places, by path, once a group was sent; group after group."""
+        self.offloaded.append(offloaded)
         layers: dict[str, nn.Module] = {}
         for site in group.sites:
             kind = ProtectedConv1D if isinstance(site.layer, Conv1D) else ProtectedLinear
-            layers[site.path] = kind(crossing, site.layer).train(site.layer.training)
+            layers[site.path] = kind(offloaded.crossing, site.layer).train(site.layer.training)
         return layers
+
+    def broken_off(self) -> AbstractContextManager[None]:
+        """Within it, what waits for the worker in other threads fails; see `WorkerLink.broken_off`."""
+        return nullcontext() if self.link is None else self.link.broken_off()
 
     @property
     def lora_on_worker(self) -> bool:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from obfuscatune.enclave import kernels
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.wire.errors import WrongProduct
 
@@ -90,11 +91,20 @@ def _in_parts(y: Tensor, r: Tensor) -> Tensor:
     return total
 
 
+def _images(W: Tensor, R: Tensor, L: Tensor) -> tuple[Tensor, Tensor, float]:
+    """W R (p, K), Wᵀ L (q, K) and |W| for R (q, K) and L (p, K)."""
+    if kernels.code_for(W) is not None:
+        from obfuscatune.enclave.kernels.images import images
+
+        return images(W, R, L)
+    return W @ R, W.T @ L, float(torch.linalg.vector_norm(W))
+
+
 class Verifier:
     """Draws the probes of one matrix."""
 
     def __init__(self, W_star: Tensor, stream: SecretStream, share: float) -> None:
-        """Computes the images of `BASIS` vectors, both ways: two passes over W_star (p, q).
+        """Computes the images of `BASIS` vectors, both ways, and the norm, from W_star (p, q).
 
         Args:
             stream: nothing that a worker knows or can repeat.
@@ -103,10 +113,9 @@ class Verifier:
         self._stream, self._share = stream, share
         W = W_star.float() if W_star.dtype in (torch.bfloat16, torch.float16) else W_star
         p, q = W.shape
-        self._norm = float(torch.linalg.vector_norm(W))
         self._R = stream.normal(q, BASIS, dtype=W.dtype)
         self._L = stream.normal(p, BASIS, dtype=W.dtype)
-        self._WR, self._WtL = W @ self._R, W.T @ self._L
+        self._WR, self._WtL, self._norm = _images(W, self._R, self._L)
 
     def draw(self, *, transpose: bool) -> Probe | None:
         """The probe for one request, or None where this one is not checked."""

@@ -1,5 +1,6 @@
 """The worker's end: a socket that waits for enclaves."""
 
+import contextlib
 import select
 import socket
 import stat
@@ -49,7 +50,7 @@ class Listener:
 
     def stop(self) -> None:
         """Make `accept` return None. From any thread or signal handler, also when all is over."""
-        if self._waker.fileno() >= 0:
+        with contextlib.suppress(OSError):  # closed, on either side
             self._waker.send(b"x")
 
     def close(self) -> None:

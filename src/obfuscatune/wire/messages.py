@@ -23,14 +23,14 @@ from obfuscatune.wire.limits import (
     MAX_WINDOW_BYTES,
     VERSION,
 )
-from obfuscatune.wire.payloads import SIZE_BYTES, Hello, Places, Welcome
+from obfuscatune.wire.payloads import NUMBER_BYTES, Hello, Places, Welcome
 from obfuscatune.wire.slot import watch_bytes
 
 MAGIC = b"OBFT"
 TRANSPOSED = 1
 """Flag of MULTIPLY: by W* transposed."""
 SHARED = 2
-"""Flag of MULTIPLY, FORWARD, BACKWARD and PRODUCT: the matrix lies in shared memory."""
+"""Flag of STORE, MULTIPLY, FORWARD, BACKWARD and PRODUCT: the matrix lies in shared memory."""
 DROPOUT = 4
 """Flag of FORWARD: the worker draws the adapters' dropout."""
 LAST_NUMBER = 2**32 - 1
@@ -144,7 +144,7 @@ FORMS: Mapping[MessageType, Form] = MappingProxyType(
         MessageType.OFFER: Form(dtype=True, body_bytes=(32, 32)),
         MessageType.HAVE: Form(),
         MessageType.WANT: Form(),
-        MessageType.STORE: Form(dtype=True, tensor_bytes=MAX_MATRIX_BYTES),
+        MessageType.STORE: Form(dtype=True, tensor_bytes=MAX_MATRIX_BYTES, flags=SHARED, shared_bytes=NUMBER_BYTES),
         MessageType.STORED: Form(),
         MessageType.MULTIPLY: Form(
             dtype=True,
@@ -157,7 +157,7 @@ FORMS: Mapping[MessageType, Form] = MappingProxyType(
         MessageType.FORGET: Form(),
         MessageType.DONE: Form(),
         MessageType.ERROR: Form(matrix=False, code=True, body_bytes=(1, MAX_ERROR_BYTES)),
-        MessageType.SHARE: Form(body_bytes=(SIZE_BYTES, SIZE_BYTES)),
+        MessageType.SHARE: Form(body_bytes=(NUMBER_BYTES, NUMBER_BYTES)),
         MessageType.ATTACH: Form(dtype=True, body_bytes=attachment_bytes(1, MAX_SLICES)),
         MessageType.PUT: Form(dtype=True, tensor_bytes=MAX_WINDOW_BYTES, number=(1, PARTS * MAX_SLICES)),
         MessageType.FETCH: Form(number=(1, PARTS * MAX_SLICES)),

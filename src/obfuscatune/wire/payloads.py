@@ -19,8 +19,8 @@ FEATURES = CONTENT_STORE | SHARED_MEMORY | ACCELERATOR | SLOTS
 _HELLO = struct.Struct("<32sHH")
 _WELCOME = struct.Struct("<HHIQQQ")
 _PLACES = struct.Struct("<QQ")
-_SIZE = struct.Struct("<Q")
-SIZE_BYTES = _SIZE.size
+_NUMBER = struct.Struct("<Q")
+NUMBER_BYTES = _NUMBER.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,14 +120,14 @@ class Places:
         return cls(*_PLACES.unpack(body))
 
 
-def pack_size(size: int) -> bytes:
-    """Payload of SHARE: bytes of the memory whose descriptor comes with it."""
-    return _SIZE.pack(size)
+def pack_number(number: int) -> bytes:
+    """Payload of SHARE: bytes of the memory whose descriptor comes with it. Of a STORE in it: where the matrix lies."""
+    return _NUMBER.pack(number)
 
 
-def unpack_size(body: bytes) -> int:
-    """Read the payload of SHARE."""
-    return int(_SIZE.unpack(body)[0])
+def unpack_number(body: bytes) -> int:
+    """Read 8 bytes."""
+    return int(_NUMBER.unpack(body)[0])
 
 
 def error_text(body: bytes) -> str:

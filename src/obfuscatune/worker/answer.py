@@ -94,7 +94,7 @@ class Answerer:
                 self.disk.save(matrix)
             except StorageError as error:  # it is in memory all the same, and can be uploaded again
                 log.warning("%s", error)
-        self._adopt((session, header.matrix_id), matrix, header.payload_bytes)
+        self._adopt((session, header.matrix_id), matrix, header.matrix_bytes)
         return short(MessageType.STORED, header)
 
     def _multiply(self, session: bytes, request: Request, buffers: Buffers) -> Reply:

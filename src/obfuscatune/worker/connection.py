@@ -211,4 +211,4 @@ class Connection:
         while not self._inbox.empty():
             item = self._inbox.get()
             if isinstance(item, Request) and item.header.type is MessageType.STORE:
-                self._store.release(item.header.payload_bytes)
+                self._store.release(item.header.matrix_bytes)

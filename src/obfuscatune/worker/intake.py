@@ -8,13 +8,13 @@ from obfuscatune.wire.errors import LimitExceeded, MalformedMessage, QuotaExceed
 from obfuscatune.wire.framing import recv_body, recv_header, recv_payload
 from obfuscatune.wire.limits import CHUNK_BYTES, MAX_IN_FLIGHT, MAX_WINDOW_BYTES, STALL_SECONDS
 from obfuscatune.wire.messages import REQUESTS, WITH_ROWS, ErrorCode, Header, MessageType
-from obfuscatune.wire.payloads import Places, unpack_size
+from obfuscatune.wire.payloads import Places, unpack_number
 from obfuscatune.wire.shared_memory import SharedMemory
 from obfuscatune.wire.slot import Watched
 from obfuscatune.wire.tensors import bytes_of
 from obfuscatune.wire.transport import Transport
 from obfuscatune.worker.buffers import Buffers
-from obfuscatune.worker.memory import matrix_memory
+from obfuscatune.worker.memory import copy_of, matrix_memory
 from obfuscatune.worker.replies import Reply, Request, refusal
 from obfuscatune.worker.store import MatrixStore
 
@@ -58,7 +58,7 @@ class Intake:
             return Request(header, tensor=rows)
         body = recv_body(self._transport, header, deadline)
         if header.type is MessageType.SHARE:
-            self._share(unpack_size(body))
+            self._share(unpack_number(body))
         if header.type is MessageType.WATCH:
             Watched.unpack(body)
             return Request(header, body, memory=self._shared)
@@ -92,23 +92,41 @@ class Intake:
     def _in_shared_memory(self, header: Header, deadline: Deadline) -> Request:
         """A request whose rows are read, and whose product is written, where the enclave says."""
         places = Places.unpack(recv_body(self._transport, header, deadline))
+        rows = self._memory.matrix(places.rows, header.rows, header.cols, header.dtype.torch_dtype)
+        return Request(header, tensor=rows, landing=self._memory.rest(places.product))
+
+    @property
+    def _memory(self) -> SharedMemory:
+        """What the enclave shared.
+
+        Raises:
+            MalformedMessage: nothing.
+        """
         if self._shared is None:
-            raise MalformedMessage("rows in shared memory, and no memory is shared")
-        rows = self._shared.matrix(places.rows, header.rows, header.cols, header.dtype.torch_dtype)
-        return Request(header, tensor=rows, landing=self._shared.rest(places.product))
+            raise MalformedMessage("a matrix in shared memory was announced, and no memory is shared")
+        return self._shared
 
     def _matrix(self, header: Header, deadline: Deadline) -> Request | Reply:
-        """A STORE. Its room is claimed before memory is asked for; without room, its bytes are thrown away."""
+        """A STORE. Its room is claimed before memory is asked for; without room, its bytes are thrown away.
+
+        What lies in shared memory is copied at once: the enclave lays something else there, and could change it after
+        a look at its content.
+        """
         try:
-            self._store.reserve(header.payload_bytes)
+            self._store.reserve(header.matrix_bytes)
         except QuotaExceeded as error:
             self._discard(header.payload_bytes, deadline)
             return refusal(ErrorCode.QUOTA, str(error), header)
+        shape = header.rows, header.cols, header.dtype.torch_dtype
         try:
-            matrix = matrix_memory(header.rows, header.cols, header.dtype.torch_dtype)
-            recv_payload(self._transport, bytes_of(matrix), deadline)
+            if header.shared:
+                place = unpack_number(recv_body(self._transport, header, deadline))
+                matrix = copy_of(self._memory.matrix(place, *shape))
+            else:
+                matrix = matrix_memory(*shape)
+                recv_payload(self._transport, bytes_of(matrix), deadline)
         except BaseException:
-            self._store.release(header.payload_bytes)
+            self._store.release(header.matrix_bytes)
             raise
         return Request(header, tensor=matrix)
 

@@ -7,7 +7,10 @@ when the matrix comes, takes longer than to receive it.
 import mmap
 import sys
 
+import numpy as np
 import torch
+
+from obfuscatune.wire.tensors import bytes_of
 
 HUGE_PAGE_BYTES = 2 << 20
 """On x86-64 and, mostly, on ARM; where it is another, nothing is lost."""
@@ -24,3 +27,14 @@ def matrix_memory(rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
     everything = torch.frombuffer(memory, dtype=torch.uint8)
     start = -everything.data_ptr() % HUGE_PAGE_BYTES
     return everything[start : start + size].view(dtype).view(rows, cols)
+
+
+def copy_of(matrix: torch.Tensor) -> torch.Tensor:
+    """A contiguous matrix in memory of its own; by one thread, for it is the system that takes its time over new pages.
+
+    The enclave transforms the next one meanwhile, and needs the other cores.
+    """
+    rows, cols = matrix.shape
+    own = matrix_memory(rows, cols, matrix.dtype)
+    np.copyto(np.frombuffer(bytes_of(own), np.uint8), np.frombuffer(bytes_of(matrix), np.uint8))
+    return own

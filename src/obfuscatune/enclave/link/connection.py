@@ -5,6 +5,7 @@ No retries here: whatever goes wrong is raised, and the connection is not used a
 
 import os
 import time
+from dataclasses import dataclass
 
 import torch
 
@@ -34,7 +35,7 @@ from obfuscatune.wire.payloads import (
     Hello,
     Welcome,
     error_text,
-    pack_size,
+    pack_number,
 )
 from obfuscatune.wire.shared_memory import SharedMemory
 from obfuscatune.wire.tensors import bytes_of
@@ -51,6 +52,14 @@ _REFUSALS: dict[ErrorCode, type[WireError]] = {
     ErrorCode.FAILED: WorkerRefused,
     ErrorCode.UNKNOWN_ADAPTER: AdapterLost,
 }
+
+
+@dataclass(frozen=True)
+class LaidOut:
+    """A matrix in shared memory, for as long as this is kept."""
+
+    matrix: torch.Tensor
+    offset: int
 
 
 class LinkConnection:
@@ -99,10 +108,16 @@ class LinkConnection:
             return  # rows are sent through the socket then
         try:
             header = Header(MessageType.SHARE, request_id, payload_bytes=8)
-            self.exchange(header, pack_size(size), {MessageType.DONE}, deadline, descriptor)
+            self.exchange(header, pack_number(size), {MessageType.DONE}, deadline, descriptor)
         finally:
             os.close(descriptor)
         self.arena = Arena(memory)
+
+    def lay_out(self, elements: torch.Tensor) -> LaidOut | None:
+        """A copy of a matrix in the memory that is shared; None where there is none, or no room."""
+        copy = None if self.arena is None else self.arena.lend(*elements.shape, elements.dtype)
+        offset = None if self.arena is None or copy is None else self.arena.offset_of(copy)
+        return None if copy is None or offset is None else LaidOut(copy.copy_(elements), offset)
 
     def send(self, header: Header, payload: Buffer, deadline: Deadline, descriptor: int | None = None) -> None:
         """Send one request."""
@@ -185,6 +200,10 @@ class LinkConnection:
             finally:
                 self._stats.seconds_waiting += time.monotonic() - started
         return product
+
+    def shutdown(self) -> None:
+        """Have what waits on the transport, in another thread, see its end."""
+        self._transport.shutdown()
 
     def close(self) -> None:
         """Close the transport."""

@@ -30,7 +30,7 @@ from obfuscatune.wire.errors import (
 )
 from obfuscatune.wire.limits import SHARED_BYTES
 from obfuscatune.wire.messages import NO_DIGEST, Header, MessageType
-from obfuscatune.wire.payloads import Places
+from obfuscatune.wire.payloads import Places, pack_number
 from obfuscatune.wire.tensors import bytes_of, content_digest
 from obfuscatune.wire.transport import Buffer, Transport
 
@@ -64,6 +64,8 @@ class LinkDriver:
         self._session_id = secrets.token_bytes(32)
         self._connection: LinkConnection | None = None
         self._connected_before = False
+        self.broken_off = False
+        """Whether nothing is to be driven on; set by another thread."""
         self._last_id = 0
         self._in_flight: OrderedDict[int, Pending] = OrderedDict()
         self._slot: WatchedSlot | None = None
@@ -98,11 +100,15 @@ class LinkDriver:
         """
         insistence = Insistence(retry or self._retry, self.stats.crossings)
         while not done():
+            if self.broken_off:
+                raise ConnectionLost("the link to the worker was broken off on this side")
             connected = self.connected
             try:
                 self._step()
             except RETRIED as error:
                 self.disconnect()
+                if self.broken_off:
+                    raise
                 try:
                     insistence.after(error, connected=connected, products=self.stats.crossings)
                 except WireError as final:
@@ -112,6 +118,13 @@ class LinkDriver:
                 # Ctrl-C too: the stream may be in the middle of a message, and is of no use any more.
                 self.disconnect()
                 raise
+
+    def break_off(self) -> None:
+        """Have what is driven by another thread fail: it is woken where it waits for the worker."""
+        self.broken_off = True
+        connection = self._connection
+        if connection is not None:
+            connection.shutdown()
 
     def give_up(self, pending: Pending) -> None:
         """Nobody waits for this one any more: it is not sent again."""
@@ -318,12 +331,13 @@ class LinkDriver:
         try:
             if connection.wants_digests and matrix.digest == NO_DIGEST:
                 matrix.digest = content_digest(matrix.elements())
-            offer = matrix.header(MessageType.OFFER, self._next_id())
-            if self._ask(connection, offer, matrix.digest) is MessageType.WANT:
-                store = matrix.header(MessageType.STORE, self._next_id())
-                self._ask(connection, store, bytes_of(matrix.elements()))
+            if self._ask(connection, matrix.offer(self._next_id()), matrix.digest) is MessageType.WANT:
+                elements = matrix.elements()
+                laid = connection.lay_out(elements)
+                payload = bytes_of(elements) if laid is None else pack_number(laid.offset)
+                self._ask(connection, matrix.store(self._next_id(), shared=laid is not None), payload)
                 self.stats.uploads += 1
-                self.stats.bytes_uploaded += store.payload_bytes
+                self.stats.bytes_uploaded += matrix.nbytes
         except WorkerRefused as error:
             matrix.refused = error
             self._fail([pending for pending in self.waiting if pending.needs == matrix.matrix_id], error)
@@ -336,7 +350,7 @@ class LinkDriver:
     def _ask(
         self, connection: LinkConnection, header: Header, payload: Buffer = b"", seconds: float | None = None
     ) -> MessageType:
-        deadline = Deadline(seconds or self._deadline_s + transfer_seconds(header.payload_bytes))
+        deadline = Deadline(seconds or self._deadline_s + transfer_seconds(header.message_bytes))
         return connection.exchange(header, payload, _ANSWERS[header.type], deadline)
 
     def _fail(self, pendings: list[Pending], error: WireError) -> None:

@@ -18,7 +18,7 @@ from obfuscatune.wire.errors import (
 )
 from obfuscatune.wire.limits import MAX_DIM, MAX_MATRIX_BYTES, MAX_WINDOW_BYTES
 from obfuscatune.wire.messages import NO_DIGEST, SHARED, TRANSPOSED, Header, MessageType
-from obfuscatune.wire.payloads import Places
+from obfuscatune.wire.payloads import NUMBER_BYTES, Places
 from obfuscatune.wire.tensors import is_finite
 
 MatrixSource = Callable[[], torch.Tensor]
@@ -42,7 +42,7 @@ class StoredMatrix:
     """Why the worker would not take it."""
 
     def __post_init__(self) -> None:
-        size = self.shape[0] * self.shape[1] * DType.of(self.dtype).itemsize
+        size = self.nbytes
         if len(self.matrix_id) != 16 or not any(self.matrix_id):
             raise ConfigError("a matrix id has 16 bytes, not all of them zero")
         if min(self.shape) < 1 or max(self.shape) > MAX_DIM or size > MAX_MATRIX_BYTES:
@@ -51,12 +51,25 @@ class StoredMatrix:
                 f"{MAX_MATRIX_BYTES} bytes go over the wire"
             )
 
-    def header(self, kind: MessageType, request_id: int) -> Header:
-        """The OFFER or the STORE of this matrix."""
-        rows, cols = self.shape
+    def offer(self, request_id: int) -> Header:
+        """The OFFER of this matrix."""
+        return Header(
+            MessageType.OFFER, request_id, self.matrix_id, DType.of(self.dtype), *self.shape, payload_bytes=32
+        )
+
+    def store(self, request_id: int, *, shared: bool) -> Header:
+        """The STORE of this matrix, with its elements as payload or in shared memory."""
+        size = NUMBER_BYTES if shared else self.nbytes
+        flags = SHARED if shared else 0
         dtype = DType.of(self.dtype)
-        size = 32 if kind is MessageType.OFFER else rows * cols * dtype.itemsize
-        return Header(kind, request_id, self.matrix_id, dtype, rows, cols, size)
+        return Header(
+            MessageType.STORE, request_id, self.matrix_id, dtype, *self.shape, payload_bytes=size, flags=flags
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Of W_star."""
+        return self.shape[0] * self.shape[1] * DType.of(self.dtype).itemsize
 
     def elements(self) -> torch.Tensor:
         """W_star (p, q), contiguous, on the CPU.

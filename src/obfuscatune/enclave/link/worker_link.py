@@ -1,7 +1,8 @@
 """What the rest of the enclave sees of a worker: store a matrix, multiply by it, forget it."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
@@ -211,6 +212,15 @@ class WorkerLink:
             driver.leaving[matrix_id] = None
             if driver.connected:
                 driver.drive(lambda: matrix_id not in driver.leaving)
+
+    @contextmanager
+    def broken_off(self) -> Iterator[None]:
+        """Within it, what waits for the worker in other threads fails at once; afterwards the link connects anew."""
+        self._driver.break_off()
+        try:
+            yield
+        finally:
+            self._driver.broken_off = False
 
     def close(self) -> None:
         """Have the worker forget all of this session, where it can still be reached, and disconnect."""
