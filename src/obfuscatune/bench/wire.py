@@ -24,11 +24,13 @@ from obfuscatune.bench.clocked import clocked_worker
 from obfuscatune.enclave.link import WorkerLink
 from obfuscatune.report.environment import environment
 from obfuscatune.report.units import format_bytes
+from obfuscatune.wire.limits import MAX_SLOT_ROWS
 from obfuscatune.wire.tls import TlsConfig, make_identity
 
 ROWS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 WIDTH = 256
-LINKS = ("shared memory", "unix socket", "tcp", "tls")
+LINKS = ("slot", "shared memory", "unix socket", "tcp", "tls")
+_LENT = ("slot", "shared memory")
 _MATRIX_ID = bytes(15) + b"\x01"
 _LEAST_ROUNDS, _MOST_ROUNDS = 10, 1000
 _MOST_SECONDS = 0.5
@@ -38,7 +40,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class WireRow:
-    """So many rows there and their product back; medians, without the time that the worker computed."""
+    """So many rows there and their product back; medians, without the time that the worker computed on average."""
 
     link: str
     rows: int
@@ -82,8 +84,8 @@ class WireBench:
         with _opened(name, self.threads) as (link, clock):
             matrix = torch.eye(self.width)
             link.store(_MATRIX_ID, lambda: matrix, shape=(self.width, self.width), dtype=matrix.dtype)
-            for count in self.rows:
-                seconds, computing = self._timed(link, count, clock, lend=name == "shared memory")
+            for count in self.rows_by(name):
+                seconds, computing = self._timed(link, count, clock, lend=name in _LENT)
                 row = WireRow(
                     name,
                     count,
@@ -95,22 +97,25 @@ class WireBench:
                 progress(f"{name}, {count} rows: {row.seconds * 1e6:.0f} µs, {row.gbytes:.2f} GB/s")
                 yield row
 
+    def rows_by(self, link: str) -> tuple[int, ...]:
+        """Those numbers of rows that can go by that link."""
+        return tuple(count for count in self.rows if link != "slot" or count <= MAX_SLOT_ROWS)
+
     def _timed(
         self, link: WorkerLink, count: int, clock: Callable[[], float], *, lend: bool
     ) -> tuple[list[float], float]:
-        """Seconds of each round without the worker's computing, and the median of that."""
+        """Seconds of each round without the worker's computing, and the mean of that."""
         rows = link.lend(count, self.width, torch.float32) if lend else torch.empty(count, self.width)
         rows.normal_()
         link.multiply(_MATRIX_ID, rows, transpose=False)
         seconds: list[float] = []
-        computing: list[float] = []
+        computed = clock()
         while len(seconds) < _LEAST_ROUNDS or (len(seconds) < _MOST_ROUNDS and sum(seconds) < _MOST_SECONDS):
-            computed, started = clock(), time.perf_counter()
+            started = time.perf_counter()
             link.submit(_MATRIX_ID, rows, transpose=False, known_finite=True).result()
-            passed = time.perf_counter() - started
-            computing.append(clock() - computed)
-            seconds.append(max(passed - computing[-1], 0.0))
-        return seconds, statistics.median(computing)
+            seconds.append(time.perf_counter() - started)
+        computing = (clock() - computed) / len(seconds)
+        return [max(passed - computing, 0.0) for passed in seconds], computing
 
 
 class Fitted(NamedTuple):
@@ -160,19 +165,23 @@ class WireResult:
         lines += ["", f"| rows | bytes | {' | '.join(f'{link}, µs' for link in self.bench.links)} |"]
         lines.append("|---" * (2 + len(self.bench.links)) + "|")
         for count in self.bench.rows:
-            own = [row for row in self.rows if row.rows == count]
-            cells = " | ".join(f"{row.seconds * 1e6:.0f} (9 of 10: {row.slow_seconds * 1e6:.0f})" for row in own)
-            lines.append(f"| {count} | {format_bytes(own[0].nbytes)} | {cells} |")
+            own = {row.link: row for row in self.rows if row.rows == count}
+            cells = " | ".join(_cell(own.get(link)) for link in self.bench.links)
+            lines.append(f"| {count} | {format_bytes(next(iter(own.values())).nbytes)} | {cells} |")
         return "\n".join(lines) + "\n"
+
+
+def _cell(row: WireRow | None) -> str:
+    return "" if row is None else f"{row.seconds * 1e6:.0f} (9 of 10: {row.slow_seconds * 1e6:.0f})"
 
 
 @contextmanager
 def _opened(name: str, threads: int) -> Iterator[tuple[WorkerLink, Callable[[], float]]]:
     """A link of that kind, and the seconds that its worker computed so far."""
     with tempfile.TemporaryDirectory(prefix="obfuscatune-bench-") as folder:  # made with mode 0700
-        listen = None if name in ("shared memory", "unix socket") else f"tcp:127.0.0.1:{_free_port()}"
+        listen = None if name in (*_LENT, "unix socket") else f"tcp:127.0.0.1:{_free_port()}"
         ours, theirs = _identities(Path(folder)) if name == "tls" else (None, None)
-        extra: tuple[str, ...] = ()
+        extra: tuple[str, ...] = ("--no-watch",) if name == "shared memory" else ()
         if theirs is not None:
             extra = ("--tls-cert", str(theirs.certificate), "--tls-key", str(theirs.private_key))
             extra += ("--peer", str(theirs.peers))
@@ -180,7 +189,7 @@ def _opened(name: str, threads: int) -> Iterator[tuple[WorkerLink, Callable[[], 
             clocked_worker(threads, listen, extra) as worker,
             WorkerLink.open(worker.address, tls=ours) as link,
         ):
-            yield link, lambda: worker.clock.totals.seconds
+            yield link, lambda: worker.clock.settled().seconds
 
 
 def _identities(folder: Path) -> tuple[TlsConfig, TlsConfig]:

@@ -22,10 +22,17 @@ if TYPE_CHECKING:
 class Computer:
     """Multiplies on one device, one product at a time: two at once would share the same cores and both be late."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
-        """`dtype`: what matrices are kept and products computed in; None is as they were sent."""
+    def __init__(self, device: torch.device, dtype: torch.dtype | None = None, *, may_watch: bool = True) -> None:
+        """A computer that nobody uses yet.
+
+        Args:
+            device: where matrices are kept and products computed.
+            dtype: in which; None is as they were sent.
+            may_watch: whether to wait awake for few rows, where that is possible.
+        """
         self.device = device
         self.dtype = dtype
+        self._may_watch = may_watch
         self._lock = threading.Lock()
         self._watches = threading.Semaphore(max(len(os.sched_getaffinity(0)) - 1, 1))
 
@@ -42,7 +49,8 @@ class Computer:
     @property
     def watches(self) -> bool:
         """Whether it can watch a slot."""
-        return self.device.type == "cpu" and self.dtype in (None, torch.float32) and kernels.may_be_there()
+        suits = self.device.type == "cpu" and self.dtype in (None, torch.float32)
+        return self._may_watch and suits and kernels.may_be_there()
 
     def watch(self, memory: SharedMemory, slot_offset: int, matrices: Sequence[torch.Tensor]) -> Watched:
         """Answer what an enclave on this host posts in a slot, for as long as it does; see `watch.watch`.

@@ -20,6 +20,7 @@ class WorkerOptions:
     quota: str | None = None
     when_full: str = "refuse"
     threads: int | None = None
+    no_watch: bool = False
     max_sessions: int = 64
     record: Path | None = None
     store: Path | None = None
@@ -56,6 +57,7 @@ def parse_arguments(arguments: list[str]) -> WorkerOptions:
     parser.add_argument("--quota", help="memory for matrices, as 8GiB; default 80%% of the RAM")
     parser.add_argument("--when-full", default="refuse", choices=["refuse", "evict"])
     parser.add_argument("--threads", type=int, help="cores to compute on; default all")
+    parser.add_argument("--no-watch", action="store_true", help="wait asleep for few rows, too: slower decoding")
     parser.add_argument("--max-sessions", type=int, default=64)
     parser.add_argument("--record", type=Path, metavar="DIR", help="write down all that this worker sees")
     parser.add_argument("--store", type=Path, metavar="DIR", help="keep matrices on disk, by their content")

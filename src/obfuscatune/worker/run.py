@@ -51,7 +51,9 @@ def run(options: WorkerOptions) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     store = MatrixStore(_quota(options.quota), _chosen(POLICIES, options.when_full, "--when-full"))
-    computer = Computer(_device(options.device), _chosen(DTYPES, options.dtype, "--dtype"))
+    computer = Computer(
+        _device(options.device), _chosen(DTYPES, options.dtype, "--dtype"), may_watch=not options.no_watch
+    )
     disk = None if options.store is None else ContentStore(options.store)
     recorder = None if options.record is None else Recorder(options.record)
     listener = Listener(address, tls)

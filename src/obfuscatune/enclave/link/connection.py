@@ -115,7 +115,8 @@ class LinkConnection:
 
     def lay_out(self, elements: torch.Tensor) -> LaidOut | None:
         """A copy of a matrix in the memory that is shared; None where there is none, or no room."""
-        copy = None if self.arena is None else self.arena.lend(*elements.shape, elements.dtype)
+        rows, cols = elements.shape
+        copy = None if self.arena is None else self.arena.lend(rows, cols, elements.dtype)
         offset = None if self.arena is None or copy is None else self.arena.offset_of(copy)
         return None if copy is None or offset is None else LaidOut(copy.copy_(elements), offset)
 
