@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from obfuscatune.bench import checkpoint
 from obfuscatune.bench.checkpoint import write_random_checkpoint
+from obfuscatune.bench.kept_memory import AHEAD_BYTES, PART_BYTES, KeptMemory
 from obfuscatune.bench.obfuscate import ObfuscateBench, ObfuscateResult
 from obfuscatune.bench.usage import cpu_seconds, peak_bytes, settled_bytes
 from obfuscatune.wire.errors import ConfigError, StorageError
@@ -43,6 +44,25 @@ def test_its_documents_name_what_they_depend_on(measured: ObfuscateResult) -> No
     document = json.loads(json.dumps(measured.as_json()))
     assert document["environment"]["torch threads"] == "1"
     assert "| structured |" in measured.as_markdown()
+
+
+def test_memory_is_kept_for_it_and_the_result_says_so(tmp_path: Path) -> None:
+    write_random_checkpoint(CONFIG, tmp_path, lambda line: None)
+    kept = ObfuscateBench(model=tmp_path, threads=1, rounds=1, memory_kept=True).run(lambda line: None)
+    assert "gave it back as the worker took it" in kept.as_markdown()
+    assert kept.as_json()["bench"]["memory_kept"] is True
+    assert kept.new_memory_seconds_per_byte > 0
+
+
+def test_kept_memory_is_let_go_bit_by_bit_and_with_the_process() -> None:
+    with KeptMemory(3 * PART_BYTES + AHEAD_BYTES) as kept:
+        held = settled_bytes(kept.pid)
+        assert held > 3 * PART_BYTES + AHEAD_BYTES
+        kept.keep_ahead_of(2 * PART_BYTES)
+        deadline = time.monotonic() + 20
+        while settled_bytes(kept.pid) > held - AHEAD_BYTES - 2 * PART_BYTES and time.monotonic() < deadline:
+            pass
+        assert held - AHEAD_BYTES - 3 * PART_BYTES < settled_bytes(kept.pid) <= held - AHEAD_BYTES - 2 * PART_BYTES
 
 
 @pytest.mark.long

@@ -39,6 +39,11 @@ class KeptMemory:
         if self._process.stdout is not None:
             self._process.stdout.readline()
 
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
     def keep_ahead_of(self, nbytes: int) -> None:
         """So many bytes have been taken by others."""
         if self._process.stdin is not None:
@@ -51,8 +56,8 @@ class KeptMemory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._process.kill()
-        self._process.wait()
+        with self._process:
+            self._process.kill()
 
 
 def seconds_for_a_new_byte(nbytes: int) -> float:

@@ -8,7 +8,7 @@ the worker has nothing more to do, is left to all cores.
 from __future__ import annotations
 
 import os
-import threading
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -26,36 +26,40 @@ class CoreKeeper:
     def __init__(self, link: WorkerLink, profile: Profile) -> None:
         self._link = link
         self._most = 0 if profile.full_rank or not profile.mixing else MAX_SLOT_ROWS - profile.shield_rows
-        self._own = threading.local()
 
     def watch_over(self, model: nn.Module) -> None:
         """From now on, whenever that model, which holds the blocks and not the head, is called."""
-        model.register_forward_pre_hook(self._before, with_kwargs=True)
-        model.register_forward_hook(self._after, always_call=True)
+        model.forward = _Watched(self, model.forward)
 
-    def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def spare_threads(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+        """How many threads a model is to be called with; None for as many as there are."""
         threads = torch.get_num_threads()
         fewer = max(min(threads, len(os.sched_getaffinity(0)) - 1), 1)
         shares = fewer < threads and 0 < _tokens(args, kwargs) <= self._most and self._link.is_watched
-        self._kept.append(threads if shares else 0)
-        if shares:
-            torch.set_num_threads(fewer)
+        return fewer if shares else None
 
-    def _after(self, *_: object) -> None:
-        threads = self._kept.pop()
-        if threads:
+
+class _Watched:
+    """A model's `forward`, with a core left for the worker. No hooks: of an interrupt these do not hear."""
+
+    def __init__(self, keeper: CoreKeeper, forward: Callable[..., Any]) -> None:
+        self._keeper = keeper
+        self.__wrapped__ = forward
+        """Whose signature this has."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        fewer = self._keeper.spare_threads(args, kwargs)
+        if fewer is None:
+            return self.__wrapped__(*args, **kwargs)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(fewer)
+        try:
+            return self.__wrapped__(*args, **kwargs)
+        finally:
             torch.set_num_threads(threads)
 
     def __deepcopy__(self, memo: object) -> NoReturn:
         raise ProtectionError("a protected model cannot be copied: it holds a connection to the worker")
-
-    @property
-    def _kept(self) -> list[int]:
-        """What to go back to, for each call that this thread is in; 0 where nothing was changed."""
-        if not hasattr(self._own, "kept"):
-            self._own.kept = []
-        kept: list[int] = self._own.kept
-        return kept
 
 
 def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import os
 import secrets
+import threading
 import weakref
 from pathlib import Path
 from typing import TypeVar
@@ -102,14 +103,18 @@ class RootKey:
 
 
 class SecretStream:
-    """Numbers from a CSPRNG. Draws advance the stream; two streams of one key agree draw by draw."""
+    """Numbers from a CSPRNG. Draws advance the stream; two streams of one key agree draw by draw.
 
-    __slots__ = ("__weakref__", "_cipher", "renewals")
+    Safe from any thread: a model may be called from several at once, and the cipher refuses a second caller.
+    """
+
+    __slots__ = ("__weakref__", "_cipher", "_lock", "renewals")
 
     def __init__(self, key: bytes) -> None:
         self.renewals = 0
         """How often it began anew, in a forked child: what was drawn ahead before is the parent's."""
         self._cipher = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+        self._lock = threading.Lock()
 
     @classmethod
     def fresh(cls) -> SecretStream:
@@ -120,14 +125,16 @@ class SecretStream:
 
     def random_bytes(self, count: int) -> bytes:
         """The next `count` bytes."""
-        return self._cipher.update(bytes(count))
+        with self._lock:
+            return self._cipher.update(bytes(count))
 
     def _words(self, count: int) -> NDArray[np.uint32]:
         """The next `count` words (count,), to be written over: no byte of them is copied."""
         size = 4 * count
         memory = np.empty(size + _BLOCK_BYTES, np.uint8)  # the cipher asks for room for a block more
-        for start in range(0, size, len(_ZEROS)):
-            self._cipher.update_into(_ZEROS[: size - start], memory.data[start:])
+        with self._lock:
+            for start in range(0, size, len(_ZEROS)):
+                self._cipher.update_into(_ZEROS[: size - start], memory.data[start:])
         return memory[:size].view(np.uint32)
 
     def permutation(self, size: int) -> Tensor:
@@ -181,6 +188,7 @@ def _renew_fresh_streams() -> None:
     """In a forked child: else it would mix its rows as its parent does, and the difference of theirs would show."""
     for stream in _fresh_streams:
         stream._cipher = SecretStream(secrets.token_bytes(KEY_BYTES))._cipher
+        stream._lock = threading.Lock()  # the parent's may have been held by a thread that is not here
         stream.renewals += 1
 
 

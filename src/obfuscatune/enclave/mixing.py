@@ -105,8 +105,11 @@ class _FewAhead:
         """Secrets that were never used."""
         key = rows, width, dtype
         ready = self._ready.setdefault(key, [])
-        while ready:
-            mixing = ready.pop()
+        while True:
+            try:
+                mixing = ready.pop()
+            except IndexError:  # another thread may have taken the last
+                break
             if mixing.renewals == self._stream.renewals:
                 return mixing
         m = rows + shield_rows

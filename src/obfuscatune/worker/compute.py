@@ -34,7 +34,8 @@ class Computer:
         self.dtype = dtype
         self._may_watch = may_watch
         self._lock = threading.Lock()
-        self._watches = threading.Semaphore(max(len(os.sched_getaffinity(0)) - 1, 1))
+        self._spare_cores = len(os.sched_getaffinity(0)) - 1
+        self._watches = threading.Semaphore(self._spare_cores)
 
     def adopt(self, matrix: torch.Tensor) -> torch.Tensor:
         """A received (p, q) matrix as it is kept; the same memory when neither device nor dtype change."""
@@ -48,9 +49,9 @@ class Computer:
 
     @property
     def watches(self) -> bool:
-        """Whether it can watch a slot."""
+        """Whether it can watch a slot: with one core alone it would keep the enclave from it."""
         suits = self.device.type == "cpu" and self.dtype in (None, torch.float32)
-        return self._may_watch and suits and kernels.may_be_there()
+        return self._may_watch and suits and self._spare_cores > 0 and kernels.may_be_there()
 
     def watch(self, memory: SharedMemory, slot_offset: int, matrices: Sequence[torch.Tensor]) -> Watched:
         """Answer what an enclave on this host posts in a slot, for as long as it does; see `watch.watch`.
@@ -67,8 +68,7 @@ class Computer:
         try:
             from obfuscatune.worker.watch import watch
 
-            threads = min(torch.get_num_threads(), len(os.sched_getaffinity(0)) - 1)
-            return watch(memory, slot_offset, matrices, max(threads, 1))
+            return watch(memory, slot_offset, matrices, min(torch.get_num_threads(), self._spare_cores))
         finally:
             self._watches.release()
 

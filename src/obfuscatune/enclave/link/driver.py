@@ -10,6 +10,8 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 
+import torch
+
 from obfuscatune.enclave.link.arena import Arena
 from obfuscatune.enclave.link.connection import LinkConnection
 from obfuscatune.enclave.link.pending import Pending, StoredMatrix, check_product
@@ -31,6 +33,7 @@ from obfuscatune.wire.errors import (
 from obfuscatune.wire.limits import SHARED_BYTES
 from obfuscatune.wire.messages import NO_DIGEST, Header, MessageType
 from obfuscatune.wire.payloads import Places, pack_number
+from obfuscatune.wire.slot import Watched
 from obfuscatune.wire.tensors import bytes_of, content_digest
 from obfuscatune.wire.transport import Buffer, Transport
 
@@ -84,7 +87,7 @@ class LinkDriver:
     @property
     def is_watched(self) -> bool:
         """Whether the worker that is connected now watches a slot, or did the last time it was asked to."""
-        return self._slot is not None and not self._slot.rests
+        return self._slot is not None and self._slot.is_used
 
     @property
     def connected(self) -> bool:
@@ -215,21 +218,31 @@ class LinkDriver:
         if not fits(pending) or not connection.watches_slots:
             return False
         slot = self._slot = self._slot or WatchedSlot.lent_by(connection.arena)  # type: ignore[arg-type]
-        places = None if slot is None or slot.rests else self._places(connection, pending)
-        if slot is None or places is None:
+        if slot is None:
             return False
-        if not slot.is_watched_for(pending.matrix_id):
+        begins = not slot.is_watched_for(pending.matrix_id)
+        if begins:
             self._end_watch(connection)
-            self._watch(connection, slot)
+        places = None if slot.rests else self._places(connection, pending)
+        if places is None:
+            return False
+        request_id = self._next_id()
+        watched = slot.begin_watch(request_id, self._watchable(), pending.matrix_id) if begins else None
         self._set_out(pending)
         self.waiting.remove(pending)
         self._posted = pending
         slot.post(pending, places.rows, places.product)
+        if watched is not None:  # only now: what the last watch did not see must not be taken for what is asked
+            self._watch(connection, request_id, watched)
         return True
 
-    def _watch(self, connection: LinkConnection, slot: WatchedSlot) -> None:
-        request_id = self._next_id()
-        body = slot.begin_watch(request_id, self.matrices).pack()
+    def _watchable(self) -> list[bytes]:
+        """The matrices that a worker can watch for: one of another kind, and it would watch for none."""
+        matrices = self.matrices.items()
+        return [key for key, matrix in matrices if matrix.dtype == torch.float32 and matrix.refused is None]
+
+    def _watch(self, connection: LinkConnection, request_id: int, watched: Watched) -> None:
+        body = watched.pack()
         header = Header(MessageType.WATCH, request_id, payload_bytes=len(body))
         connection.send(header, body, Deadline(self._deadline_s))
 
@@ -270,11 +283,14 @@ class LinkDriver:
         if connection.has_news():
             self._end_watch(connection)
             self._posted = None
-            pending.times_sent -= 1
+            pending.unseen = True
             self.waiting.insert(0, pending)
 
     def _set_out(self, pending: Pending) -> None:
         """It is about to be sent, or posted."""
+        if pending.unseen:  # the same sending goes on, within the same time: a worker may leave again and again
+            pending.unseen = False
+            return
         self.stats.retries += pending.times_sent > 0
         pending.times_sent += 1
         pending.deadline = Deadline(self._deadline_s)

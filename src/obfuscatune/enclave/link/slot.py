@@ -72,13 +72,20 @@ class WatchedSlot:
         """Whether messages are to be sent for the time being."""
         return time.monotonic() < self._rests_until
 
+    @property
+    def is_used(self) -> bool:
+        """Whether the worker watches, or did the last time it was asked to."""
+        return bool(self._places) and not self.rests
+
     def is_watched_for(self, matrix_id: bytes) -> bool:
         """Whether a WATCH that names that matrix is not answered yet."""
         return self.watch_id is not None and matrix_id in self._places
 
-    def begin_watch(self, request_id: int, matrix_ids: Iterable[bytes]) -> Watched:
-        """What WATCH is to say: all these matrices, or as many as may be."""
+    def begin_watch(self, request_id: int, matrix_ids: Iterable[bytes], wanted: bytes) -> Watched:
+        """What WATCH is to say: all these matrices, or as many as may be, the one that is wanted among them."""
         ids = tuple(matrix_ids)[-MAX_WATCHED:]
+        if wanted not in ids:
+            ids = (*ids[1:], wanted)
         self._places = {matrix_id: place for place, matrix_id in enumerate(ids)}
         self.watch_id = request_id
         return Watched(self._offset, ids)

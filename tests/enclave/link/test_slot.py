@@ -1,0 +1,400 @@
+"""Few rows go through a slot that the worker watches; whatever it does, products are right or one error says so."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from obfuscatune.enclave import kernels
+from obfuscatune.enclave.link import RetryPolicy, WorkerLink
+from obfuscatune.enclave.link import slot as module
+from obfuscatune.enclave.link.connection import LinkConnection
+from obfuscatune.enclave.local import LocalWorker, local_worker
+from obfuscatune.wire.errors import (
+    BadMagic,
+    BadReply,
+    ConfigError,
+    ConnectionLost,
+    DeadlineExceeded,
+    MalformedMessage,
+    ProtocolError,
+    UnknownMatrix,
+    WireError,
+)
+from obfuscatune.wire.messages import ErrorCode, Header, MessageType
+from obfuscatune.wire.slot import Word
+from obfuscatune.worker.answer import Request
+from tests.enclave.link.test_worker_link import QUICK
+from tests.enclave.link.watchers import Watching, WatchingTransport, WatchingWorker
+from tests.worker.serving import serving
+
+if not kernels.are_there():
+    pytest.skip("no kernels can be compiled here; there are no slots", allow_module_level=True)
+if len(os.sched_getaffinity(0)) < 2:
+    pytest.skip("one core alone: no worker watches", allow_module_level=True)
+
+ID, OTHER, THIRD = bytes(range(1, 17)), bytes(range(2, 18)), bytes(range(3, 19))
+MULTIPLY, WATCH = MessageType.MULTIPLY, MessageType.WATCH
+
+
+def some(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape) + seed))
+
+
+W, V = some(96, 130), some(96, 70, seed=1)
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[MessageType]:
+    """Types of all messages that the enclave sends from now on."""
+    types: list[MessageType] = []
+    send = LinkConnection.send
+
+    def spied(self: LinkConnection, header: Header, *rest: object, **named: object) -> None:
+        types.append(header.type)
+        send(self, header, *rest, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(LinkConnection, "send", spied)
+    return types
+
+
+def stored(link: WorkerLink, matrix_id: bytes = ID, matrix: torch.Tensor = W) -> WorkerLink:
+    link.store(matrix_id, lambda: matrix, shape=tuple(matrix.shape), dtype=matrix.dtype)  # type: ignore[arg-type]
+    return link
+
+
+@pytest.fixture
+def link(worker: LocalWorker) -> Iterator[WorkerLink]:
+    """To a worker process; W is stored under ID."""
+    with WorkerLink.open(worker.address) as opened:
+        yield stored(opened)
+
+
+def lent(link: WorkerLink, rows: torch.Tensor) -> torch.Tensor:
+    return link.lend(*rows.shape, rows.dtype).copy_(rows)
+
+
+def assert_right(found: torch.Tensor, x: torch.Tensor, matrix: torch.Tensor = W) -> None:
+    """To the rounding of sums of p products in float32, in any order."""
+    exact, size = x.double() @ matrix.double(), x.double().abs() @ matrix.double().abs()
+    assert ((found.double() - exact).abs() <= x.shape[1] * torch.finfo(torch.float32).eps * size).all()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 9, 32])
+def test_few_rows_go_through_the_slot(link: WorkerLink, sent: list[MessageType], rows: int) -> None:
+    assert not link.is_watched
+    x = some(rows, 96)
+    before = link.stats.snapshot()
+    found = link.multiply(ID, lent(link, x), transpose=False)
+    assert_right(found, x)
+    assert link.is_watched
+    assert set(sent) == {WATCH}
+    spent = link.stats.since(before)
+    assert (spent.crossings, spent.retries, spent.reconnects) == (1, 0, 0)
+    assert spent.bytes_received >= found.nbytes == 4 * rows * 130
+    by_message = link.multiply(ID, x, transpose=False)
+    assert sent[-1] is MULTIPLY
+    assert_right(by_message, x)
+    if rows > 1:  # of one row, messages leave the product to BLAS
+        assert torch.equal(found, by_message)
+
+
+def test_one_watch_serves_many_requests(
+    tmp_path: Path, sent: list[MessageType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until the worker is called away for a message; afterwards a second one does."""
+    monkeypatch.setattr("obfuscatune.worker.watch.AWAKE_SECONDS", 20.0)  # not before, on a busy machine either
+    with serving(tmp_path) as running, WorkerLink.open(str(running.address), deadline_s=10) as link:
+        stored(link)
+        sent.clear()
+        for number in range(1, 101):
+            x = some(1 + number % 32 if number % 50 else 40, 96, seed=number)
+            assert_right(link.multiply(ID, lent(link, x), transpose=False), x)
+        assert sent == [WATCH, MULTIPLY, WATCH, MULTIPLY]
+        assert (link.stats.crossings, link.stats.retries, link.stats.reconnects) == (100, 0, 0)
+
+
+def test_the_rest_goes_by_message(link: WorkerLink, sent: list[MessageType]) -> None:
+    x = some(33, 96)
+    assert_right(link.multiply(ID, lent(link, x), transpose=False), x)
+    g = some(3, 130)
+    assert_right(link.multiply(ID, lent(link, g), transpose=True), g, W.T)
+    x = some(3, 96)
+    assert_right(link.multiply(ID, x, transpose=False), x)
+    wide = link.multiply(ID, lent(link, x), transpose=False, reply_dtype=torch.float64)
+    assert wide.dtype == torch.float64
+    assert_right(wide, x)
+    stored(link, OTHER, W.double())
+    rows = lent(link, x.double())
+    torch.testing.assert_close(link.multiply(OTHER, rows, transpose=False), rows @ W.double(), rtol=0, atol=1e-12)
+    assert WATCH not in sent
+    assert sent.count(MULTIPLY) == 5
+    assert not link.is_watched
+
+
+def test_a_matrix_that_is_none_for_a_slot_costs_nothing_but_speed(link: WorkerLink) -> None:
+    stored(link, OTHER, W.double())
+    stored(link, THIRD, some(96, 3))
+    x = some(3, 96)
+    for _ in range(3):
+        assert_right(link.multiply(ID, lent(link, x), transpose=False), x)
+        assert_right(link.multiply(THIRD, lent(link, x), transpose=False), x, some(96, 3))
+
+
+def test_a_matrix_that_is_stored_while_the_worker_watches(link: WorkerLink, sent: list[MessageType]) -> None:
+    x = some(4, 96)
+    assert_right(link.multiply(ID, lent(link, x), transpose=False), x)
+    stored(link, OTHER, V)
+    for matrix_id, matrix in ((OTHER, V), (ID, W), (OTHER, V)):
+        assert_right(link.multiply(matrix_id, lent(link, x), transpose=False), x, matrix)
+    assert MULTIPLY not in sent
+
+
+def test_a_matrix_that_is_replaced_while_the_worker_watches(link: WorkerLink, sent: list[MessageType]) -> None:
+    x = some(4, 96)
+    assert_right(link.multiply(ID, lent(link, x), transpose=False), x)
+    stored(link, ID, V)
+    assert_right(link.multiply(ID, lent(link, x), transpose=False), x, V)
+    assert MULTIPLY not in sent
+
+
+def test_a_matrix_that_is_forgotten_while_the_worker_watches(link: WorkerLink) -> None:
+    stored(link, OTHER, V)
+    x = some(4, 96)
+    assert_right(link.multiply(ID, lent(link, x), transpose=False), x)
+    link.forget(ID)
+    with pytest.raises(ConfigError):
+        link.multiply(ID, lent(link, x), transpose=False)
+    assert_right(link.multiply(OTHER, lent(link, x), transpose=False), x, V)
+
+
+def test_more_matrices_than_a_watch_may_name(
+    link: WorkerLink, sent: list[MessageType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_WATCHED", 1)
+    stored(link, OTHER, V)
+    x = some(4, 96)
+    for matrix_id, matrix in ((ID, W), (OTHER, V), (ID, W), (ID, W)):
+        assert_right(link.multiply(matrix_id, lent(link, x), transpose=False), x, matrix)
+    assert MULTIPLY not in sent
+
+
+def test_few_and_many_rows_in_turn(link: WorkerLink, sent: list[MessageType]) -> None:
+    """Several in flight, either way, and answers taken in another order than they were asked for in."""
+    stored(link, OTHER, V)
+    for turn in range(5):
+        asked = [(some(rows, 96, seed=turn), *pair) for rows in (3, 40, 1, 32, 33) for pair in ((ID, W), (OTHER, V))]
+        pendings = [link.submit(matrix_id, lent(link, x), transpose=False) for x, matrix_id, _ in asked]
+        for pending, (x, _, matrix) in list(zip(pendings, asked, strict=True))[:: (-1) ** turn]:
+            assert_right(pending.result(), x, matrix)
+        g = some(3, 130)
+        assert_right(link.multiply(ID, lent(link, g), transpose=True), g, W.T)
+    assert {WATCH, MULTIPLY} <= set(sent)
+    assert (link.stats.retries, link.stats.reconnects) == (0, 0)
+
+
+def test_from_several_threads(link: WorkerLink) -> None:
+    failures: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        try:
+            for turn in range(30):
+                x = some(1 + (seed * turn) % 36, 96, seed=seed)
+                assert_right(link.multiply(ID, lent(link, x), transpose=False), x)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_a_worker_that_is_killed_while_a_request_is_posted(sent: list[MessageType]) -> None:
+    retry = RetryPolicy(longest_backoff_s=0.1)  # only to be quicker: the worker is back after seconds
+    with local_worker(threads=1) as worker, WorkerLink.open(worker.address, retry=retry) as link:
+        x = some(4, 96)
+        assert_right(stored(link).multiply(ID, lent(link, x), transpose=False), x)
+        os.kill(worker.pid, signal.SIGSTOP)
+        os.waitpid(worker.pid, os.WUNTRACED)  # until all its threads stand still
+        pending = link.submit(ID, lent(link, x), transpose=False)
+        worker.restart()
+        assert_right(pending.result(), x)
+        assert (link.stats.reconnects, link.stats.crossings) == (1, 2)
+        assert link.stats.retries >= 1
+        assert link.stats.uploads == 2
+        sent.clear()
+        assert_right(link.multiply(ID, lent(link, x), transpose=False), x)
+        assert set(sent) == {WATCH}
+
+
+def test_a_worker_that_watches_no_slots(sent: list[MessageType]) -> None:
+    with local_worker(threads=1, extra=("--no-watch",)) as worker, WorkerLink.open(worker.address) as link:
+        x = some(4, 96)
+        assert_right(stored(link).multiply(ID, lent(link, x), transpose=False), x)
+        assert not link.is_watched
+        assert WATCH not in sent
+
+
+def in_memory(worker: WatchingWorker, retry: RetryPolicy = QUICK) -> WorkerLink:
+    return stored(WorkerLink(worker, deadline_s=0.05, retry=retry))
+
+
+def test_what_is_asked_lies_in_the_slot_when_a_watch_begins() -> None:
+    """Not what the watch before did not see: the worker would take that for it, and answer into what is lent anew."""
+    worker = WatchingWorker(say(MessageType.DONE), times=2)
+    x = some(4, 96)
+    with in_memory(worker) as link:
+        assert_right(link.multiply(ID, lent(link, x), transpose=False), x)
+        assert worker.posted == [1, 2, 3]
+        assert (link.stats.reconnects, link.stats.retries, link.stats.crossings) == (0, 0, 1)
+
+
+def test_a_worker_that_leaves_again_and_again_has_no_longer_than_any_other() -> None:
+    """It says DONE to WATCH, and does not multiply: however often, all of that is one sending with one deadline."""
+    deadlines: list[object] = []
+
+    def leave(transport: WatchingTransport, request: Request) -> bytes | None:
+        deadlines.append(link._driver._posted and link._driver._posted.deadline)
+        return say(MessageType.DONE)(transport, request)
+
+    link, x = in_memory(WatchingWorker(leave, times=3)), some(4, 96)
+    assert_right(link.multiply(ID, lent(link, x), transpose=False), x)
+    assert len(deadlines) == 3
+    assert all(deadline is deadlines[0] for deadline in deadlines)
+
+
+def test_a_request_for_a_matrix_that_was_forgotten_meanwhile() -> None:
+    """One that a watch did not see, and that is asked again."""
+    link = in_memory(WatchingWorker(say(MessageType.DONE), times=1))
+    stored(link, OTHER, V)
+    pending = link.submit(ID, lent(link, some(4, 96)), transpose=False)
+    link.forget(ID)
+    with pytest.raises(UnknownMatrix):
+        pending.result()
+    assert_right(link.multiply(OTHER, lent(link, some(4, 96)), transpose=False), some(4, 96), V)
+
+
+def refuse(code: ErrorCode, request_id: int | None = None) -> Watching:
+    def watching(transport: WatchingTransport, request: Request) -> bytes:
+        answered = request.header.request_id if request_id is None else request_id
+        return Header(MessageType.ERROR, answered, payload_bytes=2, code=code).pack() + b"no"
+
+    return watching
+
+
+def say(kind: MessageType, request_id: int | None = None, **fields: object) -> Watching:
+    def watching(transport: WatchingTransport, request: Request) -> bytes:
+        answered = request.header.request_id if request_id is None else request_id
+        return Header(kind, answered, **fields).pack()  # type: ignore[arg-type]
+
+    return watching
+
+
+def answer_with(value: float) -> Watching:
+    """The product is all that value."""
+
+    def watching(transport: WatchingTransport, request: Request) -> None:
+        words = transport.words
+        rows, place = int(words[Word.ROWS]), int(words[Word.TO])
+        transport.memory.matrix(place, rows, W.shape[1], torch.float32).fill_(value)
+        words[Word.WATCHED] = 1
+        words[Word.ANSWERED] = words[Word.POSTED]
+
+    return watching
+
+
+def watch_for_ever(transport: WatchingTransport, request: Request) -> None:
+    transport.words[Word.WATCHED] = 1
+
+
+def write(word: Word, value: int) -> Watching:
+    """Something else into the slot, and no answer."""
+
+    def watching(transport: WatchingTransport, request: Request) -> None:
+        transport.words[word] = value
+
+    return watching
+
+
+def hang_up(transport: WatchingTransport, request: Request) -> bytes:
+    transport.ended = True
+    return b""
+
+
+HOSTILE: dict[str, tuple[Watching, type[WireError]]] = {
+    "watches and never answers": (watch_for_ever, DeadlineExceeded),
+    "never watches": (lambda transport, request: None, DeadlineExceeded),
+    "answers another request": (write(Word.ANSWERED, 99), DeadlineExceeded),
+    "writes garbage": (write(Word.WATCHED, -1), DeadlineExceeded),
+    "hangs up": (hang_up, ConnectionLost),
+    "says garbage": (lambda transport, request: b"HTTP" * 40, BadMagic),
+    "says STORED": (say(MessageType.STORED), MalformedMessage),
+    "says DONE to another request": (say(MessageType.DONE, 999), MalformedMessage),
+    "says a request": (say(MessageType.FORGET), MalformedMessage),
+    "an error that answers another request": (refuse(ErrorCode.FAILED, 999), MalformedMessage),
+    "an error that answers nothing": (refuse(ErrorCode.MALFORMED, 0), ProtocolError),
+    "NaN": (answer_with(float("nan")), BadReply),
+    "infinity": (answer_with(float("-inf")), BadReply),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_the_product_is_right_all_the_same(name: str) -> None:
+    """However often it does that: rows that lie in the memory of a lost connection are sent."""
+    worker, x = WatchingWorker(HOSTILE[name][0]), some(4, 96)
+    with in_memory(worker) as link:
+        assert_right(link.multiply(ID, lent(link, x), transpose=False), x)
+        assert (link.stats.reconnects, link.stats.retries, link.stats.crossings) == (1, 1, 1)
+        assert [header.type for header in worker.seen].count(WATCH) == 1
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_where_nothing_is_tried_again_one_typed_error_says_so(name: str) -> None:
+    watching, error = HOSTILE[name]
+    worker = WatchingWorker(watching)
+    link = in_memory(worker, RetryPolicy(attempts=1, patience_s=0, backoff_s=0))
+    started = time.monotonic()
+    with pytest.raises(error) as caught:
+        link.multiply(ID, lent(link, some(4, 96)), transpose=False)
+    assert time.monotonic() - started < 5  # the deadline is a hundredth of that
+    assert "\n" not in str(caught.value)
+    assert all(connection.closed for connection in worker.connections)
+    worker.watching = None
+    assert_right(link.multiply(ID, lent(link, some(4, 96)), transpose=False), some(4, 96))
+
+
+def test_a_product_may_be_left_unchecked() -> None:
+    """Where the caller looks for NaN itself, once it lies in memory of its own."""
+    link = in_memory(WatchingWorker(answer_with(float("nan"))))
+    pending = link.submit(ID, lent(link, some(4, 96)), transpose=False, product_unchecked=True)
+    assert pending.result().isnan().all()
+
+
+CODES = (ErrorCode.FAILED, ErrorCode.SHAPE, ErrorCode.UNKNOWN_MATRIX, ErrorCode.BUSY)
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_one_that_will_not_watch_is_sent_messages_for_a_while(code: ErrorCode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then it is asked again."""
+    now = 0.0
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
+    worker = WatchingWorker(refuse(code), times=1)
+    link, x = in_memory(worker), some(4, 96)
+    rest = module.REST_SECONDS
+    for now, types in ((1.0, [WATCH, MULTIPLY]), (1 + 0.9 * rest, [MULTIPLY]), (1 + 1.1 * rest, [WATCH])):  # noqa: B007
+        worker.seen.clear()
+        assert_right(link.multiply(ID, lent(link, x), transpose=False), x)
+        assert [header.type for header in worker.seen] == types
+        assert link.is_watched is (MULTIPLY not in types)
+    assert (link.stats.retries, link.stats.reconnects, link.stats.crossings) == (0, 0, 3)

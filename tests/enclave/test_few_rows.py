@@ -1,0 +1,394 @@
+"""Few rows cross by kernels that rotate and mix at once: as torch would, forth and back, and seen from a model."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from obfuscatune import RootKey, protect
+from obfuscatune.enclave import kernels
+from obfuscatune.enclave.keys import SecretStream
+from obfuscatune.enclave.linear import OffloadedCall, OffloadedProduct
+from obfuscatune.enclave.link import LinkStats
+from obfuscatune.enclave.local import LocalWorker
+from obfuscatune.enclave.mixing import FewMixing, KroneckerMixer
+from obfuscatune.enclave.transforms.structured import StructuredTransform
+from obfuscatune.enclave.verify import Verifier
+from obfuscatune.wire.errors import BadReply, NonFiniteError, ProtectionError, WrongProduct
+
+if not kernels.are_there():
+    pytest.skip("no kernels can be compiled here; torch computes", allow_module_level=True)
+
+from obfuscatune.enclave.kernels.compiled import compiled
+from obfuscatune.enclave.kernels.rotation import RotationOfFew
+
+KEY = RootKey(b"f" * 32)
+SHIELD = 8
+DTYPES = (torch.float32, torch.float64)
+DIMS = (256, 300, 331, 768, 1021)  # of one grid and of two, a prime among them
+NOT_FINITE = (float("nan"), float("inf"), float("-inf"))
+
+
+def some(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return KEY.stream("x", *shape).normal(*shape).to(dtype)
+
+
+def structured(dim: int, side: str = "in") -> StructuredTransform:
+    return StructuredTransform(dim, KEY.stream("transform", dim, side))
+
+
+def by_torch(R: StructuredTransform, x: Tensor, *, undo: bool) -> Tensor:
+    """x R, or x R⁻¹, in float64."""
+    product = R._inverse_by_torch if undo else R._apply_by_torch
+    return product(x.double(), R._factors_in(torch.float64, x.device))
+
+
+def most_rows(dtype: torch.dtype) -> int:
+    """With more of them, another kernel rotates."""
+    return compiled(dtype.itemsize).shape.lanes // 2 - 1
+
+
+def of_few(R: StructuredTransform, rows: int, dtype: torch.dtype, *, undo: bool = False) -> RotationOfFew:
+    found = R.of_few(rows, dtype, undo=undo)
+    assert found is not None
+    return found
+
+
+def drawn(rows: int, width: int, dtype: torch.dtype, loudness: float = 1.0, shield: int = SHIELD) -> FewMixing:
+    mixer = KroneckerMixer(shield, KEY.stream("mixing", rows, width), shield_scale=loudness)
+    mixing = mixer.draw_few(rows, width, dtype)
+    assert mixing is not None
+    return mixing
+
+
+def near(found: Tensor, expected: Tensor) -> bool:
+    """To rounding: a few dozen sums of products of numbers of about 1 in a row."""
+    size = expected.square().mean().sqrt().item()
+    return torch.allclose(found.double(), expected, rtol=0, atol=100 * torch.finfo(found.dtype).eps * size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("undo", [False, True])
+def test_what_is_sent_is_rotated_and_mixed(dim: int, dtype: torch.dtype, undo: bool) -> None:
+    """A [x R; N] for every number of rows, with shield rows as loud as asked; and the sum of squares of x."""
+    R = structured(dim)
+    for rows in range(1, most_rows(dtype) + 1):
+        x, mixing = some(rows, dim, dtype=dtype) * 3, drawn(rows, dim, dtype, loudness=2.0)
+        shield, Q = mixing.secrets.stack[rows:].double(), mixing.secrets.Q.double()
+        memory = torch.full((mixing.rows * dim + 100,), 7.0, dtype=dtype)
+        sent = memory[50:-50].view(mixing.rows, dim)
+        squares = of_few(R, rows, dtype, undo=undo).send(x, mixing.secrets, sent)
+        assert squares == pytest.approx(float(x.double().square().sum()), rel=1e-5)
+        root_mean_square = float(x.double().square().mean().sqrt())
+        expected = Q.T @ torch.cat([by_torch(R, x, undo=undo), 2 * root_mean_square * shield])
+        assert near(sent, expected)
+        assert bool((memory[:50] == 7).all() and (memory[-50:] == 7).all())
+        v = some(dim, 2, dtype=dtype)
+        torch.testing.assert_close(mixing.image(v).double(), sent.double() @ v.double(), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("undo", [False, True])
+def test_what_is_received_is_unmixed_and_rotated_back(dim: int, dtype: torch.dtype, undo: bool) -> None:
+    R = structured(dim)
+    for rows in range(1, most_rows(dtype) + 1):
+        mixing = drawn(rows, 70, dtype)  # of the width that was sent, which is another
+        came, found = some(mixing.rows, dim, dtype=dtype), torch.full((rows, dim), torch.nan, dtype=dtype)
+        kept = came.clone()
+        squares = of_few(R, rows, dtype, undo=undo).receive(came, mixing.secrets, found)
+        unmixed = (mixing.secrets.Q.double() @ came.double())[:rows]
+        assert near(found, by_torch(R, unmixed, undo=undo))
+        assert squares == pytest.approx(float(unmixed.square().sum()), rel=1e-4)
+        assert torch.equal(came, kept)
+
+
+@pytest.mark.parametrize("shield", [0, 1, 24])
+def test_any_number_of_shield_rows(shield: int) -> None:
+    x, mixing = some(5, 300, dtype=torch.float32), drawn(5, 300, torch.float32, shield=shield)
+    assert mixing.rows == 5 + shield
+    sent, back = torch.empty(mixing.rows, 300), torch.empty(5, 300)
+    R = structured(300)
+    of_few(R, 5, torch.float32).send(x, mixing.secrets, sent)
+    of_few(R, 5, torch.float32, undo=True).receive(sent, mixing.secrets, back)
+    assert near(back, x.double())
+
+
+@pytest.mark.parametrize("view", ["columns", "every other row", "one row again and again"])
+def test_rows_need_not_lie_side_by_side(view: str) -> None:
+    base = some(12, 900, dtype=torch.float32)
+    x = {
+        "columns": base[:5, 50:381],
+        "every other row": base[::2, :331][:5],
+        "one row again and again": base[:1, :331].expand(5, 331),
+    }[view]
+    sent = []
+    for rows in (x, x.contiguous()):
+        mixing = drawn(5, 331, torch.float32)
+        of_few(structured(331), 5, torch.float32).send(rows, mixing.secrets, out := torch.empty(mixing.rows, 331))
+        sent.append(out)
+    assert torch.equal(*sent)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [300, 331])
+def test_each_number_that_is_not_finite_shows(dim: int, dtype: torch.dtype) -> None:
+    """In the sum of squares, whichever way; numbers that are large and finite do not."""
+    R, mixing = structured(dim), drawn(3, dim, dtype)
+    there, back = of_few(R, 3, dtype), of_few(R, 3, dtype, undo=True)
+    x, y = some(3, dim, dtype=dtype) * 1e15, some(mixing.rows, dim, dtype=dtype) * 1e15
+    sent, found = torch.empty(mixing.rows, dim, dtype=dtype), torch.empty(3, dim, dtype=dtype)
+    assert there.send(x, mixing.secrets, sent) < float("inf")
+    assert back.receive(y, mixing.secrets, found) < float("inf")
+    for column in range(dim):
+        for rows in (x, y):
+            bad = rows.clone()
+            bad[column % rows.shape[0], column] = NOT_FINITE[column % 3]
+            squares = there.send(bad, mixing.secrets, sent) if rows is x else 0.0
+            squares = back.receive(bad, mixing.secrets, found) if rows is y else squares
+            assert not squares < float("inf"), f"column {column}"
+
+
+def test_shield_rows_beside_nothing_are_not_nothing() -> None:
+    mixing, sent = drawn(2, 300, torch.float32), torch.empty(10, 300)
+    assert of_few(structured(300), 2, torch.float32).send(torch.zeros(2, 300), mixing.secrets, sent) == 0
+    assert sent.square().mean() > 0.5
+
+
+def test_the_same_input_gives_unrelated_requests() -> None:
+    """As for many rows: correlated no more than random rows are."""
+    x, R, mixer = some(4, 768, dtype=torch.float32), structured(768), KroneckerMixer(SHIELD, SecretStream.fresh())
+    requests = []
+    for _ in range(2):
+        mixing = mixer.draw_few(4, 768, torch.float32)
+        assert mixing is not None
+        of_few(R, 4, torch.float32).send(x, mixing.secrets, sent := torch.empty(12, 768))
+        mixer.give_back(mixing)
+        mixer.draw_ahead()
+        requests.append(torch.nn.functional.normalize(sent, dim=1))
+    assert (requests[0] @ requests[1].T).abs().max() < 0.75
+
+
+class Worker:
+    """A link to one that multiplies at once."""
+
+    def __init__(self, W_star: Tensor) -> None:
+        self.W_star, self.stats = W_star, LinkStats()
+        self.seen: list[Tensor] = []
+        self.tamper: Any = lambda product: product
+
+    def lend(self, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(rows, cols, dtype=dtype)
+
+    def submit(self, matrix_id: bytes, rows: Tensor, *, transpose: bool, **_: object) -> Any:
+        self.seen.append(rows.clone())
+        product = rows.to(self.W_star) @ (self.W_star.T if transpose else self.W_star)
+        return SimpleNamespace(result=lambda: self.tamper(product.to(rows.dtype)))
+
+
+def offloaded(
+    W: Tensor, shield: int = SHIELD, verify: float = 0.0, full_rank: bool = False
+) -> tuple[OffloadedProduct, Worker]:
+    R_in, R_out = structured(W.shape[0]), structured(W.shape[1], "out")
+    W_star = R_out.weight_right(R_in.weight_left(W))
+    worker = Worker(W_star)
+    verifier = Verifier(W_star, SecretStream.fresh(), verify) if verify else None
+    mixer = KroneckerMixer(shield, SecretStream.fresh(), full_rank=full_rank)
+    return OffloadedProduct(worker, b"", R_in, R_out, mixer, verifier), worker  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("verify", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("p", "q"), [(300, 331), (768, 256), (256, 1021)])
+def test_a_product_of_few_rows_is_the_plain_one(p: int, q: int, dtype: torch.dtype, verify: float) -> None:
+    """Both ways, for one row up to more than few; few until a kernel has no more room."""
+    W = some(p, q, dtype=dtype) / p**0.5
+    product, worker = offloaded(W, verify=verify)
+    for rows in range(1, most_rows(dtype) + 2):
+        x, g = some(rows, p, dtype=dtype), some(rows, q, dtype=dtype)
+        forth, back = product.start_forward(x), product.start_backward(g)
+        few = rows <= most_rows(dtype)
+        assert (forth.few is not None, back.few is not None) == (few, few)
+        found = product.finish_backward(back), product.finish_forward(forth)
+        for one, expected in zip(found, (g.double() @ W.double().T, x.double() @ W.double()), strict=True):
+            assert (one.dtype, one.shape) == (dtype, expected.shape)
+            assert near(one, expected)
+        assert worker.seen[-1].shape == (rows + SHIELD, q)
+    assert worker.stats.verified == (2 * rows if verify else 0)
+
+
+@pytest.mark.parametrize(
+    ("x", "shield", "full_rank"),
+    [
+        (some(3, 300).bfloat16(), SHIELD, False),
+        (some(300, 3).float().T, SHIELD, False),
+        (some(3, 300).float(), 30, False),
+        (some(3, 300).float(), SHIELD, True),
+    ],
+    ids=["16 bits", "columns side by side", "many shield rows", "full rank"],
+)
+def test_the_rest_goes_another_way(x: Tensor, shield: int, full_rank: bool) -> None:
+    W = some(300, 331) / 300**0.5
+    product, _ = offloaded(W, shield, full_rank=full_rank)
+    crossing = product.start_forward(x)
+    assert crossing.few is None
+    found = product.finish_forward(crossing)
+    assert found.dtype == x.dtype
+    error = (found.double() - x.double() @ W).norm() / (x.double() @ W).norm()
+    assert error < 32 * torch.finfo(x.dtype).eps
+
+
+@pytest.mark.parametrize("bad", NOT_FINITE)
+def test_rows_that_are_not_finite_are_not_sent(bad: float) -> None:
+    product, worker = offloaded(some(300, 331))
+    x = some(3, 300)
+    x[1, 299] = bad
+    with pytest.raises(NonFiniteError):
+        product.start_forward(x)
+    assert not worker.seen
+
+
+@pytest.mark.parametrize("size", [1e25, 1e-25])
+def test_very_large_and_very_small_rows_cross(size: float) -> None:
+    """Their squares are no float32: another way finds their norm."""
+    W = some(300, 331, dtype=torch.float32) / 300**0.5
+    product, worker = offloaded(W)
+    x = some(3, 300, dtype=torch.float32) * size
+    found = product.finish_forward(product.start_forward(x))
+    assert near(found, x.double() @ W.double())
+    assert len(worker.seen) == 1
+
+
+@pytest.mark.parametrize("verify", [0.0, 1.0])
+@pytest.mark.parametrize("bad", NOT_FINITE)
+def test_a_product_that_is_not_finite_is_refused(bad: float, verify: float) -> None:
+    product, worker = offloaded(some(300, 331), verify=verify)
+    worker.tamper = lambda y: y.index_fill(1, torch.tensor([330]), bad)
+    with pytest.raises(BadReply):
+        product.finish_forward(product.start_forward(some(3, 300)))
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_wrong_product_is_found(backward: bool) -> None:
+    product, worker = offloaded(some(300, 331), verify=1.0)
+    worker.tamper = lambda y: y + torch.zeros_like(y).index_fill(1, torch.tensor([7]), 1e-3)
+    with pytest.raises(WrongProduct):
+        if backward:
+            product.finish_backward(product.start_backward(some(3, 331)))
+        else:
+            product.finish_forward(product.start_forward(some(3, 300)))
+
+
+def test_a_crossing_is_finished_with_what_it_was_begun_with() -> None:
+    product, _ = offloaded(some(300, 331))
+    crossing = product.start_forward(some(3, 300))
+    broken = copy.copy(crossing)
+    object.__setattr__(broken, "mixing", None)
+    with pytest.raises(ProtectionError):
+        product.finish_forward(broken)
+
+
+@pytest.mark.parametrize("widths", [(331,), (100, 200, 31)])
+def test_gradients_flow_through_few_rows(widths: tuple[int, ...]) -> None:
+    """Of the rows and of the biases."""
+    W = some(300, 331) / 300**0.5
+    product, worker = offloaded(W, verify=1.0)
+    x, biases = some(2, 2, 300).requires_grad_(), [some(width).requires_grad_() for width in widths]
+    call = OffloadedCall(product, widths)
+    call.start(x)
+    parts = call.finish(*biases)
+    expected = [part + bias for part, bias in zip((x @ W).split(widths, dim=-1), biases, strict=True)]
+    assert all(near(*pair) for pair in zip(parts, expected, strict=True))
+    found = torch.autograd.grad(sum(part.pow(3).sum() for part in parts), [x, *biases])
+    plain = torch.autograd.grad(sum(part.pow(3).sum() for part in expected), [x, *biases])
+    assert all(near(*pair) for pair in zip(found, plain, strict=True))
+    assert [seen.shape for seen in worker.seen] == [(4 + SHIELD, 300), (4 + SHIELD, 331)]
+
+
+def small(kind: str) -> PreTrainedModel:
+    """Wide enough for the kernels, with biases where that kind has some."""
+    sizes: dict[str, Any] = {"vocab_size": 61, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        if kind == "gpt2":
+            no_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+            config = GPT2Config(n_embd=256, n_head=4, n_layer=2, n_positions=32, **no_dropout, **sizes)
+            return GPT2LMHeadModel(config)
+        heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+        return LlamaForCausalLM(LlamaConfig(hidden_size=256, intermediate_size=331, **heads, **sizes))
+
+
+@pytest.fixture
+def few_sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows were sent by the kernel for few, each time."""
+    counts: list[int] = []
+    send = RotationOfFew.send
+
+    def counted(self: RotationOfFew, x: Tensor, *rest: Any) -> float:
+        counts.append(x.shape[0])
+        return send(self, x, *rest)
+
+    monkeypatch.setattr(RotationOfFew, "send", counted)
+    return counts
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def models(request: pytest.FixtureRequest, worker: LocalWorker) -> Iterator[Any]:
+    """Makes a plain model of that dtype, and one like it that is protected."""
+    made: list[Any] = []
+
+    def make(dtype: torch.dtype) -> tuple[Any, Any]:
+        plain = small(request.param).to(dtype)
+        made.append(protect(copy.deepcopy(plain), worker.address, first_blocks=0, verify=1.0))
+        return plain, made[-1]
+
+    yield make
+    for model in made:
+        model.protection.close()
+
+
+def test_a_model_computes_few_rows_as_the_plain_one_does(models: Any, few_sent: list[int]) -> None:
+    """To rounding in float64, as are its gradients; Llama's norms are computed in float32, and round as they like."""
+    plain, model = models(torch.float64)
+    atol = 1e-13 if plain.config.model_type == "gpt2" else 1e-8
+    for shape in ((1, 1), (1, 3), (2, 2), (1, 7)):
+        few_sent.clear()
+        ids = torch.arange(shape[0] * shape[1]).view(shape) % 61
+        found, expected = (one(ids, labels=ids) for one in (model, plain))
+        assert torch.allclose(found.logits, expected.logits, rtol=0, atol=atol)
+        crossings = len(few_sent)
+        assert crossings >= 8
+        if shape[1] > 1:
+            found.loss.backward()
+            expected.loss.backward()
+            assert len(few_sent) == 2 * crossings
+        assert set(few_sent) == {ids.numel()}
+    others = dict(plain.named_parameters())
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert len(gradients) >= 3  # of embeddings and norms, and biases where there are some
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, others[name].grad, rtol=0, atol=atol), name
+
+
+def test_a_model_decodes_as_the_plain_one_does(models: Any, few_sent: list[int]) -> None:
+    """In float32, step by step, beside a worker that watches where it has a core for that."""
+    plain, model = models(torch.float32)
+    ids, threads = torch.tensor([[5, 6, 7]]), torch.get_num_threads()
+    options: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    ways = {"output_scores": True, "return_dict_in_generate": True}
+    found, expected = (one.eval().generate(ids, **options, **ways) for one in (model, plain))
+    assert torch.equal(found.sequences, expected.sequences)
+    for one, other in zip(found.scores, expected.scores, strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-4)
+    assert {1, 3} <= set(few_sent)
+    assert model.protection.link.is_watched is (len(os.sched_getaffinity(0)) > 1)
+    assert torch.get_num_threads() == threads
