@@ -27,6 +27,10 @@ class Link:
 
     def __init__(self) -> None:
         self.is_watched = True
+        self.let_go_times = 0
+
+    def let_go(self) -> None:
+        self.let_go_times += 1
 
 
 class Body(nn.Module):
@@ -99,6 +103,15 @@ def test_not_while_nobody_watches(link: Link) -> None:
         link.is_watched = watched
         body(ids(1, 1))
     assert body.seen == [THREADS, FEWER, THREADS]
+
+
+def test_the_worker_is_let_go_when_the_blocks_are_done(link: Link) -> None:
+    body = watched_over(link)
+    body.inside = lambda: setattr(body, "times_inside", link.let_go_times)
+    body(ids(1, 1))
+    assert (body.times_inside, link.let_go_times) == (0, 1)
+    body(ids(1, MOST + 1))
+    assert link.let_go_times == 1  # it was not called upon
 
 
 def test_what_a_watch_comes_to_in_between_changes_nothing(link: Link) -> None:

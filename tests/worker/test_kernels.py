@@ -59,16 +59,16 @@ def test_the_computer_uses_it_where_it_wins(monkeypatch: pytest.MonkeyPatch) -> 
     used = []
     monkeypatch.setattr(few_rows, "multiply", lambda rows, matrix, out: used.append(rows.shape[0]))
     computer, matrix = Computer(torch.device("cpu")), some(32, 64)
-    for m in (1, 2, 9, 32, 33):
+    for m in (1, 2, 9, 128, 129):
         computer.multiply(some(m, 32), matrix, torch.empty(m, 64), transpose=False)
-    assert used == [2, 9, 32]
+    assert used == [2, 9, 128]
     computer.multiply(some(9, 64), matrix, torch.empty(9, 32), transpose=True)
     computer.multiply(some(9, 32).double(), matrix, torch.empty(9, 64), transpose=False)
     computer.multiply(some(9, 32).bfloat16(), matrix.bfloat16(), torch.empty(9, 64).bfloat16(), transpose=False)
     computer.multiply(some(9, 32), some(32, 128)[:, ::2], torch.empty(9, 64), transpose=False)
     computer.multiply(some(9, 32), some(32, 8), torch.empty(9, 8), transpose=False)
     computer.multiply(some(32, 9).T, matrix, torch.empty(9, 64), transpose=False)
-    assert used == [2, 9, 32]
+    assert used == [2, 9, 128]
 
 
 def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,8 @@
 """While a model decodes beside a worker that watches a slot, each of both has its own cores.
 
-Both wait awake then, for a few hundred microseconds at a time. An operation of torch that calls upon all cores would
+Both wait awake then, for less than a millisecond at a time. An operation of torch that calls upon all cores would
 wait for the one on which the worker is, longer than it takes on one core alone. The head, which is large and comes when
-the worker has nothing more to do, is left to all cores.
+the worker has nothing more to do, is left to all cores: the worker is told to leave its own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class CoreKeeper:
     """Leaves the worker a core during forward passes of few tokens."""
 
     def __init__(self, link: WorkerLink, profile: Profile) -> None:
-        self._link = link
+        self.link = link
         self._most = 0 if profile.full_rank or not profile.mixing else MAX_SLOT_ROWS - profile.shield_rows
 
     def watch_over(self, model: nn.Module) -> None:
@@ -35,7 +35,7 @@ class CoreKeeper:
         """How many threads a model is to be called with; None for as many as there are."""
         threads = torch.get_num_threads()
         fewer = max(min(threads, len(os.sched_getaffinity(0)) - 1), 1)
-        shares = fewer < threads and 0 < _tokens(args, kwargs) <= self._most and self._link.is_watched
+        shares = fewer < threads and 0 < _tokens(args, kwargs) <= self._most and self.link.is_watched
         return fewer if shares else None
 
 
@@ -57,6 +57,7 @@ class _Watched:
             return self.__wrapped__(*args, **kwargs)
         finally:
             torch.set_num_threads(threads)
+            self._keeper.link.let_go()
 
     def __deepcopy__(self, memo: object) -> NoReturn:
         raise ProtectionError("a protected model cannot be copied: it holds a connection to the worker")

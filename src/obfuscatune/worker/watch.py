@@ -21,8 +21,8 @@ from obfuscatune.worker.kernels import few_rows
 from obfuscatune.worker.kernels.few_rows import Cut
 from obfuscatune.worker.kernels.watch import End, Entry, Watch
 
-AWAKE_SECONDS = 500e-6
-"""A watch ends when nothing came for so long: an enclave takes about a third of it between two products."""
+AWAKE_SECONDS = 2e-3
+"""A watch ends when nothing came for so long: several times what an enclave takes between two products."""
 MOST_REQUESTS = 1 << 14
 """Of one watch: then the worker has a look whether it is to stop."""
 _CALIBRATION_TURNS = 1 << 14

@@ -129,6 +129,11 @@ class LinkDriver:
         if connection is not None:
             connection.shutdown()
 
+    def let_go(self) -> None:
+        """Have a worker that watches leave its core, for nothing will be posted for a while."""
+        if self._slot is not None and self._slot.watch_id is not None and self._posted is None:
+            self._slot.call_away()
+
     def give_up(self, pending: Pending) -> None:
         """Nobody waits for this one any more: it is not sent again."""
         if pending in self.waiting:

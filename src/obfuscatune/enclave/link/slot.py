@@ -52,6 +52,7 @@ class WatchedSlot:
         self._turns = max(int(LOOK_SECONDS * compiled.turns_per_second), 1)
         self._number = 0
         self._rests_until = 0.0
+        self._called_away = False
         self._places: dict[bytes, int] = {}
         self.watch_id: int | None = None
         """Of the WATCH that is not answered yet; None where there is none."""
@@ -78,8 +79,8 @@ class WatchedSlot:
         return bool(self._places) and not self.rests
 
     def is_watched_for(self, matrix_id: bytes) -> bool:
-        """Whether a WATCH that names that matrix is not answered yet."""
-        return self.watch_id is not None and matrix_id in self._places
+        """Whether a WATCH that names that matrix is not answered yet, nor is the worker called away."""
+        return self.watch_id is not None and not self._called_away and matrix_id in self._places
 
     def begin_watch(self, request_id: int, matrix_ids: Iterable[bytes], wanted: bytes) -> Watched:
         """What WATCH is to say: all these matrices, or as many as may be, the one that is wanted among them."""
@@ -92,11 +93,13 @@ class WatchedSlot:
 
     def call_away(self) -> None:
         """Have the worker leave."""
+        self._called_away = True
         self._slot[Word.LEAVE] = 1
 
     def end_watch(self, *, refused: bool) -> None:
         """The worker watches no longer, or would not: then messages are sent for a while."""
         self.watch_id = None
+        self._called_away = False
         self._slot[Word.LEAVE] = 0
         if refused:
             self._rests_until = time.monotonic() + REST_SECONDS

@@ -213,6 +213,11 @@ class WorkerLink:
             if driver.connected:
                 driver.drive(lambda: matrix_id not in driver.leaving)
 
+    def let_go(self) -> None:
+        """Few rows will not be asked about for a while: a worker that waits awake for them need not."""
+        with self._lock:
+            self._driver.let_go()
+
     @contextmanager
     def broken_off(self) -> Iterator[None]:
         """Within it, what waits for the worker in other threads fails at once; afterwards the link connects anew."""

@@ -17,7 +17,7 @@ import os
 import torch
 from torch import Tensor
 
-FEWEST, MOST = 2, 32
+FEWEST, MOST = 2, 128
 """Rows between which the kernel wins: of one alone BLAS makes no copy, and many are worth one."""
 
 
