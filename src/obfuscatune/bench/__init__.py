@@ -17,6 +17,7 @@ In the order in which data passes through:
 
     checkpoint   a configuration   -> a model on disk, random weights
     loading      a model on disk   -> seconds and memory of a load under protection, in a process of its own
+    kept_memory  a size            -> a process that holds so much, and lets it go bit by bit
     obfuscate    what to measure   -> such processes in turn, and what came of it
 
     work         a shape           -> how many operations and bytes a step of it is, plain and protected

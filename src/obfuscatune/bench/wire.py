@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from obfuscatune.bench.clock import ClockPage
 from obfuscatune.bench.clocked import clocked_worker
 from obfuscatune.enclave.link import WorkerLink
 from obfuscatune.report.environment import environment
@@ -32,6 +33,8 @@ WIDTH = 256
 LINKS = ("slot", "shared memory", "unix socket", "tcp", "tls")
 _LENT = ("slot", "shared memory")
 _MATRIX_ID = bytes(15) + b"\x01"
+_TICK_SECONDS = 1e-9
+"""Less than nothing no round takes, though clocks of two processes may say so."""
 _LEAST_ROUNDS, _MOST_ROUNDS = 10, 1000
 _MOST_SECONDS = 0.5
 """For each number of rows by each link."""
@@ -40,7 +43,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class WireRow:
-    """So many rows there and their product back; medians, without the time that the worker computed on average."""
+    """So many rows there and their product back; medians, without the time that the worker computed."""
 
     link: str
     rows: int
@@ -85,7 +88,7 @@ class WireBench:
             matrix = torch.eye(self.width)
             link.store(_MATRIX_ID, lambda: matrix, shape=(self.width, self.width), dtype=matrix.dtype)
             for count in self.rows_by(name):
-                seconds, computing = self._timed(link, count, clock, lend=name in _LENT)
+                seconds, computing = self._timed(link, count, clock, name)
                 row = WireRow(
                     name,
                     count,
@@ -101,21 +104,26 @@ class WireBench:
         """Those numbers of rows that can go by that link."""
         return tuple(count for count in self.rows if link != "slot" or count <= MAX_SLOT_ROWS)
 
-    def _timed(
-        self, link: WorkerLink, count: int, clock: Callable[[], float], *, lend: bool
-    ) -> tuple[list[float], float]:
-        """Seconds of each round without the worker's computing, and the mean of that."""
-        rows = link.lend(count, self.width, torch.float32) if lend else torch.empty(count, self.width)
+    def _timed(self, link: WorkerLink, count: int, clock: ClockPage, name: str) -> tuple[list[float], float]:
+        """Seconds of each round without the worker's computing, and the mean of that.
+
+        What a worker computes for a slot stands on its clock once it has ceased to watch: there the mean is taken off.
+        """
+        rows = link.lend(count, self.width, torch.float32) if name in _LENT else torch.empty(count, self.width)
         rows.normal_()
         link.multiply(_MATRIX_ID, rows, transpose=False)
         seconds: list[float] = []
-        computed = clock()
+        computing: list[float] = []
+        before = clock.settled()
         while len(seconds) < _LEAST_ROUNDS or (len(seconds) < _MOST_ROUNDS and sum(seconds) < _MOST_SECONDS):
-            started = time.perf_counter()
+            computed, started = clock.totals, time.perf_counter()
             link.submit(_MATRIX_ID, rows, transpose=False, known_finite=True).result()
             seconds.append(time.perf_counter() - started)
-        computing = (clock() - computed) / len(seconds)
-        return [max(passed - computing, 0.0) for passed in seconds], computing
+            computing.append(clock.totals.since(computed).seconds)
+        mean = clock.settled().since(before).seconds / len(seconds)
+        if name == "slot":
+            computing = [mean] * len(seconds)
+        return [max(s - c, _TICK_SECONDS) for s, c in zip(seconds, computing, strict=True)], mean
 
 
 class Fitted(NamedTuple):
@@ -176,8 +184,8 @@ def _cell(row: WireRow | None) -> str:
 
 
 @contextmanager
-def _opened(name: str, threads: int) -> Iterator[tuple[WorkerLink, Callable[[], float]]]:
-    """A link of that kind, and the seconds that its worker computed so far."""
+def _opened(name: str, threads: int) -> Iterator[tuple[WorkerLink, ClockPage]]:
+    """A link of that kind, and its worker's clock."""
     with tempfile.TemporaryDirectory(prefix="obfuscatune-bench-") as folder:  # made with mode 0700
         listen = None if name in (*_LENT, "unix socket") else f"tcp:127.0.0.1:{_free_port()}"
         ours, theirs = _identities(Path(folder)) if name == "tls" else (None, None)
@@ -189,7 +197,7 @@ def _opened(name: str, threads: int) -> Iterator[tuple[WorkerLink, Callable[[], 
             clocked_worker(threads, listen, extra) as worker,
             WorkerLink.open(worker.address, tls=ours) as link,
         ):
-            yield link, lambda: worker.clock.settled().seconds
+            yield link, worker.clock
 
 
 def _identities(folder: Path) -> tuple[TlsConfig, TlsConfig]:

@@ -6,6 +6,6 @@ How a model comes under protection:
 How a call passes through:
     modules -> linear (transforms, mixing) -> link -> worker -> link -> linear -> modules
 
-Beside these: `plan` counts what would run where, `local` starts a worker on this machine, and `orthogonal` has the
-random matrices that transforms and mixing are made of.
+Beside these: `plan` counts what would run where, `local` starts a worker on this machine, `cores` leaves that one its
+core while a model decodes, and `orthogonal` has the random matrices that transforms and mixing are made of.
 """

@@ -9,6 +9,7 @@
     rotation   x R for a structured R
     rows       A [x; N], and back
     deviates   N, from random words
+    images     what products are checked by
 
 torch's operations stay: where these kernels do not apply, and as what they are tested against. docs/adr/0010 says why
 they are written this way.
