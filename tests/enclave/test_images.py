@@ -12,11 +12,12 @@ if not kernels.are_there():
     pytest.skip("no kernels can be compiled here; torch computes", allow_module_level=True)
 
 from obfuscatune.enclave.kernels.images import CHUNK, images
-from obfuscatune.enclave.verify import _images
+from obfuscatune.enclave.verify import Verifier, _images
 from obfuscatune.jit.engine import shape_for
+from obfuscatune.wire.errors import WrongProduct
 
 KEY = RootKey(b"i" * 32)
-SHAPES = [(1, 64), (2, 65), (7, 300), (CHUNK, 128), (CHUNK + 1, 97), (2 * CHUNK + 3, 515), (64, 4100)]
+SHAPES = [(1, 1), (3, 5), (1, 64), (2, 65), (7, 300), (CHUNK, 128), (CHUNK + 1, 97), (2 * CHUNK + 3, 515), (64, 4100)]
 
 
 def some(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -36,12 +37,15 @@ def test_they_are_the_products(p: int, q: int, dtype: torch.dtype) -> None:
     assert norm == pytest.approx(scale, rel=within)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("features", [{"avx2": True, "fma": True}, {}])
-def test_other_registers_give_the_same(features: dict[str, bool]) -> None:
-    shape = shape_for(4, features)
-    W, R, L = some(130, 259, dtype=torch.float32), some(259, 8, dtype=torch.float32), some(130, 8, dtype=torch.float32)
-    for narrow, own in zip(images(W, R, L, shape)[:2], images(W, R, L)[:2], strict=True):
-        torch.testing.assert_close(narrow, own, rtol=1e-5, atol=1e-4)
+def test_other_registers_give_the_same(features: dict[str, bool], dtype: torch.dtype) -> None:
+    W, R, L = (some(*shape, dtype=dtype) for shape in ((130, 259), (259, 8), (130, 8)))
+    narrow, own = images(W, R, L, shape_for(dtype.itemsize, features)), images(W, R, L)
+    within = 32 * torch.finfo(dtype).eps
+    for one, other in zip(narrow[:2], own[:2], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=within * own[2])
+    assert narrow[2] == pytest.approx(own[2], rel=within)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -63,3 +67,23 @@ def test_where_no_kernel_applies_torch_computes(monkeypatch: pytest.MonkeyPatch)
     for one, other in zip(own[:2], torchs[:2], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
     assert own[2] == pytest.approx(torchs[2])
+
+
+@pytest.mark.parametrize("by_kernel", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_check_by_either_takes_the_product_and_nothing_else(
+    by_kernel: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not by_kernel:
+        monkeypatch.setattr(kernels, "are_there", lambda: False)
+    W = some(CHUNK + 3, 259, dtype=dtype)
+    verifier = Verifier(W, KEY.stream("verifier"), 1.0)
+    for transpose, matrix in ((False, W), (True, W.T)):
+        x = some(40, matrix.shape[0], dtype=dtype)
+        probe = verifier.draw(transpose=transpose)
+        assert probe is not None
+        u, product = x @ probe.v, x @ matrix
+        probe.check(product, u, 1.0, dtype)
+        product[39, -1] *= 1.1
+        with pytest.raises(WrongProduct):
+            probe.check(product, u, 1.0, dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,7 +97,24 @@ def test_without_room_the_connection_goes_on(tmp_path: Path) -> None:
         reply = store(client, 0)
         assert (reply.code, reply.request_id) == (ErrorCode.QUOTA, 2)
         assert worker.store.held_bytes == 0
-        assert client.ask(Header(MessageType.FORGET, 3, ID))[0].type is MessageType.DONE
+        small = client.lay(W[:2], 64)
+        assert store(client, 64, small).type is MessageType.STORED
+
+
+def test_memory_that_the_system_refuses_is_an_error_and_ends_the_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    with serving(tmp_path) as worker, RawClient(worker.address) as client:
+        client.hello()
+        monkeypatch.setattr("obfuscatune.worker.memory.mmap.mmap", refused)
+        client.say(Header(MessageType.STORE, 2, ID, DType.FLOAT32, 1024, 1024, 2**22))
+        reply, text = client.reply()
+        assert (reply.code, text) == (ErrorCode.FAILED, b"no memory for this request: Cannot allocate memory")
+        assert client.at_end()
+        assert worker.store.held_bytes == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -146,3 +165,8 @@ def test_memory_for_what_stays(shape: tuple[int, int], dtype: torch.dtype) -> No
     copy = copy_of(own)
     own.fill_(4)
     assert bool((copy == 3).all())
+
+
+def test_a_system_without_huge_pages_has_memory_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", -1)  # EINVAL, as from a kernel that was built without them
+    assert bool((copy_of(torch.ones(1024, 1024)) == 1).all())

@@ -9,6 +9,7 @@ run as:  python -m obfuscatune.bench.kept_memory BYTES     says `ready`, then le
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import subprocess
 import sys
@@ -71,7 +72,8 @@ def seconds_for_a_new_byte(nbytes: int) -> float:
 
 def _new(nbytes: int) -> mmap.mmap:
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
     for place in range(0, nbytes, mmap.PAGESIZE):
         memory[place] = 1
     return memory

@@ -8,7 +8,7 @@ Two groups at a time, each by a thread of its own from its files to the worker: 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -194,7 +194,13 @@ def _blamed_on(file: Path | str) -> Iterator[None]:
 
 
 def _offload(
-    group: SiteGroup, memory: Tensor, *, reader: _Reader, protection: Protection, clock: StageClock
+    group: SiteGroup,
+    memory: Tensor,
+    in_turn: Callable[[], None],
+    *,
+    reader: _Reader,
+    protection: Protection,
+    clock: StageClock,
 ) -> Offloaded:
     """One group from its files to the worker; W, and W_star in its place, lie in `memory`, which is free afterwards."""
     with clock.measure("reading"):
@@ -202,6 +208,7 @@ def _offload(
     with clock.measure("transforming"):
         obfuscated = protection.obfuscate(group, W)
     with clock.measure("sending"):
+        in_turn()  # a worker is sent the matrices in the model's order
         return protection.send(group, obfuscated, WeightFromFiles(partial(reader.joint_weight, group), group.name))
 
 

@@ -144,6 +144,8 @@ class Connection:
                 was_last = self._respond(item)
                 with self._lock:
                     self._handed_over -= 1
+                if was_last and isinstance(item, Request):
+                    self._transport.stop_sending()  # the peer closes then, and the reader, which reads on, sees it
                 if was_last:
                     break
             finished = True

@@ -4,6 +4,7 @@ Each product reads all of W*. In pages of 4 KiB that takes some percent longer, 
 when the matrix comes, takes longer than to receive it.
 """
 
+import contextlib
 import mmap
 import sys
 
@@ -17,13 +18,21 @@ HUGE_PAGE_BYTES = 2 << 20
 
 
 def matrix_memory(rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
-    """A (rows, cols) matrix with arbitrary elements, at the beginning of a huge page if it fills one."""
+    """A (rows, cols) matrix with arbitrary elements, at the beginning of a huge page if it fills one.
+
+    Raises:
+        MemoryError, RuntimeError: the system has not so much.
+    """
     size = rows * cols * dtype.itemsize
     if size < HUGE_PAGE_BYTES or not sys.platform.startswith("linux"):
         return torch.empty(rows, cols, dtype=dtype)
     pages = -(-size // HUGE_PAGE_BYTES) + 1
-    memory = mmap.mmap(-1, pages * HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    try:
+        memory = mmap.mmap(-1, pages * HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(error.strerror) from error
+    with contextlib.suppress(OSError):  # a system that has no huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
     everything = torch.frombuffer(memory, dtype=torch.uint8)
     start = -everything.data_ptr() % HUGE_PAGE_BYTES
     return everything[start : start + size].view(dtype).view(rows, cols)

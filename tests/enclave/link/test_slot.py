@@ -114,7 +114,8 @@ def test_a_worker_that_was_let_go_is_asked_anew(link: WorkerLink, sent: list[Mes
     for _ in range(3):
         assert_right(link.multiply(ID, lent(link, x), transpose=False), x)
         link.let_go()
-    assert sent == [WATCH] * 3
+    assert set(sent) == {WATCH}
+    assert len(sent) >= 3  # more where this process was set aside for longer than a worker watches
     assert link.stats.retries == 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,15 @@ import torch
 from obfuscatune.enclave.link import RetryPolicy, WorkerLink
 from obfuscatune.enclave.link.connection import LinkConnection
 from obfuscatune.wire.address import UnixAddress
+from obfuscatune.wire.connect import connect
 from obfuscatune.wire.deadline import NEVER, Deadline
-from obfuscatune.wire.errors import ConnectionLost, NonFiniteError
+from obfuscatune.wire.errors import ConnectionLost, NonFiniteError, QuotaExceeded
 from obfuscatune.wire.framing import recv_body, recv_header, send_message
 from obfuscatune.wire.limits import SHARED_BYTES
 from obfuscatune.wire.listen import Listener
 from obfuscatune.wire.messages import REQUESTS, Header, MessageType
 from obfuscatune.wire.payloads import Welcome
-from obfuscatune.wire.transport import Buffer
+from obfuscatune.wire.transport import Buffer, Transport
 from tests.worker.serving import SECONDS, Serving, serving
 
 ID = bytes(range(1, 17))
@@ -83,6 +85,32 @@ def test_without_room_in_shared_memory_its_bytes_are_sent(worker: Serving, store
         assert torch.equal(link.multiply(ID, X, transpose=False), X @ W)
 
 
+def test_what_is_larger_than_shared_memory_is_sent(
+    worker: Serving, stored: list[Header], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("obfuscatune.enclave.link.driver.SHARED_BYTES", 1 << 16)
+    large = torch.ones(128, 129)
+    with WorkerLink.open(str(worker.address)) as link:
+        store(link, large)
+        store(link, large[:, :128].contiguous())  # fills it
+        assert [header.shared for header in stored] == [False, True]
+        assert torch.equal(link.multiply(ID, torch.ones(1, 128), transpose=False), torch.full((1, 128), 128.0))
+
+
+def test_the_place_of_what_is_refused_comes_back(worker: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise QuotaExceeded("taken by another session since the offer")
+
+    monkeypatch.setattr("obfuscatune.enclave.link.driver.SHARED_BYTES", 1 << 16)
+    with WorkerLink.open(str(worker.address)) as link:
+        monkeypatch.setitem(worker.service.answerer._answers, MessageType.STORE, full)
+        with pytest.raises(QuotaExceeded):
+            store(link, torch.ones(128, 128))
+        arena = link._driver.arena
+        assert arena is not None
+        assert arena.lend(1, 1 << 16, torch.uint8) is not None
+
+
 def test_without_shared_memory_its_bytes_are_sent(
     worker: Serving, stored: list[Header], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,24 +128,26 @@ def test_what_is_not_finite_is_not_laid_out(worker: Serving, stored: list[Header
 
 
 class Silent:
-    """Greets, and from then on says nothing."""
+    """Greets, if it is to, and from then on says nothing."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, greets: bool = True) -> None:
         self._listener = Listener(UnixAddress(folder / "silent.sock"))
-        self.address = str(self._listener.address)
+        self.address = self._listener.address
         self.asked = threading.Semaphore(0)
-        """Released with each request that came."""
+        """Released with each connection, once it came to the request that is not answered."""
+        self._greets = greets
         self._thread = threading.Thread(target=self._serve)
         self._thread.start()
 
     def _serve(self) -> None:
         while (transport := self._listener.accept()) is not None:
-            header = recv_header(transport, REQUESTS)
-            recv_body(transport, header, NEVER)
-            body = Welcome(1, 1, 0, 1 << 20, 1 << 20, 1 << 20).pack()
-            send_message(transport, Header(MessageType.WELCOME, payload_bytes=len(body)), body, deadline=NEVER)
             try:
-                recv_header(transport, REQUESTS)
+                header = recv_header(transport, REQUESTS)
+                if self._greets:
+                    recv_body(transport, header, NEVER)
+                    body = Welcome(1, 1, 0, 1 << 20, 1 << 20, 1 << 20).pack()
+                    send_message(transport, Header(MessageType.WELCOME, payload_bytes=len(body)), body, deadline=NEVER)
+                    recv_header(transport, REQUESTS)
                 self.asked.release()
                 while transport.recv_into(memoryview(bytearray(64)), NEVER):
                     pass
@@ -131,30 +161,61 @@ class Silent:
         self._listener.close()
 
 
-def test_what_waits_in_another_thread_is_broken_off(tmp_path: Path) -> None:
-    silent = Silent(tmp_path)
-    caught: list[BaseException] = []
-    link = WorkerLink.open(silent.address, retry=RetryPolicy(patience_s=600))
+class Storing(threading.Thread):
+    """Another thread that stores by a link; what it was refused with."""
 
-    def wait() -> None:
+    def __init__(self, link: WorkerLink) -> None:
+        super().__init__()
+        self._link = link
+        self.error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
         try:
-            store(link)
+            store(self._link)
         except ConnectionLost as error:
-            caught.append(error)
+            self.error = error
 
-    thread = threading.Thread(target=wait)
-    thread.start()
-    assert silent.asked.acquire(timeout=SECONDS)
-    with link.broken_off():
-        thread.join(SECONDS)
-        assert not thread.is_alive()
-        with pytest.raises(ConnectionLost, match="broken off on this side"):
-            store(link)
-    assert len(caught) == 1
-    again = threading.Thread(target=wait)  # afterwards it connects anew
-    again.start()
-    assert silent.asked.acquire(timeout=SECONDS)
-    with link.broken_off():
-        again.join(SECONDS)
+
+@pytest.mark.parametrize("greets", [True, False])
+def test_what_waits_in_another_thread_is_broken_off(tmp_path: Path, greets: bool) -> None:
+    silent = Silent(tmp_path, greets=greets)
+    link = WorkerLink(
+        lambda: connect(silent.address, Deadline(SECONDS)), deadline_s=2 * SECONDS, retry=RetryPolicy(patience_s=600)
+    )
+    for _ in range(2):  # afterwards it connects anew
+        waiting = Storing(link)
+        assert silent.asked.acquire(timeout=SECONDS)
+        with link.broken_off():
+            waiting.join(SECONDS)
+            assert not waiting.is_alive()
+            assert isinstance(waiting.error, ConnectionLost)
+            with pytest.raises(ConnectionLost, match="broken off on this side"):
+                store(link)
     link.close()
     silent.close()
+
+
+def test_a_connection_that_was_made_too_late_is_broken_off_too(worker: Serving) -> None:
+    """It could not be shut down when it was broken off, for it was not there yet."""
+
+    def connected() -> Transport:
+        stack.enter_context(link.broken_off())
+        return connect(worker.address, Deadline(SECONDS))
+
+    with WorkerLink(connected) as link, ExitStack() as stack:
+        with pytest.raises(ConnectionLost):
+            store(link)
+        assert not link._driver.connected
+
+
+def test_what_was_broken_off_while_nothing_waited_works_afterwards(worker: Serving, stored: list[Header]) -> None:
+    with WorkerLink.open(str(worker.address)) as link:
+        store(link)
+        with link.broken_off(), pytest.raises(ConnectionLost):
+            link.multiply(ID, X, transpose=False)
+        assert torch.equal(link.multiply(ID, X, transpose=False), X @ W)
+        store(link, -W)
+        assert torch.equal(link.multiply(ID, X, transpose=False), X @ -W)
+        assert link.stats.reconnects == 1
+        assert [header.shared for header in stored] == [True, True]

@@ -202,10 +202,6 @@ class LinkConnection:
                 self._stats.seconds_waiting += time.monotonic() - started
         return product
 
-    def shutdown(self) -> None:
-        """Have what waits on the transport, in another thread, see its end."""
-        self._transport.shutdown()
-
     def close(self) -> None:
         """Close the transport."""
         self._transport.close()

@@ -66,6 +66,8 @@ class LinkDriver:
         self._retry = retry
         self._session_id = secrets.token_bytes(32)
         self._connection: LinkConnection | None = None
+        self._transport: Transport | None = None
+        """Of the connection, or of the greeting that is to make it one."""
         self._connected_before = False
         self.broken_off = False
         """Whether nothing is to be driven on; set by another thread."""
@@ -125,9 +127,9 @@ class LinkDriver:
     def break_off(self) -> None:
         """Have what is driven by another thread fail: it is woken where it waits for the worker."""
         self.broken_off = True
-        connection = self._connection
-        if connection is not None:
-            connection.shutdown()
+        transport = self._transport
+        if transport is not None:
+            transport.shutdown()
 
     def let_go(self) -> None:
         """Have a worker that watches leave its core, for nothing will be posted for a while."""
@@ -187,7 +189,10 @@ class LinkDriver:
 
     def _greet(self) -> None:
         deadline = Deadline(self._deadline_s)
-        connection = LinkConnection(self._connect(), self._session_id, self.stats, deadline)
+        transport = self._transport = self._connect()
+        if self.broken_off:  # by whoever did not find it there yet
+            transport.shutdown()
+        connection = LinkConnection(transport, self._session_id, self.stats, deadline)
         try:
             connection.share(self._next_id(), SHARED_BYTES, deadline)
         except BaseException:
@@ -360,7 +365,7 @@ class LinkDriver:
                 self.stats.uploads += 1
                 self.stats.bytes_uploaded += matrix.nbytes
         except WorkerRefused as error:
-            matrix.refused = error
+            matrix.refused = error.with_traceback(None)  # which would keep the matrix, and its place in the arena
             self._fail([pending for pending in self.waiting if pending.needs == matrix.matrix_id], error)
         del self.missing[matrix.matrix_id]
 
