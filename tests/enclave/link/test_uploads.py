@@ -136,7 +136,7 @@ class Silent:
         self.asked = threading.Semaphore(0)
         """Released with each connection, once it came to the request that is not answered."""
         self._greets = greets
-        self._thread = threading.Thread(target=self._serve)
+        self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
     def _serve(self) -> None:
@@ -165,7 +165,7 @@ class Storing(threading.Thread):
     """Another thread that stores by a link; what it was refused with."""
 
     def __init__(self, link: WorkerLink) -> None:
-        super().__init__()
+        super().__init__(daemon=True)
         self._link = link
         self.error: BaseException | None = None
         self.start()
@@ -180,8 +180,9 @@ class Storing(threading.Thread):
 @pytest.mark.parametrize("greets", [True, False])
 def test_what_waits_in_another_thread_is_broken_off(tmp_path: Path, greets: bool) -> None:
     silent = Silent(tmp_path, greets=greets)
+    later = 2 * SECONDS  # than is waited here
     link = WorkerLink(
-        lambda: connect(silent.address, Deadline(SECONDS)), deadline_s=2 * SECONDS, retry=RetryPolicy(patience_s=600)
+        lambda: connect(silent.address, Deadline(SECONDS)), deadline_s=later, retry=RetryPolicy(backoff_s=later)
     )
     for _ in range(2):  # afterwards it connects anew
         waiting = Storing(link)
