@@ -8,8 +8,9 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import threading
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 import llvmlite.binding as llvm
 from llvmlite import ir
@@ -20,6 +21,7 @@ from obfuscatune.jit.emit import Shape
 SWITCH = "OBFUSCATUNE_KERNELS"
 """Environment variable; 0 leaves everything to torch."""
 
+P = ParamSpec("P")
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -43,10 +45,26 @@ class Engine:
         passes.getModulePassManager().run(module, passes)
         self._engine = llvm.create_mcjit_compiler(module, machine)
         self._engine.finalize_object()
+        self._addresses: dict[str, int] = {}
 
     def address(self, name: str) -> int:
         """Of an exported function, `void(int64_t *job)`."""
-        return int(self._engine.get_function_address(name))
+        if name not in self._addresses:
+            self._addresses[name] = int(self._engine.get_function_address(name))
+        return self._addresses[name]
+
+
+def compiled_once(compile_: Callable[P, T]) -> Callable[P, T]:
+    """`compile_`, run once for each of its arguments; a thread that asks meanwhile waits for what comes of it."""
+    compiled: Callable[..., T] = functools.cache(compile_)
+    lock = threading.Lock()
+
+    @functools.wraps(compile_)
+    def wait_or_compile(*args: P.args, **kwargs: P.kwargs) -> T:
+        with lock:
+            return compiled(*args, **kwargs)
+
+    return wait_or_compile
 
 
 @functools.cache

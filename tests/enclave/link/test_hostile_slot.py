@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from obfuscatune.enclave import kernels
 from obfuscatune.enclave.link import RetryPolicy, WorkerLink
 from obfuscatune.enclave.link import slot as module
 from obfuscatune.wire.errors import (
@@ -25,38 +23,14 @@ from obfuscatune.wire.errors import (
 from obfuscatune.wire.messages import ErrorCode, Header, MessageType
 from obfuscatune.wire.slot import Word
 from obfuscatune.worker.answer import Request
+from tests.enclave.link.slots import ID, OTHER, V, W, assert_right, lent, some, stored, why_none
 from tests.enclave.link.test_worker_link import QUICK
 from tests.enclave.link.watchers import Watching, WatchingTransport, WatchingWorker
 
-if not kernels.are_there():
-    pytest.skip("no kernels can be compiled here; there are no slots", allow_module_level=True)
-if len(os.sched_getaffinity(0)) < 2:
-    pytest.skip("one core alone: no worker watches", allow_module_level=True)
+if reason := why_none():
+    pytest.skip(reason, allow_module_level=True)
 
-ID, OTHER, THIRD = bytes(range(1, 17)), bytes(range(2, 18)), bytes(range(3, 19))
 MULTIPLY, WATCH = MessageType.MULTIPLY, MessageType.WATCH
-
-
-def some(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape) + seed))
-
-
-W, V = some(96, 130), some(96, 70, seed=1)
-
-
-def stored(link: WorkerLink, matrix_id: bytes = ID, matrix: torch.Tensor = W) -> WorkerLink:
-    link.store(matrix_id, lambda: matrix, shape=tuple(matrix.shape), dtype=matrix.dtype)  # type: ignore[arg-type]
-    return link
-
-
-def lent(link: WorkerLink, rows: torch.Tensor) -> torch.Tensor:
-    return link.lend(*rows.shape, rows.dtype).copy_(rows)
-
-
-def assert_right(found: torch.Tensor, x: torch.Tensor, matrix: torch.Tensor = W) -> None:
-    """To the rounding of sums of p products in float32, in any order."""
-    exact, size = x.double() @ matrix.double(), x.double().abs() @ matrix.double().abs()
-    assert ((found.double() - exact).abs() <= x.shape[1] * torch.finfo(torch.float32).eps * size).all()
 
 
 def in_memory(worker: WatchingWorker, retry: RetryPolicy = QUICK) -> WorkerLink:

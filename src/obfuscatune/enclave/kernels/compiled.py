@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import functools
-import threading
 from dataclasses import dataclass, field
 
 from obfuscatune.enclave.kernels.source import build
 from obfuscatune.jit.emit import Shape
-from obfuscatune.jit.engine import Engine, host_shape
-
-_lock = threading.Lock()
+from obfuscatune.jit.engine import Engine, compiled_once, host_shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,14 +24,9 @@ class Compiled:
     engine: Engine = field(repr=False)
 
 
+@compiled_once
 def compiled(itemsize: int) -> Compiled:
     """The kernels for numbers of 4 or 8 bytes, in the shape that suits this processor; compiled at the first call."""
-    with _lock:
-        return _compiled(itemsize)
-
-
-@functools.cache
-def _compiled(itemsize: int) -> Compiled:
     return compile_for(host_shape(itemsize))
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-import threading
 from collections.abc import Sequence
 from enum import IntEnum
 
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 
 from obfuscatune.jit import team
 from obfuscatune.jit.emit import I32, I64, Function, Shape
-from obfuscatune.jit.engine import Engine, host_shape
+from obfuscatune.jit.engine import Engine, compiled_once, host_shape
 
 PAIRS_TOGETHER = 1 << 12
 """That a thread takes at a time."""
@@ -44,7 +43,6 @@ _SINE = (1.57079632, -0.645963478, 0.0796802176, -0.00460214921)  # sin(πx/2) /
 _COSINE = (1.0, -1.23370054, 0.253669204, -0.0208600695, 0.000903628059)  # cos(πx/2), likewise
 _SQRT_HALF_BITS = 0x3F3504F3
 _FRACTION_BITS, _FRACTION = 23, (1 << 23) - 1
-_lock = threading.Lock()
 
 
 class Job(IntEnum):
@@ -62,7 +60,7 @@ def from_words(words: NDArray[np.uint32], threads: int, shape: Shape | None = No
 
     `shape`: other registers than this processor's; what comes out is the same, to rounding.
     """
-    kernel, _ = _kernel(shape or host_shape(4))
+    kernel = _compiled(shape or host_shape(4)).address("deviates")
     pairs = words.size // 2
     fields = {Job.WORDS: words.ctypes.data, Job.PAIRS: pairs, Job.TOGETHER: PAIRS_TOGETHER}
     job = (ctypes.c_int64 * Job.LENGTH)()
@@ -72,15 +70,9 @@ def from_words(words: NDArray[np.uint32], threads: int, shape: Shape | None = No
     return words.view(np.float32)
 
 
-def _kernel(shape: Shape) -> tuple[int, Engine]:
-    with _lock:
-        return _compiled(shape)
-
-
-@functools.cache
-def _compiled(shape: Shape) -> tuple[int, Engine]:
-    engine = Engine(functools.partial(build, shape))
-    return engine.address("deviates"), engine
+@compiled_once
+def _compiled(shape: Shape) -> Engine:
+    return Engine(functools.partial(build, shape))
 
 
 def build(shape: Shape, triple: str) -> ir.Module:

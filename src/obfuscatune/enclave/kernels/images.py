@@ -12,7 +12,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-import threading
 from enum import IntEnum
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from obfuscatune.jit import team
 from obfuscatune.jit.emit import I64, Function, Shape
-from obfuscatune.jit.engine import Engine, host_shape
+from obfuscatune.jit.engine import Engine, compiled_once, host_shape
 
 VECTORS = 8
 """Columns of R and of L."""
@@ -31,7 +30,6 @@ STRIP_BYTES = 1 << 10
 """Of a row of W, at a time: those of R and of Wᵀ L take 16 KiB of the first cache."""
 CHUNK = 512
 """Rows whose products are summed one after another: what the sums err by grows with their number."""
-_lock = threading.Lock()
 
 
 class Job(IntEnum):
@@ -73,7 +71,7 @@ def images(W: Tensor, R: Tensor, L: Tensor, shape: Shape | None = None) -> tuple
 
 def _of_chunk(W: Tensor, R: Tensor, R_T: Tensor, L: Tensor, W_R: Tensor, shape: Shape) -> tuple[Tensor, float]:
     """W_R becomes W R; Lᵀ W (8, q), and the sum of all squares of W."""
-    kernel, _ = _kernel(shape)
+    kernel = _compiled(shape).address("images")
     (p, q), width = W.shape, shape.width
     rows, columns = p // ROWS * ROWS, q // width * width
     strip = max(STRIP_BYTES // (width * shape.itemsize), 1)
@@ -105,15 +103,9 @@ def _of_chunk(W: Tensor, R: Tensor, R_T: Tensor, L: Tensor, W_R: Tensor, shape: 
     return L_W, sum(float(part.double().square().sum()) for part in (beside, below)) + float(squares.double().sum())
 
 
-def _kernel(shape: Shape) -> tuple[int, Engine]:
-    with _lock:
-        return _compiled(shape)
-
-
-@functools.cache
-def _compiled(shape: Shape) -> tuple[int, Engine]:
-    engine = Engine(functools.partial(build, shape))
-    return engine.address("images"), engine
+@compiled_once
+def _compiled(shape: Shape) -> Engine:
+    return Engine(functools.partial(build, shape))
 
 
 def build(shape: Shape, triple: str) -> ir.Module:

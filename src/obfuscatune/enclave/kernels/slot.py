@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import threading
 import time
 from enum import IntEnum
 
@@ -14,11 +13,10 @@ from llvmlite import ir
 from obfuscatune.enclave.link.slot import State
 from obfuscatune.jit import team
 from obfuscatune.jit.emit import I64, Function
-from obfuscatune.jit.engine import Engine, host_shape
+from obfuscatune.jit.engine import Engine, compiled_once, host_shape
 from obfuscatune.wire.slot import SLOT_BYTES, Word
 
 _CALIBRATION_TURNS = 1 << 14
-_lock = threading.Lock()
 
 
 class Post(IntEnum):
@@ -70,14 +68,9 @@ class SlotKernels:
         return _CALIBRATION_TURNS / (time.perf_counter() - started)
 
 
+@compiled_once
 def compiled() -> SlotKernels:
     """Compiled at the first call."""
-    with _lock:
-        return _compiled()
-
-
-@functools.cache
-def _compiled() -> SlotKernels:
     return SlotKernels()
 
 

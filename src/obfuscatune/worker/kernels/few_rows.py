@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
-import threading
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +11,7 @@ from torch import Tensor
 
 from obfuscatune.jit import team
 from obfuscatune.jit.emit import Shape
-from obfuscatune.jit.engine import Engine, host_shape
+from obfuscatune.jit.engine import Engine, compiled_once, host_shape
 from obfuscatune.worker.kernels.source import Job, build
 from obfuscatune.worker.kernels.watch import add_watch
 
@@ -22,7 +20,6 @@ PIECE_BYTES = 1 << 12
 BYTES_PER_THREAD = 1 << 20
 """Of W: reading fewer takes no longer than waking a thread."""
 _ALIGNMENT = 64
-_lock = threading.Lock()
 
 
 def strip_columns(itemsize: int) -> int:
@@ -88,14 +85,9 @@ def prepared(scratch_bytes: int, threads: int) -> tuple[ctypes.Array[ctypes.c_in
     return job, scratch
 
 
+@compiled_once
 def compiled(itemsize: int) -> Kernels:
     """The kernels for numbers of 4 or 8 bytes; compiled at the first call."""
-    with _lock:
-        return _compiled(itemsize)
-
-
-@functools.cache
-def _compiled(itemsize: int) -> Kernels:
     host = host_shape(itemsize)
     wide = host.width * itemsize == 64  # 32 registers: 24 sums, 4 vectors of W, a factor
     shape = Shape(itemsize, host.width, 4 if wide else 2, 6)
