@@ -27,7 +27,7 @@ def test_what_was_drawn_ahead_is_taken_once() -> None:
         taken += secrets(mixing, 3)
         places.add(mixing.secrets.stack.data_ptr())
         mixer.give_back(mixing)
-        mixer.draw_ahead()
+        mixer.draw_ahead(mixing)
     assert len(set(taken)) == 6 * FEW_AHEAD
     assert len(places) == 1
 
@@ -36,15 +36,15 @@ def test_what_is_in_use_is_not_drawn_into() -> None:
     mixer = KroneckerMixer(SHIELD, SecretStream.fresh())
     in_use = [mixer.draw_few(3, 100, torch.float64) for _ in range(5)]
     before = [secrets(mixing, 3) for mixing in in_use]
+    assert in_use[0] is not None
     for _ in range(5):
-        mixer.draw_ahead()  # nothing was given back
+        mixer.draw_ahead(in_use[0])  # nothing was given back
     assert len({mixing.secrets.stack.data_ptr() for mixing in in_use if mixing is not None}) == 5
     assert [secrets(mixing, 3) for mixing in in_use] == before
     assert len({number for pair in before for number in pair}) == 10
-    assert in_use[0] is not None
     mixer.give_back(in_use[0])
     for _ in range(3):
-        mixer.draw_ahead()  # once at most into what one gave back
+        mixer.draw_ahead(in_use[0])  # once at most into what one gave back
     again = [mixer.draw_few(3, 100, torch.float64) for _ in range(3)]
     assert len({mixing.secrets.stack.data_ptr() for mixing in [*in_use, *again] if mixing is not None}) == 7
 
@@ -59,7 +59,7 @@ def test_what_was_drawn_ahead_is_for_one_shape_and_dtype() -> None:
         assert (mixing.secrets.stack.shape, mixing.secrets.stack.dtype) == ((rows + SHIELD, width), dtype)
         assert (mixing.secrets.Q.shape, mixing.secrets.Q.dtype) == ((rows + SHIELD, rows + SHIELD), dtype)
         mixer.give_back(mixing)
-        mixer.draw_ahead()
+        mixer.draw_ahead(mixing)
 
 
 def test_a_forked_child_takes_nothing_that_its_parent_drew_ahead() -> None:
@@ -69,15 +69,16 @@ def test_a_forked_child_takes_nothing_that_its_parent_drew_ahead() -> None:
     for mixing in mixings:
         assert mixing is not None
         mixer.give_back(mixing)
-    mixer.draw_ahead()
-    mixer.draw_ahead()
+        mixer.draw_ahead(mixing)
     kept = {number for ready in mixer._few._ready.values() for mixing in ready for number in secrets(mixing, 3)}
     kept |= {Q[0, 0].item() for ready in mixer._factors._ready.values() for Q in ready}
     assert len(kept) > 4
     _renew_fresh_streams()  # what runs in a forked child
     for _ in range(6):
-        assert kept.isdisjoint(secrets(mixer.draw_few(3, 100, torch.float64), 3))
-        mixer.draw_ahead()
+        mixing = mixer.draw_few(3, 100, torch.float64)
+        assert kept.isdisjoint(secrets(mixing, 3))
+        assert mixing is not None
+        mixer.draw_ahead(mixing)
 
 
 def test_threads_take_other_secrets() -> None:
@@ -88,7 +89,7 @@ def test_threads_take_other_secrets() -> None:
         assert mixing is not None
         found = secrets(mixing, 3)
         mixer.give_back(mixing)
-        mixer.draw_ahead()
+        mixer.draw_ahead(mixing)
         return found
 
     with ThreadPoolExecutor(4) as pool:

@@ -173,7 +173,7 @@ def test_the_same_input_gives_unrelated_requests() -> None:
         assert mixing is not None
         of_few(R, 4, torch.float32).send(x, mixing.secrets, sent := torch.empty(12, 768))
         mixer.give_back(mixing)
-        mixer.draw_ahead()
+        mixer.draw_ahead(mixing)
         requests.append(torch.nn.functional.normalize(sent, dim=1))
     assert (requests[0] @ requests[1].T).abs().max() < 0.75
 

@@ -135,6 +135,8 @@ class OffloadedProduct:
             pending = self._link.submit(
                 self._matrix_id, X_star, transpose=transpose, known_finite=as_sent, product_unchecked=True
             )
+        with span("obfuscatune.mix"):
+            self._mixer.draw_ahead(A)
         return InFlight(like, A, pending, check)
 
     def _send_few(self, x: Tensor, *, transpose: bool) -> InFlight | None:
@@ -158,7 +160,7 @@ class OffloadedProduct:
                 self._matrix_id, X_star, transpose=transpose, known_finite=True, product_unchecked=True
             )
         with span("obfuscatune.mix"):
-            self._mixer.draw_ahead()
+            self._mixer.draw_ahead(mixing)
         return InFlight(x, mixing, pending, check, way)
 
     def _receive_few(self, crossing: InFlight, way: FewWay) -> Tensor:

@@ -31,7 +31,9 @@ DRAWN_AHEAD = 64
 FEW_AHEAD = 64
 """Crossings of few rows whose memory is kept to be drawn into."""
 ELEMENTS_AHEAD = 1 << 18
-"""Of factors that are drawn together: 2 MiB."""
+"""Of factors that are drawn together, and of shield rows that are drawn ahead: 2 MiB."""
+MANY_AHEAD = 16
+"""Kinds of crossings of many rows for which the next one's secrets are kept ready."""
 
 
 class Mixing(Protocol):
@@ -63,8 +65,8 @@ class Mixer(Protocol):
     def draw_few(self, rows: int, width: int, dtype: torch.dtype) -> FewMixing | None:
         """The mixing for a crossing of few rows, as kernels take it; None where `draw` is to be asked."""
 
-    def draw_ahead(self) -> None:
-        """A moment's work for a coming crossing, for whoever would otherwise wait."""
+    def draw_ahead(self, like: Mixing | FewMixing) -> None:
+        """A moment's work for a coming crossing, probably like this one, for whoever would otherwise wait."""
 
     def give_back(self, mixing: FewMixing) -> None:
         """What `draw_few` drew, after the crossing that it was for."""
@@ -147,6 +149,7 @@ class KroneckerMixer:
         self._stream = stream
         self._factors = _DrawnAhead(stream)
         self._few = _FewAhead(stream, self._factors, shield_scale)
+        self._many: dict[tuple[int, int], KroneckerMixing] = {}
 
     def draw_few(self, rows: int, width: int, dtype: torch.dtype) -> FewMixing | None:
         """Likewise; in memory of its own until it is given back."""
@@ -154,9 +157,18 @@ class KroneckerMixer:
             return None
         return self._few.take(rows, self._shield_rows, width, dtype)
 
-    def draw_ahead(self) -> None:
-        """For one crossing of few rows like those before."""
-        self._few.draw_one()
+    def draw_ahead(self, like: Mixing | FewMixing) -> None:
+        """Of few rows, for one crossing like those before; of many, for the next one like this."""
+        if isinstance(like, FewMixing):
+            self._few.draw_one()
+        elif isinstance(like, KroneckerMixing) and like.shield.numel() <= ELEMENTS_AHEAD:
+            (rows, width), dtype = like.kind, like.shield.dtype
+            mixing = self._draw_many(rows, like.rows)
+            mixing.draw_shield_ahead(width, dtype)
+            self._many.pop(like.kind, None)  # so that it goes last
+            self._many[like.kind] = mixing
+            if len(self._many) > MANY_AHEAD:
+                self._many.pop(next(iter(self._many.copy())), None)  # other threads draw as well
 
     def give_back(self, mixing: FewMixing) -> None:
         """To be drawn into."""
@@ -167,12 +179,17 @@ class KroneckerMixer:
         wanted = rows + self._shield_rows
         if self._full_rank:
             wanted = max(wanted, width)
-        stream = self._stream
         if wanted <= DENSE_BELOW:
-            return DenseMixing(rows, self._factors.take(wanted), stream, self._shield_scale)
+            return DenseMixing(rows, self._factors.take(wanted), self._stream, self._shield_scale)
+        ready = self._many.pop((rows, width), None)
+        if ready is not None and ready.renewals == self._stream.renewals:
+            return ready
+        return self._draw_many(rows, wanted)
+
+    def _draw_many(self, rows: int, wanted: int) -> KroneckerMixing:
         a, b = covering_grid(wanted)
         Q_a, Q_b = self._factors.take(a), self._factors.take(b)
-        return KroneckerMixing(rows, stream.permutation(a * b), Q_a, Q_b, stream, self._shield_scale)
+        return KroneckerMixing(rows, self._stream.permutation(a * b), Q_a, Q_b, self._stream, self._shield_scale)
 
 
 class _DrawnAhead:
@@ -245,18 +262,32 @@ class KroneckerMixing:
         self._rows, self._places = rows, places  # where each row of [x; N] goes
         self._order = torch.argsort(places)  # which row of [x; N] lies at each place
         self._Q_a, self._Q_b = Q_a, Q_b
-        self._stream = stream
+        self._stream, self.renewals = stream, stream.renewals
         self._shield_scale = shield_scale
+        self._ahead: Tensor | None = None
+        self.shield = Q_a.new_empty(0, 0)
+        """N (s, p), once it is mixed."""
 
     @property
     def rows(self) -> int:
         """m = a·b."""
         return self._places.numel()
 
+    @property
+    def kind(self) -> tuple[int, int]:
+        """(n, p), once x is mixed."""
+        return self._rows, self.shield.shape[1]
+
+    def draw_shield_ahead(self, width: int, dtype: torch.dtype) -> None:
+        """Draw N for x (n, width) before x is there; for one mixing."""
+        self._ahead = self._stream.normal(self.rows - self._rows, width, dtype=dtype)
+
     def mix(self, x: Tensor, scale: float, out: Tensor) -> None:
         """A [x; N] for x (n, p). Shield rows: as large as x on average, times the scale."""
-        shield = self._stream.normal(self.rows - self._rows, x.shape[1], dtype=x.dtype)
-        self._shield = shield.mul_(self._shield_scale * (scale or 1.0))
+        shield, self._ahead = self._ahead, None
+        if shield is None or (shield.shape[1], shield.dtype) != (x.shape[1], x.dtype):
+            shield = self._stream.normal(self.rows - self._rows, x.shape[1], dtype=x.dtype)
+        self.shield = shield.mul_(self._shield_scale * (scale or 1.0))
         code = kernels.code_for(x)
         if code is None or not out.is_contiguous():
             self._mix_by_torch(x, shield, out)
@@ -268,7 +299,7 @@ class KroneckerMixing:
     def image(self, x: Tensor, v: Tensor) -> Tensor:
         """A [x; N] v = A [x v; N v]."""
         out = x.new_empty(self.rows, v.shape[1])
-        self._mix_by_torch(x @ v, self._shield.to(x) @ v, out)
+        self._mix_by_torch(x @ v, self.shield.to(x) @ v, out)
         return out
 
     def unmix(self, y: Tensor) -> Tensor:
@@ -323,7 +354,7 @@ class NoMixer:
     def draw_few(self, rows: int, width: int, dtype: torch.dtype) -> None:
         """Nothing that a kernel takes."""
 
-    def draw_ahead(self) -> None:
+    def draw_ahead(self, like: Mixing | FewMixing) -> None:
         """Nothing."""
 
     def give_back(self, mixing: FewMixing) -> None:
