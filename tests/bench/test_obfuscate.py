@@ -1,7 +1,9 @@
 """`bench obfuscate` on a tiny shape: real files, a real process that loads them, a real worker."""
 
 import json
+import os
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -63,6 +65,15 @@ def test_kept_memory_is_let_go_bit_by_bit_and_with_the_process() -> None:
         while settled_bytes(kept.pid) > held - AHEAD_BYTES - 2 * PART_BYTES and time.monotonic() < deadline:
             pass
         assert held - AHEAD_BYTES - 3 * PART_BYTES < settled_bytes(kept.pid) <= held - AHEAD_BYTES - 2 * PART_BYTES
+
+
+def test_when_the_process_that_keeps_memory_is_killed_one_line_says_so() -> None:
+    """As the kernel does where memory runs out."""
+    with KeptMemory(PART_BYTES) as kept:
+        os.kill(kept.pid, signal.SIGKILL)
+        with pytest.raises(ConfigError, match=r"kept 0\.1 GB ended with status -9: is there so much memory\?"):
+            while True:  # a line or two may still be taken by the pipe
+                kept.keep_ahead_of(0)
 
 
 @pytest.mark.long

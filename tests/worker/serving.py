@@ -60,7 +60,7 @@ def serving(
     recorder = None if record is None else Recorder(record)
     content = None if disk is None else ContentStore(disk)
     listener = Listener(UnixAddress(folder / "worker.sock"))
-    answerer = Answerer(store, Computer(torch.device("cpu"), dtype), content)
+    answerer = Answerer(store, Computer(torch.device("cpu"), dtype, may_watch=record is None), content)
     service = Service(answerer, sessions, recorder, listener.stop)
     server = Server(listener, service)
     thread = threading.Thread(target=server.serve)

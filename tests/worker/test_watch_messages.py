@@ -160,18 +160,22 @@ def test_one_core_watches_one_slot(worker: Serving, patient: None) -> None:
 
 
 @pytest.mark.parametrize("records", [False, True])
-def test_a_worker_that_records_offers_no_slots(tmp_path: Path, records: bool) -> None:
-    """What passes there leaves no record; one who asks all the same shows in the transcript."""
+def test_a_worker_that_records_watches_no_slots(tmp_path: Path, records: bool) -> None:
+    """What passes there leaves no record; one who asks all the same is refused, which shows in the transcript."""
     with serving(tmp_path, record=tmp_path / "t" if records else None) as worker:
         with RawClient(worker.address) as client:
             features = features_of(client)
         assert features == SHARED_MEMORY | (0 if records else SLOTS)
         with Watcher(worker) as watcher:
             watcher.watch(ID)
-            assert watcher.reply()[0] == Header(MessageType.DONE, 3)
+            reply = watcher.reply()[0]
+            if records:
+                assert (reply.type, reply.code) == (MessageType.ERROR, ErrorCode.FAILED)
+            else:
+                assert reply == Header(MessageType.DONE, 3)
     if records:
         types = [entry.header.type for entry in read_transcript(tmp_path / "t")]
-        assert types[-2:] == [MessageType.WATCH, MessageType.DONE]
+        assert types[-2:] == [MessageType.WATCH, MessageType.ERROR]
 
 
 def test_a_worker_that_computes_otherwise_offers_no_slots(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ import time
 from types import TracebackType
 from typing import Self
 
+from obfuscatune.wire.errors import ConfigError
+
 PART_BYTES = 128 << 20
 AHEAD_BYTES = 512 << 20
 """Let go before it is needed."""
@@ -30,15 +32,19 @@ class KeptMemory:
     """A process that holds so many bytes, and lets them go."""
 
     def __init__(self, nbytes: int) -> None:
-        self._held = nbytes
+        """
+        Raises:
+            ConfigError: there is not so much memory.
+        """
+        self._nbytes = nbytes
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "obfuscatune.bench.kept_memory", str(nbytes)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        if self._process.stdout is not None:
-            self._process.stdout.readline()
+        if self._process.stdout is not None and not self._process.stdout.readline():
+            raise self._ended()
 
     @property
     def pid(self) -> int:
@@ -46,10 +52,22 @@ class KeptMemory:
         return self._process.pid
 
     def keep_ahead_of(self, nbytes: int) -> None:
-        """So many bytes have been taken by others."""
+        """So many bytes have been taken by others.
+
+        Raises:
+            ConfigError: the process has ended.
+        """
         if self._process.stdin is not None:
-            self._process.stdin.write(f"{nbytes + AHEAD_BYTES}\n")
-            self._process.stdin.flush()
+            try:
+                self._process.stdin.write(f"{nbytes + AHEAD_BYTES}\n")
+                self._process.stdin.flush()
+            except BrokenPipeError:
+                raise self._ended() from None
+
+    def _ended(self) -> ConfigError:
+        self._process.communicate()
+        size, status = self._nbytes / 1e9, self._process.returncode
+        return ConfigError(f"the process that kept {size:.1f} GB ended with status {status}: is there so much memory?")
 
     def __enter__(self) -> Self:
         return self
@@ -57,8 +75,8 @@ class KeptMemory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._process:
-            self._process.kill()
+        self._process.kill()
+        self._process.communicate()
 
 
 def seconds_for_a_new_byte(nbytes: int) -> float:

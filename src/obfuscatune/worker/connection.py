@@ -92,11 +92,7 @@ class Connection:
     @property
     def _features(self) -> int:
         features = self._service.answerer.features
-        if not self._transport.shares_memory:
-            return features & ~SLOTS
-        if self._service.recorder is not None:
-            features &= ~SLOTS  # what is handed over in a slot passes by the recorder
-        return features | SHARED_MEMORY
+        return features | SHARED_MEMORY if self._transport.shares_memory else features & ~SLOTS
 
     def _read_all(self) -> Reply | None:
         """Read requests until the end, most into the inbox. Returns what to say last, None for nothing."""

@@ -51,9 +51,8 @@ def run(options: WorkerOptions) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     store = MatrixStore(_quota(options.quota), _chosen(POLICIES, options.when_full, "--when-full"))
-    computer = Computer(
-        _device(options.device), _chosen(DTYPES, options.dtype, "--dtype"), may_watch=not options.no_watch
-    )
+    may_watch = not options.no_watch and options.record is None  # what lies in a slot passes by the recorder
+    computer = Computer(_device(options.device), _chosen(DTYPES, options.dtype, "--dtype"), may_watch=may_watch)
     disk = None if options.store is None else ContentStore(options.store)
     recorder = None if options.record is None else Recorder(options.record)
     listener = Listener(address, tls)
