@@ -31,3 +31,15 @@ def test_a_line_is_fitted_to_small_and_to_large_messages() -> None:
     fitted = WireResult(bench, points, {}).fitted("tcp")
     assert fitted.latency_seconds == pytest.approx(5e-5)
     assert fitted.gbytes == pytest.approx(2)
+    assert fitted.seconds(4e9) == pytest.approx(2 + 5e-5)
+
+
+def test_where_few_bytes_make_no_difference_no_bandwidth_is_told() -> None:
+    """In a slot lie few rows: the line through them is flat, or falls."""
+    for slope in (0.0, -1e-12, 1e-15):
+        points = [WireRow("slot", rows, 2048 * rows, 3e-5 + slope * 2048 * rows, 0, 0) for rows in (1, 4, 16)]
+        result = WireResult(WireBench(links=("slot",), rows=(1, 4, 16)), points, {})
+        assert result.fitted("slot").gbytes is None
+        assert result.fitted("slot").seconds(2048) == pytest.approx(3e-5, rel=0.01)
+        assert "| slot | 30 |  |" in result.as_markdown()
+        assert "slot" in plot_wire(result)

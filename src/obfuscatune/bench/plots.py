@@ -44,8 +44,8 @@ def plot_wire(result: WireResult) -> str:
     for link, colour in zip(result.bench.links, _colours(2 * len(result.bench.links))[::2], strict=True):
         points = [(row.nbytes, row.seconds) for row in result.rows if row.link == link]
         axes.plot(*zip(*points, strict=True), "o", color=colour, label=link)
-        latency, gbytes = result.fitted(link)
-        axes.plot([x for x, _ in points], [latency + x / gbytes / 1e9 for x, _ in points], color=colour, linewidth=0.8)
+        fitted = result.fitted(link)
+        axes.plot([x for x, _ in points], [fitted.seconds(x) for x, _ in points], color=colour, linewidth=0.8)
     axes.set(xscale="log", yscale="log", xlabel="bytes, there and back", ylabel="seconds")
     return as_svg(figure, axes)
 

@@ -35,6 +35,8 @@ _LENT = ("slot", "shared memory")
 _MATRIX_ID = bytes(15) + b"\x01"
 _TICK_SECONDS = 1e-9
 """Less than nothing no round takes, though clocks of two processes may say so."""
+_LEAST_SHARE = 0.1
+"""Of the latency: what the bytes of the largest message must take for the bandwidth to show."""
 _LEAST_ROUNDS, _MOST_ROUNDS = 10, 1000
 _MOST_SECONDS = 0.5
 """For each number of rows by each link."""
@@ -130,7 +132,12 @@ class Fitted(NamedTuple):
     """A link as a line: seconds = latency + bytes / bandwidth."""
 
     latency_seconds: float
-    gbytes: float
+    gbytes: float | None
+    """None where the largest message took hardly longer than the smallest."""
+
+    def seconds(self, nbytes: float) -> float:
+        """That a message of so many bytes takes, there and back."""
+        return self.latency_seconds + (0.0 if self.gbytes is None else nbytes / self.gbytes / 1e9)
 
 
 @dataclass(frozen=True)
@@ -147,7 +154,8 @@ class WireResult:
         nbytes, seconds = np.array(points).T
         lines = np.stack([1 / seconds, nbytes / seconds], axis=1)
         (latency, per_byte), *_ = np.linalg.lstsq(lines, np.ones(len(points)), rcond=None)
-        return Fitted(max(float(latency), 0.0), 1e-9 / max(float(per_byte), 1e-15))
+        tells = per_byte * nbytes.max() > _LEAST_SHARE * latency
+        return Fitted(max(float(latency), 0.0), 1e-9 / float(per_byte) if tells else None)
 
     def as_json(self) -> dict[str, Any]:
         """Everything, for the file."""
@@ -169,7 +177,8 @@ class WireResult:
         ]
         for link in self.bench.links:
             it = self.fitted(link)
-            lines.append(f"| {link} | {it.latency_seconds * 1e6:.0f} | {it.gbytes:.2f} |")
+            gbytes = "" if it.gbytes is None else f"{it.gbytes:.2f}"
+            lines.append(f"| {link} | {it.latency_seconds * 1e6:.0f} | {gbytes} |")
         lines += ["", f"| rows | bytes | {' | '.join(f'{link}, µs' for link in self.bench.links)} |"]
         lines.append("|---" * (2 + len(self.bench.links)) + "|")
         for count in self.bench.rows:
