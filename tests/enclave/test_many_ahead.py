@@ -30,7 +30,7 @@ def crossed(mixer: KroneckerMixer, x: Tensor) -> KroneckerMixing:
     mixing.mix(x, 1.0, mixed := x.new_empty(mixing.rows, x.shape[1]))
     torch.testing.assert_close(mixing.unmix(mixed), x, rtol=0, atol=1e3 * torch.finfo(x.dtype).eps)
     v = some(x.shape[1], 2, x.dtype)
-    torch.testing.assert_close(mixing.image(x, v), mixed @ v, rtol=0, atol=1e4 * torch.finfo(x.dtype).eps)
+    torch.testing.assert_close(mixing.image(x, v), (mixed @ v).double(), rtol=0, atol=1e4 * torch.finfo(x.dtype).eps)
     mixer.draw_ahead(mixing)
     return mixing
 

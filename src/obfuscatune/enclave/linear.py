@@ -197,7 +197,7 @@ class OffloadedProduct:
     ) -> Callable[[Tensor], None] | None:
         """What the product of the rows just mixed will be held against; None where this one is not verified.
 
-        `image` makes X* v of v in the dtype of the `rows`, which travel in `dtype`.
+        `image` makes X* v, float64, of v in the dtype of the `rows`, which travel in `dtype`.
         """
         if self._verifier is None:
             return None
@@ -205,7 +205,7 @@ class OffloadedProduct:
             probe = self._verifier.draw(transpose=transpose)
             if probe is None:
                 return None
-            u = image(probe.v.to(rows)).to(probe.v)
+            u = image(probe.v.to(rows)).to(probe.v.device)
 
         def check(product: Tensor) -> None:
             probe.check(product, u, scale, dtype)

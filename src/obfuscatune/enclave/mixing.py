@@ -23,6 +23,7 @@ from obfuscatune.enclave.kernels.mixing import MixingOfFew
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.link.pending import NOT_FINITE, check_product
 from obfuscatune.enclave.orthogonal import covering_grid, haar_batch, kronecker_rows
+from obfuscatune.enclave.sums import product_in_parts
 from obfuscatune.wire.errors import BadReply
 
 DENSE_BELOW = 32  # rows; up to here one dense factor costs no more than two small ones
@@ -47,7 +48,7 @@ class Mixing(Protocol):
         """(n, p) -> `out` (m, p), float64 or float32; `scale` is the root mean square of x."""
 
     def image(self, x: Tensor, v: Tensor) -> Tensor:
-        """X* v (m, k) for x (n, p) as it was just mixed and v (p, k), without reading X* back."""
+        """X* v (m, k), float64, for x (n, p) as it was just mixed and v (p, k), without reading X* back."""
 
     def unmix(self, y: Tensor) -> Tensor:
         """(m, q) -> (n, q), in memory of its own: the inverse on the rows that were not shield rows.
@@ -91,8 +92,8 @@ class FewMixing:
         return self.secrets.Q.shape[0]
 
     def image(self, v: Tensor) -> Tensor:
-        """X* v (m, k) for v (p, k), of the rows that were just mixed, without reading X* back."""
-        return self.secrets.mixed_by @ (self.secrets.stack @ v)
+        """X* v (m, k), float64, for v (p, k), of the rows that were just mixed, without reading X* back."""
+        return self.secrets.mixed_by.double() @ product_in_parts(self.secrets.stack, v)
 
 
 class _FewAhead:
@@ -233,7 +234,8 @@ class DenseMixing:
 
     def image(self, x: Tensor, v: Tensor) -> Tensor:
         """Q [x; N] v."""
-        return self._Q.to(x) @ torch.cat([x @ v, self._shield.to(x) @ v])
+        parts = torch.cat([product_in_parts(x, v), product_in_parts(self._shield.to(x), v)])
+        return self._Q.to(parts) @ parts
 
     def unmix(self, y: Tensor) -> Tensor:
         """(Qᵀ y)[:n] for y (m, q)."""
@@ -298,8 +300,9 @@ class KroneckerMixing:
 
     def image(self, x: Tensor, v: Tensor) -> Tensor:
         """A [x; N] v = A [x v; N v]."""
-        out = x.new_empty(self.rows, v.shape[1])
-        self._mix_by_torch(x @ v, self.shield.to(x) @ v, out)
+        x_v, shield_v = product_in_parts(x, v), product_in_parts(self.shield.to(x), v)
+        out = x_v.new_empty(self.rows, v.shape[1])
+        self._mix_by_torch(x_v, shield_v, out)
         return out
 
     def unmix(self, y: Tensor) -> Tensor:
@@ -337,7 +340,7 @@ class NoMixing:
 
     def image(self, x: Tensor, v: Tensor) -> Tensor:
         """x v."""
-        return x @ v
+        return product_in_parts(x, v)
 
     def unmix(self, y: Tensor) -> Tensor:
         """y, copied."""

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from obfuscatune.enclave import kernels
 from obfuscatune.enclave.keys import SecretStream
+from obfuscatune.enclave.sums import product_in_parts
 from obfuscatune.wire.errors import WrongProduct
 
 BASIS = 8
@@ -33,8 +34,6 @@ VECTORS = 2
 MARGIN = {torch.float64: 64.0, torch.float32: 64.0, torch.bfloat16: 4.0, torch.float16: 4.0}
 """tau over the unit roundoff times the size of the operands. More where the worker also accumulates in that precision;
 `bench verify` measures what honest workers need."""
-PART = 256
-"""Elements that are summed in the product's dtype before the sum goes on in float64."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Probe:
     """|W*|, the root of the sum of all squares."""
 
     def check(self, product: Tensor, u: Tensor, scale: float, dtype: torch.dtype) -> None:
-        """Hold a product (m, q), in memory of our own, against u (m, k).
+        """Hold a product (m, q), in memory of our own, against u (m, k), float64.
 
         Args:
             scale: root mean square of the elements of the rows that were sent, as mixing leaves them.
@@ -68,7 +67,7 @@ class Probe:
 
     def excess(self, product: Tensor, u: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
         """The largest deviation of any row, over that row's tau."""
-        deviation = (_in_parts(product, self.r) - u.double()).abs().amax(dim=1)
+        deviation = (product_in_parts(product, self.r) - u).abs().amax(dim=1)
         over: Tensor = deviation / self.tolerance(product, scale, dtype)
         return over.max()
 
@@ -81,14 +80,6 @@ class Probe:
         norms = torch.linalg.vector_norm(product, dim=1).double()
         size: Tensor = scale * self.norm + norms + norms.square().mean().sqrt()
         return MARGIN[dtype] * unit_roundoff * size
-
-
-def _in_parts(y: Tensor, r: Tensor) -> Tensor:
-    """y r (m, k) in float64 for y (m, q) and r (q, k): long sums in float32 would err more than the worker may."""
-    total = torch.zeros(y.shape[0], r.shape[1], dtype=torch.float64, device=y.device)
-    for start in range(0, y.shape[1], PART):
-        total += y[:, start : start + PART] @ r[start : start + PART]
-    return total
 
 
 def _images(W: Tensor, R: Tensor, L: Tensor) -> tuple[Tensor, Tensor, float]:
