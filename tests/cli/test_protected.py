@@ -182,7 +182,10 @@ def children(pid: int) -> list[int]:
 def started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
     """A command line as a process of its own, which does not outlive the test."""
     command = [sys.executable, "-m", "obfuscatune", *map(str, arguments)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # in the background of a shell it is ignored, and inherited
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
+    with process:
         try:
             yield process
         finally:

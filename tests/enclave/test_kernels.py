@@ -88,8 +88,8 @@ def test_mixing_errs_no_more_than_torch(columns: int, dtype: torch.dtype) -> Non
         )
         A = mixing(rows)
         A.mix(x, 1.0, found)
-        A._mix_by_torch(x, A._shield, expected)
-        A._mix_by_torch(x.double(), A._shield.double(), exact)
+        A._mix_by_torch(x, A.shield, expected)
+        A._mix_by_torch(x.double(), A.shield.double(), exact)
         errors = [(y.double() - exact).square().mean().sqrt() for y in (found, expected)]
         assert errors[0] <= 1.2 * errors[1] + 4 * torch.finfo(torch.float64).eps
         back = A._unmix_by_torch(exact)
