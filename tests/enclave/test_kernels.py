@@ -22,7 +22,6 @@ if not kernels.are_there():
     pytest.skip("no kernels can be compiled here; torch computes", allow_module_level=True)
 
 from obfuscatune.enclave.kernels import deviates
-from obfuscatune.enclave.kernels import rows as row_kernels
 from obfuscatune.enclave.kernels.compiled import Compiled, compile_for, compiled
 from obfuscatune.jit.emit import Shape
 from obfuscatune.jit.engine import SWITCH, shape_for
@@ -186,7 +185,9 @@ def test_unmixing_sees_every_number_that_is_not_finite(columns: int) -> None:
 
 
 def unmixed(y: Tensor, A: KroneckerMixing) -> tuple[Tensor, bool]:
-    return row_kernels.unmix(y, A._order, A._rows, A._Q_a.to(y), A._Q_b.to(y), compiled(y.itemsize))
+    prepared = A._for_kernels(y)
+    assert prepared is not None
+    return prepared.unmix(y)
 
 
 def test_mixing_writes_nothing_outside_its_place(two_threads: None) -> None:
@@ -206,7 +207,9 @@ def test_the_number_of_threads_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             mixed = x.new_empty(A.rows, 768)
-            row_kernels.mix(x, x[: A.rows - 200], A._order, A._Q_a.float(), A._Q_b.float(), mixed, compiled(4))
+            prepared = A._for_kernels(x)
+            assert prepared is not None
+            prepared.mix(x, x[: A.rows - 200], mixed)
             found.append((R.apply(x), R.inverse(x), mixed, A.unmix(mixed)))
     finally:
         torch.set_num_threads(before)

@@ -158,11 +158,9 @@ class RotationResult:
 
 def _mix(A: KroneckerMixing, x: Tensor, shield: Tensor, out: Tensor) -> None:
     """`KroneckerMixing.mix` without drawing shield rows, which both ways do alike."""
-    from obfuscatune.enclave.kernels.rows import mix
-
-    code = kernels.code_for(x)
-    if code is not None:
-        mix(x, shield, A._order, A._Q_a.to(x), A._Q_b.to(x), out, code)
+    prepared = A._for_kernels(x)
+    if prepared is not None:
+        prepared.mix(x, shield, out)
 
 
 def _median(work: Callable[[int], object]) -> float:

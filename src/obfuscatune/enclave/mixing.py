@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from obfuscatune.enclave.link.pending import NOT_FINITE, check_product
 from obfuscatune.enclave.orthogonal import covering_grid, haar_batch, kronecker_rows
 from obfuscatune.enclave.sums import product_in_parts
 from obfuscatune.wire.errors import BadReply
+
+if TYPE_CHECKING:
+    from obfuscatune.enclave.kernels.rows import MixingOfMany
 
 DENSE_BELOW = 32  # rows; up to here one dense factor costs no more than two small ones
 DRAWN_AHEAD = 64
@@ -263,6 +266,7 @@ class KroneckerMixing:
     ) -> None:
         self._rows, self._places = rows, places  # where each row of [x; N] goes
         self._order = torch.argsort(places)  # which row of [x; N] lies at each place
+        self._prepared: dict[torch.dtype, MixingOfMany] = {}
         self._Q_a, self._Q_b = Q_a, Q_b
         self._stream, self.renewals = stream, stream.renewals
         self._shield_scale = shield_scale
@@ -281,8 +285,9 @@ class KroneckerMixing:
         return self._rows, self.shield.shape[1]
 
     def draw_shield_ahead(self, width: int, dtype: torch.dtype) -> None:
-        """Draw N for x (n, width) before x is there; for one mixing."""
+        """Draw N for x (n, width) before x is there; for one mixing. And prepare what kernels take."""
         self._ahead = self._stream.normal(self.rows - self._rows, width, dtype=dtype)
+        self._for_kernels(self._ahead)
 
     def mix(self, x: Tensor, scale: float, out: Tensor) -> None:
         """A [x; N] for x (n, p). Shield rows: as large as x on average, times the scale."""
@@ -290,13 +295,11 @@ class KroneckerMixing:
         if shield is None or (shield.shape[1], shield.dtype) != (x.shape[1], x.dtype):
             shield = self._stream.normal(self.rows - self._rows, x.shape[1], dtype=x.dtype)
         self.shield = shield.mul_(self._shield_scale * (scale or 1.0))
-        code = kernels.code_for(x)
-        if code is None or not out.is_contiguous():
+        prepared = self._for_kernels(x) if out.is_contiguous() else None
+        if prepared is None:
             self._mix_by_torch(x, shield, out)
-            return
-        from obfuscatune.enclave.kernels.rows import mix
-
-        mix(x, shield, self._order, self._Q_a.to(x), self._Q_b.to(x), out, code)
+        else:
+            prepared.mix(x, shield, out)
 
     def image(self, x: Tensor, v: Tensor) -> Tensor:
         """A [x; N] v = A [x v; N v]."""
@@ -307,15 +310,26 @@ class KroneckerMixing:
 
     def unmix(self, y: Tensor) -> Tensor:
         """(Aᵀ y)[:n] for y (m, q)."""
-        code = kernels.code_for(y)
-        if code is None:
+        prepared = self._for_kernels(y) if y.is_contiguous() else None
+        if prepared is None:
             return self._unmix_by_torch(y)
-        from obfuscatune.enclave.kernels.rows import unmix
-
-        x, finite = unmix(y, self._order, self._rows, self._Q_a.to(y), self._Q_b.to(y), code)
+        x, finite = prepared.unmix(y)
         if not finite:
             raise BadReply(NOT_FINITE)
         return x
+
+    def _for_kernels(self, like: Tensor) -> MixingOfMany | None:
+        """A as the kernels take it for such rows, prepared once for their dtype; None where torch is to compute."""
+        code = kernels.code_for(like)
+        if code is None:
+            return None
+        prepared = self._prepared.get(like.dtype)
+        if prepared is None:
+            from obfuscatune.enclave.kernels.rows import MixingOfMany
+
+            prepared = MixingOfMany(self._order, self._rows, self._Q_a.to(like), self._Q_b.to(like), code)
+            self._prepared[like.dtype] = prepared
+        return prepared
 
     def _mix_by_torch(self, x: Tensor, shield: Tensor, out: Tensor) -> None:
         sources = self._order.remainder(self._rows)  # N overwrites what is laid in its places
