@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from obfuscatune.enclave.keys import SecretStream, _renew_fresh_streams
-from obfuscatune.enclave.mixing import DENSE_BELOW, FEW_AHEAD, FewMixing, KroneckerMixer, NoMixer
+from obfuscatune.enclave.mixer import FEW_AHEAD, KroneckerMixer, NoMixer
+from obfuscatune.enclave.mixing import DENSE_BELOW, FewMixing
 
 SHIELD = 8
 

@@ -19,7 +19,8 @@ from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.linear import OffloadedCall, OffloadedProduct
 from obfuscatune.enclave.link import LinkStats
 from obfuscatune.enclave.local import LocalWorker
-from obfuscatune.enclave.mixing import FewMixing, KroneckerMixer
+from obfuscatune.enclave.mixer import KroneckerMixer
+from obfuscatune.enclave.mixing import FewMixing
 from obfuscatune.enclave.transforms.structured import StructuredTransform
 from obfuscatune.enclave.verify import Verifier
 from obfuscatune.wire.errors import BadReply, NonFiniteError, ProtectionError, WrongProduct

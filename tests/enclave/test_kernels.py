@@ -14,7 +14,8 @@ from torch import Tensor
 from obfuscatune import RootKey
 from obfuscatune.enclave import kernels
 from obfuscatune.enclave.linear import _root_mean_square
-from obfuscatune.enclave.mixing import KroneckerMixer, KroneckerMixing
+from obfuscatune.enclave.mixer import KroneckerMixer
+from obfuscatune.enclave.mixing import KroneckerMixing
 from obfuscatune.enclave.transforms.structured import StructuredTransform
 from obfuscatune.wire.errors import BadReply, NonFiniteError
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from obfuscatune import RootKey
 from obfuscatune.enclave.keys import SecretStream, _renew_fresh_streams
-from obfuscatune.enclave.mixing import DRAWN_AHEAD, KroneckerMixer, Mixing, NoMixer, _DrawnAhead
+from obfuscatune.enclave.mixer import DRAWN_AHEAD, KroneckerMixer, NoMixer, _DrawnAhead
+from obfuscatune.enclave.mixing import Mixing
 
 KEY = RootKey(b"m" * 32)
 ROWS = (1, 2, 3, 15, 16, 17, 32, 33, 47, 48, 97, 512, 1009, 4096)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from obfuscatune import RootKey
-from obfuscatune.enclave.mixing import KroneckerMixer, NoMixer
+from obfuscatune.enclave.mixer import KroneckerMixer, NoMixer
 from obfuscatune.enclave.verify import VECTORS, Probe, Verifier
 from obfuscatune.wire.errors import WrongProduct
 

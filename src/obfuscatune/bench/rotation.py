@@ -14,7 +14,8 @@ from torch import Tensor
 from obfuscatune.bench.limits import measure_limits
 from obfuscatune.enclave import kernels
 from obfuscatune.enclave.keys import SecretStream
-from obfuscatune.enclave.mixing import KroneckerMixer, KroneckerMixing
+from obfuscatune.enclave.mixer import KroneckerMixer
+from obfuscatune.enclave.mixing import KroneckerMixing
 from obfuscatune.enclave.transforms.structured import StructuredTransform
 from obfuscatune.jit.engine import SWITCH
 from obfuscatune.report.environment import environment

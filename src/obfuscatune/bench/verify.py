@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from obfuscatune.enclave.keys import SecretStream
-from obfuscatune.enclave.mixing import KroneckerMixer
+from obfuscatune.enclave.mixer import KroneckerMixer
 from obfuscatune.enclave.verify import VECTORS, Probe, Verifier
 from obfuscatune.report.environment import environment
 

@@ -17,7 +17,7 @@ from obfuscatune.bench.products import ProductCounter
 from obfuscatune.bench.shapes import config_of
 from obfuscatune.bench.workload import LORA
 from obfuscatune.enclave.keys import SecretStream
-from obfuscatune.enclave.mixing import KroneckerMixer
+from obfuscatune.enclave.mixer import KroneckerMixer
 from obfuscatune.enclave.plan import LayerPlan, make_plan
 from obfuscatune.enclave.profiles import Profile
 from obfuscatune.tuning.adapter import without_peft_warnings

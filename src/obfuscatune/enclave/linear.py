@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from obfuscatune.enclave.link import Pending, WorkerLink, check_finite, check_product
-from obfuscatune.enclave.mixing import DENSE_BELOW, FewMixing, Mixer, Mixing
+from obfuscatune.enclave.mixer import Mixer
+from obfuscatune.enclave.mixing import DENSE_BELOW, FewMixing, Mixing
 from obfuscatune.enclave.spans import span
 from obfuscatune.enclave.transforms import Transform
 from obfuscatune.enclave.verify import Verifier

@@ -11,7 +11,6 @@ so it is drawn in the worker's basis directly: N and N R are alike for orthogona
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -22,7 +21,7 @@ from obfuscatune.enclave import kernels
 from obfuscatune.enclave.kernels.mixing import MixingOfFew
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.link.pending import NOT_FINITE, check_product
-from obfuscatune.enclave.orthogonal import covering_grid, haar_batch, kronecker_rows
+from obfuscatune.enclave.orthogonal import kronecker_rows
 from obfuscatune.enclave.sums import product_in_parts
 from obfuscatune.wire.errors import BadReply
 
@@ -30,14 +29,6 @@ if TYPE_CHECKING:
     from obfuscatune.enclave.kernels.rows import MixingOfMany
 
 DENSE_BELOW = 32  # rows; up to here one dense factor costs no more than two small ones
-DRAWN_AHEAD = 64
-"""Factors that are drawn together, at most: one QR of many small matrices takes little longer than of one."""
-FEW_AHEAD = 64
-"""Crossings of few rows whose memory is kept to be drawn into."""
-ELEMENTS_AHEAD = 1 << 18
-"""Of factors that are drawn together, and of shield rows that are drawn ahead: 2 MiB."""
-MANY_AHEAD = 16
-"""Kinds of crossings of many rows for which the next one's secrets are kept ready."""
 
 
 class Mixing(Protocol):
@@ -63,22 +54,6 @@ class Mixing(Protocol):
         """
 
 
-class Mixer(Protocol):
-    """Draws the mixing of each crossing."""
-
-    def draw_few(self, rows: int, width: int, dtype: torch.dtype) -> FewMixing | None:
-        """The mixing for a crossing of few rows, as kernels take it; None where `draw` is to be asked."""
-
-    def draw_ahead(self, like: Mixing | FewMixing) -> None:
-        """A moment's work for a coming crossing, probably like this one, for whoever would otherwise wait."""
-
-    def give_back(self, mixing: FewMixing) -> None:
-        """What `draw_few` drew, after the crossing that it was for."""
-
-    def draw(self, rows: int, width: int) -> Mixing:
-        """The mixing for one crossing of ``rows`` rows of ``width`` elements."""
-
-
 @dataclass(frozen=True, eq=False)
 class FewMixing:
     """The secrets of one crossing of few rows, and the memory that they lie in."""
@@ -97,123 +72,6 @@ class FewMixing:
     def image(self, v: Tensor) -> Tensor:
         """X* v (m, k), float64, for v (p, k), of the rows that were just mixed, without reading X* back."""
         return self.secrets.mixed_by.double() @ product_in_parts(self.secrets.stack, v)
-
-
-class _FewAhead:
-    """What crossings of few rows take, drawn while others are waited for, into memory that is used again."""
-
-    def __init__(self, stream: SecretStream, factors: _DrawnAhead, loudness: float) -> None:
-        self._stream, self._factors, self._loudness = stream, factors, loudness
-        self._ready: dict[tuple[int, int, torch.dtype], list[FewMixing]] = {}
-        self._used: deque[FewMixing] = deque(maxlen=FEW_AHEAD)
-
-    def take(self, rows: int, shield_rows: int, width: int, dtype: torch.dtype) -> FewMixing:
-        """Secrets that were never used."""
-        key = rows, width, dtype
-        ready = self._ready.setdefault(key, [])
-        while True:
-            try:
-                mixing = ready.pop()
-            except IndexError:  # another thread may have taken the last
-                break
-            if mixing.renewals == self._stream.renewals:
-                return mixing
-        m = rows + shield_rows
-        return self._drawn(key, torch.empty(m, width, dtype=dtype), torch.empty(m, m, dtype=dtype))
-
-    def give_back(self, mixing: FewMixing) -> None:
-        """Its crossing is over: its memory may be drawn into."""
-        self._used.append(mixing)
-
-    def draw_one(self) -> None:
-        """Anew, in the place of what was given back first."""
-        try:
-            used = self._used.popleft()
-        except IndexError:
-            return
-        self._ready[used.key].append(self._drawn(used.key, used.secrets.stack, used.secrets.mixed_by))
-
-    def _drawn(self, key: tuple[int, int, torch.dtype], stack: Tensor, mixed_by: Tensor) -> FewMixing:
-        rows, width, dtype = key
-        m, renewals = stack.shape[0], self._stream.renewals
-        stack[rows:] = self._stream.normal(m - rows, width, dtype=dtype)
-        Q = self._factors.take(m).to(dtype)
-        return FewMixing(key, MixingOfFew(Q, stack, mixed_by, self._loudness), renewals)
-
-
-class KroneckerMixer:
-    """Draws a fresh ``A`` and fresh shield rows for every crossing."""
-
-    def __init__(
-        self, shield_rows: int, stream: SecretStream, *, shield_scale: float = 1.0, full_rank: bool = False
-    ) -> None:
-        """`shield_scale`: size of the shield rows over that of x. `full_rank`: at least as many rows as elements."""
-        self._shield_rows, self._shield_scale = shield_rows, shield_scale
-        self._full_rank = full_rank
-        self._stream = stream
-        self._factors = _DrawnAhead(stream)
-        self._few = _FewAhead(stream, self._factors, shield_scale)
-        self._many: dict[tuple[int, int], KroneckerMixing] = {}
-
-    def draw_few(self, rows: int, width: int, dtype: torch.dtype) -> FewMixing | None:
-        """Likewise; in memory of its own until it is given back."""
-        if self._full_rank or rows + self._shield_rows > DENSE_BELOW:
-            return None
-        return self._few.take(rows, self._shield_rows, width, dtype)
-
-    def draw_ahead(self, like: Mixing | FewMixing) -> None:
-        """Of few rows, for one crossing like those before; of many, for the next one like this."""
-        if isinstance(like, FewMixing):
-            self._few.draw_one()
-        elif isinstance(like, KroneckerMixing) and like.shield.numel() <= ELEMENTS_AHEAD:
-            (rows, width), dtype = like.kind, like.shield.dtype
-            mixing = self._draw_many(rows, like.rows)
-            mixing.draw_shield_ahead(width, dtype)
-            self._many.pop(like.kind, None)  # so that it goes last
-            self._many[like.kind] = mixing
-            if len(self._many) > MANY_AHEAD:
-                self._many.pop(next(iter(self._many.copy())), None)  # other threads draw as well
-
-    def give_back(self, mixing: FewMixing) -> None:
-        """To be drawn into."""
-        self._few.give_back(mixing)
-
-    def draw(self, rows: int, width: int) -> Mixing:
-        """Secrets for one crossing of ``rows`` >= 1 rows of ``width`` elements."""
-        wanted = rows + self._shield_rows
-        if self._full_rank:
-            wanted = max(wanted, width)
-        if wanted <= DENSE_BELOW:
-            return DenseMixing(rows, self._factors.take(wanted), self._stream, self._shield_scale)
-        ready = self._many.pop((rows, width), None)
-        if ready is not None and ready.renewals == self._stream.renewals:
-            return ready
-        return self._draw_many(rows, wanted)
-
-    def _draw_many(self, rows: int, wanted: int) -> KroneckerMixing:
-        a, b = covering_grid(wanted)
-        Q_a, Q_b = self._factors.take(a), self._factors.take(b)
-        return KroneckerMixing(rows, self._stream.permutation(a * b), Q_a, Q_b, self._stream, self._shield_scale)
-
-
-class _DrawnAhead:
-    """Haar matrices of a few sizes, each taken once."""
-
-    def __init__(self, stream: SecretStream) -> None:
-        self._stream, self._renewals = stream, stream.renewals
-        self._ready: dict[int, list[Tensor]] = {}
-
-    def take(self, size: int) -> Tensor:
-        """Q (size, size), float64."""
-        if self._renewals != self._stream.renewals:
-            self._renewals, self._ready = self._stream.renewals, {}
-        ready = self._ready.setdefault(size, [])
-        while True:
-            try:
-                return ready.pop()
-            except IndexError:  # another thread may have taken what this one had drawn
-                count = max(min(DRAWN_AHEAD, ELEMENTS_AHEAD // size**2), 1)
-                ready.extend(haar_batch(self._stream, count, size).unbind())
 
 
 class DenseMixing:
@@ -262,10 +120,10 @@ class KroneckerMixing:
     """One crossing's A (m, m) for many rows, and the source of its shield rows."""
 
     def __init__(
-        self, rows: int, places: Tensor, Q_a: Tensor, Q_b: Tensor, stream: SecretStream, shield_scale: float
+        self, rows: int, order: Tensor, Q_a: Tensor, Q_b: Tensor, stream: SecretStream, shield_scale: float
     ) -> None:
-        self._rows, self._places = rows, places  # where each row of [x; N] goes
-        self._order = torch.argsort(places)  # which row of [x; N] lies at each place
+        self._rows = rows
+        self._order = order  # which row of [x; N] lies at each place
         self._prepared: dict[torch.dtype, MixingOfMany] = {}
         self._Q_a, self._Q_b = Q_a, Q_b
         self._stream, self.renewals = stream, stream.renewals
@@ -277,7 +135,7 @@ class KroneckerMixing:
     @property
     def rows(self) -> int:
         """m = a·b."""
-        return self._places.numel()
+        return self._order.numel()
 
     @property
     def kind(self) -> tuple[int, int]:
@@ -334,12 +192,16 @@ class KroneckerMixing:
     def _mix_by_torch(self, x: Tensor, shield: Tensor, out: Tensor) -> None:
         sources = self._order.remainder(self._rows)  # N overwrites what is laid in its places
         stacked = torch.index_select(x, 0, sources.to(x.device))
-        stacked.index_copy_(0, self._places[self._rows :].to(x.device), shield.to(x.device))
+        stacked.index_copy_(0, self._places()[self._rows :].to(x.device), shield.to(x.device))
         kronecker_rows(self._Q_a.to(x), self._Q_b.to(x), stacked, out)
 
     def _unmix_by_torch(self, y: Tensor) -> Tensor:
         stacked = kronecker_rows(self._Q_a.T.to(y), self._Q_b.T.to(y), y)
-        return check_product(torch.index_select(stacked, 0, self._places[: self._rows].to(y.device)))
+        return check_product(torch.index_select(stacked, 0, self._places()[: self._rows].to(y.device)))
+
+    def _places(self) -> Tensor:
+        """Where each row of [x; N] goes."""
+        return torch.argsort(self._order)
 
 
 @dataclass(frozen=True)
@@ -359,20 +221,3 @@ class NoMixing:
     def unmix(self, y: Tensor) -> Tensor:
         """y, copied."""
         return check_product(y.clone())
-
-
-class NoMixer:
-    """Draws nothing."""
-
-    def draw(self, rows: int, width: int) -> NoMixing:
-        """A = 1."""
-        return NoMixing(rows)
-
-    def draw_few(self, rows: int, width: int, dtype: torch.dtype) -> None:
-        """Nothing that a kernel takes."""
-
-    def draw_ahead(self, like: Mixing | FewMixing) -> None:
-        """Nothing."""
-
-    def give_back(self, mixing: FewMixing) -> None:
-        """Nothing."""

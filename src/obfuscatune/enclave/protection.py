@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from obfuscatune.enclave.keys import RootKey, SecretStream
 from obfuscatune.enclave.linear import OffloadedProduct
 from obfuscatune.enclave.link import LinkStats, WorkerLink
-from obfuscatune.enclave.mixing import KroneckerMixer, Mixer, NoMixer
+from obfuscatune.enclave.mixer import KroneckerMixer, Mixer, NoMixer
 from obfuscatune.enclave.modules import ProtectedConv1D, ProtectedLinear, SharedCrossing
 from obfuscatune.enclave.obfuscate import Obfuscated, obfuscate
 from obfuscatune.enclave.offloaded import Offloaded, WeightSource

@@ -88,6 +88,11 @@ class Computer:
 
                 few_rows.multiply(rows, matrix, out)
                 return
+            if kernels.apply_in_parts(rows, matrix, out):
+                from obfuscatune.worker.kernels import parts
+
+                parts.multiply(rows, matrix, out, transpose=transpose)
+                return
             rows = rows.to(device=self.device, dtype=matrix.dtype)
             if self.device.type == "cpu" and out.dtype == matrix.dtype:
                 torch.mm(rows, factor, out=out)

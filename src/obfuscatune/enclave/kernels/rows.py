@@ -20,7 +20,7 @@ TOGETHER = 8
 
 
 class MixingOfMany:
-    """A = (Q_a ⊗ Q_b) Π and its transpose as the kernel takes them, prepared for one dtype before the rows are there."""
+    """A = (Q_a ⊗ Q_b) Π and its transpose as the kernel takes them, for one dtype: ready before the rows are."""
 
     def __init__(self, order: Tensor, rows: int, Q_a: Tensor, Q_b: Tensor, code: Compiled) -> None:
         """
@@ -104,9 +104,7 @@ class _Factors:
         }
 
 
-def _run(
-    source: Tensor, sources: Tensor, target: Tensor, targets: Tensor, factors: _Factors, code: Compiled
-) -> float:
+def _run(source: Tensor, sources: Tensor, target: Tensor, targets: Tensor, factors: _Factors, code: Compiled) -> float:
     """Row `targets[i]` of target = row i of (Q_a ⊗ Q_b) times rows `sources` of source, both tables in bytes.
 
     What the sum of 0 x of all that was read is: 0, or NaN where some is not finite.
