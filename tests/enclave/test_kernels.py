@@ -79,6 +79,18 @@ def test_a_rotation_errs_no_more_than_torch(direction: str, dim: int, dtype: tor
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [17, *DIMS])
+def test_a_bias_is_added_on_the_way_to_the_same_bits(dim: int, dtype: torch.dtype) -> None:
+    R, bias = structured(dim), some(dim, dtype=dtype)
+    gaps = torch.stack([bias, bias], dim=1)[:, 0]
+    for rows in ROWS:
+        x = some(rows, dim, dtype=dtype)
+        expected = R.inverse(x) + bias
+        for found in (R.inverse_plus(x, bias), R.inverse_plus(x, gaps), R.inverse_plus(x, torch.nn.Parameter(bias))):
+            assert torch.equal(found.detach(), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", [65, 96, 1021])
 def test_mixing_errs_no_more_than_torch(columns: int, dtype: torch.dtype) -> None:
     for rows in MANY_ROWS:

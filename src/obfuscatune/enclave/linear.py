@@ -91,13 +91,17 @@ class OffloadedProduct:
             rotated, norm = self._R_in.apply_measured(_widen(x))  # (n, p)
         return self._send(rotated, norm, x, transpose=False)
 
-    def finish_forward(self, crossing: InFlight) -> Tensor:
-        """y = x W (n, q), in x's dtype and on its device; memory of its own."""
+    def finish_forward(self, crossing: InFlight, bias: Tensor | None = None) -> Tensor:
+        """y = x W + b (n, q), in x's dtype and on its device; memory of its own. `bias`: b (q,), likewise."""
         if crossing.few is not None:
-            return self._receive_few(crossing, crossing.few)
+            y = self._receive_few(crossing, crossing.few)
+            return y if bias is None else y.add_(bias)
         unmixed = self._receive(crossing, self._R_out.dim)  # (n, q)
         with span("obfuscatune.rotate"):
-            return self._R_out.inverse(unmixed).to(crossing.like.dtype)
+            if bias is not None and bias.dtype == unmixed.dtype == crossing.like.dtype:
+                return self._R_out.inverse_plus(unmixed, bias)
+            y = self._R_out.inverse(unmixed).to(crossing.like.dtype)
+            return y if bias is None else y.add_(bias)
 
     def start_backward(self, g: Tensor) -> InFlight:
         """Send g (n, q)."""
@@ -284,12 +288,18 @@ class OffloadedCall:
     def receive(self, shape: torch.Size, biases: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
         """The parts of the product, (*shape, q_i) each, with their biases; no autograd."""
         crossing, self.forth = self.forth, None
-        y = self.product.finish_forward(crossing).view(*shape, sum(self.widths))  # type: ignore[arg-type]
-        parts = y.split(self.widths, dim=-1) if len(self.widths) > 1 else (y,)
-        for part, bias in zip(parts, biases, strict=True):
-            if bias is not None:
-                part.add_(bias)
-        return parts
+        y = self.product.finish_forward(crossing, _side_by_side(biases, self.widths))  # type: ignore[arg-type]
+        y = y.view(*shape, sum(self.widths))
+        return y.split(self.widths, dim=-1) if len(self.widths) > 1 else (y,)
+
+
+def _side_by_side(biases: tuple[Tensor | None, ...], widths: tuple[int, ...]) -> Tensor | None:
+    """(q,): zeros for a layer without one; None where none has."""
+    some = next((bias for bias in biases if bias is not None), None)
+    if some is None or len(biases) == 1:
+        return some
+    each = zip(biases, widths, strict=True)
+    return torch.cat([some.new_zeros(width) if bias is None else bias for bias, width in each])
 
 
 class _Start(torch.autograd.Function):

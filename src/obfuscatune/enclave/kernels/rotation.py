@@ -60,11 +60,11 @@ class Rotation:
         rows = 1 + area * len(grids) + side
         self._scratch_bytes = rows * shape.row_bytes + 8 * shape.lanes + 2 * area * shape.itemsize
 
-    def __call__(self, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, float]:
+    def __call__(self, x: Tensor, out: Tensor | None = None, plus: Tensor | None = None) -> tuple[Tensor, float]:
         """For x (n, p), n >= 1, whose rows are contiguous: the result (n, p), and the sum of the squares of x.
 
         `out`, contiguous, takes the result where it is given; it may be x, whose panels are read before they are
-        written.
+        written. `plus` (p,), contiguous, of x's dtype, is added to every row of the result.
         """
         y = torch.empty(x.shape, dtype=x.dtype) if out is None else out
         n, itemsize = x.shape[0], x.itemsize
@@ -77,6 +77,7 @@ class Rotation:
             Job.SOURCE_STEP: x.stride(0) * itemsize,
             Job.TARGET: y.data_ptr(),
             Job.TARGET_STEP: self.dim * itemsize,
+            Job.PLUS: 0 if plus is None else plus.data_ptr(),
         }
         return y, job.run(self._code.rotate, fields, x.numel(), self._scratch_bytes)
 
@@ -101,10 +102,11 @@ class RotationOfFew:
         for key, value in {**sizes, **{key: table.data_ptr() for key, table in tables.items()}}.items():
             self._job[key] = value
 
-    def __call__(self, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, float]:
+    def __call__(self, x: Tensor, out: Tensor | None = None, plus: Tensor | None = None) -> tuple[Tensor, float]:
         """As `Rotation`."""
         y = torch.empty(x.shape, dtype=x.dtype) if out is None else out
-        return y, self._run(self._code.turn, x, y)
+        squares = self._run(self._code.turn, x, y)
+        return (y if plus is None else y.add_(plus)), squares
 
     def send(self, x: Tensor, mixing: MixingOfFew, out: Tensor) -> float:
         """out (m, p) = A [x R; N] for x (n, p), rows contiguous; the sum of the squares of x.

@@ -46,7 +46,8 @@ class Job(IntEnum):
     C, D, Q_C, Q_D = 21, 22, 23, 24
     START, SECOND_START = 25, 26  # first row of the first and of the second grid, in bytes
     TOGETHER = 27  # panels that a thread takes at a time; rotate: 1
-    LENGTH = 28
+    PLUS = 28  # rotate: address of a row that is added to every row of the result, 0 for none
+    LENGTH = 29
 
 
 def build(shape: Shape, triple: str) -> ir.Module:
@@ -252,7 +253,8 @@ def _rotate(module: ir.Module, shape: Shape, kronecker: ir.Function) -> None:
             b.call(kronecker, [*sizes, grid, rows, grid, rows, grid, rows, staged, seen, *alone])
             b.store(second, result)
         _row_addresses(f, job, panel, addresses, Job.TARGET, Job.TARGET_STEP, unused)
-        _transpose_out(f, b.load(result, typ=I64), job[Job.TO], addresses, width)
+        plus = b.select(b.icmp_signed("==", job[Job.PLUS], I64(0)), zeros, job[Job.PLUS])
+        _transpose_out(f, b.load(result, typ=I64), job[Job.TO], plus, addresses, width)
     b.ret_void()
 
 
@@ -297,12 +299,15 @@ def _transpose_in(
     f.write_row([b.load(total, typ=shape.vector) for total in found], seen)
 
 
-def _transpose_out(f: Function, area: ir.Value, places: ir.Value, addresses: ir.Value, width: ir.Value) -> None:
-    """Column j of the rows at `addresses` = row `places[j]` of the area."""
+def _transpose_out(
+    f: Function, area: ir.Value, places: ir.Value, plus: ir.Value, addresses: ir.Value, width: ir.Value
+) -> None:
+    """Column j of the rows at `addresses` = row `places[j]` of the area, and number j of `plus` added to each."""
     b, shape = f.builder, f.shape
     with f.loop(width, step=shape.width) as block:
         column = _column_blocks(f, width, block)
         shift = b.mul(column, I64(shape.itemsize))
+        added = f.read(b.add(plus, shift), shape.vector)
         for v in range(shape.vectors):
             tile = []
             for j in range(shape.width):
@@ -310,4 +315,4 @@ def _transpose_out(f: Function, area: ir.Value, places: ir.Value, addresses: ir.
                 tile.append(f.read(b.add(area, place), shape.vector, v * shape.width * shape.itemsize))
             for lane, vector in enumerate(f.transpose(tile)):
                 address = f.read(addresses, I64, 8 * (v * shape.width + lane))
-                f.write(vector, b.add(address, shift))
+                f.write(b.fadd(vector, added), b.add(address, shift))

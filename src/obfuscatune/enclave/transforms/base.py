@@ -40,6 +40,10 @@ class Transform(ABC):
         """x R⁻¹."""
         return self._act(x, self._inverse)
 
+    def inverse_plus(self, x: Tensor, bias: Tensor) -> Tensor:
+        """x R⁻¹ + bias, for bias (dim,) of x's dtype; nothing of it is differentiated."""
+        return self.inverse(x).add_(bias)
+
     def apply_transpose(self, x: Tensor) -> Tensor:
         """x Rᵀ."""
         return self._act(x, self._apply_transpose)

@@ -57,6 +57,11 @@ class StructuredTransform(OrthogonalTransform):
         """x R⁻ᵀ = x R, likewise."""
         return self.apply_measured(x)
 
+    def inverse_plus(self, x: Tensor, bias: Tensor) -> Tensor:
+        """x R⁻¹ + bias, in one pass where the kernels apply."""
+        fused = self._fused_measured(x, undo=True, plus=bias.detach()) if bias.is_contiguous() else None
+        return super().inverse_plus(x, bias) if fused is None else fused[0]
+
     def weight_left(self, W: Tensor, *, wide: torch.dtype = torch.float64) -> Tensor:
         """R⁻¹ W = Rᵀ W for W (dim, q): what `apply` does to features is done to rows here.
 
@@ -155,8 +160,10 @@ class StructuredTransform(OrthogonalTransform):
         x = self._on_first(permute_columns(x, undo_between), Q_a.T, Q_b.T)
         return permute_columns(x, undo_first)
 
-    def _fused_measured(self, x: Tensor, *, undo: bool, out: Tensor | None = None) -> tuple[Tensor, float] | None:
-        """x R, or x R⁻¹, and the norm, by the kernels; None where torch is to compute. `out` may be x."""
+    def _fused_measured(
+        self, x: Tensor, *, undo: bool, out: Tensor | None = None, plus: Tensor | None = None
+    ) -> tuple[Tensor, float] | None:
+        """x R, or x R⁻¹, plus a row, and the norm of x, by the kernels; None where torch is to. `out` may be x."""
         fits = x.shape[-1] == self.dim > DENSE_BELOW
         code = kernels.code_for(x) if fits else None
         if code is None:
@@ -164,7 +171,7 @@ class StructuredTransform(OrthogonalTransform):
         few = x.shape[0] < code.shape.lanes // 2  # these leave most of a panel empty
         if few and self._narrowest < code.shape.width:
             return None
-        result, squares = self._kernel(code, x.dtype, undo=undo, few=few)(x, out)
+        result, squares = self._kernel(code, x.dtype, undo=undo, few=few)(x, out, plus)
         return result, math.sqrt(squares)
 
     def of_few(self, rows: int, dtype: torch.dtype, *, undo: bool) -> RotationOfFew | None:
