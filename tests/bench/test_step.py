@@ -1,7 +1,11 @@
 """`bench step` on a tiny shape: all contenders are real processes, the protected ones with a real worker."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from transformers import GPT2Config
@@ -81,6 +85,27 @@ def test_the_documents_name_what_their_times_depend_on(measured: StepResult) -> 
 @pytest.mark.parametrize("name", NAMES)
 def test_named_shapes_have_configurations(name: str) -> None:
     assert config_of(name, layers=2).num_hidden_layers == 2
+
+
+def test_the_way_with_the_fastest_step_is_plains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a slow minute of the machine fell on it."""
+    runs = {"active": [[9.0, 5.0, 4.0, 4.5], [9.0, 2.0, 3.0, 2.5]], "passive": [[1.0, 2.4, 2.4, 2.4]] * 2}
+    told: list[str] = []
+
+    @contextmanager
+    def contender(kind: str, waiting: dict[str, str]) -> Iterator[Any]:
+        steps = runs[waiting["OMP_WAIT_POLICY"].lower()]
+        seconds = iter(steps[told.count(waiting["OMP_WAIT_POLICY"])])
+        told.append(waiting["OMP_WAIT_POLICY"])
+        yield SimpleNamespace(tell=lambda word: {"seconds": next(seconds)})
+
+    monkeypatch.setattr(step_module, "PLAIN_WAITING", {n: {"OMP_WAIT_POLICY": n.upper()} for n in runs})
+    bench = StepBench()
+    object.__setattr__(bench, "_contender", contender)
+    lines: list[str] = []
+    assert bench._best_plain_waiting(lines.append) == "active"
+    assert told == ["ACTIVE", "PASSIVE", "ACTIVE", "PASSIVE"]
+    assert len(lines) == 4
 
 
 def test_an_unknown_shape_is_refused_with_the_known_ones() -> None:

@@ -1,8 +1,8 @@
 """`bench step`, `forward` and `decode`: work protected, under each profile, and plain, in turn, in one run.
 
 Plain runs in its own process at its own best settings: before the contest it tries each way for OpenMP's threads to
-wait, and the one with the fastest step stays: what else runs on a machine only adds to a step. Both sides get the same number of threads. While one works the other is stopped by a
-signal: waiting threads that spin would take its cores.
+wait, and the one with the fastest step stays: what else runs on a machine only adds to a step. Both sides get the same
+number of threads. While one works the other is stopped by a signal: waiting threads that spin would take its cores.
 """
 
 from __future__ import annotations
@@ -69,6 +69,8 @@ class StepBench:
         return StepResult(settings, waiting, sides.pop(PLAIN), sides, limits, environment(self.threads))
 
     def _best_plain_waiting(self, progress: Progress) -> str:
+        if len(PLAIN_WAITING) == 1:
+            return next(iter(PLAIN_WAITING))
         fastest = dict.fromkeys(PLAIN_WAITING, math.inf)
         for name in [*PLAIN_WAITING] * CALIBRATION_PASSES:
             with self._contender(PLAIN, PLAIN_WAITING[name]) as plain:
