@@ -33,6 +33,17 @@ def worker() -> Iterator[LocalWorker]:
         yield running
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """torch computes on two threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def stories260k() -> Path:
     """Directory of a real pre-trained model of 260,032 parameters."""

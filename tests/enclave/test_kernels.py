@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import pytest
@@ -52,14 +51,6 @@ def mixing(rows: int, shield_rows: int = 8, name: str = "m") -> KroneckerMixing:
     A = KroneckerMixer(shield_rows, KEY.stream(name, rows)).draw(rows, 1)
     assert isinstance(A, KroneckerMixing)
     return A
-
-
-@pytest.fixture
-def two_threads() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

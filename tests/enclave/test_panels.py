@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -24,14 +23,6 @@ ROUNDING = {torch.float64: 1e-14, torch.float32: 2e-7, torch.bfloat16: 8e-3, tor
 def small_panels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several panels either way, the last of them narrower."""
     monkeypatch.setattr(panels, "PANEL_ELEMENTS", 1 << 11)
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def pair(spec: str, p: int, q: int) -> tuple[Transform, Transform]:

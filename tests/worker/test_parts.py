@@ -24,14 +24,6 @@ def some(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=dtype)
 
 
-@pytest.fixture
-def two_threads() -> object:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 @settings(deadline=None, max_examples=80)
 @given(
     st.integers(1, 150), st.integers(1, 90), st.integers(1, 700), st.sampled_from(DTYPES), st.booleans(),

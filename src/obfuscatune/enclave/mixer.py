@@ -23,8 +23,8 @@ ELEMENTS_AHEAD = 1 << 18
 MANY_AHEAD = 16
 """Kinds of crossings of many rows for which the secrets of the next ones are kept ready."""
 MANY_TOGETHER = 4
-"""Crossings of many rows whose secrets are drawn together, at most: the second takes a third of what the first does,
-whose code and tables the worker's product has pushed out of the caches."""
+"""Crossings of many rows whose secrets are drawn together, at most: the first takes longer than the others, because the
+worker's product has pushed code and tables out of the caches."""
 
 
 class Mixer(Protocol):
