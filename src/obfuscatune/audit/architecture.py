@@ -40,7 +40,7 @@ def architecture(base: PreTrainedModel, first_blocks: int) -> Architecture:
     def build(seed: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return Logits(AutoModelForCausalLM.from_config(base.config))
+            return Logits(AutoModelForCausalLM.from_config(base.config, trust_remote_code=False))
 
     def place(weights: Sequence[Tensor]) -> dict[str, Tensor]:
         placed: dict[str, Any] = {}

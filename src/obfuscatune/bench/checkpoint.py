@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from obfuscatune.enclave.checkpoint import INDEX_FILE, SINGLE_FILE
+from obfuscatune.enclave.checkpoint import weights_names
 from obfuscatune.wire.errors import StorageError
 
 SHARD_BYTES = 1_000_000_000
@@ -39,20 +39,21 @@ def write_random_checkpoint(config: PretrainedConfig, folder: Path, progress: Pr
     _check_room(folder, sum(_size(shape) for shard in shards for shape in shard.values()))
     generator = torch.Generator().manual_seed(_SEED)
     index: dict[str, str] = {}
+    single, _, index_file = weights_names()
     for number, shard in enumerate(shards, start=1):
-        name = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        name = single if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file({tensor: _draw(shape, generator) for tensor, shape in shard.items()}, folder / name, {"format": "pt"})
         index |= dict.fromkeys(shard, name)
         progress(f"wrote {name}, {number} of {len(shards)}")
     if len(shards) > 1:
-        (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": index}), encoding="utf-8")
+        (folder / index_file).write_text(json.dumps({"metadata": {}, "weight_map": index}), encoding="utf-8")
     config.save_pretrained(folder)
 
 
 def _shapes(config: PretrainedConfig) -> _Shapes:
     """The parameters of the model by name; what is tied once."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     model.tie_weights()
     return {name: parameter.shape for name, parameter in model.named_parameters()}
 

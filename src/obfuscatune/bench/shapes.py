@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import AutoConfig, GPT2Config, LlamaConfig, PretrainedConfig
+from transformers import GPT2Config, LlamaConfig, PretrainedConfig
 
-from obfuscatune.wire.errors import ConfigError
+from obfuscatune.enclave.config import read_config
+from obfuscatune.wire.errors import ConfigError, ModelFileError
 
 _GPT2 = {  # width, heads, layers
     "gpt2": (768, 12, 12),
@@ -57,6 +58,6 @@ def _from_path(path: str) -> PretrainedConfig:
     if not Path(path).exists():
         raise ConfigError(f"unknown shape {path!r}; known are {', '.join(NAMES)}, or the path of a config.json")
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        return read_config(Path(path))
+    except ModelFileError as error:
         raise ConfigError(f"{path} is not a model configuration: {error}") from error

@@ -54,7 +54,7 @@ def count_work(work: str, shape: str, layers: int | None, batch: int, length: in
         raise ConfigError("the cost model has LoRA in the enclave: use a profile such as private or guarded")
     config = config_of(shape, layers)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
         plan = make_plan(model, profile)
         ids = torch.zeros(batch, length, dtype=torch.long)
         if work == "step":

@@ -21,7 +21,7 @@ NEW_TOKENS = 16
 def random_model(config: PretrainedConfig) -> PreTrainedModel:
     """A model of that shape with random float32 weights, the same for every process."""
     torch.manual_seed(SEED)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     return model
 
 

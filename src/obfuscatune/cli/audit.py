@@ -126,7 +126,7 @@ def _scenario(model: str | None, data: Path | None, folder: Path) -> "Scenario":
     from obfuscatune.tuning.plain import load_plain
 
     with output.progress("tuning the secret model"):
-        base = load_plain(files.directory, torch.float32)
+        base = load_plain(files.directory, files.config, torch.float32)
         return make_scenario(files.directory.name, base, files.tokenizer, read_text(data), folder)
 
 

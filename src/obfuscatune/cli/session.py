@@ -79,7 +79,8 @@ def open_files(model: str | None) -> ModelFiles:
         from transformers import AutoTokenizer
 
         from obfuscatune.assets import tiny_model_path
-        from obfuscatune.enclave.load import find_directory, read_config
+        from obfuscatune.enclave.config import read_config
+        from obfuscatune.enclave.load import find_directory
 
         _quieten_transformers()
         directory = find_directory(model if model is not None else tiny_model_path())
@@ -114,7 +115,7 @@ def open_session(
             with output.progress("reading the model"):
                 from obfuscatune.tuning.plain import load_plain
 
-                model = load_plain(files.directory, torch_dtype)
+                model = load_plain(files.directory, files.config, torch_dtype)
         else:
             model = stack.enter_context(_protected(files.directory, torch_dtype, protection))
         if adapter is not None:

@@ -19,8 +19,6 @@ from torch import Tensor
 from obfuscatune.wire.errors import ModelFileError
 from obfuscatune.wire.tensors import bytes_of
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 PANEL_BYTES = 1 << 20
 """Of the rows that are read at a time, as far as one row is not longer: they stay in the cache until they are used."""
 _LENGTH_BYTES = 8
@@ -67,8 +65,10 @@ class Checkpoint:
         ModelFileError: no safetensors, an unreadable or truncated shard, an index that does not fit.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self._entries = {name: entry for path in _shard_paths(directory) for name, entry in _entries(path).items()}
+    def __init__(self, directory: Path, variant: str | None = None) -> None:
+        self._entries = {
+            name: entry for path in _shard_paths(directory, variant) for name, entry in _entries(path).items()
+        }
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
@@ -117,15 +117,25 @@ class Checkpoint:
         return entry, stored
 
 
-def _shard_paths(directory: Path) -> list[Path]:
-    single, index = directory / SINGLE_FILE, directory / INDEX_FILE
-    if single.is_file():
+def weights_names(variant: str | None = None) -> tuple[str, str, str]:
+    """File names of a model's weights: in one file, in shards as a pattern, and the shards' index."""
+    stem = f"model.{variant}" if variant else "model"
+    shards = f"model.{variant}-*.safetensors" if variant else "model-*.safetensors"
+    return f"{stem}.safetensors", shards, f"model.safetensors.index.{variant + '.' if variant else ''}json"
+
+
+def shard_names(directory: Path, variant: str | None = None) -> list[str]:
+    """The files that hold a model's weights; none where it has neither a single file nor an index.
+
+    Raises:
+        ModelFileError: the index cannot be read, or names what is no file beside it.
+    """
+    single, _, index_name = weights_names(variant)
+    index = directory / index_name
+    if (directory / single).is_file():
         return [single]
     if not index.is_file():
-        raise ModelFileError(
-            f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}; convert the model with "
-            "save_pretrained(..., safe_serialization=True)"
-        )
+        return []
     try:
         names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -133,7 +143,18 @@ def _shard_paths(directory: Path) -> list[Path]:
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise ModelFileError(f"{index} names the shard {name!r}, which is not a file beside it")
-    return [directory / name for name in sorted(names)]
+    return sorted(names)
+
+
+def _shard_paths(directory: Path, variant: str | None) -> list[Path]:
+    names = shard_names(directory, variant)
+    if not names:
+        single, _, index = weights_names(variant)
+        raise ModelFileError(
+            f"{directory} holds neither {single} nor {index}; convert the model with "
+            "save_pretrained(..., safe_serialization=True)"
+        )
+    return [directory / name for name in names]
 
 
 def _entries(path: Path) -> dict[str, _Entry]:

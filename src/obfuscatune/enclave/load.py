@@ -19,13 +19,15 @@ from accelerate import init_empty_weights
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from obfuscatune.enclave.checkpoint import Checkpoint
+from obfuscatune.enclave.checkpoint import Checkpoint, shard_names, weights_names
+from obfuscatune.enclave.config import blamed_on, changed, read_config, read_generation_config
 from obfuscatune.enclave.keys import RootKey
+from obfuscatune.enclave.keywords import HubOptions, Keywords
 from obfuscatune.enclave.lanes import in_lanes
 from obfuscatune.enclave.link import RetryPolicy, WorkerLink
 from obfuscatune.enclave.offloaded import Offloaded, WeightFromFiles
@@ -39,14 +41,15 @@ from obfuscatune.wire.tls import TlsConfig
 
 LANES = 2
 """Groups that are on their way at a time: while one is read or sent, the other is transformed."""
-LONGEST_REASON = 300
-"""Characters of an upstream error that are passed on; some list every architecture there is."""
+SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+"""Configuration, tokenizer, templates, and the index of the weights."""
+IN_FOLDERS = ("[!a]*/*", "a[!d]*/*")
+"""What lies in folders, which holds second copies of a model (original/, onnx/); not additional_chat_templates/."""
 _HUB_REASONS = (
     (RepositoryNotFoundError, "it has none of that name, or shows it to members alone: log in by `hf auth login`"),
     (HFValidationError, "there are no such names there"),
     (LocalEntryNotFoundError, "it cannot be reached, and nothing of the model was kept here"),
 )
-DOWNLOADED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model"]
 
 
 def load(
@@ -54,7 +57,7 @@ def load(
     workers: str | WorkerLink | None,
     profile: str | Profile = "private",
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     auto_class: Any = AutoModelForCausalLM,
     revision: str | None = None,
     key: RootKey | None = None,
@@ -63,7 +66,7 @@ def load(
     retry: RetryPolicy | None = None,
     progress: Progress | None = None,
     clock: StageClock | None = None,
-    **knobs: Any,
+    **keywords: Any,
 ) -> PreTrainedModel:
     """A protected model from a local directory or from the Hugging Face hub.
 
@@ -71,11 +74,15 @@ def load(
         model: a directory with `config.json` and safetensors, or a hub id.
         workers: the worker's address, or an open link; None for profile `enclave`.
         profile: name of a profile, or a profile.
-        dtype: dtype of the parameters in the enclave and on the worker; that of the config by default.
+        dtype: dtype of the parameters in the enclave and on the worker, or its name; None or "auto" for that of the
+            configuration.
         auto_class: which head, as in `transformers`: `AutoModelForCausalLM`, `AutoModel`, ...
         revision: branch, tag or commit on the hub.
-        key, tls, deadline_s, retry, progress, knobs: as in `protect`.
+        key, tls, deadline_s, retry, progress: as in `protect`.
         clock: filled in with the seconds that each stage takes.
+        keywords: knobs of the profile, as in `protect`, and what `from_pretrained` takes: token, cache_dir, subfolder,
+            variant, local_files_only, force_download, attn_implementation, num_labels, config, ... (keywords.py); what
+            cannot be followed is refused by name.
 
     Returns:
         The model in evaluation mode, as `from_pretrained` returns it.
@@ -84,10 +91,12 @@ def load(
         ModelFileError: the directory cannot be read as a model of floating-point safetensors.
         ConfigError, ProtectionError, WireError: as in `protect`.
     """
-    resolved = resolve(profile, **knobs)
-    directory = find_directory(model, revision)
-    checkpoint = Checkpoint(directory)  # stays open: a worker that lost a matrix is sent it again from here
-    skeleton = empty_model(read_config(directory), auto_class, dtype)
+    told = Keywords.take(keywords, dtype, revision)
+    resolved = resolve(profile, **keywords)
+    directory = find_directory(model, hub=told.hub)
+    config = changed(told.config or read_config(directory), told.changes)
+    checkpoint = Checkpoint(directory, told.hub.variant)  # stays open: a worker that lost a matrix is sent it again
+    skeleton = empty_model(config, auto_class, told.dtype)
     generation = read_generation_config(directory)
     groups = find_groups(skeleton, resolved.first_blocks) if resolved.offload else []
     reader = _Reader(checkpoint, skeleton)
@@ -111,16 +120,30 @@ def load(
     return skeleton.eval()
 
 
-def find_directory(model: str | Path, revision: str | None = None) -> Path:
+def find_directory(model: str | Path, revision: str | None = None, hub: HubOptions | None = None) -> Path:
     """The local directory of a model, downloaded from the hub where it is not a directory here.
 
     Raises:
         ModelFileError: it is not, and the hub gave none.
     """
+    hub = hub or HubOptions(revision)
     if Path(model).is_dir():
-        return Path(model)
+        return Path(model) / hub.subfolder
+    within = f"{hub.subfolder.rstrip('/')}/" if hub.subfolder else ""
+    weights = [f"{within}{name}" for name in weights_names(hub.variant)]
     with _from_hub(model, "a directory here"):
-        return Path(snapshot_download(str(model), revision=revision, allow_patterns=DOWNLOADED))
+        snapshot = snapshot_download(
+            str(model),
+            allow_patterns=[*(within + pattern for pattern in SMALL_FILES), *weights],
+            ignore_patterns=[within + pattern for pattern in IN_FOLDERS],
+            **hub.download(),
+        )
+    directory = Path(snapshot) / hub.subfolder
+    unusual = [f"{within}{name}" for name in shard_names(directory, hub.variant) if not (directory / name).is_file()]
+    if unusual:  # an index may name its shards as it likes
+        with _from_hub(model, "a directory here"):
+            snapshot_download(str(model), allow_patterns=unusual, **hub.download())
+    return directory
 
 
 def find_config(model: str | Path) -> Path:
@@ -147,50 +170,14 @@ def _from_hub(model: str | Path, sought: str) -> Iterator[None]:
         ) from error
 
 
-def read_config(path: Path) -> PretrainedConfig:
-    """The configuration in a directory, or in a file; the model's own code is never run.
-
-    Raises:
-        ModelFileError: there is none, or it is not one that transformers knows.
-    """
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        raise ModelFileError(f"{path} holds no config.json, so it is no model in Hugging Face's layout")
-    with _blamed_on(file):
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-
-
-def read_generation_config(directory: Path) -> GenerationConfig | None:
-    """How the model is to generate, where the directory says so.
-
-    Raises:
-        ModelFileError: it says so in a way that cannot be read.
-    """
-    path = directory / "generation_config.json"
-    if not path.is_file():
-        return None
-    with _blamed_on(path):
-        return GenerationConfig.from_pretrained(directory)
-
-
 def empty_model(config: PretrainedConfig, auto_class: Any, dtype: torch.dtype | None) -> PreTrainedModel:
     """The model with parameters on the meta device and real buffers: all of its shape, none of its weight.
 
     Raises:
         ModelFileError: no model can be made of that configuration, or none with that head.
     """
-    with _blamed_on("config.json"), init_empty_weights(include_buffers=False):
-        return auto_class.from_config(config, dtype=dtype or config.dtype or torch.float32)
-
-
-@contextmanager
-def _blamed_on(file: Path | str) -> Iterator[None]:
-    """Whatever transformers raises over a file's content, as one ModelFileError that names the file."""
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(str(error).split())[:LONGEST_REASON]
-        raise ModelFileError(f"{file} cannot be used: {type(error).__name__}: {reason}") from error
+    with blamed_on("config.json"), init_empty_weights(include_buffers=False):
+        return auto_class.from_config(config, dtype=dtype or config.dtype or torch.float32, trust_remote_code=False)
 
 
 def _offload(

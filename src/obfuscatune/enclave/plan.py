@@ -18,7 +18,8 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-from obfuscatune.enclave.load import find_config, read_config
+from obfuscatune.enclave.config import read_config
+from obfuscatune.enclave.load import find_config
 from obfuscatune.enclave.profiles import Profile
 from obfuscatune.enclave.sites import SiteGroup, find_groups
 from obfuscatune.wire.errors import ModelFileError
@@ -193,7 +194,7 @@ def model_from_config(model: str | Path) -> PreTrainedModel:
     for auto_class in (AutoModelForCausalLM, AutoModel):
         try:
             with torch.device("meta"):  # even what a layer allocates before it becomes a parameter: experts are large
-                skeleton: PreTrainedModel = auto_class.from_config(config)
+                skeleton: PreTrainedModel = auto_class.from_config(config, trust_remote_code=False)
         except ValueError as error:  # not a causal language model: perhaps an encoder
             reason = error
             continue

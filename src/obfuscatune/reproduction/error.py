@@ -58,7 +58,7 @@ class ErrorStudy:
         """The trained model, on English text."""
 
         def make() -> PreTrainedModel:
-            return load_plain(self.subject.directory, torch.float32).eval()
+            return load_plain(self.subject.directory, self.subject.config, torch.float32).eval()
 
         def read(_: PreTrainedModel) -> torch.Tensor:
             notes = load_completions(clinic_notes_path() / "heldout.jsonl", limit=self.preset.error_tokens)

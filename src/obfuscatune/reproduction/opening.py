@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from obfuscatune.assets import tiny_model_path
-from obfuscatune.enclave.load import find_directory, load, read_config
+from obfuscatune.enclave.config import read_config
+from obfuscatune.enclave.load import find_directory, load
 from obfuscatune.enclave.local import local_worker
 from obfuscatune.enclave.profiles import resolve
 from obfuscatune.enclave.protect import protect
@@ -71,7 +72,7 @@ class Opening:
             ModelFileError, ConfigError, WireError: as `load` does.
         """
         if method.profile is None:
-            yield load_plain(directory, dtype).eval()
+            yield load_plain(directory, read_config(directory), dtype).eval()
             return
         with _let_go(load(directory, self._worker_for(method), method.profile, dtype=dtype, **method.knobs)) as model:
             yield model

@@ -9,11 +9,11 @@ from obfuscatune.wire.errors import ModelFileError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
-def load_plain(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Read a model as it is, all of it in this process.
+def load_plain(directory: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Read a model as it is, all of it in this process. `config`: of the directory, as `read_config` gives it.
 
     Raises:
         ModelFileError: the directory cannot be read as a model in safetensors.
@@ -23,7 +23,7 @@ def load_plain(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
 
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            directory, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelFileError(f"{directory} cannot be read as a model in safetensors: {error}") from error
