@@ -67,3 +67,15 @@ def test_trainer_follows_the_plain_one(worker: LocalWorker, tmp_path: Path) -> N
     files = {path.name for path in (tmp_path / "protected" / "checkpoint-5").iterdir()}
     assert "adapter_model.safetensors" in files
     assert "model.safetensors" not in files
+
+
+@pytest.mark.usefixtures("float64_throughout")
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+def test_trainer_with_processes_that_load_its_data(worker: LocalWorker, tmp_path: Path) -> None:
+    """They are forked with the model in their memory, and end while it is in use."""
+    with torch.random.fork_rng():
+        expected = losses(with_lora(LLAMA.build(torch.float64)), tmp_path / "plain")
+        with protected(LLAMA.build(torch.float64), worker) as model:
+            found = losses(with_lora(model), tmp_path / "protected", dataloader_num_workers=2)
+            assert model.protection.stats.reconnects == 0
+    assert found == pytest.approx(expected, rel=1e-8, abs=0)

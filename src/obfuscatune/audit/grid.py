@@ -16,6 +16,7 @@ from obfuscatune.audit.attackers import equip
 from obfuscatune.audit.record import record_run
 from obfuscatune.audit.scenario import Scenario
 from obfuscatune.audit.variants import Variant
+from obfuscatune.wire.folders import temporary_root
 
 SIGMAS = 3.0
 """Standard errors from chance within which a figure is noise."""
@@ -121,7 +122,7 @@ def run_grid(
 def _one_run(
     scenario: Scenario, variant: Variant, attacks: Sequence[Attack], seed: int, progress: Progress, where: str
 ) -> list[tuple[Attack, Finding | NotRun]]:
-    with tempfile.TemporaryDirectory(prefix="obfuscatune-audit-") as folder:
+    with tempfile.TemporaryDirectory(prefix="obfuscatune-audit-", dir=temporary_root()) as folder:
         recording = record_run(scenario, variant.profile, seed, Path(folder))
     progress(f"{where}: recorded")
     held: dict[Attacker, Knowledge] = {}

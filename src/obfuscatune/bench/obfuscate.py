@@ -20,6 +20,7 @@ from obfuscatune.bench.shapes import config_of
 from obfuscatune.report.environment import environment
 from obfuscatune.report.units import format_bytes, format_share
 from obfuscatune.wire.errors import ConfigError
+from obfuscatune.wire.folders import temporary_root
 
 Progress = Callable[[str], None]
 
@@ -48,7 +49,7 @@ class ObfuscateBench:
         """
         if self.model is not None:
             return self._measure(self.model, progress)
-        with tempfile.TemporaryDirectory(prefix="obfuscatune-bench-") as folder:
+        with tempfile.TemporaryDirectory(prefix="obfuscatune-bench-", dir=temporary_root()) as folder:
             write_random_checkpoint(config_of(self.shape, self.layers), Path(folder), progress)
             return self._measure(Path(folder), progress)
 

@@ -25,6 +25,7 @@ from obfuscatune.bench.clocked import clocked_worker
 from obfuscatune.enclave.link import WorkerLink
 from obfuscatune.report.environment import environment
 from obfuscatune.report.units import format_bytes
+from obfuscatune.wire.folders import temporary_root
 from obfuscatune.wire.limits import MAX_SLOT_ROWS
 from obfuscatune.wire.tls import TlsConfig, make_identity
 
@@ -195,7 +196,9 @@ def _cell(row: WireRow | None) -> str:
 @contextmanager
 def _opened(name: str, threads: int) -> Iterator[tuple[WorkerLink, ClockPage]]:
     """A link of that kind, and its worker's clock."""
-    with tempfile.TemporaryDirectory(prefix="obfuscatune-bench-") as folder:  # made with mode 0700
+    with tempfile.TemporaryDirectory(
+        prefix="obfuscatune-bench-", dir=temporary_root()
+    ) as folder:  # made with mode 0700
         listen = None if name in (*_LENT, "unix socket") else f"tcp:127.0.0.1:{_free_port()}"
         ours, theirs = _identities(Path(folder)) if name == "tls" else (None, None)
         extra: tuple[str, ...] = ("--no-watch",) if name == "shared memory" else ()

@@ -12,6 +12,7 @@ from obfuscatune.cli import options, output
 from obfuscatune.cli.options import option
 from obfuscatune.cli.session import open_files
 from obfuscatune.wire.errors import ConfigError, StorageError
+from obfuscatune.wire.folders import temporary_root
 
 if TYPE_CHECKING:
     from obfuscatune.attacks.base import Attacker
@@ -68,7 +69,8 @@ def audit(
     variants = parse_variants(profile or ",".join(default_names()))
     attacks = attacks_of(_attacker(attacker))
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="obfuscatune-audit-")))
+        made = tempfile.TemporaryDirectory(prefix="obfuscatune-audit-", dir=temporary_root())
+        folder = Path(stack.enter_context(made))
         scenarios = [
             _scenario(name, text, folder / str(number))
             for number, (name, text) in enumerate(_subjects(model or [EMBEDDED], data or [Path(EMBEDDED)]))

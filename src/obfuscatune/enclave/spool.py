@@ -6,17 +6,21 @@ reads; that the cloud has not changed it is checked against a SHA-256 kept in th
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from obfuscatune.enclave.link import MatrixSource
 from obfuscatune.wire.errors import ProtectionError, StorageError
+from obfuscatune.wire.folders import temporary_root
 from obfuscatune.wire.tensors import bytes_of, content_digest
 
 
@@ -25,10 +29,10 @@ class Spool:
 
     def __init__(self, parent: Path | None = None) -> None:
         try:
-            self._directory = Path(tempfile.mkdtemp(prefix="obfuscatune-spool-", dir=parent))
+            self._directory = Path(tempfile.mkdtemp(prefix="obfuscatune-spool-", dir=parent or temporary_root()))
         except OSError as error:
             raise StorageError(f"cannot make a spool directory: {error}") from error
-        weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
+        weakref.finalize(self, _unless_forked, os.getpid(), shutil.rmtree, self._directory, ignore_errors=True)
         self._count = 0
 
     def keep(self, W_star: Tensor) -> MatrixSource:
@@ -46,7 +50,8 @@ class Spool:
                 f"cannot spool a matrix to {path}: {error.strerror}; point TMPDIR to a disk with room for the model"
             ) from error
         kept = _SpooledMatrix(self, path, content_digest(W_star), W_star.shape, W_star.dtype)
-        weakref.finalize(kept, path.unlink, missing_ok=True)  # re-keyed: another matrix has taken its place
+        # Re-keyed, another matrix has taken its place.
+        weakref.finalize(kept, _unless_forked, os.getpid(), path.unlink, missing_ok=True)
         return kept
 
 
@@ -70,3 +75,9 @@ class _SpooledMatrix:
         if not complete or content_digest(W_star) != self.digest:
             raise ProtectionError(f"the spooled matrix {self.path} is not what was written: somebody changed it")
         return W_star
+
+
+def _unless_forked(owner: int, remove: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Remove what process `owner` made, in that process: a forked child that ends leaves it alone."""
+    if os.getpid() == owner:
+        remove(*args, **kwargs)

@@ -13,6 +13,9 @@ _LIBRARIES = ("libgomp", "libiomp5", "libomp")
 """GNU's OpenMP, and LLVM's and Intel's, which on Linux answer to GNU's names as well."""
 
 
+_ABOUT_PLACES = "num_places", "place_num_procs", "place_proc_ids"
+
+
 def run(kernel: int, job: int, threads: int) -> None:
     """Call `kernel(job)` on that many threads at once, this one among them; returns when all have."""
     if threads == 1:
@@ -34,6 +37,24 @@ def find() -> None:
 def parallel_address() -> int:
     """Of GOMP_parallel, for a kernel that calls upon threads itself."""
     return ctypes.cast(_parallel(), ctypes.c_void_p).value or 0
+
+
+def bound_cores() -> set[int]:
+    """All cores that threads are bound to, by OMP_PROC_BIND and the like; empty where they are not bound.
+
+    The thread that imported torch may itself use only one of them then, and whatever it starts inherits that.
+    """
+    try:
+        openmp = ctypes.CDLL(str(_library()))
+        places, size_of, list_of = (getattr(openmp, f"omp_get_{name}") for name in _ABOUT_PLACES)
+    except (OSError, AttributeError):  # no OpenMP, or one that binds nothing
+        return set()
+    cores: set[int] = set()
+    for place in range(places()):
+        ids = (ctypes.c_int * size_of(place))()
+        list_of(place, ids)
+        cores.update(ids)
+    return cores
 
 
 _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)

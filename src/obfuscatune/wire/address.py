@@ -1,14 +1,16 @@
 """Where a worker listens, as one writes it on a command line."""
 
 import ipaddress
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from obfuscatune.wire.errors import ConfigError
 
 _HINT = "write unix:/path/to/worker.sock or tcp:host:port"
-MAX_UNIX_PATH_BYTES = 107
-"""sockaddr_un.sun_path on Linux, less the final zero."""
+MAX_UNIX_PATH_BYTES = 107 if sys.platform == "linux" else 103
+"""sockaddr_un.sun_path on Linux, or on macOS and the BSDs, less the final zero."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ def parse_address(text: str) -> Address:
     """
     scheme, _, rest = text.partition(":")
     if scheme == "unix" and rest:
-        if len(rest.encode()) > MAX_UNIX_PATH_BYTES:
+        if len(os.fsencode(rest)) > MAX_UNIX_PATH_BYTES:
             raise ConfigError(
                 f"a unix socket path has at most {MAX_UNIX_PATH_BYTES} bytes, {rest!r} has more: shorten it"
             )

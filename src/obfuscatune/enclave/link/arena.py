@@ -26,6 +26,10 @@ class Arena:
         self._lent: set[int] = set()
         self._lock = threading.Lock()
 
+    def begin_in_child(self) -> None:
+        """In a forked child, where nothing is lent any more: only what was comes back."""
+        self._lock = threading.Lock()  # the parent's may have been held by a thread that is not here
+
     def lend(self, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor | None:
         """A (rows, cols) matrix with arbitrary elements, or None where no room is left."""
         size = rows * cols * dtype.itemsize

@@ -202,6 +202,12 @@ class LinkConnection:
                 self._stats.seconds_waiting += time.monotonic() - started
         return product
 
+    def begin_in_child(self) -> None:
+        """In a forked child: leave the connection to the parent."""
+        if self.arena is not None:
+            self.arena.begin_in_child()
+        self._transport.close()
+
     def close(self) -> None:
         """Close the transport."""
         self._transport.close()

@@ -154,6 +154,26 @@ class LinkDriver:
             self._connection.close()
             self._connection = None
 
+    def begin_in_child(self) -> None:
+        """In a forked child: the connection, its memory and all that was asked for on it are the parent's.
+
+        Nothing is said on the connection; closing it here leaves the parent's descriptor of it open.
+        """
+        asked = [*self.waiting, *self._in_flight.values(), *([self._posted] if self._posted else [])]
+        for pending in asked:
+            if not pending.done:
+                pending.error = ConnectionLost("the process that this one was forked from asked for this: ask again")
+        self.waiting.clear()
+        self._in_flight.clear()
+        self._slot = self._posted = self._transport = None
+        self.broken_off = self._connected_before = False
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.begin_in_child()
+        self._session_id = secrets.token_bytes(32)
+        self.missing.clear()
+        self.leaving.clear()
+
     def farewell(self) -> None:
         """Have the worker forget this session, where it is still connected, and disconnect."""
         try:

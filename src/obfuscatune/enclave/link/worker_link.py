@@ -9,6 +9,7 @@ from typing import Self
 
 import torch
 
+from obfuscatune.enclave.forks import begin_anew_in_children
 from obfuscatune.enclave.link.driver import LinkDriver
 from obfuscatune.enclave.link.order import Order
 from obfuscatune.enclave.link.pending import MatrixSource, Pending, StoredMatrix, check_finite
@@ -26,7 +27,11 @@ OPENING_SECONDS = 5.0
 
 
 class WorkerLink:
-    """A worker, as the enclave sees it. Safe from any thread, which take turns."""
+    """A worker, as the enclave sees it. Safe from any thread, which take turns.
+
+    A connection belongs to one process: a forked child that uses the link connects anew, in a session of its own, and
+    has the matrices sent again that it multiplies by. What had been asked for before the fork is the parent's.
+    """
 
     def __init__(
         self, connect: Callable[[], Transport], *, deadline_s: float = 120.0, retry: RetryPolicy | None = None
@@ -40,6 +45,12 @@ class WorkerLink:
         """
         self._driver = LinkDriver(connect, deadline_s, retry or RetryPolicy())
         self._lock = threading.RLock()
+        begin_anew_in_children(self)
+
+    def begin_in_child(self) -> None:
+        """See `forks.Forkable`."""
+        self._lock = threading.RLock()  # the parent's may have been held by a thread that is not here
+        self._driver.begin_in_child()
 
     @property
     def stats(self) -> LinkStats:

@@ -1,0 +1,180 @@
+"""A forked child shares no connection with its parent, and its end changes nothing for the parent."""
+
+from __future__ import annotations
+
+import os
+import select
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from obfuscatune.enclave.link import WorkerLink
+from obfuscatune.enclave.local import LocalWorker
+from obfuscatune.enclave.spool import Spool
+from obfuscatune.wire.errors import ConfigError, ConnectionLost
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+
+ID = bytes(range(1, 17))
+W = torch.arange(600 * 500, dtype=torch.float64).remainder(17).view(600, 500)
+X = torch.arange(40 * 600, dtype=torch.float64).remainder(13).view(40, 600)
+"""Whole numbers: exact in any order of summation."""
+SECONDS = 60
+
+
+def stored(link: WorkerLink) -> WorkerLink:
+    link.store(ID, lambda: W, shape=(600, 500), dtype=W.dtype)
+    return link
+
+
+def product(link: WorkerLink, factor: float) -> torch.Tensor:
+    """By shared memory where there is some."""
+    rows = link.lend(*X.shape, X.dtype).copy_(X * factor)
+    return link.multiply(ID, rows, transpose=False).clone()
+
+
+def fork(child: Callable[[], object]) -> int:
+    """A child that runs `child` and ends as a worker of multiprocessing does: 0 where it raised nothing."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        child()
+    except BaseException as error:
+        os.write(2, f"in the child: {type(error).__name__}: {error}\n".encode())
+        os._exit(1)
+    os._exit(0)
+
+
+def exit_code(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def run(script: str, *arguments: object) -> str:
+    """What a process of its own prints."""
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", script, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+
+
+def test_parent_and_child_multiply_at_the_same_time(worker: LocalWorker) -> None:
+    with stored(WorkerLink.open(worker.address)) as link:
+        assert torch.equal(product(link, 1), X @ W)
+
+        def multiply(first: int) -> None:
+            for factor in range(first, first + 40):
+                if not torch.equal(product(link, factor), X @ W * factor):
+                    raise AssertionError(f"another's product came, in turn {factor}")
+
+        child = fork(lambda: multiply(1000))
+        multiply(2)
+        assert exit_code(child) == 0
+        assert torch.equal(product(link, 3), X @ W * 3)
+        assert link.stats.reconnects == 0
+
+
+def test_what_the_parent_asked_for_is_refused_in_the_child(worker: LocalWorker) -> None:
+    with stored(WorkerLink.open(worker.address)) as link:
+        pending = link.submit(ID, X, transpose=False)
+
+        def wait() -> None:
+            with pytest.raises(ConnectionLost, match="forked"):
+                pending.result()
+
+        assert exit_code(fork(wait)) == 0
+        assert torch.equal(pending.result(), X @ W)
+
+
+def test_a_lock_that_another_thread_holds_is_free_in_the_child(worker: LocalWorker) -> None:
+    with stored(WorkerLink.open(worker.address)) as link:
+        product(link, 1)
+        held, over = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            arena = link._driver.arena
+            assert arena is not None
+            with link._lock, arena._lock:
+                held.set()
+                over.wait(SECONDS)
+
+        thread = threading.Thread(target=hold)
+        thread.start()
+        assert held.wait(SECONDS)
+        child = fork(lambda: (product(link, 2), link.close()))
+        over.set()
+        thread.join()
+        assert exit_code(child) == 0
+
+
+def test_a_child_that_closes_the_link_closes_its_own(worker: LocalWorker) -> None:
+    with stored(WorkerLink.open(worker.address)) as link:
+        assert exit_code(fork(link.close)) == 0
+        assert torch.equal(product(link, 2), X @ W * 2)
+        assert (link.stats.reconnects, link.stats.uploads) == (0, 1)
+
+
+SYS_EXIT = """
+import os, sys
+import obfuscatune
+with obfuscatune.local_worker(threads=1) as worker:
+    child = os.fork()
+    if child == 0:
+        sys.exit()  # unwinds the `with`, and runs what is registered for the end
+    os.waitpid(child, 0)
+    there = os.path.exists(worker.address.removeprefix("unix:"))
+    print(worker.process.poll(), there)
+"""
+
+
+def test_a_child_that_exits_leaves_worker_and_socket() -> None:
+    assert run(SYS_EXIT) == "None True\n"
+
+
+def test_a_child_cannot_restart_its_parents_worker(worker: LocalWorker) -> None:
+    def restart() -> None:
+        with pytest.raises(ConfigError, match="the process that started it"):
+            worker.restart()
+
+    pid = worker.pid
+    assert exit_code(fork(restart)) == 0
+    assert (worker.pid, worker.process.poll()) == (pid, None)
+
+
+OUTLIVED = """
+import os, sys
+import obfuscatune
+worker = obfuscatune.local_worker(threads=1)
+print(worker.pid, flush=True)
+if os.fork() == 0:
+    os.close(1)
+    sys.stdin.read()  # until the test is over
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="this system tells nobody when another's child ends")
+def test_the_worker_ends_with_the_process_that_started_it_though_a_child_lives() -> None:
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", OUTLIVED]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        worker = os.pidfd_open(int(parent.stdout.readline()))
+        poll = select.poll()
+        poll.register(worker, select.POLLIN)
+        assert poll.poll(SECONDS * 1000)
+        os.close(worker)
+
+
+def test_matrices_on_disk_outlive_a_child(tmp_path: Path) -> None:
+    spool = [Spool(tmp_path)]
+    kept = [spool[0].keep(W)]
+
+    def forget() -> None:
+        kept.clear()
+        spool.clear()
+
+    assert exit_code(fork(forget)) == 0
+    assert torch.equal(kept[0](), W)
