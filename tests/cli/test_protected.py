@@ -143,7 +143,7 @@ def test_a_key_file_is_made_for_its_owner_alone_and_used_again(obfuscatune, stor
         (("--plain", "--first-blocks", "1"), 2, "leave it out, or --first-blocks"),
         (("--worker", "tcp:127.0.0.1:1", "--tls-cert", "a", "--tls-key", "b", "--peer", "c"), 2, "cannot use TLS"),
         (("--first-blocks", "-1"), 2, "first_blocks must not be negative"),
-        (("--key-file", "/absent/root.key"), 1, "cannot make the key file /absent/root.key"),
+        (("--key-file", "/absent/root.key"), 1, "cannot write the key file /absent/root.key"),
     ],
 )
 def test_what_cannot_be_protected_is_one_line(obfuscatune, stories260k, tmp_path, options, code, message):

@@ -7,6 +7,7 @@ from obfuscatune.wire.deadline import Deadline
 from obfuscatune.wire.errors import ObfuscaTuneError
 from obfuscatune.wire.framing import recv_payload
 from obfuscatune.wire.listen import Listener
+from obfuscatune.wire.secret_files import write_new
 from obfuscatune.wire.tls import TlsConfig, make_identity
 from obfuscatune.wire.transport import Transport
 
@@ -24,7 +25,7 @@ def make_identities(folder: Path) -> Path:
     for name in ("worker", "enclave", "stranger"):
         certificate, key = make_identity(name)
         (folder / f"{name}.cert").write_bytes(certificate)
-        (folder / f"{name}.key").write_bytes(key)
+        write_new(folder / f"{name}.key", key)
     return folder
 
 

@@ -20,6 +20,7 @@ from obfuscatune.wire.errors import ConfigError, ConnectionLost, UntrustedPeer
 from obfuscatune.wire.framing import recv_payload
 from obfuscatune.wire.listen import Listener
 from obfuscatune.wire.messages import Header, MessageType
+from obfuscatune.wire.secret_files import write_new
 from obfuscatune.wire.tls import PinnedTls, TlsConfig
 from tests.wire.peers import TEN_SECONDS, Accepting, identity, make_identities
 
@@ -129,8 +130,9 @@ def test_a_pinned_certificate_vouches_for_no_other(identities: Path, tmp_path: P
     pinned, leaf = _signed(key.public_key(), key, ca=True), _signed((other := _new_key()).public_key(), key, ca=False)
     (tmp_path / "pinned.cert").write_bytes(pinned)
     (tmp_path / "leaf.cert").write_bytes(leaf)
-    (tmp_path / "leaf.key").write_bytes(
-        other.private_bytes(Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    write_new(
+        tmp_path / "leaf.key",
+        other.private_bytes(Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()),
     )
     signed = TlsConfig(tmp_path / "leaf.cert", tmp_path / "leaf.key", identities / "enclave.cert")
     listener = Listener(parse_address("tcp:127.0.0.1:0"), PinnedTls(signed, server=True))
@@ -194,6 +196,17 @@ def test_tls_files_that_cannot_be_used(missing: str, identities: Path, tmp_path:
     config = identity(identities, "enclave", "worker")
     with pytest.raises(ConfigError):
         PinnedTls(replace(config, **{missing: tmp_path / "absent"}), server=False)
-    (tmp_path / "junk").write_text("no certificate")
+    write_new(tmp_path / "junk", b"no certificate")
     with pytest.raises(ConfigError):
         PinnedTls(replace(config, **{missing: tmp_path / "junk"}), server=False)
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o620])
+def test_a_private_key_that_others_can_read_is_refused(mode: int, identities: Path, tmp_path: Path) -> None:
+    """By either side, as ssh does it."""
+    config = identity(identities, "worker", "enclave")
+    write_new(tmp_path / "open.key", config.private_key.read_bytes())
+    (tmp_path / "open.key").chmod(mode)
+    for server in (True, False):
+        with pytest.raises(ConfigError, match=r"private key .*open.key is open to others .* chmod 600 .*open.key$"):
+            PinnedTls(replace(config, private_key=tmp_path / "open.key"), server=server)

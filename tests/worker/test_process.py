@@ -19,6 +19,7 @@ import torch
 import obfuscatune
 from obfuscatune.enclave.link import WorkerLink
 from obfuscatune.wire.errors import StorageError, UntrustedPeer, WorkerRefused
+from obfuscatune.wire.secret_files import write_new
 from obfuscatune.wire.tls import TlsConfig, make_identity
 from obfuscatune.wire.transcript import read_transcript
 
@@ -176,7 +177,7 @@ def test_pinned_tls_between_processes(tmp_path: Path) -> None:
     for name in ("worker", "enclave", "stranger"):
         certificate, key = make_identity(name)
         (tmp_path / f"{name}.cert").write_bytes(certificate)
-        (tmp_path / f"{name}.key").write_bytes(key)
+        write_new(tmp_path / f"{name}.key", key)
 
     def pinned(ours: str, theirs: str) -> TlsConfig:
         return TlsConfig(tmp_path / f"{ours}.cert", tmp_path / f"{ours}.key", tmp_path / f"{theirs}.cert")

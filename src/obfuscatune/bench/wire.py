@@ -6,7 +6,6 @@ the link: headers, bytes, waking up the other process, and the check that what c
 
 from __future__ import annotations
 
-import os
 import socket
 import statistics
 import tempfile
@@ -27,6 +26,7 @@ from obfuscatune.report.environment import environment
 from obfuscatune.report.units import format_bytes
 from obfuscatune.wire.folders import temporary_root
 from obfuscatune.wire.limits import MAX_SLOT_ROWS
+from obfuscatune.wire.secret_files import write_new
 from obfuscatune.wire.tls import TlsConfig, make_identity
 
 ROWS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
@@ -217,8 +217,7 @@ def _identities(folder: Path) -> tuple[TlsConfig, TlsConfig]:
     for side in ("enclave", "worker"):
         certificate, key = make_identity(side)
         (folder / f"{side}.pem").write_bytes(certificate)
-        with os.fdopen(os.open(folder / f"{side}.key", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(key)
+        write_new(folder / f"{side}.key", key)
     pem = {side: folder / f"{side}.pem" for side in ("enclave", "worker")}
     return (
         TlsConfig(pem["enclave"], folder / "enclave.key", pem["worker"]),

@@ -1,12 +1,12 @@
 """`obfuscatune keygen`."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 from obfuscatune.cli import output
 from obfuscatune.cli.options import option
 from obfuscatune.wire.errors import ConfigError
+from obfuscatune.wire.secret_files import write_new
 
 CERTIFICATE, KEY = "cert.pem", "key.pem"
 
@@ -42,8 +42,6 @@ def keygen(
 def _write_new(path: Path, data: bytes, mode: int) -> None:
     """Write a file that must not be there yet: keys in use are never overwritten."""
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        write_new(path, data, mode)
     except FileExistsError:
         raise ConfigError(f"{path} exists and is not overwritten: choose another folder, or remove it") from None
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from obfuscatune.enclave import kernels
 from obfuscatune.wire.errors import ConfigError, StorageError
+from obfuscatune.wire.secret_files import read_secret, write_new
 
 KEY_BYTES = 32
 LABEL = b"obfuscatune/keys/v1"
@@ -61,30 +62,20 @@ class RootKey:
         """Read the key file, or make it (mode 0600) where there is none.
 
         Raises:
-            ConfigError: the file is not 32 bytes long, or others may read it.
+            ConfigError: the file is not 32 bytes long, or open to others, or another user's.
             StorageError: it cannot be read or written.
         """
+        if not os.path.lexists(path):
+            key = cls.generate()
+            try:
+                write_new(path, key._key)
+                return key
+            except FileExistsError:  # another process was faster
+                pass
+            except OSError as error:
+                raise StorageError(f"cannot write the key file {path}: {error.strerror}") from error
         try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            return cls._read(path)
-        except OSError as error:
-            raise StorageError(f"cannot make the key file {path}: {error.strerror}") from error
-        key = cls.generate()
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(key._key)
-        except OSError as error:
-            path.unlink(missing_ok=True)
-            raise StorageError(f"cannot write the key file {path}: {error.strerror}") from error
-        return key
-
-    @classmethod
-    def _read(cls, path: Path) -> RootKey:
-        try:
-            if path.stat().st_mode & 0o077:
-                raise ConfigError(f"key file {path} can be read by others; run: chmod 600 {path}")
-            return cls(path.read_bytes())
+            return cls(read_secret(path, "key file"))
         except OSError as error:
             raise StorageError(f"cannot read the key file {path}: {error.strerror}") from error
 

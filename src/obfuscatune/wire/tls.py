@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from obfuscatune.wire.errors import ConfigError, UntrustedPeer
+from obfuscatune.wire.secret_files import read_secret
 
 VALID_DAYS = 3650
 """Of a certificate made here. What ends its use is that its pin is removed, not a date."""
@@ -30,7 +31,7 @@ class TlsConfig:
     certificate: Path
     """Ours. The other side pins it."""
     private_key: Path
-    """Belonging to `certificate`; not encrypted, readable by us alone."""
+    """Belonging to `certificate`; not encrypted, readable by us alone (`secret_files.read_secret` says who else)."""
     peers: Path
     """The certificate of the other side; several, one after the other, where several may be there."""
 
@@ -52,8 +53,9 @@ class PinnedTls:
     """The files of a `TlsConfig`, read and checked once."""
 
     def __init__(self, config: TlsConfig, *, server: bool) -> None:
-        """Raises ConfigError: a file is missing, unreadable, or not what it should be."""
+        """Raises ConfigError: a file is missing, unreadable, or not what it should be, or others can read the key."""
         try:
+            read_secret(config.private_key, "private key")  # to check it: OpenSSL reads it by its name
             pem = config.peers.read_bytes()
             peers = x509.load_pem_x509_certificates(pem)
             self._pins = frozenset(_pin(peer) for peer in peers)
