@@ -1,5 +1,7 @@
 """Files to examples: masks, lengths, policies, digests."""
 
+import copy
+
 import pytest
 
 from obfuscatune.tuning.data import IGNORED, Source, load_dataset
@@ -26,10 +28,87 @@ def test_the_first_token_of_a_text_is_never_predicted(jsonl, tokenizer):
     assert (len(example.input_ids), example.trained_tokens) == (4, 3)
 
 
-def test_layouts_may_be_mixed_and_the_order_is_the_files(jsonl, tokenizer):
-    talk = {"messages": [{"role": "assistant", "content": "b"}]}
-    dataset = load(jsonl({"text": "a"}, PAIR, talk), tokenizer)
-    assert [len(example.input_ids) for example in dataset.examples] == [2, 14, 13]
+def test_a_file_has_one_layout_and_the_order_is_the_files(jsonl, tokenizer):
+    dataset = load(jsonl({"text": "a"}, {"text": "bcd"}), tokenizer)
+    assert [len(example.input_ids) for example in dataset.examples] == [2, 4]
+    path = jsonl({"text": "a"}, PAIR)
+    with pytest.raises(DataError, match=f"{path.name}:2: missing or null: text; the file's records are text, and"):
+        load(path, tokenizer)
+
+
+def test_columns_that_mean_nothing_are_passed_over_and_named(jsonl, tokenizer):
+    path = jsonl(PAIR | {"id": 3}, PAIR | {"source": "web", "text": "all of it"})
+    dataset = load(path, tokenizer)
+    assert dataset.examples == load(jsonl(PAIR, PAIR), tokenizer).examples
+    assert dataset.read_as == f"{path}: prompt and completion; not used: id, source, text"
+    talk = {"messages": [{"role": "assistant", "content": "b", "id": 7}], "split": "train"}
+    assert load(jsonl(talk), tokenizer).read_as.endswith(": conversations (messages); not used: messages[].id, split")
+    assert load(jsonl(PAIR), tokenizer).read_as.endswith(": prompt and completion")
+
+
+def test_columns_of_other_names_are_mapped(jsonl, tokenizer):
+    renamed = {"question": PAIR["prompt"], "answer": PAIR["completion"], "prompt": "not this", "text": "nor this"}
+    path = jsonl(renamed)
+    columns = {"prompt": "question", "completion": "answer"}
+    dataset = load_dataset(Source.of(path, None, "train", columns), tokenizer, 20)
+    assert dataset.examples == load(jsonl(PAIR), tokenizer).examples
+    assert dataset.read_as == f"{path}: prompt and completion; not used: text"
+    with pytest.raises(DataError, match="1: there is no field query, which --fields names for prompt; found"):
+        load_dataset(Source.of(path, None, "train", {"prompt": "query"}), tokenizer, 20)
+    with pytest.raises(ConfigError, match="--fields: no layout has the fields question together"):
+        Source.of(path, None, "train", {"question": "prompt"})
+    with pytest.raises(ConfigError, match="those of a --task have theirs"):
+        Source.of(path, "piqa", "train", columns)
+
+
+def test_a_token_outside_the_embedding_is_named_with_its_line(jsonl, tokenizer):
+    added = copy.deepcopy(tokenizer)
+    added.add_tokens(["<new>"])
+    path = jsonl({"text": "a"}, {"text": "a <new> b"})
+    with pytest.raises(DataError, match=f"{path.name}:2: the token '<new>' has number 257, and the model's embedding"):
+        load_dataset(Source.of(path, None, "train"), added, 20, vocabulary=257)
+    assert len(load_dataset(Source.of(path, None, "train"), added, 20, vocabulary=258).examples) == 2
+
+
+STRIPPING = (  # as Qwen3's and DeepSeek-R1's: of earlier answers the reasoning is left out
+    "{% for m in messages %}<{{ m.role }}>{{ m.content if loop.last else m.content.split('</think>')[-1] }}<|end|>"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+REASONED = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "hm</think>b"},
+    {"role": "user", "content": "c"},
+    {"role": "assistant", "content": "oh</think>d"},
+]
+
+
+@pytest.fixture
+def stripping(tokenizer):
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = STRIPPING
+    return changed
+
+
+def test_turns_that_the_template_rewrites_are_refused_with_their_line(jsonl, stripping):
+    path = jsonl({"messages": REASONED[:2]}, {"messages": REASONED})
+    with pytest.raises(DataError, match=f"{path.name}:2: this tokenizer's chat template rewrites earlier.*--split"):
+        load(path, stripping, max_length=100)
+
+
+def test_such_a_conversation_is_split_into_an_example_of_each_turn(jsonl, stripping):
+    unreasoned = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
+    path = jsonl({"messages": REASONED}, {"messages": unreasoned})
+    dataset = load_dataset(Source.of(path, None, "train"), stripping, 100, split=True)
+
+    def shown(example):
+        trained = [i for i, label in zip(example.input_ids, example.labels, strict=True) if label != IGNORED]
+        return stripping.decode(example.input_ids), stripping.decode(trained)
+
+    first, second, whole = map(shown, dataset.examples)
+    assert first == ("<user>a<|end|><assistant>hm</think>b<|end|>", "hm</think>b<|end|>")
+    context = "<user>a<|end|><assistant>b<|end|><user>c<|end|><assistant>"
+    assert second == (f"{context}oh</think>d<|end|>", "oh</think>d<|end|>")
+    assert whole[1] == "b<|end|>b<|end|>"  # nothing was rewritten, so nothing is split
 
 
 def test_a_record_that_is_too_long_is_named_with_its_length(jsonl, tokenizer):

@@ -7,8 +7,9 @@ from pathlib import Path
 import yaml
 
 from obfuscatune.tuning.jsonl import Line
+from obfuscatune.tuning.layouts import parse_record
 from obfuscatune.tuning.recipe import Recipe, load_recipe
-from obfuscatune.tuning.records import ROLES, parse_record
+from obfuscatune.tuning.records import ROLES
 from obfuscatune.tuning.tasks import TASKS
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "finetune.md").read_text(encoding="utf-8")

@@ -44,6 +44,19 @@ def test_any_bytes_are_read_or_refused_with_their_line(tmp_path_factory, content
         assert str(path) in str(error)
 
 
+def test_a_byte_order_mark_in_front_is_passed_over(jsonl: Callable[..., Path]):
+    path = jsonl(b'\xef\xbb\xbf{"a": 1}\r\n{"b": 2}\r\n')
+    assert [line.fields for line in read_jsonl(path)] == [{"a": 1}, {"b": 2}]
+    with pytest.raises(DataError, match="encoded in UTF-16; save it as UTF-8"):
+        list(read_jsonl(jsonl('{"a": 1}\n'.encode("utf-16"))))
+
+
+def test_a_nul_is_a_character_and_no_end(jsonl: Callable[..., Path]):
+    assert next(read_jsonl(jsonl({"text": "a\0b"}))).fields == {"text": "a\0b"}
+    with pytest.raises(DataError, match="1: malformed JSON"):
+        list(read_jsonl(jsonl(b'{"text": "a\0b"}\n')))
+
+
 def test_line_numbers_count_empty_lines(jsonl: Callable[..., Path]):
     path = jsonl({"a": 1}, b"\n", b"  \r\n", {"b": 2})
     assert [line.where for line in read_jsonl(path)] == [f"{path}:1", f"{path}:4"]

@@ -5,14 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from obfuscatune.tuning.jsonl import Line
+from obfuscatune.tuning.layouts import parse_record, parse_task_record
 from obfuscatune.tuning.records import (
     ROLES,
     Completion,
     Conversation,
     Message,
     Text,
-    parse_record,
-    parse_task_record,
 )
 from obfuscatune.tuning.tasks import TASKS
 from obfuscatune.wire.errors import DataError
@@ -55,26 +54,50 @@ def test_any_fields_are_a_record_or_a_data_error(fields):
     ("fields", "message"),
     [
         ({}, "found the fields: none"),
-        ({"question": "?"}, "found the fields: question"),
-        ({"prompt": "a"}, "missing completion"),
-        ({"completion": "a"}, "missing prompt"),
-        ({"text": "a", "label": 1}, "unknown label"),
-        ({"prompt": "a", "completion": "b", "id": 3}, "unknown id"),
-        ({"prompt": "a", "text": "b"}, "expected the fields text alone; unknown prompt"),
+        ({"question": "?", "answer": "!"}, "found the fields: answer, question. Other names are mapped by --fields"),
+        ({"chosen": "a", "rejected": "b"}, "expected the fields messages; or conversations; or prompt and completion;"),
+        ({"prompt": "a"}, "found the fields: prompt"),
         ({"text": 3}, "text must be a string, found a number"),
-        ({"text": None}, "text must be a string, found null"),
+        ({"text": None}, "missing or null: text"),
         ({"text": "  \n"}, "text is empty"),
         ({"prompt": " ", "completion": "a"}, "prompt is empty"),
         ({"prompt": "a", "completion": ""}, "completion is empty"),
-        ({"prompt": ["a"], "completion": "b"}, "prompt must be a string, found an array"),
+        ({"prompt": ["a"], "completion": "b"}, "completion must be a list of messages, as the other is"),
+        ({"prompt": "a", "completion": "b", "tools": [{}]}, "tools need a prompt and a completion that are lists"),
         ({"messages": "hi"}, "messages must be an array, found a string"),
         ({"messages": []}, "no turn of the assistant"),
         ({"messages": [{"role": "user", "content": "hi"}]}, "no turn of the assistant"),
+        ({"messages": [{"role": "assistant", "content": "hi", "weight": 0}]}, "no turn of the assistant"),
+        ({"messages": [{"role": "assistant", "content": "hi", "weight": 0.5}]}, r"messages\[0\].weight must be 0"),
         ({"messages": ["hi"]}, r"messages\[0\] must be an object"),
-        ({"messages": [{"role": "assistant", "content": "a", "name": "b"}]}, r"messages\[0\] must be an object"),
+        ({"messages": [{"role": "assistant"}]}, r"messages\[0\] must be an object with the fields role and content"),
         ({"messages": [{"role": "robot", "content": "a"}]}, r"messages\[0\].role must be one of"),
         ({"messages": [{"role": ["user"], "content": "a"}]}, r"messages\[0\].role must be one of"),
         ({"messages": [{"role": "assistant", "content": 1}]}, r"messages\[0\].content must be a string"),
+        ({"messages": [{"role": "assistant", "content": None}]}, r"messages\[0\].content must be a string, found null"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            r"messages\[0\].content\[0\] must be a part of type text, found one of type image_url",
+        ),
+        (
+            {"messages": [{"role": "user", "content": ["a"]}]},
+            r"content\[0\] must be a part of type text, found a str",
+        ),
+        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, r"tool_calls\[0\] must be an object that names"),
+        ({"messages": [{"role": "assistant", "tool_calls": {"name": "f"}}]}, "tool_calls must be an array"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}]},
+            "arguments is a string that holds no JSON",
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "3"}]}]},
+            "arguments must be an object, found a number",
+        ),
+        ({"messages": [{"role": "assistant", "content": "a"}], "tools": ["f"]}, "tools must be an array of objects"),
+        ({"conversations": [{"from": "robot", "value": "a"}]}, r"conversations\[0\].from must be one of system, human"),
+        ({"conversations": [{"from": "gpt", "value": ""}]}, r"conversations\[0\].value is empty"),
+        ({"instruction": "a", "output": ""}, "output is empty"),
+        ({"instruction": "a", "input": 3, "output": "b"}, "input must be a string, found a number"),
     ],
 )
 def test_each_fault_is_named_with_its_line(fields, message):

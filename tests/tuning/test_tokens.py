@@ -1,6 +1,7 @@
 """Token ids and what is trained on, against the text that they stand for."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -20,7 +21,7 @@ from obfuscatune.tuning.tokens import (
     render_prompt,
     stop_ids,
 )
-from obfuscatune.wire.errors import ConfigError
+from obfuscatune.wire.errors import ConfigError, DataError
 
 CHATML = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>{% endfor %}"
@@ -119,12 +120,69 @@ def test_generation_continues_where_training_began(tokenizer, with_template):
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(with_template):
-    with pytest.raises(ConfigError, match="rewrites earlier turns"):
+    with pytest.raises(DataError, match="rewrites earlier turns"):
         encode_record(with_template(FORGETFUL), Conversation(TALK))
 
 
+MARKED = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content.split('</think>')[-1] }}<|end|>{% endgeneration %}"
+    "{% else %}{{ m.content }}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+WITH_TOOLS = (
+    "{% for t in tools or [] %}<tool>{{ t.function.name }}<|end|>{% endfor %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }}({{ c.function.arguments.city }}){% endfor %}<|end|>"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_what_a_template_marks_as_generated_is_trained_on(with_template):
+    tokenizer = with_template(MARKED)
+    reasoned = Conversation((TALK[0], Message("assistant", "hm</think>yes"), *TALK[2:]))
+    encoded = encode_record(tokenizer, reasoned)
+    assert trained_text(tokenizer, encoded) == "yes<|end|>no<|end|>"
+    untrained = replace(TALK[1], trained=False)
+    encoded = encode_record(tokenizer, Conversation((TALK[0], untrained, *TALK[2:])))
+    assert trained_text(tokenizer, encoded) == "no<|end|>"
+
+
+def test_a_turn_of_weight_zero_is_seen_and_not_trained_on(tokenizer, with_template):
+    for chosen in (tokenizer, with_template(CHATML)):
+        untrained = Conversation((TALK[0], replace(TALK[1], trained=False), *TALK[2:]))
+        encoded = encode_record(chosen, untrained)
+        assert encoded.input_ids == encode_record(chosen, Conversation(TALK)).input_ids
+        assert trained_text(chosen, encoded).strip() == "no<|end|>"
+
+
+def test_tools_and_their_calls_are_shown_by_the_template(with_template):
+    tokenizer = with_template(WITH_TOOLS)
+    turns = (
+        Message("user", "rain?"),
+        Message("assistant", "", {"tool_calls": [CALL]}),
+        Message("tool", "yes"),
+        TALK[1],
+    )
+    encoded = encode_record(tokenizer, Conversation(turns, ({"type": "function", "function": {"name": "weather"}},)))
+    assert tokenizer.decode(encoded.input_ids) == (
+        "<tool>weather<|end|><user>rain?<|end|><assistant>weather(Oslo)<|end|><tool>yes<|end|><assistant>yes<|end|>"
+    )
+    assert trained_text(tokenizer, encoded) == "weather(Oslo)<|end|>yes<|end|>"
+
+
+def test_tools_that_would_not_be_seen_are_refused(tokenizer, with_template):
+    calling = Conversation((TALK[0], Message("assistant", "", {"tool_calls": [CALL]})))
+    given = Conversation(TALK, ({"type": "function", "function": {"name": "weather"}},))
+    for conversation in (calling, given):
+        with pytest.raises(DataError, match="leaves out the tool weather"):
+            encode_record(with_template(CHATML), conversation)
+        with pytest.raises(DataError, match="takes a tokenizer with a chat template"):
+            encode_record(tokenizer, conversation)
+
+
 def test_a_template_that_refuses_is_reported(with_template):
-    with pytest.raises(ConfigError, match="refuses a conversation: no system"):
+    with pytest.raises(DataError, match="refuses a conversation: no system"):
         encode_record(with_template("{{ raise_exception('no system') }}"), Conversation(TALK))
 
 

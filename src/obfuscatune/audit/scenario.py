@@ -12,13 +12,13 @@ import lzma
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from obfuscatune.assets import clinic_notes_path
-from obfuscatune.tuning.jsonl import read_jsonl
-from obfuscatune.tuning.records import parse_record
+from obfuscatune.tuning.data import Source
+from obfuscatune.tuning.records import Completion, Conversation, Record, Text
 from obfuscatune.wire.errors import DataError
 
 if TYPE_CHECKING:
@@ -127,17 +127,22 @@ def read_text(path: Path | None) -> str:
     """
     path = path or clinic_notes_path() / "train.jsonl"
     if path.suffix == ".jsonl":
-        return "\n".join(_record_text(line) for line in read_jsonl(path))
+        return "\n".join(_record_text(record) for _, record in Source.of(path, None, "train").records())
     try:
         with path.open("rb") as file, lzma.open(file) if path.suffix == ".xz" else nullcontext(file) as plain:
-            return plain.read(LARGEST_TEXT).decode("utf-8", "ignore")  # the last character may be cut in two
+            return plain.read(LARGEST_TEXT).decode("utf-8-sig", "ignore")  # the last character may be cut in two
     except (OSError, lzma.LZMAError, EOFError) as error:
         raise DataError(f"{path}: cannot be read as text: {error}") from error
 
 
-def _record_text(line: Any) -> str:
-    record = parse_record(line)
-    return " ".join(value for value in vars(record).values() if isinstance(value, str))
+def _record_text(record: Record) -> str:
+    match record:
+        case Text(text):
+            return text
+        case Completion(prompt, completion):
+            return f"{prompt} {completion}"
+        case Conversation(messages):
+            return " ".join(message.content for message in messages)
 
 
 def _windows(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> list[tuple[int, ...]]:

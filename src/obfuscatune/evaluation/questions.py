@@ -1,6 +1,6 @@
 """Prompts answered in the model's own words: greedy text up to the end of its first line, matched exactly."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from obfuscatune.evaluation.results import Metric, Verdict
-from obfuscatune.tuning.jsonl import read_jsonl
-from obfuscatune.tuning.records import Completion, parse_record
+from obfuscatune.tuning.data import Source
+from obfuscatune.tuning.records import Completion
 from obfuscatune.tuning.tokens import context_window, encode_pair, encode_prompt, end_id, stop_ids
 from obfuscatune.wire.errors import DataError
 
@@ -26,19 +26,23 @@ class _Asked:
     expected: str
 
 
-def load_completions(path: Path, limit: int | None = None) -> list[Completion]:
+def load_completions(
+    path: Path, limit: int | None = None, columns: Mapping[str, str] | None = None
+) -> list[Completion]:
     """The first `limit` prompts and completions of a file (all of them if None).
+
+    Args:
+        columns: Which columns hold the prompt and the completion, where they are not called so.
 
     Raises:
         DataError: the file cannot be read, holds other records, or an expected answer of several lines.
     """
     found: list[Completion] = []
-    for line in read_jsonl(path):
-        record = parse_record(line)
+    for where, record in Source.of(path, None, "test", columns).records():
         if not isinstance(record, Completion):
-            raise DataError(f"{line.where}: expected prompt and completion: only those can be asked and matched")
+            raise DataError(f"{where}: expected prompt and completion: only those can be asked and matched")
         if "\n" in record.completion.strip():
-            raise DataError(f"{line.where}: the completion has several lines; an answer is read up to the first")
+            raise DataError(f"{where}: the completion has several lines; an answer is read up to the first")
         found.append(record)
         if len(found) == limit:
             break

@@ -66,6 +66,10 @@ class Recipe(BaseModel):
     """Tokens of one example, the model's window if None."""
     too_long: Literal["error", "truncate", "drop"] = "error"
     """What becomes of longer ones."""
+    fields: dict[str, str] = {}
+    """Columns of the data, by the names of the fields that they hold: `{prompt: question}`."""
+    split_turns: bool = False
+    """Make an example of each turn, where the chat template rewrites earlier turns."""
 
     eval_every: Positive | None = None
     """Steps between measurements on `eval`; None measures before the first step and after the last."""

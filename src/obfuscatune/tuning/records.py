@@ -1,14 +1,10 @@
-"""What a line of training data may be: text, a prompt with its completion, or a conversation."""
+"""What one record of training data is: text, a prompt with its completion, or a conversation."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from obfuscatune.tuning.jsonl import Line, field_faults, json_type, text_of
-from obfuscatune.tuning.tasks import Task
-from obfuscatune.wire.errors import DataError
-
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
@@ -32,79 +28,38 @@ class Message:
 
     role: str
     content: str
+    details: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Further fields that the chat template is given: `tool_calls`, `tool_call_id`, `name`, `reasoning_content`."""
+    trained: bool = True
+    """Whether the loss counts this turn, if it is the assistant's."""
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the loss counts this turn."""
+        return self.trained and self.role == "assistant"
+
+    def fields(self) -> dict[str, Any]:
+        """The message as a chat template expects it."""
+        return {"role": self.role, "content": self.content, **self.details}
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns in order; only the assistant's are trained on. At least one is the assistant's."""
+    """Turns in order, and the tools that the assistant may call, as JSON schemas.
+
+    Only turns of the assistant's are trained on, and at least one is.
+    """
 
     messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 Record = Text | Completion | Conversation
 
 
-def parse_record(line: Line) -> Record:
-    """Read one of the three layouts. Its fields say which it is, and no others may stand beside them.
-
-    Raises:
-        DataError: missing or unknown fields, a wrong type, an empty text or completion, an unknown role,
-            no turn of the assistant's.
-    """
-    keys = line.fields.keys()
-    for fields, parse in _LAYOUTS.items():
-        if keys == set(fields):
-            return parse(line)
-    for fields in _LAYOUTS:
-        if keys & set(fields):
-            faults = field_faults(line, set(fields))
-            raise DataError(f"{line.where}: expected the fields {' and '.join(fields)} alone; {faults}")
-    found = ", ".join(sorted(keys)) or "none"
-    raise DataError(f"{line.where}: expected text, or prompt and completion, or messages; found the fields: {found}")
-
-
-def parse_task_record(task: Task, line: Line) -> Completion:
-    """Read one of a task's own records as its evaluation prompt and the gold answer.
-
-    Raises:
-        DataError: as the task's own reader says.
-    """
-    question = task.read(line)
-    return Completion(question.prompt, " " + question.choices[question.gold[0]])
-
-
-def _text(line: Line) -> Text:
-    return Text(text_of(line, "text", line.fields["text"]))
-
-
-def _completion(line: Line) -> Completion:
-    prompt = line.fields["prompt"]
-    if prompt != "":  # an empty prompt is one: the model starts from nothing
-        prompt = text_of(line, "prompt", prompt)
-    return Completion(prompt, text_of(line, "completion", line.fields["completion"]))
-
-
-def _conversation(line: Line) -> Conversation:
-    value = line.fields["messages"]
-    if not isinstance(value, list):
-        raise DataError(f"{line.where}: messages must be an array, found {json_type(value)}")
-    messages = tuple(_message(line, index, item) for index, item in enumerate(value))
-    if not any(message.role == "assistant" for message in messages):
-        raise DataError(f"{line.where}: messages hold no turn of the assistant, so there is nothing to train on")
-    return Conversation(messages)
-
-
-def _message(line: Line, index: int, item: Any) -> Message:
-    name = f"messages[{index}]"
-    if not isinstance(item, dict) or item.keys() != {"role", "content"}:
-        raise DataError(f"{line.where}: {name} must be an object with the fields role and content alone")
-    if item["role"] not in ROLES:
-        raise DataError(f"{line.where}: {name}.role must be one of {', '.join(ROLES)}; found {item['role']!r}")
-    return Message(item["role"], text_of(line, f"{name}.content", item["content"]))
-
-
-_LAYOUTS: dict[tuple[str, ...], Callable[[Line], Record]] = {
-    ("text",): _text,
-    ("prompt", "completion"): _completion,
-    ("messages",): _conversation,
-}
+def split_turns(conversation: Conversation) -> Iterator[Conversation]:
+    """One conversation for each turn that is trained on: it ends with that turn, and trains on no other."""
+    for index, message in enumerate(conversation.messages):
+        if message.is_trained:
+            before = tuple(replace(earlier, trained=False) for earlier in conversation.messages[:index])
+            yield replace(conversation, messages=(*before, message))

@@ -22,7 +22,7 @@ from obfuscatune.tuning.journal import Event, Journal, Started
 from obfuscatune.tuning.loop import Descent, make_optimizer, mean_loss, train
 from obfuscatune.tuning.recipe import Recipe
 from obfuscatune.tuning.storage import RunDirectory
-from obfuscatune.tuning.tokens import context_window, end_id
+from obfuscatune.tuning.tokens import check_ids, context_window, embedding_rows, end_id
 from obfuscatune.wire.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -47,14 +47,32 @@ def load_data(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", config: Any)
         DataError: the records cannot be used.
     """
     window = context_window(config)
+    check_ids(tokenizer, [end_id(tokenizer)], embedding_rows(config))
     if recipe.max_length is not None and recipe.max_length > window:
         raise ConfigError(f"--max-length: {recipe.max_length} tokens, and the model's window is {window}")
 
     def load(source: Source) -> Dataset:
-        return load_dataset(source, tokenizer, recipe.max_length or window, recipe.too_long)
+        return load_dataset(
+            source,
+            tokenizer,
+            recipe.max_length or window,
+            recipe.too_long,
+            split=recipe.split_turns,
+            vocabulary=embedding_rows(config),
+        )
 
-    train_set = load(Source.of(recipe.data, recipe.task, "train"))
-    return Data(train_set, None if recipe.eval is None else load(Source.of(recipe.eval, recipe.task, "test")))
+    train_source, eval_source = sources(recipe)
+    return Data(load(train_source), None if eval_source is None else load(eval_source))
+
+
+def sources(recipe: Recipe) -> tuple[Source, Source | None]:
+    """Where a recipe's records are: those to train on, and those to measure on, if any.
+
+    Raises:
+        ConfigError, DataError: as `Source.of`.
+    """
+    train = Source.of(recipe.data, recipe.task, "train", recipe.fields)
+    return train, None if recipe.eval is None else Source.of(recipe.eval, recipe.task, "test", recipe.fields)
 
 
 def check_out(recipe: Recipe, data: Data, *, fingerprint: str, resume_run: bool) -> None:
