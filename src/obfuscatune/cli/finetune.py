@@ -22,7 +22,7 @@ def finetune(
     config: Annotated[Path | None, option("--config", "A run file in YAML; options override it.")] = None,
     model: options.Model = None,
     data: Annotated[
-        Path | None, option("--data", "Training records in JSON Lines (with --task, or a data directory).", panel=_DATA)
+        Path | None, option("--data", "Training records (with --task, or a data directory).", panel=_DATA)
     ] = None,
     evaluation: Annotated[
         Path | None, option("--eval", "Records whose loss is measured, untrained.", panel=_DATA)
@@ -30,6 +30,17 @@ def finetune(
     task: Annotated[
         str | None, option("--task", "The records are those of sciq, openbookqa, piqa or webqs.", panel=_DATA)
     ] = None,
+    fields: options.Fields = None,
+    split_turns: Annotated[
+        bool,
+        option("--split-turns", "An example of each turn, where the chat template rewrites earlier ones.", panel=_DATA),
+    ] = False,
+    preview: Annotated[
+        bool, option("--preview", "Show what the model will see and what is trained on, and end.", panel=_DATA)
+    ] = False,
+    preview_records: Annotated[
+        int, option("--preview-records", "How many examples to show.", default="3", panel=_DATA)
+    ] = 3,
     max_length: Annotated[
         int | None, option("--max-length", "Tokens of an example.", default="the model's window", panel=_DATA)
     ] = None,
@@ -102,6 +113,8 @@ def finetune(
             "task": task,
             "max_length": max_length,
             "too_long": too_long,
+            "fields": options.columns(fields),
+            "split_turns": split_turns or None,
             "out": out,
             "checkpoint_every": checkpoint_every,
             "eval_every": eval_every,
@@ -127,6 +140,11 @@ def finetune(
             "first_blocks": first_blocks,
         },
     )
+    if preview:
+        from obfuscatune.cli.preview import preview as show
+
+        show(recipe, open_files(recipe.model), count=preview_records, as_json=as_json)
+        return
     asked = Protection(worker, profile, first_blocks, key_file, tls_cert, tls_key, peer).unless(recipe.plain)
     protection = asked and replace(
         asked, worker=recipe.worker, profile=recipe.profile, first_blocks=recipe.first_blocks
@@ -144,6 +162,9 @@ def _run(recipe: "Recipe", protection: Protection | None, *, resume: bool, as_js
         data = load_data(recipe, files.tokenizer, files.config)
         fingerprint = model_fingerprint(files.directory)
         check_out(recipe, data, fingerprint=fingerprint, resume_run=resume)
+    for dataset in (data.train, data.eval):
+        if dataset is not None:
+            output.notice(dataset.read_as)
     with open_session(files, dtype=recipe.dtype, protection=protection) as session:
         with output.progress("fine-tuning") as meter, _resumption_told(recipe):
             outcome = run_recipe(

@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from obfuscatune.wire.errors import ConfigError
+
 
 def option(name: str, text: str, *, default: str | None = None, panel: str | None = None) -> Any:
     """A typer option.
@@ -57,4 +59,21 @@ KeyFile = Annotated[
 TlsCert = Annotated[Path | None, option("--tls-cert", "This enclave's certificate.", panel=_PROTECTION)]
 TlsKey = Annotated[Path | None, option("--tls-key", "Its private key.", panel=_PROTECTION)]
 Peer = Annotated[Path | None, option("--peer", "The certificate the worker must show.", panel=_PROTECTION)]
+Fields = Annotated[
+    str | None, option("--fields", "Which columns hold what: prompt=question,completion=answer.", panel="Data")
+]
 AsJson = Annotated[bool, option("--json", "Print one JSON document on stdout, and nothing else.")]
+
+
+def columns(text: str | None) -> dict[str, str] | None:
+    """`--fields prompt=question,completion=answer` as a mapping.
+
+    Raises:
+        ConfigError: it is not of that form.
+    """
+    if text is None:
+        return None
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    if not all(name.strip() and column.strip() for name, _, column in pairs):
+        raise ConfigError(f"--fields: expected FIELD=COLUMN, comma between, found {text!r}")
+    return {name.strip(): column.strip() for name, _, column in pairs}

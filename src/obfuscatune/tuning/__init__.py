@@ -3,10 +3,14 @@
 Data passes through the files in this order:
 
     jsonl       a file                -> numbered JSON objects
+    tables      CSV, Parquet          -> numbered objects of the same kind
     tasks       a JSON object         -> a question of a public set: prompt, choices, which of them are right
-    records     a JSON object         -> a record: text, prompt and completion, or messages
+    layouts     a JSON object         -> a record, of the layout that the file's first one has
+    conversations  lists of messages  -> the turns of a record
+    records     what a record is: text, prompt and completion, or a conversation
     tokens      a record              -> token ids, and which of them are trained on
     data        a whole file          -> examples no longer than the model's window
+    preview     a whole file          -> what the model will see, and what of it is trained on
     batches     examples              -> padded tensors, in an order fixed by the seed
     recipe      a run file, options   -> everything that determines a run
     identity    recipe, data, model   -> what must be the same for a run to be resumed

@@ -35,7 +35,7 @@ class PreviewedExample:
 class Preview:
     """Reads all records of a source once: yields the first examples, and counts them all.
 
-    The counts are complete once `examples` has ended. A record that is too long is counted and does not end the reading.
+    The counts are complete once `examples` has ended. A record that is too long is counted, and the reading goes on.
     """
 
     source: Source
@@ -49,6 +49,8 @@ class Preview:
     """Tokens that the loss counts, of all examples as far as they fit."""
     too_long: list[str] = field(default_factory=list)
     """Where each record stands that does not fit, with its length."""
+    untrained: list[str] = field(default_factory=list)
+    """Where each record stands of which nothing that fits is trained on."""
     read_as: str = ""
     """One line: the file, its layout, and the columns that were left out."""
 
@@ -66,6 +68,8 @@ class Preview:
             self.trained += kept.trained_tokens
             if length > self.max_length:
                 self.too_long.append(f"{where} ({length} tokens)")
+            if not kept.trained_tokens:
+                self.untrained.append(where)
             if len(self.lengths) <= count:
                 pieces = tuple(split_text(self.tokenizer, kept))
                 left_out = length - len(kept.input_ids)
@@ -82,7 +86,7 @@ def split_text(tokenizer: "PreTrainedTokenizerBase", encoded: Encoded) -> Iterat
     """The text of an example, special tokens included, cut where it begins or ceases to be trained on."""
     shown = ""
     for end in _run_ends(encoded.trained):
-        text = str(tokenizer.decode(encoded.input_ids[:end], skip_special_tokens=False))
+        text = str(tokenizer.decode(encoded.input_ids[:end], clean_up_tokenization_spaces=False))
         yield Piece(text[len(shown) :], encoded.trained[end - 1])
         shown = text
 

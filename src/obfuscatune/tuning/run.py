@@ -46,16 +46,14 @@ def load_data(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", config: Any)
         ConfigError: a length beyond the model's window, or no such task.
         DataError: the records cannot be used.
     """
-    window = context_window(config)
+    longest = longest_example(recipe, config)
     check_ids(tokenizer, [end_id(tokenizer)], embedding_rows(config))
-    if recipe.max_length is not None and recipe.max_length > window:
-        raise ConfigError(f"--max-length: {recipe.max_length} tokens, and the model's window is {window}")
 
     def load(source: Source) -> Dataset:
         return load_dataset(
             source,
             tokenizer,
-            recipe.max_length or window,
+            longest,
             recipe.too_long,
             split=recipe.split_turns,
             vocabulary=embedding_rows(config),
@@ -63,6 +61,18 @@ def load_data(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", config: Any)
 
     train_source, eval_source = sources(recipe)
     return Data(load(train_source), None if eval_source is None else load(eval_source))
+
+
+def longest_example(recipe: Recipe, config: Any) -> int:
+    """The most tokens that an example may have.
+
+    Raises:
+        ConfigError: the recipe asks for more than the model's window.
+    """
+    window = context_window(config)
+    if recipe.max_length is not None and recipe.max_length > window:
+        raise ConfigError(f"--max-length: {recipe.max_length} tokens, and the model's window is {window}")
+    return recipe.max_length or window
 
 
 def sources(recipe: Recipe) -> tuple[Source, Source | None]:
