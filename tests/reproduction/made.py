@@ -58,6 +58,14 @@ def accuracy(method: str, right: int, *, task: str = "sciq", seed: int = 0, loss
     return Measured("accuracy", f"{task} {method} seed {seed}", settings, result, 1.0, {"torch": "2"})
 
 
+def untuned(method: str, right: int, *, task: str = "sciq") -> Measured:
+    """A model asked before it was tuned."""
+    tuned = accuracy(method, right, task=task)
+    result = {which: tuned.result[which] for which in ("test", "recall")}
+    settings = {"task": task, "method": method, "dtype": "float32"}
+    return Measured("untuned", f"{task} {method}", settings, result, 1.0, {"torch": "2"})
+
+
 def error(method: str, errors: list[float], *, shape: str = "gpt2") -> Measured:
     """An error cell of two depths."""
     result = {"depths": [1, 2], "errors": {"float32": errors}}

@@ -87,6 +87,21 @@ def test_accuracy_holds_within_half_a_point(right, held):
     assert outcome(cells, "accuracy within") is held
 
 
+@pytest.mark.parametrize(("right", "held"), [(6, True), (4, True), (7, False)])
+def test_of_one_seed_the_questions_standard_error_is_the_measure(right, held):
+    assert outcome([made.accuracy("plain", 5), made.accuracy("paper", right)], "one standard error") is held
+
+
+@pytest.mark.parametrize(("right", "held"), [(6, True), (5, False), (4, False)])
+def test_tuning_must_help(right, held):
+    assert outcome([made.untuned("plain", 5), made.accuracy("plain", right)], "after tuning") is held
+
+
+def test_before_and_after_stand_side_by_side():
+    text = to_markdown(REQUEST, [made.untuned("plain", 5), made.accuracy("plain", 7)], [])
+    assert "| sciq | plain | 50.00 ± 10.00 | 70.00 | +20.00 | 50.00 | 70.00 | +20.00 |" in text
+
+
 @pytest.mark.parametrize(("loss", "held"), [(2.019, True), (2.021, False), (1.979, False)])
 def test_loss_holds_within_a_hundredth(loss, held):
     assert outcome([made.accuracy("plain", 5), made.accuracy("paper", 5, loss=loss)], "final loss") is held

@@ -40,7 +40,7 @@ def test_choices_replace_the_presets():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"preset": "huge"}, "unknown preset 'huge'; the presets are paper, cpu, smoke"),
+        ({"preset": "huge"}, "unknown preset 'huge'; the presets are paper, cpu, real, smoke"),
         ({"parts": ["speed"]}, "unknown part 'speed'; the parts are accuracy, error"),
         ({"parts": []}, "--parts: expected at least one"),
         ({"tasks": ["mmlu"]}, "unknown task 'mmlu'"),

@@ -18,7 +18,7 @@ def reproduce(
         "reproduce-out"
     ),
     preset: Annotated[
-        str, option("--preset", "paper: its recipe in full; cpu, smoke: scaled down.", default="cpu")
+        str, option("--preset", "paper: its recipe in full; cpu, real, smoke: scaled down.", default="cpu")
     ] = "cpu",
     parts: Annotated[
         str,

@@ -70,6 +70,21 @@ class Study:
 
         return Cell("accuracy", f"{task} {method} seed {seed}", settings, measure)
 
+    def untuned(self, task: str, method: str) -> Cell:
+        """Ask in float32 before anything was tuned."""
+        settings = {
+            **self._asked(task),
+            "method": method,
+            "protection": find_method(method).resolved,
+            "dtype": "float32",
+        }
+
+        def measure(watch: Watch) -> Mapping[str, Any]:
+            with self.opening.model(self.subject.directory, find_method(method), torch.float32) as model:
+                return self._ask(model, find_task(task), f"{task} {method} untuned: asking", watch)
+
+        return Cell("untuned", f"{task} {method}", settings, measure)
+
     def rounded(self, tuned: Cell, method: str, dtype: str) -> Cell:
         """Ask the model that another cell has tuned, protected otherwise and in another number format."""
         settings = {"tuned": tuned.key, "method": method, "protection": find_method(method).resolved, "dtype": dtype}

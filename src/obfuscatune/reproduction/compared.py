@@ -29,6 +29,11 @@ class Pairing:
         return fmean(self.accuracies(self.protected, which)) - fmean(self.accuracies(self.plain, which))
 
     @property
+    def standard_error(self) -> float:
+        """Points: of plain's accuracy on the test questions, by sampling of the questions; mean over seeds."""
+        return fmean(100 * cell.result["test"][headline(self.task)]["stderr"] for cell in self.plain)
+
+    @property
     def spread(self) -> float:
         """Points: the larger of both sides' standard deviations over seeds, on the test questions."""
         return max(deviation(self.accuracies(side, "test")) for side in (self.protected, self.plain))
@@ -69,6 +74,41 @@ def pairings(cells: Iterable[Measured]) -> list[Pairing]:
         if seeds:
             protected = [tuned[task, method, seed] for seed in seeds]
             found.append(Pairing(task, method, protected, [tuned[task, "plain", seed] for seed in seeds]))
+    return found
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What tuning did for one method on one task: the model asked before it, and the tuned ones of every seed."""
+
+    task: str
+    method: str
+    before: Measured
+    after: Sequence[Measured]
+
+    def accuracy(self, which: str) -> tuple[float, float]:
+        """Per cent of `test` or `recall` questions right, before and after; after is the mean over seeds."""
+        before, *after = (100 * cell.result[which][headline(self.task)]["value"] for cell in (self.before, *self.after))
+        return before, fmean(after)
+
+    @property
+    def standard_error(self) -> float:
+        """Points: of the accuracy on the test questions before, by sampling of the questions."""
+        return 100 * float(self.before.result["test"][headline(self.task)]["stderr"])
+
+
+def gains(cells: Sequence[Measured]) -> list[Gain]:
+    """Every method on every task that was asked both before and after it was tuned."""
+    found = []
+    for before in (cell for cell in cells if cell.kind == "untuned"):
+        task, method = before.settings["task"], before.settings["method"]
+        after = [
+            cell
+            for cell in cells
+            if cell.kind == "accuracy" and (cell.settings["task"], cell.settings["method"]) == (task, method)
+        ]
+        if after:
+            found.append(Gain(task, method, before, after))
     return found
 
 

@@ -30,7 +30,7 @@ from obfuscatune.tuning.plain import load_plain
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SEED = 0
 
 
@@ -76,25 +76,26 @@ class ErrorStudy:
         make: Callable[[], PreTrainedModel],
         tokens: Callable[[PreTrainedModel], torch.Tensor],
     ) -> Cell:
+        dtypes = {name: _DTYPES[name] for name in ("float32", *self.preset.sixteen_bits)}
         settings = {
             **settings,
             "method": method,
             "protection": find_method(method).resolved,
             "tokens": self.preset.error_tokens,
             "depths": self.preset.depths,
-            "dtypes": list(DTYPES),
+            "dtypes": list(dtypes),
         }
 
         def measure(watch: Watch) -> Mapping[str, Any]:
             with watch(f"error of {name}, {method}") as meter:
-                meter.expect(1 + len(DTYPES))
+                meter.expect(1 + len(dtypes))
                 plain = make()
                 ids = tokens(plain)
                 depths = [depth for depth in self.preset.depths if depth <= len(_blocks(plain)[1])]
                 reference = logits_by_depth(deepcopy(plain).double(), ids, depths)
                 meter.advance(1)
                 errors = {}
-                for dtype_name, dtype in DTYPES.items():
+                for dtype_name, dtype in dtypes.items():
                     copy = deepcopy(plain).to(dtype)
                     with self.opening.protected(copy, find_method(method)) as model:
                         errors[dtype_name] = _errors(logits_by_depth(model, ids, depths), reference)

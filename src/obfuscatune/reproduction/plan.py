@@ -16,8 +16,6 @@ from obfuscatune.reproduction.share import SHAPES, share_cell
 from obfuscatune.reproduction.slowdown import PROFILES, slowdown_cell
 from obfuscatune.tuning.storage import RunDirectory
 
-SIXTEEN_BITS = ("bfloat16", "float16")
-
 
 def plan_cells(request: Request, opening: Opening, out: RunDirectory) -> list[Cell]:
     """All cells, done or not.
@@ -49,12 +47,15 @@ def _accuracy(study: Study, tasks: tuple[str, ...]) -> Iterator[Cell]:
     for seed in preset.seeds:
         for task in tasks:
             yield from (study.tuned(task, method, seed) for method in preset.methods)
+    if preset.untuned:
+        for task in tasks:
+            yield from (study.untuned(task, method) for method in preset.methods)
     for seed in preset.seeds[: preset.ablation_seeds]:
         for task in ablation_tasks:
             yield from (study.tuned(task, method, seed) for method in preset.ablations)
             plain = study.tuned(task, "plain", seed)
             for method in _error_methods(preset):
-                yield from (study.rounded(plain, method, dtype) for dtype in SIXTEEN_BITS)
+                yield from (study.rounded(plain, method, dtype) for dtype in preset.sixteen_bits)
 
 
 def _error(study: ErrorStudy) -> Iterator[Cell]:

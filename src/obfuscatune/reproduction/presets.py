@@ -1,4 +1,7 @@
-"""How much is measured. `paper` is the paper's own recipe; the others are scaled down, and named as such."""
+"""How much is measured. `paper` is the paper's own recipe; the others are scaled down, and named as such.
+
+`real` is for a pre-trained model of some hundred million parameters on two cores: `make reproduce-real`.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ TASKS = ("webqs", "openbookqa", "piqa", "sciq")
 """In the paper's order."""
 KAPPAS = (1, 8, 32, 128, 160)
 """The condition numbers of the paper's table."""
+SIXTEEN_BITS = ("bfloat16", "float16")
 ABLATIONS = (*(f"conditioned({kappa})" for kappa in KAPPAS), "gaussian")
 
 
@@ -35,6 +39,8 @@ class Preset:
         methods: those that every task is tuned with.
         ablations: those that only `ablation_tasks` are tuned with, and that are asked in 16 bits.
         ablation_seeds: how many of the seeds; None for all.
+        untuned: whether the model is also asked before it is tuned.
+        sixteen_bits: the number formats besides float32 that models are asked in, and whose error is measured.
         depths: blocks after which the logits' error is measured, in a model that has so many.
         error_shapes: random-weight shapes for the error, with how many of their blocks.
         error_tokens: length of the sequence that the error is measured on.
@@ -58,6 +64,8 @@ class Preset:
     ablations: tuple[str, ...]
     ablation_tasks: tuple[str, ...]
     ablation_seeds: int | None
+    untuned: bool
+    sixteen_bits: tuple[str, ...]
     depths: tuple[int, ...]
     error_shapes: tuple[ShapeDepth, ...]
     error_tokens: int
@@ -89,6 +97,8 @@ PRESETS: Mapping[str, Preset] = {
             ablations=ABLATIONS,
             ablation_tasks=TASKS,
             ablation_seeds=None,
+            untuned=False,
+            sixteen_bits=SIXTEEN_BITS,
             depths=(1, 2, 4, 8, 12, 24, 36, 48),
             error_shapes=_SIZES,
             error_tokens=256,
@@ -113,6 +123,8 @@ PRESETS: Mapping[str, Preset] = {
             ablations=ABLATIONS[1:],  # condition number 1 is that of `paper`
             ablation_tasks=("sciq",),
             ablation_seeds=1,
+            untuned=False,
+            sixteen_bits=SIXTEEN_BITS,
             depths=(1, 2, 4, 8, 12),
             error_shapes=(ShapeDepth("gpt2"),),
             error_tokens=64,
@@ -126,6 +138,32 @@ PRESETS: Mapping[str, Preset] = {
             step_batch=2,
             step_length=256,
             obfuscate=_SIZES,
+        ),
+        Preset(
+            "real",
+            epochs=2,
+            batch_size=8,
+            lr=3e-4,
+            schedule="linear",
+            records=256,
+            heldout=32,
+            questions=200,
+            recalled=32,
+            seeds=(0,),
+            methods=_MAIN,
+            ablations=ABLATIONS[1:],
+            ablation_tasks=("sciq",),
+            ablation_seeds=1,
+            untuned=True,
+            sixteen_bits=("bfloat16",),
+            depths=(1, 2, 4, 8, 16, 30),
+            error_shapes=(),
+            error_tokens=64,
+            slowdown=(),
+            slowdown_rounds=5,
+            step_batch=2,
+            step_length=256,
+            obfuscate=(),
         ),
         Preset(
             "smoke",
@@ -142,6 +180,8 @@ PRESETS: Mapping[str, Preset] = {
             ablations=("conditioned(8)", "gaussian"),
             ablation_tasks=("sciq",),
             ablation_seeds=None,
+            untuned=False,
+            sixteen_bits=SIXTEEN_BITS,
             depths=(1, 2),
             error_shapes=(ShapeDepth("gpt2", 2),),
             error_tokens=16,

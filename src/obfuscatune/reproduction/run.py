@@ -65,7 +65,7 @@ def reproduce(
 
     Args:
         out: folder for cells, runs and the report.
-        preset: `paper`, `cpu` or `smoke`.
+        preset: `paper`, `cpu`, `real` or `smoke`.
         parts: of accuracy, error, share, slowdown, obfuscate.
         tasks: of webqs, openbookqa, piqa, sciq.
         methods: in place of the preset's: plain, paper, private, enclave, gaussian, conditioned(KAPPA).

@@ -11,7 +11,7 @@ from obfuscatune.report.units import format_bytes, format_count, format_seconds,
 from obfuscatune.reproduction.accuracy import headline
 from obfuscatune.reproduction.cells import Measured
 from obfuscatune.reproduction.checks import Check
-from obfuscatune.reproduction.compared import Pairing, deviation, pairings
+from obfuscatune.reproduction.compared import Gain, Pairing, deviation, gains, pairings
 from obfuscatune.reproduction.methods import find_method
 
 _SIZES = ("enclave_peak_bytes", "worker_peak_bytes", "bytes_uploaded")
@@ -21,6 +21,7 @@ def make_tables(cells: Sequence[Measured]) -> list[Table]:
     """All tables that these cells have something for, in the paper's order."""
     made: list[Callable[[Sequence[Measured]], Iterator[Table]]] = [
         _accuracy,
+        _gain,
         _condition,
         _error_by_depth,
         _share,
@@ -92,6 +93,34 @@ def _mean_rows(found: Sequence[Pairing]) -> Iterator[tuple[str, ...]]:
                 protected = fmean(fmean(it.accuracies(it.protected, which)) for it in own)
                 row += [f"{plain:.2f}", f"{protected:.2f}", f"{protected - plain:+.2f}"]
             yield tuple(row)
+
+
+def _gain(cells: Sequence[Measured]) -> Iterator[Table]:
+    found = gains(cells)
+    if found:
+        yield Table(
+            "1b. Before and after tuning",
+            ("task", "method", "before %", "after %", "points", "recall, before %", "recall, after %", "points"),
+            [_gain_row(it) for it in found],
+            caption="Test questions answered right by the model as it came and by the tuned one, with the standard "
+            "error of the questions; recall: of questions that were trained on.",
+            text_columns=2,
+        )
+
+
+def _gain_row(it: Gain) -> tuple[str, ...]:
+    before, after = it.accuracy("test")
+    known_before, known_after = it.accuracy("recall")
+    return (
+        it.task,
+        it.method,
+        f"{before:.2f} ± {it.standard_error:.2f}",
+        f"{after:.2f}",
+        f"{after - before:+.2f}",
+        f"{known_before:.2f}",
+        f"{known_after:.2f}",
+        f"{known_after - known_before:+.2f}",
+    )
 
 
 def _condition(cells: Sequence[Measured]) -> Iterator[Table]:
