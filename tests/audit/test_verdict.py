@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
+
 from obfuscatune.attacks.base import Attack, Attacker, Finding, NotRun
 from obfuscatune.attacks.registry import ATTACKS
 from obfuscatune.audit.document import as_json, as_markdown
 from obfuscatune.audit.grid import Cell, Grid, attacks_of
 from obfuscatune.audit.page import render
-from obfuscatune.audit.verdict import Verdict, exceeding, verdicts
+from obfuscatune.audit.table import print_grid
+from obfuscatune.audit.verdict import State, Verdict, advice, exceeding, verdicts
 
 BY_NAME: dict[str, Attack] = {attack.name: attack for attack in ATTACKS}
 LUCK = Finding(0.51, 0.5, 1.0, 100, error=0.05)
@@ -28,43 +31,74 @@ def the_verdict(*cells: Cell) -> Verdict:
 
 def test_luck_is_withstood() -> None:
     it = the_verdict(cell("private", "equal-rows", LUCK))
-    assert it.holds and it.promised
-    assert "enough, as far as one attack" in it.text
+    assert it.state is State.HOLDS and it.promised
+    assert "none of one attack on tokens and weights succeeds" in it.text
 
 
 def test_success_breaks_a_promise() -> None:
     it = the_verdict(cell("private", "equal-rows", SUCCESS))
-    assert not it.holds
+    assert it.state is State.BROKEN
     assert "THE PROMISE IS BROKEN" in it.text and "0.99 (chance 0.50; tiny)" in it.text
 
 
-def test_weights_may_be_open_where_tokens_alone_were_promised() -> None:
-    it = the_verdict(cell("guarded", "two-sided-alignment", SUCCESS), cell("guarded", "bag-of-tokens", LUCK))
-    assert not it.holds
-    assert "enough for tokens, not for the rest" in it.text and "PROMISE" not in it.text
+@pytest.mark.parametrize("profile", ["private", "guarded", "identity"])
+def test_nobody_is_promised_anything_against_a_public_base(profile: str) -> None:
+    it = the_verdict(cell(profile, "bag-of-tokens", SUCCESS))
+    assert it.state is State.OPEN and not it.promised
+    assert "open, and not promised" in it.text and "BROKEN" not in it.text
 
 
-def test_where_nothing_was_promised_none_is_broken() -> None:
-    it = the_verdict(cell("identity", "equal-rows", SUCCESS))
-    assert "not enough" in it.text and "PROMISE" not in it.text
+def test_what_no_attack_of_the_set_shows_is_said_all_the_same() -> None:
+    it = the_verdict(cell("guarded", "equal-rows", LUCK))
+    assert "not in this set" in it.text and "docs/threat-model.md" in it.text
 
 
 def test_what_could_not_be_run_is_not_withstood() -> None:
     it = the_verdict(cell("private", "source-separation", NotRun("one row")))
-    assert not it.holds and it.withstood == 0 and it.not_run == 1
+    assert it.state is State.UNKNOWN and it.withstood == 0 and it.not_run == 1
     assert "nothing is known" in it.text and "Could not be run, so not withstood: one attack" in it.text
 
 
 def test_an_attack_that_fails_on_identity_too_is_not_withstood() -> None:
     it = the_verdict(cell("private", "equal-rows", LUCK), cell("identity", "equal-rows", LUCK))
-    assert not it.holds and it.powerless == 1
+    assert it.state is State.UNKNOWN and it.powerless == 1
     assert "Too weak here" in it.text
 
 
 def test_structure_is_named_and_breaks_nothing() -> None:
     it = the_verdict(cell("private", "equal-rows", LUCK), cell("private", "equal-beginnings", SUCCESS))
-    assert it.holds
-    assert "Also open: equal-beginnings" in it.text
+    assert it.state is State.HOLDS
+    assert "matrices aligned by equal-beginnings" in it.text
+
+
+def test_an_effect_that_is_sure_but_too_small_to_matter_is_no_success() -> None:
+    sure = Finding(0.505, 0.5, 1.0, 10**6, error=0.0005)
+    assert not cell("private", "equal-rows", sure).succeeds
+    assert cell("private", "equal-rows", Finding(0.52, 0.5, 1.0, 10**6, error=0.0005)).succeeds
+
+
+def test_the_advice_follows_from_the_figures() -> None:
+    holds, broken = cell("private", "equal-rows", LUCK), cell("private", "equal-rows", SUCCESS)
+    assert "take private" in advice(grid(holds)) and "no profile of this version hides its tokens" in advice(
+        grid(holds)
+    )
+    assert "take guarded" in advice(grid(broken, cell("guarded", "equal-rows", LUCK)))
+    assert "none of the audited profiles kept its promise" in advice(grid(broken))
+    assert "nothing was audited that promises" in advice(grid(cell("paper", "equal-rows", LUCK)))
+
+
+def test_no_red_box_says_enough_and_the_advice_comes_first() -> None:
+    it = grid(cell("private", "equal-tokens-decoding", SUCCESS), cell("private", "equal-rows", LUCK))
+    page = render(it, {})
+    assert 'class="verdict bad"' not in page and "enough" not in page
+    assert page.index("take private") < page.index("Who learns tokens or weights") < page.index("Attacks on tiny")
+
+
+def test_print_and_markdown_say_why_an_attack_was_not_run(capsys: pytest.CaptureFixture[str]) -> None:
+    it = grid(cell("private", "source-separation", NotRun("too few rows")), cell("private", "equal-rows", LUCK))
+    assert "- source-separation (private on tiny): too few rows" in as_markdown(it)
+    print_grid(it)
+    assert "not run: source-separation (private on tiny): too few rows" in capsys.readouterr().out
 
 
 def test_the_limit_is_on_tokens_and_weights_beyond_noise() -> None:
@@ -101,9 +135,9 @@ def test_documents_show_figure_and_chance_and_what_was_not_run() -> None:
 
 
 def test_what_was_taken_back_is_named_and_breaks_nothing() -> None:
-    it = the_verdict(cell("private", "equal-tokens-decoding", SUCCESS), cell("private", "equal-rows", LUCK))
-    assert not it.holds
-    assert "PROMISE" not in it.text and "Not promised, and open: equal-tokens-decoding 0.99" in it.text
-    broken = the_verdict(cell("private", "equal-tokens-decoding", SUCCESS), cell("private", "equal-rows", SUCCESS))
-    assert "THE PROMISE IS BROKEN" in broken.text
-    assert "BROKEN" in the_verdict(cell("guarded", "equal-tokens-decoding", SUCCESS)).text
+    for profile in ("private", "guarded"):
+        it = the_verdict(cell(profile, "equal-tokens-decoding", SUCCESS), cell(profile, "equal-rows", LUCK))
+        assert it.state is State.OPEN
+        assert "BROKEN" not in it.text and "open, and not promised: equal-tokens-decoding 0.99" in it.text
+        broken = the_verdict(cell(profile, "equal-tokens-decoding", SUCCESS), cell(profile, "equal-rows", SUCCESS))
+        assert "THE PROMISE IS BROKEN" in broken.text

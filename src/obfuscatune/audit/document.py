@@ -9,7 +9,7 @@ from typing import Any
 
 from obfuscatune.attacks.base import Finding
 from obfuscatune.audit.grid import Cell, Grid
-from obfuscatune.audit.verdict import verdicts
+from obfuscatune.audit.verdict import State, advice, not_run, verdicts
 
 
 def as_json(grid: Grid, environment: dict[str, str]) -> dict[str, Any]:
@@ -17,13 +17,14 @@ def as_json(grid: Grid, environment: dict[str, str]) -> dict[str, Any]:
     return {
         "seeds": grid.seeds,
         "drift": grid.drift,
+        "advice": advice(grid),
         "environment": environment,
         "verdicts": [
             {
                 "profile": it.profile,
                 "attacker": it.attacker.value,
                 "promised": [target.value for target in it.promised],
-                "holds": it.holds,
+                "state": it.state.value,
                 "text": it.text,
             }
             for it in verdicts(grid)
@@ -58,8 +59,25 @@ def _cell(cell: Cell) -> dict[str, Any]:
 
 
 def as_markdown(grid: Grid) -> str:
-    """A table for each model, attacks down and profiles across, and the verdicts."""
-    return "\n".join(_markdown(grid)) + "\n"
+    """What to do, who learns what, a table for each model with attacks down and profiles across, what was not run."""
+    lines = [advice(grid), "", *_overview(grid), *_markdown(grid), "### In words", ""]
+    lines += [f"- {it.text}" for it in verdicts(grid)]
+    missing = [f"- {where}: {why}" for where, why in not_run(grid)]
+    if missing:
+        lines += ["", "### Not run, and so not withstood", "", *missing]
+    return "\n".join(lines) + "\n"
+
+
+def _overview(grid: Grid) -> Iterator[str]:
+    """Profiles down, attackers across; a broken promise in bold."""
+    found = {(it.profile, it.attacker): it.state for it in verdicts(grid)}
+    attackers = list(dict.fromkeys(attacker for _, attacker in found))
+    yield f"| profile | {' | '.join(attackers)} |"
+    yield "|" + "---|" * (1 + len(attackers))
+    for profile in dict.fromkeys(profile for profile, _ in found):
+        states = (found[profile, attacker] for attacker in attackers)
+        yield f"| `{profile}` | {' | '.join(f'**{it}**' if it is State.BROKEN else it for it in states)} |"
+    yield ""
 
 
 def _markdown(grid: Grid) -> Iterator[str]:
@@ -75,10 +93,6 @@ def _markdown(grid: Grid) -> Iterator[str]:
             figures = " | ".join(figure(row[name]) for name in profiles)
             yield f"| {attack.name} | {attack.needs} | {attack.target} | {figures} |"
         yield ""
-    yield "### Verdicts"
-    yield ""
-    for it in verdicts(grid):
-        yield f"- {it.text}"
 
 
 def figure(cell: Cell) -> str:

@@ -20,6 +20,8 @@ from obfuscatune.wire.folders import temporary_root
 
 SIGMAS = 3.0
 """Standard errors from chance within which a figure is noise."""
+SMALLEST_EFFECT = 0.02
+"""Of the way from chance to complete success: less is of no use to anybody, however sure it is."""
 
 Progress = Callable[[str], None]
 """Called when something is done, with what comes next."""
@@ -69,8 +71,8 @@ class Cell:
 
     @property
     def succeeds(self) -> bool:
-        """Whether it is better than chance by more than noise."""
-        if not self.findings:
+        """Whether it is better than chance by more than noise, and by enough to matter."""
+        if not self.findings or self.advantage < SMALLEST_EFFECT:
             return False
         towards_best = 1 if self.findings[0].best > self.chance else -1
         return towards_best * (self.value - self.chance) > SIGMAS * self.error

@@ -1,15 +1,15 @@
-"""The report as a page: verdicts, a heat map for each model, curves, recovered text."""
+"""The report as a page: what to do, who learns what, a heat map for each model, curves, recovered text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
 from obfuscatune.attacks.base import Attack
-from obfuscatune.audit.grid import Cell, Grid
-from obfuscatune.audit.verdict import verdicts
+from obfuscatune.audit.grid import SMALLEST_EFFECT, Cell, Grid
+from obfuscatune.audit.verdict import State, Verdict, advice, not_run, verdicts
 from obfuscatune.report.curves import Series
 from obfuscatune.report.heatmap import HeatCell, HeatMap
-from obfuscatune.report.page import Chart, Facts, Section, Table, Verdict, render_page
+from obfuscatune.report.page import Advice, Chart, Facts, Section, Table, render_page
 
 MOST_SERIES = 4
 MOST_TEXTS = 12
@@ -19,7 +19,16 @@ LONGEST_TEXT = 160
 def render(grid: Grid, environment: Mapping[str, str]) -> str:
     """`report.html` as text."""
     drift = ", ".join(f"{name} {100 * share:.1f} %" for name, share in grid.drift.items())
-    sections: list[Section] = [*_verdicts(grid), *_maps(grid), *_curves(grid), _texts(grid), _attacks(grid)]
+    sections: list[Section] = [
+        Advice(advice(grid)),
+        _overview(grid),
+        _words(grid),
+        *_maps(grid),
+        *_curves(grid),
+        _texts(grid),
+        *_not_run(grid),
+        _attacks(grid),
+    ]
     sections.append(
         Facts("Run", {"seeds": str(grid.seeds), "secret model's distance from its base": drift, **environment})
     )
@@ -31,9 +40,41 @@ def render(grid: Grid, environment: Mapping[str, str]) -> str:
     )
 
 
-def _verdicts(grid: Grid) -> Iterator[Section]:
-    for it in verdicts(grid):
-        yield Verdict(it.text, "good" if it.holds else "bad" if it.open else "plain")
+_HEAT = {State.BROKEN: 1.0, State.OPEN: 0.3, State.HOLDS: 0.0, State.UNKNOWN: None}
+
+
+def _overview(grid: Grid) -> HeatMap:
+    """Profiles down, attackers across."""
+    found = {(it.profile, it.attacker): it for it in verdicts(grid)}
+    attackers = list(dict.fromkeys(attacker for _, attacker in found))
+    rows = [
+        (profile, "", [_state(found[profile, attacker]) for attacker in attackers])
+        for profile in dict.fromkeys(profile for profile, _ in found)
+    ]
+    return HeatMap(
+        "Who learns tokens or weights",
+        attackers,
+        rows,
+        caption="The attack that gets furthest is beneath each state. Dark red: a promise of docs/threat-model.md is "
+        "broken. Light red: open, which nobody promised to hide. Hatched: no attack had its chance.",
+    )
+
+
+def _state(verdict: Verdict) -> HeatCell:
+    strongest = verdict.strongest
+    below = f"of {verdict.withstood}" if strongest is None else f"{strongest.attack.name} {strongest.value:.2f}"
+    return HeatCell(verdict.state, below, _HEAT[verdict.state], verdict.text)
+
+
+def _words(grid: Grid) -> Table:
+    rows = [(it.text,) for it in verdicts(grid)]
+    return Table("The same in words", ("profile and attacker",), rows)
+
+
+def _not_run(grid: Grid) -> Iterator[Table]:
+    rows = list(not_run(grid))
+    if rows:
+        yield Table("Not run, and so not withstood", ("attack", "why"), rows, text_columns=2)
 
 
 def _maps(grid: Grid) -> Iterator[Section]:
@@ -48,7 +89,8 @@ def _maps(grid: Grid) -> Iterator[Section]:
             f"Attacks on {model}",
             profiles,
             rows,
-            caption="Mean over seeds, chance beneath. Green: within three standard errors of chance. Red: better, the "
+            caption="Mean over seeds, chance beneath. Green: within three standard errors of chance, or nearer "
+            f"to it than {SMALLEST_EFFECT:.0%} of the way to complete success. Red: better, the "
             "darker the nearer to complete success. Hatched: could not be run, and so is not withstood.",
         )
 

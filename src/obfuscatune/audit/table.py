@@ -7,14 +7,15 @@ from rich.table import Table
 from rich.text import Text
 
 from obfuscatune.audit.grid import Cell, Grid
-from obfuscatune.audit.verdict import verdicts
+from obfuscatune.audit.verdict import State, advice, not_run, verdicts
 
 _PIPE_WIDTH = 160
 """A pipe has no width of its own: let no line be cut."""
+_STYLES = {State.BROKEN: "bold red", State.OPEN: "yellow", State.HOLDS: "green", State.UNKNOWN: "dim"}
 
 
 def print_grid(grid: Grid) -> None:
-    """A table for each model, chance beside each figure, and the verdicts."""
+    """What to do, a table for each model with chance beside each figure, what was not run, and all in words."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = _PIPE_WIDTH
@@ -29,8 +30,12 @@ def print_grid(grid: Grid) -> None:
             table.add_row(attack.name, attack.needs.value, *(row[name] for name in profiles))
         console.print(table)
         console.print()
+    for where, why in not_run(grid):
+        console.print(Text(f"not run: {where}: {why}", style="dim"))
     for it in verdicts(grid):
-        console.print(Text(it.text, style="green" if it.holds else "red" if it.open else "dim"))
+        console.print(Text(it.text, style=_STYLES[it.state]))
+    console.print()
+    console.print(Text(advice(grid), style="bold"))
 
 
 def _figure(cell: Cell) -> Text:

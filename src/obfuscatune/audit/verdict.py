@@ -1,9 +1,10 @@
-"""For whom a profile is enough, in words that follow from the figures."""
+"""What each attacker learns of each profile, and which profile to take, in words that follow from the figures."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 from obfuscatune.attacks.base import Attacker, Target
 from obfuscatune.audit.grid import Cell, Grid
@@ -15,11 +16,28 @@ PROMISED: dict[tuple[str, Attacker], tuple[Target, ...]] = {
     ("private", Attacker.PUBLIC_TEXT): SECRETS,
     ("guarded", Attacker.CLOSED): SECRETS,
     ("guarded", Attacker.PUBLIC_TEXT): SECRETS,
-    ("guarded", Attacker.PUBLIC_BASE): (Target.TOKENS,),
 }
-"""What a profile promises to hide from whom (docs/threat-model.md); the others promise nothing."""
-EXCEPTED: dict[str, frozenset[str]] = {"private": frozenset({"equal-tokens-decoding"})}
-"""What it does not promise to anyone, because the audit found it open: attacks by name."""
+"""What a profile promises to hide from whom (docs/threat-model.md); the others promise nothing. Nobody is promised
+anything against who has the public base."""
+EXCEPTED: dict[str, frozenset[str]] = {
+    "private": frozenset({"equal-tokens-decoding"}),
+    "guarded": frozenset({"equal-tokens-decoding"}),
+}
+"""What it does not promise to anyone, because it was found open: attacks by name."""
+CAVEATS: dict[str, str] = {
+    "guarded": "An attack that is not in this set undoes its loud shield rows: examples are recognised across epochs "
+    "(AUC 0.99), and who has the public base tells which documents are in a call (docs/threat-model.md)."
+}
+"""What is known against a profile, although no attack of this set shows it."""
+
+
+class State(StrEnum):
+    """Of one profile against one attacker."""
+
+    BROKEN = "promise broken"
+    OPEN = "open, not promised"
+    HOLDS = "no attack succeeds"
+    UNKNOWN = "not known"
 
 
 @dataclass(frozen=True)
@@ -40,35 +58,68 @@ class Verdict:
     not_run: int
 
     @property
-    def holds(self) -> bool:
-        """Whether something was tried and nothing on tokens or weights beat chance."""
-        return not self.open and self.withstood > 0
+    def state(self) -> State:
+        """Whether a promise is broken, and else whether anything was found."""
+        excepted = EXCEPTED.get(self.profile, frozenset())
+        if any(cell.attack.target in self.promised and cell.attack.name not in excepted for cell in self.open):
+            return State.BROKEN
+        if self.open:
+            return State.OPEN
+        return State.HOLDS if self.withstood else State.UNKNOWN
+
+    @property
+    def strongest(self) -> Cell | None:
+        """The attack on tokens or weights that gets furthest; None where none succeeds."""
+        return max(self.open, key=lambda cell: cell.advantage, default=None)
 
     @property
     def text(self) -> str:
-        """One or two sentences."""
+        """A few sentences."""
         who = f"{self.profile} against {_WHO[self.attacker]}"
-        excepted = EXCEPTED.get(self.profile, frozenset())
-        concerned = [cell for cell in self.open if cell.attack.target in self.promised]
-        if any(cell.attack.name not in excepted for cell in concerned):
-            first = f"{who}: THE PROMISE IS BROKEN. {_list(self.open)}."
-        elif concerned:
-            first = (
-                f"{who}: enough for what it promises, as far as {_count(self.withstood)} on tokens and weights can "
-                f"tell. Not promised, and open: {_list(self.open)}."
-            )
-        elif self.open and self.promised:
-            first = f"{who}: enough for {_and(self.promised)}, not for the rest. {_list(self.open)}."
-        elif self.open:
-            first = f"{who}: not enough. {_list(self.open)}."
-        elif self.withstood:
-            first = f"{who}: enough, as far as {_count(self.withstood)} on tokens and weights can tell."
-        else:
-            first = f"{who}: nothing is known, no attack on tokens or weights had its chance."
-        rest = f" Also open: {_list(self.linked)}." if self.linked else ""
+        match self.state:
+            case State.BROKEN:
+                first = f"{who}: THE PROMISE IS BROKEN. {_list(self.open)}."
+            case State.OPEN:
+                first = f"{who}: open, and not promised: {_list(self.open)}."
+            case State.HOLDS:
+                first = f"{who}: none of {_count(self.withstood)} on tokens and weights succeeds."
+            case State.UNKNOWN:
+                first = f"{who}: nothing is known, no attack on tokens or weights had its chance."
+        linked = f" Texts are told apart or matrices aligned by {_list(self.linked)}." if self.linked else ""
         missing = f" Could not be run, so not withstood: {_count(self.not_run)}." if self.not_run else ""
         weak = f" Too weak here even against identity, so not withstood: {_count(self.powerless)}."
-        return first + rest + missing + (weak if self.powerless else "")
+        caveat = f" {CAVEATS[self.profile]}" if self.profile in CAVEATS else ""
+        return first + linked + missing + (weak if self.powerless else "") + caveat
+
+
+def advice(grid: Grid) -> str:
+    """Which of the audited profiles to take, in one sentence."""
+    closed = [it for it in verdicts(grid) if it.attacker in (Attacker.CLOSED, Attacker.PUBLIC_TEXT) and it.promised]
+    kept = [
+        profile
+        for profile in dict.fromkeys(it.profile for it in closed)
+        if not any(it.state in (State.BROKEN, State.UNKNOWN) for it in closed if it.profile == profile)
+    ]
+    if kept:
+        never_public = f"take {kept[0]}, which keeps what it promises as far as these attacks can tell"
+    elif closed:
+        never_public = "none of the audited profiles kept its promise here"
+    else:
+        never_public = "nothing was audited that promises to hide anything"
+    return (
+        f"If your base model was never public, {never_public}; if it is a fine-tune of a published model, no profile "
+        "of this version hides its tokens."
+    )
+
+
+def not_run(grid: Grid) -> Iterator[tuple[str, str]]:
+    """Each attack that could not be run, with where, and why."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for cell in grid.cells:
+        if cell.why_not:
+            reasons.setdefault((cell.attack.name, cell.why_not), []).append(f"{cell.profile} on {cell.model}")
+    for (attack, why), where in reasons.items():
+        yield f"{attack} ({', '.join(where)})", why
 
 
 _WHO = {
@@ -122,10 +173,6 @@ def _list(cells: Sequence[Cell]) -> str:
         if known is None or cell.advantage > known.advantage:
             best[cell.attack.name] = cell
     return ", ".join(f"{name} {it.value:.2f} (chance {it.chance:.2f}; {it.model})" for name, it in best.items())
-
-
-def _and(targets: Sequence[Target]) -> str:
-    return " and ".join(targets)
 
 
 def _count(number: int) -> str:

@@ -4,7 +4,8 @@
     profile="private:first_blocks=2:verify=1"        the same in one word, wherever the name of a profile may stand
 
     private   the default: rows mixed afresh, both sides rotated, LoRA in the enclave
-    guarded   the same, louder and at full rank, every product verified, secrets renewed while training goes on
+    guarded   the same, every product verified, secrets renewed while training goes on; its loud shield rows and full
+              rank hide no more than private does (docs/threat-model.md)
     paper     ObfuscaTune as published: one static rotation on one side, LoRA on the worker; weaker (docs/paper.md)
     enclave   nothing leaves: what the others are measured against
 
@@ -36,10 +37,10 @@ class Profile:
         transform: kind of R_in and R_out: structured, haar, gaussian, conditioned(KAPPA), identity.
         mixing: whether rows are mixed afresh at each crossing.
         shield_rows: random rows mixed in at each crossing, at least; ignored without mixing.
-        shield_scale: size of the shield rows over that of the rows they are mixed with; more hides more, and costs
-            precision in proportion.
-        full_rank: whether a crossing has at least as many rows as they have elements, so that the space they span
-            tells nothing. Costs much where few tokens cross: a decoding step then carries hundreds of rows.
+        shield_scale: size of the shield rows over that of the rows they are mixed with; costs precision in proportion.
+            Louder rows hide nothing more: they are the largest singular directions of a call and can be taken away.
+        full_rank: whether a crossing has at least as many rows as they have elements. Costs much where few tokens
+            cross: a decoding step then carries hundreds of rows.
         first_blocks: how many of the first blocks stay in the enclave. In the first, rows follow from single tokens,
             and a worker sees which of them are equal (docs/threat-model.md).
         sides: which sides of a matrix are rotated: `both`, or as in the `paper`: the input of layers that read the

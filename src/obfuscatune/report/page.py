@@ -59,6 +59,17 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Advice:
+    """What to do, in one sentence, before anything else."""
+
+    text: str
+
+    def html(self) -> str:
+        """One `<p>`."""
+        return f'<p class="verdict">{escape(self.text)}</p>'
+
+
+@dataclass(frozen=True)
 class Chart:
     """Curves under a heading, and below them what they show."""
 

@@ -28,7 +28,7 @@ section, .card { background: var(--card); border: 1px solid var(--line); border-
 section { padding: 18px 20px; margin: 0 0 16px; min-width: 0; }
 h2 { font-size: 16px; margin: 0 0 12px; }
 figure { margin: 0; }
-.verdict { padding: 12px 16px; margin: 0 0 16px; border-radius: 10px; font-weight: 600; }
+.verdict { padding: 12px 16px; margin: 0 0 16px; border: 1px solid var(--line); border-radius: 10px; font-weight: 600; }
 .verdict.good { color: var(--good); background: var(--good-back); }
 .verdict.bad { color: var(--bad); background: var(--bad-back); }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(215px, 1fr)); gap: 12px; margin: 0 0 16px; }
