@@ -16,7 +16,6 @@ import math
 import os
 import secrets
 import threading
-import weakref
 from pathlib import Path
 from typing import TypeVar
 
@@ -99,20 +98,16 @@ class SecretStream:
     Safe from any thread: a model may be called from several at once, and the cipher refuses a second caller.
     """
 
-    __slots__ = ("__weakref__", "_cipher", "_lock", "renewals")
+    __slots__ = ("_cipher", "_lock")
 
     def __init__(self, key: bytes) -> None:
-        self.renewals = 0
-        """How often it began anew, in a forked child: what was drawn ahead before is the parent's."""
         self._cipher = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
         self._lock = threading.Lock()
 
-    @classmethod
-    def fresh(cls) -> SecretStream:
-        """A stream that nothing can repeat, nor a forked process: what is drawn anew for each crossing."""
-        stream = cls(secrets.token_bytes(KEY_BYTES))
-        _fresh_streams.add(stream)
-        return stream
+    @staticmethod
+    def fresh() -> FreshStream:
+        """Numbers that nothing can repeat: for all that is drawn anew for each request."""
+        return FreshStream()
 
     def random_bytes(self, count: int) -> bytes:
         """The next `count` bytes."""
@@ -161,6 +156,30 @@ class SecretStream:
         return "SecretStream(<redacted>)"
 
 
+class FreshStream(SecretStream):
+    """Numbers of which every draw has a key of its own, from the operating system at that moment.
+
+    No state is kept, so a copy of this process (a fork, or a virtual machine that is resumed twice from one snapshot)
+    draws other numbers than its original from its first draw on, as far as the operating system does
+    (docs/threat-model.md, "Copies of the enclave").
+    """
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        """There is no key to keep."""
+
+    def random_bytes(self, count: int) -> bytes:
+        """`count` bytes."""
+        return SecretStream(secrets.token_bytes(KEY_BYTES)).random_bytes(count)
+
+    def _words(self, count: int) -> NDArray[np.uint32]:
+        return SecretStream(secrets.token_bytes(KEY_BYTES))._words(count)
+
+    def __repr__(self) -> str:
+        return "FreshStream()"
+
+
 def _box_muller(uniform: NDArray[Float]) -> NDArray[Float]:
     """Uniform in [0, 1), as many bits as the significand holds, (2k,) -> normal (2k,).
 
@@ -171,16 +190,3 @@ def _box_muller(uniform: NDArray[Float]) -> NDArray[Float]:
     angle *= 2 * math.pi
     return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
 
-
-_fresh_streams: weakref.WeakSet[SecretStream] = weakref.WeakSet()
-
-
-def _renew_fresh_streams() -> None:
-    """In a forked child: else it would mix its rows as its parent does, and the difference of theirs would show."""
-    for stream in _fresh_streams:
-        stream._cipher = SecretStream(secrets.token_bytes(KEY_BYTES))._cipher
-        stream._lock = threading.Lock()  # the parent's may have been held by a thread that is not here
-        stream.renewals += 1
-
-
-os.register_at_fork(after_in_child=_renew_fresh_streams)

@@ -140,8 +140,6 @@ class OffloadedProduct:
             pending = self._link.submit(
                 self._matrix_id, X_star, transpose=transpose, known_finite=as_sent, product_unchecked=True
             )
-        with span("obfuscatune.mix"):
-            self._mixer.draw_ahead(A)
         return InFlight(like, A, pending, check)
 
     def _send_few(self, x: Tensor, *, transpose: bool) -> InFlight | None:
@@ -164,8 +162,6 @@ class OffloadedProduct:
             pending = self._link.submit(
                 self._matrix_id, X_star, transpose=transpose, known_finite=True, product_unchecked=True
             )
-        with span("obfuscatune.mix"):
-            self._mixer.draw_ahead(mixing)
         return InFlight(x, mixing, pending, check, way)
 
     def _receive_few(self, crossing: InFlight, way: FewWay) -> Tensor:
@@ -183,7 +179,6 @@ class OffloadedProduct:
             y = x.new_empty(x.shape[0], way.back.dim)
             if not math.isfinite(way.back.receive(Y_star, mixing.secrets, y)):
                 check_product(y)
-            self._mixer.give_back(mixing)
         return y
 
     def _way(self, x: Tensor, *, transpose: bool) -> FewWay | None:

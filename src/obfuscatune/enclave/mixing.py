@@ -58,11 +58,7 @@ class Mixing(Protocol):
 class FewMixing:
     """The secrets of one crossing of few rows, and the memory that they lie in."""
 
-    key: tuple[int, int, torch.dtype]
-    """Rows, width and dtype that they are for."""
     secrets: MixingOfFew
-    renewals: int
-    """Of the stream, when they were drawn."""
 
     @property
     def rows(self) -> int:
@@ -126,9 +122,7 @@ class KroneckerMixing:
         self._order = order  # which row of [x; N] lies at each place
         self._prepared: dict[torch.dtype, MixingOfMany] = {}
         self._Q_a, self._Q_b = Q_a, Q_b
-        self._stream, self.renewals = stream, stream.renewals
-        self._shield_scale = shield_scale
-        self._ahead: Tensor | None = None
+        self._stream, self._shield_scale = stream, shield_scale
         self.shield = Q_a.new_empty(0, 0)
         """N (s, p), once it is mixed."""
 
@@ -137,21 +131,9 @@ class KroneckerMixing:
         """m = a·b."""
         return self._order.numel()
 
-    @property
-    def kind(self) -> tuple[int, int]:
-        """(n, p), once x is mixed."""
-        return self._rows, self.shield.shape[1]
-
-    def draw_shield_ahead(self, width: int, dtype: torch.dtype) -> None:
-        """Draw N for x (n, width) before x is there; for one mixing. And prepare what kernels take."""
-        self._ahead = self._stream.normal(self.rows - self._rows, width, dtype=dtype)
-        self._for_kernels(self._ahead)
-
     def mix(self, x: Tensor, scale: float, out: Tensor) -> None:
         """A [x; N] for x (n, p). Shield rows: as large as x on average, times the scale."""
-        shield, self._ahead = self._ahead, None
-        if shield is None or (shield.shape[1], shield.dtype) != (x.shape[1], x.dtype):
-            shield = self._stream.normal(self.rows - self._rows, x.shape[1], dtype=x.dtype)
+        shield = self._stream.normal(self.rows - self._rows, x.shape[1], dtype=x.dtype)
         self.shield = shield.mul_(self._shield_scale * (scale or 1.0))
         prepared = self._for_kernels(x) if out.is_contiguous() else None
         if prepared is None:

@@ -4,34 +4,23 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from obfuscatune.enclave.keys import SecretStream
 
-ONE_THREAD_UP_TO = 128
-"""Size of a matrix below which waking threads for its QR takes longer than the QR."""
-
 
 def haar(stream: SecretStream, size: int) -> Tensor:
-    """A Haar-distributed orthogonal matrix, float64 (size, size)."""
-    return haar_batch(stream, 1, size)[0]
+    """A Haar-distributed orthogonal matrix, float64 (size, size).
 
-
-def haar_batch(stream: SecretStream, count: int, size: int) -> Tensor:
-    """Independent Haar-distributed orthogonal matrices, float64 (count, size, size).
-
-    QR of Gaussian matrices, with the signs of R's diagonal moved into Q (Mezzadri 2007, arXiv
-    math-ph/0609050): without that step QR's own sign convention shows in the distribution.
+    QR of a Gaussian matrix, with the signs of R's diagonal moved into Q (Mezzadri 2007, arXiv math-ph/0609050): without
+    that step QR's own sign convention shows in the distribution. LAPACK's two steps by themselves: `torch.linalg.qr`
+    wakes threads for small matrices, which takes longer than the QR.
     """
-    normal = stream.normal(count, size, size)
-    if size <= ONE_THREAD_UP_TO:
-        q, r = np.linalg.qr(normal.numpy())
-        Q, R = torch.from_numpy(q), torch.from_numpy(r)
-    else:
-        Q, R = torch.linalg.qr(normal)
-    return torch.where(R.diagonal(dim1=-2, dim2=-1).unsqueeze(-2) < 0, -Q, Q)
+    factored, tau = torch.geqrf(stream.normal(size, size))
+    Q = torch.linalg.householder_product(factored, tau)
+    signs = torch.copysign(torch.ones(size, dtype=torch.float64), factored.diagonal())
+    return Q.mul_(signs).contiguous()  # LAPACK's matrices lie column by column
 
 
 def kronecker_rows(Q_a: Tensor, Q_b: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
