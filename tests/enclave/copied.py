@@ -1,7 +1,8 @@
 """What an enclave and a copy of it send next, where the copy was made behind Python's back.
 
-A program of its own, because it forks by libc: no handler of `os.register_at_fork` runs, as none runs in a virtual machine
-that is resumed twice from one snapshot. Prints how many rows of the two requests are related, for few rows and many: 0 is right.
+A program of its own, because it forks by libc: no handler of `os.register_at_fork` runs, as none runs in a virtual
+machine that is resumed twice from one snapshot. Prints how many rows of the two requests are related, for few rows and
+for many: 0 is right.
 """
 
 from __future__ import annotations

@@ -189,4 +189,3 @@ def _box_muller(uniform: NDArray[Float]) -> NDArray[Float]:
     radius = np.sqrt(-2 * np.log1p(-u))  # 1 - u is never 0
     angle *= 2 * math.pi
     return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
-

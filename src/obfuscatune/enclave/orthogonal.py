@@ -18,7 +18,7 @@ def haar(stream: SecretStream, size: int) -> Tensor:
     wakes threads for small matrices, which takes longer than the QR.
     """
     factored, tau = torch.geqrf(stream.normal(size, size))
-    Q = torch.linalg.householder_product(factored, tau)
+    Q: Tensor = torch.linalg.householder_product(factored, tau)
     signs = torch.copysign(torch.ones(size, dtype=torch.float64), factored.diagonal())
     return Q.mul_(signs).contiguous()  # LAPACK's matrices lie column by column
 
