@@ -16,7 +16,7 @@ from obfuscatune.audit.attackers import equip
 from obfuscatune.audit.record import record_run
 from obfuscatune.audit.scenario import Scenario
 from obfuscatune.audit.variants import Variant
-from obfuscatune.wire.folders import temporary_root
+from obfuscatune.wire.files import temporary_root
 
 SIGMAS = 3.0
 """Standard errors from chance within which a figure is noise."""

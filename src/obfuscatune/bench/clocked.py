@@ -9,7 +9,7 @@ from pathlib import Path
 
 from obfuscatune.bench.clock import ClockPage
 from obfuscatune.enclave.local import LocalWorker
-from obfuscatune.wire.folders import temporary_root
+from obfuscatune.wire.files import temporary_root
 
 
 class ClockedWorker(LocalWorker):

@@ -20,7 +20,7 @@ from obfuscatune.bench.shapes import config_of
 from obfuscatune.report.environment import environment
 from obfuscatune.report.units import format_bytes, format_share
 from obfuscatune.wire.errors import ConfigError
-from obfuscatune.wire.folders import temporary_root
+from obfuscatune.wire.files import temporary_root
 
 Progress = Callable[[str], None]
 

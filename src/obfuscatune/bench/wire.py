@@ -24,7 +24,7 @@ from obfuscatune.bench.clocked import clocked_worker
 from obfuscatune.enclave.link import WorkerLink
 from obfuscatune.report.environment import environment
 from obfuscatune.report.units import format_bytes
-from obfuscatune.wire.folders import temporary_root
+from obfuscatune.wire.files import temporary_root
 from obfuscatune.wire.limits import MAX_SLOT_ROWS
 from obfuscatune.wire.secret_files import write_new
 from obfuscatune.wire.tls import TlsConfig, make_identity

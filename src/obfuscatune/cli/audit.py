@@ -12,7 +12,7 @@ from obfuscatune.cli import options, output
 from obfuscatune.cli.options import option
 from obfuscatune.cli.session import open_files
 from obfuscatune.wire.errors import ConfigError, StorageError
-from obfuscatune.wire.folders import temporary_root
+from obfuscatune.wire.files import temporary_root
 
 if TYPE_CHECKING:
     from obfuscatune.attacks.base import Attacker

@@ -21,7 +21,7 @@ from typing import Self
 from obfuscatune.enclave.forks import begin_anew_in_children
 from obfuscatune.jit.team import bound_cores
 from obfuscatune.wire.errors import ConfigError, ConnectionLost, StorageError
-from obfuscatune.wire.folders import temporary_root
+from obfuscatune.wire.files import temporary_root
 
 START_SECONDS = 120.0
 """From starting the process to its ready line: most of it is the import of torch on a busy machine."""

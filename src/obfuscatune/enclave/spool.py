@@ -20,7 +20,7 @@ from torch import Tensor
 
 from obfuscatune.enclave.link import MatrixSource
 from obfuscatune.wire.errors import ProtectionError, StorageError
-from obfuscatune.wire.folders import temporary_root
+from obfuscatune.wire.files import temporary_root
 from obfuscatune.wire.tensors import bytes_of, content_digest
 
 

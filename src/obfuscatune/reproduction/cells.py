@@ -71,7 +71,6 @@ class CellStore:
 
     def __init__(self, directory: RunDirectory) -> None:
         self._directory = directory
-        self._cells = RunDirectory(directory.root / _FOLDER)
 
     def read(self, cell: Cell) -> Measured | None:
         """That cell, if it is done.
@@ -79,11 +78,12 @@ class CellStore:
         Raises:
             StorageError: its file cannot be read, or is not what was written.
         """
-        path = self._cells.root / f"{cell.key}.json"
+        name = _file_of(cell)
+        path = self._directory.root / name
         if not path.exists():
             return None
         try:
-            document = json.loads(self._cells.read(path.name))
+            document = json.loads(self._directory.read(name))
             return Measured(**document)
         except (ValueError, TypeError) as error:
             raise StorageError(f"{path}: not a finished cell; remove it to measure anew") from error
@@ -102,5 +102,9 @@ class CellStore:
         result = cell.measure(watch)
         seconds = time.perf_counter() - began
         measured = Measured(cell.kind, cell.name, dict(cell.settings), dict(result), seconds, environment())
-        self._cells.write_file(f"{cell.key}.json", json.dumps(vars(measured), indent=1).encode() + b"\n")
+        self._directory.write_file(_file_of(cell), json.dumps(vars(measured), indent=1).encode() + b"\n")
         return measured
+
+
+def _file_of(cell: Cell) -> str:
+    return f"{_FOLDER}/{cell.key}.json"

@@ -8,6 +8,7 @@ import stat
 from pathlib import Path
 
 from obfuscatune.wire.errors import ConfigError
+from obfuscatune.wire.files import sync
 
 _GROUP_OR_OTHERS = stat.S_IRWXG | stat.S_IRWXO
 _BEYOND_GROUP_READ = _GROUP_OR_OTHERS & ~stat.S_IRGRP
@@ -56,7 +57,7 @@ def write_new(path: Path, content: bytes, mode: int = 0o600) -> None:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         _name_unless_taken(draft, path)
     finally:
         with contextlib.suppress(FileNotFoundError):

@@ -16,6 +16,7 @@ import torch
 
 from obfuscatune.wire.dtypes import DType
 from obfuscatune.wire.errors import StorageError
+from obfuscatune.wire.files import sync
 from obfuscatune.wire.tensors import bytes_of, content_digest
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ class ContentStore:
                 view = bytes_of(matrix)
                 while view:
                     view = view[file.write(view) :]
-                os.fsync(file.fileno())
+                sync(file.fileno())
             draft.replace(path)
         except OSError as error:
             draft.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
-"""Where temporary files go: `tempfile`'s choice, checked, so that a refusal names TMPDIR."""
+"""What not every disk offers: a folder for temporary files that can be written to, and `fsync`."""
 
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -10,6 +11,22 @@ from obfuscatune.wire.errors import StorageError
 SOCKET_ROOM = 40
 """Bytes of a socket's path below the folder that `temporary_root` returns: /obfuscatune-xxxxxxxx/worker.sock."""
 _SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")  # noqa: S108 - what is made there has a random name and mode 0700
+
+NOT_OFFERED = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK})
+"""How file systems (of networks, in user space) say that they have no locks, or nothing like `fsync`."""
+
+
+def sync(descriptor: int) -> None:
+    """Have a file, or the names in a folder, on disk before this returns; where the file system cannot, go on.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_OFFERED:
+            raise
 
 
 def temporary_root(*, for_socket: bool = False) -> Path:
