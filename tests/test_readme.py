@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from obfuscatune.tuning.names import ALIASES
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 
@@ -53,7 +55,8 @@ def test_links_lead_to_files(target: str) -> None:
 
 @pytest.mark.parametrize("page", ["README.md", "docs/finetune.md", "docs/worker.md", "docs/reproduce.md"])
 def test_options_that_are_named_exist(page: str) -> None:
-    declared = {"--help", "--debug", "--version"}
+    declared = {"--help", "--debug", "--version", "--install-completion", "--logdir"}
+    declared |= {f"--{name.replace('_', '-')}" for name in ALIASES}
     for file in (ROOT / "src/obfuscatune/cli").glob("*.py"):
         declared |= set(re.findall(r'"(--[a-z-]+)"', file.read_text("utf-8")))
     named = set(re.findall(r"--[a-z][a-z-]*", (ROOT / page).read_text("utf-8")))

@@ -92,7 +92,7 @@ def test_python_dash_m():
     [
         (["finetunes"], "No such command 'finetunes'"),
         (["help"], "--help says what there is"),
-        (["finetune", "--lora-rank", "3"], "No such option: --lora-rank"),
+        (["finetune", "--lora-size", "3"], "No such option: --lora-size"),
         (["finetune", "--lora-r", "three"], "Invalid value for '--lora-r'"),
         (["finetune", "extra"], "unexpected extra argument"),
         (["finetune"], "data is missing: give --data"),

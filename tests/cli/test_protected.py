@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -242,6 +243,34 @@ def test_ctrl_c_says_how_to_go_on(stories260k, notes, tmp_path):
         f"to go on: obfuscatune finetune --config {out / 'recipe.yaml'} --resume",
         "interrupted",
     ]
+
+
+@pytest.mark.parametrize(("signum", "plain"), [(signal.SIGTERM, []), (signal.SIGHUP, ["--plain"])])
+def test_a_signal_lets_the_step_finish_and_writes_a_checkpoint(stories260k, notes, tmp_path, signum, plain):
+    out = tmp_path / "run"
+    command = ("finetune", *plain, "--model", stories260k, "--data", notes, "--out", out, "--max-steps", 100_000)
+    with started(*command, "--checkpoint-every", 100_000) as process:
+        wait_until(lambda: steps_taken(out) >= 1, seconds=120)
+        own_workers = children(process.pid)
+        process.send_signal(signum)
+        stdout, stderr = process.communicate(timeout=120)
+    assert (process.returncode, stdout) == (128 + signum, "")
+    told, end = stderr.splitlines()[-2:]
+    assert told == f"to go on: obfuscatune finetune --config {out / 'recipe.yaml'} --resume"
+    step = re.fullmatch(rf"stopped by {signum.name}: stopped after step (\d+) of 100000: a checkpoint is written", end)
+    assert os.listdir(out / "checkpoints") == [f"step-{int(step[1]):06d}"]
+    assert len(own_workers) == (not plain)
+    for worker in own_workers:
+        wait_until(lambda worker=worker: not Path(f"/proc/{worker}").exists() or is_zombie(worker))
+
+
+def test_a_finished_run_is_extended(finetune, worker, tmp_path):
+    out, _ = finetune("run", "--worker", worker.address)
+    before = losses(out)
+    _, ran = finetune("run", "--worker", worker.address, "--resume", "--max-steps", 10)
+    assert "the run is extended from 8 to 10 steps; from here on the learning rate follows" in ran.stderr
+    assert losses(out)[:8] == before
+    assert ran.document["steps"] == 10
 
 
 def steps_taken(out: Path) -> int:

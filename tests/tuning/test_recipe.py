@@ -55,7 +55,8 @@ def test_the_resolved_recipe_is_a_run_file(run_file):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("data: a\nlearning_rat: 1\n", "unknown key learning_rat; the keys are model, data"),
+        ("data: a\nlearning_rat: 1\n", "unknown key learning_rat; did you mean learning_rate?"),
+        ("data: a\nzzz: 1\n", "unknown key zzz; the keys are model, data"),
         ("data: a\nbatchsize: 1\n", "unknown key batchsize; did you mean batch_size?"),
         ("data: a\nlora-r: 1\n", "unknown key lora-r; did you mean lora_r?"),
         ("data: a\n3: 1\n", "unknown key 3"),
@@ -80,6 +81,9 @@ def test_the_resolved_recipe_is_a_run_file(run_file):
         ("data: a\nlr: .nan\n", "lr: "),
         ("data: a\nlr: .inf\n", "lr: "),
         ("data: a\neval_every: 5\n", "eval_every is given, but no eval"),
+        ("data: a\nload_best: true\n", "load_best is given, but no eval"),
+        ("data: a\neval: b\npatience: 2\n", "patience needs measurements while training goes on"),
+        ("data: a\nwarmup_steps: 2\nwarmup_ratio: 0.1\n", "warmup_steps and warmup_ratio are both given"),
         ("data: a\nplain: true\nworker: unix:/x\n", "plain runs without a worker"),
     ],
 )

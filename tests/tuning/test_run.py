@@ -108,7 +108,9 @@ def test_to_resume_nothing_is_to_begin(run, tmp_path):
     [
         ({"lr": 0.5}, "lr was 0.0002 and is 0.5"),
         ({"seed": 1}, "seed was 0 and is 1"),
-        ({"epochs": 3}, "epochs was 2 and is 3"),
+        ({"epochs": 1}, "epochs was 2 and is 1"),
+        ({"max_steps": 30}, "max_steps was None and is 30"),
+        ({"epochs": 3, "lr": 0.5}, "lr was 0.0002 and is 0.5; epochs was 2 and is 3"),
         ({"profile": "guarded"}, "profile was 'private' and is 'guarded'"),
         ({"fingerprint": "other"}, "model was 'm' and is 'other'"),
         ({"lora_targets": ("c_attn",)}, r"lora_targets was 'all-linear' and is \['c_attn'\]"),

@@ -3,12 +3,14 @@
 import os
 import sys
 import traceback
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, NamedTuple
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from obfuscatune.cli.options import ENVIRONMENT
 from obfuscatune.process import settle_process
 from obfuscatune.version import __version__
 from obfuscatune.wire.errors import ConfigError, ObfuscaTuneError
@@ -19,6 +21,10 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 # typer exports BadParameter alone; its base is that of all usage errors, whether typer brings click or imports it.
 _UsageError: Any = typer.BadParameter.__bases__[0]
+
+
+_PREFIX = "OBFUSCATUNE_"
+_VARIABLES = (*ENVIRONMENT.values(), "OBFUSCATUNE_DEBUG", "OBFUSCATUNE_KERNELS")
 
 
 class _Command(NamedTuple):
@@ -64,8 +70,9 @@ class _LazyGroup(TyperGroup):
         return list(_COMMANDS)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        if args and args[0] in _COMMANDS:
-            self.commands[args[0]] = _import_command(args[0])
+        name = _with_dashes(args[0]) if args else ""
+        if name in _COMMANDS:
+            self.commands[name] = _import_command(name)
         return super().resolve_command(ctx, args)
 
 
@@ -84,6 +91,11 @@ def _unwrapped(text: str) -> str:
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 
+def _with_dashes(name: str) -> str:
+    """Options and commands may be typed with `_`, as they are spelt in Python and in run files."""
+    return name.replace("_", "-")
+
+
 def _version(value: bool) -> None:
     if value:
         typer.echo(f"obfuscatune {__version__}")
@@ -98,9 +110,10 @@ def _root(
 
 def make_app() -> Any:
     """The command line as typer runs it; no command's module is imported yet."""
-    app = typer.Typer(cls=_LazyGroup, no_args_is_help=True, add_completion=False)
+    app = typer.Typer(cls=_LazyGroup, no_args_is_help=True, context_settings={"token_normalize_func": _with_dashes})
     app.callback(
-        epilog="Each command has its own --help. With --debug, or OBFUSCATUNE_DEBUG=1, errors show a traceback."
+        epilog="Each command has its own --help, which names the environment variables that stand for options. "
+        "With --debug, or OBFUSCATUNE_DEBUG=1, errors show a traceback."
     )(_root)
     group: Any = typer.main.get_command(app)
     group.commands.update({name: TyperCommand(name, help=it.summary) for name, it in _COMMANDS.items()})
@@ -116,6 +129,7 @@ def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code."""
     settle_process()
     _prepare_libraries()
+    _warn_of_unknown_variables()
     debug = "--debug" in arguments or os.environ.get("OBFUSCATUNE_DEBUG", "") not in ("", "0")
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
@@ -159,6 +173,15 @@ def _prepare_libraries() -> None:
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }.items():
         os.environ.setdefault(name, value)
+
+
+def _warn_of_unknown_variables() -> None:
+    """A misspelt variable would be left out of account without a word."""
+    for name in sorted(os.environ):
+        if name.startswith(_PREFIX) and name not in _VARIABLES:
+            near = get_close_matches(name, _VARIABLES, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(_VARIABLES)}"
+            _say(f"warning: {name} is set in the environment and is no variable of ours; {hint}")
 
 
 def _say(message: str) -> None:

@@ -32,6 +32,7 @@ def chat(
     plain: options.Plain = False,
     worker: options.Worker = None,
     profile: options.Profile = None,
+    base: options.Base = None,
     first_blocks: options.FirstBlocks = None,
     key_file: options.KeyFile = None,
     tls_cert: options.TlsCert = None,
@@ -47,7 +48,7 @@ def chat(
     from obfuscatune.tuning.records import Message
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    protection = Protection(worker, profile, first_blocks, key_file, tls_cert, tls_key, peer).unless(plain)
+    protection = Protection(worker, profile, first_blocks, key_file, tls_cert, tls_key, peer, base).unless(plain)
     files = open_files(model)
     beginning = [] if system is None else [Message("system", system)]
     messages = list(beginning)

@@ -40,6 +40,7 @@ def evaluate(
     ] = False,
     worker: options.Worker = None,
     profile: options.Profile = None,
+    base: options.Base = None,
     first_blocks: options.FirstBlocks = None,
     key_file: options.KeyFile = None,
     tls_cert: options.TlsCert = None,
@@ -58,7 +59,7 @@ def evaluate(
         if value is not None and value < 1:
             raise ConfigError(f"{name}: expected at least 1, found {value}")
     ask = _load_questions(task, data_dir, data, limit, batch_size)
-    protection = Protection(worker, profile, first_blocks, key_file, tls_cert, tls_key, peer).unless(plain)
+    protection = Protection(worker, profile, first_blocks, key_file, tls_cert, tls_key, peer, base).unless(plain)
     files = open_files(model)
     results = []
     for chosen in [protection, None] if compare_plain else [protection]:

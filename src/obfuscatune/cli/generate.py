@@ -31,6 +31,7 @@ def generate(
     plain: options.Plain = False,
     worker: options.Worker = None,
     profile: options.Profile = None,
+    base: options.Base = None,
     first_blocks: options.FirstBlocks = None,
     key_file: options.KeyFile = None,
     tls_cert: options.TlsCert = None,
@@ -43,7 +44,7 @@ def generate(
 
     text = _read_prompt(prompt, prompt_file)
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    protection = Protection(worker, profile, first_blocks, key_file, tls_cert, tls_key, peer).unless(plain)
+    protection = Protection(worker, profile, first_blocks, key_file, tls_cert, tls_key, peer, base).unless(plain)
     files = open_files(model)
     ids = encode_open(files.tokenizer, text)
     sampling.check_room(len(ids), files.config)

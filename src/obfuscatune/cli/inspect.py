@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 def inspect(
     model: Annotated[
         str | None,
-        option("--model", "A config.json, its directory, or a Hub name.", default="the embedded model"),
+        option(
+            "--model",
+            "A config.json, its directory, or a Hub name.",
+            default="the embedded model",
+            envvar=options.ENVIRONMENT["model"],
+        ),
     ] = None,
     profile: options.Profile = None,
     first_blocks: options.FirstBlocks = None,

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from obfuscatune.cli import output
+from obfuscatune.cli import options, output
 from obfuscatune.wire.errors import ConfigError, ModelFileError, WireError
 
 if TYPE_CHECKING:
@@ -33,16 +33,24 @@ class Protection:
     tls_cert: Path | None = None
     tls_key: Path | None = None
     peer: Path | None = None
+    base: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.base not in (None, "closed", "public"):
+            raise ConfigError(f"--base: expected closed or public, found {self.base}")
 
     def unless(self, plain: bool) -> "Protection | None":
         """None where a run is to be plain.
 
         Raises:
-            ConfigError: it is to be plain, yet an option says how to protect it.
+            ConfigError: it is to be plain, yet an option says how to protect it; the environment may.
         """
         if not plain:
             return self
-        given = [field.name for field in fields(self) if getattr(self, field.name) is not None]
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        given = [
+            name for name, value in values.items() if value is not None and not options.said_by_environment(name, value)
+        ]
         if given:
             raise ConfigError(f"--plain protects nothing: leave it out, or --{given[0].replace('_', '-')}")
         return None

@@ -12,13 +12,16 @@ Data passes through the files in this order:
     data        a whole file          -> examples no longer than the model's window
     preview     a whole file          -> what the model will see, and what of it is trained on
     batches     examples              -> padded tensors, in an order fixed by the seed
+    names       Hugging Face's names  -> the recipe's
     recipe      a run file, options   -> everything that determines a run
     identity    recipe, data, model   -> what must be the same for a run to be resumed
     adapter     a model               -> the same model with LoRA factors; and their files
     schedule    a step                -> its learning rate
+    cadence     a recipe              -> how many steps, and after which of them to measure and save
     elsewhere   what trains elsewhere -> its optimizer
     loop        batches, a model      -> trained factors, one event a step
     journal     events                -> metrics.jsonl, and whoever watches
+    tensorboard events                -> event files, where asked for
     storage     bytes                 -> files and directories that are whole or absent
     checkpoint  a step's state        -> one of these directories, and back
     run         recipe and model      -> a run directory: checkpoints, metrics, adapter

@@ -13,6 +13,7 @@ hands.
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from safetensors.torch import save as save_tensors
 
 from obfuscatune.tuning.adapter import WEIGHTS, adapter_files, set_adapter_weights
 from obfuscatune.tuning.elsewhere import TrainsElsewhere
+from obfuscatune.tuning.identity import changed
 from obfuscatune.tuning.loop import StepEvent
 from obfuscatune.tuning.storage import RunDirectory
 from obfuscatune.wire.errors import ConfigError, StorageError
@@ -35,7 +37,6 @@ FORMAT = 1
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 _FOLDER = "checkpoints"
-_KEPT = 2
 _ADVICE = "delete it to go on from the checkpoint before it"
 
 
@@ -51,6 +52,23 @@ class Progress:
         """Steps taken."""
         return len(self.steps)
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether the loss on the eval records was measured after the last step."""
+        return bool(self.evals) and self.evals[-1][0] == self.step
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """(step, loss) of the smallest loss on the eval records, the first of equal ones; None before any training."""
+        trained = [(step, loss) for step, loss in self.evals if step]
+        return min(trained, key=lambda entry: (math.isnan(entry[1]), entry[1])) if trained else None
+
+    def is_stopped(self, patience: int | None) -> bool:
+        """Early stopping: whether the last `patience` measurements were no new smallest loss."""
+        if patience is None or self.best is None:
+            return False
+        return sum(step > self.best[0] for step, _ in self.evals) >= patience
+
 
 def save_checkpoint(
     directory: RunDirectory,
@@ -58,11 +76,16 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     ingredients: Mapping[str, Any],
+    *,
+    kept: int = 2,
+    keep_best: bool = False,
 ) -> None:
-    """Write the state after `progress.step` steps, then remove all but the last two.
+    """Write the state after `progress.step` steps, then remove all but the newest.
 
     Args:
         ingredients: What determines the run (`identity.py`); to resume, it must be the same.
+        kept: How many of the newest stay.
+        keep_best: Whether the one with the smallest loss on the eval records stays too.
 
     Raises:
         StorageError: the disk refused; the checkpoints before are as they were.
@@ -78,20 +101,57 @@ def save_checkpoint(
     }
     files[STATE] = json.dumps(state).encode()
     directory.write_directory(f"{_FOLDER}/{_name(progress.step)}", files)
-    for name in _names(directory)[:-_KEPT]:
-        directory.remove_directory(f"{_FOLDER}/{name}")
+    best = _name(progress.best[0]) if keep_best and progress.best else None
+    for name in _names(directory)[:-kept]:
+        if name != best:
+            directory.remove_directory(f"{_FOLDER}/{name}")
 
 
-def refuse_other_run(directory: RunDirectory, ingredients: Mapping[str, Any]) -> None:
+def refuse_other_run(
+    directory: RunDirectory, ingredients: Mapping[str, Any], *, load_best: bool = False
+) -> Mapping[str, Any] | None:
     """Refuse to go on from the newest checkpoint, if there is one, with other things than it is made of.
 
+    Args:
+        load_best: Whether the best checkpoint so far will be needed.
+
+    Returns:
+        What the newest checkpoint is made of; None where there is none.
+
     Raises:
-        ConfigError: they differ; the message names them.
+        ConfigError: they differ; the message names them. Or the best checkpoint was not kept.
         StorageError: the checkpoint is damaged, or of another format.
     """
     names = _names(directory)
-    if names:
-        _read_state(directory, f"{_FOLDER}/{names[-1]}").refuse_other(ingredients)
+    if not names:
+        return None
+    state = _read_state(directory, f"{_FOLDER}/{names[-1]}")
+    state.refuse_other(ingredients)
+    best = state.progress.best
+    if load_best and best is not None and _name(best[0]) not in names:
+        raise ConfigError(
+            f"load_best: the checkpoint of step {best[0]}, the best so far, was not kept, for the run was begun "
+            "without load_best and patience; leave it out"
+        )
+    return state.ingredients
+
+
+def load_best(directory: RunDirectory, peft_model: "PeftModel", progress: Progress) -> int | None:
+    """Put the factors of the best checkpoint into a model.
+
+    Returns:
+        Its step; None where the model has the best factors already.
+
+    Raises:
+        StorageError: the checkpoint is damaged, or not there.
+    """
+    if progress.best is None or progress.best[0] == progress.step:
+        return None
+    step = progress.best[0]
+    folder = f"{_FOLDER}/{_name(step)}"
+    files = _read_files(directory, folder, _read_state(directory, folder))
+    set_adapter_weights(peft_model, files[WEIGHTS], where=str(directory.root / folder / WEIGHTS))
+    return step
 
 
 def resume(
@@ -129,7 +189,7 @@ class _State:
 
     def refuse_other(self, ingredients: Mapping[str, Any]) -> None:
         before, now = self.ingredients, json.loads(json.dumps(dict(ingredients)))  # as from disk: tuples are lists
-        keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        keys = changed(before, now)
         if keys:
             changes = "; ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in keys)
             raise ConfigError(f"cannot resume, this is another run: {changes}. Undo that, or choose another --out")

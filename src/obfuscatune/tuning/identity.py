@@ -10,14 +10,36 @@ from obfuscatune.wire.errors import ModelFileError
 
 _SAMPLE_BYTES = 64 * 2**10
 
-_NOT_INGREDIENTS = {"model", "data", "eval", "out", "worker", "checkpoint_every"}
-"""Fields that may change: where things lie (contents are compared), and what leaves no trace in the result."""
+_NOT_INGREDIENTS = {
+    *("model", "data", "eval", "out", "worker", "base"),
+    *("checkpoint_every", "checkpoints_kept", "tensorboard", "logging_steps"),
+    *("patience", "load_best"),
+}
+"""Fields that may change: where things lie (contents are compared); what leaves no trace in the result; what is
+decided anew after each step, or at the end, from the losses so far."""
+_LENGTH = {"epochs", "max_steps"}
 
 
 def ingredients(recipe: Recipe, *, model: str, data: str, evaluation: str | None) -> Mapping[str, Any]:
     """The recipe's fields that shape the result, and the digests of model, data and eval records."""
     fields = recipe.model_dump(mode="json", exclude=_NOT_INGREDIENTS)
     return fields | {"model": model, "data": data, "eval": evaluation}
+
+
+def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The ingredients in which a run differs from a checkpoint's. To be longer is no difference."""
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if _LENGTH.issuperset(keys) and _is_longer(before, now):
+        return []
+    return keys
+
+
+def _is_longer(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether a run lasts as long as before, or longer. `max_steps` overrides `epochs`; the two are not compared."""
+    by = "epochs" if before.get("max_steps") is None else "max_steps"
+    if (before.get("max_steps") is None) != (now.get("max_steps") is None):
+        return False
+    return before.get(by) is not None and bool(now[by] >= before[by])
 
 
 def model_fingerprint(model: Path | str) -> str:

@@ -14,11 +14,15 @@ METRICS = "metrics.jsonl"
 
 @dataclass(frozen=True)
 class Started:
-    """The data is read and the model ready; `first_step` steps are already taken."""
+    """The data is read and the model ready; `first_step` steps are already taken.
+
+    `planned_before` is how many steps the run was to have when it was last begun, where that was fewer.
+    """
 
     first_step: int
     total_steps: int
     data: Data
+    planned_before: int | None = None
 
 
 @dataclass(frozen=True)

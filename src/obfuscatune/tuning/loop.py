@@ -8,7 +8,7 @@ saved generator, and a protected and a plain run of one seed drop the same units
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -107,12 +107,24 @@ def train(
         )
 
 
-def mean_loss(peft_model: "PeftModel", examples: Sequence[Example], *, batch_size: int, pad_id: int) -> float:
-    """Loss in nats per trained token over all examples, without dropout."""
+def mean_loss(
+    peft_model: "PeftModel",
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    pad_id: int,
+    before_batch: Callable[[], None] = lambda: None,
+) -> float:
+    """Loss in nats per trained token over all examples, without dropout.
+
+    Args:
+        before_batch: Called before each forward pass; what it raises ends the measurement.
+    """
     peft_model.eval()
     total, tokens = 0.0, 0
     with torch.no_grad():
         for start in range(0, len(examples), batch_size):
+            before_batch()
             batch = collate(examples[start : start + batch_size], pad_id, peft_model.device)
             total += _forward_loss(peft_model, batch).item() * batch.trained_tokens
             tokens += batch.trained_tokens

@@ -6,16 +6,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from obfuscatune.tuning.names import ALIASES, resolve_names
 from obfuscatune.wire.errors import ConfigError
 
 Positive = Annotated[int, Field(ge=1)]
+Interval = Positive | Literal["epoch"]
+"""A number of steps, or the steps of one pass over the data."""
 
 
 class Recipe(BaseModel):
     """A run of fine-tuning. Each field is a key of the run file and, with dashes, an option of `finetune`.
 
+    Hugging Face's names of the same things are accepted beside ours (`names.py`).
     Paths are relative to the directory that the command is run in.
     """
 
@@ -39,6 +43,8 @@ class Recipe(BaseModel):
     """Blocks that stay in the enclave; None is as the profile says."""
     worker: str | None = None
     """Address of a running worker; None starts one on this machine."""
+    base: Literal["closed", "public"] | None = None
+    """Whether the base model's weights were ever published; None looks for signs of it, and warns."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
 
     lora_r: Positive = 16
@@ -49,6 +55,8 @@ class Recipe(BaseModel):
     lr: Annotated[float, Field(gt=0, le=100)] = 2e-4
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
+    """The share of all steps that are warm-up, in place of `warmup_steps`; rounded up to a whole step."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip: Annotated[float, Field(gt=0)] = 1.0
     """The largest gradient norm that is left as it is."""
@@ -71,44 +79,98 @@ class Recipe(BaseModel):
     split_turns: bool = False
     """Make an example of each turn, where the chat template rewrites earlier turns."""
 
-    eval_every: Positive | None = None
+    eval_every: Interval | None = None
     """Steps between measurements on `eval`; None measures before the first step and after the last."""
-    checkpoint_every: Positive = 50
+    patience: Positive | None = None
+    """Early stopping: the measurements in a row without a new smallest loss on `eval` after which training ends."""
+    load_best: bool = False
+    """Make the adapter of the checkpoint with the smallest loss on `eval`, not of the last one."""
+    checkpoint_every: Interval = 50
     """Steps between checkpoints; there is always one after the last step."""
+    checkpoints_kept: Positive = 2
+    """How many of the newest stay; the best one stays besides, where `patience` or `load_best` needs it."""
+    tensorboard: bool = False
+    """Write event files for TensorBoard into the run directory."""
+    logging_steps: Positive = 1
+    """Steps between points in TensorBoard; metrics.jsonl has every step."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_names(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        try:
+            return resolve_names(given)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+
+    @field_validator("lora_targets", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        """One text with commas, as on the command line, is a list of names."""
+        if not isinstance(value, str) or value == "all-linear":
+            return value
+        return tuple(name.strip() for name in value.split(",") if name.strip())
+
+    @field_validator("schedule", mode="before")
+    @classmethod
+    def _constant(cls, value: Any) -> Any:
+        """Ours has a warm-up if one is asked for, as `constant_with_warmup` of transformers has."""
+        return "constant" if value == "constant_with_warmup" else value
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
-        if self.eval_every is not None and self.eval is None:
-            raise ValueError("eval_every is given, but no eval to measure on")
+        for name in ("eval_every", "patience", "load_best"):
+            if getattr(self, name) and self.eval is None:
+                raise ValueError(f"{name} is given, but no eval to measure on")
+        for name in ("patience", "load_best"):
+            if getattr(self, name) and self.eval_every is None:
+                raise ValueError(f"{name} needs measurements while training goes on: give eval_every too")
+        if self.warmup_ratio is not None and self.warmup_steps:
+            raise ValueError("warmup_steps and warmup_ratio are both given: leave one out")
         if self.plain and self.worker is not None:
             raise ValueError("plain runs without a worker, yet worker is given")
         return self
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the checkpoint with the smallest loss on `eval` stays, however old it is."""
+        return self.load_best or self.patience is not None
 
     def to_yaml(self) -> str:
         """The resolved recipe, as a run file."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def load_recipe(config: Path | None, overrides: Mapping[str, Any]) -> Recipe:
+def load_recipe(config: Path | None, overrides: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> Recipe:
     """Read a run file, if there is one, and lay the command line's options over it.
 
     Args:
         config: A YAML file whose keys are `Recipe`'s fields.
         overrides: Fields given on the command line; those that are None were not given.
+        defaults: Fields that hold where neither of these says anything: what the environment says.
 
     Raises:
         ConfigError: the file cannot be read or is not a mapping; a key is unknown or given twice; a value is
             outside its range.
     """
     fields = {} if config is None else _read(config)
-    unknown = next((key for key in fields if key not in Recipe.model_fields), None)
+    known = [*Recipe.model_fields, *ALIASES]
+    unknown = next((key for key in fields if key not in known), None)
     if unknown is not None:
-        near = get_close_matches(str(unknown), Recipe.model_fields, n=1)
+        near = get_close_matches(str(unknown), known, n=1)
         hint = f"; did you mean {near[0]}?" if near else f"; the keys are {', '.join(Recipe.model_fields)}"
         raise ConfigError(f"{config}: unknown key {unknown}{hint}")
-    given = {key: value for key, value in overrides.items() if value is not None}
     try:
-        return Recipe.model_validate({**fields, **given})
+        fields = resolve_names(fields)
+    except ConfigError as error:
+        raise ConfigError(f"{config}: {error}") from error
+    given = resolve_names({key: value for key, value in overrides.items() if value is not None})
+    said = {**fields, **given}
+    if said.get("plain"):  # the environment names a worker for the runs that want one
+        defaults = {key: value for key, value in (defaults or {}).items() if key != "worker"}
+    try:
+        return Recipe.model_validate({**(defaults or {}), **said})
     except ValidationError as error:
         raise ConfigError(_explain(error, config, given)) from error
 

@@ -2,28 +2,32 @@
 
 <out>/recipe.yaml     the resolved recipe
 <out>/metrics.jsonl   a line for every step and every measurement on the eval records
-<out>/checkpoints/    the last two (checkpoint.py)
+<out>/checkpoints/    the newest, and the best (checkpoint.py)
+<out>/tensorboard/    the same as metrics.jsonl, where asked for (tensorboard.py)
 <out>/adapter/        the result, in PEFT's format
 <out>/run.json        what came out, once the run is complete
 """
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from obfuscatune.tuning.adapter import adapter_files, add_lora
-from obfuscatune.tuning.batches import Plan
-from obfuscatune.tuning.checkpoint import Progress, refuse_other_run, resume, save_checkpoint
+from obfuscatune.tuning.cadence import Cadence
+from obfuscatune.tuning.checkpoint import Progress, load_best, refuse_other_run, resume, save_checkpoint
 from obfuscatune.tuning.data import Data, Dataset, Source, load_dataset
 from obfuscatune.tuning.identity import ingredients
 from obfuscatune.tuning.journal import Event, Journal, Started
-from obfuscatune.tuning.loop import Descent, make_optimizer, mean_loss, train
+from obfuscatune.tuning.loop import make_optimizer, mean_loss, train
 from obfuscatune.tuning.recipe import Recipe
 from obfuscatune.tuning.storage import RunDirectory
+from obfuscatune.tuning.tensorboard import also_on_board
 from obfuscatune.tuning.tokens import check_ids, context_window, embedding_rows, end_id
-from obfuscatune.wire.errors import ConfigError
+from obfuscatune.wire.errors import ConfigError, RunStopped
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -32,11 +36,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A complete run. `model` is the wrapped model, ready to answer; `adapter` its directory."""
+    """A complete run. `model` is the wrapped model, ready to answer; `adapter` its directory.
+
+    `best_step` is the step whose factors both have, where these are not the last one's.
+    """
 
     model: "PeftModel"
     progress: Progress
     adapter: Path
+    best_step: int | None = None
 
 
 def load_data(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", config: Any) -> Data:
@@ -98,7 +106,7 @@ def check_out(recipe: Recipe, data: Data, *, fingerprint: str, resume_run: bool)
     if recipe.out.exists():
         directory = RunDirectory(recipe.out)
         _refuse_accident(directory, resume_run)
-        refuse_other_run(directory, _made_of(recipe, data, fingerprint))
+        refuse_other_run(directory, _made_of(recipe, data, fingerprint), load_best=recipe.load_best)
 
 
 def finetune(
@@ -110,6 +118,7 @@ def finetune(
     fingerprint: str,
     report: Callable[[Event], None],
     resume_run: bool = False,
+    stop_asked: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """Fine-tune a model, protected or plain, as the recipe says, and write the run directory.
 
@@ -118,63 +127,113 @@ def finetune(
         data: What `load_data` read.
         fingerprint: What tells this model from others (`identity.model_fingerprint`).
         report: Called with each event as it happens.
-        resume_run: Go on from the newest checkpoint in `recipe.out`; without one, begin.
+        resume_run: Go on from the newest checkpoint in `recipe.out`; without one, begin. With more epochs or steps
+            than the run had, it becomes longer: the learning rate then follows the schedule of the longer run from
+            the next step on.
+        stop_asked: Asked after each step, and while measuring: whether to end early.
 
     Raises:
         ConfigError: the recipe does not fit the model; `out` holds a run that is not to be resumed, or
-            another one than this.
+            another one than this; TensorBoard is asked for and not installed.
         NonFiniteError: a loss or gradient is NaN or infinite.
+        RunStopped: `stop_asked` said so; a checkpoint is written, and to resume from it is never to have stopped.
         StorageError: the disk refused, or a checkpoint is damaged.
     """
+    cadence = Cadence.of(recipe, len(data.train.examples))
     made_of = _made_of(recipe, data, fingerprint)
-    plan = Plan(len(data.train.examples), recipe.batch_size, recipe.accumulation, recipe.seed)
-    total_steps = recipe.max_steps or recipe.epochs * plan.steps_per_epoch
-    descent = Descent(recipe.lr, recipe.schedule, recipe.warmup_steps, recipe.clip, total_steps)
-    pad_id = end_id(tokenizer)
-
     directory = RunDirectory(recipe.out)
-    with directory.locked():
+    with directory.locked(), ExitStack() as stack:
         _refuse_accident(directory, resume_run)
         directory.clean()
+        before = refuse_other_run(directory, made_of, load_best=recipe.load_best)
         peft_model = _with_lora(model, recipe)
         optimizer = make_optimizer(peft_model, weight_decay=recipe.weight_decay)
-        progress = resume(directory, peft_model, optimizer, made_of)
+        progress = saved = resume(directory, peft_model, optimizer, made_of)
         directory.write_file("recipe.yaml", recipe.to_yaml().encode())
+        if recipe.tensorboard:
+            report = stack.enter_context(also_on_board(report, directory, progress, recipe.logging_steps))
         journal = Journal(directory, progress, report)
-        report(Started(progress.step, total_steps, data))
+        report(Started(progress.step, cadence.total_steps, data, cadence.planned_before(before)))
+        pad_id = end_id(tokenizer)
 
         def measure() -> None:
-            if data.eval is not None:
-                examples = data.eval.examples
-                journal.measured(mean_loss(peft_model, examples, batch_size=recipe.batch_size, pad_id=pad_id))
+            """Measure what is due; a measurement that is broken off is made when the run goes on."""
+            if data.eval is None or journal.progress.is_measured or not cadence.measures_at(journal.progress.step):
+                return
+            with suppress(_StopAskedError):
+                loss = mean_loss(
+                    peft_model,
+                    data.eval.examples,
+                    batch_size=recipe.batch_size,
+                    pad_id=pad_id,
+                    before_batch=partial(_raise_if, stop_asked),
+                )
+                journal.measured(loss)
 
-        if progress.step == 0:
+        def settle() -> bool:
+            """What is due after the steps so far: measure, save, end where asked to. Whether the run is complete."""
+            nonlocal saved
             measure()
-        for event in train(
-            peft_model, optimizer, data.train.examples, plan, descent, pad_id=pad_id, first_step=progress.step
-        ):
-            journal.stepped(event)
-            last = event.step == total_steps
-            if last or (recipe.eval_every is not None and event.step % recipe.eval_every == 0):
-                measure()
-            if last or event.step % recipe.checkpoint_every == 0:
-                save_checkpoint(directory, peft_model, optimizer, journal.progress, made_of)
+            now = journal.progress
+            complete = now.step == cadence.total_steps or now.is_stopped(recipe.patience)
+            stopping = not complete and stop_asked()
+            is_best = recipe.keeps_best and now.best is not None and now.best[0] == now.step
+            due = complete or stopping or is_best or cadence.saves_at(now.step)
+            if due and now.step and now != saved:
+                save_checkpoint(
+                    directory,
+                    peft_model,
+                    optimizer,
+                    now,
+                    made_of,
+                    kept=recipe.checkpoints_kept,
+                    keep_best=recipe.keeps_best,
+                )
+                saved = now
+            if stopping:
+                written = "a checkpoint is written" if now.step else "there is nothing to save yet"
+                raise RunStopped(f"stopped after step {now.step} of {cadence.total_steps}: {written}")
+            return complete
 
+        complete = settle()
+        if not complete:
+            directory.remove_file("run.json")  # of the shorter run that this one goes on from
+        steps = train(
+            *(peft_model, optimizer, data.train.examples, cadence.plan, cadence.descent),
+            pad_id=pad_id,
+            first_step=progress.step,
+        )
+        while not complete:
+            journal.stepped(next(steps))
+            complete = settle()
+
+        best_step = load_best(directory, peft_model, journal.progress) if recipe.load_best else None
         directory.write_directory("adapter", adapter_files(peft_model))
         directory.write_file("run.json", json.dumps(summary(journal.progress), indent=2).encode() + b"\n")
-    return Outcome(peft_model.eval(), journal.progress, recipe.out / "adapter")
+    return Outcome(peft_model.eval(), journal.progress, recipe.out / "adapter", best_step)
 
 
 def summary(progress: Progress) -> dict[str, object]:
     """A complete run in numbers: losses in nats per token, seconds of all its steps, trained tokens."""
+    best = progress.best
     return {
         "steps": progress.step,
         "first_loss": progress.steps[0].loss,
         "last_loss": progress.steps[-1].loss,
         "eval_losses": [{"step": step, "loss": loss} for step, loss in progress.evals],
+        "best_eval": None if best is None else {"step": best[0], "loss": best[1]},
         "tokens": sum(event.tokens for event in progress.steps),
         "seconds": sum(event.seconds for event in progress.steps),
     }
+
+
+class _StopAskedError(Exception):
+    """Ends a measurement."""
+
+
+def _raise_if(asked: Callable[[], bool]) -> None:
+    if asked():
+        raise _StopAskedError
 
 
 def _made_of(recipe: Recipe, data: Data, fingerprint: str) -> Mapping[str, Any]:

@@ -101,6 +101,15 @@ class RunDirectory:
                 raise
             sync(folder)
 
+    def remove_file(self, name: str) -> None:
+        """Remove a file; one that is not there is fine.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        with _storage_errors(self.root / name):
+            (self.root / name).unlink(missing_ok=True)
+
     def append(self, name: str, content: bytes) -> None:
         """Add to a file's end. After a kill, the last addition may be missing or in part.
 

@@ -5,6 +5,7 @@
     ├── DataError                 a data set that cannot be read; carries file and line
     ├── ModelFileError            a model directory that cannot be read as what it claims to be
     ├── StorageError              the disk refused: full, read-only, gone
+    ├── RunStopped                a run of fine-tuning ended early because it was asked to; a checkpoint is written
     ├── ProtectionError           the enclave cannot keep its promise and stops
     │   └── NonFiniteError        NaN or infinity arose inside the enclave, before anything was sent
     └── WireError                 between enclave and worker
@@ -46,6 +47,10 @@ class ModelFileError(ObfuscaTuneError):
 
 class StorageError(ObfuscaTuneError):
     """The disk refused: full, read-only or gone."""
+
+
+class RunStopped(ObfuscaTuneError):
+    """A run of fine-tuning ended early because it was asked to. Its newest checkpoint is of the step it ended at."""
 
 
 class ProtectionError(ObfuscaTuneError):
