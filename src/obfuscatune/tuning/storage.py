@@ -107,8 +107,8 @@ class RunDirectory:
         Raises:
             StorageError: the disk refused.
         """
-        with _storage_errors(self.root / name):
-            (self.root / name).unlink(missing_ok=True)
+        with self._storage_errors(name), self._folder_of(name) as (folder, last):
+            _remove(last, folder)
 
     def append(self, name: str, content: bytes) -> None:
         """Add to a file's end. After a kill, the last addition may be missing or in part.

@@ -39,8 +39,7 @@ def also_on_board(
         raise ConfigError(
             f"tensorboard cannot be imported ({error}); run: pip install 'obfuscatune[tensorboard]'"
         ) from error
-    if (directory.root / FOLDER).exists():
-        directory.remove_directory(FOLDER)
+    directory.write_directory(FOLDER, {})
     try:
         with SummaryWriter(str(directory.root / FOLDER)) as writer:
             board = _Board(writer, every)
