@@ -10,7 +10,7 @@ from types import TracebackType
 
 import torch
 
-from obfuscatune.wire.address import UnixAddress
+from obfuscatune.wire.address import Address, UnixAddress
 from obfuscatune.wire.connect import connect
 from obfuscatune.wire.deadline import Deadline
 from obfuscatune.wire.framing import recv_body, recv_header, recv_payload, send_message
@@ -18,11 +18,13 @@ from obfuscatune.wire.listen import Listener
 from obfuscatune.wire.messages import FORMS, REPLIES, Header, MessageType
 from obfuscatune.wire.payloads import Hello
 from obfuscatune.wire.tensors import bytes_of
+from obfuscatune.wire.tls import PinnedTls
 from obfuscatune.wire.transport import Buffer
 from obfuscatune.worker.answer import Answerer
 from obfuscatune.worker.compute import Computer
 from obfuscatune.worker.connection import Service
 from obfuscatune.worker.disk import ContentStore
+from obfuscatune.worker.quota import Quota
 from obfuscatune.worker.recorder import Recorder
 from obfuscatune.worker.server import Server
 from obfuscatune.worker.sessions import Sessions
@@ -35,7 +37,7 @@ SECONDS = 20.0
 class Serving:
     """What a test may look into while the worker serves."""
 
-    def __init__(self, address: UnixAddress, service: Service, server: Server) -> None:
+    def __init__(self, address: Address, service: Service, server: Server) -> None:
         self.address = address
         self.service = service
         self.server = server
@@ -53,20 +55,22 @@ def serving(
     record: Path | None = None,
     max_sessions: int = 64,
     idle_seconds: float = 3600,
+    listen: Address | None = None,
+    tls: PinnedTls | None = None,
 ) -> Iterator[Serving]:
     """A worker that listens in `folder`."""
-    store = MatrixStore(quota_bytes, when_full)
-    sessions = Sessions(max_sessions, store.forget_session, idle_seconds)
+    store = MatrixStore(Quota(quota_bytes), when_full)
+    sessions = Sessions(max_sessions, store, idle_seconds)
     recorder = None if record is None else Recorder(record)
-    content = None if disk is None else ContentStore(disk)
-    listener = Listener(UnixAddress(folder / "worker.sock"))
+    content = None if disk is None else ContentStore(disk, Quota(quota_bytes))
+    listener = Listener(listen or UnixAddress(folder / "worker.sock"), tls)
     answerer = Answerer(store, Computer(torch.device("cpu"), dtype, may_watch=record is None), content)
     service = Service(answerer, sessions, recorder, listener.stop)
     server = Server(listener, service)
     thread = threading.Thread(target=server.serve)
     thread.start()
     try:
-        yield Serving(UnixAddress(folder / "worker.sock"), service, server)
+        yield Serving(listener.address, service, server)
     finally:
         server.stop()
         thread.join(SECONDS)
@@ -78,8 +82,8 @@ def serving(
 class RawClient:
     """Says whatever it is told to, and reads replies."""
 
-    def __init__(self, address: UnixAddress, session_id: bytes = bytes(32)) -> None:
-        self.transport = connect(address, Deadline(SECONDS))
+    def __init__(self, address: Address, session_id: bytes = bytes(32), tls: PinnedTls | None = None) -> None:
+        self.transport = connect(address, Deadline(SECONDS), tls)
         self.session_id = session_id
 
     def hello(self) -> Header:

@@ -22,7 +22,8 @@ from obfuscatune.worker.buffers import Buffers
 from obfuscatune.worker.compute import Computer
 from obfuscatune.worker.connection import Connection, Service
 from obfuscatune.worker.intake import Intake
-from obfuscatune.worker.sessions import Sessions
+from obfuscatune.worker.quota import Quota
+from obfuscatune.worker.sessions import Sessions, session_key
 from obfuscatune.worker.store import MatrixStore
 from tests.wire.mutation import mutated
 
@@ -101,13 +102,13 @@ def test_the_intake(asked: list[int]) -> None:
     refused = 0
     for _ in range(10_000):
         asked.clear()
-        store = MatrixStore(QUOTA)
-        intake = Intake(Tape(mutated(dice.choice(REQUESTS), dice)), store, Buffers())
+        store = MatrixStore(Quota(QUOTA))
+        intake = Intake(Tape(mutated(dice.choice(REQUESTS), dice)), session_key("peer", ID), store, Buffers())
         try:
             for _ in range(10):
                 item = intake.next()
-                if isinstance(item, Request) and item.header.type is MessageType.STORE:
-                    store.release(item.header.payload_bytes)
+                if isinstance(item, Request) and item.claim is not None:
+                    item.claim.release()
         except WireError:
             refused += 1
         assert sum(asked) <= MAX_WINDOW_BYTES
@@ -124,24 +125,24 @@ def test_claims_of_requests_that_nobody_answers_are_given_back() -> None:
                 raise ConnectionLost("gone")
             super().send(buffers, deadline)
 
-    store = MatrixStore(QUOTA)
-    service = Service(Answerer(store, Computer(torch.device("cpu"))), Sessions(4, store.forget_session))
-    Connection(Deaf(HELLO + REQUESTS[0] + 5 * REQUESTS[1]), service).serve()
-    assert store._reserved_bytes == 0
+    store = MatrixStore(Quota(QUOTA))
+    service = Service(Answerer(store, Computer(torch.device("cpu"))), Sessions(4, store))
+    Connection(Deaf(HELLO + REQUESTS[0] + 5 * REQUESTS[1]), "peer", service).serve()
+    assert store.held_bytes == 0
 
 
 def test_whole_connections() -> None:
     dice = random.Random(20261123)
     reached = 0
     for _ in range(1_000):
-        store = MatrixStore(QUOTA)
-        service = Service(Answerer(store, Computer(torch.device("cpu"))), Sessions(4, store.forget_session))
+        store = MatrixStore(Quota(QUOTA))
+        service = Service(Answerer(store, Computer(torch.device("cpu"))), Sessions(4, store))
         tape = Tape(HELLO + mutated(b"".join(REQUESTS), dice) if dice.random() < 0.9 else mutated(HELLO, dice))
-        Connection(tape, service).serve()
+        Connection(tape, "peer", service).serve()
         assert tape.closed
         attached = service.answerer._on_adapters.adapters._held
         reached += bool(attached)
-        for session, _ in list(attached):
+        for session in list(service.sessions._sessions):
             store.forget_session(session)
-        assert store._reserved_bytes == 0  # factors, moments, and what no backward pass came for
+        assert store.held_bytes == 0  # factors, moments, and what no backward pass came for
     assert reached > 50

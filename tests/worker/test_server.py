@@ -166,7 +166,7 @@ def test_no_more_sessions_than_allowed(tmp_path: Path) -> None:
 
 def test_quota_refuses_at_the_offer(tmp_path: Path) -> None:
     with serving(tmp_path, quota_bytes=60) as worker, link_to(worker) as link:
-        with pytest.raises(QuotaExceeded, match="48 of 60"):
+        with pytest.raises(QuotaExceeded, match="you have 48 of the 60"):
             link.store(bytes(15) + b"\x01", lambda: W, shape=(3, 4), dtype=W.dtype)
         assert torch.equal(link.multiply(ID, X, transpose=False), X @ W)
         assert link.stats.reconnects == 0

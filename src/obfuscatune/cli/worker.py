@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from obfuscatune.cli.options import option
+from obfuscatune.wire.limits import MAX_SESSIONS
 from obfuscatune.worker.__main__ import main
 from obfuscatune.worker.options import WorkerOptions
 
@@ -36,11 +37,20 @@ def worker(
     quota: Annotated[
         str | None, option("--quota", "Memory for matrices, as 8GiB.", default="80% of the RAM", panel=_MEMORY)
     ] = None,
+    peer_quota: Annotated[
+        str | None,
+        option(
+            "--peer-quota",
+            "What one peer (a TLS key, a user of this host, an address) may have of it.",
+            default="all; by TLS and with --when-full refuse, its part of --quota",
+            panel=_MEMORY,
+        ),
+    ] = None,
     when_full: Annotated[
         str,
         option(
             "--when-full",
-            "refuse what does not fit, or evict what was not used for longest.",
+            "refuse what does not fit, or evict what was not used for longest, of peers with more than their share.",
             default="refuse",
             panel=_MEMORY,
         ),
@@ -49,12 +59,21 @@ def worker(
         Path | None,
         option("--store", "Keep matrices here as well, so that a later run need not upload them.", panel=_MEMORY),
     ] = None,
+    store_quota: Annotated[
+        str | None,
+        option(
+            "--store-quota",
+            "Disk for that, as 8GiB; what was not used for longest is removed.",
+            default="as much as --quota",
+            panel=_MEMORY,
+        ),
+    ] = None,
     record: Annotated[
         Path | None, option("--record", "Write down here all that this worker sees, to be examined.", panel=_MEMORY)
     ] = None,
     max_sessions: Annotated[
-        int, option("--max-sessions", "The most enclaves at a time.", default="64", panel=_MEMORY)
-    ] = 64,
+        int, option("--max-sessions", "The most enclaves at a time.", default=str(MAX_SESSIONS), panel=_MEMORY)
+    ] = MAX_SESSIONS,
     tls_cert: Annotated[
         Path | None, option("--tls-cert", "This worker's certificate (obfuscatune keygen).", panel=_TLS)
     ] = None,
@@ -77,12 +96,14 @@ def worker(
         device=device,
         dtype=dtype,
         quota=quota,
+        peer_quota=peer_quota,
         when_full=when_full,
         threads=threads,
         no_watch=no_watch,
         max_sessions=max_sessions,
         record=record,
         store=store,
+        store_quota=store_quota,
         tls_cert=tls_cert,
         tls_key=tls_key,
         peer=peer,

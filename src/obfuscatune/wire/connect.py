@@ -5,6 +5,7 @@ import socket
 from obfuscatune.wire.address import Address, TcpAddress
 from obfuscatune.wire.deadline import Deadline
 from obfuscatune.wire.errors import ConfigError, ConnectionLost
+from obfuscatune.wire.limits import UNREACHABLE_SECONDS
 from obfuscatune.wire.tls import PinnedTls
 from obfuscatune.wire.tls_transport import TlsTransport
 from obfuscatune.wire.transport import SocketTransport, Transport, tune
@@ -56,11 +57,11 @@ def connect(address: Address, deadline: Deadline, tls: PinnedTls | None = None) 
 def _connected(address: Address, deadline: Deadline) -> socket.socket:
     if isinstance(address, TcpAddress):
         sock = socket.create_connection((address.host, address.port), timeout=deadline.remaining())
-        tune(sock)
+        tune(sock, UNREACHABLE_SECONDS)
         return sock
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        tune(sock)
+        tune(sock, UNREACHABLE_SECONDS)
         sock.settimeout(deadline.remaining())
         sock.connect(str(address.path))
     except BaseException:

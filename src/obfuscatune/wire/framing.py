@@ -1,9 +1,10 @@
 """Messages over a transport. Sizes are checked before memory is asked for; payloads land in the caller's own buffer."""
 
 from obfuscatune.wire.deadline import NEVER, Deadline
-from obfuscatune.wire.errors import ConnectionLost, Truncated
+from obfuscatune.wire.errors import BadMagic, ConnectionLost, Truncated
+from obfuscatune.wire.foreign import what_it_speaks
 from obfuscatune.wire.limits import CHUNK_BYTES
-from obfuscatune.wire.messages import HEADER_BYTES, Header, MessageType
+from obfuscatune.wire.messages import HEADER_BYTES, MAGIC, Header, MessageType
 from obfuscatune.wire.transport import Buffer, Transport
 
 
@@ -34,6 +35,7 @@ def recv_header(
 
     Raises:
         ConnectionLost: the peer closed between two messages.
+        BadMagic: it speaks another protocol.
         Truncated: it closed inside the header.
         ProtocolError: see `Header.unpack`.
     """
@@ -42,6 +44,8 @@ def recv_header(
     came = transport.recv_into(view, deadline)
     if came == 0:
         raise ConnectionLost("the peer closed the connection")
+    if data[:came][: len(MAGIC)] != MAGIC[:came]:  # what is no header need not be as long as one
+        raise BadMagic(f"expected the magic {MAGIC!r}, got {bytes(data[: min(came, 4)])!r}: {what_it_speaks(data)}")
     recv_payload(transport, view[came:], deadline if rest_seconds is None else Deadline(rest_seconds))
     return Header.unpack(data, expected=expected)
 

@@ -55,11 +55,47 @@ SOCKET_BUFFER_BYTES = 4 * MIB
 HANDSHAKE_SECONDS = 10.0
 """From the accepted connection to a complete HELLO: a stranger who says nothing costs a thread no longer."""
 
+MAX_HANDSHAKES = 32
+"""Connections at a time that have not said HELLO yet. One more ends the oldest of the address that has most of them."""
+
+MAX_SESSIONS = 64
+"""Sessions of a worker at a time, by default. A peer that has more of them than another gives way to that one."""
+
+MAX_SESSION_CONNECTIONS = 4
+"""Connections of one session; one more ends the oldest. An enclave has one, or two while the first is half open."""
+
+MAX_MATRICES = 16384
+"""Of one session: ten times those of the deepest models. Each takes some memory besides its elements."""
+
+EMPTY_IDLE_SECONDS = 300.0
+"""A connection without a request for so long is closed where its session holds nothing."""
+
+CONNECTION_IDLE_SECONDS = 1800.0
+"""The same where it holds something. The enclave connects again, and finds its matrices, within IDLE_SECONDS more."""
+
 IDLE_SECONDS = 3600.0
 """A session without a connection is forgotten after this. Longer than any restart of an enclave."""
 
-MAX_CONNECTIONS = 256
-"""Open connections of a worker, greeted or not: each takes two threads."""
+REPLACED_AFTER_SECONDS = 60.0
+"""Where all places are taken, a session that was idle for so long gives way to another of the same peer; one without a
+connection, to any."""
+
+KEEPALIVE_SECONDS = 15.0
+"""An idle TCP connection is probed after this: sooner than a NAT forgets it (RFC 5382: two hours; many: a minute)."""
+
+KEEPALIVE_INTERVAL_SECONDS = 5.0
+"""Between two such probes without an answer."""
+
+KEEPALIVE_PROBES = 3
+"""So many without an answer, and the connection is lost."""
+
+UNREACHABLE_SECONDS = 20.0
+"""TCP_USER_TIMEOUT of the enclave: a worker whose system acknowledges nothing for so long is lost. A worker bears
+STALL_SECONDS: an enclave need not read its replies at once."""
+
+IDLE_CHECK_SECONDS = 5.0
+"""Before an enclave sends on a network connection that was idle for so long, it asks for a sign of life; and waits for
+it as long again, before it connects anew."""
 
 STALL_SECONDS = 120.0
 """From the first byte of a message to its last, at the worker, besides what its size takes at the slowest rate."""

@@ -1,17 +1,23 @@
 """The worker's end: a socket that waits for enclaves."""
 
 import contextlib
+import errno
 import select
 import socket
 import stat
+import time
 
 from obfuscatune.wire.address import Address, TcpAddress, UnixAddress
 from obfuscatune.wire.errors import ConfigError
+from obfuscatune.wire.limits import STALL_SECONDS
 from obfuscatune.wire.tls import PinnedTls
 from obfuscatune.wire.tls_transport import TlsTransport
 from obfuscatune.wire.transport import SocketTransport, tune
 
 BACKLOG = 64
+RESOURCES_SECONDS = 0.1
+"""Before another connection is accepted where the system has no descriptor or memory for it."""
+_OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class Listener:
@@ -39,11 +45,13 @@ class Listener:
                 return None
             try:
                 sock, peer = self._sock.accept()
-            except OSError:  # the peer went away between poll and accept: wait for the next
+            except OSError as error:  # mostly, the peer went away between poll and accept: wait for the next
+                if error.errno in _OUT_OF_RESOURCES:
+                    time.sleep(RESOURCES_SECONDS)  # it would be ready again at once
                 continue
             name = f"tcp:{peer[0]}:{peer[1]}" if peer else str(self.address)
             try:
-                tune(sock)
+                tune(sock, STALL_SECONDS)
                 return SocketTransport(sock, name) if self._tls is None else TlsTransport(sock, name, self._tls)
             except OSError:  # the same, a moment later
                 sock.close()

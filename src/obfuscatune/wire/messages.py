@@ -14,6 +14,7 @@ from types import MappingProxyType
 from obfuscatune.wire.adapters import PARTS, Step, attachment_bytes
 from obfuscatune.wire.dtypes import DType
 from obfuscatune.wire.errors import BadMagic, LimitExceeded, MalformedMessage, Truncated, UnsupportedVersion
+from obfuscatune.wire.foreign import what_it_speaks
 from obfuscatune.wire.limits import (
     MAX_DIM,
     MAX_ERROR_BYTES,
@@ -257,7 +258,7 @@ class Header:
             _HEADER.unpack_from(data)
         )
         if magic != MAGIC:
-            raise BadMagic(f"expected the magic {MAGIC!r}, got {magic!r}: the peer speaks another protocol")
+            raise BadMagic(f"expected the magic {MAGIC!r}, got {magic!r}: {what_it_speaks(magic)}")
         if version != VERSION:
             raise UnsupportedVersion(f"expected protocol version {VERSION}, got {version}: install the same release")
         if kind not in expected:

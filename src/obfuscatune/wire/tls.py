@@ -65,21 +65,30 @@ class PinnedTls:
                 f"cannot use TLS with {config.certificate}, {config.private_key} and the peer {config.peers}: {error}; "
                 "make a pair by `obfuscatune keygen`"
             ) from error
-        self._server = server
+        self.is_server = server
 
     def wrap(self, sock: socket.socket) -> ssl.SSLSocket:
         """TLS around a connected socket; the handshake is still to be done."""
-        return self._context.wrap_socket(sock, server_side=self._server, do_handshake_on_connect=False)
+        return self._context.wrap_socket(sock, server_side=self.is_server, do_handshake_on_connect=False)
 
-    def check(self, sock: ssl.SSLSocket) -> None:
+    def check(self, sock: ssl.SSLSocket) -> str:
         """After the handshake: hold the peer's public key against the pins.
+
+        Returns:
+            The SHA-256 of that key, in hex.
 
         Raises:
             UntrustedPeer: it is none of them.
         """
         der = sock.getpeercert(binary_form=True)
-        if der is None or _pin(x509.load_der_x509_certificate(der)) not in self._pins:
-            raise UntrustedPeer("the peer's certificate is not one of those pinned here")
+        if der is None or (pin := _pin(x509.load_der_x509_certificate(der))) not in self._pins:
+            raise UntrustedPeer("the peer's certificate is not one of those pinned here: --peer names others")
+        return pin.hex()
+
+    @property
+    def peers(self) -> int:
+        """How many are pinned."""
+        return len(self._pins)
 
 
 def make_identity(name: str) -> tuple[bytes, bytes]:

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 
 from obfuscatune.wire.deadline import Deadline
 from obfuscatune.wire.errors import ConnectionLost, UntrustedPeer
+from obfuscatune.wire.foreign import TLS_TYPES, WITHOUT_TLS, what_it_speaks
 from obfuscatune.wire.limits import CHUNK_BYTES, KIB
+from obfuscatune.wire.messages import MAGIC, ErrorCode, Header, MessageType
 from obfuscatune.wire.tls import PinnedTls
 from obfuscatune.wire.transport import SocketTransport, WouldBlock
 
@@ -29,6 +31,13 @@ class TlsTransport(SocketTransport):
         self._tls_sock.setblocking(False)
         self._tls = tls
         self._lock = threading.Lock()
+        self._peer_id = "not known yet"
+        self._seen_first = False
+
+    @property
+    def peer_id(self) -> str:
+        """See `SocketTransport.peer_id`: its key."""
+        return self._peer_id
 
     def establish(self, deadline: Deadline) -> None:
         """Handshake, and check of the pin.
@@ -39,24 +48,59 @@ class TlsTransport(SocketTransport):
             ConnectionLost, DeadlineExceeded: it went away, or does not answer.
         """
         self._wait(self._handshake, None, deadline)
-        self._tls.check(self._tls_sock)
+        self._peer_id = f"key {self._tls.check(self._tls_sock)}"
 
     def recv_into(self, view: memoryview, deadline: Deadline) -> int:
         """See `Transport.recv_into`."""
         return self._wait(self._read, view, deadline)
 
     def _handshake(self, _: None) -> int:
+        self._look_at_the_first_bytes()
         try:
             self._tls_sock.do_handshake()
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
             raise _would_block(error) from None
         except ssl.SSLEOFError as error:
             raise ConnectionLost(f"{self._peer} closed the connection during the TLS handshake") from error
+        except ssl.SSLCertVerificationError as error:
+            raise UntrustedPeer(
+                f"{self._peer} shows a certificate that is not pinned here ({_reason(error)}): our --peer must be its "
+                "--tls-cert; compare the fingerprints that keygen printed"
+            ) from error
         except ssl.SSLError as error:
             raise UntrustedPeer(
-                f"no TLS 1.3 with {self._peer}: {_reason(error)}; compare the certificates pinned"
+                f"no TLS 1.3 with {self._peer}: {_reason(error)}; compare the certificates pinned "
+                "(--peer on each side is --tls-cert of the other)"
             ) from error
         return 0
+
+    def _look_at_the_first_bytes(self) -> None:
+        """While OpenSSL has not taken them: of a peer that speaks no TLS it would not say what it speaks.
+
+        Raises:
+            UntrustedPeer: it speaks no TLS. One that speaks our protocol is told so, without TLS.
+        """
+        if self._seen_first:
+            return
+        try:
+            first = socket.socket.recv(self._tls_sock, KIB, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        self._seen_first = True
+        if first.startswith(MAGIC):
+            self._refuse_in_clear()
+            raise UntrustedPeer(f"no TLS with {self._peer}: {WITHOUT_TLS}")
+        if first and first[0] not in TLS_TYPES:
+            raise UntrustedPeer(f"no TLS with {self._peer}: {what_it_speaks(first)}")
+
+    def _refuse_in_clear(self) -> None:
+        """Answer an enclave that speaks without TLS; what it sent is taken, for else it would not get the answer."""
+        if not self._tls.is_server:
+            return
+        body = b"this worker speaks by TLS: give --tls-cert, --tls-key and --peer on both sides, or on neither"
+        header = Header(MessageType.ERROR, payload_bytes=len(body), code=ErrorCode.FAILED)
+        socket.socket.recv(self._tls_sock, KIB, socket.MSG_DONTWAIT)
+        socket.socket.send(self._tls_sock, header.pack() + body, socket.MSG_DONTWAIT)
 
     def _write(self, views: list[memoryview]) -> int:
         """Records of 16 KiB each until the socket is full or a chunk is sent."""

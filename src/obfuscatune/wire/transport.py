@@ -5,6 +5,7 @@ its own request, and in its own way, so that one thread may read while another w
 """
 
 import errno
+import ipaddress
 import math
 import os
 import select
@@ -15,7 +16,13 @@ from typing import Protocol, TypeVar
 
 from obfuscatune.wire.deadline import Deadline
 from obfuscatune.wire.errors import ConnectionLost
-from obfuscatune.wire.limits import KIB, SOCKET_BUFFER_BYTES
+from obfuscatune.wire.limits import (
+    KEEPALIVE_INTERVAL_SECONDS,
+    KEEPALIVE_PROBES,
+    KEEPALIVE_SECONDS,
+    KIB,
+    SOCKET_BUFFER_BYTES,
+)
 from obfuscatune.wire.shared_memory import AVAILABLE
 
 WHOLE_BYTES = 64 * KIB
@@ -23,6 +30,7 @@ WHOLE_BYTES = 64 * KIB
 
 _DESCRIPTOR = struct.Struct("@i")
 _ONE_DESCRIPTOR = socket.CMSG_SPACE(_DESCRIPTOR.size)
+_CREDENTIALS = struct.Struct("@3i")  # struct ucred: process, user, group
 _READ_FLAGS = socket.MSG_DONTWAIT | getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 Buffer = bytes | bytearray | memoryview
 T = TypeVar("T")
@@ -73,12 +81,19 @@ class SocketTransport:
 
     def __init__(self, sock: socket.socket, peer: str) -> None:
         sock.setblocking(True)  # each call says for itself whether it waits
+        self.address_id = _address_id(sock)
+        """Where the peer connects from: a user of this host, or an address."""
         self._sock = sock
         self._peer = peer
         self._descriptors: list[int] = []
 
     def establish(self, deadline: Deadline) -> None:
         """Whatever is to be done before the first byte of ours: nothing here, the handshake where there is TLS."""
+
+    @property
+    def peer_id(self) -> str:
+        """Who the peer is, after `establish`: what it cannot choose anew with each connection."""
+        return self.address_id
 
     @property
     def shares_memory(self) -> bool:
@@ -208,10 +223,39 @@ def _timeval(seconds: float) -> bytes:
     return struct.pack("@ll", *divmod(microseconds, 1_000_000))
 
 
-def tune(sock: socket.socket) -> None:
-    """Buffers that hold a matrix, no waiting for more bytes, and notice of a peer that vanished."""
+def tune(sock: socket.socket, unreachable_s: float) -> None:
+    """Buffers that hold a matrix, no waiting for more bytes, and notice of a peer that vanished.
+
+    Args:
+        sock: a stream socket.
+        unreachable_s: how long the peer's system may leave what was sent over TCP unacknowledged.
+    """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER_BYTES)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER_BYTES)
-    if sock.family != socket.AF_UNIX:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if sock.family == socket.AF_UNIX:
+        return
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    wanted = {
+        "TCP_KEEPIDLE": KEEPALIVE_SECONDS,
+        "TCP_KEEPINTVL": KEEPALIVE_INTERVAL_SECONDS,
+        "TCP_KEEPCNT": KEEPALIVE_PROBES,
+        "TCP_USER_TIMEOUT": unreachable_s * 1000,  # the one in milliseconds (tcp(7))
+    }
+    for name, value in wanted.items():
+        option = getattr(socket, name, None)
+        if option is not None:  # not every system has each of them
+            sock.setsockopt(socket.IPPROTO_TCP, option, int(value))
+
+
+def _address_id(sock: socket.socket) -> str:
+    """The user at the other end of a unix socket; the address at that of a TCP one (of IPv6 the network's part)."""
+    if sock.family == socket.AF_UNIX:
+        if not hasattr(socket, "SO_PEERCRED"):
+            return "this host"
+        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        return f"user {_CREDENTIALS.unpack(credentials)[1]}"
+    host = ipaddress.ip_address(str(sock.getpeername()[0]).partition("%")[0])
+    if isinstance(host, ipaddress.IPv6Address):
+        host = host.ipv4_mapped or ipaddress.ip_network((host, 64), strict=False).network_address
+    return f"address {host}"

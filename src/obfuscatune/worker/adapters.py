@@ -15,6 +15,7 @@ from obfuscatune.wire.messages import ErrorCode
 from obfuscatune.worker.declined import Declined
 from obfuscatune.worker.descent import descend
 from obfuscatune.worker.lora import Factors, Kept, kept_bytes
+from obfuscatune.worker.quota import Claim, SessionKey
 from obfuscatune.worker.store import Key, MatrixStore
 
 
@@ -26,10 +27,10 @@ class Adapter:
     shape: tuple[int, int]
     dtype: torch.dtype
     factors: tuple[Factors, ...]
-    claimed: int
+    claim: Claim
     store: MatrixStore
     lock: threading.Lock = field(default_factory=threading.Lock)
-    _forwards: OrderedDict[int, tuple[Kept, int]] = field(default_factory=OrderedDict)
+    _forwards: OrderedDict[int, tuple[Kept, Claim]] = field(default_factory=OrderedDict)
     _dropped: bool = False
 
     def part(self, number: int) -> torch.Tensor:
@@ -50,16 +51,15 @@ class Adapter:
             QuotaExceeded: there is no room for it.
             AdapterLost: the adapter was forgotten meanwhile.
         """
-        size = kept_bytes(kept)
-        self.store.reserve(size)
+        claim = self.store.reserve(self.claim.session, kept_bytes(kept))
         with self.lock:
             if not self._dropped:
                 self._let_go(number)
-                self._forwards[number] = kept, size
+                self._forwards[number] = kept, claim
                 while len(self._forwards) > MAX_KEPT_FORWARDS:
                     self._let_go(next(iter(self._forwards)))
                 return
-        self.store.release(size)
+        claim.release()
         raise lost()
 
     def take(self, number: int) -> Kept:
@@ -107,12 +107,12 @@ class Adapter:
             self._dropped = True
             for number in list(self._forwards):
                 self._let_go(number)
-            self.store.release(self.claimed)
-            self.claimed = 0
+            self.claim.release()
 
     def _let_go(self, number: int) -> None:
-        _, size = self._forwards.pop(number, (None, 0))
-        self.store.release(size)
+        _, claim = self._forwards.pop(number, (None, None))
+        if claim is not None:
+            claim.release()
 
 
 class AdapterStore:
@@ -134,18 +134,25 @@ class AdapterStore:
             Declined: the session has too many.
         """
         self.forget(key)
-        with self._lock:
-            if sum(held[0] == key[0] for held in self._held) >= MAX_ADAPTERS:
-                raise Declined(ErrorCode.LIMIT, f"a session has at most {MAX_ADAPTERS} adapters")
         size = sum(_bytes_of(it, shape[0], dtype) for it in attachment.slices)
-        self._store.reserve(size)
+        claim = self._store.reserve(key[0], size)
         try:
             factors = tuple(Factors.zeros(it, shape[0], dtype, self._device) for it in attachment.slices)
+            before = self._put(key, Adapter(attachment, shape, dtype, factors, claim, self._store))
         except BaseException:
-            self._store.release(size)
+            claim.release()
             raise
+        if before is not None:  # another connection of the session attached it meanwhile
+            before.drop()
+
+    def _put(self, key: Key, adapter: Adapter) -> Adapter | None:
+        """Hold an adapter; the one that was held under this key."""
         with self._lock:
-            self._held[key] = Adapter(attachment, shape, dtype, factors, size, self._store)
+            before = self._held.get(key)
+            if before is None and sum(held[0] == key[0] for held in self._held) >= MAX_ADAPTERS:
+                raise Declined(ErrorCode.LIMIT, f"a session has at most {MAX_ADAPTERS} adapters")
+            self._held[key] = adapter
+            return before
 
     def get(self, key: Key) -> Adapter:
         """The adapter under `key`.
@@ -179,17 +186,12 @@ class AdapterStore:
         if adapter is not None:
             adapter.drop()
 
-    def forget_session(self, session: bytes) -> None:
+    def forget_session(self, session: SessionKey) -> None:
         """Drop all that a session attached."""
         with self._lock:
             keys = [key for key in self._held if key[0] == session]
         for key in keys:
             self.forget(key)
-
-    def holds_any(self, session: bytes) -> bool:
-        """Whether anything of a session is here."""
-        with self._lock:
-            return any(key[0] == session for key in self._held)
 
 
 def lost() -> AdapterLost:

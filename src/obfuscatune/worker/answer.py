@@ -4,8 +4,6 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
-
 from obfuscatune.wire.errors import AdapterLost, MalformedMessage, QuotaExceeded, StorageError, UnknownMatrix
 from obfuscatune.wire.limits import MAX_MATRIX_BYTES
 from obfuscatune.wire.messages import NO_DIGEST, NO_MATRIX, ErrorCode, MessageType
@@ -16,8 +14,9 @@ from obfuscatune.worker.buffers import Buffers
 from obfuscatune.worker.compute import Computer
 from obfuscatune.worker.declined import Declined
 from obfuscatune.worker.disk import ContentStore
+from obfuscatune.worker.quota import SessionKey
 from obfuscatune.worker.replies import Reply, Request, product_of, refusal, room_for, short
-from obfuscatune.worker.store import Key, MatrixStore
+from obfuscatune.worker.store import MatrixStore
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +29,7 @@ class Answerer:
     computer: Computer
     disk: ContentStore | None = None
     _on_adapters: AdapterAnswerer = field(init=False, repr=False)
-    _answers: dict[MessageType, Callable[[bytes, Request, Buffers], Reply]] = field(init=False, repr=False)
+    _answers: dict[MessageType, Callable[[SessionKey, Request, Buffers], Reply]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._on_adapters = AdapterAnswerer(self.store, self.computer)
@@ -50,8 +49,8 @@ class Answerer:
         apart = 0 if self.computer.device.type == "cpu" else ACCELERATOR
         return keeps | apart | (SLOTS if self.computer.watches else 0)
 
-    def answer(self, session: bytes, request: Request, buffers: Buffers) -> Reply:
-        """The reply to one request of the session with that key. Refusals are replies; nothing is raised for them."""
+    def answer(self, session: SessionKey, request: Request, buffers: Buffers) -> Reply:
+        """The reply to one request of a session. Refusals are replies; nothing is raised for them."""
         header = request.header
         try:
             return self._answers[header.type](session, request, buffers)
@@ -67,37 +66,38 @@ class Answerer:
             log.error("%s failed: %s", header.type.name, error)  # noqa: TRY400 - one line, no traceback
             return refusal(ErrorCode.FAILED, str(error) or "out of memory", header)
 
-    def _offer(self, session: bytes, request: Request, buffers: Buffers) -> Reply:
+    def _offer(self, session: SessionKey, request: Request, buffers: Buffers) -> Reply:
         header = request.header
         size = header.rows * header.cols * header.dtype.itemsize
         if size > MAX_MATRIX_BYTES:
             return refusal(ErrorCode.LIMIT, f"a matrix has at most {MAX_MATRIX_BYTES} bytes", header)
         key = (session, header.matrix_id)
+        shape, dtype = (header.rows, header.cols), header.dtype.torch_dtype
         self.store.forget(key)
-        self.store.reserve(size)
-        try:
-            kept = self._kept(request)
-        except BaseException:
-            self.store.release(size)
-            raise
-        if kept is None:
-            self.store.release(size)  # claimed again when it comes: nothing is kept for who offers and never sends
-            return short(MessageType.WANT, header)
-        self._adopt(key, kept, size)
+        self.store.check(session, size)
+        if self.disk is None or request.body == NO_DIGEST or not self.disk.holds(request.body, shape, dtype):
+            return short(MessageType.WANT, header)  # claimed when it comes: nothing gives way to who never sends
+        with self.store.reserve(session, size) as claim:
+            kept = self.disk.load(session, request.body, shape, dtype)
+            if kept is None:
+                return short(MessageType.WANT, header)
+            self.store.put(key, self.computer.adopt(kept), claim)
         return short(MessageType.HAVE, header)
 
-    def _store(self, session: bytes, request: Request, buffers: Buffers) -> Reply:
-        header = request.header
+    def _store(self, session: SessionKey, request: Request, buffers: Buffers) -> Reply:
+        header, claim = request.header, request.claim
+        if claim is None:
+            raise MalformedMessage("STORE came without a claim for its room")
         matrix = request.matrix()
         if self.disk is not None:
             try:
-                self.disk.save(matrix)
-            except StorageError as error:  # it is in memory all the same, and can be uploaded again
+                self.disk.save(session, matrix)
+            except (StorageError, QuotaExceeded) as error:  # it is in memory all the same, and can be uploaded again
                 log.warning("%s", error)
-        self._adopt((session, header.matrix_id), matrix, header.matrix_bytes)
+        self.store.put((session, header.matrix_id), self.computer.adopt(matrix), claim)
         return short(MessageType.STORED, header)
 
-    def _multiply(self, session: bytes, request: Request, buffers: Buffers) -> Reply:
+    def _multiply(self, session: SessionKey, request: Request, buffers: Buffers) -> Reply:
         header = request.header
         matrix = self.store.get((session, header.matrix_id))
         inner, outer = matrix.shape[::-1] if header.transposed else matrix.shape
@@ -107,7 +107,7 @@ class Answerer:
         self.computer.multiply(request.matrix(), matrix, product, transpose=header.transposed)
         return product_of(request, product)
 
-    def _watch(self, session: bytes, request: Request, buffers: Buffers) -> Reply:
+    def _watch(self, session: SessionKey, request: Request, buffers: Buffers) -> Reply:
         watched = Watched.unpack(request.body)
         if request.memory is None:
             raise Declined(ErrorCode.FAILED, "no memory is shared: send messages")
@@ -118,26 +118,10 @@ class Answerer:
             return refusal(ErrorCode.MALFORMED, str(error), last=True)
         return short(MessageType.DONE, request.header)
 
-    def _kept(self, request: Request) -> torch.Tensor | None:
-        """What was offered, where it lies on disk."""
-        if self.disk is None or request.body == NO_DIGEST:
-            return None
-        header = request.header
-        return self.disk.load(request.body, (header.rows, header.cols), header.dtype.torch_dtype)
-
-    def _adopt(self, key: Key, matrix: torch.Tensor, reserved: int) -> None:
-        """Hold a matrix for which room was claimed."""
-        try:
-            adopted = self.computer.adopt(matrix)
-        except BaseException:
-            self.store.release(reserved)
-            raise
-        self.store.put(key, adopted, reserved=reserved)
-
-    def _share(self, session: bytes, request: Request, buffers: Buffers) -> Reply:
+    def _share(self, session: SessionKey, request: Request, buffers: Buffers) -> Reply:
         return short(MessageType.DONE, request.header)  # the connection has mapped it, or ended
 
-    def _forget(self, session: bytes, request: Request, buffers: Buffers) -> Reply:
+    def _forget(self, session: SessionKey, request: Request, buffers: Buffers) -> Reply:
         header = request.header
         if header.matrix_id == NO_MATRIX:
             self.store.forget_session(session)

@@ -12,13 +12,14 @@ from obfuscatune.worker.buffers import Buffers
 from obfuscatune.worker.compute import Computer
 from obfuscatune.worker.declined import Declined
 from obfuscatune.worker.lora import Kept, add_backward, add_forward
+from obfuscatune.worker.quota import SessionKey
 from obfuscatune.worker.replies import Reply, Request, product_of, room_for, short
 from obfuscatune.worker.store import MatrixStore
 
 NOT_FINITE = -1.0
 """In the place of a norm that is NaN or infinite, for such a number must not cross."""
 
-Handler = Callable[[bytes, Request, Buffers], Reply]
+Handler = Callable[[SessionKey, Request, Buffers], Reply]
 
 
 class AdapterAnswerer:
@@ -39,7 +40,7 @@ class AdapterAnswerer:
             MessageType.NORM: self._norm,
         }
 
-    def _attach(self, session: bytes, request: Request, buffers: Buffers) -> Reply:
+    def _attach(self, session: SessionKey, request: Request, buffers: Buffers) -> Reply:
         header = request.header
         attachment = Attachment.unpack(request.body, header.cols)
         matrix = self._store.get((session, attachment.matrix_id))
@@ -52,7 +53,7 @@ class AdapterAnswerer:
         self.adapters.attach(key, attachment, (header.rows, header.cols), header.dtype.torch_dtype)
         return short(MessageType.DONE, header)
 
-    def _put(self, session: bytes, request: Request, buffers: Buffers) -> Reply:
+    def _put(self, session: SessionKey, request: Request, buffers: Buffers) -> Reply:
         adapter = self._adapter(session, request)
         part, given = adapter.part(request.header.code), request.matrix()
         if part.shape != given.shape or part.dtype != given.dtype:
@@ -64,7 +65,7 @@ class AdapterAnswerer:
             part.copy_(given)
         return short(MessageType.DONE, request.header)
 
-    def _fetch(self, session: bytes, request: Request, buffers: Buffers) -> Reply:
+    def _fetch(self, session: SessionKey, request: Request, buffers: Buffers) -> Reply:
         adapter = self._adapter(session, request)
         part = adapter.part(request.header.code)
         out = buffers.lend(part.shape[0], part.shape[1], part.dtype)
@@ -72,7 +73,7 @@ class AdapterAnswerer:
             out.copy_(part)
         return product_of(request, out)
 
-    def _forward(self, session: bytes, request: Request, buffers: Buffers) -> Reply:
+    def _forward(self, session: SessionKey, request: Request, buffers: Buffers) -> Reply:
         header = request.header
         adapter = self._adapter(session, request)
         W = self._store.get((session, adapter.attachment.matrix_id))
@@ -88,7 +89,7 @@ class AdapterAnswerer:
             adapter.remember(header.code, kept)
         return product_of(request, out)
 
-    def _backward(self, session: bytes, request: Request, buffers: Buffers) -> Reply:
+    def _backward(self, session: SessionKey, request: Request, buffers: Buffers) -> Reply:
         header = request.header
         adapter = self._adapter(session, request)
         W = self._store.get((session, adapter.attachment.matrix_id))
@@ -105,27 +106,27 @@ class AdapterAnswerer:
             out.copy_(dx)
         return product_of(request, out)
 
-    def _step(self, session: bytes, request: Request, buffers: Buffers) -> Reply:
+    def _step(self, session: SessionKey, request: Request, buffers: Buffers) -> Reply:
         settings = Step.unpack(request.body)
         for adapter in self._named(session, request):
             adapter.step(settings)
         return short(MessageType.DONE, request.header)
 
-    def _zero(self, session: bytes, request: Request, buffers: Buffers) -> Reply:
+    def _zero(self, session: SessionKey, request: Request, buffers: Buffers) -> Reply:
         for adapter in self._named(session, request):
             adapter.zero()
         return short(MessageType.DONE, request.header)
 
-    def _norm(self, session: bytes, request: Request, buffers: Buffers) -> Reply:
+    def _norm(self, session: SessionKey, request: Request, buffers: Buffers) -> Reply:
         total = sum(adapter.squared_norm() for adapter in self._named(session, request))
         out = buffers.lend(1, 1, torch.float64)
         out.fill_(total if total < float("inf") else NOT_FINITE)
         return product_of(request, out)
 
-    def _adapter(self, session: bytes, request: Request) -> Adapter:
+    def _adapter(self, session: SessionKey, request: Request) -> Adapter:
         return self.adapters.get((session, request.header.matrix_id))
 
-    def _named(self, session: bytes, request: Request) -> list[Adapter]:
+    def _named(self, session: SessionKey, request: Request) -> list[Adapter]:
         key = (session, request.header.matrix_id)
         return self.adapters.named(key, every=request.header.matrix_id == NO_MATRIX)
 

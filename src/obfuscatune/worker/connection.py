@@ -25,7 +25,7 @@ from obfuscatune.worker.greeting import farewell, read_hello, welcome
 from obfuscatune.worker.intake import Intake
 from obfuscatune.worker.recorder import Recorder
 from obfuscatune.worker.replies import Reply, Request, refusal
-from obfuscatune.worker.sessions import Sessions, session_label
+from obfuscatune.worker.sessions import Session, Sessions, session_label
 
 log = logging.getLogger(__name__)
 
@@ -44,65 +44,79 @@ class Service:
 class Connection:
     """Serves one transport until either side ends it, then closes it."""
 
-    def __init__(self, transport: Transport, service: Service) -> None:
+    def __init__(
+        self, transport: Transport, peer: str, service: Service, on_greeted: Callable[[], None] = lambda: None
+    ) -> None:
+        """A connection of that peer (see `quota`); `on_greeted` is called once it has a session."""
         self._transport = transport
+        self._peer = peer
         self._service = service
+        self._on_greeted = on_greeted
         self._store = service.answerer.store
         self._buffers = Buffers(pinned=service.answerer.computer.device.type == "cuda")
-        self._intake = Intake(transport, self._store, self._buffers)
         self._inbox: queue.SimpleQueue[Request | Reply | None] = queue.SimpleQueue()
         self._handed_over = 0
         self._lock = threading.Lock()
-        self._session = b""
         self._label = "not yet greeted"
 
     def serve(self) -> None:
         """Greet, then read requests until the end; returns when the last reply is sent."""
         try:
-            self._greet()
+            session = self._greet()
         except WireError as error:
             log.info("a connection was not greeted: %s", error)
             self._send_last(farewell(error))
             self._transport.close()
             return
-        answering = threading.Thread(target=self._answer_all, name=f"answer-{self._label}", daemon=True)
-        answering.start()
-        self._hand_over(self._read_all())
-        answering.join()
-        self._linger()
-        self._transport.close()
-        self._give_up_claims()
-        self._service.sessions.leave(self._session, keep=self._store.holds_any(self._session))
+        try:
+            self._serve(session)
+        finally:
+            self._transport.close()
+            self._service.sessions.leave(session, self._transport.shutdown)
         log.info("session %s: connection closed", self._label)
 
-    def _greet(self) -> None:
+    def _serve(self, session: Session) -> None:
+        intake = Intake(self._transport, session.key, self._store, self._buffers)
+        answering = threading.Thread(
+            target=self._answer_all, args=(session, intake), name=f"answer-{self._label}", daemon=True
+        )
+        answering.start()
+        self._hand_over(self._read_all(session, intake))
+        answering.join()
+        self._linger()
+        self._give_up_claims()
+
+    def _greet(self) -> Session:
         deadline = Deadline(HANDSHAKE_SECONDS)
-        session = read_hello(self._transport, deadline)
-        self._service.sessions.enter(session)
-        self._session, self._label = session, session_label(session)
-        log.info("session %s: connected", self._label)
+        key = read_hello(self._transport, self._peer, deadline)
+        session = self._service.sessions.enter(key, self._transport.shutdown)
+        self._label = session_label(key)
+        log.info("session %s: connected (%s)", self._label, self._peer)
         try:
+            self._on_greeted()
             body = Hello(bytes(32)).pack()  # without the session id, which is a key and is not kept
             self._record("request", Header(MessageType.HELLO, payload_bytes=len(body)), body)
-            self._send(welcome(self._store.quota_bytes, self._features), deadline)
+            self._send(welcome(self._store.quota.of_one_peer, self._features), deadline)
         except BaseException:
-            self._service.sessions.leave(session, keep=self._store.holds_any(session))
+            self._service.sessions.leave(session, self._transport.shutdown)
             raise
+        return session
 
     @property
     def _features(self) -> int:
         features = self._service.answerer.features
         return features | SHARED_MEMORY if self._transport.shares_memory else features & ~SLOTS
 
-    def _read_all(self) -> Reply | None:
+    def _read_all(self, session: Session, intake: Intake) -> Reply | None:
         """Read requests until the end, most into the inbox. Returns what to say last, None for nothing."""
         item: Request | Reply | None = None
         try:
             while True:
-                item = self._intake.next()
+                item = intake.next()
+                session.touch()
                 if not self._is_for_this_thread(item):
                     self._hand_over(item)
-                elif self._respond(item):
+                elif self._respond(session, intake, item):
                     return None
         except StorageError as error:
             log.error("%s", error)  # noqa: TRY400 - one line, no traceback
@@ -131,13 +145,13 @@ class Connection:
         with self._lock:
             return self._handed_over == 0
 
-    def _answer_all(self) -> None:
+    def _answer_all(self, session: Session, intake: Intake) -> None:
         """Answer what is in the inbox, in order, until its end or the first reply that cannot be sent."""
         finished = False
         item: Request | Reply | None = None
         try:
             while (item := self._inbox.get()) is not None:
-                was_last = self._respond(item)
+                was_last = self._respond(session, intake, item)
                 with self._lock:
                     self._handed_over -= 1
                 if was_last and isinstance(item, Request):
@@ -155,15 +169,10 @@ class Connection:
             if not finished:
                 self._transport.shutdown()  # so that the reader ends too
 
-    def _respond(self, item: Request | Reply) -> bool:
+    def _respond(self, session: Session, intake: Intake, item: Request | Reply) -> bool:
         """Answer one request, or send what the reader had to say itself. Whether the connection ends with that."""
-        if isinstance(item, Request):
-            if self._service.recorder is not None:
-                self._record("request", item.header.inline(), item.payload)
-            reply = self._service.answerer.answer(self._session, item, self._buffers)
-        else:
-            reply = item
-        self._intake.settle(item.header)
+        reply = self._answer(session, item) if isinstance(item, Request) else item
+        intake.settle(item.header)
         self._send(reply, Deadline(STALL_SECONDS + transfer_seconds(reply.header.payload_bytes)))
         if item.header.shared:
             return reply.last
@@ -172,6 +181,15 @@ class Connection:
         if reply.product is not None:
             self._buffers.give_back(reply.product)
         return reply.last
+
+    def _answer(self, session: Session, request: Request) -> Reply:
+        try:
+            if self._service.recorder is not None:
+                self._record("request", request.header.inline(), request.payload)
+            return self._service.answerer.answer(session.key, request, self._buffers)
+        finally:
+            if request.claim is not None:
+                request.claim.release()  # what was stored has one of its own
 
     def _send(self, reply: Reply, deadline: Deadline) -> None:
         if self._service.recorder is not None:
@@ -208,5 +226,5 @@ class Connection:
         """Requests that nobody will answer any more: only the room that a STORE has claimed is left to give back."""
         while not self._inbox.empty():
             item = self._inbox.get()
-            if isinstance(item, Request) and item.header.type is MessageType.STORE:
-                self._store.release(item.header.matrix_bytes)
+            if isinstance(item, Request) and item.claim is not None:
+                item.claim.release()

@@ -3,65 +3,91 @@
 A file bears the SHA-256 of dtype, shape and elements as its name, with dtype and shape beside it, and holds the
 elements alone. It is checked whenever it is read, so the folder need not be trusted; whoever names a digest had the
 matrix, or was told by someone who had. Who names it with another shape asks for another file, so that nobody can have
-one taken for damaged.
+one taken for damaged. All files together keep to a quota: those that were not used for longest are removed, of peers
+that have more than their share (`Quota.giving_way`).
 """
 
+import contextlib
 import logging
 import os
 import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
 
 import torch
 
 from obfuscatune.wire.dtypes import DType
-from obfuscatune.wire.errors import StorageError
+from obfuscatune.wire.errors import QuotaExceeded, StorageError
 from obfuscatune.wire.files import sync
 from obfuscatune.wire.tensors import bytes_of, content_digest
+from obfuscatune.worker.quota import NOBODY, Claim, Quota, SessionKey
 
 log = logging.getLogger(__name__)
 
 
-class ContentStore:
-    """A folder of matrices. Nothing is ever deleted but what is damaged; the folder may be emptied at any time."""
+DRAFT_SECONDS = 3600.0
+"""A draft that is older was left by a worker that was killed; a younger one may be another worker's."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises StorageError: the folder cannot be made."""
+
+class ContentStore:
+    """A folder of matrices, which may be emptied at any time. Safe from any thread."""
+
+    def __init__(self, folder: Path, quota: Quota) -> None:
+        """Raises StorageError: the folder cannot be made, or cannot be cleared of what is too much."""
+        self._folder = folder
+        self._quota = quota
+        self._kept: OrderedDict[Path, Claim] = OrderedDict()  # least recently used first
+        self._lock = threading.Lock()
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._take_stock()
         except OSError as error:
             raise StorageError(f"cannot use --store {folder}: {error.strerror}") from error
-        self._folder = folder
 
-    def load(self, digest: bytes, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor | None:
+    def load(
+        self, session: SessionKey, digest: bytes, shape: tuple[int, int], dtype: torch.dtype
+    ) -> torch.Tensor | None:
         """The matrix (p, q) with that digest; None where it is not here, or damaged (then it is removed)."""
         path = self._path(digest, shape, dtype)
+        matrix = torch.empty(shape, dtype=dtype)
         try:
             size = path.stat().st_size
-            matrix = torch.empty(shape, dtype=dtype)
             with path.open("rb", buffering=0) as file:
                 whole = size == matrix.nbytes and _fill(file, bytes_of(matrix))
         except FileNotFoundError:
+            self._forget(path)
             return None
         except OSError as error:
             log.warning("cannot read %s: %s; it is asked for again", path, error.strerror)
             return None
         if whole and content_digest(matrix) == digest:
+            self._used(path, session)
             return matrix
         log.warning("%s is damaged: removed, and asked for again", path)
-        path.unlink(missing_ok=True)
+        self._remove(path)
         return None
 
-    def save(self, matrix: torch.Tensor) -> None:
+    def holds(self, digest: bytes, shape: tuple[int, int], dtype: torch.dtype) -> bool:
+        """Whether there is a file of that name; what is in it, `load` tells."""
+        return self._path(digest, shape, dtype).exists()
+
+    def save(self, session: SessionKey, matrix: torch.Tensor) -> None:
         """Keep a matrix; the file appears whole or not at all.
 
         Raises:
             StorageError: the disk refused.
+            QuotaExceeded: it is larger than all that the session's peer may keep.
         """
         rows, cols = matrix.shape
         path = self._path(content_digest(matrix), (rows, cols), matrix.dtype)
         if path.exists():
+            self._used(path, session)
             return
+        claim = self._claim(session, matrix.nbytes)
         draft = self._folder / f".{path.name}.{secrets.token_hex(8)}"
         try:
             descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -71,9 +97,66 @@ class ContentStore:
                     view = view[file.write(view) :]
                 sync(file.fileno())
             draft.replace(path)
-        except OSError as error:
+        except BaseException as error:
             draft.unlink(missing_ok=True)
-            raise StorageError(f"cannot keep a matrix in {self._folder}: {error.strerror}") from error
+            claim.release()
+            if isinstance(error, OSError):
+                raise StorageError(f"cannot keep a matrix in {self._folder}: {error.strerror}") from error
+            raise
+        self._keep(path, claim)
+
+    def _claim(self, session: SessionKey, size: int) -> Claim:
+        with self._lock:
+            for path in self._quota.giving_way(session, size, self._kept.items()):
+                path.unlink(missing_ok=True)
+                self._kept.pop(path).release()
+            return self._quota.claim(session, size)
+
+    def _keep(self, path: Path, claim: Claim) -> None:
+        with self._lock:
+            before = self._kept.pop(path, None)
+            self._kept[path] = claim
+        if before is not None:  # two sessions saved the same
+            before.release()
+
+    def _used(self, path: Path, session: SessionKey) -> None:
+        """The most recently used, from here on; what was nobody's is the session's."""
+        with self._lock:
+            claim = self._kept.get(path)
+            if claim is None:
+                return
+            self._kept.move_to_end(path)
+            if claim.session is NOBODY:
+                self._quota.hand_over(claim, session)
+        with contextlib.suppress(OSError):  # so that the next worker knows
+            os.utime(path)
+
+    def _remove(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+        self._forget(path)
+
+    def _forget(self, path: Path) -> None:
+        with self._lock:
+            claim = self._kept.pop(path, None)
+        if claim is not None:
+            claim.release()
+
+    def _take_stock(self) -> None:
+        """Count what an earlier worker left, and remove drafts, and what is too much."""
+        for draft, status in self._files(".*.matrix.*"):
+            if time.time() - status.st_mtime > DRAFT_SECONDS:
+                draft.unlink(missing_ok=True)
+        found = sorted((status.st_mtime, status.st_size, path) for path, status in self._files("*.matrix"))
+        for _, size, path in found:
+            try:
+                self._kept[path] = self._claim(NOBODY, size)
+            except QuotaExceeded:
+                path.unlink(missing_ok=True)
+
+    def _files(self, pattern: str) -> Iterator[tuple[Path, os.stat_result]]:
+        for path in self._folder.glob(pattern):
+            with contextlib.suppress(FileNotFoundError):
+                yield path, path.lstat()
 
     def _path(self, digest: bytes, shape: tuple[int, int], dtype: torch.dtype) -> Path:
         rows, cols = shape

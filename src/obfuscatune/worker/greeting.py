@@ -7,14 +7,15 @@ from obfuscatune.wire.limits import MAX_IN_FLIGHT, MAX_MATRIX_BYTES, MAX_WINDOW_
 from obfuscatune.wire.messages import ErrorCode, Header, MessageType
 from obfuscatune.wire.payloads import Hello, Welcome
 from obfuscatune.wire.transport import Transport
+from obfuscatune.worker.quota import SessionKey
 from obfuscatune.worker.replies import Reply, refusal
 from obfuscatune.worker.sessions import session_key
 
 HELLO = frozenset({MessageType.HELLO})
 
 
-def read_hello(transport: Transport, deadline: Deadline) -> bytes:
-    """Read HELLO; the key of the session (32 bytes) that it opens or goes on with.
+def read_hello(transport: Transport, peer: str, deadline: Deadline) -> SessionKey:
+    """Read HELLO of that peer; the key of the session that it opens or goes on with.
 
     Raises:
         UnsupportedVersion: no version that both sides speak.
@@ -24,7 +25,7 @@ def read_hello(transport: Transport, deadline: Deadline) -> bytes:
     hello = Hello.unpack(recv_body(transport, header, deadline))
     if not hello.oldest <= VERSION <= hello.newest:
         raise UnsupportedVersion(f"versions {hello.oldest} to {hello.newest} offered, {VERSION} spoken here")
-    return session_key(hello.session_id)
+    return session_key(peer, hello.session_id)
 
 
 def welcome(quota_bytes: int, features: int) -> Reply:

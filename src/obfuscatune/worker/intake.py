@@ -6,7 +6,14 @@ from obfuscatune.wire.adapters import Attachment, Step
 from obfuscatune.wire.deadline import Deadline, transfer_seconds
 from obfuscatune.wire.errors import LimitExceeded, MalformedMessage, QuotaExceeded
 from obfuscatune.wire.framing import recv_body, recv_header, recv_payload
-from obfuscatune.wire.limits import CHUNK_BYTES, MAX_IN_FLIGHT, MAX_WINDOW_BYTES, STALL_SECONDS
+from obfuscatune.wire.limits import (
+    CHUNK_BYTES,
+    CONNECTION_IDLE_SECONDS,
+    EMPTY_IDLE_SECONDS,
+    MAX_IN_FLIGHT,
+    MAX_WINDOW_BYTES,
+    STALL_SECONDS,
+)
 from obfuscatune.wire.messages import REQUESTS, WITH_ROWS, ErrorCode, Header, MessageType
 from obfuscatune.wire.payloads import Places, unpack_number
 from obfuscatune.wire.shared_memory import SharedMemory
@@ -14,7 +21,9 @@ from obfuscatune.wire.slot import Watched
 from obfuscatune.wire.tensors import bytes_of
 from obfuscatune.wire.transport import Transport
 from obfuscatune.worker.buffers import Buffers
+from obfuscatune.worker.declined import Declined
 from obfuscatune.worker.memory import copy_of, matrix_memory
+from obfuscatune.worker.quota import SessionKey
 from obfuscatune.worker.replies import Reply, Request, refusal
 from obfuscatune.worker.store import MatrixStore
 
@@ -26,8 +35,9 @@ class TooManyInFlight(LimitExceeded):
 class Intake:
     """Reads the requests of one connection, by one thread; another one reports what was answered."""
 
-    def __init__(self, transport: Transport, store: MatrixStore, buffers: Buffers) -> None:
+    def __init__(self, transport: Transport, session: SessionKey, store: MatrixStore, buffers: Buffers) -> None:
         self._transport = transport
+        self._session = session
         self._store = store
         self._buffers = buffers
         self._shared: SharedMemory | None = None
@@ -40,10 +50,11 @@ class Intake:
 
         Raises:
             ConnectionLost: the peer closed.
-            DeadlineExceeded: it fell silent in the middle of a request.
+            DeadlineExceeded: it fell silent in the middle of a request, or was idle for too long.
             ProtocolError: it broke the protocol.
         """
-        header = recv_header(self._transport, REQUESTS, rest_seconds=STALL_SECONDS)
+        idle = CONNECTION_IDLE_SECONDS if self._store.held_by(self._session) else EMPTY_IDLE_SECONDS
+        header = recv_header(self._transport, REQUESTS, deadline=Deadline(idle), rest_seconds=STALL_SECONDS)
         deadline = Deadline(STALL_SECONDS + transfer_seconds(header.payload_bytes))
         if header.type is MessageType.HELLO:
             raise MalformedMessage("HELLO came a second time")
@@ -113,10 +124,10 @@ class Intake:
         a look at its content.
         """
         try:
-            self._store.reserve(header.matrix_bytes)
-        except QuotaExceeded as error:
+            claim = self._store.reserve(self._session, header.matrix_bytes)
+        except (QuotaExceeded, Declined) as error:
             self._discard(header.payload_bytes, deadline)
-            return refusal(ErrorCode.QUOTA, str(error), header)
+            return refusal(error.code if isinstance(error, Declined) else ErrorCode.QUOTA, str(error), header)
         shape = header.rows, header.cols, header.dtype.torch_dtype
         try:
             if header.shared:
@@ -126,9 +137,9 @@ class Intake:
                 matrix = matrix_memory(*shape)
                 recv_payload(self._transport, bytes_of(matrix), deadline)
         except BaseException:
-            self._store.release(header.matrix_bytes)
+            claim.release()
             raise
-        return Request(header, tensor=matrix)
+        return Request(header, tensor=matrix, claim=claim)
 
     def _discard(self, size: int, deadline: Deadline) -> None:
         scratch = memoryview(bytearray(min(size, CHUNK_BYTES)))

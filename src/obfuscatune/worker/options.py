@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from obfuscatune.wire.errors import ConfigError
-from obfuscatune.wire.limits import GIB, KIB, MIB
+from obfuscatune.wire.limits import GIB, KIB, MAX_SESSIONS, MIB
 
 UNITS = {"KiB": KIB, "MiB": MIB, "GiB": GIB, "TiB": 1024 * GIB, "": 1}
 
@@ -18,12 +18,14 @@ class WorkerOptions:
     device: str = "cpu"
     dtype: str = "as-sent"
     quota: str | None = None
+    peer_quota: str | None = None
     when_full: str = "refuse"
     threads: int | None = None
     no_watch: bool = False
-    max_sessions: int = 64
+    max_sessions: int = MAX_SESSIONS
     record: Path | None = None
     store: Path | None = None
+    store_quota: str | None = None
     tls_cert: Path | None = None
     tls_key: Path | None = None
     peer: Path | None = None
@@ -55,12 +57,14 @@ def parse_arguments(arguments: list[str]) -> WorkerOptions:
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--dtype", default="as-sent", choices=["as-sent", "float32", "bfloat16"])
     parser.add_argument("--quota", help="memory for matrices, as 8GiB; default 80%% of the RAM")
+    parser.add_argument("--peer-quota", help="what one peer may have of it; default all, by TLS its part of --quota")
     parser.add_argument("--when-full", default="refuse", choices=["refuse", "evict"])
     parser.add_argument("--threads", type=int, help="cores to compute on; default all")
     parser.add_argument("--no-watch", action="store_true", help="wait asleep for few rows, too: slower decoding")
-    parser.add_argument("--max-sessions", type=int, default=64)
+    parser.add_argument("--max-sessions", type=int, default=MAX_SESSIONS, help="enclaves at a time")
     parser.add_argument("--record", type=Path, metavar="DIR", help="write down all that this worker sees")
     parser.add_argument("--store", type=Path, metavar="DIR", help="keep matrices on disk, by their content")
+    parser.add_argument("--store-quota", help="how much of that disk, as 8GiB; default as much as --quota")
     parser.add_argument("--tls-cert", type=Path, metavar="PEM")
     parser.add_argument("--tls-key", type=Path, metavar="PEM")
     parser.add_argument("--peer", type=Path, metavar="PEM", help="certificate(s) of the enclaves that may connect")

@@ -13,6 +13,7 @@ from obfuscatune.wire.tensors import bytes_of
 from obfuscatune.wire.transport import Buffer
 from obfuscatune.worker.buffers import Buffers
 from obfuscatune.worker.declined import Declined
+from obfuscatune.worker.quota import Claim
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,8 @@ class Request:
     """Where in shared memory the product is to be laid, as bytes; None where it goes back as a payload."""
     memory: SharedMemory | None = None
     """What is shared with the enclave, for a request that is about it."""
+    claim: Claim | None = None
+    """Of a STORE: the room that was claimed for its matrix."""
 
     @property
     def payload(self) -> Buffer:

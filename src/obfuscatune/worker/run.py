@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
@@ -13,6 +14,7 @@ import torch
 from obfuscatune.wire.address import parse_address
 from obfuscatune.wire.connect import check_tls
 from obfuscatune.wire.errors import ConfigError
+from obfuscatune.wire.limits import MAX_HANDSHAKES, MAX_SESSION_CONNECTIONS
 from obfuscatune.wire.listen import Listener
 from obfuscatune.wire.tls import PinnedTls, TlsConfig
 from obfuscatune.worker.answer import Answerer
@@ -20,6 +22,7 @@ from obfuscatune.worker.compute import Computer
 from obfuscatune.worker.connection import Service
 from obfuscatune.worker.disk import ContentStore
 from obfuscatune.worker.options import WorkerOptions, parse_size
+from obfuscatune.worker.quota import Quota
 from obfuscatune.worker.recorder import Recorder
 from obfuscatune.worker.server import Server
 from obfuscatune.worker.sessions import Sessions
@@ -30,6 +33,10 @@ DTYPES: dict[str, torch.dtype | None] = {"as-sent": None, "float32": torch.float
 POLICIES: dict[str, WhenFull] = {"refuse": "refuse", "evict": "evict"}
 DEFAULT_QUOTA = 0.8
 """Share of the machine's memory: the rest is for requests in flight and the system."""
+DESCRIPTORS_OF_ONE = 3
+"""Of a connection: the socket, memory that is shared, and a descriptor that is on its way."""
+SPARE_DESCRIPTORS = 64
+"""For libraries, matrices on disk, the transcript."""
 
 
 def run(options: WorkerOptions) -> int:
@@ -50,13 +57,16 @@ def run(options: WorkerOptions) -> int:
             raise ConfigError(f"{option} {value}: 1 or more")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    store = MatrixStore(_quota(options.quota), _chosen(POLICIES, options.when_full, "--when-full"))
+    _make_room_for_descriptors(options.max_sessions)
+    when_full = _chosen(POLICIES, options.when_full, "--when-full")
+    quota = _quota(options, when_full, 1 if tls is None else tls.peers)
+    store = MatrixStore(quota, when_full)
     may_watch = not options.no_watch and options.record is None  # what lies in a slot passes by the recorder
     computer = Computer(_device(options.device), _chosen(DTYPES, options.dtype, "--dtype"), may_watch=may_watch)
-    disk = None if options.store is None else ContentStore(options.store)
+    disk = None if options.store is None else ContentStore(options.store, Quota(_store_bytes(options, quota)))
     recorder = None if options.record is None else Recorder(options.record)
     listener = Listener(address, tls)
-    sessions = Sessions(options.max_sessions, store.forget_session)
+    sessions = Sessions(options.max_sessions, store)
     server = Server(listener, Service(Answerer(store, computer, disk), sessions, recorder, listener.stop))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.stop())
@@ -91,10 +101,44 @@ def _tls(options: WorkerOptions) -> PinnedTls | None:
     return None if config is None else PinnedTls(config, server=True)
 
 
-def _quota(text: str | None) -> int:
-    if text is not None:
-        return parse_size(text)
-    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * DEFAULT_QUOTA)
+def _quota(options: WorkerOptions, when_full: WhenFull, peers: int) -> Quota:
+    """Memory for matrices. Where nothing gives way, each of the pinned peers has its part, so that all have some."""
+    if options.quota is None:
+        total = int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * DEFAULT_QUOTA)
+    else:
+        total = _size("--quota", options.quota)
+    if options.peer_quota is not None:
+        return Quota(total, _size("--peer-quota", options.peer_quota))
+    return Quota(total, total // peers if when_full == "refuse" else total)
+
+
+def _store_bytes(options: WorkerOptions, quota: Quota) -> int:
+    return quota.total if options.store_quota is None else _size("--store-quota", options.store_quota)
+
+
+def _size(option: str, text: str) -> int:
+    size = parse_size(text)
+    if size < 1:
+        raise ConfigError(f"{option} {text}: 1 byte or more")
+    return size
+
+
+def _make_room_for_descriptors(sessions: int) -> None:
+    """Raise the limit of open files, where it is below what all connections may take.
+
+    Raises:
+        ConfigError: the system does not allow that.
+    """
+    needed = SPARE_DESCRIPTORS + MAX_HANDSHAKES + sessions * MAX_SESSION_CONNECTIONS * DESCRIPTORS_OF_ONE
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ConfigError(
+            f"--max-sessions {sessions} may take {needed} open files, this system allows {hard}: lower it, or raise "
+            "the limit (ulimit -Hn)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _device(name: str) -> torch.device:

@@ -1,68 +1,144 @@
 """Who is connected. A session outlives its connections by a while: an enclave that comes back finds its matrices."""
 
+import contextlib
 import hashlib
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from obfuscatune.wire.errors import WorkerRefused
-from obfuscatune.wire.limits import IDLE_SECONDS
+from obfuscatune.wire.errors import ConnectionLost, WorkerRefused
+from obfuscatune.wire.limits import IDLE_SECONDS, MAX_SESSION_CONNECTIONS, REPLACED_AFTER_SECONDS
+from obfuscatune.worker.quota import SessionKey
+
+HangUp = Callable[[], None]
+"""Ends a connection, from any thread."""
 
 
-def session_key(session_id: bytes) -> bytes:
-    """What a session is known by in here: SHA-256 of its id (32 bytes). The id itself is a secret and is not kept."""
-    return hashlib.sha256(b"obfuscatune/session" + session_id).digest()
+def session_key(peer: str, session_id: bytes) -> SessionKey:
+    """What the session with that id (32 bytes) of that peer is known by."""
+    return SessionKey(peer, hashlib.sha256(b"obfuscatune/session" + session_id).digest())
 
 
-def session_label(key: bytes) -> str:
+def session_label(key: SessionKey) -> str:
     """What a session is called in logs and transcripts: 12 hex digits that lead back to nothing."""
-    return key.hex()[:12]
+    return key.digest.hex()[:12]
 
 
-@dataclass
-class _Session:
-    connections: int = 0
-    left_at: float = field(default_factory=time.monotonic)
+class Holdings(Protocol):
+    """What sessions keep while nobody is connected."""
+
+    def held_by(self, session: SessionKey) -> int:
+        """Bytes of a session."""
+
+    def forget_session(self, session: SessionKey) -> None:
+        """Drop all of a session."""
+
+
+@dataclass(eq=False)
+class Session:
+    """One session, for as long as it has a place."""
+
+    key: SessionKey
+    connections: list[HangUp] = field(default_factory=list)
+    """Oldest first."""
+    active_at: float = field(default_factory=time.monotonic)
+
+    def touch(self) -> None:
+        """Something was asked."""
+        self.active_at = time.monotonic()
 
 
 class Sessions:
     """The sessions of a worker, at most `most` of them. Safe from any thread."""
 
-    def __init__(self, most: int, on_expiry: Callable[[bytes], None], idle_seconds: float = IDLE_SECONDS) -> None:
-        """`on_expiry` is given the key of each session that ends."""
+    def __init__(self, most: int, holdings: Holdings, idle_seconds: float = IDLE_SECONDS) -> None:
+        """`holdings` is told of each session that ends; without a connection one ends after `idle_seconds`."""
         self._most = most
-        self._on_expiry = on_expiry
+        self._holdings = holdings
         self._idle_seconds = idle_seconds
-        self._sessions: dict[bytes, _Session] = {}
+        self._sessions: dict[SessionKey, Session] = {}
         self._lock = threading.Lock()
 
-    def enter(self, key: bytes) -> None:
-        """A connection of the session `key` begins.
+    def enter(self, key: SessionKey, hang_up: HangUp) -> Session:
+        """A connection of the session `key` begins; it can be ended by `hang_up`.
 
         Raises:
-            WorkerRefused: it is a new session and there are too many.
+            WorkerRefused: it is a new session, and none gives way to it.
         """
         with self._lock:
             self._expire()
-            if key not in self._sessions and len(self._sessions) >= self._most:
-                raise WorkerRefused(
-                    f"{self._most} sessions are open and no more are taken: try later, or raise --max-sessions"
-                )
-            self._sessions.setdefault(key, _Session()).connections += 1
+            if key not in self._sessions:
+                self._make_place(key.peer)
+            session = self._sessions.setdefault(key, Session(key))
+            session.connections.append(hang_up)
+            session.touch()
+            if len(session.connections) > MAX_SESSION_CONNECTIONS:
+                _end_connection(session.connections.pop(0))
+            return session
 
-    def leave(self, key: bytes, *, keep: bool) -> None:
-        """A connection of the session ends; unless there is something to `keep` for it, so does the session."""
+    def leave(self, session: Session, hang_up: HangUp) -> None:
+        """A connection ends; and with it the session, unless that has others, or something is held for it."""
         with self._lock:
-            session = self._sessions[key]
-            session.connections -= 1
-            session.left_at = time.monotonic()
-            if session.connections == 0 and not keep:
-                del self._sessions[key]
+            with contextlib.suppress(ValueError):  # it was told to end
+                session.connections.remove(hang_up)
+            session.touch()
+            if session.connections:
+                return
+            has_place = self._sessions.get(session.key) is session
+            if not has_place or not self._holdings.held_by(session.key):
+                self._end(session)
 
     def _expire(self) -> None:
         now = time.monotonic()
-        for key, session in list(self._sessions.items()):
-            if session.connections == 0 and now - session.left_at > self._idle_seconds:
-                del self._sessions[key]
-                self._on_expiry(key)
+        for session in list(self._sessions.values()):
+            if not session.connections and now - session.active_at > self._idle_seconds:
+                self._end(session)
+
+    def _make_place(self, peer: str) -> None:
+        """Have a session give way to a new one of `peer`, where all places are taken.
+
+        A peer that would still have no more sessions than another one takes a place of that; else a session gives way
+        that was idle for a while: its own, or one without a connection.
+
+        Raises:
+            WorkerRefused: there is none.
+        """
+        if len(self._sessions) < self._most:
+            return
+        now = time.monotonic()
+        numbers = Counter(session.key.peer for session in self._sessions.values())
+
+        def gives_way(session: Session) -> bool:
+            owner, idle = session.key.peer, now - session.active_at > REPLACED_AFTER_SECONDS
+            if owner == peer:
+                return idle or not session.connections
+            return numbers[owner] > numbers[peer] + 1 or (idle and not session.connections)
+
+        def rank(session: Session) -> tuple[int, bool, int, float]:
+            held = self._holdings.held_by(session.key)
+            return -numbers[session.key.peer], bool(session.connections), held, session.active_at
+
+        candidates = [session for session in self._sessions.values() if gives_way(session)]
+        if not candidates:
+            raise WorkerRefused(
+                f"{numbers[peer]} sessions of yours are open and no more are taken now: close one, try later, or have "
+                "the worker started with a larger --max-sessions"
+            )
+        self._end(min(candidates, key=rank))
+
+    def _end(self, session: Session) -> None:
+        """Drop what it holds. Its connections, if any, are told, and drop what they still bring when they leave."""
+        if self._sessions.get(session.key) is session:
+            del self._sessions[session.key]
+        for hang_up in session.connections:
+            _end_connection(hang_up)
+        if session.key not in self._sessions:
+            self._holdings.forget_session(session.key)
+
+
+def _end_connection(hang_up: HangUp) -> None:
+    with contextlib.suppress(ConnectionLost):  # it was ending already
+        hang_up()

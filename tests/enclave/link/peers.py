@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -16,6 +16,8 @@ from obfuscatune.worker.answer import Answerer, Request
 from obfuscatune.worker.buffers import Buffers
 from obfuscatune.worker.compute import Computer
 from obfuscatune.worker.greeting import welcome
+from obfuscatune.worker.quota import Quota
+from obfuscatune.worker.sessions import session_key
 from obfuscatune.worker.store import MatrixStore
 
 Mischief = Callable[[bytes], bytes | None]
@@ -27,7 +29,7 @@ class MemoryWorker:
 
     def __init__(self, *, quota_bytes: int = 2**20, mischief: Mischief | None = None, times: int = 10**9) -> None:
         """`mischief` befalls the first `times` products."""
-        self.store = MatrixStore(quota_bytes)
+        self.store = MatrixStore(Quota(quota_bytes))
         self.answerer = Answerer(self.store, Computer(torch.device("cpu")))
         self.mischief = mischief
         self.times = times
@@ -47,7 +49,7 @@ class MemoryTransport:
 
     def __init__(self, worker: MemoryWorker) -> None:
         self._worker = worker
-        self._session = b""
+        self._session = session_key("peer", b"")
         self._received = bytearray()
         self._replies = bytearray()
         self._mute = False
@@ -110,12 +112,13 @@ class MemoryTransport:
         worker = self._worker
         worker.seen.append(request.header)
         if request.header.type is MessageType.HELLO:
-            self._session = hashlib.sha256(Hello.unpack(request.body).session_id).digest()
-            reply = welcome(worker.store.quota_bytes, worker.answerer.features)
+            self._session = session_key("peer", Hello.unpack(request.body).session_id)
+            reply = welcome(worker.store.quota.total, worker.answerer.features)
             self._say(reply.header.pack() + bytes(reply.payload), worker.greeting)
             return
         if request.header.type is MessageType.STORE:
-            worker.store.reserve(request.header.payload_bytes)
+            claim = worker.store.reserve(self._session, request.header.payload_bytes)
+            request = replace(request, claim=claim)
         reply = worker.answerer.answer(self._session, request, Buffers())
         data = reply.header.pack() + bytes(reply.payload)
         mischief = None

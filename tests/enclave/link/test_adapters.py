@@ -13,6 +13,7 @@ from obfuscatune.wire.adapters import Attachment, Method, Part, Slice, Step
 from obfuscatune.wire.errors import AdapterLost, BadReply, ConnectionLost, NonFiniteError
 from obfuscatune.wire.messages import MessageType
 from obfuscatune.worker.answer import Answerer
+from obfuscatune.worker.quota import Quota
 from obfuscatune.worker.store import MatrixStore
 from tests.enclave.link.peers import MemoryTransport, MemoryWorker
 
@@ -33,7 +34,7 @@ def connected(worker: MemoryWorker) -> tuple[WorkerLink, AdapterLink]:
 
 def restarted(worker: MemoryWorker) -> None:
     """As a worker that was killed and started again: it holds nothing."""
-    worker.store = MatrixStore(2**20)
+    worker.store = MatrixStore(Quota(2**20))
     worker.answerer = Answerer(worker.store, worker.answerer.computer)
 
 

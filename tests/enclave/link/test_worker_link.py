@@ -197,7 +197,7 @@ def test_matrices_that_do_not_fit() -> None:
 def test_quota_is_reported_and_spends_no_retries() -> None:
     worker = MemoryWorker(quota_bytes=100)
     link = linked(worker)
-    with pytest.raises(QuotaExceeded, match="96 of 100"):
+    with pytest.raises(QuotaExceeded, match="you have 96 of the 100"):
         link.store(OTHER, lambda: W, shape=(3, 4), dtype=W.dtype)
     assert len(worker.connections) == 1
     assert torch.equal(link.multiply(ID, X, transpose=False), X @ W)

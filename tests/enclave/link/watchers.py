@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -85,12 +86,12 @@ class WatchingTransport(MemoryTransport):
         if header.type is MessageType.HELLO:
             super()._answer(request)
             features = worker.answerer.features | SHARED_MEMORY | SLOTS
-            reply = welcome(worker.store.quota_bytes, features)
+            reply = welcome(worker.store.quota.total, features)
             self._replies[:] = reply.header.pack() + bytes(reply.payload)
         elif header.type is MessageType.STORE:
             worker.seen.append(header)
-            worker.store.reserve(header.matrix_bytes)
-            self._reply(request)
+            claim = worker.store.reserve(self._session, header.matrix_bytes)
+            self._reply(replace(request, claim=claim))
         elif header.type is MessageType.WATCH:
             worker.seen.append(header)
             self._watch(Request(header, request.body, memory=self.memory))

@@ -26,6 +26,7 @@ from obfuscatune.wire.errors import (
     WorkerRefused,
 )
 from obfuscatune.wire.framing import recv_body, recv_header, recv_payload, send_message
+from obfuscatune.wire.limits import IDLE_CHECK_SECONDS
 from obfuscatune.wire.messages import REPLIES, ErrorCode, Header, MessageType
 from obfuscatune.wire.payloads import (
     ACCELERATOR,
@@ -41,7 +42,7 @@ from obfuscatune.wire.shared_memory import SharedMemory
 from obfuscatune.wire.tensors import bytes_of
 from obfuscatune.wire.transport import Buffer, Transport
 
-_REFUSALS: dict[ErrorCode, type[WireError]] = {
+REFUSALS: dict[ErrorCode, type[WireError]] = {
     ErrorCode.MALFORMED: ProtocolError,
     ErrorCode.VERSION: UnsupportedVersion,
     ErrorCode.LIMIT: LimitExceeded,
@@ -52,6 +53,20 @@ _REFUSALS: dict[ErrorCode, type[WireError]] = {
     ErrorCode.FAILED: WorkerRefused,
     ErrorCode.UNKNOWN_ADAPTER: AdapterLost,
 }
+CONNECTS_ANEW = frozenset({ErrorCode.MALFORMED})
+"""After these an enclave connects again and asks again, a bounded number of times; any other is final, but that a
+matrix which the worker does not hold is stored again (docs/spec/wire.md, Errors)."""
+
+_NOBODYS = b"\xff" * 16
+"""An id that no matrix has: a worker is asked to forget it for the sake of its answer."""
+
+
+class Refused(WireError):
+    """The worker answered one request, or all, with an error that is final; `error` is for the caller."""
+
+    def __init__(self, error: WireError) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 @dataclass(frozen=True)
@@ -68,6 +83,7 @@ class LinkConnection:
     def __init__(self, transport: Transport, session_id: bytes, stats: LinkStats, deadline: Deadline) -> None:
         self._transport = transport
         self._stats = stats
+        self._heard_at = time.monotonic()
         self.arena: Arena | None = None
         """Memory shared with the worker, after `share`."""
         try:
@@ -98,6 +114,27 @@ class LinkConnection:
         """Whether the worker would watch a slot in the memory that is shared."""
         return bool(self.welcome.features & SLOTS) and self.arena is not None
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing came for so long that the worker, or something on the way, may have given it up."""
+        return time.monotonic() - self._heard_at > IDLE_CHECK_SECONDS
+
+    def is_alive(self, request_id: int) -> bool:
+        """Look whether the worker has closed it; over a network, also ask for a sign of life. Nothing is in flight.
+
+        What is on the way (a NAT, a proxy, a firewall) may have forgotten the connection and swallow all that is sent.
+        """
+        if self.has_news():
+            return False
+        if self._transport.shares_memory:
+            return True
+        header = Header(MessageType.FORGET, request_id, _NOBODYS)
+        try:
+            self.exchange(header, b"", {MessageType.DONE}, Deadline(IDLE_CHECK_SECONDS))
+        except WireError:
+            return False
+        return True
+
     def share(self, request_id: int, size: int, deadline: Deadline) -> None:
         """Share memory with the worker, where it is on this host and there is some; else this does nothing."""
         if not self.welcome.features & SHARED_MEMORY or not self._transport.shares_memory:
@@ -109,6 +146,8 @@ class LinkConnection:
         try:
             header = Header(MessageType.SHARE, request_id, payload_bytes=8)
             self.exchange(header, pack_number(size), {MessageType.DONE}, deadline, descriptor)
+        except Refused:
+            return  # the same
         finally:
             os.close(descriptor)
         self.arena = Arena(memory)
@@ -132,6 +171,7 @@ class LinkConnection:
             header = recv_header(self._transport, REPLIES, deadline=deadline)
         finally:
             self._stats.seconds_waiting += time.monotonic() - started
+        self._heard_at = time.monotonic()
         self._stats.bytes_received += header.message_bytes
         return header
 
@@ -144,9 +184,11 @@ class LinkConnection:
         return recv_body(self._transport, header, deadline)
 
     def refusal(self, header: Header, deadline: Deadline) -> WireError:
-        """The error that an ERROR stands for, to be raised or kept."""
+        """The error that an ERROR stands for; one that is final comes as `Refused`."""
         text = error_text(self.body(header, deadline))
-        return _REFUSALS[ErrorCode(header.code)](f"the worker answered: {text}")
+        code = ErrorCode(header.code)
+        error = REFUSALS[code](f"the worker answered: {text}")
+        return error if code in CONNECTS_ANEW else Refused(error)
 
     def exchange(
         self,
@@ -159,7 +201,8 @@ class LinkConnection:
         """Send one request that carries no product, and take its reply. Nothing else may be in flight.
 
         Raises:
-            WorkerRefused: the worker answered this request with an error.
+            Refused: the worker answered this request with an error that is final.
+            ProtocolError: it says that the request broke the protocol.
             MalformedMessage: the reply is not of an `allowed` type, or answers something else.
         """
         self.send(header, payload, deadline, descriptor)

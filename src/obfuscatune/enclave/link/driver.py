@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from obfuscatune.enclave.link.arena import Arena
-from obfuscatune.enclave.link.connection import LinkConnection
+from obfuscatune.enclave.link.connection import LinkConnection, Refused
 from obfuscatune.enclave.link.pending import Pending, StoredMatrix, check_product
 from obfuscatune.enclave.link.retry import Insistence, RetryPolicy
 from obfuscatune.enclave.link.slot import State, WatchedSlot, fits
@@ -28,7 +28,6 @@ from obfuscatune.wire.errors import (
     ProtocolError,
     UnknownMatrix,
     WireError,
-    WorkerRefused,
 )
 from obfuscatune.wire.limits import SHARED_BYTES
 from obfuscatune.wire.messages import NO_DIGEST, Header, MessageType
@@ -38,6 +37,8 @@ from obfuscatune.wire.tensors import bytes_of, content_digest
 from obfuscatune.wire.transport import Buffer, Transport
 
 RETRIED = (ConnectionLost, DeadlineExceeded, ProtocolError, BadReply)
+MOST_WATCHES_FAILED = 4
+"""So many watches in a row that answered nothing, and no worker is asked to watch any more: messages are sent."""
 FAREWELL_SECONDS = 5.0
 """How long `farewell` waits for the worker to confirm that it has forgotten everything."""
 
@@ -75,6 +76,8 @@ class LinkDriver:
         self._in_flight: OrderedDict[int, Pending] = OrderedDict()
         self._slot: WatchedSlot | None = None
         self._posted: Pending | None = None
+        self._watches_failed = 0
+        """Watches since the last answer in a slot that ended without one, those that broke off counted twice."""
 
     @property
     def arena(self) -> Arena | None:
@@ -119,6 +122,9 @@ class LinkDriver:
                 except WireError as final:
                     self._fail(self.waiting, final)
                     raise
+            except Refused as refused:
+                self.disconnect()
+                raise refused.error from None
             except BaseException:
                 # Ctrl-C too: the stream may be in the middle of a message, and is of no use any more.
                 self.disconnect()
@@ -147,6 +153,7 @@ class LinkDriver:
             pending.interrupted()
         self.waiting[:0] = [pending for pending in self._in_flight.values() if not pending.done]
         if self._posted is not None:
+            self._watches_failed += 2  # it took as long as a deadline, perhaps
             self.waiting.insert(0, self._posted)
         self._in_flight.clear()
         self._slot = self._posted = None
@@ -190,6 +197,8 @@ class LinkDriver:
         connection = self._connection
         if connection is None:
             self._greet()
+        elif self._is_given_up(connection):
+            self.disconnect()
         elif self._posted is not None and self._slot is not None:
             self._collect(connection, self._slot, self._posted)
         elif not (self._in_flight or self.missing or self.leaving) and self._post(connection, self.waiting[0]):
@@ -206,6 +215,14 @@ class LinkDriver:
             self._send(connection, self.waiting[0])
         else:
             self._receive(connection)
+
+    def _is_given_up(self, connection: LinkConnection) -> bool:
+        """Whether nobody answers on a connection that was idle: known before anything is sent that is sent once."""
+        if self._in_flight or self._posted is not None or not connection.is_idle:
+            return False
+        if self._slot is not None and self._slot.watch_id is not None:
+            return False
+        return not connection.is_alive(self._next_id())
 
     def _greet(self) -> None:
         deadline = Deadline(self._deadline_s)
@@ -245,7 +262,7 @@ class LinkDriver:
 
     def _post(self, connection: LinkConnection, pending: Pending) -> bool:
         """Hand a request over in the slot; False where it has to be sent."""
-        if not fits(pending) or not connection.watches_slots:
+        if not fits(pending) or not connection.watches_slots or self._watches_failed >= MOST_WATCHES_FAILED:
             return False
         slot = self._slot = self._slot or WatchedSlot.lent_by(connection.arena)  # type: ignore[arg-type]
         if slot is None:
@@ -291,7 +308,7 @@ class LinkDriver:
         refused = reply.type is MessageType.ERROR
         if refused and reply.request_id in (0, slot.watch_id):
             error = connection.refusal(reply, deadline)
-            if reply.request_id == 0:
+            if reply.request_id == 0 or not isinstance(error, Refused):
                 raise error
         elif reply.type is not MessageType.DONE or reply.request_id != slot.watch_id:
             raise MalformedMessage(f"{reply.type.name} came, which does not answer WATCH")
@@ -305,6 +322,7 @@ class LinkDriver:
         if state is State.ANSWERED and pending.landing is not None:
             pending.product = pending.landing if pending.product_unchecked else check_product(pending.landing)
             self._posted = None
+            self._watches_failed = 0
             self.stats.crossings += 1
             self.stats.bytes_sent += pending.rows.nbytes
             self.stats.bytes_received += pending.landing.nbytes
@@ -313,6 +331,7 @@ class LinkDriver:
         if connection.has_news():
             self._end_watch(connection)
             self._posted = None
+            self._watches_failed += 1
             pending.unseen = True
             self.waiting.insert(0, pending)
 
@@ -362,9 +381,15 @@ class LinkDriver:
             raise MalformedMessage(f"{header.type.name} came, which does not answer MULTIPLY")
         del self._in_flight[header.request_id]
 
-    def _refused(self, pending: Pending, error: WireError) -> None:
-        """The worker answered with an error: what it lacks is sent; anything else is final for this request."""
-        matrix = self.matrices.get(pending.needs)
+    def _refused(self, pending: Pending, refusal: WireError) -> None:
+        """The worker answered with an error: what it lacks is sent; anything else is final for this request.
+
+        Raises:
+            ProtocolError: it says that the request broke the protocol.
+        """
+        if not isinstance(refusal, Refused):
+            raise refusal
+        error, matrix = refusal.error, self.matrices.get(pending.needs)
         pending.times_unknown += 1
         if isinstance(error, UnknownMatrix) and matrix is not None and pending.times_unknown <= self._retry.attempts:
             self.missing[matrix.matrix_id] = matrix
@@ -384,9 +409,9 @@ class LinkDriver:
                 self._ask(connection, matrix.store(self._next_id(), shared=laid is not None), payload)
                 self.stats.uploads += 1
                 self.stats.bytes_uploaded += matrix.nbytes
-        except WorkerRefused as error:
-            matrix.refused = error.with_traceback(None)  # which would keep the matrix, and its place in the arena
-            self._fail([pending for pending in self.waiting if pending.needs == matrix.matrix_id], error)
+        except Refused as refused:
+            matrix.refused = refused.error  # not with a traceback: it would keep the matrix, and its place in the arena
+            self._fail([pending for pending in self.waiting if pending.needs == matrix.matrix_id], refused.error)
         del self.missing[matrix.matrix_id]
 
     def _forget(self, connection: LinkConnection, matrix_id: bytes) -> None:

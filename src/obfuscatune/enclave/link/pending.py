@@ -14,7 +14,6 @@ from obfuscatune.wire.errors import (
     MalformedMessage,
     NonFiniteError,
     WireError,
-    WorkerRefused,
 )
 from obfuscatune.wire.limits import MAX_DIM, MAX_MATRIX_BYTES, MAX_WINDOW_BYTES
 from obfuscatune.wire.messages import NO_DIGEST, SHARED, TRANSPOSED, Header, MessageType
@@ -38,7 +37,7 @@ class StoredMatrix:
     at_hand: torch.Tensor | None = None
     """W_star itself, until it is uploaded."""
     digest: bytes = NO_DIGEST
-    refused: WorkerRefused | None = None
+    refused: WireError | None = None
     """Why the worker would not take it."""
 
     def __post_init__(self) -> None:

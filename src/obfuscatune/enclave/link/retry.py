@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass
 
-from obfuscatune.wire.errors import ConnectionLost, UnsupportedVersion, WireError
+from obfuscatune.wire.errors import BadMagic, ConnectionLost, UnsupportedVersion, WireError
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Insistence:
             self._products, self._failures, self._pause = products, 0, self._policy.backoff_s
             self._unreachable_since = None
         now = time.monotonic()
-        if not connected and isinstance(error, UnsupportedVersion):
-            raise error  # it will not speak our version by being asked again
+        if not connected and isinstance(error, (UnsupportedVersion, BadMagic)):
+            raise error  # it will not speak our version, or protocol, by being asked again
         if not connected and isinstance(error, ConnectionLost):
             if self._unreachable_since is None:
                 self._unreachable_since = now
