@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from obfuscatune.enclave.link import RetryPolicy, WorkerLink
+from obfuscatune.enclave.link import driver as module_of_driver
 from obfuscatune.enclave.link import slot as module
 from obfuscatune.wire.errors import (
     BadMagic,
@@ -185,3 +186,28 @@ def test_one_that_will_not_watch_is_sent_messages_for_a_while(code: ErrorCode, m
         assert [header.type for header in worker.seen] == types
         assert link.is_watched is (MULTIPLY not in types)
     assert (link.stats.retries, link.stats.reconnects, link.stats.crossings) == (0, 0, 3)
+
+
+@pytest.mark.parametrize("name", ["DONE", "silence"])
+def test_a_worker_whose_watches_answer_nothing_is_sent_messages(name: str) -> None:
+    """Not a deadline at every request: after a few, it is not asked to watch any more."""
+    watching = {"DONE": say(MessageType.DONE), "silence": watch_for_ever}[name]
+    worker, x = WatchingWorker(watching), some(4, 96)
+    link = in_memory(worker)
+    for _ in range(6):
+        assert_right(link.multiply(ID, lent(link, x), transpose=False), x)
+    watches = [header.type for header in worker.seen].count(WATCH)
+    assert watches <= module_of_driver.MOST_WATCHES_FAILED
+    assert link.stats.reconnects <= 2
+    for _ in range(3):
+        assert_right(link.multiply(ID, lent(link, x), transpose=False), x)
+    assert [header.type for header in worker.seen].count(WATCH) == watches
+
+
+def test_an_answer_in_between_makes_good_for_what_failed() -> None:
+    worker, x = WatchingWorker(say(MessageType.DONE), times=0), some(4, 96)
+    link = stored(WorkerLink(worker, deadline_s=30, retry=QUICK))
+    for _ in range(3):
+        worker.watches = module_of_driver.MOST_WATCHES_FAILED - 1
+        assert_right(link.multiply(ID, lent(link, x), transpose=False), x)
+    assert [header.type for header in worker.seen].count(MULTIPLY) == 0
