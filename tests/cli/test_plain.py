@@ -152,6 +152,29 @@ def test_generate_continues_the_prompt(obfuscatune, stories260k):
     assert ran.document["tokens"] == 64
 
 
+def test_the_space_before_the_first_word_written_is_kept(obfuscatune, stories260k):
+    options = ("generate", "--plain", "--model", stories260k, "--prompt", "Once upon a", "--max-new-tokens", 1)
+    assert obfuscatune(*options).stdout == "Once upon a time\n"
+    assert obfuscatune(*options, "--json").document["text"] == " time"
+
+
+def test_a_prompt_with_a_token_outside_the_embedding_is_one_line(obfuscatune, stories260k, tmp_path, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(stories260k)
+    tokenizer.add_tokens(["<new>"])
+    model = tmp_path / "model"
+    shutil.copytree(stories260k, model)
+    tokenizer.save_pretrained(model)
+    ran = obfuscatune("generate", "--model", model, "--prompt", "Hi <new>")
+    assert ran.code == 1
+    message = "<new>' has number 512, and the model's embedding has rows 0 to 511 alone"
+    assert message in ran.stderr
+    assert "worker" not in ran.stderr, "none is started for it"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi <new>\n"))
+    ran = obfuscatune("chat", "--plain", "--model", model)
+    assert ran.code == 1
+    assert message in ran.stderr
+
+
 def test_prompts_from_stdin_and_from_a_file_are_the_same(obfuscatune, stories260k, tmp_path, monkeypatch):
     (tmp_path / "prompt.txt").write_text(START)
     monkeypatch.setattr(sys, "stdin", io.StringIO(START))
@@ -160,7 +183,7 @@ def test_prompts_from_stdin_and_from_a_file_are_the_same(obfuscatune, stories260
         assert ran.document["text"].startswith(STORY)
 
 
-@pytest.mark.parametrize(("content", "message"), [(None, "cannot be read"), (b"\xff", "not UTF-8 at byte 1")])
+@pytest.mark.parametrize(("content", "message"), [(None, "cannot be read"), (b"\xff", "not UTF-8: byte 1 of the line")])
 def test_a_prompt_file_that_is_none_is_one_line(obfuscatune, tmp_path, content, message):
     path = tmp_path / "prompt.txt"
     if content is not None:

@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from obfuscatune.cli.options import ENVIRONMENT
+from obfuscatune.cli.streams import settle_streams
 from obfuscatune.process import settle_process
 from obfuscatune.version import __version__
 from obfuscatune.wire.errors import ConfigError, ObfuscaTuneError
@@ -122,6 +123,7 @@ def make_app() -> Any:
 
 def main() -> None:
     """The console script."""
+    settle_streams()
     sys.exit(run(sys.argv[1:]))
 
 

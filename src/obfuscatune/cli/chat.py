@@ -2,10 +2,10 @@
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from itertools import count
 from typing import TYPE_CHECKING, Annotated
 
-from obfuscatune.cli import options, output
+from obfuscatune.cli import options, output, streams
 from obfuscatune.cli.decoding import Sampling, decode
 from obfuscatune.cli.options import option
 from obfuscatune.cli.session import ModelFiles, Protection, open_files, open_session
@@ -49,8 +49,8 @@ def chat(
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     protection = Protection(worker, profile, first_blocks, key_file, tls_cert, tls_key, peer, base).unless(plain)
+    beginning = [] if system is None else [Message("system", streams.checked_text(system, "--system"))]
     files = open_files(model)
-    beginning = [] if system is None else [Message("system", system)]
     messages = list(beginning)
     with open_session(files, dtype=dtype, protection=protection, adapter=adapter) as session:
         for line in _lines():
@@ -65,16 +65,16 @@ def chat(
             messages.append(Message("assistant", written.text.strip()))
         link = session.link()
     if as_json:
-        said = [asdict(message) for message in messages]
+        said = [message.fields() for message in messages]
         output.write_json({"protected": session.protected, "messages": said, "link": link})
 
 
 def _lines() -> Iterator[str]:
     """What the user types, without empty lines; on a terminal, asked for."""
-    while True:
+    for number in count(1):
         if sys.stdin.isatty():
             output.ask("you> ")
-        line = sys.stdin.readline()
+        line = streams.read_input_line(number)
         if not line:
             return
         if line.strip():
@@ -101,13 +101,13 @@ def _fitting(messages: "Sequence[Message]", fixed: int, files: ModelFiles, sampl
         fixed: How many messages at the beginning always stay.
 
     Raises:
-        DataError: the last message alone is too long.
+        DataError: the last message alone is too long, or has a token that the model has no embedding for.
     """
     from obfuscatune.tuning.tokens import render_prompt
 
     for first in range(fixed, len(messages), 2):  # a user's turn and the answer to it go together
         ids = render_prompt(files.tokenizer, [*messages[:fixed], *messages[first:]])
         if len(ids) <= sampling.room(files.config):
-            return ids
-    sampling.check_room(len(ids), files.config)
+            break
+    sampling.check(ids, files)
     return ids

@@ -35,15 +35,19 @@ class Sampling:
 
         return context_window(config) - self.max_new_tokens
 
-    def check_room(self, tokens: int, config: Any) -> None:
-        """Refuse a prompt of more tokens.
+    def check(self, ids: Sequence[int], files: ModelFiles) -> None:
+        """Refuse a prompt of more tokens, or of such as the model has no embedding for.
 
         Raises:
-            DataError: it has.
+            DataError: it is one.
         """
-        if tokens > self.room(config):
+        from obfuscatune.tuning.tokens import check_ids, embedding_rows
+
+        config = files.config
+        check_ids(files.tokenizer, ids, embedding_rows(config))
+        if len(ids) > self.room(config):
             raise DataError(
-                f"the prompt has {tokens} tokens and up to {self.max_new_tokens} are to be written, but the model "
+                f"the prompt has {len(ids)} tokens and up to {self.max_new_tokens} are to be written, but the model "
                 f"takes {self.room(config) + self.max_new_tokens} in all; shorten it or lower --max-new-tokens"
             )
 
@@ -66,13 +70,28 @@ def decode(
 ) -> Written:
     """Write on after `ids` until the end-of-sequence token or the limit, calling `show` with each piece of text."""
     import torch
-    from transformers import TextStreamer
+    from transformers.generation.streamers import BaseStreamer
 
+    from obfuscatune.tuning.detokenize import Detokenizer
     from obfuscatune.tuning.tokens import end_id, stop_ids
 
-    class Shown(TextStreamer):  # type: ignore[misc]  # transformers is not checked; its class is Any
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            if show is not None:
+    detokenizer = Detokenizer(files.tokenizer, ids)
+    pieces: list[str] = []
+
+    class Shown(BaseStreamer):  # type: ignore[misc]  # transformers is not checked; its class is Any
+        prompt_seen = False
+
+        def put(self, value: torch.Tensor) -> None:
+            if self.prompt_seen:
+                self.show(detokenizer.add(value.flatten().tolist()))
+            self.prompt_seen = True  # it comes first, as a whole
+
+        def end(self) -> None:
+            self.show(detokenizer.rest())
+
+        def show(self, text: str) -> None:
+            pieces.append(text)
+            if show is not None and text:
                 show(text)
 
     end = end_id(files.tokenizer)
@@ -90,8 +109,7 @@ def decode(
             max_new_tokens=sampling.max_new_tokens,
             pad_token_id=end,
             eos_token_id=stop_ids(files.tokenizer, session.model.generation_config),
-            streamer=Shown(files.tokenizer, skip_prompt=True, skip_special_tokens=True),
+            streamer=Shown(),
             **how,
         )
-    written = output[0, len(ids) :]
-    return Written(str(files.tokenizer.decode(written, skip_special_tokens=True)), len(written))
+    return Written("".join(pieces), output.shape[1] - len(ids))

@@ -1,15 +1,14 @@
 """`obfuscatune generate`."""
 
-import sys
 import time
 from pathlib import Path
 from typing import Annotated
 
-from obfuscatune.cli import options, output
+from obfuscatune.cli import options, output, streams
 from obfuscatune.cli.decoding import Sampling, decode
 from obfuscatune.cli.options import option
 from obfuscatune.cli.session import Protection, open_files, open_session
-from obfuscatune.wire.errors import ConfigError, DataError
+from obfuscatune.wire.errors import ConfigError
 
 _TEXT = "Text"
 
@@ -47,7 +46,7 @@ def generate(
     protection = Protection(worker, profile, first_blocks, key_file, tls_cert, tls_key, peer, base).unless(plain)
     files = open_files(model)
     ids = encode_open(files.tokenizer, text)
-    sampling.check_room(len(ids), files.config)
+    sampling.check(ids, files)
     with open_session(files, dtype=dtype, protection=protection, adapter=adapter) as session:
         began = time.perf_counter()
         if not as_json:
@@ -67,11 +66,7 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     if (prompt is None) == (prompt_file is None):
         raise ConfigError("give --prompt or --prompt-file, one of them")
     if prompt is not None:
-        return sys.stdin.read() if prompt == "-" else prompt
-    file = Path(str(prompt_file))
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 at byte {error.start + 1}") from error
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror or error}") from error
+        return streams.read_input() if prompt == "-" else streams.checked_text(prompt, "--prompt")
+    from obfuscatune.tuning.jsonl import read_text
+
+    return read_text(Path(str(prompt_file)))

@@ -21,6 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from obfuscatune.cli.streams import shows_unicode
 from obfuscatune.report.units import format_bytes
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -35,7 +36,7 @@ def stderr() -> Console:
 
 def write_json(document: object) -> None:
     """Print the one document of `--json`. NaN, which JSON has not, becomes null."""
-    sys.stdout.write(json.dumps(_without_nan(document), indent=2, ensure_ascii=False) + "\n")
+    sys.stdout.write(json.dumps(_without_nan(document), indent=2, ensure_ascii=not shows_unicode()) + "\n")
 
 
 def write_text(text: str) -> None:
