@@ -48,14 +48,14 @@ def test_input_is_utf8_with_or_without_a_mark(piped, encoding):
 
 def test_input_that_is_no_text_is_refused(piped, monkeypatch):
     piped(b"caf\xe9\n")
-    with pytest.raises(DataError, match="^standard input: not UTF-8: byte 0xe9 after 3 characters$"):
+    with pytest.raises(DataError, match=r"^standard input: not UTF-8: byte 0xe9 after 3 characters$"):
         streams.read_input()
     piped(b"fine\ncaf\xe9\n")
     streams.read_input_line(1)
-    with pytest.raises(DataError, match="^standard input, line 2: not UTF-8: byte 0xe9"):
+    with pytest.raises(DataError, match=r"^standard input, line 2: not UTF-8: byte 0xe9"):
         streams.read_input_line(2)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xe9"), encoding="ascii"))
-    with pytest.raises(DataError, match="^standard input: not ASCII: byte 0xe9"):
+    with pytest.raises(DataError, match=r"^standard input: not ASCII: byte 0xe9"):
         streams.read_input()
 
 
