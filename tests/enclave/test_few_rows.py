@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -191,7 +192,10 @@ class Worker:
     def submit(self, matrix_id: bytes, rows: Tensor, *, transpose: bool, **_: object) -> Any:
         self.seen.append(rows.clone())
         product = rows.to(self.W_star) @ (self.W_star.T if transpose else self.W_star)
-        return SimpleNamespace(result=lambda: self.tamper(product.to(rows.dtype)))
+        return SimpleNamespace(result=lambda: self.tamper(product.to(rows.dtype)), own=Tensor.clone)
+
+    def refusing(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 def offloaded(

@@ -80,8 +80,7 @@ def test_a_check_by_either_takes_the_product_and_nothing_else(
     verifier = Verifier(W, KEY.stream("verifier"), 1.0)
     for transpose, matrix in ((False, W), (True, W.T)):
         x = some(40, matrix.shape[0], dtype=dtype)
-        probe = verifier.draw(transpose=transpose)
-        assert probe is not None
+        probe = verifier.probe(transpose=transpose)
         u, product = x @ probe.v, x @ matrix
         probe.check(product, u, 1.0, dtype)
         product[39, -1] *= 1.1

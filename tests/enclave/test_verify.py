@@ -35,8 +35,7 @@ class Request:
         self.dtype = dtype
 
     def probe(self) -> tuple[Probe, Tensor]:
-        probe = self._verifier.draw(transpose=self._transpose)
-        assert probe is not None
+        probe = self._verifier.probe(transpose=self._transpose)
         return probe, self._mixing.image(self._x, probe.v)
 
     def excess(self, product: Tensor) -> float:
@@ -117,10 +116,12 @@ def test_a_wrong_product_says_so() -> None:
 
 
 def test_vectors_are_fresh_and_some_requests_are_spared() -> None:
-    verifier = Verifier(torch.randn(20, 30), KEY.stream("share"), 0.25)
-    drawn = [verifier.draw(transpose=False) for _ in range(400)]
-    probes = [probe for probe in drawn if probe is not None]
-    assert 60 < len(probes) < 140
+    W = torch.randn(20, 30)
+    verifier = Verifier(W, KEY.stream("share"), 0.25)
+    x = torch.randn(3, 20)
+    drawn = [verifier.check_for(lambda v: (x @ v).double(), x.dtype, 1.0, x.dtype, False) for _ in range(400)]
+    assert 60 < sum(check(x @ W) for check in drawn) < 140
+    probes = [verifier.probe(transpose=False) for _ in range(100)]
     assert not torch.allclose(probes[0].r, probes[1].r, atol=0.1)
     torch.testing.assert_close(torch.stack([probe.r for probe in probes]).std(), torch.tensor(1.0), atol=0.2, rtol=0)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.mixer import KroneckerMixer
-from obfuscatune.enclave.verify import VECTORS, Probe, Verifier
+from obfuscatune.enclave.verify import VECTORS, Verifier
 from obfuscatune.report.environment import environment
 
 SIZES = ((1, 64, 192), (9, 256, 64), (64, 128, 96))
@@ -147,21 +147,15 @@ class _Request:
 
     def excess(self, product: Tensor) -> float:
         """The deviation of a product under a fresh probe, over the tolerance."""
-        probe = self._probe()
+        probe = self._verifier.probe(transpose=False)
         return float(probe.excess(product, self._mixing.image(self._x, probe.v), self._scale, self._dtype))
 
     def stated(self, changed: Tensor) -> float:
         """The bound on how often that change is caught."""
-        tau = self._probe().tolerance(changed, self._scale, self._dtype)
+        tau = self._verifier.probe(transpose=False).tolerance(changed, self._scale, self._dtype)
         sizes = torch.linalg.vector_norm(changed - self.product, dim=1).double()
         missed = float((0.8 * tau / sizes).min())
         return 1 - min(1.0, missed) ** VECTORS
-
-    def _probe(self) -> Probe:
-        probe = self._verifier.draw(transpose=False)
-        if probe is None:
-            raise RuntimeError("a verifier that checks every request spared one")
-        return probe
 
 
 def _one_element(product: Tensor, size: float) -> Tensor:

@@ -26,7 +26,7 @@ from obfuscatune.enclave.mixer import Mixer
 from obfuscatune.enclave.mixing import DENSE_BELOW, FewMixing, Mixing
 from obfuscatune.enclave.spans import span
 from obfuscatune.enclave.transforms import Transform
-from obfuscatune.enclave.verify import Verifier
+from obfuscatune.enclave.verify import Check, Verifier
 from obfuscatune.wire.errors import ProtectionError
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ class InFlight:
     """Of the dtype and on the device of what was asked; of few rows, these themselves."""
     mixing: Mixing | FewMixing | None = None
     pending: Pending | None = None
-    check: Callable[[Tensor], None] | None = None
-    """Holds the product, in memory of our own, against what it must be; where this request is verified."""
+    check: Check | None = None
+    """Decides whether the product, in memory of our own, is verified, and does it; None where none is."""
     few: FewWay | None = None
     """Where few rows cross: the mixing is a `FewMixing` then."""
 
@@ -89,10 +89,16 @@ class OffloadedProduct:
             return few
         with span("obfuscatune.rotate"):
             rotated, norm = self._R_in.apply_measured(_widen(x))  # (n, p)
-        return self._send(rotated, norm, x, transpose=False)
+        return self._send(_apart(rotated, x), norm, x, transpose=False)
 
     def finish_forward(self, crossing: InFlight, bias: Tensor | None = None) -> Tensor:
-        """y = x W + b (n, q), in x's dtype and on its device; memory of its own. `bias`: b (q,), likewise."""
+        """y = x W + b (n, q), in x's dtype and on its device; memory of its own. `bias`: b (q,), likewise.
+
+        Raises:
+            BadReply: the product is not finite. The link asks this worker nothing any more, as after the next.
+            WrongProduct: it is not the product.
+            WireError: see `WorkerLink.multiply`.
+        """
         if crossing.few is not None:
             y = self._receive_few(crossing, crossing.few)
             return y if bias is None else y.add_(bias)
@@ -110,10 +116,10 @@ class OffloadedProduct:
             return few
         with span("obfuscatune.rotate"):
             rotated, norm = self._R_out.inverse_transpose_measured(_widen(g))  # (n, q)
-        return self._send(rotated, norm, g, transpose=True)
+        return self._send(_apart(rotated, g), norm, g, transpose=True)
 
     def finish_backward(self, crossing: InFlight) -> Tensor:
-        """dx = g Wᵀ (n, p), in g's dtype and on its device; memory of its own."""
+        """dx = g Wᵀ (n, p), in g's dtype and on its device; memory of its own. Raises as `finish_forward` does."""
         if crossing.few is not None:
             return self._receive_few(crossing, crossing.few)
         unmixed = self._receive(crossing, self._R_in.dim)  # (n, p)
@@ -135,11 +141,11 @@ class OffloadedProduct:
             A.mix(rotated, scale, mixed)
             if not as_sent:
                 X_star.copy_(mixed)
-        check = self._check(lambda v: A.image(rotated, v), rotated.dtype, scale, dtype, transpose)
         with span("obfuscatune.send"):
             pending = self._link.submit(
                 self._matrix_id, X_star, transpose=transpose, known_finite=as_sent, product_unchecked=True
             )
+        check = self._check(lambda v: A.image(rotated, v), rotated.dtype, A.sent(scale), dtype, transpose)
         return InFlight(like, A, pending, check)
 
     def _send_few(self, x: Tensor, *, transpose: bool) -> InFlight | None:
@@ -157,11 +163,12 @@ class OffloadedProduct:
             norm = math.sqrt(way.turn.send(x, mixing.secrets, X_star))
         if not _LEAST_NORM < norm < math.inf:
             return None
-        check = self._check(mixing.image, x.dtype, norm / math.sqrt(x.numel()), x.dtype, transpose)
         with span("obfuscatune.send"):
             pending = self._link.submit(
                 self._matrix_id, X_star, transpose=transpose, known_finite=True, product_unchecked=True
             )
+        scale = mixing.sent(n, norm / math.sqrt(x.numel()))
+        check = self._check(mixing.image, x.dtype, scale, x.dtype, transpose)
         return InFlight(x, mixing, pending, check, way)
 
     def _receive_few(self, crossing: InFlight, way: FewWay) -> Tensor:
@@ -169,13 +176,8 @@ class OffloadedProduct:
         x, mixing, pending = crossing.like, crossing.mixing, crossing.pending
         if not isinstance(mixing, FewMixing) or pending is None:
             raise ProtectionError("a crossing of few rows was finished without what it was begun with")
-        with span("obfuscatune.wait"):
-            Y_star = pending.result()  # (m, q)
-        if crossing.check is not None:
-            with span("obfuscatune.verify"):
-                Y_star = check_product(Y_star.clone())  # a check of what the worker can still change would be none
-                crossing.check(Y_star)
-        with span("obfuscatune.mix"):
+        Y_star = self._awaited(pending, crossing.check)  # (m, q)
+        with span("obfuscatune.mix"), self._link.refusing():
             y = x.new_empty(x.shape[0], way.back.dim)
             if not math.isfinite(way.back.receive(Y_star, mixing.secrets, y)):
                 check_product(y)
@@ -194,44 +196,46 @@ class OffloadedProduct:
 
     def _check(
         self, image: Callable[[Tensor], Tensor], rows: torch.dtype, scale: float, dtype: torch.dtype, transpose: bool
-    ) -> Callable[[Tensor], None] | None:
-        """What the product of the rows just mixed will be held against; None where this one is not verified.
-
-        `image` makes X* v, float64, of v in the dtype of the `rows`, which travel in `dtype`.
-        """
+    ) -> Check | None:
+        """See `Verifier.check_for`; None where no product is verified. To be called once the rows are sent."""
         if self._verifier is None:
             return None
         with span("obfuscatune.verify"):
-            probe = self._verifier.draw(transpose=transpose)
-            if probe is None:
-                return None
-            u = image(probe.v.to(rows)).to(probe.v.device)
-
-        def check(product: Tensor) -> None:
-            probe.check(product, u, scale, dtype)
-            self._link.stats.verified += 1
-
-        return check
+            return self._verifier.check_for(image, rows, scale, dtype, transpose)
 
     def _receive(self, crossing: InFlight, width: int) -> Tensor:
         """Wait for the product and unmix it: (n, width)."""
         like = crossing.like
         if crossing.mixing is None or crossing.pending is None or isinstance(crossing.mixing, FewMixing):
             return _widen(like).new_zeros(0, width)
-        with span("obfuscatune.wait"):
-            Y_star = crossing.pending.result()  # (m, width)
-        if crossing.check is not None:
-            with span("obfuscatune.verify"):
-                own = Y_star.clone()  # a check of what the worker can still change would be none
-                Y_star = _widen(check_product(own))
-                crossing.check(Y_star)
-        with span("obfuscatune.mix"):
+        Y_star = self._awaited(crossing.pending, crossing.check)  # (m, width)
+        with span("obfuscatune.mix"), self._link.refusing():
             return crossing.mixing.unmix(_widen(Y_star.to(like.device)))
+
+    def _awaited(self, pending: Pending, check: Check | None) -> Tensor:
+        """Wait for the product Y* (m, q), and verify it where it is to be verified.
+
+        Where some products are verified every one is copied out of the worker's reach, and only then the lot is drawn:
+        a check of what the worker can still change would be none, and a copy of the checked ones alone would show.
+        """
+        with span("obfuscatune.wait"):
+            Y_star = pending.result()
+        if check is None:
+            return Y_star
+        with span("obfuscatune.verify"), self._link.refusing():
+            own = _widen(pending.own(Y_star))
+            self._link.stats.verified += check(own)
+        return own
 
 
 def _widen(x: Tensor) -> Tensor:
     """16-bit tensors are rotated and mixed in float32."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _apart(rotated: Tensor, x: Tensor) -> Tensor:
+    """The rows in memory of their own: a transform that is 1 returns x, which may change before a check reads it."""
+    return rotated.clone() if rotated.data_ptr() == x.data_ptr() else rotated
 
 
 def _root_mean_square(x: Tensor, norm: float) -> float:

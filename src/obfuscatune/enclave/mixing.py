@@ -11,6 +11,7 @@ so it is drawn in the worker's basis directly: N and N R are alike for orthogona
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -41,6 +42,9 @@ class Mixing(Protocol):
     def mix(self, x: Tensor, scale: float, out: Tensor) -> None:
         """(n, p) -> `out` (m, p), float64 or float32; `scale` is the root mean square of x."""
 
+    def sent(self, scale: float) -> float:
+        """Root mean square of the elements of X*, for `scale` as it was mixed with."""
+
     def image(self, x: Tensor, v: Tensor) -> Tensor:
         """X* v (m, k), float64, for x (n, p) as it was just mixed and v (p, k), without reading X* back."""
 
@@ -64,6 +68,10 @@ class FewMixing:
     def rows(self) -> int:
         """m."""
         return self.secrets.Q.shape[0]
+
+    def sent(self, n: int, scale: float) -> float:
+        """As `Mixing.sent`, of n rows."""
+        return _size_of_sent(n, self.rows, scale, self.secrets.loudness)
 
     def image(self, v: Tensor) -> Tensor:
         """X* v (m, k), float64, for v (p, k), of the rows that were just mixed, without reading X* back."""
@@ -89,6 +97,10 @@ class DenseMixing:
         self._shield = shield.mul_(self._shield_scale * (scale or 1.0))
         _product(self._Q.to(x), torch.cat([x, shield]), out)
 
+    def sent(self, scale: float) -> float:
+        """As `Mixing.sent`."""
+        return _size_of_sent(self._rows, self.rows, scale, self._shield_scale)
+
     def image(self, x: Tensor, v: Tensor) -> Tensor:
         """Q [x; N] v."""
         parts = torch.cat([product_in_parts(x, v), product_in_parts(self._shield.to(x), v)])
@@ -99,6 +111,12 @@ class DenseMixing:
         x = y.new_empty(self._rows, y.shape[1])
         _product(self._Q[:, : self._rows].T.contiguous().to(y), y, x)
         return check_product(x)
+
+
+def _size_of_sent(n: int, m: int, scale: float, shield_scale: float) -> float:
+    """Root mean square of the elements of A [x; N]: as of [x; N], n rows of x and m - n shield rows."""
+    shield = shield_scale * (scale or 1.0)
+    return math.sqrt((n * scale**2 + (m - n) * shield**2) / m)
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
@@ -140,6 +158,10 @@ class KroneckerMixing:
             self._mix_by_torch(x, shield, out)
         else:
             prepared.mix(x, shield, out)
+
+    def sent(self, scale: float) -> float:
+        """As `Mixing.sent`."""
+        return _size_of_sent(self._rows, self.rows, scale, self._shield_scale)
 
     def image(self, x: Tensor, v: Tensor) -> Tensor:
         """A [x; N] v = A [x v; N v]."""
@@ -195,6 +217,10 @@ class NoMixing:
     def mix(self, x: Tensor, scale: float, out: Tensor) -> None:
         """x."""
         out.copy_(x)
+
+    def sent(self, scale: float) -> float:
+        """That of x."""
+        return scale
 
     def image(self, x: Tensor, v: Tensor) -> Tensor:
         """x v."""

@@ -12,10 +12,16 @@ deviation |e|: a worker that does not know r is overlooked with
 
 whichever elements it changed, by how much and in what pattern. tau follows from rounding: both sides of the
 comparison are sums of products, whose rounding errors grow with |x*| |W*| and |y*| in the precision of the reply.
+The reply can lower tau and not raise it above what |X*| |W*|, which the enclave knows before, allows for |y*|.
+
+Where only a share of the requests is checked, the lot is drawn when the product is in memory of our own, and nothing
+of the check is computed before: a worker that could tell from the time that passes would spare the checked ones.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +30,7 @@ from torch import Tensor
 
 from obfuscatune.enclave import kernels
 from obfuscatune.enclave.keys import SecretStream
+from obfuscatune.enclave.link.pending import check_product
 from obfuscatune.enclave.sums import product_in_parts
 from obfuscatune.wire.errors import WrongProduct
 
@@ -34,6 +41,14 @@ VECTORS = 2
 MARGIN = {torch.float64: 64.0, torch.float32: 64.0, torch.bfloat16: 4.0, torch.float16: 4.0}
 """tau over the unit roundoff times the size of the operands. More where the worker also accumulates in that precision;
 `bench verify` measures what honest workers need."""
+SCATTER = 2.0
+"""Shield rows are random: how much larger than expected all rows together may be. Of 64 random numbers, the root mean
+square exceeds it once in 10^22 requests."""
+
+
+Check = Callable[[Tensor], bool]
+"""Holds a product, in memory of our own, against what it must be, if the lot falls on it: whether it did. Raises
+`BadReply` where it is not finite, and `WrongProduct` where it is not the product."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +66,7 @@ class Probe:
         """Hold a product (m, q), in memory of our own, against u (m, k), float64.
 
         Args:
-            scale: root mean square of the elements of the rows that were sent, as mixing leaves them.
+            scale: root mean square of the elements of all rows that were sent, shield rows among them.
             dtype: in which rows and product travelled.
 
         Raises:
@@ -66,20 +81,24 @@ class Probe:
             )
 
     def excess(self, product: Tensor, u: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-        """The largest deviation of any row, over that row's tau."""
+        """The largest deviation of any row, over that row's tau; infinite or NaN where either is not finite."""
         deviation = (product_in_parts(product, self.r) - u).abs().amax(dim=1)
-        over: Tensor = deviation / self.tolerance(product, scale, dtype)
-        return over.max()
+        tau = self.tolerance(product, scale, dtype)
+        return torch.where(tau.isfinite(), deviation / tau, math.inf).max()
 
     def tolerance(self, product: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
         """tau for each row (m,), float64.
 
         A row may be small because large ones cancelled in mixing, and then errs as they do: so the average counts too.
+        No row of the true product is larger than |X*| |W|, so a row that came counts for no more than that.
         """
-        unit_roundoff = torch.finfo(dtype).eps / 2
-        norms = torch.linalg.vector_norm(product, dim=1).double()
-        size: Tensor = scale * self.norm + norms + norms.square().mean().sqrt()
-        return MARGIN[dtype] * unit_roundoff * size
+        rounding = torch.finfo(dtype)
+        expected = scale * self.norm  # the size of a row, for a matrix that amplifies all directions alike
+        largest = SCATTER * math.sqrt(product.shape[0] * self.v.shape[0]) * expected
+        norms = torch.linalg.vector_norm(product, dim=1, dtype=torch.float64).clamp(max=largest)
+        subnormal = rounding.tiny * (math.sqrt(product.shape[1]) + self.norm)  # elements below tiny err by eps tiny / 2
+        size: Tensor = expected + norms + norms.square().mean().sqrt() + subnormal
+        return MARGIN[dtype] * rounding.eps / 2 * size
 
 
 def _images(W: Tensor, R: Tensor, L: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -88,11 +107,11 @@ def _images(W: Tensor, R: Tensor, L: Tensor) -> tuple[Tensor, Tensor, float]:
         from obfuscatune.enclave.kernels.images import images
 
         return images(W, R, L)
-    return W @ R, W.T @ L, float(torch.linalg.vector_norm(W))
+    return W @ R, W.T @ L, float(torch.linalg.vector_norm(W, dtype=torch.float64))
 
 
 class Verifier:
-    """Draws the probes of one matrix."""
+    """Checks products of one matrix."""
 
     def __init__(self, W_star: Tensor, stream: SecretStream, share: float) -> None:
         """Computes the images of `BASIS` vectors, both ways, and the norm, from W_star (p, q).
@@ -108,11 +127,40 @@ class Verifier:
         self._L = stream.normal(p, BASIS, dtype=W.dtype)
         self._WR, self._WtL, self._norm = _images(W, self._R, self._L)
 
-    def draw(self, *, transpose: bool) -> Probe | None:
-        """The probe for one request, or None where this one is not checked."""
-        if int.from_bytes(self._stream.random_bytes(4)) >= self._share * 2**32:
-            return None
+    def probe(self, *, transpose: bool) -> Probe:
+        """Fresh vectors for one request."""
         vectors, images = (self._L, self._WtL) if transpose else (self._R, self._WR)
         q, _ = np.linalg.qr(self._stream.normal(BASIS, VECTORS).numpy())
         c = torch.from_numpy(q).to(vectors)  # orthonormal: the columns of r are normal and independent
         return Probe(vectors @ c, images @ c, self._norm)
+
+    def check_for(
+        self, image: Callable[[Tensor], Tensor], rows: torch.dtype, scale: float, dtype: torch.dtype, transpose: bool
+    ) -> Check:
+        """The check of one request. To be called once it is sent, and what comes of it once the product is here.
+
+        Args:
+            image: makes X* v, float64, of v in the dtype `rows`.
+            rows: see `image`.
+            scale: see `Probe.check`.
+            dtype: in which rows and product travel.
+            transpose: whether the rows are multiplied by W*ᵀ.
+        """
+
+        def prepare() -> tuple[Probe, Tensor]:
+            probe = self.probe(transpose=transpose)
+            return probe, image(probe.v.to(rows)).to(probe.v.device)
+
+        prepared = prepare() if self._share >= 1 else None  # there is no lot to be kept secret: while it is computed
+
+        def check(product: Tensor) -> bool:
+            if prepared is None and not self._is_drawn():
+                return False
+            probe, u = prepared or prepare()
+            probe.check(check_product(product), u, scale, dtype)
+            return True
+
+        return check
+
+    def _is_drawn(self) -> bool:
+        return int.from_bytes(self._stream.random_bytes(4)) < self._share * 2**32

@@ -4,7 +4,7 @@ import itertools
 import math
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -104,6 +104,10 @@ class AdapterLink:
                 product_unchecked=True,
             )
         )
+
+    def refusing(self) -> AbstractContextManager[None]:
+        """Within it what came is judged; see `WorkerLink.refusing`."""
+        return self._link.refusing()
 
     def forget(self) -> None:
         """Have the worker drop it."""

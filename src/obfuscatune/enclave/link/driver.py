@@ -15,7 +15,7 @@ import torch
 from obfuscatune.enclave.link.arena import Arena
 from obfuscatune.enclave.link.connection import LinkConnection, Refused
 from obfuscatune.enclave.link.pending import Pending, StoredMatrix, check_product
-from obfuscatune.enclave.link.retry import Insistence, RetryPolicy
+from obfuscatune.enclave.link.retry import Insistence, Refusal, RetryPolicy
 from obfuscatune.enclave.link.slot import State, WatchedSlot, fits
 from obfuscatune.enclave.link.stats import LinkStats
 from obfuscatune.wire.deadline import Deadline, transfer_seconds
@@ -72,6 +72,7 @@ class LinkDriver:
         self._connected_before = False
         self.broken_off = False
         """Whether nothing is to be driven on; set by another thread."""
+        self.refusal = Refusal()
         self._last_id = 0
         self._in_flight: OrderedDict[int, Pending] = OrderedDict()
         self._slot: WatchedSlot | None = None
@@ -91,7 +92,7 @@ class LinkDriver:
 
     @property
     def is_watched(self) -> bool:
-        """Whether the worker that is connected now watches a slot, or did the last time it was asked to."""
+        """Whether the worker that is connected now watches a slot, or did the last time."""
         return self._slot is not None and self._slot.is_used
 
     @property
@@ -108,6 +109,7 @@ class LinkDriver:
         """
         insistence = Insistence(retry or self._retry, self.stats.crossings)
         while not done():
+            self.refusal.check()
             if self.broken_off:
                 raise ConnectionLost("the link to the worker was broken off on this side")
             connected = self.connected
@@ -115,6 +117,7 @@ class LinkDriver:
                 self._step()
             except RETRIED as error:
                 self.disconnect()
+                self.refusal.check()
                 if self.broken_off:
                     raise
                 try:
@@ -136,6 +139,12 @@ class LinkDriver:
         transport = self._transport
         if transport is not None:
             transport.shutdown()
+
+    def refuse(self, error: WireError) -> None:
+        """Ask this worker nothing any more, for good, because of `error`. From any thread."""
+        self.refusal.declare(error)
+        if self._transport is not None:
+            self._transport.shutdown()
 
     def let_go(self) -> None:
         """Have a worker that watches leave its core, for nothing will be posted for a while."""
@@ -184,6 +193,7 @@ class LinkDriver:
     def farewell(self) -> None:
         """Have the worker forget this session, where it is still connected, and disconnect."""
         try:
+            self.refusal.check()
             if self._connection is not None and not self._in_flight and self._posted is None:
                 self._end_watch(self._connection)
                 self._ask(self._connection, Header(MessageType.FORGET, self._next_id()), seconds=FAREWELL_SECONDS)
@@ -227,7 +237,7 @@ class LinkDriver:
     def _greet(self) -> None:
         deadline = Deadline(self._deadline_s)
         transport = self._transport = self._connect()
-        if self.broken_off:  # by whoever did not find it there yet
+        if self.broken_off or self.refusal.is_declared:  # by whoever did not find it there yet
             transport.shutdown()
         connection = LinkConnection(transport, self._session_id, self.stats, deadline)
         try:

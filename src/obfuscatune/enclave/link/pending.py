@@ -170,6 +170,10 @@ class Pending:
             raise ConfigError("this request was given up; submit it again")
         return self.product
 
+    def own(self, product: torch.Tensor) -> torch.Tensor:
+        """What `result` returned, where the worker cannot write to it: a copy, where it lies in shared memory."""
+        return product.clone() if product is self.landing else product
+
 
 def _check_rows(rows: torch.Tensor, inner: int) -> None:
     if rows.dim() != 2 or rows.shape[0] < 1 or rows.shape[1] != inner:

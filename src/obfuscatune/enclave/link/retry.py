@@ -1,4 +1,4 @@
-"""How long to insist on a worker that fails, and what to say when that is over."""
+"""How long to insist on a worker that fails, what to say when that is over, and when not to ask it again at all."""
 
 import time
 from dataclasses import dataclass
@@ -17,6 +17,34 @@ class RetryPolicy:
     backoff_s: float = 0.05
     """First pause between two tries; it doubles, up to `longest_backoff_s`."""
     longest_backoff_s: float = 2.0
+
+
+class Refusal:
+    """Whether the worker may still be asked. Once it may not, it never may again: a new link is what it takes."""
+
+    def __init__(self) -> None:
+        self._reason: WireError | None = None
+
+    @property
+    def is_declared(self) -> bool:
+        """Whether the worker may be asked no more."""
+        return self._reason is not None
+
+    def declare(self, reason: WireError) -> None:
+        """From now on; the first reason stays."""
+        self._reason = self._reason or reason
+
+    def check(self) -> None:
+        """Return where the worker may be asked.
+
+        Raises:
+            WireError: it may not; of the same type each time, which is that of the reason.
+        """
+        if self._reason is not None:
+            raise type(self._reason)(
+                f"{self._reason}. The worker is asked nothing any more: find out why, then load or protect the model "
+                "anew, which draws new secrets"
+            ) from self._reason
 
 
 class Insistence:

@@ -18,7 +18,7 @@ from obfuscatune.enclave.link.stats import LinkStats
 from obfuscatune.wire.address import parse_address
 from obfuscatune.wire.connect import check_tls, connect
 from obfuscatune.wire.deadline import Deadline
-from obfuscatune.wire.errors import ConfigError
+from obfuscatune.wire.errors import BadReply, ConfigError, WrongProduct
 from obfuscatune.wire.tls import PinnedTls, TlsConfig
 from obfuscatune.wire.transport import Transport
 
@@ -124,6 +124,7 @@ class WorkerLink:
         """
         matrix = StoredMatrix(matrix_id, source, shape, dtype, at_hand=tensor)
         driver = self._driver
+        driver.refusal.check()
         with self._lock:
             driver.matrices[matrix_id] = driver.missing[matrix_id] = matrix
             driver.leaving.pop(matrix_id, None)
@@ -184,6 +185,7 @@ class WorkerLink:
             product_unchecked: it will make sure of the product, once that lies in memory of its own.
         """
         driver = self._driver
+        driver.refusal.check()
         with self._lock:
             matrix = driver.matrices.get(matrix_id)
             if matrix is None:
@@ -207,6 +209,7 @@ class WorkerLink:
             AdapterLost: the worker lost what it alone had.
             WireError: see `multiply`.
         """
+        self._driver.refusal.check()
         with self._lock:
             self._driver.waiting.append(order)
             self._drive_for(order, lambda: order.done)
@@ -217,6 +220,7 @@ class WorkerLink:
     def forget(self, matrix_id: bytes) -> None:
         """Have the worker drop a matrix, now or when it is next connected. One that was never stored is fine."""
         driver = self._driver
+        driver.refusal.check()
         with self._lock:
             if driver.matrices.pop(matrix_id, None) is None:
                 return
@@ -238,6 +242,20 @@ class WorkerLink:
         finally:
             self._driver.broken_off = False
 
+    @contextmanager
+    def refusing(self) -> Iterator[None]:
+        """Within it products are judged: after one that is refused, the worker is asked nothing any more.
+
+        Every request of any thread, those under way among them, raises an error of the same type from then on. Else a
+        worker could ask, product by product, what the enclave's secret vectors do not see.
+        """
+        try:
+            yield
+        except (BadReply, WrongProduct) as error:
+            self._driver.refuse(error)
+            self._driver.refusal.check()
+            raise
+
     def close(self) -> None:
         """Have the worker forget all of this session, where it can still be reached, and disconnect."""
         with self._lock:
@@ -253,6 +271,7 @@ class WorkerLink:
 
     def _finish(self, pending: Pending) -> None:
         """Called by `Pending.result`: drive until this one is done."""
+        self._driver.refusal.check()
         with self._lock:
             self._drive_for(pending, lambda: pending.done)
 

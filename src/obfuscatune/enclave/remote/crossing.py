@@ -89,7 +89,7 @@ class _Adapted(torch.autograd.Function):
         else:
             X_star = _laid_out(remote, offloaded.R_in.apply(_widen(rows)), x.dtype)
             Y_star = remote.forward(X_star, number=number, dropout=training, known_finite=True)
-            y = _own(offloaded.R_out.inverse(_widen(Y_star.to(x.device))).to(x.dtype), Y_star)
+            y = _own(offloaded.R_out.inverse(_widen(Y_star.to(x.device))).to(x.dtype), Y_star, remote)
             y = y.view(*x.shape[:-1], sum(widths))
         parts = y.split(widths, dim=-1)
         for part, bias in zip(parts, biases, strict=True):
@@ -109,7 +109,7 @@ class _Adapted(torch.autograd.Function):
         else:
             G_star = _laid_out(remote, R_out.inverse_transpose(_widen(rows)), g.dtype)
             D_star = remote.backward(G_star, number=number, known_finite=True)
-            dx = _own(R_in.apply_transpose(_widen(D_star.to(g.device))).to(g.dtype), D_star)
+            dx = _own(R_in.apply_transpose(_widen(D_star.to(g.device))).to(g.dtype), D_star, remote)
             dx = dx.view(*g.shape[:-1], R_in.dim)
         nothing = (None,) * (len(ctx.needs_input_grad) - 1)  # type: ignore[attr-defined]
         return (dx if ctx.needs_input_grad[0] else None, *nothing)  # type: ignore[attr-defined]
@@ -122,11 +122,12 @@ def _laid_out(remote: AdapterLink, rotated: Tensor, dtype: torch.dtype) -> Tenso
     return remote.lend(rows.shape[0], rows.shape[1], dtype).copy_(rows)
 
 
-def _own(result: Tensor, received: Tensor) -> Tensor:
+def _own(result: Tensor, received: Tensor, remote: AdapterLink) -> Tensor:
     """The result, finite, in memory of our own: what was received may lie where the worker can change it, and a
     transform that is 1 gives it back as it is."""
     shared = result.untyped_storage().data_ptr() == received.untyped_storage().data_ptr()
-    return check_product(result.clone() if shared else result)
+    with remote.refusing():
+        return check_product(result.clone() if shared else result)
 
 
 def _widen(x: Tensor) -> Tensor:
