@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -41,6 +42,10 @@ class Recorder:
         """Take a request."""
         self.sent.append(rows.clone())
         return SimpleNamespace(result=lambda: rows)
+
+    def refusing(self) -> AbstractContextManager[None]:
+        """Nothing is refused here."""
+        return nullcontext()
 
 
 def next_requests(product: OffloadedProduct, link: Recorder, x: Tensor) -> tuple[Tensor, Tensor]:
