@@ -1,4 +1,4 @@
-"""How a process of ours sets itself up, before torch is imported. Shared; imports nothing of the package.
+"""How a process of ours sets itself up, before torch is imported. Shared.
 
 Two defaults cost a protected run dearly, because enclave and worker take turns on the same cores:
 
@@ -6,10 +6,14 @@ Two defaults cost a protected run dearly, because enclave and worker take turns 
   and must be woken at every operation. They should spin for about as long as the gap between two operations.
 - glibc gives each freed tensor of some size straight back to the kernel and faults it in again, page by page, at
   the next allocation. Kept in the heap, it is there at once. (On other C libraries nothing is done.)
+
+And OpenMP starts as many threads as the host has cores, where the process is in a container that is given fewer.
 """
 
 import ctypes
 import os
+
+from obfuscatune.machine import container_limits, cores
 
 SPIN_COUNT = "20000"  # turns of libgomp's waiting loop, some 50 to 100 microseconds
 
@@ -23,12 +27,16 @@ _GROW_BY = 64 << 20
 
 
 def settle_process() -> None:
-    """Spin briefly while waiting, and keep freed memory. What the environment says wins.
+    """Spin briefly while waiting, keep freed memory, start no more threads than there are cores for us.
+
+    What the environment says wins.
 
     To be called before torch is imported, which reads the environment then.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+    if container_limits().cores is not None:
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores()))
     _keep_freed_memory()
 
 

@@ -52,7 +52,7 @@ class Body(nn.Module):
 
 @pytest.fixture(autouse=True)
 def three_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("obfuscatune.enclave.cores.os.sched_getaffinity", lambda _: {0, 1, 2})
+    monkeypatch.setattr("obfuscatune.enclave.cores.cores", lambda: 3)
     before = torch.get_num_threads()
     torch.set_num_threads(THREADS)
     yield
@@ -141,7 +141,7 @@ def test_how_many_threads_are_left(
     link: Link, monkeypatch: pytest.MonkeyPatch, cores: int, threads: int, fewer: int
 ) -> None:
     """One core less than there are, no more than before, and always one."""
-    monkeypatch.setattr("obfuscatune.enclave.cores.os.sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr("obfuscatune.enclave.cores.cores", lambda: cores)
     torch.set_num_threads(threads)
     body = watched_over(link)
     body(ids(1, 1))

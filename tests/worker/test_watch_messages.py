@@ -51,7 +51,7 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """With one alone, a worker offers no slots."""
-    monkeypatch.setattr("obfuscatune.worker.compute.os.sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr("obfuscatune.worker.compute.cores", lambda: 2)
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ def features_of(client: RawClient) -> int:
 
 def test_a_worker_with_one_core_offers_no_slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would keep the enclave from the core that both wait on."""
-    monkeypatch.setattr("obfuscatune.worker.compute.os.sched_getaffinity", lambda _: {0})
+    monkeypatch.setattr("obfuscatune.worker.compute.cores", lambda: 1)
     with serving(tmp_path) as worker, Watcher(worker) as client:
         with RawClient(worker.address) as other:
             assert features_of(other) == SHARED_MEMORY

@@ -1,6 +1,5 @@
 """`obfuscatune bench`: protected and plain, timed in turn on this machine."""
 
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,6 +13,7 @@ from obfuscatune.cli.bench_memory import memory
 from obfuscatune.cli.bench_predict import predict
 from obfuscatune.cli.options import option
 from obfuscatune.cli.output import notice, write_json, write_text
+from obfuscatune.machine import cores
 from obfuscatune.wire.errors import ConfigError
 
 bench = typer.Typer(
@@ -124,7 +124,7 @@ def _side_by_side(
         layers=layers,
         batch=batch,
         length=length,
-        threads=threads or os.cpu_count() or 1,
+        threads=threads or cores(),
         rounds=rounds,
         profiles=profiles,
     ).run(notice)
@@ -187,7 +187,7 @@ def obfuscate(
         transforms=transforms,
         profile=profile or "private",
         first_blocks=first_blocks,
-        threads=threads or os.cpu_count() or 1,
+        threads=threads or cores(),
         rounds=rounds,
         memory_kept=memory_kept,
     ).run(notice)
@@ -235,7 +235,7 @@ def rotation(
     dims, counts = tuple(dim or DIMS), tuple(rows or ROWS)
     if min(dims) <= DENSE_BELOW or min(counts) < 1:
         raise ConfigError(f"--dim is more than {DENSE_BELOW}: below, transforms are dense; --rows is at least 1")
-    measured = RotationBench(dims, counts, threads or os.cpu_count() or 1).run(notice)
+    measured = RotationBench(dims, counts, threads or cores()).run(notice)
     if out is not None:
         notice(f"written: {keep(out, result_name('rotation'), measured.as_json(), measured.as_markdown())}")
     if as_json:

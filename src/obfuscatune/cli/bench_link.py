@@ -1,6 +1,5 @@
 """`obfuscatune bench wire`."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ from obfuscatune.cli import options
 from obfuscatune.cli.bench_files import keep, result_name
 from obfuscatune.cli.options import option
 from obfuscatune.cli.output import notice, write_json, write_text
+from obfuscatune.machine import cores
 from obfuscatune.wire.errors import ConfigError
 
 
@@ -36,7 +36,7 @@ def wire(
         raise ConfigError(f"--link {unknown[0]!r} is none of {', '.join(LINKS)}")
     if counts[0] < 1 or len(counts) < 2:
         raise ConfigError("--rows is at least 1, and takes two or more numbers: a line is fitted to them")
-    measured = WireBench(links, counts, width, threads or os.cpu_count() or 1).run(notice)
+    measured = WireBench(links, counts, width, threads or cores()).run(notice)
     if out is not None:
         from obfuscatune.bench.plots import plot_wire
 

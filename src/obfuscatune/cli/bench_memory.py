@@ -1,6 +1,5 @@
 """`obfuscatune bench memory`."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ from obfuscatune.cli import options
 from obfuscatune.cli.bench_files import keep, result_name
 from obfuscatune.cli.options import option
 from obfuscatune.cli.output import notice, write_json, write_text
+from obfuscatune.machine import cores
 
 GROWS = 1
 """Exit code."""
@@ -47,7 +47,7 @@ def memory(
         layers=layers,
         batch=batch,
         length=length,
-        threads=threads or os.cpu_count() or 1,
+        threads=threads or cores(),
         steps=steps,
         warmup=warmup,
         profiles=profiles,

@@ -7,7 +7,6 @@ the worker has nothing more to do, is left to all cores: the worker is told to l
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from obfuscatune.enclave.link import WorkerLink
 from obfuscatune.enclave.profiles import Profile
+from obfuscatune.machine import cores
 from obfuscatune.wire.errors import ProtectionError
 from obfuscatune.wire.limits import MAX_SLOT_ROWS
 
@@ -25,6 +25,7 @@ class CoreKeeper:
 
     def __init__(self, link: WorkerLink, profile: Profile) -> None:
         self.link = link
+        self._cores = cores()
         self._most = 0 if profile.full_rank or not profile.mixing else MAX_SLOT_ROWS - profile.shield_rows
 
     def watch_over(self, model: nn.Module) -> None:
@@ -34,7 +35,7 @@ class CoreKeeper:
     def spare_threads(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
         """How many threads a model is to be called with; None for as many as there are."""
         threads = torch.get_num_threads()
-        fewer = max(min(threads, len(os.sched_getaffinity(0)) - 1), 1)
+        fewer = max(min(threads, self._cores - 1), 1)
         shares = fewer < threads and 0 < _tokens(args, kwargs) <= self._most and self.link.is_watched
         return fewer if shares else None
 

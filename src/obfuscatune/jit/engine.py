@@ -5,8 +5,10 @@ Nothing is kept on disk: an enclave runs no code that the host could have change
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import logging
+import mmap
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -87,9 +89,30 @@ def can_compile(try_out: Callable[[], T]) -> bool:
     if os.environ.get(SWITCH, "") == "0":
         return False
     try:
+        _try_executable_memory()
+    except OSError as reason:
+        log.warning("torch computes in place of compiled kernels, which takes longer: %s", reason)
+        return False
+    try:
         team.find()
         try_out()
     except (OSError, AttributeError, RuntimeError) as reason:
         log.info("kernels are left to torch, which takes longer: %s", reason)
         return False
     return True
+
+
+def _try_executable_memory() -> None:
+    """Do with a page what LLVM does with code, for it ends the process where that is refused.
+
+    Raises:
+        OSError: no memory that was written may be executed here (SELinux, systemd's MemoryDenyWriteExecute, seccomp).
+    """
+    page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    page[0] = 0
+    start = ctypes.c_char.from_buffer(page)
+    mprotect = ctypes.CDLL(None, use_errno=True).mprotect
+    mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    refused = mprotect(ctypes.addressof(start), mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_EXEC)
+    if refused:
+        raise OSError(ctypes.get_errno(), f"this system makes no memory executable ({os.strerror(ctypes.get_errno())})")

@@ -1,6 +1,5 @@
 """What a run's times depend on: versions, processor, threads. No host name, and nothing of the user's."""
 
-import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +15,7 @@ def environment(threads: int | None = None) -> dict[str, str]:
     """
     import torch
 
+    from obfuscatune.machine import cores
     from obfuscatune.version import __version__
 
     return {
@@ -23,7 +23,7 @@ def environment(threads: int | None = None) -> dict[str, str]:
         "python": platform.python_version(),
         **{name: version(name) for name in _PACKAGES},
         "processor": _processor(),
-        "cores": str(len(os.sched_getaffinity(0))),
+        "cores": str(cores()),
         "torch threads": str(threads or torch.get_num_threads()),
         "system": f"{platform.system()} {platform.machine()}",
     }

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
 from obfuscatune.bench.obfuscate import ObfuscateBench
+from obfuscatune.machine import cores
 from obfuscatune.reproduction.cells import Cell, Watch
 from obfuscatune.reproduction.methods import find_method
 from obfuscatune.reproduction.presets import ShapeDepth
@@ -23,7 +23,7 @@ def obfuscation_cell(shape: ShapeDepth, profile: str) -> Cell:
         layers=shape.layers,
         transforms=(protection["transform"],),
         profile=profile,
-        threads=len(os.sched_getaffinity(0)),
+        threads=cores(),
         rounds=_ROUNDS,
     )
 

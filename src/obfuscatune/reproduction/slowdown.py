@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
 from obfuscatune.bench.step import StepBench
+from obfuscatune.machine import cores
 from obfuscatune.reproduction.cells import Cell, Watch
 from obfuscatune.reproduction.methods import find_method
 from obfuscatune.reproduction.presets import Preset, ShapeDepth
@@ -21,7 +21,7 @@ def slowdown_cell(preset: Preset, shape: ShapeDepth, profile: str) -> Cell:
         layers=shape.layers,
         batch=preset.step_batch,
         length=preset.step_length,
-        threads=len(os.sched_getaffinity(0)),
+        threads=cores(),
         rounds=preset.slowdown_rounds,
         warmup=1 if preset.slowdown_rounds < 3 else 2,
         profiles=(profile,),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from obfuscatune.machine import cores
 from obfuscatune.wire.messages import ErrorCode
 from obfuscatune.wire.shared_memory import SharedMemory
 from obfuscatune.worker import kernels
@@ -34,7 +34,7 @@ class Computer:
         self.dtype = dtype
         self._may_watch = may_watch
         self._lock = threading.Lock()
-        self._spare_cores = len(os.sched_getaffinity(0)) - 1
+        self._spare_cores = cores() - 1
         self._watches = threading.Semaphore(self._spare_cores)
 
     def adopt(self, matrix: torch.Tensor) -> torch.Tensor:

@@ -56,7 +56,7 @@ def parse_arguments(arguments: list[str]) -> WorkerOptions:
     parser.add_argument("--listen", required=True, help="unix:/path/to/worker.sock or tcp:host:port")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--dtype", default="as-sent", choices=["as-sent", "float32", "bfloat16"])
-    parser.add_argument("--quota", help="memory for matrices, as 8GiB; default 80%% of the RAM")
+    parser.add_argument("--quota", help="memory for matrices, as 8GiB; default 80%% of the RAM or of the container's")
     parser.add_argument("--peer-quota", help="what one peer may have of it; default all, by TLS its part of --quota")
     parser.add_argument("--when-full", default="refuse", choices=["refuse", "evict"])
     parser.add_argument("--threads", type=int, help="cores to compute on; default all")

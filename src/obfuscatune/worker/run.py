@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 
+from obfuscatune.machine import memory_bytes
 from obfuscatune.wire.address import parse_address
 from obfuscatune.wire.connect import check_tls
 from obfuscatune.wire.errors import ConfigError
@@ -32,7 +33,7 @@ T = TypeVar("T")
 DTYPES: dict[str, torch.dtype | None] = {"as-sent": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 POLICIES: dict[str, WhenFull] = {"refuse": "refuse", "evict": "evict"}
 DEFAULT_QUOTA = 0.8
-"""Share of the machine's memory: the rest is for requests in flight and the system."""
+"""Share of the machine's memory, or of its container's: the rest is for requests in flight and the system."""
 DESCRIPTORS_OF_ONE = 3
 """Of a connection: the socket, memory that is shared, and a descriptor that is on its way."""
 SPARE_DESCRIPTORS = 64
@@ -103,10 +104,7 @@ def _tls(options: WorkerOptions) -> PinnedTls | None:
 
 def _quota(options: WorkerOptions, when_full: WhenFull, peers: int) -> Quota:
     """Memory for matrices. Where nothing gives way, each of the pinned peers has its part, so that all have some."""
-    if options.quota is None:
-        total = int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * DEFAULT_QUOTA)
-    else:
-        total = _size("--quota", options.quota)
+    total = int(memory_bytes() * DEFAULT_QUOTA) if options.quota is None else _size("--quota", options.quota)
     if options.peer_quota is not None:
         return Quota(total, _size("--peer-quota", options.peer_quota))
     return Quota(total, total // peers if when_full == "refuse" else total)
