@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from obfuscatune.version import __version__
 
 if TYPE_CHECKING:
-    from obfuscatune.enclave.callback import RekeyCallback
     from obfuscatune.enclave.keys import RootKey
     from obfuscatune.enclave.link import RetryPolicy, WorkerLink
     from obfuscatune.enclave.load import load
     from obfuscatune.enclave.local import local_worker
     from obfuscatune.enclave.profiles import Profile
     from obfuscatune.enclave.protect import protect
+    from obfuscatune.enclave.training import RekeyCallback
     from obfuscatune.process import settle_process
     from obfuscatune.reproduction.run import reproduce
     from obfuscatune.wire.errors import ObfuscaTuneError
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "ObfuscaTuneError": "wire.errors",
     "Profile": "enclave.profiles",
-    "RekeyCallback": "enclave.callback",
+    "RekeyCallback": "enclave.training",
     "RetryPolicy": "enclave.link",
     "RootKey": "enclave.keys",
     "TlsConfig": "wire.tls",

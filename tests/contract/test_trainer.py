@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from peft import LoraConfig, TaskType
+from peft.utils import load_peft_weights
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from obfuscatune import RekeyCallback
 from obfuscatune.enclave.local import LocalWorker
+from obfuscatune.wire.errors import ProtectionError
 from tests.contract.architectures import ARCHITECTURES
-from tests.contract.comparison import batch, largest_deviation, protected, trained, with_lora
+from tests.contract.comparison import batch, fine_tune, largest_deviation, protected, trained, with_lora
 
 LLAMA = ARCHITECTURES["llama"]
 
@@ -23,7 +27,7 @@ def examples(count: int) -> list[dict[str, torch.Tensor]]:
     return [{name: tensor[row] for name, tensor in rows.inputs().items()} for row in range(count)]
 
 
-def losses(model: Any, directory: Path, **settings: Any) -> list[float]:
+def losses(model: Any, directory: Path, *callbacks: TrainerCallback, **settings: Any) -> list[float]:
     """What `Trainer` logs, step by step, evaluation last."""
     arguments = TrainingArguments(
         output_dir=str(directory),
@@ -45,22 +49,28 @@ def losses(model: Any, directory: Path, **settings: Any) -> list[float]:
         args=arguments,
         train_dataset=examples(12),
         eval_dataset=examples(4),
-        callbacks=[RekeyCallback()],
+        callbacks=list(callbacks),
     )
     trainer.train()
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return [*logged, trainer.evaluate()["eval_loss"]]
 
 
+@pytest.mark.parametrize("callbacks", [(), (RekeyCallback(),)], ids=["by itself", "with the callback"])
 @pytest.mark.usefixtures("float64_throughout")
-def test_trainer_follows_the_plain_one(worker: LocalWorker, tmp_path: Path) -> None:
+def test_trainer_follows_the_plain_one(
+    worker: LocalWorker, tmp_path: Path, callbacks: tuple[TrainerCallback, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "obfuscatune")
     with torch.random.fork_rng():
         reference = with_lora(LLAMA.build(torch.float64), lora_dropout=0.1)
         expected = losses(reference, tmp_path / "plain")
         with protected(LLAMA.build(torch.float64), worker, rekey_every=3) as model:
             adapted = with_lora(model, lora_dropout=0.1)
-            found = losses(adapted, tmp_path / "protected")
+            found = losses(adapted, tmp_path / "protected", *callbacks)
             assert all(layer.epoch >= 1 for layer in model.protection.offloaded)
+            assert model.protection.steps == 5
+    assert [record.message for record in caplog.records if "renewed every 3 steps" in record.message] != []
     assert len(expected) == 6
     assert found == pytest.approx(expected, rel=1e-8, abs=0)
     assert largest_deviation(trained(reference), trained(adapted)) < 1e-8
@@ -79,3 +89,96 @@ def test_trainer_with_processes_that_load_its_data(worker: LocalWorker, tmp_path
             found = losses(with_lora(model), tmp_path / "protected", dataloader_num_workers=2)
             assert model.protection.stats.reconnects == 0
     assert found == pytest.approx(expected, rel=1e-8, abs=0)
+
+
+@pytest.mark.usefixtures("float64_throughout")
+def test_a_loop_of_ones_own_renews_too(worker: LocalWorker) -> None:
+    """Once a step, however many passes a step accumulates; and evaluation renews nothing."""
+    with protected(LLAMA.build(torch.float64), worker, rekey_every=3) as model:
+        adapted = with_lora(model)
+        inputs = batch((9, 4), 97).inputs()
+        with torch.no_grad():
+            adapted(**inputs), adapted(**inputs)
+        assert model.protection.steps == 0
+        found = fine_tune(adapted, 97, steps=5, accumulation=3)
+        assert model.protection.steps == 4  # the fifth is noticed by the next pass
+        assert all(layer.epoch >= 1 for layer in model.protection.offloaded)
+    assert found == pytest.approx(
+        fine_tune(with_lora(LLAMA.build(torch.float64)), 97, steps=5, accumulation=3), rel=1e-8
+    )
+
+
+def adapter_added(model: Any) -> Any:
+    """By transformers' own method, not PEFT's wrapper."""
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        model.add_adapter(LoraConfig(r=3, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    return model
+
+
+@pytest.mark.usefixtures("float64_throughout")
+def test_add_adapter_is_trained_saved_and_resumed(worker: LocalWorker, tmp_path: Path) -> None:
+    with torch.random.fork_rng():
+        reference = adapter_added(LLAMA.build(torch.float64))
+        expected = losses(reference, tmp_path / "plain")
+        with protected(LLAMA.build(torch.float64), worker) as model:
+            found = losses(adapter_added(model), tmp_path / "protected")
+            model.save_pretrained(tmp_path / "saved")
+    assert found == pytest.approx(expected, rel=1e-8, abs=0)
+    plain_files = {path.name for path in (tmp_path / "plain" / "checkpoint-5").iterdir()}
+    assert {path.name for path in (tmp_path / "protected" / "checkpoint-5").iterdir()} == plain_files
+    for directory in (tmp_path / "protected" / "checkpoint-5", tmp_path / "saved"):
+        saved, wanted = load_peft_weights(str(directory)), load_peft_weights(str(tmp_path / "plain" / "checkpoint-5"))
+        assert largest_deviation(wanted, saved) < 1e-8
+    again = LLAMA.build(torch.float64)
+    again.load_adapter(str(tmp_path / "saved"))
+    assert largest_deviation(_factors(reference), _factors(again)) < 1e-8
+
+
+def _factors(model: Any) -> dict[str, torch.Tensor]:
+    return {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
+
+
+@pytest.mark.parametrize("unfrozen", [False, True])
+def test_trainer_without_an_adapter_is_refused_before_a_step(
+    worker: LocalWorker, tmp_path: Path, unfrozen: bool
+) -> None:
+    with protected(LLAMA.build(torch.float32), worker) as model:
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        model.requires_grad_(unfrozen)
+        with pytest.raises(ProtectionError, match="without an adapter cannot be trained"):
+            losses(model, tmp_path)
+        assert model.protection.stats.crossings == 0
+        with pytest.raises(ProtectionError, match="cannot be saved"):
+            model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("unfrozen", "warning"), [(False, "nothing of it is trainable"), (True, "refuse to save")])
+def test_a_loop_of_ones_own_is_warned_once(worker: LocalWorker, unfrozen: bool, warning: str) -> None:
+    inputs = batch((9, 4), 97).inputs()
+    with protected(LLAMA.build(torch.float32), worker) as model:
+        model.train().requires_grad_(unfrozen)
+        with pytest.warns(UserWarning, match=warning):
+            model(**inputs)
+        model(**inputs)
+
+
+@pytest.mark.parametrize("order", ["protect then wrap", "wrap then protect", "add_adapter"])
+def test_parameters_are_counted_as_of_the_plain_model(worker: LocalWorker, order: str) -> None:
+    def counted(model: Any, adapted: Any) -> list[object]:
+        base = [model.num_parameters(exclude_embeddings=e, only_trainable=t) for e in (0, 1) for t in (0, 1)]
+        return [*base, adapted.get_nb_trainable_parameters() if adapted is not model else None]
+
+    def adapt(model: Any) -> Any:
+        return adapter_added(model) if order == "add_adapter" else with_lora(model, task_type=TaskType.CAUSAL_LM)
+
+    plain = LLAMA.build(torch.float32)
+    expected = [plain.num_parameters(), *counted(plain, adapt(plain))]
+    model = LLAMA.build(torch.float32)
+    if order == "wrap then protect":
+        adapted = adapt(model)
+        with protected(adapted, worker):
+            assert counted(model, adapted) == expected[1:]
+        return
+    with protected(model, worker):
+        assert [model.num_parameters(), *counted(model, adapt(model))] == expected

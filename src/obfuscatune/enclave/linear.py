@@ -1,4 +1,4 @@
-"""The offloaded product y = x W: forward and backward, and the autograd functions around them.
+"""The offloaded product y = x W: forward and backward.
 
     worker holds      W* = R_in⁻¹ W R_out                      sent once
     forward           X* = A [x R_in; N]    ->  Y* = X* W*     ->  y  = (Aᵀ Y*)[:n] R_out⁻¹
@@ -15,11 +15,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
 
 from obfuscatune.enclave.link import Pending, WorkerLink, check_finite, check_product
 from obfuscatune.enclave.mixer import Mixer
@@ -76,6 +75,11 @@ class OffloadedProduct:
         self._R_in, self._R_out = R_in, R_out
         self._mixer, self._verifier, self._dtype = mixer, verifier, dtype
         self._ways: dict[tuple[int, torch.dtype, bool], FewWay | None] = {}
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """In which rows and products travel; None for that of what is multiplied."""
+        return self._dtype
 
     @property
     def is_computed_apart(self) -> bool:
@@ -248,92 +252,3 @@ def _root_mean_square(x: Tensor, norm: float) -> float:
         check_finite(x)
         norm = float(torch.linalg.vector_norm(x.double()))  # squares overflowed or vanished in x's own dtype
     return norm / math.sqrt(x.numel())
-
-
-class OffloadedCall:
-    """One call of an `OffloadedProduct` that may serve several layers at once, with its place in the autograd graph.
-
-        x  ->  start  ->  token  ->  finish  ->  y
-
-    Two nodes, so that each way what lies between start and finish runs while the worker computes: forward, what the
-    caller does before it calls `finish`; backward, what hangs on the same gradient and came into the graph before
-    `finish` did.
-    """
-
-    def __init__(self, product: OffloadedProduct, widths: tuple[int, ...]) -> None:
-        """The q columns of the product are those of the layers side by side: `widths` of them each."""
-        self.product, self.widths = product, widths
-        self.forth: InFlight | None = None
-        self.back: InFlight | None = None
-        self._shape = torch.Size()
-        self._token: Tensor | None = None
-
-    def start(self, x: Tensor) -> None:
-        """Send x (..., p)."""
-        self._shape = x.shape[:-1]
-        if torch.is_grad_enabled():
-            self._token = _Start.apply(x, self)  # type: ignore[no-untyped-call]
-        else:
-            self.forth = self.product.start_forward(x.reshape(-1, x.shape[-1]))
-
-    def finish(self, *biases: Tensor | None) -> tuple[Tensor, ...]:
-        """Wait; one (..., q_i) for each layer, plus its bias."""
-        token, self._token = self._token, None
-        if token is None:
-            return self.receive(self._shape, biases)
-        parts: tuple[Tensor, ...] = _Finish.apply(token, self, self._shape, *biases)  # type: ignore[no-untyped-call]
-        return parts
-
-    def receive(self, shape: torch.Size, biases: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
-        """The parts of the product, (*shape, q_i) each, with their biases; no autograd."""
-        crossing, self.forth = self.forth, None
-        y = self.product.finish_forward(crossing, _side_by_side(biases, self.widths))  # type: ignore[arg-type]
-        y = y.view(*shape, sum(self.widths))
-        return y.split(self.widths, dim=-1) if len(self.widths) > 1 else (y,)
-
-
-def _side_by_side(biases: tuple[Tensor | None, ...], widths: tuple[int, ...]) -> Tensor | None:
-    """(q,): zeros for a layer without one; None where none has."""
-    some = next((bias for bias in biases if bias is not None), None)
-    if some is None or len(biases) == 1:
-        return some
-    each = zip(biases, widths, strict=True)
-    return torch.cat([some.new_zeros(width) if bias is None else bias for bias, width in each])
-
-
-class _Start(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, call: OffloadedCall) -> Tensor:
-        ctx.call, ctx.shape = call, x.shape  # type: ignore[attr-defined]
-        call.forth = call.product.start_forward(x.reshape(-1, x.shape[-1]))
-        return x.new_zeros(())  # y's autograd graph hangs on it
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, *_: Tensor) -> tuple[Any, ...]:
-        call = ctx.call  # type: ignore[attr-defined]
-        crossing, call.back = call.back, None
-        return call.product.finish_backward(crossing).view(ctx.shape), None  # type: ignore[attr-defined]
-
-
-class _Finish(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx, token: Tensor, call: OffloadedCall, shape: torch.Size, *biases: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        ctx.call = call  # type: ignore[attr-defined]
-        return call.receive(shape, biases)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Any, ...]:
-        needs_token, _, _, *needs_bias = ctx.needs_input_grad  # type: ignore[attr-defined]
-        call = ctx.call  # type: ignore[attr-defined]
-        if needs_token:
-            g = grads[0] if len(grads) == 1 else torch.cat(grads, dim=-1)
-            call.back = call.product.start_backward(g.reshape(-1, g.shape[-1]))
-        d_biases = [
-            grad.sum_to_size(grad.shape[-1:]) if needed else None
-            for grad, needed in zip(grads, needs_bias, strict=True)
-        ]
-        return (grads[0].new_zeros(()) if needs_token else None, None, None, *d_biases)

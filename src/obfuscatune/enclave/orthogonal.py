@@ -54,12 +54,20 @@ def permute_columns(x: Tensor, permutation: Tensor) -> Tensor:
     because `index_select` along the last dimension runs on one thread.
     """
     if 2 * permutation.numel() == x.shape[1]:
-        aligned = x.clone() if x.storage_offset() % 2 else x.contiguous()
-        return permute_columns(aligned.view(_OF_TWICE_THE_SIZE[x.dtype]), permutation).view(x.dtype)
+        numbers = x.contiguous().view(-1)  # flat, since a single row may have any stride and still be contiguous
+        if numbers.storage_offset() % 2:
+            numbers = numbers.clone()
+        pairs = numbers.view(_OF_TWICE_THE_SIZE[x.dtype]).view(x.shape[0], permutation.numel())
+        return permute_columns(pairs, permutation).view(x.dtype)
     return torch.gather(x, 1, permutation.expand(x.shape))
 
 
-_OF_TWICE_THE_SIZE = {torch.float32: torch.float64, torch.float64: torch.complex128}
+_OF_TWICE_THE_SIZE = {
+    torch.bfloat16: torch.int32,
+    torch.float16: torch.int32,
+    torch.float32: torch.float64,
+    torch.float64: torch.complex128,
+}
 
 
 def covering_grid(size: int) -> tuple[int, int]:

@@ -7,21 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 
 from obfuscatune.enclave.cores import CoreKeeper
 from obfuscatune.enclave.keys import RootKey
 from obfuscatune.enclave.link import RetryPolicy, WorkerLink
+from obfuscatune.enclave.modules import ProtectedLayer
 from obfuscatune.enclave.obfuscate import joint_weight
 from obfuscatune.enclave.offloaded import WeightFromSpool
 from obfuscatune.enclave.profiles import Profile, resolve
 from obfuscatune.enclave.protection import Protection, place
 from obfuscatune.enclave.sites import find_groups
 from obfuscatune.enclave.spool import Spool
+from obfuscatune.enclave.training import TrainingWatch, answer_for, has_adapter
 from obfuscatune.wire.errors import ConfigError, ProtectionError
 from obfuscatune.wire.tls import TlsConfig
 
@@ -77,7 +80,7 @@ def protect(
     resolved = resolve(profile, **knobs)
     groups = find_groups(model, resolved.first_blocks) if resolved.offload else []
     protection = Protection.start(open_link(workers, resolved, tls, deadline_s, retry), resolved, key, width_of(model))
-    layers: dict[str, nn.Module] = {}
+    layers: dict[str, ProtectedLayer] = {}
     with released_on_failure(protection, workers):
         spool = Spool()
         for done, group in enumerate(groups, start=1):
@@ -139,16 +142,19 @@ def released_on_failure(protection: Protection, workers: str | WorkerLink | None
 
 
 def adopt(model: nn.Module, protection: Protection) -> None:
-    """Hang the protection on the model, and keep a checkpoint without its weights from being written."""
+    """Hang the protection on the model, freeze it, and have its methods answer for what is on the worker too.
+
+    Where PEFT put adapters in before, it froze the base already, and what it left trainable stays so.
+    """
     model.protection = protection  # type: ignore[assignment]
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    base.save_pretrained = _refuse_to_save
+    if not (has_adapter(base) or isinstance(model, PeftModel)):
+        model.requires_grad_(False)
+    if isinstance(base, PreTrainedModel):
+        answer_for(base)
     if protection.link is not None:
+        watch = TrainingWatch(base, protection)
+        first = next((module for module in base.modules() if isinstance(module, ProtectedLayer)), None)
+        if first is not None:
+            first.before_request = watch
         CoreKeeper(protection.link, protection.profile).watch_over(getattr(base, "base_model", base))
-
-
-def _refuse_to_save(*_args: Any, **_kwargs: Any) -> NoReturn:
-    raise ProtectionError(
-        "a protected model cannot be saved: its large matrices are not in this process. "
-        "Save the adapter: wrap it with peft.get_peft_model and call save_pretrained on that"
-    )

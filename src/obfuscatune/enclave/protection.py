@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -14,7 +16,7 @@ from obfuscatune.enclave.keys import RootKey, SecretStream
 from obfuscatune.enclave.linear import OffloadedProduct
 from obfuscatune.enclave.link import LinkStats, WorkerLink
 from obfuscatune.enclave.mixer import KroneckerMixer, Mixer, NoMixer
-from obfuscatune.enclave.modules import ProtectedConv1D, ProtectedLinear, SharedCrossing
+from obfuscatune.enclave.modules import ProtectedConv1D, ProtectedLayer, ProtectedLinear, SharedCrossing
 from obfuscatune.enclave.obfuscate import Obfuscated, obfuscate
 from obfuscatune.enclave.offloaded import Offloaded, WeightSource
 from obfuscatune.enclave.profiles import Profile
@@ -23,6 +25,8 @@ from obfuscatune.enclave.sides import residual_side
 from obfuscatune.enclave.sites import SiteGroup
 from obfuscatune.enclave.verify import Verifier
 from obfuscatune.wire.errors import ConfigError, ProtectionError
+
+log = logging.getLogger(__name__)
 
 MATRIX_ID_BYTES = 16
 
@@ -39,10 +43,14 @@ class Protection:
     width: int | None = None
     """Of the residual stream, where the model's configuration tells."""
     steps: int = 0
-    """Optimizer steps that `after_step` was told of."""
+    """Optimizer steps that were told of or noticed."""
     offloaded: list[Offloaded] = field(default_factory=list)
     adapters: RemoteAdapters | None = None
     """What was moved to the worker by `move_adapter`."""
+    fingerprint: Callable[[], int] = int
+    """Of the trained parameters; it differs after they changed."""
+    _known: int | None = None
+    _stepping: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
     def start(
@@ -76,10 +84,10 @@ class Protection:
         crossing = SharedCrossing(product, group.widths)
         return Offloaded(group.name, obfuscated.only, weights, crossing, matrix_id, obfuscated.R_in, obfuscated.R_out)
 
-    def layers(self, group: SiteGroup, offloaded: Offloaded) -> dict[str, nn.Module]:
+    def layers(self, group: SiteGroup, offloaded: Offloaded) -> dict[str, ProtectedLayer]:
         """The layers that are to take the plain ones' places, by path, once a group was sent; group after group."""
         self.offloaded.append(offloaded)
-        layers: dict[str, nn.Module] = {}
+        layers: dict[str, ProtectedLayer] = {}
         for site in group.sites:
             kind = ProtectedConv1D if isinstance(site.layer, Conv1D) else ProtectedLinear
             layers[site.path] = kind(offloaded.crossing, site.layer).train(site.layer.training)
@@ -128,16 +136,37 @@ class Protection:
                 progress(done, len(self.offloaded), layer.name)
 
     def after_step(self) -> None:
-        """Re-key what is due; to be called after each optimizer step. Nothing without `rekey_every`.
+        """Re-key what is due after a step of the optimizer. Nothing without `rekey_every`.
 
         A few layers at a time, in turn, so that all are renewed within `rekey_every` steps and no step waits for more.
+        A step that nobody told of is noticed at the next forward pass (`notice_step`).
 
         Raises:
             WireError: see `rekey`.
         """
         if not self.profile.rekey_every:
             return
+        with self._stepping:
+            self._known = self.fingerprint()
+            self._take_step()
+
+    def notice_step(self) -> None:
+        """Re-key what is due where the trained parameters changed since the last step. Nothing without `rekey_every`.
+
+        Raises:
+            WireError: see `rekey`.
+        """
+        if not self.profile.rekey_every:
+            return
+        with self._stepping:
+            before, self._known = self._known, self.fingerprint()
+            if before is not None and before != self._known:
+                self._take_step()
+
+    def _take_step(self) -> None:
         count, every = len(self.offloaded), self.profile.rekey_every
+        if not self.steps:
+            log.info("an optimizer stepped: the secrets of all %d matrices are renewed every %d steps", count, every)
         due = range(self.steps * count // every, (self.steps + 1) * count // every)
         self.steps += 1
         for index in due:
@@ -185,7 +214,9 @@ class Protection:
         return f"Protection(profile={self.profile.name!r}, {self.stats})"
 
 
-def place(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+def place(model: nn.Module, layers: dict[str, ProtectedLayer]) -> None:
     """Put protected layers where the plain ones are."""
     for path, layer in layers.items():
         model.set_submodule(path, layer)
+        parent, _, name = path.removesuffix(".base_layer").rpartition(".")
+        layer.placed_in(model.get_submodule(parent), name)

@@ -8,14 +8,16 @@ The factors' gradients are sums over rows of products of what was sent forward a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from obfuscatune.enclave.call import as_parts, as_rows, outside_autocast
 from obfuscatune.enclave.link import AdapterLink, check_finite, check_product
-from obfuscatune.enclave.modules import SharedCrossing, _state
+from obfuscatune.enclave.modules import SharedCrossing, _state, biases_in
 from obfuscatune.enclave.remote.adapter import RemoteAdapter
 from obfuscatune.wire.errors import ProtectionError
 
@@ -30,16 +32,18 @@ class AdaptedCrossing:
         self._served: Any = None
         self._parts: dict[int, Tensor] = {}
 
-    def output_for(self, slot: int, x: Tensor, **how: Any) -> Tensor:
-        """x (..., p) -> that layer's output (..., q_slot); the first layer called with an input crosses for all."""
+    def output_for(self, slot: int, x: Tensor, dtype: torch.dtype, works_on: Callable[[], bool]) -> Tensor:
+        """As `SharedCrossing`'s; the worker's product has the adapter's part in it, and is waited for at once."""
         if not self._is_active():
-            return self._plain.output_for(slot, x, **how)
+            return self._plain.output_for(slot, x, dtype, works_on)
         served = torch.is_grad_enabled(), self._is_training()
-        if self._x is not x or self._served != (*served, _version(x)) or slot not in self._parts:
+        state = (*served, dtype, _version(x))
+        if self._x is not x or self._served != state or slot not in self._parts:
+            biases = biases_in(dtype, self._plain._members)
             parts = _Adapted.apply(  # type: ignore[no-untyped-call]
-                x, self._anchor, self._adapter, *served, *(member.bias for member in self._plain._members)
+                x.to(dtype), self._anchor, self._adapter, *served, *biases
             )
-            self._x, self._served, self._parts = x, (*served, _version(x)), dict(enumerate(parts))
+            self._x, self._served, self._parts = x, state, dict(enumerate(parts))
         y = self._parts.pop(slot)
         if not self._parts:
             self._x = self._served = None
@@ -81,35 +85,36 @@ class _Adapted(torch.autograd.Function):
         """x (..., p) -> one (..., q_i) for each layer."""
         number = AdapterLink.new_number() if keep else 0
         offloaded, remote = adapter.offloaded, adapter.remote
-        ctx.saved = offloaded.R_in, offloaded.R_out, remote, number  # type: ignore[attr-defined]
+        dtype = offloaded.crossing.dtype or x.dtype
+        ctx.saved = offloaded.R_in, offloaded.R_out, remote, number, dtype  # type: ignore[attr-defined]
         widths = adapter.widths
-        rows = x.reshape(-1, x.shape[-1])
+        rows = as_rows(x)
         if rows.shape[0] == 0:
-            y = x.new_zeros(*x.shape[:-1], sum(widths))
+            y = x.new_zeros(0, sum(widths))
         else:
-            X_star = _laid_out(remote, offloaded.R_in.apply(_widen(rows)), x.dtype)
+            X_star = _laid_out(remote, offloaded.R_in.apply(_widen(rows)), dtype)
             Y_star = remote.forward(X_star, number=number, dropout=training, known_finite=True)
             y = _own(offloaded.R_out.inverse(_widen(Y_star.to(x.device))).to(x.dtype), Y_star, remote)
-            y = y.view(*x.shape[:-1], sum(widths))
-        parts = y.split(widths, dim=-1)
+        parts = as_parts(y, x.shape[:-1], widths)
         for part, bias in zip(parts, biases, strict=True):
             if bias is not None:
                 part.add_(bias)
-        return parts if len(parts) > 1 else (y,)
+        return parts
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Any, ...]:
         """Gradients (..., q_i) -> that of x; those of the factors stay on the worker."""
-        R_in, R_out, remote, number = ctx.saved  # type: ignore[attr-defined]
+        R_in, R_out, remote, number, dtype = ctx.saved  # type: ignore[attr-defined]
         g = grads[0] if len(grads) == 1 else torch.cat(grads, dim=-1)
-        rows = g.reshape(-1, g.shape[-1])
+        rows = as_rows(g)
         if rows.shape[0] == 0:
             dx = g.new_zeros(*g.shape[:-1], R_in.dim)
         else:
-            G_star = _laid_out(remote, R_out.inverse_transpose(_widen(rows)), g.dtype)
-            D_star = remote.backward(G_star, number=number, known_finite=True)
-            dx = _own(R_in.apply_transpose(_widen(D_star.to(g.device))).to(g.dtype), D_star, remote)
+            with outside_autocast(g.device):
+                G_star = _laid_out(remote, R_out.inverse_transpose(_widen(rows)), dtype)
+                D_star = remote.backward(G_star, number=number, known_finite=True)
+                dx = _own(R_in.apply_transpose(_widen(D_star.to(g.device))).to(g.dtype), D_star, remote)
             dx = dx.view(*g.shape[:-1], R_in.dim)
         nothing = (None,) * (len(ctx.needs_input_grad) - 1)  # type: ignore[attr-defined]
         return (dx if ctx.needs_input_grad[0] else None, *nothing)  # type: ignore[attr-defined]
