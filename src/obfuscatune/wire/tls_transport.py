@@ -4,6 +4,7 @@ OpenSSL forbids two threads in one connection at a time, and Python does not kee
 short (the socket never blocks) and made under a lock; the waiting is done outside of it.
 """
 
+import contextlib
 import select
 import socket
 import ssl
@@ -11,9 +12,9 @@ import threading
 from collections.abc import Sequence
 
 from obfuscatune.wire.deadline import Deadline
-from obfuscatune.wire.errors import ConnectionLost, UntrustedPeer
-from obfuscatune.wire.foreign import TLS_TYPES, WITHOUT_TLS, what_it_speaks
-from obfuscatune.wire.limits import CHUNK_BYTES, KIB
+from obfuscatune.wire.errors import ConnectionLost, UntrustedPeer, WireError
+from obfuscatune.wire.foreign import TLS_TYPES, what_it_speaks, what_it_spoke
+from obfuscatune.wire.limits import CHUNK_BYTES, KIB, LINGER_SECONDS
 from obfuscatune.wire.messages import MAGIC, ErrorCode, Header, MessageType
 from obfuscatune.wire.tls import PinnedTls
 from obfuscatune.wire.transport import SocketTransport, WouldBlock
@@ -47,8 +48,12 @@ class TlsTransport(SocketTransport):
                 speaks no TLS.
             ConnectionLost, DeadlineExceeded: it went away, or does not answer.
         """
-        self._wait(self._handshake, None, deadline)
-        self._peer_id = f"key {self._tls.check(self._tls_sock)}"
+        try:
+            self._wait(self._handshake, None, deadline)
+            self._peer_id = f"key {self._tls.check(self._tls_sock)}"
+        except UntrustedPeer:
+            self._linger()
+            raise
 
     def recv_into(self, view: memoryview, deadline: Deadline) -> int:
         """See `Transport.recv_into`."""
@@ -68,6 +73,8 @@ class TlsTransport(SocketTransport):
                 "--tls-cert; compare the fingerprints that keygen printed"
             ) from error
         except ssl.SSLError as error:
+            if error.reason == "WRONG_VERSION_NUMBER" and not self._seen_first:  # it spoke while we did
+                raise UntrustedPeer(f"no TLS with {self._peer}: {what_it_spoke(self._peek())}") from error
             raise UntrustedPeer(
                 f"no TLS 1.3 with {self._peer}: {_reason(error)}; compare the certificates pinned "
                 "(--peer on each side is --tls-cert of the other)"
@@ -82,25 +89,47 @@ class TlsTransport(SocketTransport):
         """
         if self._seen_first:
             return
-        try:
-            first = socket.socket.recv(self._tls_sock, KIB, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return
-        self._seen_first = True
-        if first.startswith(MAGIC):
-            self._refuse_in_clear()
-            raise UntrustedPeer(f"no TLS with {self._peer}: {WITHOUT_TLS}")
+        first = self._peek()
+        self._seen_first = bool(first)
         if first and first[0] not in TLS_TYPES:
+            if first.startswith(MAGIC):
+                self._refuse_in_clear()
             raise UntrustedPeer(f"no TLS with {self._peer}: {what_it_speaks(first)}")
 
+    def _peek(self) -> bytes:
+        """What has come and is not taken yet, without TLS; nothing where nothing has."""
+        try:
+            return socket.socket.recv(self._tls_sock, KIB, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return b""
+
     def _refuse_in_clear(self) -> None:
-        """Answer an enclave that speaks without TLS; what it sent is taken, for else it would not get the answer."""
+        """Answer an enclave that speaks without TLS."""
         if not self._tls.is_server:
             return
         body = b"this worker speaks by TLS: give --tls-cert, --tls-key and --peer on both sides, or on neither"
         header = Header(MessageType.ERROR, payload_bytes=len(body), code=ErrorCode.FAILED)
-        socket.socket.recv(self._tls_sock, KIB, socket.MSG_DONTWAIT)
-        socket.socket.send(self._tls_sock, header.pack() + body, socket.MSG_DONTWAIT)
+        with contextlib.suppress(OSError):
+            socket.socket.send(self._tls_sock, header.pack() + body, socket.MSG_DONTWAIT)
+
+    def _linger(self) -> None:
+        """Throw away what still comes, for a moment, until the peer closes: to close would take our last words from it.
+
+        What comes is not decrypted: `Transport.recv_into` is for what does.
+        """
+        if not self._tls.is_server:
+            return
+        with contextlib.suppress(WireError):
+            self.stop_sending()
+            deadline = Deadline(LINGER_SECONDS)
+            while self._wait(self._read_raw, CHUNK_BYTES, deadline):
+                pass
+
+    def _read_raw(self, size: int) -> int:
+        try:
+            return len(socket.socket.recv(self._tls_sock, size, socket.MSG_DONTWAIT))
+        except BlockingIOError:
+            raise WouldBlock(select.POLLIN) from None
 
     def _write(self, views: list[memoryview]) -> int:
         """Records of 16 KiB each until the socket is full or a chunk is sent."""
