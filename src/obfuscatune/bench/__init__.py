@@ -27,4 +27,5 @@ In the order in which data passes through:
     memory       a number of steps -> what enclave and worker hold after each, and whether it grows
     rotation     widths and rows   -> how long rotation and mixing take, by torch and by the kernels
     verify       a number of calls -> how often wrong products are caught, and honest ones not
+    lot          requests          -> whether a worker can tell which are checked
 """

@@ -1,4 +1,5 @@
-"""`bench verify`: how often a wrong product is overlooked, and how near an honest one comes to a false alarm."""
+"""`bench verify`: how often a wrong product is overlooked, how near an honest one comes to a false alarm, and whether a
+worker can tell which product is checked."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from obfuscatune.bench.lot import LotBench, LotRow
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.mixer import KroneckerMixer
 from obfuscatune.enclave.verify import VECTORS, Verifier
@@ -44,6 +46,8 @@ class VerifyBench:
 
     honest_calls: int = 100_000
     trials: int = 1_000
+    requests: int = 1_000
+    """Over each kind of link, of a worker that guesses which are checked."""
 
     def run(self, progress: Progress) -> VerifyResult:
         """Measure; some minutes with the defaults."""
@@ -53,7 +57,8 @@ class VerifyBench:
             name = str(dtype).removeprefix("torch.")
             worst[name], alarms[name] = self._honest(dtype, name, progress)
         rows = [row for dtype in STEPS for row in self._tampered(dtype, progress)]
-        return VerifyResult(self, worst, alarms, rows, environment())
+        lots = LotBench(self.requests).run(progress)
+        return VerifyResult(self, worst, alarms, rows, lots, environment())
 
     def _honest(self, dtype: torch.dtype, name: str, progress: Progress) -> tuple[float, int]:
         """The largest excess of all honest calls, and how many exceeded 1."""
@@ -99,6 +104,7 @@ class VerifyResult:
     alarms: dict[str, int]
     """By dtype: honest calls that were taken for wrong."""
     rows: list[TamperingRow]
+    lots: list[LotRow]
     environment: dict[str, str]
 
     def as_json(self) -> dict[str, Any]:
@@ -109,17 +115,25 @@ class VerifyResult:
             "worst_honest": self.worst,
             "false_alarms": self.alarms,
             "tampering": [vars(row) for row in self.rows],
+            "which_is_checked": [vars(row) for row in self.lots],
             "environment": self.environment,
         }
 
     def as_markdown(self) -> str:
-        """Two tables."""
+        """Three tables."""
         lines = ["| dtype | honest calls | false alarms | nearest to the tolerance |", "|---|---|---|---|"]
         calls = self.bench.honest_calls
         lines += [f"| {name} | {calls} | {self.alarms[name]} | {worst:.2f} |" for name, worst in self.worst.items()]
         lines += ["", "| dtype | changed | by (rms of the product) | caught | stated |", "|---|---|---|---|---|"]
         lines += [
             f"| {row.dtype} | {row.kind} | {row.size:g} | {row.caught:.1%} | >= {row.stated:.1%} |" for row in self.rows
+        ]
+        lines += ["", "| link | rows | requests | AUC: which is checked | pause before it, µs | before others, µs |"]
+        lines.append("|---" * 6 + "|")
+        lines += [
+            f"| {row.link} | {row.rows} | {row.requests} | {row.area:.3f} ± {row.error:.3f} | {row.checked_us:.0f} "
+            f"| {row.spared_us:.0f} |"
+            for row in self.lots
         ]
         return "\n".join(lines) + "\n"
 

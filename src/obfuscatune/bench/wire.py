@@ -199,7 +199,7 @@ def _opened(name: str, threads: int) -> Iterator[tuple[WorkerLink, ClockPage]]:
     with tempfile.TemporaryDirectory(
         prefix="obfuscatune-bench-", dir=temporary_root()
     ) as folder:  # made with mode 0700
-        listen = None if name in (*_LENT, "unix socket") else f"tcp:127.0.0.1:{_free_port()}"
+        listen = None if name in (*_LENT, "unix socket") else f"tcp:127.0.0.1:{free_port()}"
         ours, theirs = _identities(Path(folder)) if name == "tls" else (None, None)
         extra: tuple[str, ...] = ("--no-watch",) if name == "shared memory" else ()
         if theirs is not None:
@@ -225,7 +225,8 @@ def _identities(folder: Path) -> tuple[TlsConfig, TlsConfig]:
     )
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this host that nobody listens on now."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])

@@ -205,13 +205,17 @@ def obfuscate(
 def verify(
     honest_calls: Annotated[int, typer.Option("--honest-calls", help="In each dtype.", min=1)] = 100_000,
     trials: Annotated[int, typer.Option(help="Of each kind and size of tampering.", min=1)] = 1_000,
+    requests: Annotated[int, typer.Option(help="Timed over each link, as the worker sees them.", min=10)] = 1_000,
     out: Annotated[Path | None, option("--out", "Also write JSON and Markdown to this folder.")] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Count how often a worker's wrong product is caught, and how near an honest one comes to a false alarm."""
+    """Count how often a worker's wrong product is caught, and how near an honest one comes to a false alarm.
+
+    And whether the time before a request tells a worker that its product will be checked: an AUC of 0.5 says no.
+    """
     from obfuscatune.bench.verify import VerifyBench
 
-    measured = VerifyBench(honest_calls, trials).run(notice)
+    measured = VerifyBench(honest_calls, trials, requests).run(notice)
     if out is not None:
         notice(f"written: {keep(out, result_name('verify'), measured.as_json(), measured.as_markdown())}")
     if as_json:

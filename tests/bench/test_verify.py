@@ -1,0 +1,35 @@
+"""`bench verify`: real workers where the clock is read."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from obfuscatune.bench.lot import LINKS, LotBench
+from obfuscatune.bench.verify import TAMPERED, VerifyBench, VerifyResult, _Request
+
+
+def test_each_kind_of_link_is_timed() -> None:
+    said: list[str] = []
+    rows = LotBench(requests=10, rows=(1,)).run(said.append)
+    assert [row.link for row in rows] == list(LINKS)
+    assert all(row.requests == 10 and row.checked_us > 0 < row.spared_us for row in rows)
+    result = VerifyResult(VerifyBench(), {"float32": 0.5}, {"float32": 0}, [], rows, {})
+    assert len(json.loads(json.dumps(result.as_json()))["which_is_checked"]) == len(said) == len(LINKS)
+    assert "| tcp | 1 | 10 |" in result.as_markdown()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_honest_product_is_within_the_tolerance(dtype: torch.dtype) -> None:
+    request = _Request(TAMPERED, dtype)
+    assert 0 < request.excess(request.product) < 1
+    assert request.stated(request.product + 1) > 0.99
+
+
+@pytest.mark.long
+def test_no_worker_can_tell_from_time_which_product_will_be_checked() -> None:
+    """Over 1,000 requests each: one row and many, shared memory and TCP; by the pause before the request comes."""
+    for row in LotBench(requests=1_000).run(print):
+        assert abs(row.area - 0.5) < 4 * row.error, row
