@@ -6,9 +6,17 @@ threads by that number wait for each other on few cores, and memory by it ends w
 
 import math
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+
+
+def refusal() -> str | None:
+    """Why nothing works on this system, in one line; None where it does."""
+    if sys.platform == "win32":
+        return "ObfuscaTune runs on Linux, and without shared memory on macOS; on Windows use it in WSL"
+    return None
 
 
 @dataclass(frozen=True)

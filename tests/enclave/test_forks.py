@@ -16,7 +16,11 @@ import torch
 from obfuscatune.enclave.link import WorkerLink
 from obfuscatune.enclave.local import LocalWorker
 from obfuscatune.enclave.spool import Spool
+from obfuscatune.wire.address import parse_address
 from obfuscatune.wire.errors import ConfigError, ConnectionLost
+from obfuscatune.wire.tls import PinnedTls
+from tests.wire.peers import identity, make_identities
+from tests.worker.serving import serving
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
 
@@ -75,6 +79,20 @@ def test_parent_and_child_multiply_at_the_same_time(worker: LocalWorker) -> None
         assert exit_code(child) == 0
         assert torch.equal(product(link, 3), X @ W * 3)
         assert link.stats.reconnects == 0
+
+
+def test_over_tls_too(tmp_path: Path) -> None:
+    """Where a byte from the wrong process would end the parent's connection."""
+    make_identities(tmp_path)
+    pinned = PinnedTls(identity(tmp_path, "worker", "enclave"), server=True)
+    ours = identity(tmp_path, "enclave", "worker")
+    with (
+        serving(tmp_path, listen=parse_address("tcp:127.0.0.1:0"), tls=pinned) as there,
+        stored(WorkerLink.open(str(there.address), tls=ours)) as link,
+    ):
+        assert exit_code(fork(lambda: (product(link, 2), link.close()))) == 0
+        assert torch.equal(product(link, 3), X @ W * 3)
+        assert (link.stats.reconnects, link.stats.uploads) == (0, 1)
 
 
 def test_what_the_parent_asked_for_is_refused_in_the_child(worker: LocalWorker) -> None:

@@ -1,6 +1,8 @@
 """Bytes arrive whole and in order over each transport; deadlines hold for a whole request; ends are noticed."""
 
+import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -117,6 +119,25 @@ def test_a_socket_file_is_ours_alone_and_is_removed(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o600
     listener.close()
     assert not path.exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="where a socket's own mode is not that of its file")
+def test_a_socket_file_is_never_open_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is made closed, not closed after it was made: in a folder that others see, they might be faster."""
+    modes: list[int] = []
+
+    class Watched(socket.socket):
+        def bind(self, address: object) -> None:
+            super().bind(address)
+            modes.append((tmp_path / "s").stat().st_mode & 0o777)
+
+    monkeypatch.setattr(socket, "socket", Watched)
+    before = os.umask(0)
+    try:
+        Listener(UnixAddress(tmp_path / "s")).close()
+    finally:
+        os.umask(before)
+    assert modes == [0o600]
 
 
 def test_a_stale_socket_file_is_replaced_and_a_live_one_is_not(tmp_path: Path) -> None:

@@ -173,3 +173,14 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "t").touch()
     with pytest.raises(StorageError, match="cannot record"):
         Recorder(tmp_path / "t")
+
+
+@pytest.mark.parametrize("name", [FRAMES, INDEX])
+def test_no_link_is_followed(tmp_path: Path, name: str) -> None:
+    """Into a folder that somebody else prepared."""
+    (tmp_path / "t").mkdir()
+    (tmp_path / "theirs").write_bytes(b"theirs")
+    (tmp_path / "t" / name).symlink_to(tmp_path / "theirs")
+    with pytest.raises(StorageError, match="a symbolic link lies there"):
+        Recorder(tmp_path / "t")
+    assert (tmp_path / "theirs").read_bytes() == b"theirs"

@@ -12,6 +12,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from obfuscatune.cli.options import ENVIRONMENT
 from obfuscatune.cli.streams import settle_streams
+from obfuscatune.machine import refusal
 from obfuscatune.process import settle_process
 from obfuscatune.version import __version__
 from obfuscatune.wire.errors import ConfigError, ObfuscaTuneError
@@ -129,6 +130,9 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code."""
+    if line := refusal():
+        _say(f"error: {line}")
+        return EXIT_USAGE
     settle_process()
     _prepare_libraries()
     _warn_of_unknown_variables()

@@ -11,7 +11,7 @@ import typer
 from obfuscatune.cli import options, output
 from obfuscatune.cli.options import option
 from obfuscatune.cli.session import open_files
-from obfuscatune.wire.errors import ConfigError, StorageError
+from obfuscatune.wire.errors import ConfigError
 from obfuscatune.wire.files import temporary_root
 
 if TYPE_CHECKING:
@@ -136,6 +136,7 @@ def _write(grid: "Grid", out: Path) -> None:
     from obfuscatune.audit.document import as_json, as_markdown
     from obfuscatune.audit.page import render
     from obfuscatune.report.environment import environment
+    from obfuscatune.tuning.storage import RunDirectory
 
     facts = environment()
     texts = {
@@ -143,9 +144,6 @@ def _write(grid: "Grid", out: Path) -> None:
         TABLE: as_markdown(grid),
         REPORT: render(grid, facts),
     }
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name, text in texts.items():
-            (out / name).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"cannot write {out}: {error.strerror}") from error
+    folder = RunDirectory(out)
+    for name, text in texts.items():
+        folder.write_file(name, text.encode())

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from obfuscatune.wire.errors import StorageError
+from obfuscatune.tuning.storage import RunDirectory
 
 
 def result_name(what: str, shape: str | None = None, layers: int | None = None, *parts: str) -> str:
@@ -27,10 +27,7 @@ def keep(folder: Path, name: str, document: dict[str, Any], markdown: str, svg: 
     files = {".json": json.dumps(document, indent=1) + "\n", ".md": markdown}
     if svg is not None:
         files |= {".md": f"{markdown}\n![the same as a picture]({name}.svg)\n", ".svg": svg}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for suffix, text in files.items():
-            path.with_suffix(suffix).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}") from error
+    directory = RunDirectory(folder)
+    for suffix, text in files.items():
+        directory.write_file(path.with_suffix(suffix).name, text.encode())
     return path

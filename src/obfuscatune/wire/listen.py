@@ -2,10 +2,13 @@
 
 import contextlib
 import errno
+import os
 import select
 import socket
 import stat
+import sys
 import time
+from pathlib import Path
 
 from obfuscatune.wire.address import Address, TcpAddress, UnixAddress
 from obfuscatune.wire.errors import ConfigError
@@ -75,8 +78,7 @@ def _bind(address: Address) -> socket.socket:
     try:
         if isinstance(address, UnixAddress):
             _clear_stale(address)
-            sock.bind(str(address.path))
-            address.path.chmod(0o600)
+            _bind_for_us_alone(sock, address.path)
         else:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind((address.host, address.port))
@@ -89,6 +91,15 @@ def _bind(address: Address) -> socket.socket:
         sock.close()
         raise ConfigError(f"cannot listen at {address}: {error.strerror or error}") from error
     return sock
+
+
+def _bind_for_us_alone(sock: socket.socket, path: Path) -> None:
+    if sys.platform == "linux":
+        os.fchmod(sock.fileno(), 0o600)  # which the file is made with: at no moment can others connect
+        sock.bind(str(path))
+    else:
+        sock.bind(str(path))
+        path.chmod(0o600)
 
 
 def _family(address: Address) -> socket.AddressFamily:

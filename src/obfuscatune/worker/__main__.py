@@ -2,6 +2,7 @@
 
 import sys
 
+from obfuscatune.machine import refusal
 from obfuscatune.process import settle_process
 from obfuscatune.wire.errors import ObfuscaTuneError
 from obfuscatune.worker.options import WorkerOptions, parse_arguments
@@ -9,6 +10,9 @@ from obfuscatune.worker.options import WorkerOptions, parse_arguments
 
 def main(options: WorkerOptions) -> int:
     """Run a worker; 0 after a graceful end, 1 when it had to stop, 2 after an option that cannot be used."""
+    if line := refusal():
+        sys.stderr.write(f"error: {line}\n")
+        return 2
     settle_process()
     from obfuscatune.worker.run import run  # imports torch, which reads the environment then
 

@@ -1,5 +1,6 @@
 """Writes down all that a worker sees. `wire/transcript.py` has the format, and reads it back."""
 
+import errno
 import json
 import os
 import threading
@@ -89,12 +90,13 @@ class Recorder:
             _write_all(self._index, [b"\n"])
 
     def _failed(self, error: OSError) -> StorageError:
-        self._failure = StorageError(f"cannot record to {self._folder}: {error.strerror}; the transcript is incomplete")
+        reason = "a symbolic link lies there, which is not followed" if error.errno == errno.ELOOP else error.strerror
+        self._failure = StorageError(f"cannot record to {self._folder}: {reason}; the transcript is incomplete")
         return self._failure
 
 
 def _open(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
 
 def _write_all(descriptor: int, buffers: list[Buffer]) -> None:

@@ -61,6 +61,6 @@ def are_there() -> bool:
     try:
         from obfuscatune.enclave.kernels.compiled import compiled
         from obfuscatune.jit.engine import can_compile
-    except ImportError:  # no llvmlite
+    except (ImportError, OSError):  # no llvmlite, or none that can be loaded here
         return False
     return can_compile(lambda: compiled(4))

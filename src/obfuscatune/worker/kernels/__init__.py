@@ -66,7 +66,7 @@ def are_there() -> bool:
     try:
         from obfuscatune.jit.engine import can_compile
         from obfuscatune.worker.kernels.few_rows import strip_columns
-    except ImportError:  # no llvmlite
+    except (ImportError, OSError):  # no llvmlite, or none that can be loaded here
         return False
     return can_compile(lambda: strip_columns(4))
 
