@@ -50,8 +50,10 @@ def test_what_is_not_offloaded_is_said(tmp_path, capsys):
     ).save_pretrained(tmp_path)
     assert run(["inspect", "--model", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
+    assert "mlp.experts.down_proj" in shown and "8 experts" in shown
     assert "Not offloaded" in shown
-    assert "model.layers.*.mlp.experts.down_proj" in shown
+    assert "model.layers.*.mlp.gate.weight" in shown
+    assert "MixtralTopKRouter computes in its own way" in shown
 
 
 def test_without_a_model_it_is_the_embedded_one(capsys):

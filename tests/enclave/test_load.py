@@ -203,7 +203,7 @@ def test_no_place_to_spool_leaves_no_link_open(
     link = KeepingLink()
     monkeypatch.setattr("obfuscatune.enclave.protect.open_link", lambda *_: link)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "absent"))
-    with pytest.raises(StorageError, match="spool directory"):
+    with pytest.raises(StorageError, match="cannot write temporary files"):
         protect(AutoModelForCausalLM.from_pretrained(directory), "unix:/nowhere")
     assert link.closed
 

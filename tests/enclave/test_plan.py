@@ -151,7 +151,7 @@ def test_kinds_are_counted_apart():
     }
 
 
-def test_experts_that_are_no_linear_layers_are_named(tmp_path):
+def test_experts_are_planned_as_one_line_a_stack(tmp_path):
     config = MixtralConfig(
         hidden_size=16,
         num_hidden_layers=2,
@@ -162,15 +162,18 @@ def test_experts_that_are_no_linear_layers_are_named(tmp_path):
         vocab_size=50,
     )
     plan = plan_of(config, tmp_path)
-    matrices = {it.name: (it.shape, it.count, it.parameters) for it in plan.unmoved}
-    assert matrices["model.layers.*.mlp.experts.down_proj"] == ((4, 16, 24), 2, 2 * 4 * 16 * 24)
-    assert plan.enclave["other"] == sum(it.parameters for it in plan.unmoved)
+    _, _, up, down = plan.layers[:4]
+    assert (up.name, up.p, up.q) == ("model.layers.0.mlp.experts.gate_up_proj", 16, 48)
+    assert (up.count, up.active, up.parameters, up.forward_crossings) == (4, 2, 4 * 16 * 48, 4)
+    assert down.forward_bytes == 2 * (24 + 16) * 4, "a token goes through two of four experts"
+    assert plan.worker_parameters == 2 * (16 * 16 * 4 + 4 * 3 * 16 * 24)
+    assert [it.name for it in plan.unmoved] == ["model.layers.*.mlp.gate.weight"], "routing stays in the enclave"
 
 
 def test_experts_beyond_any_memory_are_planned(tmp_path):
-    config = MixtralConfig(hidden_size=2**14, intermediate_size=2**16, num_local_experts=2**12, num_hidden_layers=2)
+    config = MixtralConfig(hidden_size=2**14, intermediate_size=2**16, num_local_experts=2**7, num_hidden_layers=2)
     plan = plan_of(config, tmp_path)
-    assert plan.enclave["other"] > 2 * 2**12 * 3 * 2**30, "26 trillion parameters, none of them allocated"
+    assert plan.worker_parameters > 2 * 2**7 * 3 * 2**30, "800 billion parameters, none of them allocated"
 
 
 def test_an_encoder_is_planned_too(tmp_path):

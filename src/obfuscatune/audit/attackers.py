@@ -13,7 +13,6 @@ from obfuscatune.attacks.knowledge import Knowledge, KnownCall, PublicBase, Publ
 from obfuscatune.attacks.truth import Truth
 from obfuscatune.audit.architecture import architecture
 from obfuscatune.audit.scenario import Scenario
-from obfuscatune.enclave.obfuscate import joint_weight
 from obfuscatune.enclave.profiles import Profile
 from obfuscatune.enclave.sites import find_groups
 
@@ -51,7 +50,7 @@ def public_base(scenario: Scenario, first_blocks: int) -> PublicBase:
         def note(_module: Any, args: tuple[Tensor, ...], into: list[Tensor] = seen[index]) -> None:
             into.append(args[0].reshape(-1, args[0].shape[-1]).double())
 
-        hooks.append(group.sites[0].layer.register_forward_pre_hook(note))
+        hooks.append(model.get_submodule(group.sites[0].path).register_forward_pre_hook(note))
     batch = torch.tensor(scenario.public)
     try:
         with torch.no_grad():
@@ -75,10 +74,7 @@ def _head(model: Any) -> Tensor:
 def base_weights(model: Any, first_blocks: int) -> tuple[Tensor, ...]:
     """W (p, q) of each group behind the first blocks, from a plain model, in float64."""
     with torch.no_grad():
-        return tuple(
-            joint_weight(layers, tuple(layer.weight for layer in layers)).double()
-            for layers in (tuple(site.layer for site in group.sites) for group in find_groups(model, first_blocks))
-        )
+        return tuple(group.joint_weight().double() for group in find_groups(model, first_blocks))
 
 
 def _known_calls(truth: Truth) -> tuple[KnownCall, ...]:

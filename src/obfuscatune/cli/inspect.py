@@ -59,6 +59,7 @@ def _make_plan(model: str | None, profile: str, first_blocks: int | None, dtype:
 def _document(plan: "Plan") -> dict[str, object]:
     return {
         "model": plan.model,
+        "auto_class": plan.auto_class,
         "profile": plan.profile.name,
         "first_blocks": plan.profile.first_blocks,
         "dtype": str(plan.dtype).removeprefix("torch."),
@@ -70,7 +71,14 @@ def _document(plan: "Plan") -> dict[str, object]:
         "bytes_per_token": {"forward": plan.forward_bytes, "backward": plan.backward_bytes},
         "shield_rows_per_crossing": plan.shield_rows,
         "not_offloaded": [
-            {"name": it.name, "shape": it.shape, "count": it.count, "parameters": it.parameters} for it in plan.unmoved
+            {
+                "name": it.name,
+                "shape": it.shape,
+                "count": it.count,
+                "parameters": it.parameters,
+                "reason": it.reason,
+            }
+            for it in plan.unmoved
         ],
     }
 
@@ -82,6 +90,7 @@ def _layer_document(layer: "LayerPlan") -> dict[str, object]:
         "runs": layer.place,
         "shape": [layer.p, layer.q],
         "parameters": layer.parameters,
+        "matrices": {"count": layer.count, "of_a_token": layer.active},
         "crossings": {"forward": layer.forward_crossings, "backward": layer.backward_crossings},
         "bytes_per_token": {"forward": layer.forward_bytes, "backward": layer.backward_bytes},
     }
@@ -97,7 +106,7 @@ def _print(plan: "Plan", full: bool) -> None:
     console.print()
     console.print(_enclave_table(plan))
     console.print()
-    for line in _totals(plan):
+    for line in (*_totals(plan), *_how_to_load(plan)):
         console.print(line, soft_wrap=True)
     for line in _warnings(plan):
         console.print(line, style="yellow", soft_wrap=True)
@@ -123,7 +132,7 @@ def _layers_table(plan: "Plan", full: bool) -> "RenderableType":
         table.add_row(
             name,
             Text(one.place, style="cyan" if one.place == "enclave" else "magenta"),
-            f"{one.p} x {one.q}",
+            f"{one.p} x {one.q}" + (f", {one.count} experts" if one.count > 1 else ""),
             format_count(sum(layer.parameters for layer in layers)),
             str(sum(layer.forward_crossings for layer in layers)),
             str(sum(layer.backward_crossings for layer in layers)),
@@ -185,14 +194,24 @@ def _totals(plan: "Plan") -> list[str]:
     return lines
 
 
+def _how_to_load(plan: "Plan") -> list[str]:
+    if plan.auto_class == "AutoModelForCausalLM":
+        return []
+    return [f"load       no causal language model: obfuscatune.load(..., auto_class=transformers.{plan.auto_class})"]
+
+
 def _warnings(plan: "Plan") -> list[str]:
     from obfuscatune.report.units import format_count, format_share
 
     if not plan.unmoved:
         return []
-    lines = ["", "Not offloaded: matrices inside the blocks that are no linear layers. The enclave computes with them."]
+    lines = [
+        "",
+        "Not offloaded: matrices inside the blocks that cannot go to a worker. The enclave computes with them.",
+    ]
     for it in plan.unmoved:
         shape = " x ".join(map(str, it.shape))
         share = format_share(it.parameters / plan.parameters)
-        lines.append(f"  {it.name}  ({shape}) x{it.count}: {format_count(it.parameters)} parameters, {share}")
+        count = f"{format_count(it.parameters)} parameters, {share}"
+        lines.append(f"  {it.name}  ({shape}) x{it.count}: {count}; {it.reason}")
     return lines

@@ -23,6 +23,10 @@ PANEL_BYTES = 1 << 20
 """Of the rows that are read at a time, as far as one row is not longer: they stay in the cache until they are used."""
 _LENGTH_BYTES = 8
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_OTHERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8} | {
+    "BOOL": torch.bool
+}
+"""Of buffers that count; a parameter in one of these is quantised."""
 
 
 class _Shard:
@@ -83,10 +87,38 @@ class Checkpoint:
         Raises:
             ModelFileError: absent, of another shape, not of floating-point numbers, or cut off.
         """
-        entry, stored = self._checked(name, shape)
+        entry, stored = self._checked(name, shape, dtype)
         tensor = torch.empty(shape, dtype=stored)
         entry.shard.fill(bytes_of(tensor), entry.begin)
         return tensor.to(dtype)
+
+    def read_one_of(self, name: str, shape: torch.Size, index: int) -> Tensor:
+        """The matrix (a, b) at `index` of a stack (n, a, b), in the dtype that it is stored in.
+
+        Raises:
+            ModelFileError: as `read`.
+        """
+        entry, stored = self._checked(name, shape)
+        tensor = torch.empty(shape[1:], dtype=stored)
+        entry.shard.fill(bytes_of(tensor), entry.begin + index * tensor.nbytes)
+        return tensor
+
+    def like(self, name: str) -> Tensor:
+        """A tensor on the meta device of the shape and dtype that one has in the files.
+
+        Raises:
+            ModelFileError: not of floating-point numbers.
+        """
+        entry = self._entries[name]
+        return torch.empty(entry.shape, dtype=self._checked(name, torch.Size(entry.shape))[1], device="meta")
+
+    def check(self, name: str, shape: torch.Size, dtype: torch.dtype) -> None:
+        """That `read` could read it.
+
+        Raises:
+            ModelFileError: as `read`, but for a file that is cut off.
+        """
+        self._checked(name, shape, dtype)
 
     def read_into(self, name: str, target: Tensor) -> None:
         """A matrix into memory that there is, as a target of any dtype whose rows and columns may lie in any way.
@@ -105,13 +137,13 @@ class Checkpoint:
             entry.shard.fill(bytes_of(part), entry.begin + start * columns * stored.itemsize)
             target[start : start + len(part)] = part
 
-    def _checked(self, name: str, shape: torch.Size) -> tuple[_Entry, torch.dtype]:
+    def _checked(self, name: str, shape: torch.Size, dtype: torch.dtype = torch.float32) -> tuple[_Entry, torch.dtype]:
         entry = self._entries.get(name)
         if entry is None:
             raise ModelFileError(f"tensor {name!r} is missing from the model's files")
         if entry.shape != tuple(shape):
             raise ModelFileError(f"tensor {name!r} has shape {entry.shape}, the config says {tuple(shape)}")
-        stored = _FLOATS.get(entry.dtype)
+        stored = (_FLOATS if dtype.is_floating_point else _OTHERS).get(entry.dtype)
         if stored is None:
             raise ModelFileError(f"tensor {name!r} holds {entry.dtype}; quantised weights cannot be protected")
         return entry, stored

@@ -15,17 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from obfuscatune.enclave.checkpoint import Checkpoint, shard_names, weights_names
-from obfuscatune.enclave.config import blamed_on, changed, read_config, read_generation_config
+from obfuscatune.enclave.config import changed, read_config, read_generation_config
 from obfuscatune.enclave.keys import RootKey
 from obfuscatune.enclave.keywords import HubOptions, Keywords
 from obfuscatune.enclave.lanes import in_lanes
@@ -35,7 +31,9 @@ from obfuscatune.enclave.profiles import Profile, resolve
 from obfuscatune.enclave.protect import Progress, adopt, open_link, released_on_failure, width_of
 from obfuscatune.enclave.protection import Protection, place
 from obfuscatune.enclave.sites import SiteGroup, find_groups
+from obfuscatune.enclave.skeleton import empty_model
 from obfuscatune.enclave.stages import StageClock
+from obfuscatune.enclave.weights import StoredWeights
 from obfuscatune.wire.errors import ModelFileError
 from obfuscatune.wire.tls import TlsConfig
 
@@ -99,17 +97,17 @@ def load(
     skeleton = empty_model(config, auto_class, told.dtype)
     generation = read_generation_config(directory)
     groups = find_groups(skeleton, resolved.first_blocks) if resolved.offload else []
-    reader = _Reader(checkpoint, skeleton)
+    weights = StoredWeights(checkpoint, skeleton)
     link = open_link(workers, resolved, tls, deadline_s, retry)
     protection = Protection.start(link, resolved, key, width_of(skeleton))
     clock = clock or StageClock()
     with released_on_failure(protection, workers):
-        work = partial(_offload, reader=reader, protection=protection, clock=clock)
+        work = partial(_offload, weights=weights, protection=protection, clock=clock)
         size = max((group.weight_bytes for group in groups), default=0)
         places = [torch.empty(size, dtype=torch.uint8) for _ in groups[:LANES]]
         with in_lanes(work, groups, places, protection.broken_off) as offloaded:
             with clock.measure("reading"):
-                reader.fill(skeleton, groups)
+                weights.fill(groups)
             for done, (group, layer) in enumerate(zip(groups, offloaded, strict=True), start=1):
                 place(skeleton, protection.layers(group, layer))
                 if progress is not None:
@@ -170,97 +168,20 @@ def _from_hub(model: str | Path, sought: str) -> Iterator[None]:
         ) from error
 
 
-def empty_model(config: PretrainedConfig, auto_class: Any, dtype: torch.dtype | None) -> PreTrainedModel:
-    """The model with parameters on the meta device and real buffers: all of its shape, none of its weight.
-
-    Raises:
-        ModelFileError: no model can be made of that configuration, or none with that head.
-    """
-    with blamed_on("config.json"), init_empty_weights(include_buffers=False):
-        return auto_class.from_config(config, dtype=dtype or config.dtype or torch.float32, trust_remote_code=False)
-
-
 def _offload(
     group: SiteGroup,
     memory: Tensor,
     in_turn: Callable[[], None],
     *,
-    reader: _Reader,
+    weights: StoredWeights,
     protection: Protection,
     clock: StageClock,
 ) -> Offloaded:
     """One group from its files to the worker; W, and W_star in its place, lie in `memory`, which is free afterwards."""
     with clock.measure("reading"):
-        W = reader.joint_weight(group, memory)
+        W = weights.joint_weight(group, memory)
     with clock.measure("transforming"):
         obfuscated = protection.obfuscate(group, W)
     with clock.measure("sending"):
         in_turn()  # a worker is sent the matrices in the model's order
-        return protection.send(group, obfuscated, WeightFromFiles(partial(reader.joint_weight, group), group.name))
-
-
-class _Reader:
-    """Finds a parameter's tensor under the name that it has in the files.
-
-    That may be another than in the model: without the base model's prefix, or as it was called when the files
-    were written (GPT-NeoX's head is `embed_out` there). `transformers` knows what became of which.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
-        self._checkpoint = checkpoint
-        conversions = get_model_conversion_mapping(model)
-        renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
-        converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
-        expected = model.state_dict()
-        self._stored_name: dict[str, str] = {}
-        for stored in checkpoint.names():
-            name, converter = rename_source_key(stored, renamings, converters, model.base_model_prefix, expected)
-            if converter is None:  # the others are made of several tensors, and are no tensor of the model as they are
-                self._stored_name[name] = stored
-
-    def read(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        return self._checkpoint.read(self._locate(name), shape, dtype)
-
-    def joint_weight(self, group: SiteGroup, memory: Tensor | None = None) -> Tensor:
-        """W (p, q) of a group: the weights of layers that share an input side by side, y = x W.
-
-        Args:
-            memory: bytes, enough of them, to hold it; memory of its own if None.
-        """
-        p, q = group.shape
-        if memory is None:
-            W = torch.empty(p, q, dtype=group.dtype)
-        else:
-            W = memory[: group.weight_bytes].view(group.dtype).view(p, q)
-        columns = W.split(list(group.widths), dim=1)
-        for site, own in zip(group.sites, columns, strict=True):
-            target = own if isinstance(site.layer, Conv1D) else own.T
-            self._checkpoint.read_into(self._locate(f"{site.name}.weight"), target)
-        return W
-
-    def fill(self, model: PreTrainedModel, offloaded: list[SiteGroup]) -> None:
-        """Read every parameter but the offloaded weights, tie what is tied, and see that nothing is left out."""
-        away = {f"{site.path}.weight" for group in offloaded for site in group.sites}
-        tied = set(getattr(model, "all_tied_weights_keys", {}))
-        for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-            if name not in away and not (name in tied and self._locate(name) not in self._checkpoint):
-                _put(model, name, nn.Parameter(self.read(name, parameter.shape, parameter.dtype)))
-        for name, buffer in list(model.named_buffers()):
-            if self._locate(name) in self._checkpoint and buffer.is_floating_point():
-                _put(model, name, self.read(name, buffer.shape, buffer.dtype))
-        model.tie_weights()
-        absent = [name for name, parameter in model.named_parameters() if parameter.is_meta and name not in away]
-        if absent:
-            raise ModelFileError(f"the model's files lack {len(absent)} parameters, the first is {absent[0]!r}")
-
-    def _locate(self, name: str) -> str:
-        return self._stored_name.get(name, name)
-
-
-def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
-    parent, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(parent)
-    if isinstance(tensor, nn.Parameter):
-        owner._parameters[leaf] = tensor
-    else:
-        owner._buffers[leaf] = tensor
+        return protection.send(group, obfuscated, WeightFromFiles(partial(weights.joint_weight, group), group.name))

@@ -60,12 +60,12 @@ class AbsentWeight(Tensor):
         if func is Tensor.__repr__:
             return f"<weight {tuple(args[0].shape)} {args[0].dtype}, on the worker>"
         if func not in _ANSWERED:
-            _refuse_weight()
+            refuse_weight()
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
 
-def _refuse_weight() -> NoReturn:
+def refuse_weight() -> NoReturn:
     raise ProtectionError(
         "the weight of a protected layer lies on the worker and can be neither read nor set here: merging an adapter, "
         "DoRA, PiSSA, OLoRA and the like need it. Use LoRA or rsLoRA, save the adapter, and merge it into the plain "
@@ -152,6 +152,12 @@ class SharedCrossing:
         """From here on cross for this product, of the same shape; what was crossed for the other serves nobody."""
         self._product, self._visit = product, None
 
+    def begin(self, x: Tensor) -> OffloadedCall:
+        """Send x (..., p) without waiting, whoever else multiplies it; `finish` of what is returned waits."""
+        call = OffloadedCall(self._product, self._widths)
+        call.start(x)
+        return call
+
     def output_for(self, slot: int, x: Tensor, dtype: torch.dtype, works_on: Callable[[], bool]) -> Tensor:
         """That layer's x W + b (..., q_slot) for x (..., p), an ordinary tensor; outside autocast.
 
@@ -162,8 +168,7 @@ class SharedCrossing:
         """
         visit = self._visit
         if visit is None or not visit.serves(x, slot, dtype, self._product):
-            call = OffloadedCall(self._product, self._widths)
-            call.start(x.to(dtype))
+            call = self.begin(x.to(dtype))
             waiting = set(range(len(self._members)))
             grad_mode, members = torch.is_grad_enabled(), self._members
             visit = _Visit(x, _state(x), grad_mode, dtype, self._product, call, members, waiting)
@@ -197,7 +202,7 @@ class ProtectedLayer(nn.Module):
         self._crossing, self._slot = crossing, crossing.join(self)
         self._weight_shape = weight.shape
         device = "cpu" if weight.is_meta else weight.device
-        self.register_parameter("_on_worker", _no_elements(weight.numel(), weight.dtype, device))
+        self.register_parameter("_on_worker", no_elements(weight.numel(), weight.dtype, device))
         self.register_parameter("bias", bias)
         self._parent: weakref.ref[nn.Module] | None = None
         self._name = ""
@@ -214,12 +219,12 @@ class ProtectedLayer(nn.Module):
 
     @weight.setter
     def weight(self, value: object) -> NoReturn:
-        _refuse_weight()
+        refuse_weight()
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Add a parameter, as `nn.Module` does; the weight is refused."""
         if name == "weight":
-            _refuse_weight()
+            refuse_weight()
         super().register_parameter(name, param)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -295,7 +300,7 @@ _AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)
 """What autocast casts."""
 
 
-def _no_elements(numel: int, dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:
+def no_elements(numel: int, dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:
     """A parameter in the place of one whose `numel` elements are elsewhere.
 
     DeepSpeed's ZeRO-3 leaves such ones behind, with the number of elements in `ds_numel`: PEFT counts by that.
@@ -341,5 +346,6 @@ class ProtectedConv1D(ProtectedLayer, Conv1D):  # type: ignore[misc]
 
 
 def elements_on_worker(model: nn.Module) -> int:
-    """How many elements the weights of a model's protected layers have."""
-    return sum(layer._weight_shape.numel() for layer in model.modules() if isinstance(layer, ProtectedLayer))
+    """How many elements the weights of a model's protected layers and experts have."""
+    named = model.named_parameters()
+    return sum(parameter.ds_numel for name, parameter in named if name.endswith("_on_worker"))  # type: ignore[attr-defined]

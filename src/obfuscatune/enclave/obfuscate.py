@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from obfuscatune.enclave.keys import KEY_BYTES, RootKey
 from obfuscatune.enclave.panels import transform_in_place
@@ -71,11 +70,6 @@ class Obfuscated:
     """What W_star was computed in, where that is wider than W."""
     only: ResidualSide | None = None
     """The one side that is rotated, None for both."""
-
-
-def joint_weight(layers: tuple[nn.Linear | Conv1D, ...], weights: tuple[Tensor, ...]) -> Tensor:
-    """The weights of layers that share an input as one W (p, q): y = x W."""
-    return torch.cat([W if isinstance(layer, Conv1D) else W.T for layer, W in zip(layers, weights, strict=True)], dim=1)
 
 
 def obfuscate(

@@ -18,11 +18,13 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
+from obfuscatune.enclave.checkpoint import Checkpoint, shard_names
 from obfuscatune.enclave.config import read_config
 from obfuscatune.enclave.load import find_config
 from obfuscatune.enclave.profiles import Profile
-from obfuscatune.enclave.sites import SiteGroup, find_groups
-from obfuscatune.wire.errors import ModelFileError
+from obfuscatune.enclave.sites import Expert, Kept, SiteGroup, find_groups, find_kept, find_sites, group_sites
+from obfuscatune.enclave.skeleton import empty_model
+from obfuscatune.enclave.weights import StoredWeights
 
 Place = Literal["enclave", "worker"]
 Kind = Literal["embeddings", "norms", "biases", "head", "first_blocks", "other"]
@@ -31,9 +33,11 @@ KINDS: tuple[Kind, ...] = ("embeddings", "norms", "biases", "head", "first_block
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One group of layers that multiply the same input: W (p, q).
+    """One group of layers that multiply the same input: W (p, q); or a stack of experts, each of that shape.
 
     Attributes:
+        count: matrices of that shape: experts, or 1.
+        active: how many of these a token goes through.
         block: index of its block; `stem` is the list that the block is in, `leaf` the name inside the block.
         place: where W lies and is multiplied by.
         trained_before: whether anything that LoRA trains comes before it, so that its input needs a gradient.
@@ -48,6 +52,8 @@ class LayerPlan:
     q: int
     trained_before: bool
     element_bytes: int
+    count: int = 1
+    active: int = 1
 
     @property
     def name(self) -> str:
@@ -56,13 +62,13 @@ class LayerPlan:
 
     @property
     def parameters(self) -> int:
-        """Elements of W; a bias is counted with what stays."""
-        return self.p * self.q
+        """Elements of W, or of all experts' W; a bias is counted with what stays."""
+        return self.count * self.p * self.q
 
     @property
     def forward_crossings(self) -> int:
-        """Crossings of one forward pass, however many tokens it has."""
-        return int(self.place == "worker")
+        """Crossings of one forward pass, however many tokens it has; of experts, when all are hit."""
+        return self.count if self.place == "worker" else 0
 
     @property
     def backward_crossings(self) -> int:
@@ -71,17 +77,17 @@ class LayerPlan:
         Where attention and MLP read one input side by side (GPT-NeoX, Phi), the first MLP needs none either, and
         this counts one too many for the model.
         """
-        return int(self.place == "worker" and self.trained_before)
+        return self.forward_crossings if self.trained_before else 0
 
     @property
     def forward_bytes(self) -> int:
         """Bytes per token: x* (p) to the worker, y* (q) back. Without shield rows and headers."""
-        return self.forward_crossings * (self.p + self.q) * self.element_bytes
+        return bool(self.forward_crossings) * self.active * (self.p + self.q) * self.element_bytes
 
     @property
     def backward_bytes(self) -> int:
         """Bytes per token: g* (q) to the worker, d* (p) back. Without shield rows and headers."""
-        return self.backward_crossings * (self.p + self.q) * self.element_bytes
+        return bool(self.backward_crossings) * self.active * (self.p + self.q) * self.element_bytes
 
 
 @dataclass(frozen=True)
@@ -96,10 +102,11 @@ class BlockRun:
 
 @dataclass(frozen=True)
 class Unmoved:
-    """Matrices inside blocks that no linear layer holds, so that they stay: `count` parameters of one shape."""
+    """Matrices inside blocks that cannot go to a worker, and why: `count` parameters of one shape."""
 
     name: str
     shape: tuple[int, ...]
+    reason: str
     count: int
     parameters: int
 
@@ -110,12 +117,14 @@ class Plan:
 
     Attributes:
         model: the model's class.
+        auto_class: the class of transformers that `load` is to be given for it, "AutoModelForCausalLM" by default.
         layers: in the model's order.
         enclave: parameters in the enclave by kind.
         unmoved: what `enclave["other"]` holds of matrices inside blocks.
     """
 
     model: str
+    auto_class: str
     profile: Profile
     dtype: torch.dtype
     layers: tuple[LayerPlan, ...]
@@ -182,25 +191,22 @@ class Plan:
 
 
 def model_from_config(model: str | Path) -> PreTrainedModel:
-    """The model that a configuration describes, without weights.
+    """The model that a configuration describes, without weights; built as `load` builds it, and refused as there.
 
     Args:
-        model: a `config.json`, a directory that holds one, or a hub id (of which nothing else is fetched).
+        model: a `config.json`, a directory that holds one, or a hub id (of which nothing else is fetched). Where the
+            directory holds weights, these are looked through by name, shape and dtype.
 
     Raises:
-        ModelFileError: no configuration there, or one of no transformer that we can build.
+        ModelFileError: no configuration there, or one of no transformer that we can build; or weights that do not fit.
     """
-    config = read_config(find_config(model))
-    for auto_class in (AutoModelForCausalLM, AutoModel):
-        try:
-            with torch.device("meta"):  # even what a layer allocates before it becomes a parameter: experts are large
-                skeleton: PreTrainedModel = auto_class.from_config(config, trust_remote_code=False)
-        except ValueError as error:  # not a causal language model: perhaps an encoder
-            reason = error
-            continue
-        skeleton.tie_weights()  # building without weights leaves ties undone, and what is tied counts once
-        return skeleton
-    raise ModelFileError(f"no model can be built from the configuration of {str(model)!r}: {reason}") from reason
+    path = find_config(model)
+    config = read_config(path)
+    auto_class = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
+    skeleton = empty_model(config, auto_class, None)
+    if path.is_dir() and shard_names(path):
+        StoredWeights(Checkpoint(path), skeleton)
+    return skeleton
 
 
 def make_plan(model: nn.Module, profile: Profile, dtype: torch.dtype = torch.float32) -> Plan:
@@ -214,45 +220,61 @@ def make_plan(model: nn.Module, profile: Profile, dtype: torch.dtype = torch.flo
     Raises:
         ProtectionError: there would be nothing to protect.
     """
+    found = list(find_sites(model))
     moved = {group.name for group in find_groups(model, profile.first_blocks)} if profile.offload else set()
-    groups = find_groups(model, 0)
-    layers = tuple(
-        _plan_layer(group, "worker" if group.name in moved else "enclave", group is not groups[0], dtype.itemsize)
-        for group in groups
-    )
-    enclave, unmoved = _what_stays(model, groups, moved)
-    return Plan(type(model).__name__, profile, dtype, layers, enclave, unmoved)
+    groups = group_sites(found)
+    if not groups:
+        find_groups(model, 0)  # says what was expected
+    layers = tuple(_plan_layers(model, groups, moved, dtype.itemsize))
+    enclave = _what_stays(model, groups, moved)
+    kind = "AutoModelForCausalLM" if is_causal(model) else "AutoModel"
+    return Plan(type(model).__name__, kind, profile, dtype, layers, enclave, tuple(_unmoved(find_kept(model, found))))
 
 
-def _plan_layer(group: SiteGroup, place: Place, trained_before: bool, element_bytes: int) -> LayerPlan:
-    stem, _, leaf = group.name.partition(f".{group.block}.")
-    return LayerPlan(
-        stem, group.block, leaf, place, group.in_features, sum(group.widths), trained_before, element_bytes
-    )
+def is_causal(model: nn.Module) -> bool:
+    """Whether it is what `AutoModelForCausalLM` makes of its configuration."""
+    config = getattr(model, "config", None)
+    return type(config) in AutoModelForCausalLM._model_mapping
 
 
-def _what_stays(
-    model: nn.Module, groups: list[SiteGroup], moved: set[str]
-) -> tuple[dict[Kind, int], tuple[Unmoved, ...]]:
-    """Parameters that stay, by kind; and the matrices in blocks that stay for want of a linear layer."""
-    in_enclave = {site.path: group.name not in moved for group in groups for site in group.sites}
+def _plan_layers(model: nn.Module, groups: list[SiteGroup], moved: set[str], element_bytes: int) -> Iterator[LayerPlan]:
+    """One for each group; experts of one stack are one."""
+    for (first, _), alike in groupby(groups, key=lambda group: (group.sites[0].parameter, group.widths)):
+        same = list(alike)
+        group, is_expert = same[0], isinstance(same[0].sites[0].layer, Expert)
+        name = first if is_expert else group.name
+        stem, _, leaf = name.partition(f".{group.block}.")
+        place: Place = "worker" if group.name in moved else "enclave"
+        active = min(_experts_per_token(model), len(same)) if is_expert else 1
+        p, q = group.shape
+        yield LayerPlan(stem, group.block, leaf, place, p, q, group is not groups[0], element_bytes, len(same), active)
+
+
+def _experts_per_token(model: nn.Module) -> int:
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+    return int(next((value for name in names if isinstance(value := getattr(config, name, None), int)), 1))
+
+
+def _what_stays(model: nn.Module, groups: list[SiteGroup], moved: set[str]) -> dict[Kind, int]:
+    """Parameters that stay, by kind."""
+    in_enclave = {site.parameter: group.name not in moved for group in groups for site in group.sites}
     stems = tuple({f"{_stem(group)}." for group in groups})
     counts: dict[Kind, int] = dict.fromkeys(KINDS, 0)
-    left: Counter[tuple[str, tuple[int, ...]]] = Counter()
     for name, parameter in model.named_parameters():  # each once, though it be tied to others
         path, _, leaf = name.rpartition(".")
-        if leaf == "weight" and path in in_enclave:
-            counts["first_blocks"] += parameter.numel() if in_enclave[path] else 0
-            continue
-        in_block = name.startswith(stems)
-        kind = _kind(model.get_submodule(path), leaf, in_block)
-        counts[kind] += parameter.numel()
-        if kind == "other" and in_block and parameter.dim() > 1:
-            left[_without_index(name), tuple(parameter.shape)] += 1
-    unmoved = tuple(
-        Unmoved(name, shape, count, count * torch.Size(shape).numel()) for (name, shape), count in left.items()
-    )
-    return counts, unmoved
+        if name in in_enclave:
+            counts["first_blocks"] += parameter.numel() if in_enclave[name] else 0
+        else:
+            counts[_kind(model.get_submodule(path), leaf, name.startswith(stems))] += parameter.numel()
+    return counts
+
+
+def _unmoved(kept: list[Kept]) -> Iterator[Unmoved]:
+    """Those of one name but for the block's index, and of one shape, together."""
+    alike = Counter((_without_index(it.name), it.shape, it.reason) for it in kept)
+    for (name, shape, reason), count in alike.items():
+        yield Unmoved(name, tuple(shape), reason, count, count * shape.numel())
 
 
 def _kind(owner: nn.Module, leaf: str, in_block: bool) -> Kind:

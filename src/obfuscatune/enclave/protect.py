@@ -15,14 +15,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from obfuscatune.enclave.cores import CoreKeeper
+from obfuscatune.enclave.experts import ProtectedExperts
 from obfuscatune.enclave.keys import RootKey
 from obfuscatune.enclave.link import RetryPolicy, WorkerLink
 from obfuscatune.enclave.modules import ProtectedLayer
-from obfuscatune.enclave.obfuscate import joint_weight
 from obfuscatune.enclave.offloaded import WeightFromSpool
 from obfuscatune.enclave.profiles import Profile, resolve
 from obfuscatune.enclave.protection import Protection, place
-from obfuscatune.enclave.sites import find_groups
+from obfuscatune.enclave.sites import find_groups, refuse_absent_weights
 from obfuscatune.enclave.spool import Spool
 from obfuscatune.enclave.training import TrainingWatch, answer_for, has_adapter
 from obfuscatune.wire.errors import ConfigError, ProtectionError
@@ -79,15 +79,15 @@ def protect(
         raise ProtectionError("this model is protected already")
     resolved = resolve(profile, **knobs)
     groups = find_groups(model, resolved.first_blocks) if resolved.offload else []
+    refuse_absent_weights(model, groups)
     protection = Protection.start(open_link(workers, resolved, tls, deadline_s, retry), resolved, key, width_of(model))
-    layers: dict[str, ProtectedLayer] = {}
+    layers: dict[str, ProtectedLayer | ProtectedExperts] = {}
     with released_on_failure(protection, workers):
         spool = Spool()
         for done, group in enumerate(groups, start=1):
             with torch.no_grad():
-                plain = tuple(site.layer for site in group.sites)
-                W = joint_weight(plain, tuple(layer.weight.cpu() for layer in plain))
-                sent = protection.send(group, protection.obfuscate(group, W), WeightFromSpool(spool))
+                obfuscated = protection.obfuscate(group, group.joint_weight())
+                sent = protection.send(group, obfuscated, WeightFromSpool(spool))
                 layers |= protection.layers(group, sent)
             if progress is not None:
                 progress(done, len(groups), group.name)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from obfuscatune.enclave.experts import ProtectedExperts, add, protected
 from obfuscatune.enclave.keys import RootKey, SecretStream
 from obfuscatune.enclave.linear import OffloadedProduct
 from obfuscatune.enclave.link import LinkStats, WorkerLink
@@ -22,7 +23,7 @@ from obfuscatune.enclave.offloaded import Offloaded, WeightSource
 from obfuscatune.enclave.profiles import Profile
 from obfuscatune.enclave.remote.adapters import RemoteAdapters
 from obfuscatune.enclave.sides import residual_side
-from obfuscatune.enclave.sites import SiteGroup
+from obfuscatune.enclave.sites import Expert, SiteGroup, experts_matrices
 from obfuscatune.enclave.verify import Verifier
 from obfuscatune.wire.errors import ConfigError, ProtectionError
 
@@ -47,6 +48,8 @@ class Protection:
     offloaded: list[Offloaded] = field(default_factory=list)
     adapters: RemoteAdapters | None = None
     """What was moved to the worker by `move_adapter`."""
+    experts: dict[str, ProtectedExperts] = field(default_factory=dict, repr=False)
+    """Modules of experts that are being given their matrices, by path."""
     fingerprint: Callable[[], int] = int
     """Of the trained parameters; it differs after they changed."""
     _known: int | None = None
@@ -84,14 +87,24 @@ class Protection:
         crossing = SharedCrossing(product, group.widths)
         return Offloaded(group.name, obfuscated.only, weights, crossing, matrix_id, obfuscated.R_in, obfuscated.R_out)
 
-    def layers(self, group: SiteGroup, offloaded: Offloaded) -> dict[str, ProtectedLayer]:
+    def layers(self, group: SiteGroup, offloaded: Offloaded) -> dict[str, ProtectedLayer | ProtectedExperts]:
         """The layers that are to take the plain ones' places, by path, once a group was sent; group after group."""
         self.offloaded.append(offloaded)
-        layers: dict[str, ProtectedLayer] = {}
+        layers: dict[str, ProtectedLayer | ProtectedExperts] = {}
         for site in group.sites:
+            if isinstance(site.layer, Expert):
+                layers[site.path] = self._with_expert(site.path, site.layer, offloaded)
+                continue
             kind = ProtectedConv1D if isinstance(site.layer, Conv1D) else ProtectedLinear
             layers[site.path] = kind(offloaded.crossing, site.layer).train(site.layer.training)
         return layers
+
+    def _with_expert(self, path: str, expert: Expert, offloaded: Offloaded) -> ProtectedExperts:
+        """The protected module of experts, made with the first matrix that is sent of it, with one matrix more."""
+        if path not in self.experts:
+            self.experts[path] = protected(expert.experts, experts_matrices(expert.experts))
+        add(self.experts[path], expert.parameter, expert.index, offloaded.crossing)
+        return self.experts[path]
 
     def broken_off(self) -> AbstractContextManager[None]:
         """Within it, what waits for the worker in other threads fails; see `WorkerLink.broken_off`."""
@@ -214,9 +227,10 @@ class Protection:
         return f"Protection(profile={self.profile.name!r}, {self.stats})"
 
 
-def place(model: nn.Module, layers: dict[str, ProtectedLayer]) -> None:
-    """Put protected layers where the plain ones are."""
+def place(model: nn.Module, layers: dict[str, ProtectedLayer | ProtectedExperts]) -> None:
+    """Put protected layers and experts where the plain ones are."""
     for path, layer in layers.items():
         model.set_submodule(path, layer)
-        parent, _, name = path.removesuffix(".base_layer").rpartition(".")
-        layer.placed_in(model.get_submodule(parent), name)
+        if isinstance(layer, ProtectedLayer):
+            parent, _, name = path.removesuffix(".base_layer").rpartition(".")
+            layer.placed_in(model.get_submodule(parent), name)

@@ -8,9 +8,9 @@ from typing import Any
 from transformers import AutoModelForCausalLM
 
 from obfuscatune.bench.shapes import config_of
-from obfuscatune.enclave.load import empty_model
 from obfuscatune.enclave.plan import make_plan
 from obfuscatune.enclave.profiles import resolve
+from obfuscatune.enclave.skeleton import empty_model
 from obfuscatune.reproduction.cells import Cell, Watch
 from obfuscatune.reproduction.methods import find_method
 
@@ -24,7 +24,6 @@ def share_cell(shape: str) -> Cell:
     def measure(watch: Watch) -> Mapping[str, Any]:
         with watch(f"counting {shape}"):
             model = empty_model(config_of(shape), AutoModelForCausalLM, None)
-            model.tie_weights()  # what is tied counts once
             plans = {name: make_plan(model, resolve(name)) for name in PROFILES}
         return {
             "parameters": plans["paper"].parameters,
