@@ -21,7 +21,7 @@ from obfuscatune.enclave.linear import OffloadedCall, OffloadedProduct
 from obfuscatune.enclave.link import LinkStats
 from obfuscatune.enclave.local import LocalWorker
 from obfuscatune.enclave.mixer import KroneckerMixer
-from obfuscatune.enclave.mixing import FewMixing
+from obfuscatune.enclave.mixing import SIZE_OF_ROWS, FewMixing
 from obfuscatune.enclave.transforms.structured import StructuredTransform
 from obfuscatune.enclave.verify import Verifier
 from obfuscatune.wire.errors import BadReply, NonFiniteError, ProtectionError, WrongProduct
@@ -81,17 +81,17 @@ def near(found: Tensor, expected: Tensor) -> bool:
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("undo", [False, True])
 def test_what_is_sent_is_rotated_and_mixed(dim: int, dtype: torch.dtype, undo: bool) -> None:
-    """A [x R; N] for every number of rows, with shield rows as loud as asked; and the sum of squares of x."""
+    """A [x R; N] for every number of rows, with shield rows of the size asked for; and the sum of squares of x."""
     R = structured(dim)
     for rows in range(1, most_rows(dtype) + 1):
         x, mixing = some(rows, dim, dtype=dtype) * 3, drawn(rows, dim, dtype, loudness=2.0)
-        shield, Q = mixing.secrets.stack[rows:].double(), mixing.secrets.Q.double()
+        shield, A = mixing.secrets.stack[rows:].double(), mixing.secrets.A.double()
         memory = torch.full((mixing.rows * dim + 100,), 7.0, dtype=dtype)
         sent = memory[50:-50].view(mixing.rows, dim)
         squares = of_few(R, rows, dtype, undo=undo).send(x, mixing.secrets, sent)
         assert squares == pytest.approx(float(x.double().square().sum()), rel=1e-5)
-        root_mean_square = float(x.double().square().mean().sqrt())
-        expected = Q.T @ torch.cat([by_torch(R, x, undo=undo), 2 * root_mean_square * shield])
+        assert shield.square().mean().sqrt().item() == pytest.approx(2 * SIZE_OF_ROWS, rel=0.1)
+        expected = A @ torch.cat([by_torch(R, x, undo=undo), shield])
         assert near(sent, expected)
         assert bool((memory[:50] == 7).all() and (memory[-50:] == 7).all())
         v = some(dim, 2, dtype=dtype)
@@ -108,7 +108,7 @@ def test_what_is_received_is_unmixed_and_rotated_back(dim: int, dtype: torch.dty
         came, found = some(mixing.rows, dim, dtype=dtype), torch.full((rows, dim), torch.nan, dtype=dtype)
         kept = came.clone()
         squares = of_few(R, rows, dtype, undo=undo).receive(came, mixing.secrets, found)
-        unmixed = (mixing.secrets.Q.double() @ came.double())[:rows]
+        unmixed = (mixing.secrets.A.double().T @ came.double())[:rows]
         assert near(found, by_torch(R, unmixed, undo=undo))
         assert squares == pytest.approx(float(unmixed.square().sum()), rel=1e-4)
         assert torch.equal(came, kept)
@@ -163,7 +163,7 @@ def test_each_number_that_is_not_finite_shows(dim: int, dtype: torch.dtype) -> N
 def test_shield_rows_beside_nothing_are_not_nothing() -> None:
     mixing, sent = drawn(2, 300, torch.float32), torch.empty(10, 300)
     assert of_few(structured(300), 2, torch.float32).send(torch.zeros(2, 300), mixing.secrets, sent) == 0
-    assert sent.square().mean() > 0.5
+    assert sent.square().mean() > 0.25
 
 
 def test_the_same_input_gives_unrelated_requests() -> None:
@@ -233,11 +233,10 @@ def test_a_product_of_few_rows_is_the_plain_one(p: int, q: int, dtype: torch.dty
     ("x", "shield", "full_rank"),
     [
         (some(3, 300).bfloat16(), SHIELD, False),
-        (some(300, 3).float().T, SHIELD, False),
         (some(3, 300).float(), 30, False),
         (some(3, 300).float(), SHIELD, True),
     ],
-    ids=["16 bits", "columns side by side", "many shield rows", "full rank"],
+    ids=["16 bits", "many shield rows", "full rank"],
 )
 def test_the_rest_goes_another_way(x: Tensor, shield: int, full_rank: bool) -> None:
     W = some(300, 331) / 300**0.5
@@ -262,10 +261,11 @@ def test_rows_that_are_not_finite_are_not_sent(bad: float) -> None:
 
 @pytest.mark.parametrize("size", [1e25, 1e-25])
 def test_very_large_and_very_small_rows_cross(size: float) -> None:
-    """Their squares are no float32: another way finds their norm."""
+    """Their squares are no float32."""
     W = some(300, 331, dtype=torch.float32) / 300**0.5
     product, worker = offloaded(W)
     x = some(3, 300, dtype=torch.float32) * size
+    x = x.T.contiguous().T if size > 1 else x  # and columns may lie side by side
     found = product.finish_forward(product.start_forward(x))
     assert near(found, x.double() @ W.double())
     assert len(worker.seen) == 1
@@ -369,6 +369,8 @@ def test_a_model_computes_few_rows_as_the_plain_one_does(models: Any, few_sent: 
         found, expected = (one(ids, labels=ids) for one in (model, plain))
         assert torch.allclose(found.logits, expected.logits, rtol=0, atol=atol)
         crossings = len(few_sent)
+        if ids.numel() > most_rows(torch.float64):
+            continue
         assert crossings >= 8
         if shape[1] > 1:
             found.loss.backward()

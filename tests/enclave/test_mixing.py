@@ -16,7 +16,7 @@ from torch import Tensor
 from obfuscatune import RootKey
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.mixer import KroneckerMixer, NoMixer
-from obfuscatune.enclave.mixing import DENSE_BELOW, Mixing
+from obfuscatune.enclave.mixing import DENSE_BELOW, SIZE_OF_ROWS, Mixing
 
 KEY = RootKey(b"m" * 32)
 ROWS = (1, 2, 3, 15, 16, 17, 32, 33, 47, 48, 97, 512, 1009, 4096)
@@ -27,9 +27,9 @@ def mixer(shield_rows: int = 16) -> KroneckerMixer:
 
 
 def mix(mixing: Mixing, x: Tensor) -> Tensor:
-    """A [x; N] for shield rows as large as x."""
+    """A [D x; N]."""
     mixed = x.new_empty(mixing.rows, x.shape[1])
-    mixing.mix(x, x.norm().item() / x.numel() ** 0.5, mixed)
+    mixing.mix(mixing.scaled(x), mixed)
     return mixed
 
 
@@ -63,17 +63,8 @@ def test_every_row_of_the_request_depends_on_every_row_of_the_call(rows: int) ->
     mixing = mixer(0).draw(rows, 3)
     base = some(rows, 3)
     changed = torch.stack([base.index_fill(0, torch.tensor([row]), 7.0) for row in range(rows)])
-    requests = torch.stack([_share_of(x, mixing) for x in changed]) - _share_of(base, mixing)
+    requests = torch.stack([mix(mixing, x) for x in changed]) - mix(mixing, base)
     assert (requests.abs().amax(dim=2) > 1e-9).all()
-
-
-def _share_of(x: Tensor, mixing: Mixing) -> Tensor:
-    """A [x; 0]: the request less what shield rows bring to it."""
-    mixing._stream = SecretStream(bytes(32))
-    mixed = mix(mixing, x)
-    mixing._stream = SecretStream(bytes(32))
-    shield = mix(mixing, torch.zeros_like(x))  # beside zero rows they have unit size, else that of x
-    return mixed - shield * (x.norm() / x.numel() ** 0.5)
 
 
 def test_the_same_input_gives_unrelated_requests() -> None:
@@ -142,13 +133,17 @@ def test_how_many_rows_are_few() -> None:
     assert NoMixer().draw_few(1, 70, torch.float32) is None
 
 
+@pytest.mark.parametrize("factor", [0.5, 1.0, 8.0])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
-def test_shield_rows_are_as_large_as_the_input(scale: float) -> None:
-    """Mixing keeps the norm, so what is over the input's norm is the shield's."""
-    x = some(20, 50) * scale
-    mixed = mix(mixer(200).draw(20, 50), x)
-    shield = (mixed.pow(2).sum() - x.pow(2).sum()) / ((mixed.shape[0] - 20) * 50)
-    assert shield.sqrt().item() == pytest.approx((x.pow(2).mean().sqrt()).item(), rel=0.05)
+def test_shield_rows_are_as_large_as_the_rows_beside_them_times_what_is_asked(scale: float, factor: float) -> None:
+    """Mixing keeps the norm, so what is over the scaled rows' norm is the shield's."""
+    x, mixing = some(20, 50) * scale, KroneckerMixer(200, KEY.stream("loud"), shield_scale=factor).draw(20, 50)
+    scaled = mixing.scaled(x)
+    mixing.mix(scaled, mixed := x.new_empty(mixing.rows, 50))
+    shield = (mixed.pow(2).sum() - scaled.pow(2).sum()) / ((mixing.rows - 20) * 50)
+    assert shield.sqrt().item() == pytest.approx(factor * SIZE_OF_ROWS, rel=0.05)
+    assert mixed.square().mean().sqrt().item() == pytest.approx(mixing.size, rel=0.05)
+    torch.testing.assert_close(mixing.unmix(mixed), x, rtol=0, atol=1e-12 * scale)
 
 
 def test_shield_rows_of_nothing_are_not_nothing() -> None:
@@ -165,7 +160,7 @@ def test_how_many_rows_are_added(rows: int) -> None:
 def test_no_mixing_is_none() -> None:
     x = some(3, 4)
     mixing = NoMixer().draw(3, 4)
-    mixing.mix(x, 1.0, sent := x.new_empty(mixing.rows, 4))
+    mixing.mix(mixing.scaled(x), sent := x.new_empty(mixing.rows, 4))
     assert torch.equal(sent, x)
     assert torch.equal(mixing.unmix(sent), x)
     assert mixing.unmix(sent).data_ptr() != sent.data_ptr()  # the worker could change what it sent
@@ -176,13 +171,3 @@ def test_at_full_rank_the_row_space_is_all_of_it(rows: int, width: int) -> None:
     full = KroneckerMixer(4, KEY.stream("full"), full_rank=True).draw(rows, width)
     assert full.rows >= max(rows + 4, width)
     assert torch.linalg.matrix_rank(mix(full, some(rows, width))) == width
-
-
-@pytest.mark.parametrize("factor", [0.5, 8.0])
-def test_shield_rows_are_as_loud_as_asked(factor: float) -> None:
-    x = some(20, 50)
-    mixing = KroneckerMixer(200, KEY.stream("loud"), shield_scale=factor).draw(20, 50)
-    mixed = mix(mixing, x)
-    shield = (mixed.pow(2).sum() - x.pow(2).sum()) / ((mixed.shape[0] - 20) * 50)
-    assert shield.sqrt().item() == pytest.approx(factor * (x.pow(2).mean().sqrt()).item(), rel=0.05)
-    torch.testing.assert_close(mixing.unmix(mixed), x, rtol=0, atol=1e-12)

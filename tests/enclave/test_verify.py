@@ -29,8 +29,9 @@ class Request:
         self._x = stream.normal(n, q if transpose else p).to(wide)
         self._x[:, 0] *= 30  # as outlier features are
         self._mixing = KroneckerMixer(8, stream).draw(n, q if transpose else p)
-        self.scale = float(self._x.norm()) / math.sqrt(self._x.numel())
-        self._mixing.mix(self._x, self.scale, rows := self._x.new_empty(self._mixing.rows, self._x.shape[1]))
+        self._x = self._mixing.scaled(self._x)
+        self._mixing.mix(self._x, rows := self._x.new_empty(self._mixing.rows, self._x.shape[1]))
+        self.scale = self._mixing.size
         self.product = (rows.to(dtype) @ (W.T if transpose else W)).to(wide)
         self.dtype = dtype
 

@@ -3,7 +3,6 @@ worker can tell which product is checked."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -154,19 +153,19 @@ class _Request:
         self._x = self._stream.normal(n, p, dtype=torch.float32)
         self._x[:, 0] *= 30
         self._mixing = KroneckerMixer(8, self._stream).draw(n, p)
-        self._scale = float(self._x.norm()) / math.sqrt(self._x.numel())
+        self._x = self._mixing.scaled(self._x)
         rows = self._x.new_empty(self._mixing.rows, p)
-        self._mixing.mix(self._x, self._scale, rows)
+        self._mixing.mix(self._x, rows)
         self.product = (rows.to(self._dtype) @ self._W).float()
 
     def excess(self, product: Tensor) -> float:
         """The deviation of a product under a fresh probe, over the tolerance."""
         probe = self._verifier.probe(transpose=False)
-        return float(probe.excess(product, self._mixing.image(self._x, probe.v), self._scale, self._dtype))
+        return float(probe.excess(product, self._mixing.image(self._x, probe.v), self._mixing.size, self._dtype))
 
     def stated(self, changed: Tensor) -> float:
         """The bound on how often that change is caught."""
-        tau = self._verifier.probe(transpose=False).tolerance(changed, self._scale, self._dtype)
+        tau = self._verifier.probe(transpose=False).tolerance(changed, self._mixing.size, self._dtype)
         sizes = torch.linalg.vector_norm(changed - self.product, dim=1).double()
         missed = float((0.8 * tau / sizes).min())
         return 1 - min(1.0, missed) ** VECTORS

@@ -1,11 +1,12 @@
 """The offloaded product y = x W: forward and backward.
 
-    worker holds      W* = R_in⁻¹ W R_out                      sent once
-    forward           X* = A [x R_in; N]    ->  Y* = X* W*     ->  y  = (Aᵀ Y*)[:n] R_out⁻¹
-    backward          G* = A' [g R_out⁻ᵀ; N'] -> D* = G* W*ᵀ   ->  dx = (A'ᵀ D*)[:n] R_inᵀ
+    worker holds      W* = R_in⁻¹ W R_out                        sent once
+    forward           X* = A [D x R_in; N]     ->  Y* = X* W*    ->  y  = D⁻¹ (Aᵀ Y*)[:n] R_out⁻¹
+    backward          G* = A' [D' g R_out⁻ᵀ; N'] -> D* = G* W*ᵀ  ->  dx = D'⁻¹ (A'ᵀ D*)[:n] R_inᵀ
 
-Exact up to rounding for any invertible R; for orthogonal R the inverse is the transpose and nothing
-is amplified. W is frozen, so there is no gradient for it and nothing of the activations is kept.
+D brings all rows to one size before they are mixed (`scaling`). Exact up to rounding for any invertible R; for
+orthogonal R the inverse is the transpose and nothing is amplified. W is frozen, so there is no gradient for it and
+nothing of the activations is kept.
 
 A crossing is started, and finished when its product is needed: in between, the enclave does what else there is to do.
 """
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from obfuscatune.enclave.link import Pending, WorkerLink, check_finite, check_product
+from obfuscatune.enclave.link import Pending, WorkerLink, check_product
 from obfuscatune.enclave.mixer import Mixer
 from obfuscatune.enclave.mixing import DENSE_BELOW, FewMixing, Mixing
 from obfuscatune.enclave.spans import span
@@ -30,9 +31,6 @@ from obfuscatune.wire.errors import ProtectionError
 
 if TYPE_CHECKING:
     from obfuscatune.enclave.kernels.rotation import RotationOfFew
-
-_LEAST_NORM = 1e-15
-"""Below it squares may vanish in float32, and the norm with them."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +89,7 @@ class OffloadedProduct:
         few = self._send_few(x, transpose=False)
         if few is not None:
             return few
-        with span("obfuscatune.rotate"):
-            rotated, norm = self._R_in.apply_measured(_widen(x))  # (n, p)
-        return self._send(_apart(rotated, x), norm, x, transpose=False)
+        return self._send(x, self._R_in.apply, transpose=False)
 
     def finish_forward(self, crossing: InFlight, bias: Tensor | None = None) -> Tensor:
         """y = x W + b (n, q), in x's dtype and on its device; memory of its own. `bias`: b (q,), likewise.
@@ -118,9 +114,7 @@ class OffloadedProduct:
         few = self._send_few(g, transpose=True)
         if few is not None:
             return few
-        with span("obfuscatune.rotate"):
-            rotated, norm = self._R_out.inverse_transpose_measured(_widen(g))  # (n, q)
-        return self._send(_apart(rotated, g), norm, g, transpose=True)
+        return self._send(g, self._R_out.inverse_transpose, transpose=True)
 
     def finish_backward(self, crossing: InFlight) -> Tensor:
         """dx = g Wᵀ (n, p), in g's dtype and on its device; memory of its own. Raises as `finish_forward` does."""
@@ -130,32 +124,35 @@ class OffloadedProduct:
         with span("obfuscatune.rotate"):
             return self._R_in.apply_transpose(unmixed).to(crossing.like.dtype)
 
-    def _send(self, rotated: Tensor, norm: float, like: Tensor, *, transpose: bool) -> InFlight:
-        """Mix and send rows of that norm; they are rounded once, to the dtype that they travel in."""
-        like = like.new_empty(0)
+    def _send(self, x: Tensor, rotate: Callable[[Tensor], Tensor], *, transpose: bool) -> InFlight:
+        """Scale, rotate, mix and send rows; they are rounded once, to the dtype that they travel in."""
+        like = x.new_empty(0)
         dtype = self._dtype or like.dtype
-        if rotated.shape[0] == 0:
+        if x.shape[0] == 0:
             return InFlight(like)
         with span("obfuscatune.mix"):
-            A = self._mixer.draw(*rotated.shape)
-            scale = _root_mean_square(rotated, norm)
+            A = self._mixer.draw(*x.shape)
+            scaled = A.scaled(x)
+        with span("obfuscatune.rotate"):
+            rotated = rotate(scaled)  # (n, p)
+        with span("obfuscatune.mix"):
             X_star = self._link.lend(A.rows, rotated.shape[1], dtype)  # (m, p)
             as_sent = rotated.dtype == dtype and rotated.device.type == "cpu"
             mixed = X_star if as_sent else rotated.new_empty(X_star.shape)
-            A.mix(rotated, scale, mixed)
+            A.mix(rotated, mixed)
             if not as_sent:
                 X_star.copy_(mixed)
         with span("obfuscatune.send"):
             pending = self._link.submit(
                 self._matrix_id, X_star, transpose=transpose, known_finite=as_sent, product_unchecked=True
             )
-        check = self._check(lambda v: A.image(rotated, v), rotated.dtype, A.sent(scale), dtype, transpose)
+        check = self._check(lambda v: A.image(rotated, v), rotated.dtype, A.size, dtype, transpose)
         return InFlight(like, A, pending, check)
 
     def _send_few(self, x: Tensor, *, transpose: bool) -> InFlight | None:
         """Send few rows x (n, p), or (n, q): turned, mixed and laid where they are sent from by one kernel.
 
-        None where there is no such kernel; and for rows without a norm, for `_send` to tell why.
+        None where there is no such kernel.
         """
         n = x.shape[0]
         way = self._way(x, transpose=transpose) if 0 < n <= DENSE_BELOW else None
@@ -163,16 +160,14 @@ class OffloadedProduct:
         if way is None or mixing is None:
             return None
         with span("obfuscatune.mix"):
+            scaled = mixing.scaled(x)
             X_star = self._link.lend(mixing.rows, way.turn.dim, x.dtype)
-            norm = math.sqrt(way.turn.send(x, mixing.secrets, X_star))
-        if not _LEAST_NORM < norm < math.inf:
-            return None
+            way.turn.send(scaled, mixing.secrets, X_star)
         with span("obfuscatune.send"):
             pending = self._link.submit(
                 self._matrix_id, X_star, transpose=transpose, known_finite=True, product_unchecked=True
             )
-        scale = mixing.sent(n, norm / math.sqrt(x.numel()))
-        check = self._check(mixing.image, x.dtype, scale, x.dtype, transpose)
+        check = self._check(mixing.image, x.dtype, mixing.size, x.dtype, transpose)
         return InFlight(x, mixing, pending, check, way)
 
     def _receive_few(self, crossing: InFlight, way: FewWay) -> Tensor:
@@ -185,10 +180,10 @@ class OffloadedProduct:
             y = x.new_empty(x.shape[0], way.back.dim)
             if not math.isfinite(way.back.receive(Y_star, mixing.secrets, y)):
                 check_product(y)
-        return y
+        return mixing.scaled_back(y)
 
     def _way(self, x: Tensor, *, transpose: bool) -> FewWay | None:
-        if x.device.type != "cpu" or x.stride(1) != 1 or self._dtype not in (None, x.dtype):
+        if x.device.type != "cpu" or self._dtype not in (None, x.dtype):
             return None
         key = x.shape[0], x.dtype, transpose
         if key not in self._ways:
@@ -235,20 +230,3 @@ class OffloadedProduct:
 def _widen(x: Tensor) -> Tensor:
     """16-bit tensors are rotated and mixed in float32."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-def _apart(rotated: Tensor, x: Tensor) -> Tensor:
-    """The rows in memory of their own: a transform that is 1 returns x, which may change before a check reads it."""
-    return rotated.clone() if rotated.data_ptr() == x.data_ptr() else rotated
-
-
-def _root_mean_square(x: Tensor, norm: float) -> float:
-    """Of all elements of x, whose norm was found to be `norm`.
-
-    Raises:
-        NonFiniteError: some are NaN or infinite.
-    """
-    if not _LEAST_NORM < norm < math.inf:
-        check_finite(x)
-        norm = float(torch.linalg.vector_norm(x.double()))  # squares overflowed or vanished in x's own dtype
-    return norm / math.sqrt(x.numel())

@@ -12,7 +12,15 @@ import torch
 
 from obfuscatune.enclave.kernels.mixing import MixingOfFew
 from obfuscatune.enclave.keys import SecretStream
-from obfuscatune.enclave.mixing import DENSE_BELOW, DenseMixing, FewMixing, KroneckerMixing, Mixing, NoMixing
+from obfuscatune.enclave.mixing import (
+    DENSE_BELOW,
+    SIZE_OF_ROWS,
+    DenseMixing,
+    FewMixing,
+    KroneckerMixing,
+    Mixing,
+    NoMixing,
+)
 from obfuscatune.enclave.orthogonal import covering_grid, haar
 
 
@@ -36,10 +44,10 @@ class KroneckerMixer:
         Args:
             shield_rows: random rows beside those of the request, at least.
             stream: `SecretStream.fresh()`, but in tests.
-            shield_scale: size of the shield rows over that of x.
+            shield_scale: size of the shield rows over that of the scaled rows beside them.
             full_rank: whether a request has at least as many rows as they have elements.
         """
-        self._shield_rows, self._shield_scale = shield_rows, shield_scale
+        self._shield_rows, self._shield_size = shield_rows, shield_scale * SIZE_OF_ROWS
         self._full_rank = full_rank
         self._stream = stream
 
@@ -48,9 +56,10 @@ class KroneckerMixer:
         m = rows + self._shield_rows
         if self._full_rank or m > DENSE_BELOW:
             return None
-        Q, stack = haar(self._stream, m).to(dtype), torch.empty(m, width, dtype=dtype)
-        stack[rows:] = self._stream.normal(m - rows, width, dtype=dtype)
-        return FewMixing(MixingOfFew(Q, stack, torch.empty_like(Q), self._shield_scale))
+        A, stack = haar(self._stream, m).to(dtype), torch.empty(m, width, dtype=dtype)
+        shield = self._stream.normal(m - rows, width, dtype=dtype)
+        torch.mul(shield, self._shield_size, out=stack[rows:])
+        return FewMixing(MixingOfFew(A, A.T.contiguous(), stack), self._shield_size)
 
     def draw(self, rows: int, width: int) -> Mixing:
         """Secrets for one request of ``rows`` >= 1 rows of ``width`` elements."""
@@ -58,10 +67,10 @@ class KroneckerMixer:
         if self._full_rank:
             wanted = max(wanted, width)
         if wanted <= DENSE_BELOW:
-            return DenseMixing(rows, haar(self._stream, wanted), self._stream, self._shield_scale)
+            return DenseMixing(rows, haar(self._stream, wanted), self._stream, self._shield_size)
         a, b = covering_grid(wanted)
         Q_a, Q_b = haar(self._stream, a), haar(self._stream, b)
-        return KroneckerMixing(rows, self._stream.permutation(a * b), Q_a, Q_b, self._stream, self._shield_scale)
+        return KroneckerMixing(rows, self._stream.permutation(a * b), Q_a, Q_b, self._stream, self._shield_size)
 
 
 class NoMixer:

@@ -1,9 +1,10 @@
-"""Fresh mixing of a call's rows: A [x; N], and back.
+"""Fresh mixing of a call's rows: A [D x; N], and back.
 
     m = n + s rows, s >= the profile's shield rows; of many rows, rounded up so that m = a·b is near-square
+    D                        brings each row to a root mean square in (1/2, 1] (`scaling`)
     A = Q                    up to 32 rows
-    A = (Q_a ⊗ Q_b) P        of more; P a permutation, Q Haar; all anew for every crossing
-    N (s, p)                 normal, scaled to the root mean square of x
+    A = (Q_a ⊗ Q_b) P        of more; P a permutation, Q Haar; all anew for every request
+    N (s, p)                 normal, of the size of the scaled rows
 
 Both are dense: each row that the worker sees is a combination of *all* rows of the call. N is isotropic,
 so it is drawn in the worker's basis directly: N and N R are alike for orthogonal R.
@@ -12,7 +13,7 @@ so it is drawn in the worker's basis directly: N and N R are alike for orthogona
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -21,35 +22,50 @@ from torch import Tensor
 from obfuscatune.enclave import kernels
 from obfuscatune.enclave.kernels.mixing import MixingOfFew
 from obfuscatune.enclave.keys import SecretStream
-from obfuscatune.enclave.link.pending import NOT_FINITE, check_product
+from obfuscatune.enclave.link.pending import NOT_FINITE, check_finite, check_product
 from obfuscatune.enclave.orthogonal import kronecker_rows
+from obfuscatune.enclave.scaling import RowScales
 from obfuscatune.enclave.sums import product_in_parts
 from obfuscatune.wire.errors import BadReply
 
 if TYPE_CHECKING:
     from obfuscatune.enclave.kernels.rows import MixingOfMany
 
+SIZE_OF_ROWS = 0.75
+"""Root mean square of shield rows: the middle of what scaled rows have."""
 DENSE_BELOW = 32  # rows; up to here one dense factor costs no more than two small ones
 
 
 class Mixing(Protocol):
-    """What one crossing does to its rows."""
+    """What one request does to its rows: `scaled`, a rotation, `mix`; then `unmix` on the product."""
 
     @property
     def rows(self) -> int:
-        """m: how many rows cross."""
+        """m: how many rows are sent."""
 
-    def mix(self, x: Tensor, scale: float, out: Tensor) -> None:
-        """(n, p) -> `out` (m, p), float64 or float32; `scale` is the root mean square of x."""
+    @property
+    def size(self) -> float:
+        """Root mean square of the elements of X*, as the enclave knows it: its rows' own, and the shield's expected."""
 
-    def sent(self, scale: float) -> float:
-        """Root mean square of the elements of X*, for `scale` as it was mixed with."""
+    def scaled(self, x: Tensor) -> Tensor:
+        """(n, p) in any dtype -> (n, p) in float64 or float32, ready to be rotated and mixed; memory of its own.
+
+        Raises:
+            NonFiniteError: x contains NaN or infinity.
+        """
+
+    def mix(self, x: Tensor, out: Tensor) -> None:
+        """(n, p) -> `out` (m, p), for rows that were scaled, and rotated.
+
+        Raises:
+            NonFiniteError: x contains NaN or infinity.
+        """
 
     def image(self, x: Tensor, v: Tensor) -> Tensor:
         """X* v (m, k), float64, for x (n, p) as it was just mixed and v (p, k), without reading X* back."""
 
     def unmix(self, y: Tensor) -> Tensor:
-        """(m, q) -> (n, q), in memory of its own: the inverse on the rows that were not shield rows.
+        """(m, q) -> (n, q), in memory of its own: the inverse on the rows that were not shield rows, scaled back.
 
         y may lie where the worker can change it at any moment, so only the result is looked at.
 
@@ -58,48 +74,67 @@ class Mixing(Protocol):
         """
 
 
-@dataclass(frozen=True, eq=False)
-class FewMixing:
-    """The secrets of one crossing of few rows, and the memory that they lie in."""
+class _Scaled(ABC):
+    """A mixing before which rows are scaled, and after which their products are scaled back."""
 
-    secrets: MixingOfFew
+    _shield_size: float
+    _scales: RowScales
+
+    @property
+    def size(self) -> float:
+        """As `Mixing.size`."""
+        n = self._scales.up.shape[0]
+        shield = (self.rows - n) * self._shield_size**2
+        return math.sqrt((n * self._scales.mean_square + shield) / self.rows)
+
+    @property
+    @abstractmethod
+    def rows(self) -> int:
+        """m."""
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """D x; the scales are kept."""
+        self._scales = RowScales.of(x)
+        return self._scales.scaled(x)
+
+
+class FewMixing(_Scaled):
+    """The secrets of one request of few rows, as the kernels take them."""
+
+    def __init__(self, secrets: MixingOfFew, shield_size: float) -> None:
+        self.secrets, self._shield_size = secrets, shield_size
 
     @property
     def rows(self) -> int:
         """m."""
-        return self.secrets.Q.shape[0]
+        return self.secrets.A.shape[0]
 
-    def sent(self, n: int, scale: float) -> float:
-        """As `Mixing.sent`, of n rows."""
-        return _size_of_sent(n, self.rows, scale, self.secrets.loudness)
+    def scaled_back(self, y: Tensor) -> Tensor:
+        """The product's rows y (n, q), unmixed, scaled back in their place."""
+        return self._scales.undo(y)
 
     def image(self, v: Tensor) -> Tensor:
         """X* v (m, k), float64, for v (p, k), of the rows that were just mixed, without reading X* back."""
-        return self.secrets.mixed_by.double() @ product_in_parts(self.secrets.stack, v)
+        return self.secrets.A.double() @ product_in_parts(self.secrets.stack, v)
 
 
-class DenseMixing:
-    """A = Q (m, m) for one crossing of few rows, and the source of its shield rows."""
+class DenseMixing(_Scaled):
+    """A = Q (m, m) for one request of few rows, and the source of its shield rows."""
 
-    def __init__(self, rows: int, Q: Tensor, stream: SecretStream, shield_scale: float) -> None:
+    def __init__(self, rows: int, Q: Tensor, stream: SecretStream, shield_size: float) -> None:
         self._rows, self._Q = rows, Q
-        self._stream = stream
-        self._shield_scale = shield_scale
+        self._stream, self._shield_size = stream, shield_size
 
     @property
     def rows(self) -> int:
         """m."""
         return self._Q.shape[0]
 
-    def mix(self, x: Tensor, scale: float, out: Tensor) -> None:
-        """Q [x; N] for x (n, p). Shield rows: as large as x on average, times the scale."""
+    def mix(self, x: Tensor, out: Tensor) -> None:
+        """Q [x; N] for x (n, p)."""
         shield = self._stream.normal(self.rows - self._rows, x.shape[1], dtype=x.dtype).to(x.device)
-        self._shield = shield.mul_(self._shield_scale * (scale or 1.0))
+        self._shield = shield.mul_(self._shield_size)
         _product(self._Q.to(x), torch.cat([x, shield]), out)
-
-    def sent(self, scale: float) -> float:
-        """As `Mixing.sent`."""
-        return _size_of_sent(self._rows, self.rows, scale, self._shield_scale)
 
     def image(self, x: Tensor, v: Tensor) -> Tensor:
         """Q [x; N] v."""
@@ -110,13 +145,7 @@ class DenseMixing:
         """(Qᵀ y)[:n] for y (m, q)."""
         x = y.new_empty(self._rows, y.shape[1])
         _product(self._Q[:, : self._rows].T.contiguous().to(y), y, x)
-        return check_product(x)
-
-
-def _size_of_sent(n: int, m: int, scale: float, shield_scale: float) -> float:
-    """Root mean square of the elements of A [x; N]: as of [x; N], n rows of x and m - n shield rows."""
-    shield = shield_scale * (scale or 1.0)
-    return math.sqrt((n * scale**2 + (m - n) * shield**2) / m)
+        return self._scales.undo(check_product(x))
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
@@ -130,17 +159,17 @@ def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
     multiply(left, right, out, code)
 
 
-class KroneckerMixing:
+class KroneckerMixing(_Scaled):
     """One crossing's A (m, m) for many rows, and the source of its shield rows."""
 
     def __init__(
-        self, rows: int, order: Tensor, Q_a: Tensor, Q_b: Tensor, stream: SecretStream, shield_scale: float
+        self, rows: int, order: Tensor, Q_a: Tensor, Q_b: Tensor, stream: SecretStream, shield_size: float
     ) -> None:
         self._rows = rows
         self._order = order  # which row of [x; N] lies at each place
         self._prepared: dict[torch.dtype, MixingOfMany] = {}
         self._Q_a, self._Q_b = Q_a, Q_b
-        self._stream, self._shield_scale = stream, shield_scale
+        self._stream, self._shield_size = stream, shield_size
         self.shield = Q_a.new_empty(0, 0)
         """N (s, p), once it is mixed."""
 
@@ -149,19 +178,15 @@ class KroneckerMixing:
         """m = a·b."""
         return self._order.numel()
 
-    def mix(self, x: Tensor, scale: float, out: Tensor) -> None:
-        """A [x; N] for x (n, p). Shield rows: as large as x on average, times the scale."""
+    def mix(self, x: Tensor, out: Tensor) -> None:
+        """A [x; N] for x (n, p)."""
         shield = self._stream.normal(self.rows - self._rows, x.shape[1], dtype=x.dtype)
-        self.shield = shield.mul_(self._shield_scale * (scale or 1.0))
+        self.shield = shield.mul_(self._shield_size)
         prepared = self._for_kernels(x) if out.is_contiguous() else None
         if prepared is None:
             self._mix_by_torch(x, shield, out)
         else:
             prepared.mix(x, shield, out)
-
-    def sent(self, scale: float) -> float:
-        """As `Mixing.sent`."""
-        return _size_of_sent(self._rows, self.rows, scale, self._shield_scale)
 
     def image(self, x: Tensor, v: Tensor) -> Tensor:
         """A [x; N] v = A [x v; N v]."""
@@ -174,11 +199,11 @@ class KroneckerMixing:
         """(Aᵀ y)[:n] for y (m, q)."""
         prepared = self._for_kernels(y) if y.is_contiguous() else None
         if prepared is None:
-            return self._unmix_by_torch(y)
+            return self._scales.undo(self._unmix_by_torch(y))
         x, finite = prepared.unmix(y)
         if not finite:
             raise BadReply(NOT_FINITE)
-        return x
+        return self._scales.undo(x)
 
     def _for_kernels(self, like: Tensor) -> MixingOfMany | None:
         """A as the kernels take it for such rows, prepared once for their dtype; None where torch is to compute."""
@@ -208,19 +233,22 @@ class KroneckerMixing:
         return torch.argsort(self._order)
 
 
-@dataclass(frozen=True)
 class NoMixing:
     """A = 1, no shield rows: the worker sees x R as it is. The paper's scheme."""
 
-    rows: int
+    def __init__(self, rows: int) -> None:
+        self.rows, self.size = rows, 0.0
 
-    def mix(self, x: Tensor, scale: float, out: Tensor) -> None:
+    def scaled(self, x: Tensor) -> Tensor:
+        """x as it is, in float32 where it has 16 bits: what is not mixed costs no other row precision."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return x.detach().to(wide, copy=True, memory_format=torch.contiguous_format)
+
+    def mix(self, x: Tensor, out: Tensor) -> None:
         """x."""
+        check_finite(x)
+        self.size = float(torch.linalg.vector_norm(x, dtype=torch.float64)) / math.sqrt(x.numel())
         out.copy_(x)
-
-    def sent(self, scale: float) -> float:
-        """That of x."""
-        return scale
 
     def image(self, x: Tensor, v: Tensor) -> Tensor:
         """x v."""

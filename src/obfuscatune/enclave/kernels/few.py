@@ -3,8 +3,8 @@
 
     x  ->  picked by Π₁  ->  (Q_a ⊗ Q_b) on the first grid  ( ->  picked by Π₂  ->  on the second )  ->  picked  ->  x R
 
-    send       x  ->  turned, above the shield rows  ->  Aᵀ with the shield's columns scaled to x  ->  what is sent
-    receive    what came  ->  n rows of A times it  ->  turned back
+    send       x  ->  turned, above the shield rows  ->  A times these  ->  what is sent
+    receive    what came  ->  n rows of Aᵀ times it  ->  turned back
 
 A row of the grid is a·b numbers as an (a, b) matrix U: Q_aᵀ U, then times Q_b, vectors of columns at a time; where b is
 no multiple of a vector, the last one overlaps the one before and computes the same again.
@@ -34,11 +34,9 @@ class Job(IntEnum):
     SQUARES = 19  # address of a float64, to which the squares of x are added
     STACK = 20  # address of (M, WIDTH): x turned goes above the shield rows that lie there; receive: what is unmixed
     M = 21
-    MIXING = 22  # address of Q (M, M), of which A is the transpose
-    MIXED_BY = 23  # address of (M, M), where `send` lays A, its last columns times the size of the shield rows
-    LOUDNESS = 24  # address of a float64: size of the shield rows over that of x
-    CROSSED = 25  # address of (M, WIDTH): send writes it, receive reads it
-    LENGTH = 26
+    MIXING = 22  # address of A (M, M) to send, of Aᵀ to receive
+    CROSSED = 23  # address of (M, WIDTH): send writes it, receive reads it
+    LENGTH = 24
 
 
 FIRST_GRID = (Job.START, Job.A, Job.Q_A, Job.B, Job.Q_B)
@@ -68,23 +66,8 @@ def _add_send(module: ir.Module, shape: Shape, turn: ir.Function, multiply: ir.F
     f = Function(module, "send", 1, shape, exported=True)
     b = f.builder
     b.call(turn, [f.arguments[0]])
-    wide, size = ir.DoubleType(), I64(shape.itemsize)
-    m, n, stack = f.field(Job.M), f.field(Job.ROWS), f.field(Job.STACK)
-    count = b.sitofp(b.mul(n, f.field(Job.WIDTH)), wide)
-    mean = b.fdiv(f.read(f.field(Job.SQUARES), wide), count)
-    root = ir.Function(module, ir.FunctionType(wide, [wide]), "llvm.sqrt.f64")
-    zero = ir.Constant(wide, 0.0)
-    magnitude = b.select(b.fcmp_ordered("==", mean, zero), ir.Constant(wide, 1.0), b.call(root, [mean]))
-    scale = b.fmul(magnitude, f.read(f.field(Job.LOUDNESS), wide))
-    scale = b.fptrunc(scale, shape.number) if shape.itemsize == 4 else scale
-    one = ir.Constant(shape.number, 1.0)
-    with f.loop(m) as i:
-        factor = b.select(b.icmp_signed("<", i, n), one, scale)
-        with f.loop(m) as j:
-            number = f.read(b.add(f.field(Job.MIXING), b.mul(b.add(b.mul(i, m), j), size)), shape.number)
-            place = b.add(f.field(Job.MIXED_BY), b.mul(b.add(b.mul(j, m), i), size))
-            f.write(b.fmul(number, factor), place)
-    b.call(multiply, [f.field(Job.MIXED_BY), stack, f.field(Job.CROSSED), m, m, f.field(Job.WIDTH)])
+    m = f.field(Job.M)
+    b.call(multiply, [f.field(Job.MIXING), f.field(Job.STACK), f.field(Job.CROSSED), m, m, f.field(Job.WIDTH)])
     b.ret_void()
 
 

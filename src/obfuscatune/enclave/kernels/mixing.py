@@ -9,13 +9,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class MixingOfFew:
-    """The secrets of one crossing of n rows, as the kernels take them, all contiguous and of one dtype."""
+    """The secrets of one request of n rows, as the kernels take them, all contiguous and of one dtype."""
 
-    Q: Tensor
+    A: Tensor
     """(m, m), orthogonal."""
+    A_transposed: Tensor
+    """(m, m), row by row as well."""
     stack: Tensor
-    """(m, p): room for n rows above m - n normal ones."""
-    mixed_by: Tensor
-    """(m, m): room for A."""
-    loudness: float
-    """Size of the shield rows over that of x."""
+    """(m, p): room for n rows above the m - n shield rows."""

@@ -111,15 +111,14 @@ class RotationOfFew:
     def send(self, x: Tensor, mixing: MixingOfFew, out: Tensor) -> float:
         """out (m, p) = A [x R; N] for x (n, p), rows contiguous; the sum of the squares of x.
 
-        N is `mixing.stack`'s last rows times the root mean square of x, above which x R is laid; A is the transpose of
-        `mixing.Q`, and lies in `mixing.mixed_by` afterwards, its last columns with N's size in them.
+        N are `mixing.stack`'s last rows, above which x R is laid.
         """
         return self._run(self._code.send, x, mixing.stack, mixing, out)
 
     def receive(self, crossed: Tensor, mixing: MixingOfFew, out: Tensor) -> float:
         """out (n, p) = (Aᵀ Y)[:n] R for `crossed` Y (m, p), contiguous; the sum of the squares, for which Y was read.
 
-        `mixing.Q` is read, and nothing else of it.
+        `mixing.A_transposed` is read, and nothing else of it.
         """
         unmixed = torch.empty_like(out)
         return self._run(self._code.receive, unmixed, out, mixing, crossed)
@@ -134,10 +133,10 @@ class RotationOfFew:
         work[few.Job.SCRATCH] = job.scratch(3 * self.dim * self._itemsize)
         work[few.Job.SQUARES] = ctypes.addressof(squares)
         if mixing is not None and crossed is not None:
-            loudness = ctypes.c_double(mixing.loudness)
-            work[few.Job.STACK] = (y if kernel == self._code.send else x).data_ptr()
-            work[few.Job.M], work[few.Job.MIXING] = mixing.Q.shape[0], mixing.Q.data_ptr()
-            work[few.Job.MIXED_BY], work[few.Job.LOUDNESS] = mixing.mixed_by.data_ptr(), ctypes.addressof(loudness)
+            sends = kernel == self._code.send
+            factor = mixing.A if sends else mixing.A_transposed
+            work[few.Job.STACK] = (y if sends else x).data_ptr()
+            work[few.Job.M], work[few.Job.MIXING] = factor.shape[0], factor.data_ptr()
             work[few.Job.CROSSED] = crossed.data_ptr()
         team.run(kernel, ctypes.addressof(work), 1)
         return squares.value

@@ -52,14 +52,6 @@ class Transform(ABC):
         """x R⁻ᵀ."""
         return self._act(x, self._inverse_transpose)
 
-    def apply_measured(self, x: Tensor) -> tuple[Tensor, float]:
-        """`apply`, and the norm of all elements of the result; not finite where they are not, or their squares."""
-        return _measured(self.apply(x))
-
-    def inverse_transpose_measured(self, x: Tensor) -> tuple[Tensor, float]:
-        """`inverse_transpose`, likewise."""
-        return _measured(self.inverse_transpose(x))
-
     def weight_left(self, W: Tensor, *, wide: torch.dtype = torch.float64) -> Tensor:
         """R⁻¹ W for W (dim, q): computed in `wide`, rounded once to W's dtype."""
         return self.inverse_transpose(W.T.to(wide)).T.to(W.dtype)
@@ -133,10 +125,6 @@ class Transform(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(dim={self.dim}, <redacted>)"
-
-
-def _measured(x: Tensor) -> tuple[Tensor, float]:
-    return x, float(torch.linalg.vector_norm(x))
 
 
 class OrthogonalTransform(Transform):

@@ -14,7 +14,6 @@ laid from the other end behind a permutation that brings them there, covers them
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,18 +48,10 @@ class StructuredTransform(OrthogonalTransform):
         self._narrowest = b
         self._fused: dict[tuple[Compiled, bool, bool], Rotation | RotationOfFew] = {}
 
-    def apply_measured(self, x: Tensor) -> tuple[Tensor, float]:
-        """x R, and its norm, which is x's."""
-        return self._fused_measured(x, undo=False) or super().apply_measured(x)
-
-    def inverse_transpose_measured(self, x: Tensor) -> tuple[Tensor, float]:
-        """x R⁻ᵀ = x R, likewise."""
-        return self.apply_measured(x)
-
     def inverse_plus(self, x: Tensor, bias: Tensor) -> Tensor:
         """x R⁻¹ + bias, in one pass where the kernels apply."""
-        fused = self._fused_measured(x, undo=True, plus=bias.detach()) if bias.is_contiguous() else None
-        return super().inverse_plus(x, bias) if fused is None else fused[0]
+        fused = self._by_kernel(x, undo=True, plus=bias.detach()) if bias.is_contiguous() else None
+        return super().inverse_plus(x, bias) if fused is None else fused
 
     def weight_left(self, W: Tensor, *, wide: torch.dtype = torch.float64) -> Tensor:
         """R⁻¹ W = Rᵀ W for W (dim, q): what `apply` does to features is done to rows here.
@@ -83,9 +74,9 @@ class StructuredTransform(OrthogonalTransform):
 
     def weight_right(self, W: Tensor, *, wide: torch.dtype = torch.float64) -> Tensor:
         """W R for W (p, dim), likewise."""
-        fused = self._fused_measured(W, undo=False) if W.dtype == wide else None
+        fused = self._by_kernel(W, undo=False) if W.dtype == wide else None
         if fused is not None:
-            return fused[0]
+            return fused
         first, Q_a, Q_b, second, *rest = self._factors_in(wide, W.device)
         x = permute_columns(W, first).to(wide)
         if len(self._pairs) == 1:
@@ -117,7 +108,7 @@ class StructuredTransform(OrthogonalTransform):
     def right_in_place(self, W: Tensor, *, wide: torch.dtype) -> bool:
         """By the kernels, row by row or panel by panel of rows."""
         fits = W.dtype == wide and W.is_contiguous()
-        return fits and self._fused_measured(W, undo=False, out=W) is not None
+        return fits and self._by_kernel(W, undo=False, out=W) is not None
 
     @property
     def parameter_count(self) -> int:
@@ -134,12 +125,12 @@ class StructuredTransform(OrthogonalTransform):
         return (*factors, *(torch.argsort(permutation) for permutation in self._permutations))
 
     def _apply(self, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
-        fused = self._fused_measured(x, undo=False)
-        return self._apply_by_torch(x, factors) if fused is None else fused[0]
+        fused = self._by_kernel(x, undo=False)
+        return self._apply_by_torch(x, factors) if fused is None else fused
 
     def _inverse(self, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
-        fused = self._fused_measured(x, undo=True)
-        return self._inverse_by_torch(x, factors) if fused is None else fused[0]
+        fused = self._by_kernel(x, undo=True)
+        return self._inverse_by_torch(x, factors) if fused is None else fused
 
     def _apply_by_torch(self, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
         permutation, Q_a, Q_b, *rest = factors
@@ -160,10 +151,10 @@ class StructuredTransform(OrthogonalTransform):
         x = self._on_first(permute_columns(x, undo_between), Q_a.T, Q_b.T)
         return permute_columns(x, undo_first)
 
-    def _fused_measured(
+    def _by_kernel(
         self, x: Tensor, *, undo: bool, out: Tensor | None = None, plus: Tensor | None = None
-    ) -> tuple[Tensor, float] | None:
-        """x R, or x R⁻¹, plus a row, and the norm of x, by the kernels; None where torch is to. `out` may be x."""
+    ) -> Tensor | None:
+        """x R, or x R⁻¹, plus a row, by the kernels; None where torch is to. `out` may be x."""
         fits = x.shape[-1] == self.dim > DENSE_BELOW
         code = kernels.code_for(x) if fits else None
         if code is None:
@@ -171,8 +162,8 @@ class StructuredTransform(OrthogonalTransform):
         few = x.shape[0] < code.shape.lanes // 2  # these leave most of a panel empty
         if few and self._narrowest < code.shape.width:
             return None
-        result, squares = self._kernel(code, x.dtype, undo=undo, few=few)(x, out, plus)
-        return result, math.sqrt(squares)
+        result, _ = self._kernel(code, x.dtype, undo=undo, few=few)(x, out, plus)
+        return result
 
     def of_few(self, rows: int, dtype: torch.dtype, *, undo: bool) -> RotationOfFew | None:
         """By the kernel for few rows."""

@@ -1,0 +1,78 @@
+"""Rows scaled to one size before they are mixed, and their products scaled back.
+
+Mixing spreads the rounding error of each row over all: beside a row that is a thousand times as large as the others, as
+the first token's often is, the others would lose three digits. So each row is multiplied by a power of two of its own
+
+    D = diag(2^-e)    root mean square of each row of D x in (1/2, 1]
+    x -> D x  ->  mixed, multiplied, unmixed  ->  D x W  ->  D⁻¹ (D x W) = x W
+
+Powers of two round nothing. The scales stay in the enclave: of the size of a row nothing is sent.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from obfuscatune.enclave.link.pending import check_finite
+
+LARGEST_EXPONENT = {torch.float32: 126, torch.float64: 1022}
+"""Of a scale: beyond, it or its inverse is no normal number. Rows beyond stay smaller or larger than the others."""
+_SQUARES = {torch.float32: 2.0**50, torch.float64: 2.0**450}
+"""Sizes up to which, and of whose inverse on, the sum of a row's squares neither overflows nor vanishes."""
+
+
+@dataclass(frozen=True)
+class RowScales:
+    """One power of two for each row of x (n, p), in float64 where x is, and in float32 otherwise."""
+
+    down: Tensor
+    """2^-e (n, 1)."""
+    up: Tensor
+    """2^e (n, 1); 0 for a row of zeros, whose product is nothing but the others' rounding errors."""
+    mean_square: float
+    """Of all elements of D x."""
+
+    @classmethod
+    def of(cls, x: Tensor) -> RowScales:
+        """The scales of x (n, p), of any floating dtype, on any device. A row of zeros stays one.
+
+        Raises:
+            NonFiniteError: some element is NaN or infinite.
+        """
+        x = x.detach()
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norms = torch.linalg.vector_norm(x, dim=1, dtype=wide)
+        sizes = norms.cpu().numpy().astype(np.float64) / math.sqrt(x.shape[1])
+        doubtful = ~((sizes > 1 / _SQUARES[wide]) & (sizes < _SQUARES[wide]))
+        if doubtful.any():
+            sizes[doubtful] = _sizes_by_peaks(x[torch.from_numpy(doubtful).to(x.device)].to(wide))
+        mantissas, exponents = np.frexp(sizes)
+        limit = LARGEST_EXPONENT[wide]
+        exponents = np.clip(exponents - (mantissas == 0.5), -limit, limit)
+        powers = np.ldexp([np.ones(len(sizes)), sizes != 0], [-exponents, exponents])
+        down, up = torch.from_numpy(powers).to(x.device, wide).unsqueeze(-1)
+        return cls(down, up, float(np.square(np.ldexp(sizes, -exponents)).mean()))
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """D x (n, p) in the dtype of the scales, contiguous, in memory of its own."""
+        return torch.mul(x.detach(), self.down, out=self.down.new_empty(x.shape))
+
+    def undo(self, y: Tensor) -> Tensor:
+        """D⁻¹ y in the place of y (n, q)."""
+        return y.mul_(self.up)
+
+
+def _sizes_by_peaks(rows: Tensor) -> NDArray[np.float64]:
+    """The root mean squares (k,) of rows (k, p) whose squares may overflow or vanish."""
+    check_finite(rows)
+    peaks = torch.linalg.vector_norm(rows, ord=math.inf, dim=1)
+    peaks = torch.where(peaks == 0, 1.0, peaks)
+    norms = torch.linalg.vector_norm(rows / peaks.unsqueeze(1), dim=1)  # from 1 on, or 0
+    sizes: NDArray[np.float64] = (peaks.double() * norms.double() / math.sqrt(rows.shape[1])).cpu().numpy()
+    return sizes
