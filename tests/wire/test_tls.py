@@ -191,6 +191,12 @@ def test_what_is_sent_after_reading_stopped_is_still_encrypted(identities: Path)
     assert came == [b"last words"]
 
 
+def test_our_own_certificate_is_no_peer_s(identities: Path) -> None:
+    """The usual mistake, and nobody could connect."""
+    with pytest.raises(ConfigError, match="our own certificate"):
+        PinnedTls(identity(identities, "worker", "worker"), server=True)
+
+
 @pytest.mark.parametrize("missing", ["certificate", "private_key", "peers"])
 def test_tls_files_that_cannot_be_used(missing: str, identities: Path, tmp_path: Path) -> None:
     config = identity(identities, "enclave", "worker")

@@ -160,6 +160,13 @@ def test_it_ends_with_whoever_started_it(tmp_path: Path) -> None:
         (["--listen", "unix:/x", "--threads", "0"], "--threads"),
         (["--listen", "unix:/x", "--max-sessions", "0"], "--max-sessions"),
         (["--listen", "unix:/absent/s"], "cannot listen"),
+        (["--listen", "unix:/absent/s", "--quota", "0"], "--quota 0"),
+        (["--listen", "unix:/absent/s", "--quota", "1GiB", "--peer-quota", "2GiB"], "more than --quota"),
+        (["--listen", "unix:/absent/s", "--store-quota", "1GiB"], "--store"),
+        (["--listen", "unix:/absent/s", "--store", "/dev/null/x"], "cannot use --store"),
+        (["--listen", "unix:/absent/s", "--store", "/tmp/x", "--record", "/tmp/../tmp/x"], "folder of its own"),
+        (["--listen", "unix:/absent/s", "--device", "meta"], "write cpu, cuda or cuda:N"),
+        (["--listen", "unix:/absent/s", "--max-sessions", "1000000000"], "open files"),
     ],
 )
 def test_options_that_cannot_be_used(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,6 +65,10 @@ class PinnedTls:
                 f"cannot use TLS with {config.certificate}, {config.private_key} and the peer {config.peers}: {error}; "
                 "make a pair by `obfuscatune keygen`"
             ) from error
+        if _pin(x509.load_pem_x509_certificate(config.certificate.read_bytes())) in self._pins:
+            raise ConfigError(
+                f"--peer {config.peers} names our own certificate ({config.certificate}): it is for that of the other side"
+            )
         self.is_server = server
 
     def wrap(self, sock: socket.socket) -> ssl.SSLSocket:

@@ -17,6 +17,7 @@ from obfuscatune.worker.disk import ContentStore
 from obfuscatune.worker.quota import SessionKey
 from obfuscatune.worker.replies import Reply, Request, product_of, refusal, room_for, short
 from obfuscatune.worker.store import MatrixStore
+from obfuscatune.worker.turns import MOST_PRODUCTS, Turns
 
 log = logging.getLogger(__name__)
 
@@ -28,11 +29,12 @@ class Answerer:
     store: MatrixStore
     computer: Computer
     disk: ContentStore | None = None
+    turns: Turns = field(default_factory=Turns)
     _on_adapters: AdapterAnswerer = field(init=False, repr=False)
     _answers: dict[MessageType, Callable[[SessionKey, Request, Buffers], Reply]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._on_adapters = AdapterAnswerer(self.store, self.computer)
+        self._on_adapters = AdapterAnswerer(self.store, self.computer, self.turns)
         self._answers = self._on_adapters.answers | {
             MessageType.SHARE: self._share,
             MessageType.OFFER: self._offer,
@@ -104,7 +106,11 @@ class Answerer:
         if header.cols != inner:
             return refusal(ErrorCode.SHAPE, f"rows have {header.cols} columns, the matrix takes {inner}", header)
         product = room_for(request, outer, buffers)
-        self.computer.multiply(request.matrix(), matrix, product, transpose=header.transposed)
+        rows, most = request.matrix(), max(MOST_PRODUCTS // matrix.numel(), 1)
+        for at in range(0, header.rows, most):
+            part = slice(at, at + most)
+            with self.turns.of(session.peer):
+                self.computer.multiply(rows[part], matrix, product[part], transpose=header.transposed)
         return product_of(request, product)
 
     def _watch(self, session: SessionKey, request: Request, buffers: Buffers) -> Reply:

@@ -15,6 +15,7 @@ from obfuscatune.worker.lora import Kept, add_backward, add_forward
 from obfuscatune.worker.quota import SessionKey
 from obfuscatune.worker.replies import Reply, Request, product_of, room_for, short
 from obfuscatune.worker.store import MatrixStore
+from obfuscatune.worker.turns import Turns
 
 NOT_FINITE = -1.0
 """In the place of a norm that is NaN or infinite, for such a number must not cross."""
@@ -25,8 +26,8 @@ Handler = Callable[[SessionKey, Request, Buffers], Reply]
 class AdapterAnswerer:
     """Answers what `wire.messages.ON_ADAPTERS` asks. Its errors are turned into refusals by `Answerer`."""
 
-    def __init__(self, store: MatrixStore, computer: Computer) -> None:
-        self._store, self._computer = store, computer
+    def __init__(self, store: MatrixStore, computer: Computer, turns: Turns) -> None:
+        self._store, self._computer, self._turns = store, computer, turns
         self.adapters = AdapterStore(store, computer.device)
         self._dropout = torch.Generator(computer.device).manual_seed(secrets.randbits(63))
         self.answers: dict[MessageType, Handler] = {
@@ -79,7 +80,7 @@ class AdapterAnswerer:
         W = self._store.get((session, adapter.attachment.matrix_id))
         out = self._room(request, adapter, buffers, transpose=False)
         dropout = self._dropout if header.flags & DROPOUT else None
-        with self._computer.turn() as device, adapter.lock:
+        with self._turns.of(session.peer), self._computer.turn() as device, adapter.lock:
             rows = request.matrix().to(device)
             x = rows.to(adapter.dtype, copy=bool(header.code))  # the buffer that it lies in is used again
             y = torch.mm(rows.to(W.dtype), W)
@@ -99,7 +100,7 @@ class AdapterAnswerer:
             raise Declined(
                 ErrorCode.SHAPE, f"that forward pass had {kept.x.shape[0]} rows, its gradient has {header.rows}"
             )
-        with self._computer.turn() as device, adapter.lock:
+        with self._turns.of(session.peer), self._computer.turn() as device, adapter.lock:
             rows = request.matrix().to(device)
             dx = torch.mm(rows.to(W.dtype), W.t())
             add_backward(rows.to(adapter.dtype), dx, adapter.factors, kept)
@@ -109,7 +110,8 @@ class AdapterAnswerer:
     def _step(self, session: SessionKey, request: Request, buffers: Buffers) -> Reply:
         settings = Step.unpack(request.body)
         for adapter in self._named(session, request):
-            adapter.step(settings)
+            with self._turns.of(session.peer):
+                adapter.step(settings)
         return short(MessageType.DONE, request.header)
 
     def _zero(self, session: SessionKey, request: Request, buffers: Buffers) -> Reply:

@@ -8,6 +8,7 @@ that have more than their share (`Quota.giving_way`).
 """
 
 import contextlib
+import errno
 import logging
 import os
 import secrets
@@ -44,6 +45,8 @@ class ContentStore:
         self._lock = threading.Lock()
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             self._take_stock()
         except OSError as error:
             raise StorageError(f"cannot use --store {folder}: {error.strerror}") from error

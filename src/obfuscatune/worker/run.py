@@ -50,12 +50,10 @@ def run(options: WorkerOptions) -> int:
         ConfigError: an option that cannot be used.
     """
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    _check(options)
     address = parse_address(options.listen)
     tls = _tls(options)
     check_tls(address, tls=tls is not None, plain_tcp=options.unsafe_plain_tcp)
-    for option, value in (("--threads", options.threads), ("--max-sessions", options.max_sessions)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{option} {value}: 1 or more")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     _make_room_for_descriptors(options.max_sessions)
@@ -82,6 +80,21 @@ def run(options: WorkerOptions) -> int:
     return 1 if failed else 0
 
 
+def _check(options: WorkerOptions) -> None:
+    """What can be said of the options alone, before anything is opened.
+
+    Raises:
+        ConfigError: one of them makes no sense.
+    """
+    for option, value in (("--threads", options.threads), ("--max-sessions", options.max_sessions)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{option} {value}: 1 or more")
+    if options.store_quota is not None and options.store is None:
+        raise ConfigError("--store-quota is about the disk of --store: give that too, or leave it out")
+    if options.store is not None and options.record is not None and options.store.resolve() == options.record.resolve():
+        raise ConfigError(f"--store and --record are both {options.store}: give each a folder of its own")
+
+
 def _announce(options: WorkerOptions, address: str) -> None:
     if options.json:
         line = json.dumps({"event": "ready", "address": address, "pid": os.getpid()})
@@ -106,7 +119,10 @@ def _quota(options: WorkerOptions, when_full: WhenFull, peers: int) -> Quota:
     """Memory for matrices. Where nothing gives way, each of the pinned peers has its part, so that all have some."""
     total = int(memory_bytes() * DEFAULT_QUOTA) if options.quota is None else _size("--quota", options.quota)
     if options.peer_quota is not None:
-        return Quota(total, _size("--peer-quota", options.peer_quota))
+        of_one = _size("--peer-quota", options.peer_quota)
+        if of_one > total:
+            raise ConfigError(f"--peer-quota {options.peer_quota} is more than --quota, which is {total} bytes")
+        return Quota(total, of_one)
     return Quota(total, total // peers if when_full == "refuse" else total)
 
 
@@ -131,12 +147,13 @@ def _make_room_for_descriptors(sessions: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
-    if hard != resource.RLIM_INFINITY and hard < needed:
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    except (ValueError, OSError) as error:
         raise ConfigError(
             f"--max-sessions {sessions} may take {needed} open files, this system allows {hard}: lower it, or raise "
             "the limit (ulimit -Hn)"
-        )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+        ) from error
 
 
 def _device(name: str) -> torch.device:
@@ -144,8 +161,12 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ConfigError(f"--device {name}: write cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {name}: write cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"--device {name}: this machine has no CUDA device; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device {name}: this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}")
     return device
 
 
