@@ -67,7 +67,7 @@ class PinnedTls:
             ) from error
         if _pin(x509.load_pem_x509_certificate(config.certificate.read_bytes())) in self._pins:
             raise ConfigError(
-                f"--peer {config.peers} names our own certificate ({config.certificate}): it is for that of the other side"
+                f"--peer {config.peers} names our own certificate ({config.certificate}): name that of the other side"
             )
         self.is_server = server
 
