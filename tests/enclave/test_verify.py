@@ -10,7 +10,7 @@ from torch import Tensor
 
 from obfuscatune import RootKey
 from obfuscatune.enclave.mixer import KroneckerMixer, NoMixer
-from obfuscatune.enclave.verify import VECTORS, Probe, Verifier
+from obfuscatune.enclave.verify import MARGIN, VECTORS, Probe, Verifier
 from obfuscatune.wire.errors import WrongProduct
 
 KEY = RootKey(b"v" * 32)
@@ -62,6 +62,44 @@ def test_sums_as_long_as_layers_are_wide_leave_as_much_room(size: tuple[int, int
     """What honest products are off by must not grow with the width: summed in float32, ours did, and alarmed."""
     request = Request(*size, torch.float32)
     assert max(request.excess(request.product) for _ in range(100)) < 0.45
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("value", [1e18, 1e19, 2e19, 3e38])
+def test_no_product_raises_its_tolerance_above_what_the_enclave_knew(name: str, value: float) -> None:
+    """The bound in docs/verification.md; an honest product stays far below it."""
+    request = Request(40, 96, 64, DTYPES[name])
+    probe, _ = request.probe()
+    (m, p), expected = (request.product.shape[0], 96), request.scale * probe.norm
+    bound = MARGIN[request.dtype] * torch.finfo(request.dtype).eps / 2 * expected * (1 + 4 * math.sqrt(m * p))
+    honest = probe.tolerance(request.product, request.scale, request.dtype)
+    assert honest.max() < bound / 10
+    for rows in (1, m):
+        hostile = torch.zeros_like(request.product)
+        hostile[:rows, 0] = value
+        tau = probe.tolerance(hostile, request.scale, request.dtype)
+        assert tau.isfinite().all()
+        assert tau.max() <= bound * (1 + 1e-6)
+        assert request.excess(hostile) > 1e3
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_for_an_honest_product_the_bound_changes_nothing(name: str) -> None:
+    """No looser and no tighter: what small changes are caught is as it was without it."""
+    request = Request(40, 96, 64, DTYPES[name])
+    probe, _ = request.probe()
+    norms = request.product.double().norm(dim=1)
+    size = request.scale * probe.norm + norms + norms.square().mean().sqrt()
+    expected = MARGIN[request.dtype] * torch.finfo(request.dtype).eps / 2 * size
+    torch.testing.assert_close(probe.tolerance(request.product, request.scale, request.dtype), expected)
+
+
+def test_a_tolerance_that_is_not_finite_tolerates_nothing() -> None:
+    request = Request(40, 96, 64, torch.float32)
+    probe, u = request.probe()
+    for scale in (math.inf, math.nan):
+        with pytest.raises(WrongProduct):
+            probe.check(request.product, u, scale, torch.float32)
 
 
 def one_element(product: Tensor, size: float) -> Tensor:
