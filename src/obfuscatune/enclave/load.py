@@ -52,7 +52,7 @@ _HUB_REASONS = (
 
 def load(
     model: str | Path,
-    workers: str | WorkerLink | None,
+    workers: str | WorkerLink | None = None,
     profile: str | Profile = "private",
     *,
     dtype: torch.dtype | str | None = None,
@@ -70,7 +70,8 @@ def load(
 
     Args:
         model: a directory with `config.json` and safetensors, or a hub id.
-        workers: the worker's address, or an open link; None for profile `enclave`.
+        workers: the worker's address, or an open link. None starts a worker on this machine, which ends with the
+            model; profile `enclave` needs none.
         profile: name of a profile, or a profile.
         dtype: dtype of the parameters in the enclave and on the worker, or its name; None or "auto" for that of the
             configuration.
@@ -83,7 +84,8 @@ def load(
             cannot be followed is refused by name.
 
     Returns:
-        The model in evaluation mode, as `from_pretrained` returns it.
+        The model in evaluation mode, as `from_pretrained` returns it. `close()`, or a `with` around it, has the worker
+        forget it; so does the last reference to it.
 
     Raises:
         ModelFileError: the directory cannot be read as a model of floating-point safetensors.

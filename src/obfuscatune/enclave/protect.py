@@ -14,10 +14,12 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from obfuscatune.enclave.closing import make_closable
 from obfuscatune.enclave.cores import CoreKeeper
 from obfuscatune.enclave.experts import ProtectedExperts
 from obfuscatune.enclave.keys import RootKey
 from obfuscatune.enclave.link import RetryPolicy, WorkerLink
+from obfuscatune.enclave.local import local_worker
 from obfuscatune.enclave.modules import ProtectedLayer
 from obfuscatune.enclave.offloaded import WeightFromSpool
 from obfuscatune.enclave.profiles import Profile, resolve
@@ -35,7 +37,7 @@ Progress = Callable[[int, int, str], None]
 
 def protect(
     model: Model,
-    workers: str | WorkerLink | None,
+    workers: str | WorkerLink | None = None,
     profile: str | Profile = "private",
     *,
     key: RootKey | None = None,
@@ -54,8 +56,8 @@ def protect(
 
     Args:
         model: a Hugging Face causal LM or encoder, or a PEFT model around one. Base weights become frozen.
-        workers: the worker's address (`unix:/run/x.sock`, `tcp:host:port`), or an open link; None for profile
-            `enclave`, which needs none.
+        workers: the worker's address (`unix:/run/x.sock`, `tcp:host:port`), or an open link. None starts a worker on
+            this machine, which ends with the model; profile `enclave` needs none.
         profile: name of a profile, or a profile.
         key: root key of the transforms; with the same key the worker need not be sent the same matrices again.
         tls: identity and pinned peer, for a worker across a network.
@@ -71,8 +73,7 @@ def protect(
 
     Example:
         >>> model = AutoModelForCausalLM.from_pretrained("my-model")
-        >>> with obfuscatune.local_worker() as worker:
-        ...     model = obfuscatune.protect(model, worker.address)
+        >>> with obfuscatune.protect(model, "unix:/run/worker.sock"):  # or model.close() when it is done with
         ...     model.generate(**tokenizer("Once upon a time", return_tensors="pt"))
     """
     if getattr(model, "protection", None) is not None:
@@ -112,22 +113,29 @@ def open_link(
     deadline_s: float,
     retry: RetryPolicy | None,
 ) -> WorkerLink | None:
-    """The link itself, or a new one to that address; None where the profile offloads nothing.
+    """The link itself, or a new one to that address, or to a worker that is started for it and ends with it.
+
+    None where the profile offloads nothing.
 
     Raises:
-        ConfigError: a worker is named that is not needed, or none that is.
-        WireError: it cannot be reached.
+        ConfigError: a worker is named that is not needed; certificates are given for one on this machine.
+        WireError: it cannot be reached, or did not start.
     """
-    if (workers is not None) != profile.offload:
-        raise ConfigError(
-            f"profile {profile.name!r} "
-            + ("needs a worker: give its address" if profile.offload else "runs without a worker: name none")
-        )
-    if workers is None:
+    if not profile.offload:
+        if workers is not None:
+            raise ConfigError(f"profile {profile.name!r} runs without a worker: name none")
         return None
     if isinstance(workers, WorkerLink):
         return workers
-    return WorkerLink.open(workers, tls=tls, deadline_s=deadline_s, retry=retry or RetryPolicy())
+    policy = retry or RetryPolicy()
+    if workers is not None:
+        return WorkerLink.open(workers, tls=tls, deadline_s=deadline_s, retry=policy)
+    if tls is not None:
+        raise ConfigError("certificates are for a worker across a network: give its address, tcp:HOST:PORT")
+    worker = local_worker()  # ends when nothing refers to it: should the link not open, at once
+    link = WorkerLink.open(worker.address, deadline_s=deadline_s, retry=policy)
+    link.own(worker.close)
+    return link
 
 
 @contextmanager
@@ -147,6 +155,7 @@ def adopt(model: nn.Module, protection: Protection) -> None:
     Where PEFT put adapters in before, it froze the base already, and what it left trainable stays so.
     """
     model.protection = protection  # type: ignore[assignment]
+    make_closable(model)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if not (has_adapter(base) or isinstance(model, PeftModel)):
         model.requires_grad_(False)

@@ -1,6 +1,7 @@
 """What the rest of the enclave sees of a worker: store a matrix, multiply by it, forget it."""
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,7 +19,7 @@ from obfuscatune.enclave.link.stats import LinkStats
 from obfuscatune.wire.address import parse_address
 from obfuscatune.wire.connect import check_tls, connect
 from obfuscatune.wire.deadline import Deadline
-from obfuscatune.wire.errors import BadReply, ConfigError, WrongProduct
+from obfuscatune.wire.errors import BadReply, ConfigError, ProtectionError, WrongProduct
 from obfuscatune.wire.tls import PinnedTls, TlsConfig
 from obfuscatune.wire.transport import Transport
 
@@ -45,6 +46,9 @@ class WorkerLink:
         """
         self._driver = LinkDriver(connect, deadline_s, retry or RetryPolicy())
         self._lock = threading.RLock()
+        self._closed = False
+        self._owned: list[Callable[[], None]] = []
+        self._end = weakref.finalize(self, _end, self._driver, self._owned)
         begin_anew_in_children(self)
 
     def begin_in_child(self) -> None:
@@ -120,12 +124,14 @@ class WorkerLink:
 
         Raises:
             QuotaExceeded: the worker has no room.
+            ProtectionError: the link is closed.
             WireError: see `multiply`.
         """
         matrix = StoredMatrix(matrix_id, source, shape, dtype, at_hand=tensor)
         driver = self._driver
         driver.refusal.check()
         with self._lock:
+            self._refuse_if_closed()
             driver.matrices[matrix_id] = driver.missing[matrix_id] = matrix
             driver.leaving.pop(matrix_id, None)
             try:
@@ -163,6 +169,7 @@ class WorkerLink:
         Raises:
             NonFiniteError: `rows` contain NaN or infinity; nothing was sent.
             ConfigError: no such matrix was stored, or the shapes do not fit.
+            ProtectionError: the link is closed.
             WorkerRefused: the worker answered with an error that asking again does not mend.
             WireError: the worker failed more often, or was gone longer, than the retry policy bears.
         """
@@ -187,6 +194,7 @@ class WorkerLink:
         driver = self._driver
         driver.refusal.check()
         with self._lock:
+            self._refuse_if_closed()
             matrix = driver.matrices.get(matrix_id)
             if matrix is None:
                 raise ConfigError("no matrix was stored under this id: store it first")
@@ -211,6 +219,7 @@ class WorkerLink:
         """
         self._driver.refusal.check()
         with self._lock:
+            self._refuse_if_closed()
             self._driver.waiting.append(order)
             self._drive_for(order, lambda: order.done)
         if order.error is not None:
@@ -222,7 +231,7 @@ class WorkerLink:
         driver = self._driver
         driver.refusal.check()
         with self._lock:
-            if driver.matrices.pop(matrix_id, None) is None:
+            if driver.matrices.pop(matrix_id, None) is None or self._closed:
                 return
             driver.leaving[matrix_id] = None
             if driver.connected:
@@ -256,10 +265,18 @@ class WorkerLink:
             self._driver.refusal.check()
             raise
 
+    def own(self, close: Callable[[], None]) -> None:
+        """Have `close` called once the link is closed: it ends the worker that was started for it."""
+        self._owned.append(close)
+
     def close(self) -> None:
-        """Have the worker forget all of this session, where it can still be reached, and disconnect."""
+        """Have the worker forget all of this session, where it can still be reached, and disconnect. Twice is once.
+
+        Nothing can be asked afterwards. A link that nothing refers to any more closes by itself.
+        """
         with self._lock:
-            self._driver.farewell()
+            self._closed = True
+            self._end()
 
     def __enter__(self) -> Self:
         return self
@@ -268,6 +285,13 @@ class WorkerLink:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise ProtectionError(
+                "this model's link to its worker is closed, as close() and the end of a `with` leave it: "
+                "load or protect the model again"
+            )
 
     def _finish(self, pending: Pending) -> None:
         """Called by `Pending.result`: drive until this one is done."""
@@ -281,3 +305,9 @@ class WorkerLink:
         except BaseException:
             self._driver.give_up(pending)
             raise
+
+
+def _end(driver: LinkDriver, owned: list[Callable[[], None]]) -> None:
+    driver.farewell()
+    for close in owned:
+        close()
