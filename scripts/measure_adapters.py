@@ -53,7 +53,7 @@ def run(method: str, profile: str | None, dtype: torch.dtype, data: list[Any], a
     """Losses, and the factors by name."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model_path(), dtype=dtype).eval()
     if profile is not None:
-        model = protect(model, address, profile)
+        model = protect(model, address, profile, base="closed")
     adapted = add_lora(model, r=8, alpha=16, dropout=0.0, targets="all-linear", seed=0)
     if profile is not None and model.protection.lora_on_worker:
         optimizer: Any = model.protection.move_adapter(adapted).optimizer(method, lr=RATE[method])

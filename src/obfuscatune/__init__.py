@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from obfuscatune.enclave.local import local_worker
     from obfuscatune.enclave.profiles import Profile
     from obfuscatune.enclave.protect import protect
+    from obfuscatune.enclave.published import PublicBaseWarning
     from obfuscatune.enclave.training import RekeyCallback
     from obfuscatune.process import settle_process
     from obfuscatune.reproduction.run import reproduce
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "ObfuscaTuneError": "wire.errors",
     "Profile": "enclave.profiles",
+    "PublicBaseWarning": "enclave.published",
     "RekeyCallback": "enclave.training",
     "RetryPolicy": "enclave.link",
     "RootKey": "enclave.keys",
@@ -56,6 +58,7 @@ def __dir__() -> list[str]:
 __all__ = [
     "ObfuscaTuneError",
     "Profile",
+    "PublicBaseWarning",
     "RekeyCallback",
     "RetryPolicy",
     "RootKey",

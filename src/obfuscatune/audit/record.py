@@ -82,7 +82,7 @@ def run_under_watch(scenario: Scenario, profile: Profile, seed: int, link: Worke
 
     An adapter on the worker is fetched in the end, as any run does to keep it.
     """
-    model = load(scenario.directory, link, profile=profile, dtype=torch.float32)
+    model = load(scenario.directory, link, profile=profile, dtype=torch.float32, base="closed")  # the audit says more
     witness = _Witness()
     bases, weights = (base_weights(it, profile.first_blocks) for it in (scenario.base, scenario.secret))
     layers = _watch(model, weights, witness)

@@ -41,7 +41,7 @@ def main() -> None:
         worker = protection = None
         if settings["kind"] == "protected":
             worker = stack.enter_context(clocked_worker(settings["threads"]))
-            protection = protect(model, worker.address, settings["profile"]).protection
+            protection = protect(model, worker.address, settings["profile"], base="closed").protection
         side = _Side(WORKLOADS[settings["work"]](model, settings["batch"], settings["length"]), worker, protection)
         words = {"step": side.step, "profile": side.profile, "count": side.count}
         _say({"ready": True})

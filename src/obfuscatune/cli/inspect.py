@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 from obfuscatune.cli import options
 from obfuscatune.cli.options import option
 from obfuscatune.cli.output import progress, write_json
-from obfuscatune.cli.session import DTYPES
+from obfuscatune.cli.session import DTYPES, advise_of_public_base
 from obfuscatune.wire.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def inspect(
         ),
     ] = None,
     profile: options.Profile = None,
+    base: options.Base = None,
     first_blocks: options.FirstBlocks = None,
     dtype: options.Dtype = None,
     full: Annotated[bool, option("--full", "List every layer; else blocks that are alike share a line.")] = False,
@@ -37,14 +38,16 @@ def inspect(
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype: expected one of {', '.join(DTYPES)}, found {dtype}")
     with progress("reading the configuration"):
-        plan = _make_plan(model, profile or "private", first_blocks, dtype or "float32")
+        plan = _make_plan(model, profile or "private", first_blocks, dtype or "float32", base)
     if as_json:
         write_json(_document(plan))
     else:
         _print(plan, full)
 
 
-def _make_plan(model: str | None, profile: str, first_blocks: int | None, dtype: str) -> "Plan":
+def _make_plan(model: str | None, profile: str, first_blocks: int | None, dtype: str, base: str | None) -> "Plan":
+    from pathlib import Path
+
     import torch
 
     from obfuscatune.assets import tiny_model_path
@@ -53,7 +56,10 @@ def _make_plan(model: str | None, profile: str, first_blocks: int | None, dtype:
 
     knobs = {} if first_blocks is None else {"first_blocks": first_blocks}
     resolved = resolve(profile, **knobs)
-    return make_plan(model_from_config(model or tiny_model_path()), resolved, getattr(torch, dtype))
+    skeleton = model_from_config(model or tiny_model_path())
+    directory = Path(model or tiny_model_path())
+    advise_of_public_base(base, resolved, skeleton.config, directory if directory.is_dir() else None)
+    return make_plan(skeleton, resolved, getattr(torch, dtype))
 
 
 def _document(plan: "Plan") -> dict[str, object]:

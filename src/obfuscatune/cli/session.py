@@ -125,7 +125,7 @@ def open_session(
 
                 model = load_plain(files.directory, files.config, torch_dtype)
         else:
-            model = stack.enter_context(_protected(files.directory, torch_dtype, protection))
+            model = stack.enter_context(_protected(files, torch_dtype, protection))
         if adapter is not None:
             from obfuscatune.tuning.adapter import load_adapter
 
@@ -136,22 +136,39 @@ def open_session(
 
 
 @contextmanager
-def _protected(directory: Path, dtype: Any, protection: Protection) -> Iterator[Any]:
+def _protected(files: ModelFiles, dtype: Any, protection: Protection) -> Iterator[Any]:
     import obfuscatune
 
     key = None if protection.key_file is None else obfuscatune.RootKey.from_file(protection.key_file)
     profile = _profile(protection)
-    if protection.worker is not None and not profile.offload:
+    named = protection.worker is not None and not options.said_by_environment("worker", protection.worker)
+    if named and not profile.offload:
         raise ConfigError(f"--profile {profile.name} runs without a worker: leave out --worker")
     if profile.is_as_published:
         output.warn_as_published()
+    advise_of_public_base(protection.base, profile, files.config, files.directory)
     with ExitStack() as stack:
         link = stack.enter_context(_opened_link(protection)) if profile.offload else None
         with output.progress("sending the transformed matrices" if profile.offload else "reading the model") as meter:
             model = obfuscatune.load(
-                directory, workers=link, profile=profile, dtype=dtype, key=key, progress=_forward_progress(meter)
+                files.directory,
+                workers=link,
+                profile=profile,
+                dtype=dtype,
+                key=key,
+                progress=_forward_progress(meter),
+                base="closed",  # what there is to say of it was said above, in the command line's words
             )
         yield model
+
+
+def advise_of_public_base(base: str | None, profile: "Profile", config: Any, directory: Path | None) -> None:
+    """Say in one line where a model looks like a fine-tune of a published one."""
+    from obfuscatune.enclave.published import public_base_advice
+
+    advice = public_base_advice(base, profile, config, directory, closed="--base closed")
+    if advice is not None:
+        output.notice(f"warning: {advice}")
 
 
 def _profile(protection: Protection) -> "Profile":

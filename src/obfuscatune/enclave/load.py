@@ -30,6 +30,7 @@ from obfuscatune.enclave.offloaded import Offloaded, WeightFromFiles
 from obfuscatune.enclave.profiles import Profile, resolve
 from obfuscatune.enclave.protect import Progress, adopt, open_link, released_on_failure, width_of
 from obfuscatune.enclave.protection import Protection, place
+from obfuscatune.enclave.published import Base, warn_of_public_base
 from obfuscatune.enclave.sites import SiteGroup, find_groups
 from obfuscatune.enclave.skeleton import empty_model
 from obfuscatune.enclave.stages import StageClock
@@ -39,8 +40,8 @@ from obfuscatune.wire.tls import TlsConfig
 
 LANES = 2
 """Groups that are on their way at a time: while one is read or sent, the other is transformed."""
-SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
-"""Configuration, tokenizer, templates, and the index of the weights."""
+SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "README.md")
+"""Configuration, tokenizer, templates, the index of the weights, and the card, which may name a base model."""
 IN_FOLDERS = ("[!a]*/*", "a[!d]*/*")
 """What lies in folders, which holds second copies of a model (original/, onnx/); not additional_chat_templates/."""
 _HUB_REASONS = (
@@ -64,6 +65,7 @@ def load(
     retry: RetryPolicy | None = None,
     progress: Progress | None = None,
     clock: StageClock | None = None,
+    base: Base | None = None,
     **keywords: Any,
 ) -> PreTrainedModel:
     """A protected model from a local directory or from the Hugging Face hub.
@@ -79,6 +81,8 @@ def load(
         revision: branch, tag or commit on the hub.
         key, tls, deadline_s, retry, progress: as in `protect`.
         clock: filled in with the seconds that each stage takes.
+        base: "closed" where the base model's weights were never public, "public" where they are; None looks for signs,
+            and warns with PublicBaseWarning.
         keywords: knobs of the profile, as in `protect`, and what `from_pretrained` takes: token, cache_dir, subfolder,
             variant, local_files_only, force_download, attn_implementation, num_labels, config, ... (keywords.py); what
             cannot be followed is refused by name.
@@ -95,6 +99,7 @@ def load(
     resolved = resolve(profile, **keywords)
     directory = find_directory(model, hub=told.hub)
     config = changed(told.config or read_config(directory), told.changes)
+    warn_of_public_base(base, resolved, config, directory, stacklevel=2)
     checkpoint = Checkpoint(directory, told.hub.variant)  # stays open: a worker that lost a matrix is sent it again
     skeleton = empty_model(config, auto_class, told.dtype)
     generation = read_generation_config(directory)

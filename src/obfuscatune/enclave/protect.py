@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from obfuscatune.enclave.closing import make_closable
 from obfuscatune.enclave.cores import CoreKeeper
@@ -24,6 +25,7 @@ from obfuscatune.enclave.modules import ProtectedLayer
 from obfuscatune.enclave.offloaded import WeightFromSpool
 from obfuscatune.enclave.profiles import Profile, resolve
 from obfuscatune.enclave.protection import Protection, place
+from obfuscatune.enclave.published import Base, warn_of_public_base
 from obfuscatune.enclave.sites import find_groups, refuse_absent_weights
 from obfuscatune.enclave.spool import Spool
 from obfuscatune.enclave.training import TrainingWatch, answer_for, has_adapter
@@ -45,6 +47,7 @@ def protect(
     deadline_s: float = 120.0,
     retry: RetryPolicy | None = None,
     progress: Progress | None = None,
+    base: Base | None = None,
     **knobs: Any,
 ) -> Model:
     """Move a model's large linear layers, transformed, to a worker.
@@ -64,6 +67,8 @@ def protect(
         deadline_s: seconds within which the worker must answer a request.
         retry: how often and how long to try again; the link's default where not given.
         progress: called after each group of layers.
+        base: "closed" where the base model's weights were never public, "public" where they are; None looks for signs,
+            and warns with PublicBaseWarning.
         knobs: single settings of the profile: `shield_rows=32`, `first_blocks=1`, `transform="haar"`.
 
     Raises:
@@ -79,6 +84,8 @@ def protect(
     if getattr(model, "protection", None) is not None:
         raise ProtectionError("this model is protected already")
     resolved = resolve(profile, **knobs)
+    if isinstance(config := getattr(model, "config", None), PretrainedConfig):
+        warn_of_public_base(base, resolved, config, _directory_of(config), stacklevel=2)
     groups = find_groups(model, resolved.first_blocks) if resolved.offload else []
     refuse_absent_weights(model, groups)
     protection = Protection.start(open_link(workers, resolved, tls, deadline_s, retry), resolved, key, width_of(model))
@@ -98,6 +105,12 @@ def protect(
         with released_on_failure(protection, workers):
             protection.move_adapter(model)
     return model
+
+
+def _directory_of(config: PretrainedConfig) -> Path | None:
+    """Where a model in memory was read from, if that was a directory here."""
+    path = Path(getattr(config, "_name_or_path", None) or "/")
+    return path if path.is_dir() else None
 
 
 def width_of(model: nn.Module) -> int | None:

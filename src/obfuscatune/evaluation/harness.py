@@ -21,6 +21,7 @@ from obfuscatune.enclave.link import WorkerLink
 from obfuscatune.enclave.load import find_directory, load
 from obfuscatune.enclave.local import local_worker
 from obfuscatune.enclave.profiles import Profile, resolve
+from obfuscatune.enclave.published import Base
 from obfuscatune.tuning.adapter import load_adapter
 from obfuscatune.wire.errors import ConfigError
 from obfuscatune.wire.tls import TlsConfig
@@ -53,6 +54,7 @@ class ProtectedLM(HFLM):  # type: ignore[misc]  # the harness is not annotated f
         peer: str | None = None,
         trust_remote_code: bool = False,
         device: str | None = None,
+        base: Base | None = None,
         **others: Any,
     ) -> None:
         """Load, protect, and hand over.
@@ -69,6 +71,7 @@ class ProtectedLM(HFLM):  # type: ignore[misc]  # the harness is not annotated f
             trust_remote_code: refused: an enclave runs no code that comes with a model.
             device: not used: the harness says `cuda:0` where its user says nothing, and the enclave's part is on the
                 CPU. A worker is told of its GPU when it is started.
+            base: closed or public, as for `load`.
             others: for `HFLM`: batch_size, max_length, add_bos_token, ...
 
         Raises:
@@ -90,7 +93,7 @@ class ProtectedLM(HFLM):  # type: ignore[misc]  # the harness is not annotated f
         with ExitStack() as stack:
             link = _open_link(resolved, worker, tls, stack)
             key = None if key_file is None else RootKey.from_file(Path(key_file))
-            model = load(directory, link, resolved, dtype=_DTYPES[dtype], key=key)
+            model = load(directory, link, resolved, dtype=_DTYPES[dtype], key=key, base=base)
             if peft is not None:
                 model = load_adapter(model, Path(peft))
             super().__init__(pretrained=model, tokenizer=tokenizer or str(directory), **others)

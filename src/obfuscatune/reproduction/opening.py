@@ -17,6 +17,7 @@ from obfuscatune.enclave.load import find_directory, load
 from obfuscatune.enclave.local import local_worker
 from obfuscatune.enclave.profiles import resolve
 from obfuscatune.enclave.protect import protect
+from obfuscatune.enclave.published import Base
 from obfuscatune.reproduction.methods import Method
 from obfuscatune.tuning.identity import model_fingerprint
 from obfuscatune.tuning.plain import load_plain
@@ -53,6 +54,10 @@ class Subject:
         return cls(directory, tokenizer, config, model_fingerprint(directory))
 
 
+_UNSAID: Base = "closed"
+"""No word of public bases: what is measured here is precision and time, on public data."""
+
+
 class Opening:
     """Opens models, protected or plain; the worker starts with the first that needs it."""
 
@@ -74,7 +79,9 @@ class Opening:
         if method.profile is None:
             yield load_plain(directory, read_config(directory), dtype).eval()
             return
-        with _let_go(load(directory, self._worker_for(method), method.profile, dtype=dtype, **method.knobs)) as model:
+        worker = self._worker_for(method)
+        model = load(directory, worker, method.profile, dtype=dtype, base=_UNSAID, **method.knobs)
+        with _let_go(model):
             yield model
 
     @contextmanager
@@ -83,7 +90,7 @@ class Opening:
         if method.profile is None:
             yield model
             return
-        with _let_go(protect(model, self._worker_for(method), method.profile, **method.knobs)):
+        with _let_go(protect(model, self._worker_for(method), method.profile, base=_UNSAID, **method.knobs)):
             yield model
 
     def _worker_for(self, method: Method) -> str | None:
