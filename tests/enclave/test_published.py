@@ -49,7 +49,7 @@ def test_a_composite_model_is_recognised_by_its_text_model():
     assert "fine-tune of Gemma" in sign_of_published(config)
 
 
-@pytest.mark.parametrize("size", [97, 512, 4096, 31999, 32000 + 256])
+@pytest.mark.parametrize("size", [97, 512, 4096, 31999, 40000])
 def test_other_vocabularies_are_no_sign(size):
     assert sign_of_published(LlamaConfig(vocab_size=size)) is None
 
@@ -87,9 +87,9 @@ def test_the_embedded_model_gives_no_sign():
 
 def test_load_warns_where_it_is_called_and_before_anything_is_sent(directory):
     (directory / "README.md").write_text(CARD.format("acme/base-7b"))
-    with pytest.warns(obfuscatune.PublicBaseWarning, match="no profile of this version hides the tokens") as said:
-        with pytest.raises(obfuscatune.ObfuscaTuneError):
-            obfuscatune.load(directory, "unix:/nowhere/worker.sock")
+    warns = pytest.warns(obfuscatune.PublicBaseWarning, match="no profile of this version hides the tokens")
+    with warns as said, pytest.raises(obfuscatune.ObfuscaTuneError):
+        obfuscatune.load(directory, "unix:/nowhere/worker.sock")
     assert [warning.filename for warning in said] == [__file__]
 
 

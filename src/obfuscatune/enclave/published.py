@@ -77,8 +77,8 @@ def public_base_advice(
         return None
     return (
         f"{sign}: under profile {profile.name}, a worker that has the published weights can name tokens of the text; "
-        f"no profile of this version hides the tokens of a fine-tuned public model (docs/threat-model.md). {closed} says "
-        "that the base model's weights were never public"
+        f"no profile of this version hides the tokens of a fine-tuned public model (docs/threat-model.md). {closed} "
+        "says that the base model's weights were never public"
     )
 
 
