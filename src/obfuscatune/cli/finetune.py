@@ -54,6 +54,9 @@ def finetune(
     ] = None,
     out: Annotated[Path | None, option("--out", "The run directory.", default="runs/finetune", panel=_RUN)] = None,
     resume: Annotated[bool, option("--resume", "Go on from the newest checkpoint in --out.", panel=_RUN)] = False,
+    dry: Annotated[
+        bool, option("--dry-run", "Check everything, show what the run would do, and send nothing.", panel=_RUN)
+    ] = False,
     checkpoint_every: Annotated[
         str | None, option("--checkpoint-every", "Steps between checkpoints, or epoch.", default="50", panel=_RUN)
     ] = None,
@@ -183,7 +186,7 @@ def finetune(
     protection = asked and replace(
         asked, worker=recipe.worker, profile=recipe.profile, first_blocks=recipe.first_blocks, base=recipe.base
     )
-    _run(recipe, protection, resume=resume, as_json=as_json)
+    _run(recipe, protection, resume=resume, dry=dry, as_json=as_json)
 
 
 def _recipe(config: Path | None, options: Mapping[str, object]) -> "Recipe":
@@ -195,7 +198,7 @@ def _recipe(config: Path | None, options: Mapping[str, object]) -> "Recipe":
     return load_recipe(config, given, said)
 
 
-def _run(recipe: "Recipe", protection: Protection | None, *, resume: bool, as_json: bool) -> None:
+def _run(recipe: "Recipe", protection: Protection | None, *, resume: bool, dry: bool, as_json: bool) -> None:
     from obfuscatune.tuning.identity import model_fingerprint
     from obfuscatune.tuning.run import check_out, load_data, summary
     from obfuscatune.tuning.run import finetune as run_recipe
@@ -209,6 +212,11 @@ def _run(recipe: "Recipe", protection: Protection | None, *, resume: bool, as_js
         for dataset in (data.train, data.eval):
             if dataset is not None:
                 output.notice(dataset.read_as)
+        if dry:
+            from obfuscatune.cli.dry_run import dry_run
+
+            dry_run(recipe, files, data, protection, as_json=as_json)
+            return
         with (
             open_session(files, dtype=recipe.dtype, protection=protection) as session,
             output.progress("fine-tuning") as meter,

@@ -140,7 +140,7 @@ def _protected(files: ModelFiles, dtype: Any, protection: Protection) -> Iterato
     import obfuscatune
 
     key = None if protection.key_file is None else obfuscatune.RootKey.from_file(protection.key_file)
-    profile = _profile(protection)
+    profile = resolved_profile(protection)
     named = protection.worker is not None and not options.said_by_environment("worker", protection.worker)
     if named and not profile.offload:
         raise ConfigError(f"--profile {profile.name} runs without a worker: leave out --worker")
@@ -171,7 +171,12 @@ def advise_of_public_base(base: str | None, profile: "Profile", config: Any, dir
         output.notice(f"warning: {advice}")
 
 
-def _profile(protection: Protection) -> "Profile":
+def resolved_profile(protection: Protection) -> "Profile":
+    """The profile that is asked for, with its knobs.
+
+    Raises:
+        ConfigError: there is none of that name, or a knob cannot be used.
+    """
     from obfuscatune.enclave.profiles import resolve
 
     knobs = {} if protection.first_blocks is None else {"first_blocks": protection.first_blocks}
