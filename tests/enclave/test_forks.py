@@ -19,11 +19,14 @@ from obfuscatune.enclave.spool import Spool
 from obfuscatune.wire.address import parse_address
 from obfuscatune.wire.errors import ConfigError, ConnectionLost
 from obfuscatune.wire.tls import PinnedTls
+from tests.contract.architectures import ARCHITECTURES
+from tests.contract.comparison import backward, batch, largest_deviation, protected, with_lora
 from tests.wire.peers import identity, make_identities
 from tests.worker.serving import serving
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
 
+LLAMA = ARCHITECTURES["llama"]
 ID = bytes(range(1, 17))
 W = torch.arange(600 * 500, dtype=torch.float64).remainder(17).view(600, 500)
 X = torch.arange(40 * 600, dtype=torch.float64).remainder(13).view(40, 600)
@@ -79,6 +82,30 @@ def test_parent_and_child_multiply_at_the_same_time(worker: LocalWorker) -> None
         assert exit_code(child) == 0
         assert torch.equal(product(link, 3), X @ W * 3)
         assert link.stats.reconnects == 0
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float64, 1e-4), (torch.float32, 1e-3)])
+def test_parent_and_child_call_a_protected_model_at_the_same_time(
+    worker: LocalWorker, dtype: torch.dtype, rounding: float
+) -> None:
+    """Few rows and many, forward and backward. Another's product would be off by its own size, and norms are float32's."""
+    plain = with_lora(LLAMA.build(dtype))
+    batches = batch((2,), 97), batch((9, 30), 97)
+    expected = [backward(plain, each)[1] for each in batches]
+    with protected(LLAMA.build(dtype), worker) as model:
+        adapted = with_lora(model)
+
+        def call() -> None:
+            for _ in range(3):
+                for each, gradients in zip(batches, expected, strict=True):
+                    if largest_deviation(gradients, backward(adapted, each)[1]) > rounding:
+                        raise AssertionError("another's product came")
+
+        call()
+        child = fork(call)
+        call()
+        assert exit_code(child) == 0
+        assert model.protection.stats.reconnects == 0
 
 
 def test_over_tls_too(tmp_path: Path) -> None:

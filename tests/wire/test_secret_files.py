@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from obfuscatune.wire.errors import ConfigError
-from obfuscatune.wire.secret_files import read_secret, write_new
+from obfuscatune.wire.secret_files import read_secret, read_trusted, write_new
 
 OURS, OTHERS = os.geteuid(), 12345
 
@@ -66,6 +66,20 @@ def test_roots_may_be_lent_to_our_group(
     else:
         with pytest.raises(ConfigError, match="chmod 600"):
             read_secret(path, "key file")
+
+
+def test_what_says_whom_to_trust_is_not_everybodys_to_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path)
+    for mode, taken in ((0o644, True), (0o664, True), (0o666, False)):
+        path.chmod(mode)
+        if taken:
+            assert read_trusted(path, "peer certificate") == b"secret"
+        else:
+            with pytest.raises(ConfigError, match=rf"^peer certificate {path} can be changed .* chmod 644 {path}$"):
+                read_trusted(path, "peer certificate")
+    owned_by(OTHERS, 0o644, monkeypatch)
+    with pytest.raises(ConfigError, match=r"belongs to another user .* who may change what it says"):
+        read_trusted(path, "peer certificate")
 
 
 def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:

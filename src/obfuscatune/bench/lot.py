@@ -23,6 +23,7 @@ from obfuscatune.enclave.link import WorkerLink
 from obfuscatune.enclave.mixer import KroneckerMixer
 from obfuscatune.enclave.transforms.structured import StructuredTransform
 from obfuscatune.enclave.verify import Verifier
+from obfuscatune.wire.files import temporary_root
 from obfuscatune.wire.messages import MessageType
 from obfuscatune.wire.transcript import read_transcript
 
@@ -75,7 +76,7 @@ class LotBench:
         return measured
 
     def _measured(self, name: str, rows: int) -> LotRow:
-        with tempfile.TemporaryDirectory(prefix="obfuscatune-bench-") as folder:  # made with mode 0700
+        with tempfile.TemporaryDirectory(prefix="obfuscatune-bench-", dir=temporary_root()) as folder:
             listen = f"tcp:127.0.0.1:{free_port()}" if name == "tcp" else None
             with (
                 clocked_worker(1, listen, ("--record", folder)) as worker,

@@ -1,4 +1,4 @@
-"""Files that hold a key: read only where nobody else can have read them, written whole or not at all."""
+"""Files that hold a key, or say whose key to trust: read only where nobody else could, written whole or not at all."""
 
 import contextlib
 import errno
@@ -29,19 +29,39 @@ def read_secret(path: Path, what: str) -> bytes:
         ConfigError: others may read or write it, it is another user's, or no regular file.
         OSError: it cannot be read.
     """
+    content, found = _read(path, what, "who knows what it holds")
+    if found.st_mode & (_GROUP_OR_OTHERS if found.st_uid == os.geteuid() else _BEYOND_GROUP_READ):
+        mode = found.st_mode & 0o777
+        raise ConfigError(f"{what} {path} is open to others (mode {mode:04o}); run: chmod 600 {path}")
+    return content
+
+
+def read_trusted(path: Path, what: str) -> bytes:
+    """The contents of a file that is no secret, and says whom to trust: nobody else may have written it.
+
+    Args:
+        path, what: as for `read_secret`.
+
+    Raises:
+        ConfigError: everybody may write it, it is another user's, or no regular file.
+        OSError: it cannot be read.
+    """
+    content, found = _read(path, what, "who may change what it says")
+    if found.st_mode & stat.S_IWOTH:
+        raise ConfigError(f"{what} {path} can be changed by everybody; run: chmod 644 {path}")
+    return content
+
+
+def _read(path: Path, what: str, danger: str) -> tuple[bytes, os.stat_result]:
+    """A regular file of ours or root's, and what the system says of the very file that was read."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # at once, were it a pipe
     with os.fdopen(descriptor, "rb") as file:
-        found, user = os.fstat(descriptor), os.geteuid()
+        found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
-            raise ConfigError(f"{what} {path} is no regular file: name the file that holds the key")
-        if found.st_uid not in (user, _ROOT):
-            raise ConfigError(
-                f"{what} {path} belongs to another user (uid {found.st_uid}), who knows what it holds: use one of yours"
-            )
-        if found.st_mode & (_GROUP_OR_OTHERS if found.st_uid == user else _BEYOND_GROUP_READ):
-            mode = found.st_mode & 0o777
-            raise ConfigError(f"{what} {path} is open to others (mode {mode:04o}); run: chmod 600 {path}")
-        return file.read()
+            raise ConfigError(f"{what} {path} is no regular file")
+        if found.st_uid not in (os.geteuid(), _ROOT):
+            raise ConfigError(f"{what} {path} belongs to another user (uid {found.st_uid}), {danger}: use one of yours")
+        return file.read(), found
 
 
 def write_new(path: Path, content: bytes, mode: int = 0o600) -> None:

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from obfuscatune.wire.errors import ConfigError, UntrustedPeer
-from obfuscatune.wire.secret_files import read_secret
+from obfuscatune.wire.secret_files import read_secret, read_trusted
 
 VALID_DAYS = 3650
 """Of a certificate made here. What ends its use is that its pin is removed, not a date."""
@@ -56,7 +56,7 @@ class PinnedTls:
         """Raises ConfigError: a file is missing, unreadable, or not what it should be, or others can read the key."""
         try:
             read_secret(config.private_key, "private key")  # to check it: OpenSSL reads it by its name
-            pem = config.peers.read_bytes()
+            pem = read_trusted(config.peers, "peer certificate")
             peers = x509.load_pem_x509_certificates(pem)
             self._pins = frozenset(_pin(peer) for peer in peers)
             self._context = _context(config, pem.decode("ascii"), server=server)
