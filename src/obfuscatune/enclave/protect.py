@@ -115,7 +115,8 @@ def _directory_of(config: PretrainedConfig) -> Path | None:
 
 def width_of(model: nn.Module) -> int | None:
     """Of the residual stream, where the model's configuration tells."""
-    width = getattr(getattr(model, "config", None), "hidden_size", None)
+    config: Any = getattr(model, "config", None)
+    width = getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, "hidden_size", None)
     return width if isinstance(width, int) else None
 
 

@@ -39,9 +39,10 @@ class Encoded:
 
 
 def context_window(config: Any) -> int:
-    """The most tokens that a Hugging Face model takes at once."""
+    """The most tokens that a Hugging Face model takes at once; of a composite model, what its text model takes."""
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     for name in ("n_positions", "max_position_embeddings", "n_ctx"):
-        value = getattr(config, name, None)
+        value = getattr(text_config, name, None)
         if isinstance(value, int) and value > 0:
             return value
     return DEFAULT_WINDOW
