@@ -16,8 +16,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from obfuscatune import RootKey, protect
 from obfuscatune.enclave import kernels
+from obfuscatune.enclave.call import OffloadedCall
 from obfuscatune.enclave.keys import SecretStream
-from obfuscatune.enclave.linear import OffloadedCall, OffloadedProduct
+from obfuscatune.enclave.linear import OffloadedProduct
 from obfuscatune.enclave.link import LinkStats
 from obfuscatune.enclave.local import LocalWorker
 from obfuscatune.enclave.mixer import KroneckerMixer
