@@ -2,6 +2,7 @@
 #   make demo         fine-tune the embedded model protected and plain, side by side
 #   make test         lint and the default test suite (under 10 minutes on 2 cores)
 #   make test-long    the long tests too
+#   make test-trl   the tests of TRL's trainers, which is installed for them
 #   make test-lm-eval   the tests of the extra lm-eval, which is installed for them (480 MB)
 #   make reproduce-small   the paper's tables, scaled down (under 30 minutes on 2 cores); DATA=folder with the questions
 #   make reproduce-real    the same on SmolLM2-135M, which comes from the package registry (some hours on 2 cores)
@@ -13,7 +14,7 @@ DATA   ?= ../shared/data
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-long test-lm-eval lint reproduce-small reproduce-real benchmarks clean
+.PHONY: demo test test-long test-trl test-lm-eval lint reproduce-small reproduce-real benchmarks clean
 
 demo: $(READY)
 	$(BIN)/obfuscatune demo
@@ -23,6 +24,10 @@ test: lint
 
 test-long: lint
 	$(BIN)/python -m pytest -m "long or not long"
+
+test-trl: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[trl]"
+	$(BIN)/python -m pytest tests/extras
 
 test-lm-eval: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[lm-eval]"

@@ -153,12 +153,14 @@ def test_trainer_without_an_adapter_is_refused_before_a_step(
             model.save_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize(("unfrozen", "warning"), [(False, "nothing of it is trainable"), (True, "refuse to save")])
-def test_a_loop_of_ones_own_is_warned_once(worker: LocalWorker, unfrozen: bool, warning: str) -> None:
+def test_training_that_comes_to_nothing_is_warned_of_once(worker: LocalWorker) -> None:
     inputs = batch((9, 4), 97).inputs()
     with protected(LLAMA.build(torch.float32), worker) as model:
-        model.train().requires_grad_(unfrozen)
-        with pytest.warns(UserWarning, match=warning):
+        with pytest.warns(UserWarning, match="nothing of this protected model is trainable"):
+            assert model.train() is model
+        assert model.train().training and not model.eval().training
+        model.train().requires_grad_()
+        with pytest.warns(UserWarning, match="refuse to save"):
             model(**inputs)
         model(**inputs)
 

@@ -42,7 +42,7 @@ class TrainingWatch:
         model = self._model()
         if model is not None and layer.training and torch.is_grad_enabled() and not self._has_looked:
             self._has_looked = True
-            _warn_of_lost_training(model, x)
+            _warn_of_lost_training(model)
         self._protection.notice_step()
 
     def _fingerprint(self) -> int:
@@ -58,7 +58,7 @@ def has_adapter(model: nn.Module) -> bool:
     return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
-def _warn_of_lost_training(model: nn.Module, x: Tensor) -> None:
+def _warn_of_lost_training(model: nn.Module) -> None:
     if not isinstance(model, PreTrainedModel) or has_adapter(model):
         return
     if any(parameter.requires_grad for parameter in model.parameters()):
@@ -66,12 +66,6 @@ def _warn_of_lost_training(model: nn.Module, x: Tensor) -> None:
             "parameters of a protected model are trained, and no adapter was added: save_pretrained will refuse to "
             "save them. Wrap the model with peft.get_peft_model (modules_to_save for whole layers, bias='all' for "
             "biases), or save these parameters yourself",
-            stacklevel=2,
-        )
-    elif not x.requires_grad:
-        warnings.warn(
-            "this protected model is in training mode and nothing of it is trainable: its base weights are frozen. "
-            "Add an adapter with peft.get_peft_model or model.add_adapter, or call model.eval()",
             stacklevel=2,
         )
 
@@ -82,6 +76,7 @@ def answer_for(model: PreTrainedModel) -> None:
     Set on this one model, which they hold weakly.
     """
     own: Any = weakref.proxy(model)
+    own_ref = weakref.ref(model)
     kind = type(model)
 
     def save_pretrained(*args: Any, **kwargs: Any) -> None:
@@ -105,7 +100,22 @@ def answer_for(model: PreTrainedModel) -> None:
             )
         kind.zero_grad(own, set_to_none)
 
-    model.save_pretrained, model.num_parameters, model.zero_grad = save_pretrained, num_parameters, zero_grad
+    has_warned = False
+
+    def train(mode: bool = True) -> PreTrainedModel:
+        nonlocal has_warned
+        if mode and not has_warned and not any(parameter.requires_grad for parameter in own.parameters()):
+            has_warned = True
+            warnings.warn(
+                "nothing of this protected model is trainable: its base weights are frozen, and it has no adapter. "
+                "Add one with peft.get_peft_model or model.add_adapter",
+                stacklevel=2,
+            )
+        kind.train(own, mode)
+        return own_ref()
+
+    model.save_pretrained, model.num_parameters = save_pretrained, num_parameters
+    model.zero_grad, model.train = zero_grad, train
 
 
 class RekeyCallback(TrainerCallback):  # type: ignore[misc]  # transformers leaves it untyped here

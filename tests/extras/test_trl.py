@@ -1,0 +1,77 @@
+"""TRL's trainers with their default arguments (bf16, gradient checkpointing) on a protected model, beside plain.
+
+Installed by the extra `trl`; `make test-trl` runs this.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import obfuscatune
+from obfuscatune.enclave.local import LocalWorker
+
+pytestmark = [
+    pytest.mark.skipif(find_spec("trl") is None, reason="the extra trl is not installed"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*pin_memory.*"),
+]
+
+ROUNDING = 0.02  # of a loss: bfloat16 rounds each layer's output by 0.4 %, and the two runs round differently
+STORIES = [
+    f"Once upon a time, there was a girl named {name}. She liked to play" for name in ("Lily", "Mia", "Ann", "Eve")
+]
+PAIRS = [{"prompt": story, "chosen": " in the park.", "rejected": " xylophone of."} for story in STORIES]
+
+
+def lora() -> LoraConfig:
+    return LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def losses(kind: str, model: Any, source: Path, directory: Path, wrapped: bool) -> list[float]:
+    """What the trainer logs in three steps, everything but output and pace left at its default."""
+    import trl
+    from datasets import Dataset
+
+    examples = [{"text": story} for story in STORIES] if kind == "SFT" else PAIRS
+    pace = {"max_steps": 3, "logging_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-3}
+    quiet = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "dataloader_pin_memory": False}
+    args = getattr(trl, f"{kind}Config")(str(directory), **pace, **quiet)
+    assert args.bf16 and args.gradient_checkpointing
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        if wrapped:
+            model = get_peft_model(model, lora())
+        trainer = getattr(trl, f"{kind}Trainer")(
+            model=model,
+            args=args,
+            train_dataset=Dataset.from_list(examples),
+            processing_class=tokenizer,
+            peft_config=None if wrapped else lora(),
+        )
+        trainer.train()
+    assert (directory / "checkpoint-3" / "adapter_model.safetensors").is_file()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["peft_config", "PeftModel"])
+@pytest.mark.parametrize("kind", ["SFT", "DPO"])
+def test_losses_are_those_of_plain(
+    worker: LocalWorker, stories260k: Path, tmp_path: Path, kind: str, wrapped: bool
+) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(stories260k)
+    expected = losses(kind, plain, stories260k, tmp_path / "plain", wrapped)
+    model = obfuscatune.load(stories260k, worker.address)
+    try:
+        found = losses(kind, model, stories260k, tmp_path / "protected", wrapped)
+    finally:
+        model.protection.close()
+    assert len(expected) == 3
+    assert found == pytest.approx(expected, abs=ROUNDING)
