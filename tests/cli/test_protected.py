@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from obfuscatune.cli.session import Protection, open_files, open_session
@@ -302,3 +302,20 @@ def test_the_embedded_model_learns_facts_by_heart(obfuscatune, worker, notes, tm
     values = [found.document["runs"][0]["metrics"]["exact_match"]["value"] for found in (before, after)]
     assert values[0] == 0
     assert values[1] > 0.9
+
+
+def test_what_does_not_fit_is_refused_before_a_worker_is_started(obfuscatune, stories260k, notes, tmp_path):
+    shallow = ("--model", stories260k, "--lora-targets", "q_proj,up")
+    ran = obfuscatune("finetune", *shallow, "--data", notes, "--out", tmp_path / "run")
+    assert ran.code == 2
+    assert ran.stderr.splitlines()[-1].startswith("error: --lora-targets: the model has no layer up; the linear")
+    assert "worker" not in ran.stderr
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_file({"base_model.model.x.lora_A.weight": torch.zeros(2, 2)}, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    ran = obfuscatune("generate", "--model", stories260k, "--adapter", adapter, "--prompt", "Hi")
+    assert ran.code == 1
+    assert "adapter_model.safetensors: does not fit the model: base_model.model." in ran.stderr
+    assert "worker" not in ran.stderr

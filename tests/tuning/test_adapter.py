@@ -7,9 +7,18 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import save
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from obfuscatune.tuning.adapter import CONFIG, WEIGHTS, adapter_files, add_lora, load_adapter, set_adapter_weights
+from obfuscatune.tuning.adapter import (
+    CONFIG,
+    WEIGHTS,
+    adapter_files,
+    add_lora,
+    check_adapter,
+    check_lora,
+    load_adapter,
+    set_adapter_weights,
+)
 from obfuscatune.wire.errors import ConfigError, ModelFileError
 
 IDS = torch.arange(12).view(2, 6)
@@ -88,8 +97,52 @@ def test_only_the_factors_are_trained(model):
 
 
 def test_targets_that_are_not_there_are_refused(model):
-    with pytest.raises(ConfigError, match="LoRA cannot be put on this model: Target modules"):
+    with pytest.raises(ConfigError, match="--lora-targets: the model has no layer q_proj; did you mean c_proj"):
         with_lora(model, targets=("q_proj",))
+    with pytest.raises(ConfigError, match="LoRA cannot be put on this model: Target module LayerNorm"):
+        with_lora(model, targets=("ln_1",))
+
+
+def test_a_misspelt_name_among_the_targets_is_refused(model):
+    with pytest.raises(ConfigError, match="the model has no layer c_atn; did you mean c_attn"):
+        with_lora(model, targets=("c_proj", "c_atn"))
+    with pytest.raises(ConfigError, match="the model has no layer up; the linear layers are c_attn, c_fc, c_proj"):
+        with_lora(model, targets=("c_proj", "up"))
+    with_lora(model, targets=("c_proj", "transformer.h.1.mlp.c_fc"))
+
+
+def empty(model):
+    return copy.deepcopy(model).to("meta")
+
+
+def test_targets_are_checked_without_weights(model):
+    check_lora(empty(model), "all-linear")
+    check_lora(empty(model), ("c_fc",))
+    with pytest.raises(ConfigError, match="did you mean c_attn"):
+        check_lora(empty(model), ("c_proj", "c_atn"))
+    with pytest.raises(ConfigError, match="LoRA cannot be put on this model"):
+        check_lora(empty(model), ("ln_1",))
+
+
+def test_an_adapter_is_checked_without_weights(model, adapter_dir):
+    check_adapter(empty(model), adapter_dir, weights_at_hand=False)
+    wider = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=2, n_positions=64, vocab_size=257))
+    with pytest.raises(ModelFileError, match=r"should have shape \[4, 32\], and has \[4, 16\]"):
+        check_adapter(empty(wider), adapter_dir, weights_at_hand=False)
+    shallower = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, n_positions=64, vocab_size=257))
+    with pytest.raises(ModelFileError, match=r"does not fit the model: .*\.h\.1\..* should have shape none"):
+        check_adapter(empty(shallower), adapter_dir, weights_at_hand=False)
+    (adapter_dir / WEIGHTS).write_bytes((adapter_dir / WEIGHTS).read_bytes()[:-1])
+    with pytest.raises(ModelFileError, match="not a whole safetensors file"):
+        check_adapter(empty(model), adapter_dir, weights_at_hand=False)
+
+
+@pytest.mark.parametrize("need", [{"use_dora": True}, {"target_parameters": ["experts.gate_up_proj"]}])
+def test_an_adapter_that_needs_the_weights_is_refused_where_they_are_not(model, adapter_dir, need):
+    config = json.loads((adapter_dir / CONFIG).read_text())
+    (adapter_dir / CONFIG).write_text(json.dumps(config | need))
+    with pytest.raises(ModelFileError, match=f"{next(iter(need))}: such an adapter needs the weights themselves"):
+        check_adapter(empty(model), adapter_dir, weights_at_hand=False)
 
 
 def test_peft_itself_reads_the_files(model, adapter_dir):

@@ -10,7 +10,7 @@ import typer
 
 from obfuscatune.cli import options, output
 from obfuscatune.cli.options import ENVIRONMENT, option, said_by_environment, with_known_names
-from obfuscatune.cli.session import Protection, open_files, open_session
+from obfuscatune.cli.session import Protection, empty_model, open_files, open_session
 from obfuscatune.cli.stop_signals import StopSignals, Terminated
 from obfuscatune.wire.errors import RunStopped
 
@@ -199,6 +199,7 @@ def _recipe(config: Path | None, options: Mapping[str, object]) -> "Recipe":
 
 
 def _run(recipe: "Recipe", protection: Protection | None, *, resume: bool, dry: bool, as_json: bool) -> None:
+    from obfuscatune.tuning.adapter import check_lora
     from obfuscatune.tuning.identity import model_fingerprint
     from obfuscatune.tuning.run import check_out, load_data, summary
     from obfuscatune.tuning.run import finetune as run_recipe
@@ -209,6 +210,7 @@ def _run(recipe: "Recipe", protection: Protection | None, *, resume: bool, dry: 
             data = load_data(recipe, files.tokenizer, files.config)
             fingerprint = model_fingerprint(files.directory)
             check_out(recipe, data, fingerprint=fingerprint, resume_run=resume)
+            check_lora(empty_model(files), recipe.lora_targets)
         for dataset in (data.train, data.eval):
             if dataset is not None:
                 output.notice(dataset.read_as)

@@ -58,8 +58,10 @@ class Protection:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model's directory, its tokenizer and its configuration: enough to check a command's data against."""
+    """A model's name, its directory, its tokenizer and its configuration: enough to check a command's data against."""
 
+    name: str
+    """As the user gave it: a directory, or a Hub name."""
     directory: Path
     tokenizer: "PreTrainedTokenizerBase"
     config: Any
@@ -97,7 +99,20 @@ def open_files(model: str | None) -> ModelFiles:
             tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         except Exception as error:  # transformers and tokenizers raise what they like, Exception itself too
             raise ModelFileError(f"{directory} has no tokenizer that can be used: {error}") from error
-    return ModelFiles(directory, tokenizer, config)
+    return ModelFiles(str(model if model is not None else directory), directory, tokenizer, config)
+
+
+def empty_model(files: ModelFiles) -> "PreTrainedModel":
+    """The model with all its layers and no weights, to check an adapter or its targets against before any is read.
+
+    Raises:
+        ModelFileError: no causal language model can be made of the configuration.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from obfuscatune.enclave.load import empty_model as make
+
+    return make(files.config, AutoModelForCausalLM, None)
 
 
 @contextmanager
@@ -117,6 +132,8 @@ def open_session(
         WireError: the worker cannot be reached or refuses.
     """
     torch_dtype = _dtype(dtype)
+    if adapter is not None:
+        _check_adapter(files, adapter, protection)
     with ExitStack() as stack:
         if protection is None:
             output.warn_plain()
@@ -126,6 +143,7 @@ def open_session(
                 model = load_plain(files.directory, files.config, torch_dtype)
         else:
             model = stack.enter_context(_protected(files, torch_dtype, protection))
+        model.name_or_path = files.name
         if adapter is not None:
             from obfuscatune.tuning.adapter import load_adapter
 
@@ -133,6 +151,14 @@ def open_session(
             if protection is not None and model.protection.lora_on_worker:
                 model.protection.move_adapter(model)
         yield Session(model, protection is not None)
+
+
+def _check_adapter(files: ModelFiles, adapter: Path, protection: Protection | None) -> None:
+    from obfuscatune.tuning.adapter import check_adapter
+
+    with output.progress("checking the adapter"):
+        weights_at_hand = protection is None or not _profile(protection).offload
+        check_adapter(empty_model(files), adapter, weights_at_hand=weights_at_hand)
 
 
 @contextmanager

@@ -121,6 +121,7 @@ def load(
                     progress(done, len(groups), group.name)
     if generation is not None:
         skeleton.generation_config = generation
+    skeleton.name_or_path = str(model)  # as from_pretrained has it: adapters name their base so, not a cache's folder
     adopt(skeleton, protection)
     return skeleton.eval()
 

@@ -28,6 +28,7 @@ from obfuscatune.enclave.protection import Protection, place
 from obfuscatune.enclave.published import Base, warn_of_public_base
 from obfuscatune.enclave.sites import find_groups, refuse_absent_weights
 from obfuscatune.enclave.spool import Spool
+from obfuscatune.enclave.targets import watch_targets
 from obfuscatune.enclave.training import TrainingWatch, answer_for, has_adapter
 from obfuscatune.wire.errors import ConfigError, ProtectionError
 from obfuscatune.wire.tls import TlsConfig
@@ -175,6 +176,7 @@ def adopt(model: nn.Module, protection: Protection) -> None:
         model.requires_grad_(False)
     if isinstance(base, PreTrainedModel):
         answer_for(base)
+    watch_targets(base)
     if protection.link is not None:
         watch = TrainingWatch(base, protection)
         first = next((module for module in base.modules() if isinstance(module, ProtectedLayer)), None)

@@ -5,11 +5,12 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 _LARGEST_CONFIG_BYTES = 2**20
+Targets = Literal["all-linear"] | tuple[str, ...]
+"""Which layers get LoRA factors: all linear ones but the head, or those of these names."""
 
 
 def add_lora(
@@ -30,7 +33,7 @@ def add_lora(
     r: int,
     alpha: float,
     dropout: float,
-    targets: Literal["all-linear"] | tuple[str, ...],
+    targets: Targets,
     seed: int,
 ) -> "PeftModel":
     """Wrap a model, protected or plain, in PEFT with fresh factors: A uniform as PEFT draws it, B zero.
@@ -39,23 +42,67 @@ def add_lora(
     whatever else has drawn random numbers, and whatever order the layers were made in.
 
     Raises:
-        ConfigError: the targets name no layer that can take LoRA.
+        ConfigError: a target names no layer, or one that cannot take LoRA.
     """
-    from peft import LoraConfig
-
-    config = LoraConfig(
-        r=r,
-        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
-        lora_dropout=dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-    peft_model = _wrap(model, config)
+    check_targets(model, targets)
+    peft_model = _wrap(model, _lora_config(r, alpha, dropout, targets))
     for name, parameter in peft_model.named_parameters():
         if ".lora_A." in name:
             _draw(parameter, f"{seed}/{name}")
     return peft_model
+
+
+def check_lora(skeleton: "PreTrainedModel", targets: Targets) -> None:
+    """See that `add_lora` will find its targets, on a model that has all its layers and no weights.
+
+    Raises:
+        ConfigError: as `add_lora`.
+    """
+    check_targets(skeleton, targets)
+    _wrap(skeleton, _lora_config(1, 1.0, 0.0, targets), low_cpu_mem_usage=True)
+
+
+def check_targets(model: torch.nn.Module, targets: Targets) -> None:
+    """See that every target names a layer: PEFT passes over those that name none, if one of them does.
+
+    Raises:
+        ConfigError: one names none.
+    """
+    if isinstance(targets, str):
+        return
+    paths = [path for path, _ in model.named_modules()]
+    for target in targets:
+        if not any(path == target or path.endswith(f".{target}") for path in paths):
+            linear = {path.rpartition(".")[2] for path, module in model.named_modules() if _is_linear(module)}
+            near = get_close_matches(target, linear, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"the linear layers are {', '.join(sorted(linear))}"
+            raise ConfigError(f"--lora-targets: the model has no layer {target}; {hint}")
+
+
+def check_adapter(skeleton: "PreTrainedModel", directory: Path, *, weights_at_hand: bool) -> None:
+    """See that an adapter fits, on a model that has all its layers and no weights.
+
+    Args:
+        weights_at_hand: Whether the model will have its weights in this process.
+
+    Raises:
+        ModelFileError: as `load_adapter`; an adapter that needs the weights, where they are not at hand.
+    """
+    config = _read_config(directory)
+    needs = [name for name in ("use_dora", "target_parameters") if getattr(config, name, None)]
+    if needs and not weights_at_hand:
+        raise ModelFileError(
+            f"{directory / CONFIG}: {needs[0]}: such an adapter needs the weights themselves, and a protected model "
+            "has them on the worker; use LoRA or rsLoRA on target_modules, or --plain"
+        )
+    wrapped = _wrap_as_saved(skeleton, config, directory, low_cpu_mem_usage=True)
+    weights = directory / WEIGHTS
+    try:
+        with safe_open(weights, "pt") as file:
+            found = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ModelFileError(f"{weights}: not a whole safetensors file: {error}") from error
+    _check_shapes(wrapped, found, where=str(weights))
 
 
 def load_adapter(model: "PreTrainedModel", directory: Path) -> "PeftModel":
@@ -64,6 +111,13 @@ def load_adapter(model: "PreTrainedModel", directory: Path) -> "PeftModel":
     Raises:
         ModelFileError: the directory holds no adapter in safetensors, or one for another model.
     """
+    peft_model = _wrap_as_saved(model, _read_config(directory), directory)
+    weights = directory / WEIGHTS
+    set_adapter_weights(peft_model, weights.read_bytes(), where=str(weights))
+    return peft_model.eval()
+
+
+def _read_config(directory: Path) -> Any:
     from peft import LoraConfig, PeftConfig
 
     weights, config_file = directory / WEIGHTS, directory / CONFIG
@@ -78,12 +132,14 @@ def load_adapter(model: "PreTrainedModel", directory: Path) -> "PeftModel":
         raise ModelFileError(f"{config_file}: not an adapter's configuration: {error}") from error
     if not isinstance(config, LoraConfig):
         raise ModelFileError(f"{config_file}: expected a LoRA adapter, found {config.peft_type}")
+    return config
+
+
+def _wrap_as_saved(model: "PreTrainedModel", config: Any, directory: Path, **how: bool) -> "PeftModel":
     try:
-        peft_model = _wrap(model, config)
+        return _wrap(model, config, **how)
     except ConfigError as error:
         raise ModelFileError(f"{directory}: this adapter does not fit the model: {error}") from error
-    set_adapter_weights(peft_model, weights.read_bytes(), where=str(weights))
-    return peft_model.eval()
 
 
 def adapter_files(peft_model: "PeftModel") -> dict[str, bytes]:
@@ -107,29 +163,47 @@ def set_adapter_weights(peft_model: "PeftModel", weights: bytes, *, where: str) 
     Raises:
         ModelFileError: not safetensors, or not this model's factors by name and shape.
     """
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import set_peft_model_state_dict
 
     try:
         state = load_tensors(weights)
     except SafetensorError as error:
         raise ModelFileError(f"{where}: not a whole safetensors file: {error}") from error
+    _check_shapes(peft_model, _shapes(state), where=where)
+    set_peft_model_state_dict(peft_model, state)
+
+
+def _check_shapes(peft_model: "PeftModel", found: Mapping[str, list[int]], *, where: str) -> None:
+    from peft import get_peft_model_state_dict
+
     shapes = _shapes(get_peft_model_state_dict(peft_model, save_embedding_layers=False))
-    found = _shapes(state)
     if found != shapes:
-        name = min(name for name in shapes | found if shapes.get(name) != found.get(name))
+        name = min(name for name in {*shapes, *found} if shapes.get(name) != found.get(name))
         raise ModelFileError(
             f"{where}: does not fit the model: {name} should have shape {shapes.get(name, 'none')}, "
             f"and has {found.get(name, 'none')}"
         )
-    set_peft_model_state_dict(peft_model, state)
 
 
-def _wrap(model: "PreTrainedModel", config: Any) -> "PeftModel":
+def _lora_config(r: int, alpha: float, dropout: float, targets: Targets) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=r,
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
+        lora_dropout=dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def _wrap(model: "PreTrainedModel", config: Any, **how: bool) -> "PeftModel":
     from peft import get_peft_model
 
     with torch.random.fork_rng(devices=[]), without_peft_warnings():
         try:
-            return get_peft_model(model, config)
+            return get_peft_model(model, config, **how)
         except ValueError as error:
             raise ConfigError(f"LoRA cannot be put on this model: {error}") from error
 
@@ -153,6 +227,12 @@ def _draw(parameter: torch.nn.Parameter, label: str) -> None:
     bound = parameter.shape[1] ** -0.5
     with torch.no_grad():
         parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, torch.nn.Linear | Conv1D)
 
 
 def _shapes(state: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:
