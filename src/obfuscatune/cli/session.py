@@ -157,7 +157,7 @@ def _check_adapter(files: ModelFiles, adapter: Path, protection: Protection | No
     from obfuscatune.tuning.adapter import check_adapter
 
     with output.progress("checking the adapter"):
-        weights_at_hand = protection is None or not _profile(protection).offload
+        weights_at_hand = protection is None or not resolved_profile(protection).offload
         check_adapter(empty_model(files), adapter, weights_at_hand=weights_at_hand)
 
 
