@@ -110,7 +110,7 @@ def empty_model(files: ModelFiles) -> "PreTrainedModel":
     """
     from transformers import AutoModelForCausalLM
 
-    from obfuscatune.enclave.load import empty_model as make
+    from obfuscatune.enclave.skeleton import empty_model as make
 
     return make(files.config, AutoModelForCausalLM, None)
 
