@@ -125,10 +125,13 @@ def _scenario(model: str | None, data: Path | None, folder: Path) -> "Scenario":
     import torch
 
     from obfuscatune.audit.scenario import make_scenario, read_text
+    from obfuscatune.enclave.experts import has_experts
     from obfuscatune.tuning.plain import load_plain
 
     with output.progress("tuning the secret model"):
         base = load_plain(files.directory, files.config, torch.float32)
+        if has_experts(base):
+            raise ConfigError(f"{files.directory}: no attack knows a mixture of experts yet; audit a dense model")
         return make_scenario(files.directory.name, base, files.tokenizer, read_text(data), folder)
 
 

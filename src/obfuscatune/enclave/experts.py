@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from obfuscatune.enclave.call import outside_autocast
 from obfuscatune.enclave.modules import AbsentWeight, SharedCrossing, no_elements, refuse_weight
+from obfuscatune.enclave.sites import experts_matrices
 from obfuscatune.wire.errors import ProtectionError
 
 AT_ONCE = 32
@@ -90,6 +91,11 @@ class ProtectedExperts(nn.Module):
 
     def __deepcopy__(self, memo: object) -> NoReturn:
         raise ProtectionError("protected experts cannot be copied: they hold a connection to the worker")
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Whether a plain model has experts that would go to a worker one by one."""
+    return any(experts_matrices(module) for module in model.modules())
 
 
 def protected(plain: nn.Module, names: tuple[str, ...]) -> ProtectedExperts:
