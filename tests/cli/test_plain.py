@@ -170,6 +170,14 @@ def test_a_prompt_with_a_token_outside_the_embedding_is_one_line(obfuscatune, st
     message = "<new>' has number 512, and the model's embedding has rows 0 to 511 alone"
     assert message in ran.stderr
     assert "worker" not in ran.stderr, "none is started for it"
+    questions = tmp_path / "questions.jsonl"
+    lines = ({"prompt": "Hi", "completion": " you"}, {"prompt": "Hi <new>", "completion": " you"})
+    questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ran = obfuscatune("evaluate", "--model", model, "--data", questions)
+    assert ran.code == 1
+    assert f"{questions}: record 2: the token" in ran.stderr
+    assert message in ran.stderr
+    assert "worker" not in ran.stderr
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hi <new>\n"))
     ran = obfuscatune("chat", "--plain", "--model", model)
     assert ran.code == 1

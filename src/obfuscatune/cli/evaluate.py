@@ -61,6 +61,7 @@ def evaluate(
     ask = _load_questions(task, data_dir, data, limit, batch_size)
     protection = Protection(worker, profile, first_blocks, key_file, tls_cert, tls_key, peer, base).unless(plain)
     files = open_files(model)
+    ask.check(files)
     results = []
     for chosen in [protection, None] if compare_plain else [protection]:
         with open_session(files, dtype=dtype, protection=chosen, adapter=adapter) as session:
@@ -74,10 +75,14 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Questions:
-    """Questions, and how to ask a model all of them; `units` counts what `advance` is called with."""
+    """Questions, and how to ask a model all of them; `units` counts what `advance` is called with.
+
+    `check` raises a DataError, before a model is read, where a question does not fit it.
+    """
 
     units: int
     ask: "Callable[[Session, ModelFiles, Callable[[int], None]], Sequence[Metric]]"
+    check: Callable[[ModelFiles], None]
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,15 @@ def _load_questions(
                 session.model, files.tokenizer, find_task(task), questions, batch_size=batch_size, advance=advance
             )
 
-        return _Questions(sum(len(question.choices) for question in questions), ask_task)
+        def check_task(files: ModelFiles) -> None:
+            from obfuscatune.tuning.tokens import check_ids, embedding_rows, encode_open
+
+            rows = embedding_rows(files.config)
+            for question in questions:
+                for text in (question.prompt, *question.choices):
+                    check_ids(files.tokenizer, encode_open(files.tokenizer, text), rows)
+
+        return _Questions(sum(len(question.choices) for question in questions), ask_task, check_task)
     if data is not None and task is None and data_dir is None:
         from obfuscatune.evaluation.questions import load_completions
 
@@ -117,7 +130,12 @@ def _load_questions(
             )
             return (metric,)
 
-        return _Questions(len(completions), ask_own)
+        def check_own(files: ModelFiles) -> None:
+            from obfuscatune.evaluation.questions import check_completions
+
+            check_completions(data, completions, files.tokenizer, files.config)
+
+        return _Questions(len(completions), ask_own, check_own)
     raise ConfigError("give --task with --data-dir, or --data alone")
 
 

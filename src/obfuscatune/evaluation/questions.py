@@ -3,14 +3,22 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from obfuscatune.evaluation.results import Metric, Verdict
 from obfuscatune.tuning.data import Source
 from obfuscatune.tuning.records import Completion
-from obfuscatune.tuning.tokens import context_window, encode_pair, encode_prompt, end_id, stop_ids
+from obfuscatune.tuning.tokens import (
+    check_ids,
+    context_window,
+    embedding_rows,
+    encode_pair,
+    encode_prompt,
+    end_id,
+    stop_ids,
+)
 from obfuscatune.wire.errors import DataError
 
 if TYPE_CHECKING:
@@ -47,6 +55,36 @@ def load_completions(
         if len(found) == limit:
             break
     return found
+
+
+def check_completions(
+    path: Path,
+    completions: Sequence[Completion],
+    tokenizer: "PreTrainedTokenizerBase",
+    config: Any,
+) -> None:
+    """See, before a model is read, that every prompt and its answer fit it.
+
+    Args:
+        path: The file that they are from, for messages.
+        config: The model's.
+
+    Raises:
+        DataError: a token for which the model has no embedding, or more of them than its window holds.
+    """
+    window, rows = context_window(config), embedding_rows(config)
+    pairs = [encode_pair(tokenizer, one.prompt, one.completion) for one in completions]
+    longest = max(len(answer) for _, answer in pairs) + _SPARE_TOKENS
+    for number, (context, answer) in enumerate(pairs, start=1):
+        try:
+            check_ids(tokenizer, [*context, *answer], rows)
+        except DataError as error:
+            raise DataError(f"{path}: record {number}: {error}") from error
+        if len(context) + longest > window:
+            raise DataError(
+                f"{path}: record {number}: a prompt of {len(context)} tokens leaves no room for an answer of {longest} "
+                f"in the model's window of {window}"
+            )
 
 
 def evaluate_completions(
