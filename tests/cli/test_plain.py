@@ -52,6 +52,17 @@ def test_finetune_tells_people(obfuscatune, stories260k, notes, tmp_path):
     assert "12 examples" in ran.stderr
 
 
+def test_finetune_says_that_it_stopped_early_and_which_adapter_it_made(obfuscatune, stories260k, notes, tmp_path):
+    ran = obfuscatune(
+        *("finetune", "--plain", "--model", stories260k, "--data", notes, "--eval", notes, "--out", tmp_path / "run"),
+        *("--max-steps", 50, "--lr", 90, "--warmup-steps", 1, "--eval-every", 1, "--patience", 1, "--load-best"),
+    )
+    assert ran.code == 0, ran.stderr
+    assert "2 steps in " in ran.stdout, "the first is taken at a rate of 0, and the second ruins the model"
+    assert "stopped early: no smaller loss on the eval records than " in ran.stdout
+    assert "the adapter is that of step 1" in ran.stdout
+
+
 def test_the_adapter_goes_into_peft(tuned, stories260k):
     out, _ = tuned
     model = AutoModelForCausalLM.from_pretrained(stories260k)

@@ -314,6 +314,9 @@ def _tell(outcome: "Outcome", link: Mapping[str, int | float] | None) -> None:
     if outcome.progress.evals:
         (_, first), (_, last) = outcome.progress.evals[0], outcome.progress.evals[-1]
         output.write_text(f"loss on the eval records {first:.4f} -> {last:.4f}")
+    if outcome.stopped_early and outcome.progress.best is not None:
+        step, loss = outcome.progress.best
+        output.write_text(f"stopped early: no smaller loss on the eval records than {loss:.4f}, after step {step}")
     if outcome.best_step is not None:
         output.write_text(f"the adapter is that of step {outcome.best_step}")
     if link is not None:

@@ -38,13 +38,15 @@ if TYPE_CHECKING:
 class Outcome:
     """A complete run. `model` is the wrapped model, ready to answer; `adapter` its directory.
 
-    `best_step` is the step whose factors both have, where these are not the last one's.
+    `best_step` is the step whose factors both have, where these are not the last one's; `stopped_early` says whether
+    patience ended the run before its last step.
     """
 
     model: "PeftModel"
     progress: Progress
     adapter: Path
     best_step: int | None = None
+    stopped_early: bool = False
 
 
 def load_data(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", config: Any) -> Data:
@@ -207,10 +209,11 @@ def finetune(
             journal.stepped(next(steps))
             complete = settle()
 
+        stopped_early = journal.progress.step < cadence.total_steps
         best_step = load_best(directory, peft_model, journal.progress) if recipe.load_best else None
         directory.write_directory("adapter", adapter_files(peft_model))
         directory.write_file("run.json", json.dumps(summary(journal.progress), indent=2).encode() + b"\n")
-    return Outcome(peft_model.eval(), journal.progress, recipe.out / "adapter", best_step)
+    return Outcome(peft_model.eval(), journal.progress, recipe.out / "adapter", best_step, stopped_early)
 
 
 def summary(progress: Progress) -> dict[str, object]:
