@@ -351,8 +351,9 @@ def models(request: pytest.FixtureRequest, worker: LocalWorker) -> Iterator[Any]
     made: list[Any] = []
 
     def make(dtype: torch.dtype) -> tuple[Any, Any]:
-        plain = small(request.param).to(dtype)
+        plain = small(request.param).to(dtype).eval()
         made.append(protect(copy.deepcopy(plain), worker.address, first_blocks=0, verify=1.0))
+        made[-1].requires_grad_()  # what is left in the enclave, to see its gradients
         return plain, made[-1]
 
     yield make

@@ -21,7 +21,7 @@ from obfuscatune.enclave.mixing import (
     Mixing,
     NoMixing,
 )
-from obfuscatune.enclave.orthogonal import covering_grid, haar
+from obfuscatune.enclave.orthogonal import covering_grid, haar, haar_from
 
 
 class Mixer(Protocol):
@@ -56,9 +56,9 @@ class KroneckerMixer:
         m = rows + self._shield_rows
         if self._full_rank or m > DENSE_BELOW:
             return None
-        A, stack = haar(self._stream, m).to(dtype), torch.empty(m, width, dtype=dtype)
-        shield = self._stream.normal(m - rows, width, dtype=dtype)
-        torch.mul(shield, self._shield_size, out=stack[rows:])
+        drawn = self._stream.normal(m * m + (m - rows) * width, dtype=dtype)  # at once: most of it is calls
+        A, stack = haar_from(drawn[: m * m].view(m, m).double()).to(dtype), torch.empty(m, width, dtype=dtype)
+        torch.mul(drawn[m * m :].view(m - rows, width), self._shield_size, out=stack[rows:])
         return FewMixing(MixingOfFew(A, A.T.contiguous(), stack), self._shield_size)
 
     def draw(self, rows: int, width: int) -> Mixing:

@@ -37,7 +37,7 @@ class Profile:
         transform: kind of R_in and R_out: structured, haar, gaussian, conditioned(KAPPA), identity.
         mixing: whether rows are mixed afresh at each crossing.
         shield_rows: random rows mixed in at each crossing, at least; ignored without mixing.
-        shield_scale: size of the shield rows over that of the rows they are mixed with; costs precision in proportion.
+        shield_scale: size of the shield rows over that of the scaled rows beside them; costs precision in proportion.
             Louder rows hide nothing more: they are the largest singular directions of a call and can be taken away.
         full_rank: whether a crossing has at least as many rows as they have elements. Costs much where few tokens
             cross: a decoding step then carries hundreds of rows.

@@ -48,16 +48,21 @@ class RowScales:
         x = x.detach()
         wide = torch.promote_types(x.dtype, torch.float32)
         norms = torch.linalg.vector_norm(x, dim=1, dtype=wide)
-        sizes = norms.cpu().numpy().astype(np.float64) / math.sqrt(x.shape[1])
+        sizes = norms.double().cpu().numpy() / math.sqrt(x.shape[1])
         doubtful = ~((sizes > 1 / _SQUARES[wide]) & (sizes < _SQUARES[wide]))
-        if doubtful.any():
+        is_ordinary = not doubtful.any()
+        if not is_ordinary:
             sizes[doubtful] = _sizes_by_peaks(x[torch.from_numpy(doubtful).to(x.device)].to(wide))
         mantissas, exponents = np.frexp(sizes)
-        limit = LARGEST_EXPONENT[wide]
-        exponents = np.clip(exponents - (mantissas == 0.5), -limit, limit)
-        powers = np.ldexp([np.ones(len(sizes)), sizes != 0], [-exponents, exponents])
-        down, up = torch.from_numpy(powers).to(x.device, wide).unsqueeze(-1)
-        return cls(down, up, float(np.square(np.ldexp(sizes, -exponents)).mean()))
+        exponents -= mantissas == 0.5
+        if not is_ordinary:
+            np.clip(exponents, -LARGEST_EXPONENT[wide], LARGEST_EXPONENT[wide], out=exponents)
+        down, up = np.ldexp(1.0, -exponents), np.ldexp(1.0, exponents)
+        if not is_ordinary:
+            up[sizes == 0] = 0
+        scaled = sizes * down
+        column_down, column_up = (torch.from_numpy(powers).to(x.device, wide).unsqueeze(-1) for powers in (down, up))
+        return cls(column_down, column_up, float(scaled @ scaled) / len(scaled))
 
     def scaled(self, x: Tensor) -> Tensor:
         """D x (n, p) in the dtype of the scales, contiguous, in memory of its own."""
