@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -200,7 +201,8 @@ def test_silent_connections_lock_nobody_out(keys: Path, tmp_path: Path) -> None:
         for _ in range(2 * MAX_HANDSHAKES + 8):
             stack.enter_context(socket.create_connection((worker.address.host, worker.address.port)))
         assert welcomed(worker, keys)
-        assert len(worker.server._open) <= MAX_HANDSHAKES + 1
+        while len(worker.server._open) > MAX_HANDSHAKES + 1:  # those that were ended have threads for a moment
+            time.sleep(0.01)
 
 
 def test_an_idle_connection_is_closed_and_its_session_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
