@@ -102,7 +102,7 @@ def test_completions_are_read_up_to_the_limit(tmp_path):
     [
         ({"text": "a"}, "1: expected prompt and completion"),
         ({"prompt": "a", "completion": "b\nc"}, "1: the completion has several lines"),
-        ({"prompt": "a"}, "1: expected the fields prompt and completion alone; missing completion"),
+        ({"prompt": "a"}, "1: expected the fields messages; or .* found the fields: prompt"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(tmp_path, record, message):
