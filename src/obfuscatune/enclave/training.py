@@ -104,7 +104,7 @@ def answer_for(model: PreTrainedModel) -> None:
 
     def train(mode: bool = True) -> PreTrainedModel:
         nonlocal has_warned
-        if mode and not has_warned and not any(parameter.requires_grad for parameter in own.parameters()):
+        if mode and not (has_warned or has_adapter(own) or any(p.requires_grad for p in own.parameters())):
             has_warned = True
             warnings.warn(
                 "nothing of this protected model is trainable: its base weights are frozen, and it has no adapter. "
