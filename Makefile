@@ -2,8 +2,8 @@
 #   make demo         fine-tune the embedded model protected and plain, side by side
 #   make test         lint and the default test suite (under 10 minutes on 2 cores)
 #   make test-long    the long tests too
-#   make test-trl   the tests of TRL's trainers, which is installed for them
-#   make test-lm-eval   the tests of the extra lm-eval, which is installed for them (480 MB)
+#   make test-extras    the tests of the optional extras (lm-eval, trl, ...), which are installed for them (600 MB)
+#   make lock         requirements/*.txt anew: exact versions, by hash
 #   make reproduce-small   the paper's tables, scaled down (under 30 minutes on 2 cores); DATA=folder with the questions
 #   make reproduce-real    the same on SmolLM2-135M, which comes from the package registry (some hours on 2 cores)
 #   make benchmarks   the figures of docs/benchmarks.md; DATA=folder with sciq/ and openbookqa/
@@ -14,24 +14,22 @@ DATA   ?= ../shared/data
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-long test-trl test-lm-eval lint reproduce-small reproduce-real benchmarks clean
+.PHONY: demo test test-long test-extras lint lock reproduce-small reproduce-real benchmarks clean
 
 demo: $(READY)
 	$(BIN)/obfuscatune demo
 
+# On every core, a file of tests at a time: tests of one file share what they set up.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-long: lint
-	$(BIN)/python -m pytest -m "long or not long"
+	$(PYTEST) -m "long or not long"
 
-test-trl: $(READY)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[trl]"
-	$(BIN)/python -m pytest tests/extras
-
-test-lm-eval: $(READY)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[lm-eval]"
-	$(BIN)/python -m pytest tests/evaluation/test_harness.py
+test-extras: $(VENV)/.extras
+	$(BIN)/python -m pytest -m "long or not long" tests/evaluation/test_harness.py tests/extras
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -59,13 +57,30 @@ benchmarks: $(READY)
 	$(BIN)/obfuscatune bench memory --profile private,guarded,paper --out benchmarks/results
 	$(BIN)/python scripts/compare_on_real_data.py --data-root $(DATA) --out benchmarks/results
 
-# torch first and by itself: a range would pull the newest build with its CUDA libraries.
-$(READY): pyproject.toml constraints.txt
+# torch first and by itself, without a hash: which build it is (CPU, CUDA) is the machine's to say, and a range would pull
+# the newest with its CUDA libraries. All else is exactly what requirements/dev.txt lists, by hash.
+$(READY): pyproject.toml requirements/torch.txt requirements/dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --requirement requirements/torch.txt
+	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --requirement requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(BIN)/python -m pip check
 	touch $@
+
+# What the optional extras need, beside what is there.
+$(VENV)/.extras: requirements/extras.txt $(READY)
+	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --requirement requirements/extras.txt
+	touch $@
+
+# Both lists of exact versions and hashes anew, from pyproject.toml; versions that are listed already stay.
+LOCK := $(BIN)/python -m piptools compile --quiet --strip-extras --no-annotate --no-header --generate-hashes \
+	--unsafe-package torch --constraint requirements/torch.txt --no-emit-index-url --no-emit-find-links --no-emit-options
+lock: $(READY)
+	$(BIN)/python -m pip install --quiet pip-tools==7.6.2
+	$(LOCK) --extra dev --output-file requirements/dev.txt pyproject.toml
+	$(LOCK) --extra lm-eval --extra trl --extra data --extra tensorboard --constraint requirements/dev.txt \
+		--output-file requirements/extras.txt pyproject.toml
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,6 +1,6 @@
 """TRL's trainers with their default arguments (bf16, gradient checkpointing) on a protected model, beside plain.
 
-Installed by the extra `trl`; `make test-trl` runs this.
+Installed by the extra `trl`; `make test-extras` runs this.
 """
 
 from __future__ import annotations
