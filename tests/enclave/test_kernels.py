@@ -56,16 +56,21 @@ def mixing(rows: int, shield_rows: int = 8, name: str = "m") -> KroneckerMixing:
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("direction", ["apply", "inverse"])
 def test_a_rotation_errs_no_more_than_torch(direction: str, dim: int, dtype: torch.dtype) -> None:
+    """Sums in another order: the same error but for chance, which over 10,000 elements is 1 % of it.
+
+    In float64, where torch is held against itself and is the exact one, a few roundings.
+    """
     R = structured(dim)
     for rows in ROWS:
-        x = some(rows, dim, dtype=dtype)
+        x = some(-(-10_000 // (rows * dim)) * rows, dim, dtype=dtype)
+        parts = x.split(rows)
         exact = by_torch(R, x.double(), direction)
-        expected, found = by_torch(R, x, direction), getattr(R, direction)(x)
+        expected = torch.cat([by_torch(R, part, direction) for part in parts])
+        found = torch.cat([getattr(R, direction)(part) for part in parts])
         assert (found.shape, found.dtype) == (x.shape, dtype)
         norm = x.double().norm(dim=1, keepdim=True) / dim**0.5
         error, allowed = ((y.double() - exact).div(norm).square().mean().sqrt() for y in (found, expected))
-        # sums in another order: the same error but for chance; where torch is the exact one, a few roundings
-        assert error <= 1.2 * allowed + 4 * torch.finfo(torch.float64).eps
+        assert error <= 1.1 * allowed + 4 * torch.finfo(torch.float64).eps
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import select
 import socket
 import threading
 import time
@@ -15,11 +16,15 @@ import pytest
 
 from obfuscatune.enclave.link import WorkerLink
 from obfuscatune.wire.address import TcpAddress
-from obfuscatune.wire.errors import BadMagic, UntrustedPeer, WireError, WorkerRefused
+from obfuscatune.wire.connect import connect
+from obfuscatune.wire.deadline import Deadline
+from obfuscatune.wire.errors import BadMagic, ConnectionLost, UntrustedPeer, WireError, WorkerRefused
 from obfuscatune.wire.limits import HANDSHAKE_SECONDS
+from obfuscatune.wire.messages import MessageType
 from obfuscatune.wire.tls import PinnedTls, TlsConfig
+from obfuscatune.wire.tls_transport import TlsTransport
 from tests.wire.peers import identity, make_identities
-from tests.worker.serving import Serving, serving
+from tests.worker.serving import RawClient, Serving, serving
 
 OPTIONS = "--tls-cert, --tls-key and --peer"
 
@@ -178,3 +183,50 @@ def test_a_server_that_speaks_tls_and_is_no_worker(identities: Path) -> None:
         thread.join()
     assert "it speaks TLS, and we do not" in text
     assert OPTIONS in text
+
+
+def test_a_handshake_that_comes_between_a_look_and_the_next(
+    identities: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenSSL takes the first record, and the next look sees the second one, which begins in another way."""
+    peek, looked = TlsTransport._peek, threading.Event()
+
+    def peek_and_be_late(transport: TlsTransport) -> bytes | None:
+        if not transport._tls.is_server:
+            assert looked.wait(20)  # the client says nothing before
+            return peek(transport)
+        seen = peek(transport)
+        if not looked.is_set():
+            looked.set()
+            select.select([transport._tls_sock], [], [], 20)
+        return seen
+
+    monkeypatch.setattr(TlsTransport, "_peek", peek_and_be_late)
+    with (
+        serving_by(identity(identities, "worker", "enclave"), tmp_path) as worker,
+        RawClient(worker.address, tls=PinnedTls(identity(identities, "enclave", "worker"), server=False)) as client,
+    ):
+        assert client.hello().type is MessageType.WELCOME
+
+
+def test_a_server_that_says_nothing_and_leaves(identities: Path) -> None:
+    """At once."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=lambda: listener.accept()[0].close())
+        thread.start()
+        with pytest.raises(ConnectionLost):
+            connect(
+                TcpAddress("127.0.0.1", listener.getsockname()[1]),
+                Deadline(HANDSHAKE_SECONDS),
+                PinnedTls(identity(identities, "enclave", "worker"), server=False),
+            )
+        thread.join()
+
+
+def test_a_client_that_says_nothing_and_leaves(
+    identities: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving_by(identity(identities, "worker", "enclave"), tmp_path) as worker:
+        socket.create_connection((worker.address.host, worker.address.port)).close()
+        while worker.server._open or "closed the connection during" not in caplog.text:
+            time.sleep(0.01)

@@ -2,7 +2,7 @@
 
 import re
 
-TLS_TYPES = b"\x16\x15"
+TLS_STARTS = (b"\x16", b"\x15")
 """The first byte of a TLS record that holds a handshake or an alert (RFC 8446, section 5.1)."""
 _OPTIONS = "give --tls-cert, --tls-key and --peer on both sides, or on neither"
 _ADDRESS = "so it is no ObfuscaTune worker or enclave: look at the address and the port"
@@ -17,7 +17,7 @@ _BY_THE_REST = (
 def what_it_speaks(first: bytes | bytearray | memoryview) -> str:
     """One clause on a peer whose first bytes are not what was expected."""
     start = bytes(first[:5])
-    if start[:1] in (TLS_TYPES[:1], TLS_TYPES[1:]):
+    if start.startswith(TLS_STARTS):
         return f"it speaks TLS, and we do not: {_OPTIONS}"
     if start.startswith(b"OBFT"):
         return f"it speaks our protocol without TLS, and we speak it by TLS: {_OPTIONS}"

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from obfuscatune.wire.deadline import Deadline
 from obfuscatune.wire.errors import ConnectionLost, UntrustedPeer, WireError
-from obfuscatune.wire.foreign import TLS_TYPES, what_it_speaks, what_it_spoke
+from obfuscatune.wire.foreign import TLS_STARTS, what_it_speaks, what_it_spoke
 from obfuscatune.wire.limits import CHUNK_BYTES, KIB, LINGER_SECONDS
 from obfuscatune.wire.messages import MAGIC, ErrorCode, Header, MessageType
 from obfuscatune.wire.tls import PinnedTls
@@ -21,6 +21,8 @@ from obfuscatune.wire.transport import SocketTransport, WouldBlock
 
 RECORD_BYTES = 16 * KIB
 """Most plain bytes in one TLS record (RFC 8446, section 5.1)."""
+_NO_RECORD = {"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "HTTPS_PROXY_REQUEST"}
+"""OpenSSL's reasons where what came is no TLS record."""
 
 
 class TlsTransport(SocketTransport):
@@ -33,7 +35,7 @@ class TlsTransport(SocketTransport):
         self._tls = tls
         self._lock = threading.Lock()
         self._peer_id = "not known yet"
-        self._seen_first = False
+        self._first = b""
 
     @property
     def peer_id(self) -> str:
@@ -73,8 +75,9 @@ class TlsTransport(SocketTransport):
                 "--tls-cert; compare the fingerprints that keygen printed"
             ) from error
         except ssl.SSLError as error:
-            if error.reason == "WRONG_VERSION_NUMBER" and not self._seen_first:  # it spoke while we did
-                raise UntrustedPeer(f"no TLS with {self._peer}: {what_it_spoke(self._peek())}") from error
+            if error.reason in _NO_RECORD and not self._first.startswith(TLS_STARTS):
+                spoken = what_it_speaks(self._first) if self._first else what_it_spoke(self._peek() or b"")
+                raise UntrustedPeer(f"no TLS with {self._peer}: {spoken}") from error
             raise UntrustedPeer(
                 f"no TLS 1.3 with {self._peer}: {_reason(error)}; compare the certificates pinned "
                 "(--peer on each side is --tls-cert of the other)"
@@ -82,31 +85,35 @@ class TlsTransport(SocketTransport):
         return 0
 
     def _look_at_the_first_bytes(self) -> None:
-        """While OpenSSL has not taken them: of a peer that speaks no TLS it would not say what it speaks.
+        """Before OpenSSL takes them: of a peer that speaks no TLS it would not say what it speaks.
+
+        A server waits for them. A client has to speak first, and what its peer answers may lie behind bytes that OpenSSL
+        has taken already: it looks, and says nothing before OpenSSL finds no TLS there.
 
         Raises:
-            UntrustedPeer: it speaks no TLS. One that speaks our protocol is told so, without TLS.
+            UntrustedPeer: a client speaks no TLS. One that speaks our protocol is told so, without TLS.
+            WouldBlock: a client said nothing yet.
         """
-        if self._seen_first:
+        if self._first:
             return
         first = self._peek()
-        self._seen_first = bool(first)
-        if first and first[0] not in TLS_TYPES:
-            if first.startswith(MAGIC):
+        if first is None and self._tls.is_server:
+            raise WouldBlock(select.POLLIN)
+        self._first = first or b""
+        if self._tls.is_server and self._first and not self._first.startswith(TLS_STARTS):
+            if self._first.startswith(MAGIC):
                 self._refuse_in_clear()
-            raise UntrustedPeer(f"no TLS with {self._peer}: {what_it_speaks(first)}")
+            raise UntrustedPeer(f"no TLS with {self._peer}: {what_it_speaks(self._first)}")
 
-    def _peek(self) -> bytes:
-        """What has come and is not taken yet, without TLS; nothing where nothing has."""
+    def _peek(self) -> bytes | None:
+        """What has come and is not taken yet, without TLS: None where nothing has, nothing where the peer closed."""
         try:
             return socket.socket.recv(self._tls_sock, KIB, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
-            return b""
+            return None
 
     def _refuse_in_clear(self) -> None:
         """Answer an enclave that speaks without TLS."""
-        if not self._tls.is_server:
-            return
         body = b"this worker speaks by TLS: give --tls-cert, --tls-key and --peer on both sides, or on neither"
         header = Header(MessageType.ERROR, payload_bytes=len(body), code=ErrorCode.FAILED)
         with contextlib.suppress(OSError):
