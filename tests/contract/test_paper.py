@@ -94,7 +94,17 @@ def test_the_enclave_alone() -> None:
         protect(copy_of(plain), None, "enclave").protection._worker  # noqa: B018
 
 
-@pytest.mark.parametrize(("profile", "workers"), [("enclave", "unix:/nowhere"), ("paper", None)])
-def test_a_worker_where_one_belongs(profile: str, workers: str | None) -> None:
-    with pytest.raises(ConfigError, match=f"profile '{profile}'"):
-        protect(LLAMA.build(torch.float64), workers, profile)
+def test_a_worker_is_named_where_none_is_needed() -> None:
+    with pytest.raises(ConfigError, match="profile 'enclave'"):
+        protect(LLAMA.build(torch.float64), "unix:/nowhere", "enclave")
+
+
+@torch.no_grad()
+def test_a_worker_is_started_where_none_is_named() -> None:
+    """Which holds the matrices, and the adapter under this profile, and ends with the model."""
+    plain = LLAMA.build(torch.float64)
+    inputs = batch((9, 4), 97).inputs()
+    with protect(adapted(copy_of(plain)), None, "paper", key=KEY) as model:
+        crossed = model(**inputs).logits
+        assert model.protection.stats.crossings > 0
+        assert deviation(adapted(copy_of(plain))(**inputs).logits, crossed) < 1e-10

@@ -40,7 +40,7 @@ def test_results_are_bfloat16s(worker: LocalWorker, knobs: dict[str, object]) ->
 
 @torch.no_grad()
 def test_half_the_bytes_cross(worker: LocalWorker) -> None:
-    """Of rows so many that all of them go as messages: where few lie in a slot, a worker that watches it has no header."""
+    """Of so many rows that they go as messages: few lie in a slot, for a worker that watches it, and have no header."""
     plain = LLAMA.build(torch.float32)
     inputs = batch((MAX_SLOT_ROWS, 9), 97).inputs()
     sent = []

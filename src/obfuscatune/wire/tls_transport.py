@@ -87,7 +87,7 @@ class TlsTransport(SocketTransport):
     def _look_at_the_first_bytes(self) -> None:
         """Before OpenSSL takes them: of a peer that speaks no TLS it would not say what it speaks.
 
-        A server waits for them. A client has to speak first, and what its peer answers may lie behind bytes that OpenSSL
+        A server waits for them. A client has to speak first, and what it sees then may come after bytes that OpenSSL
         has taken already: it looks, and says nothing before OpenSSL finds no TLS there.
 
         Raises:

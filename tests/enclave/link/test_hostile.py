@@ -249,7 +249,7 @@ def test_ten_thousand_mutated_products() -> None:
     """Each is refused with a typed error, or is a finite product of the right shape."""
     dice = random.Random(20261123)
     worker = MemoryWorker(mischief=lambda data: mutated(data, dice))
-    link = WorkerLink(worker, deadline_s=0.0005, retry=RetryPolicy(attempts=1, patience_s=0, backoff_s=0))
+    link = WorkerLink(worker, retry=RetryPolicy(attempts=1, patience_s=0, backoff_s=0))
     link.store(ID, lambda: W, shape=(3, 4), dtype=W.dtype)
     refused = 0
     for _ in range(10_000):
