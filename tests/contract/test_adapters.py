@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import C3AConfig, PeftModel, get_peft_model
 
 from obfuscatune.enclave.local import LocalWorker
 from obfuscatune.wire.errors import ProtectionError
@@ -109,6 +109,50 @@ def test_two_adapters_and_none(llama: Any, worker: LocalWorker) -> None:
             found = outputs(with_lora(model))
     assert max(map(deviation, expected, found)) < 1e-9
     assert deviation(expected[0], expected[1]) > 1e-3 < deviation(expected[1], expected[2])
+
+
+@exact
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]], ids=str)
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
+def test_a_batch_of_mixed_adapters(llama: Any, worker: LocalWorker, targets: Any, grad: bool) -> None:
+    """PEFT adds each row's adapter in place to the part of the base layer's output that is that row's."""
+    inputs = batch((9, 4, 7, 5), llama.config.vocab_size).inputs()
+    names = ["other", "__base__", "default", "other"]
+
+    def answers(model: PeftModel) -> list[torch.Tensor]:
+        torch.manual_seed(2)
+        model.add_adapter("other", model.peft_config["default"])
+        model.eval().base_model.set_adapter(["default", "other"])
+        with torch.set_grad_enabled(grad):
+            logits = model(**inputs, adapter_names=names).logits
+        if not grad:
+            return [logits]
+        logits.square().mean().backward()
+        return [logits.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    with torch.random.fork_rng():
+        expected = answers(with_lora(copy_of(llama), target_modules=targets))
+        with protected(copy_of(llama), worker) as model:
+            found = answers(with_lora(model, target_modules=targets))
+    assert len(expected) == len(found) and (len(found) > 1) == grad
+    assert max(map(deviation, expected, found)) < 1e-9
+
+
+@exact
+def test_c3a_adds_in_place(llama: Any, worker: LocalWorker) -> None:
+    """To the base layer's output. It computes in float32 itself, whatever the model's dtype."""
+    inputs = batch((9, 4), llama.config.vocab_size)
+
+    def adapted(model: Any) -> PeftModel:
+        with torch.random.fork_rng():
+            torch.manual_seed(2)
+            return get_peft_model(model, C3AConfig(block_size=18, target_modules=["q_proj", "o_proj"]))
+
+    expected_loss, expected = backward(adapted(copy_of(llama)), inputs)
+    with protected(copy_of(llama), worker) as model:
+        loss, found = backward(adapted(model), inputs)
+    assert deviation(expected_loss, loss) < 1e-6
+    assert largest_deviation(expected, found) < 1e-6
 
 
 @exact

@@ -22,7 +22,8 @@ from obfuscatune.cli.app import run
 from obfuscatune.enclave.link import WorkerLink
 from obfuscatune.enclave.local import LocalWorker
 from obfuscatune.wire.errors import ObfuscaTuneError, ProtectionError
-from tests.contract.comparison import batch, deviation
+from tests.contract.architectures import Architecture
+from tests.contract.comparison import backward, batch, copy_of, deviation, largest_deviation, protected, with_lora
 
 SMALL: dict[str, Any] = {
     **{"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -197,3 +198,24 @@ def test_inspect_looks_through_the_files_too(
     (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 50}))
     inspected, loaded = verdicts(tmp_path, worker, capsys)
     assert "the config says (32, 50)" in loaded and loaded in inspected
+
+
+@pytest.mark.usefixtures("float64_throughout")
+def test_olmo_clips_in_place(worker: LocalWorker) -> None:
+    """The outputs of q, k and v, which are parts of one product."""
+    olmo = Architecture(
+        "olmo",
+        {"hidden_size": 48, "intermediate_size": 67, "num_attention_heads": 6, "num_key_value_heads": 2}
+        | {"clip_qkv": 0.9},
+    )
+    plain, inputs = olmo.build(torch.float64), batch((9, 4), 97)
+    unclipped = olmo.build(torch.float64, clip_qkv=None)
+    with torch.no_grad():
+        assert deviation(unclipped(**inputs.inputs()).logits, plain(**inputs.inputs()).logits) > 1e-3
+    expected_loss, expected = backward(with_lora(copy_of(plain)), inputs)
+    with protected(copy_of(plain), worker) as model:
+        with torch.no_grad():
+            assert deviation(plain(**inputs.inputs()).logits, model(**inputs.inputs()).logits) < 1e-9
+        loss, found = backward(with_lora(model), inputs)
+    assert deviation(expected_loss, loss) < 1e-9
+    assert largest_deviation(expected, found) < 1e-9

@@ -118,21 +118,32 @@ def adapter_added(model: Any) -> Any:
 
 @pytest.mark.usefixtures("float64_throughout")
 def test_add_adapter_is_trained_saved_and_resumed(worker: LocalWorker, tmp_path: Path) -> None:
+    """Resumed from the adapter: of a checkpoint without PEFT's wrapper `Trainer` itself cannot go on, plain or not."""
+
+    def resumed(model: Any, directory: Path) -> list[float]:
+        model.load_adapter(str(tmp_path / "plain" / "checkpoint-5"), is_trainable=True)
+        return losses(model, directory)
+
     with torch.random.fork_rng():
-        reference = adapter_added(LLAMA.build(torch.float64))
-        expected = losses(reference, tmp_path / "plain")
+        reference, again = adapter_added(LLAMA.build(torch.float64)), LLAMA.build(torch.float64)
+        expected = losses(reference, tmp_path / "plain"), resumed(again, tmp_path / "plain again")
         with protected(LLAMA.build(torch.float64), worker) as model:
             found = losses(adapter_added(model), tmp_path / "protected")
             model.save_pretrained(tmp_path / "saved")
-    assert found == pytest.approx(expected, rel=1e-8, abs=0)
-    plain_files = {path.name for path in (tmp_path / "plain" / "checkpoint-5").iterdir()}
-    assert {path.name for path in (tmp_path / "protected" / "checkpoint-5").iterdir()} == plain_files
-    for directory in (tmp_path / "protected" / "checkpoint-5", tmp_path / "saved"):
-        saved, wanted = load_peft_weights(str(directory)), load_peft_weights(str(tmp_path / "plain" / "checkpoint-5"))
-        assert largest_deviation(wanted, saved) < 1e-8
-    again = LLAMA.build(torch.float64)
-    again.load_adapter(str(tmp_path / "saved"))
-    assert largest_deviation(_factors(reference), _factors(again)) < 1e-8
+        with protected(LLAMA.build(torch.float64), worker) as model:
+            found_again = resumed(model, tmp_path / "protected again")
+            model.save_pretrained(tmp_path / "saved again")
+    assert found == pytest.approx(expected[0], rel=1e-8, abs=0)
+    assert found_again == pytest.approx(expected[1], rel=1e-8, abs=0)
+    assert max(found_again) < max(found)
+    for name, trained_here in (("", reference), (" again", again)):
+        plain, checkpoint = (tmp_path / f"{kind}{name}" / "checkpoint-5" for kind in ("plain", "protected"))
+        assert {path.name for path in checkpoint.iterdir()} == {path.name for path in plain.iterdir()}
+        for directory in (checkpoint, tmp_path / f"saved{name}"):
+            assert largest_deviation(load_peft_weights(str(plain)), load_peft_weights(str(directory))) < 1e-8
+        outside = LLAMA.build(torch.float64)
+        outside.load_adapter(str(tmp_path / f"saved{name}"))
+        assert largest_deviation(_factors(trained_here), _factors(outside)) < 1e-8
 
 
 def _factors(model: Any) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from obfuscatune.enclave.keys import RootKey, SecretStream
-from obfuscatune.enclave.linear import OffloadedProduct
+from obfuscatune.enclave.linear import Held, OffloadedProduct
 from obfuscatune.enclave.link import LinkStats
 from obfuscatune.enclave.mixer import KroneckerMixer
 from obfuscatune.enclave.transforms.structured import StructuredTransform
@@ -68,7 +68,7 @@ def next_requests(product: OffloadedProduct, link: Recorder, x: Tensor) -> tuple
 def related(rows: int, dtype: torch.dtype) -> int:
     """Directions that the rows of both requests share beyond the text's own, and that their difference lacks."""
     link, R = Recorder(), StructuredTransform(WIDTH, RootKey.generate().stream("transform"))
-    product = OffloadedProduct(link, b"", R, R, KroneckerMixer(8, SecretStream.fresh()))  # type: ignore[arg-type]
+    product = OffloadedProduct(link, Held(b""), R, R, KroneckerMixer(8, SecretStream.fresh()))  # type: ignore[arg-type]
     first, second = next_requests(product, link, torch.randn(rows, WIDTH, dtype=dtype))
     spaces = [torch.linalg.qr(sent.double().T).Q for sent in (first, second)]
     shared = int((torch.linalg.svdvals(spaces[0].T @ spaces[1]) > 0.999).sum())

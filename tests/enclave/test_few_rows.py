@@ -18,7 +18,7 @@ from obfuscatune import RootKey, protect
 from obfuscatune.enclave import kernels
 from obfuscatune.enclave.call import OffloadedCall
 from obfuscatune.enclave.keys import SecretStream
-from obfuscatune.enclave.linear import OffloadedProduct
+from obfuscatune.enclave.linear import Held, OffloadedProduct
 from obfuscatune.enclave.link import LinkStats
 from obfuscatune.enclave.local import LocalWorker
 from obfuscatune.enclave.mixer import KroneckerMixer
@@ -208,7 +208,7 @@ def offloaded(
     worker = Worker(W_star)
     verifier = Verifier(W_star, SecretStream.fresh(), verify) if verify else None
     mixer = KroneckerMixer(shield, SecretStream.fresh(), full_rank=full_rank)
-    return OffloadedProduct(worker, b"", R_in, R_out, mixer, verifier), worker  # type: ignore[arg-type]
+    return OffloadedProduct(worker, Held(b"", verifier=verifier), R_in, R_out, mixer), worker  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("verify", [0.0, 1.0])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from obfuscatune import RootKey
 from obfuscatune.enclave.keys import SecretStream
-from obfuscatune.enclave.linear import OffloadedProduct
+from obfuscatune.enclave.linear import Held, OffloadedProduct
 from obfuscatune.enclave.link import RetryPolicy, WorkerLink
 from obfuscatune.enclave.mixing import DENSE_BELOW
 from obfuscatune.enclave.profiles import resolve
@@ -83,7 +83,7 @@ class Offloaded:
         resolved = resolve(profile)
         mixer = Protection.start(self.link, resolved, KEY).mixer
         self.verifier = Verifier(W_star, SecretStream.fresh(), resolved.verify)
-        self.product = OffloadedProduct(self.link, ID, R_in, R_out, mixer, self.verifier)
+        self.product = OffloadedProduct(self.link, Held(ID, verifier=self.verifier), R_in, R_out, mixer)
         self.dtype = dtype
         if tamper is not None:
             self.tamper(tamper)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from obfuscatune.enclave.keys import SecretStream
-from obfuscatune.enclave.linear import OffloadedProduct
+from obfuscatune.enclave.linear import Held, OffloadedProduct
 from obfuscatune.enclave.link import Pending, RetryPolicy, WorkerLink
 from obfuscatune.enclave.mixer import KroneckerMixer
 from obfuscatune.enclave.verify import Verifier
@@ -28,7 +28,7 @@ def product_over(link: WorkerLink, share: float) -> OffloadedProduct:
     R_in, R_out, W_star = protected(F32)
     link.store(ID, lambda: W_star, shape=(P, Q), dtype=F32)
     verifier = Verifier(W_star, SecretStream.fresh(), share)
-    return OffloadedProduct(link, ID, R_in, R_out, KroneckerMixer(8, SecretStream.fresh()), verifier)
+    return OffloadedProduct(link, Held(ID, verifier=verifier), R_in, R_out, KroneckerMixer(8, SecretStream.fresh()))
 
 
 def noted(monkeypatch: pytest.MonkeyPatch, events: list[str]) -> None:

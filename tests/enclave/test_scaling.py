@@ -10,7 +10,7 @@ from torch import Tensor
 
 from obfuscatune import RootKey
 from obfuscatune.enclave.keys import SecretStream
-from obfuscatune.enclave.linear import OffloadedProduct
+from obfuscatune.enclave.linear import Held, OffloadedProduct
 from obfuscatune.enclave.link import WorkerLink
 from obfuscatune.enclave.local import LocalWorker
 from obfuscatune.enclave.mixer import KroneckerMixer
@@ -89,7 +89,7 @@ def offloaded(link: WorkerLink, W: Tensor, dtype: torch.dtype | None = None) -> 
     R_in, R_out = (StructuredTransform(dim, KEY.stream("transform", dim)) for dim in W.shape)
     W_star = R_out.weight_right(R_in.weight_left(W.double())).to(dtype or W.dtype)
     link.store(ID, lambda: W_star, shape=(W.shape[0], W.shape[1]), dtype=W_star.dtype)
-    return OffloadedProduct(link, ID, R_in, R_out, KroneckerMixer(8, SecretStream.fresh()), dtype=dtype)
+    return OffloadedProduct(link, Held(ID, dtype), R_in, R_out, KroneckerMixer(8, SecretStream.fresh()))
 
 
 def errors(found: Tensor, exact: Tensor) -> Tensor:

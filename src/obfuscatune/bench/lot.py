@@ -18,7 +18,7 @@ from obfuscatune.attacks.scoring import area_under_curve
 from obfuscatune.bench.clocked import clocked_worker
 from obfuscatune.bench.wire import free_port
 from obfuscatune.enclave.keys import SecretStream
-from obfuscatune.enclave.linear import OffloadedProduct
+from obfuscatune.enclave.linear import Held, OffloadedProduct
 from obfuscatune.enclave.link import WorkerLink
 from obfuscatune.enclave.mixer import KroneckerMixer
 from obfuscatune.enclave.transforms.structured import StructuredTransform
@@ -95,7 +95,7 @@ class LotBench:
         W_star = stream.normal(self.width, self.width, dtype=torch.float32)
         link.store(_MATRIX_ID, lambda: W_star, shape=(self.width, self.width), dtype=W_star.dtype)
         mixer, verifier = KroneckerMixer(_SHIELD_ROWS, stream), Verifier(W_star, stream, SHARE)
-        product = OffloadedProduct(link, _MATRIX_ID, R_in, R_out, mixer, verifier)
+        product = OffloadedProduct(link, Held(_MATRIX_ID, verifier=verifier), R_in, R_out, mixer)
         x = stream.normal(rows, self.width, dtype=torch.float32)
         checked = []
         for _ in range(self.requests + 1):

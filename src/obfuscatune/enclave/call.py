@@ -74,12 +74,14 @@ class OffloadedCall:
             return self.product.finish_backward(crossing).view(shape)  # type: ignore[arg-type]
 
 
-def outside_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Within it torch computes in the dtypes that it is given: rotating, mixing and checking decide their precision.
+def outside_autocast(device: torch.device | None = None) -> AbstractContextManager[Any]:
+    """Within it torch computes in the dtypes that it is given, on the CPU and on `device`.
+
+    Rotating, mixing and checking decide their precision themselves.
 
     A custom function's backward pass is called within the context that the caller of `backward` is in, if any.
     """
-    kinds = [kind for kind in {"cpu", device.type} if torch.is_autocast_enabled(kind)]
+    kinds = [kind for kind in {"cpu", "cpu" if device is None else device.type} if torch.is_autocast_enabled(kind)]
     if not kinds:
         return nullcontext()
     stack = ExitStack()

@@ -14,6 +14,7 @@ A crossing is started, and finished when its product is needed: in between, the 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ from torch import Tensor
 from obfuscatune.enclave.link import Pending, WorkerLink, check_product
 from obfuscatune.enclave.mixer import Mixer
 from obfuscatune.enclave.mixing import DENSE_BELOW, FewMixing, Mixing
+from obfuscatune.enclave.obfuscate import is_finer
 from obfuscatune.enclave.spans import span
 from obfuscatune.enclave.transforms import Transform
 from obfuscatune.enclave.verify import Check, Verifier
@@ -55,29 +57,61 @@ class InFlight:
     """Where few rows cross: the mixing is a `FewMixing` then."""
 
 
+@dataclass(frozen=True)
+class Held:
+    """W_star as the worker holds it."""
+
+    matrix_id: bytes
+    dtype: torch.dtype | None = None
+    """In which it was sent, and rows and products travel; None for that of what is multiplied."""
+    verifier: Verifier | None = None
+
+
 class OffloadedProduct:
     """x (n, p) -> x W (n, q) for a W that lies on the worker as W_star."""
 
     def __init__(
         self,
         link: WorkerLink,
-        matrix_id: bytes,
+        held: Held,
         R_in: Transform,
         R_out: Transform,
         mixer: Mixer,
-        verifier: Verifier | None = None,
-        dtype: torch.dtype | None = None,
+        send_in: Callable[[torch.dtype], Held] | None = None,
     ) -> None:
-        """`dtype`: in which rows and products travel; None for that of what is multiplied."""
-        self._link, self._matrix_id = link, matrix_id
+        """`send_in`: sends W_star once more, in another dtype; None where rows always travel in the one of `held`."""
+        self._link, self._held = link, held
         self._R_in, self._R_out = R_in, R_out
-        self._mixer, self._verifier, self._dtype = mixer, verifier, dtype
+        self._mixer, self._send_in = mixer, send_in
+        self._sending_again = threading.Lock()
         self._ways: dict[tuple[int, torch.dtype, bool], FewWay | None] = {}
 
     @property
-    def dtype(self) -> torch.dtype | None:
-        """In which rows and products travel; None for that of what is multiplied."""
-        return self._dtype
+    def held(self) -> Held:
+        """W_star as the worker holds it at present."""
+        return self._held
+
+    def be_as_fine_as(self, dtype: torch.dtype) -> None:
+        """Have the worker hold W_star in a dtype with as many digits as `dtype`: a model that was cast asks for more.
+
+        Once, by whichever thread is first; under the same transforms, so that what crossed before can still be
+        differentiated. Nothing where the worker has it so, or where the dtype of what crosses was chosen.
+
+        Raises:
+            WireError: the worker failed, or has no room for one more matrix; it holds the one before still.
+        """
+        if not self.is_coarser_than(dtype):
+            return
+        with self._sending_again, torch.inference_mode(False), torch.no_grad():
+            if self._send_in is None or not self.is_coarser_than(dtype):
+                return  # another thread was first
+            outdated = self._held
+            self._held = self._send_in(torch.promote_types(dtype, outdated.dtype or dtype))
+            self._link.forget(outdated.matrix_id)
+
+    def is_coarser_than(self, dtype: torch.dtype) -> bool:
+        """Whether `be_as_fine_as` of that dtype sends anything."""
+        return self._send_in is not None and self._held.dtype is not None and is_finer(dtype, self._held.dtype)
 
     @property
     def is_computed_apart(self) -> bool:
@@ -126,8 +160,8 @@ class OffloadedProduct:
 
     def _send(self, x: Tensor, rotate: Callable[[Tensor], Tensor], *, transpose: bool) -> InFlight:
         """Scale, rotate, mix and send rows; they are rounded once, to the dtype that they travel in."""
-        like = x.new_empty(0)
-        dtype = self._dtype or like.dtype
+        like, held = x.new_empty(0), self._held
+        dtype = held.dtype or like.dtype
         if x.shape[0] == 0:
             return InFlight(like)
         with span("obfuscatune.mix"):
@@ -144,9 +178,9 @@ class OffloadedProduct:
                 X_star.copy_(mixed)
         with span("obfuscatune.send"):
             pending = self._link.submit(
-                self._matrix_id, X_star, transpose=transpose, known_finite=as_sent, product_unchecked=True
+                held.matrix_id, X_star, transpose=transpose, known_finite=as_sent, product_unchecked=True
             )
-        check = self._check(lambda v: A.image(rotated, v), rotated.dtype, A.size, dtype, transpose)
+        check = _check(held.verifier, lambda v: A.image(rotated, v), rotated.dtype, A.size, dtype, transpose)
         return InFlight(like, A, pending, check)
 
     def _send_few(self, x: Tensor, *, transpose: bool) -> InFlight | None:
@@ -154,8 +188,9 @@ class OffloadedProduct:
 
         None where there is no such kernel.
         """
-        n = x.shape[0]
-        way = self._way(x, transpose=transpose) if 0 < n <= DENSE_BELOW else None
+        n, held = x.shape[0], self._held
+        is_few = 0 < n <= DENSE_BELOW and x.device.type == "cpu" and held.dtype in (None, x.dtype)
+        way = self._way(x, transpose=transpose) if is_few else None
         mixing = None if way is None else self._mixer.draw_few(n, way.turn.dim, x.dtype)
         if way is None or mixing is None:
             return None
@@ -165,9 +200,9 @@ class OffloadedProduct:
             way.turn.send(scaled, mixing.secrets, X_star)
         with span("obfuscatune.send"):
             pending = self._link.submit(
-                self._matrix_id, X_star, transpose=transpose, known_finite=True, product_unchecked=True
+                held.matrix_id, X_star, transpose=transpose, known_finite=True, product_unchecked=True
             )
-        check = self._check(mixing.image, x.dtype, mixing.size, x.dtype, transpose)
+        check = _check(held.verifier, mixing.image, x.dtype, mixing.size, x.dtype, transpose)
         return InFlight(x, mixing, pending, check, way)
 
     def _receive_few(self, crossing: InFlight, way: FewWay) -> Tensor:
@@ -183,8 +218,6 @@ class OffloadedProduct:
         return mixing.scaled_back(y)
 
     def _way(self, x: Tensor, *, transpose: bool) -> FewWay | None:
-        if x.device.type != "cpu" or self._dtype not in (None, x.dtype):
-            return None
         key = x.shape[0], x.dtype, transpose
         if key not in self._ways:
             there, back = (self._R_out, self._R_in) if transpose else (self._R_in, self._R_out)
@@ -192,15 +225,6 @@ class OffloadedProduct:
             turn_back = back.of_few(x.shape[0], x.dtype, undo=True)
             self._ways[key] = None if turn is None or turn_back is None else FewWay(turn, turn_back)
         return self._ways[key]
-
-    def _check(
-        self, image: Callable[[Tensor], Tensor], rows: torch.dtype, scale: float, dtype: torch.dtype, transpose: bool
-    ) -> Check | None:
-        """See `Verifier.check_for`; None where no product is verified. To be called once the rows are sent."""
-        if self._verifier is None:
-            return None
-        with span("obfuscatune.verify"):
-            return self._verifier.check_for(image, rows, scale, dtype, transpose)
 
     def _receive(self, crossing: InFlight, width: int) -> Tensor:
         """Wait for the product and unmix it: (n, width)."""
@@ -225,6 +249,21 @@ class OffloadedProduct:
             own = _widen(pending.own(Y_star))
             self._link.stats.verified += check(own)
         return own
+
+
+def _check(
+    verifier: Verifier | None,
+    image: Callable[[Tensor], Tensor],
+    rows: torch.dtype,
+    scale: float,
+    dtype: torch.dtype,
+    transpose: bool,
+) -> Check | None:
+    """See `Verifier.check_for`; None where no product is verified. To be called once the rows are sent."""
+    if verifier is None:
+        return None
+    with span("obfuscatune.verify"):
+        return verifier.check_for(image, rows, scale, dtype, transpose)
 
 
 def _widen(x: Tensor) -> Tensor:

@@ -141,19 +141,36 @@ class SharedCrossing:
     @property
     def dtype(self) -> torch.dtype | None:
         """In which rows and products travel; None for that of what is multiplied."""
-        return self._product.dtype
+        return self._product.held.dtype
+
+    @property
+    def matrix_id(self) -> bytes:
+        """Under which the worker holds W_star at present."""
+        return self._product.held.matrix_id
 
     def join(self, member: ProtectedLayer) -> int:
         """Add a layer; returns its slot, the position of its columns."""
         self._members.append(member)
         return len(self._members) - 1
 
+    def is_coarser_than(self, dtype: torch.dtype) -> bool:
+        """Whether the matrix was sent in a coarser dtype, and can be sent again."""
+        return self._product.is_coarser_than(dtype)
+
+    def be_as_fine_as(self, dtype: torch.dtype) -> None:
+        """See `OffloadedProduct.be_as_fine_as`."""
+        self._product.be_as_fine_as(dtype)
+
     def multiply_by(self, product: OffloadedProduct) -> None:
         """From here on cross for this product, of the same shape; what was crossed for the other serves nobody."""
         self._product, self._visit = product, None
 
     def begin(self, x: Tensor) -> OffloadedCall:
-        """Send x (..., p) without waiting, whoever else multiplies it; `finish` of what is returned waits."""
+        """Send x (..., p) without waiting, whoever else multiplies it; `finish` of what is returned waits.
+
+        The first x in a finer dtype than the matrix was sent in has that sent again.
+        """
+        self._product.be_as_fine_as(x.dtype)
         call = OffloadedCall(self._product, self._widths)
         call.start(x)
         return call

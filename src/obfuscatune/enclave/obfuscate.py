@@ -66,6 +66,8 @@ class Obfuscated:
     R_out: Transform
     fingerprint: Fingerprint
     """Of the W that it was made from."""
+    dtype: torch.dtype
+    """Of that W; W_star may be in a finer one."""
     wide: torch.dtype
     """What W_star was computed in, where that is wider than W."""
     only: ResidualSide | None = None
@@ -73,9 +75,15 @@ class Obfuscated:
 
 
 def obfuscate(
-    W: Tensor, key: RootKey, spec: TransformSpec, name: str, epoch: int = 0, only: ResidualSide | None = None
+    W: Tensor,
+    key: RootKey,
+    spec: TransformSpec,
+    name: str,
+    epoch: int = 0,
+    only: ResidualSide | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Obfuscated:
-    """W_star = R_in⁻¹ W R_out for W (p, q) contiguous, in whose place it is made.
+    """W_star = R_in⁻¹ W R_out for W (p, q) contiguous, in whose place it is made, unless in a finer `dtype`.
 
     The secrets follow from the root key, the kind of transform, the re-keying `epoch`, the layer's `name`,
     the side, and a fingerprint of W itself: two models under one root key share no secret, though their layers
@@ -97,9 +105,20 @@ def obfuscate(
         return spec.make(dim, key.stream("transform", str(spec), fingerprint.tag.hex(), epoch, name, only or side))
 
     R_in, R_out = draw(p, "in", "reads"), draw(q, "out", "writes")
-    return Obfuscated(transform_in_place(W, R_in, R_out, wide=wide), R_in, R_out, fingerprint, wide, only)
+    W_star = transform_in_place(as_fine_as(W, dtype or W.dtype), R_in, R_out, wide=wide)
+    return Obfuscated(W_star, R_in, R_out, fingerprint, W.dtype, wide, only)
 
 
-def restored(W_star: Tensor, R_in: Transform, R_out: Transform) -> Tensor:
-    """R_in W_star R_out⁻¹, computed in float64 and rounded once: W but for the roundings to its dtype."""
-    return R_out.inverse(R_in.apply_transpose(W_star.double().T).T).to(W_star.dtype).contiguous()
+def as_fine_as(W: Tensor, dtype: torch.dtype) -> Tensor:
+    """W itself, or in `dtype` where that has more significant digits."""
+    return W.to(dtype) if is_finer(dtype, W.dtype) else W
+
+
+def is_finer(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether a dtype has more significant digits than the other."""
+    return torch.finfo(dtype).eps < torch.finfo(other).eps
+
+
+def restored(W_star: Tensor, R_in: Transform, R_out: Transform, dtype: torch.dtype) -> Tensor:
+    """R_in W_star R_out⁻¹, computed in float64 and rounded once, to W's dtype: W but for the roundings of W_star."""
+    return R_out.inverse(R_in.apply_transpose(W_star.double().T).T).to(dtype).contiguous()

@@ -9,16 +9,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from obfuscatune.enclave.link import MatrixSource
 from obfuscatune.enclave.modules import SharedCrossing
-from obfuscatune.enclave.obfuscate import Obfuscated, restored
+from obfuscatune.enclave.obfuscate import Obfuscated, as_fine_as, is_finer, restored
 from obfuscatune.enclave.panels import transform_in_place
 from obfuscatune.enclave.sides import ResidualSide
 from obfuscatune.enclave.spool import Spool
 from obfuscatune.enclave.transforms import Transform
 from obfuscatune.wire.errors import ModelFileError, ProtectionError
+
+SPOOLED_AT_LEAST_IN = torch.float32
+"""W_star of a 16-bit W is spooled in it: W then follows from it as it was, and so does W_star in float32."""
+
+SourceInDtype = Callable[[torch.dtype], Tensor]
+"""Makes a W_star again, under the same transforms, in the dtype that is asked for."""
 
 
 class WeightSource(Protocol):
@@ -27,7 +34,7 @@ class WeightSource(Protocol):
     def weight(self) -> Tensor:
         """W (p, q), contiguous, the caller's own."""
 
-    def keep(self, obfuscated: Obfuscated) -> MatrixSource:
+    def keep(self, obfuscated: Obfuscated) -> SourceInDtype:
         """What makes this W_star again; what was kept before is let go."""
 
 
@@ -41,7 +48,7 @@ class WeightFromFiles:
         """W (p, q), as the files have it."""
         return self._read()
 
-    def keep(self, obfuscated: Obfuscated) -> MatrixSource:
+    def keep(self, obfuscated: Obfuscated) -> SourceInDtype:
         """Reads W and transforms it again.
 
         The source raises ModelFileError where the files hold another W than before: it would not fit the
@@ -49,55 +56,66 @@ class WeightFromFiles:
         """
         R_in, R_out, wide, fingerprint = obfuscated.R_in, obfuscated.R_out, obfuscated.wide, obfuscated.fingerprint
 
-        def make_again() -> Tensor:
+        def make_again(dtype: torch.dtype) -> Tensor:
             W = self._read()
             if not fingerprint.is_of(W):
                 raise ModelFileError(
                     f"the files hold other weights for {self._name} than when they were loaded: load anew"
                 )
-            return transform_in_place(W, R_in, R_out, wide=wide)
+            return transform_in_place(as_fine_as(W, dtype), R_in, R_out, wide=wide).to(dtype)
 
         return make_again
 
 
 class WeightFromSpool:
-    """The first W_star lies on the enclave's disk, and W follows from it: rounded twice more, to its own dtype.
+    """The first W_star lies on the enclave's disk, and W follows from it: rounded twice more.
+
+    A 16-bit W comes back as it was, but for elements so small that float32 does not hold them beside the others.
 
     Every later W_star follows from that W, so that however often the model is re-keyed, it does not drift.
     """
 
     def __init__(self, spool: Spool) -> None:
         self._spool = spool
-        self._kept: tuple[MatrixSource, Transform, Transform] | None = None
+        self._kept: tuple[MatrixSource, Transform, Transform, torch.dtype] | None = None
 
     def weight(self) -> Tensor:
         """W (p, q), from what was first kept."""
         if self._kept is None:
             raise ProtectionError("nothing was spooled yet")
-        source, R_in, R_out = self._kept
-        return restored(source(), R_in, R_out)
+        source, R_in, R_out, dtype = self._kept
+        return restored(source(), R_in, R_out, dtype)
 
-    def keep(self, obfuscated: Obfuscated) -> MatrixSource:
+    def keep(self, obfuscated: Obfuscated) -> SourceInDtype:
         """Writes W_star to the spool, the first time; then makes it again from what lies there."""
         R_in, R_out, wide = obfuscated.R_in, obfuscated.R_out, obfuscated.wide
+
+        def make_again(dtype: torch.dtype) -> Tensor:
+            return transform_in_place(as_fine_as(self.weight(), dtype), R_in, R_out, wide=wide).to(dtype)
+
         if self._kept is not None:
-            return lambda: transform_in_place(self.weight(), R_in, R_out, wide=wide)
+            return make_again
+        spooled_in = obfuscated.W_star.dtype
         source = self._spool.keep(obfuscated.W_star)
-        self._kept = source, R_in, R_out
-        return source
+        self._kept = source, R_in, R_out, obfuscated.dtype
+        return lambda dtype: make_again(dtype) if is_finer(dtype, spooled_in) else source().to(dtype)
 
 
 @dataclass
 class Offloaded:
-    """One group on the worker: W_star (p, q) under `matrix_id`."""
+    """One group on the worker: W_star (p, q)."""
 
     name: str
     side: ResidualSide | None
     """The one side that is rotated, None for both."""
     weights: WeightSource
     crossing: SharedCrossing
-    matrix_id: bytes
     R_in: Transform
     R_out: Transform
     epoch: int = 0
     """How often its transforms were drawn anew."""
+
+    @property
+    def matrix_id(self) -> bytes:
+        """Under which the worker holds W_star at present."""
+        return self.crossing.matrix_id

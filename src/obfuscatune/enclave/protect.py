@@ -22,7 +22,7 @@ from obfuscatune.enclave.keys import RootKey
 from obfuscatune.enclave.link import RetryPolicy, WorkerLink
 from obfuscatune.enclave.local import local_worker
 from obfuscatune.enclave.modules import ProtectedLayer
-from obfuscatune.enclave.offloaded import WeightFromSpool
+from obfuscatune.enclave.offloaded import SPOOLED_AT_LEAST_IN, WeightFromSpool
 from obfuscatune.enclave.profiles import Profile, resolve
 from obfuscatune.enclave.protection import Protection, place
 from obfuscatune.enclave.published import Base, warn_of_public_base
@@ -56,7 +56,9 @@ def protect(
     The model is changed in place and returned; should this raise, nothing was changed. Everything else about it
     stays as it was: PEFT may have wrapped it before or may wrap it afterwards, `generate`, `Trainer` and
     gradient checkpointing work.
-    Until this returns the plain weights are in this process's memory; `load` avoids that.
+    Until this returns the plain weights are in this process's memory; `load` avoids that. The transformed ones are
+    written to this process's disk (`TMPDIR`), for a worker that loses them: four bytes for each element, eight of a
+    float64 model.
 
     Args:
         model: a Hugging Face causal LM or encoder, or a PEFT model around one. Base weights become frozen.
@@ -95,7 +97,7 @@ def protect(
         spool = Spool()
         for done, group in enumerate(groups, start=1):
             with torch.no_grad():
-                obfuscated = protection.obfuscate(group, group.joint_weight())
+                obfuscated = protection.obfuscate(group, group.joint_weight(), SPOOLED_AT_LEAST_IN)
                 sent = protection.send(group, obfuscated, WeightFromSpool(spool))
                 layers |= protection.layers(group, sent)
             if progress is not None:

@@ -9,12 +9,14 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from obfuscatune.enclave.call import outside_autocast
 from obfuscatune.enclave.experts import ProtectedExperts, add, protected
 from obfuscatune.enclave.keys import RootKey, SecretStream
-from obfuscatune.enclave.linear import OffloadedProduct
+from obfuscatune.enclave.linear import Held, OffloadedProduct
 from obfuscatune.enclave.link import LinkStats, WorkerLink
 from obfuscatune.enclave.mixer import KroneckerMixer, Mixer, NoMixer
 from obfuscatune.enclave.modules import ProtectedConv1D, ProtectedLayer, ProtectedLinear, SharedCrossing
@@ -73,19 +75,23 @@ class Protection:
         """Crossings, bytes, seconds of waiting, uploads, retries; since the link was opened."""
         return LinkStats() if self.link is None else self.link.stats
 
-    def obfuscate(self, group: SiteGroup, W: Tensor) -> Obfuscated:
-        """W (p, q) of a group as W_star, which takes its place in memory, and the transforms that undo it."""
+    def obfuscate(self, group: SiteGroup, W: Tensor, dtype: torch.dtype | None = None) -> Obfuscated:
+        """W (p, q) of a group as W_star, and the transforms that undo it.
+
+        W_star takes W's place in memory, unless `dtype` is finer than W's: then it is in that.
+        """
         side = None
         if self.profile.sides == "paper":
             first = group.sites[0]
             side = residual_side(first.name, first.in_features, first.out_features, self.width)
-        return obfuscate(W, self.key, self.profile.transform_spec, group.name, only=side)
+        with outside_autocast(W.device):
+            return obfuscate(W, self.key, self.profile.transform_spec, group.name, only=side, dtype=dtype)
 
     def send(self, group: SiteGroup, obfuscated: Obfuscated, weights: WeightSource) -> Offloaded:
         """Have the worker hold W_star, which may be overwritten afterwards. From any thread."""
-        matrix_id, product = self._send(obfuscated, weights)
+        product = self._send(obfuscated, weights, self.profile.crossing_dtype(obfuscated.dtype))
         crossing = SharedCrossing(product, group.widths)
-        return Offloaded(group.name, obfuscated.only, weights, crossing, matrix_id, obfuscated.R_in, obfuscated.R_out)
+        return Offloaded(group.name, obfuscated.only, weights, crossing, obfuscated.R_in, obfuscated.R_out)
 
     def layers(self, group: SiteGroup, offloaded: Offloaded) -> dict[str, ProtectedLayer | ProtectedExperts]:
         """The layers that are to take the plain ones' places, by path, once a group was sent; group after group."""
@@ -129,7 +135,8 @@ class Protection:
         if not self.lora_on_worker:
             raise ConfigError(f"profile {self.profile.name!r} keeps LoRA in the enclave: there is nothing to move")
         if self.adapters is None:
-            self.adapters = RemoteAdapters(self._worker, self.offloaded, model)
+            with outside_autocast():
+                self.adapters = RemoteAdapters(self._worker, self.offloaded, model)
         return self.adapters
 
     def rekey(self, progress: Callable[[int, int, str], None] | None = None) -> None:
@@ -186,19 +193,20 @@ class Protection:
             self._rekey_one(self.offloaded[index % count])
 
     def _rekey_one(self, layer: Offloaded) -> None:
-        layer.epoch += 1
-        fresh = obfuscate(
-            layer.weights.weight(), self.key, self.profile.transform_spec, layer.name, layer.epoch, layer.side
-        )
-        outdated = layer.matrix_id
-        adapter = None if self.adapters is None else self.adapters.of(layer)
-        carried = None if adapter is None else adapter.take_down()
-        layer.matrix_id, product = self._send(fresh, layer.weights)
-        layer.R_in, layer.R_out = fresh.R_in, fresh.R_out
-        layer.crossing.multiply_by(product)
-        if adapter is not None and carried is not None:
-            adapter.put_up(carried)
-        self._worker.forget(outdated)
+        with outside_autocast():
+            layer.epoch += 1
+            outdated, W = layer.crossing.matrix_id, layer.weights.weight()
+            dtype = layer.crossing.dtype or W.dtype
+            spec = self.profile.transform_spec
+            fresh = obfuscate(W, self.key, spec, layer.name, layer.epoch, layer.side, dtype)
+            adapter = None if self.adapters is None else self.adapters.of(layer)
+            carried = None if adapter is None else adapter.take_down()
+            product = self._send(fresh, layer.weights, dtype)
+            layer.R_in, layer.R_out = fresh.R_in, fresh.R_out
+            layer.crossing.multiply_by(product)
+            if adapter is not None and carried is not None:
+                adapter.put_up(carried)
+            self._worker.forget(outdated)
 
     @property
     def _worker(self) -> WorkerLink:
@@ -206,17 +214,21 @@ class Protection:
             raise ProtectionError("this profile offloads nothing: there is no worker")
         return self.link
 
-    def _send(self, obfuscated: Obfuscated, weights: WeightSource) -> tuple[bytes, OffloadedProduct]:
-        """Have the worker hold W_star; the id that it lies under, and the product with it."""
-        link, W_star = self._worker, obfuscated.W_star
-        matrix_id = secrets.token_bytes(MATRIX_ID_BYTES)
-        p, q = W_star.shape
-        source, dtype = weights.keep(obfuscated), self.profile.crossing_dtype(W_star.dtype)
-        W_star = W_star.to(dtype)
-        link.store(matrix_id, lambda: source().to(dtype), shape=(p, q), dtype=dtype, tensor=W_star)
-        verifier = Verifier(W_star, SecretStream.fresh(), self.profile.verify) if self.profile.verify else None
-        transforms = obfuscated.R_in, obfuscated.R_out
-        return matrix_id, OffloadedProduct(link, matrix_id, *transforms, self.mixer, verifier, dtype)
+    def _send(self, obfuscated: Obfuscated, weights: WeightSource, dtype: torch.dtype) -> OffloadedProduct:
+        """Have the worker hold W_star in that dtype; the product with it."""
+        link, share = self._worker, self.profile.verify
+        shape = obfuscated.R_in.dim, obfuscated.R_out.dim
+        again = weights.keep(obfuscated)
+
+        def send(W_star: Tensor) -> Held:
+            dtype, matrix_id = W_star.dtype, secrets.token_bytes(MATRIX_ID_BYTES)
+            link.store(matrix_id, lambda: again(dtype), shape=shape, dtype=dtype, tensor=W_star)
+            return Held(matrix_id, dtype, Verifier(W_star, SecretStream.fresh(), share) if share else None)
+
+        with outside_autocast():
+            held = send(obfuscated.W_star.to(dtype))
+        send_in = (lambda finer: send(again(finer))) if self.profile.wire_dtype == "model" else None
+        return OffloadedProduct(link, held, obfuscated.R_in, obfuscated.R_out, self.mixer, send_in)
 
     def close(self) -> None:
         """Let the worker forget, and close the connection."""

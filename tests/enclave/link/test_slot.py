@@ -214,3 +214,11 @@ def test_a_worker_that_watches_no_slots(sent: list[MessageType]) -> None:
         assert_right(stored(link).multiply(ID, lent(link, x), transpose=False), x)
         assert not link.is_watched
         assert WATCH not in sent
+
+
+def test_asked_first_in_inference_mode(link: WorkerLink) -> None:
+    x = some(4, 96)
+    with torch.inference_mode():
+        assert_right(link.multiply(ID, lent(link, x), transpose=False), x)
+    stored(link, OTHER, V)  # the worker is called away from the slot
+    assert_right(link.multiply(ID, lent(link, x), transpose=False), x)

@@ -60,13 +60,14 @@ class WatchedSlot:
     @classmethod
     def lent_by(cls, arena: Arena) -> Self | None:
         """A slot in that memory, for as long as the connection lasts; None where there can be none."""
-        lent = arena.lend(1, SLOT_BYTES, torch.uint8) if kernels.are_there() else None
-        offset = None if lent is None else arena.offset_of(lent)
-        if lent is None or offset is None:
-            return None
-        from obfuscatune.enclave.kernels.slot import compiled
+        with torch.inference_mode(False):  # who asks first may be in inference mode, who asks next need not
+            lent = arena.lend(1, SLOT_BYTES, torch.uint8) if kernels.are_there() else None
+            offset = None if lent is None else arena.offset_of(lent)
+            if lent is None or offset is None:
+                return None
+            from obfuscatune.enclave.kernels.slot import compiled
 
-        return cls(lent.zero_().view(torch.int64)[0], offset, compiled())
+            return cls(lent.zero_().view(torch.int64)[0], offset, compiled())
 
     @property
     def rests(self) -> bool:

@@ -37,6 +37,10 @@ class AdaptedCrossing:
         if not self._is_active():
             return self._plain.output_for(slot, x, dtype, works_on)
         served = torch.is_grad_enabled(), self._is_training()
+        if self._plain.is_coarser_than(dtype):
+            carried = self._adapter.take_down()
+            self._plain.be_as_fine_as(dtype)
+            self._adapter.put_up(carried)
         state = (*served, dtype, _version(x))
         if self._x is not x or self._served != state or slot not in self._parts:
             biases = biases_in(dtype, self._plain._members)
