@@ -41,7 +41,7 @@ class Recorder:
     def submit(self, matrix_id: bytes, rows: Tensor, **_: object) -> Any:
         """Take a request."""
         self.sent.append(rows.clone())
-        return SimpleNamespace(result=lambda: rows)
+        return SimpleNamespace(result=lambda: rows, dtype=rows.dtype)
 
     def refusing(self) -> AbstractContextManager[None]:
         """Nothing is refused here."""

@@ -194,7 +194,7 @@ class Worker:
     def submit(self, matrix_id: bytes, rows: Tensor, *, transpose: bool, **_: object) -> Any:
         self.seen.append(rows.clone())
         product = rows.to(self.W_star) @ (self.W_star.T if transpose else self.W_star)
-        return SimpleNamespace(result=lambda: self.tamper(product.to(rows.dtype)), own=Tensor.clone)
+        return SimpleNamespace(result=lambda: self.tamper(product.to(rows.dtype)), own=Tensor.clone, dtype=rows.dtype)
 
     def refusing(self) -> AbstractContextManager[None]:
         return nullcontext()

@@ -126,3 +126,27 @@ def test_what_is_not_finite_comes_of_no_adapter(
             else:
                 adapted(**inputs)
         model.protection.close()
+
+
+@pytest.mark.parametrize("value", [1e30, -3e38, 1e6])
+@pytest.mark.parametrize("backwards", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("lengths", [(4,), (60, 60)], ids=["few", "many"])
+def test_what_no_rows_can_make_is_refused_whatever_the_lot_says(
+    tmp_path: Path, lengths: tuple[int, ...], backwards: bool, value: float
+) -> None:
+    """One huge number that is finite: unmixed and rotated back it would become infinite, or swamp all others."""
+
+    def one_huge(out: torch.Tensor) -> None:
+        out[-1, -1] = value
+
+    architecture, inputs = ARCHITECTURES["gpt2"], batch(lengths, 97)
+    with serving(tmp_path, may_watch=False) as worker:
+        model = protect(architecture.build(torch.float32), str(worker.address), verify=1e-9)
+        adapted = with_lora(model, architecture).train()
+        backward(adapted, inputs)
+        tampered(worker, one_huge, transpose=backwards)
+        for _ in range(2):  # and it stays refused
+            with pytest.raises(WrongProduct, match="times as large as the rows and the matrix can make it"):
+                backward(adapted, inputs)
+        assert model.protection.stats.verified == 0
+        model.protection.close()

@@ -44,7 +44,9 @@ def test_unmixing_undoes_mixing(rows: int, shield_rows: int, columns: int) -> No
     mixed = mix(mixing, x)
     assert mixed.shape[1] == columns
     assert mixed.shape[0] >= rows + shield_rows
-    torch.testing.assert_close(mixing.unmix(mixed), x, rtol=0, atol=1e-13 * x.abs().max().item() * 10)
+    torch.testing.assert_close(
+        mixing.scaled_back(mixing.unmix(mixed)), x, rtol=0, atol=1e-13 * x.abs().max().item() * 10
+    )
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -52,7 +54,7 @@ def test_unmixing_undoes_mixing(rows: int, shield_rows: int, columns: int) -> No
 def test_multiplying_between_goes_through(rows: int, dtype: torch.dtype) -> None:
     """(Aᵀ (A [x; N]) W)[:n] = x W, to rounding, row by row."""
     x, W, mixing = some(rows, 8, dtype=dtype), some(8, 5, dtype=dtype), mixer().draw(rows, 8)
-    found = mixing.unmix(mix(mixing, x) @ W)
+    found = mixing.scaled_back(mixing.unmix(mix(mixing, x) @ W))
     assert (found.shape, found.dtype) == ((rows, 5), dtype)
     error, size = (y.double().norm(dim=1) for y in (found - x @ W, x @ W))
     assert (error <= 100 * torch.finfo(dtype).eps * size).all()
@@ -143,7 +145,7 @@ def test_shield_rows_are_as_large_as_the_rows_beside_them_times_what_is_asked(sc
     shield = (mixed.pow(2).sum() - scaled.pow(2).sum()) / ((mixing.rows - 20) * 50)
     assert shield.sqrt().item() == pytest.approx(factor * SIZE_OF_ROWS, rel=0.05)
     assert mixed.square().mean().sqrt().item() == pytest.approx(mixing.size, rel=0.05)
-    torch.testing.assert_close(mixing.unmix(mixed), x, rtol=0, atol=1e-12 * scale)
+    torch.testing.assert_close(mixing.scaled_back(mixing.unmix(mixed)), x, rtol=0, atol=1e-12 * scale)
 
 
 def test_shield_rows_of_nothing_are_not_nothing() -> None:
@@ -162,7 +164,7 @@ def test_no_mixing_is_none() -> None:
     mixing = NoMixer().draw(3, 4)
     mixing.mix(mixing.scaled(x), sent := x.new_empty(mixing.rows, 4))
     assert torch.equal(sent, x)
-    assert torch.equal(mixing.unmix(sent), x)
+    assert torch.equal(mixing.scaled_back(mixing.unmix(sent)), x)
     assert mixing.unmix(sent).data_ptr() != sent.data_ptr()  # the worker could change what it sent
 
 

@@ -65,7 +65,7 @@ class CountingLink(WorkerLink):
         product = rows @ (W_star.T if transpose else W_star)
         self.crossings += 1
         self.bytes += rows.nbytes + product.nbytes
-        return SimpleNamespace(result=lambda: product, own=torch.clone)
+        return SimpleNamespace(result=lambda: product, own=torch.clone, dtype=product.dtype)
 
     def taken(self) -> tuple[int, int]:
         """Crossings and bytes since the last call."""

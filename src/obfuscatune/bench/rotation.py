@@ -112,7 +112,6 @@ class RotationBench:
         n, dim = xs[0].shape
         ys = [torch.randn(A.rows, dim) for _ in range(PAIRS)]
         shield = torch.randn(A.rows - n, dim)
-        A.scaled(xs[0])  # what is unmixed is scaled back
         operations = A.rows * dim * 2 * sum(Q.shape[0] for Q in (A._Q_a, A._Q_b) if Q.shape[0] > 1)
         return {
             "mix": _Case(

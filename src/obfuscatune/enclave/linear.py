@@ -55,6 +55,13 @@ class InFlight:
     """Decides whether the product, in memory of our own, is verified, and does it; None where none is."""
     few: FewWay | None = None
     """Where few rows cross: the mixing is a `FewMixing` then."""
+    verifier: Verifier | None = None
+    """Of the matrix that the rows were sent for, which bounds the product whatever the lot says."""
+
+    def bound(self, y: Tensor, dtype: torch.dtype, *, transpose: bool) -> None:
+        """See `Verifier.bound`, for the unmixed product y of rows that travelled in `dtype`."""
+        if self.verifier is not None and self.mixing is not None:
+            self.verifier.bound(y, self.mixing.rows, self.mixing.size, dtype, transpose=transpose)
 
 
 @dataclass(frozen=True)
@@ -134,9 +141,9 @@ class OffloadedProduct:
             WireError: see `WorkerLink.multiply`.
         """
         if crossing.few is not None:
-            y = self._receive_few(crossing, crossing.few)
+            y = self._receive_few(crossing, crossing.few, transpose=False)
             return y if bias is None else y.add_(bias)
-        unmixed = self._receive(crossing, self._R_out.dim)  # (n, q)
+        unmixed = self._receive(crossing, transpose=False)  # (n, q)
         with span("obfuscatune.rotate"):
             if bias is not None and bias.dtype == unmixed.dtype == crossing.like.dtype:
                 return self._R_out.inverse_plus(unmixed, bias)
@@ -153,8 +160,8 @@ class OffloadedProduct:
     def finish_backward(self, crossing: InFlight) -> Tensor:
         """dx = g Wᵀ (n, p), in g's dtype and on its device; memory of its own. Raises as `finish_forward` does."""
         if crossing.few is not None:
-            return self._receive_few(crossing, crossing.few)
-        unmixed = self._receive(crossing, self._R_in.dim)  # (n, p)
+            return self._receive_few(crossing, crossing.few, transpose=True)
+        unmixed = self._receive(crossing, transpose=True)  # (n, p)
         with span("obfuscatune.rotate"):
             return self._R_in.apply_transpose(unmixed).to(crossing.like.dtype)
 
@@ -181,7 +188,7 @@ class OffloadedProduct:
                 held.matrix_id, X_star, transpose=transpose, known_finite=as_sent, product_unchecked=True
             )
         check = _check(held.verifier, lambda v: A.image(rotated, v), rotated.dtype, A.size, dtype, transpose)
-        return InFlight(like, A, pending, check)
+        return InFlight(like, A, pending, check, verifier=held.verifier)
 
     def _send_few(self, x: Tensor, *, transpose: bool) -> InFlight | None:
         """Send few rows x (n, p), or (n, q): turned, mixed and laid where they are sent from by one kernel.
@@ -203,9 +210,9 @@ class OffloadedProduct:
                 held.matrix_id, X_star, transpose=transpose, known_finite=True, product_unchecked=True
             )
         check = _check(held.verifier, mixing.image, x.dtype, mixing.size, x.dtype, transpose)
-        return InFlight(x, mixing, pending, check, way)
+        return InFlight(x, mixing, pending, check, way, held.verifier)
 
-    def _receive_few(self, crossing: InFlight, way: FewWay) -> Tensor:
+    def _receive_few(self, crossing: InFlight, way: FewWay, *, transpose: bool) -> Tensor:
         """Wait for the product; unmixed and turned back by one kernel: (n, q), or (n, p)."""
         x, mixing, pending = crossing.like, crossing.mixing, crossing.pending
         if not isinstance(mixing, FewMixing) or pending is None:
@@ -215,6 +222,7 @@ class OffloadedProduct:
             y = x.new_empty(x.shape[0], way.back.dim)
             if not math.isfinite(way.back.receive(Y_star, mixing.secrets, y)):
                 check_product(y)
+            crossing.bound(y, x.dtype, transpose=transpose)
         return mixing.scaled_back(y)
 
     def _way(self, x: Tensor, *, transpose: bool) -> FewWay | None:
@@ -226,14 +234,17 @@ class OffloadedProduct:
             self._ways[key] = None if turn is None or turn_back is None else FewWay(turn, turn_back)
         return self._ways[key]
 
-    def _receive(self, crossing: InFlight, width: int) -> Tensor:
-        """Wait for the product and unmix it: (n, width)."""
+    def _receive(self, crossing: InFlight, *, transpose: bool) -> Tensor:
+        """Wait for the product and unmix it: (n, q), or (n, p)."""
+        width = (self._R_in if transpose else self._R_out).dim
         like = crossing.like
         if crossing.mixing is None or crossing.pending is None or isinstance(crossing.mixing, FewMixing):
             return _widen(like).new_zeros(0, width)
         Y_star = self._awaited(crossing.pending, crossing.check)  # (m, width)
         with span("obfuscatune.mix"), self._link.refusing():
-            return crossing.mixing.unmix(_widen(Y_star.to(like.device)))
+            y = crossing.mixing.unmix(_widen(Y_star.to(like.device)))
+            crossing.bound(y, crossing.pending.dtype, transpose=transpose)
+            return crossing.mixing.scaled_back(y)
 
     def _awaited(self, pending: Pending, check: Check | None) -> Tensor:
         """Wait for the product Y* (m, q), and verify it where it is to be verified.

@@ -65,13 +65,16 @@ class Mixing(Protocol):
         """X* v (m, k), float64, for x (n, p) as it was just mixed and v (p, k), without reading X* back."""
 
     def unmix(self, y: Tensor) -> Tensor:
-        """(m, q) -> (n, q), in memory of its own: the inverse on the rows that were not shield rows, scaled back.
+        """(m, q) -> (n, q), in memory of its own: the inverse on the rows that were not shield rows, still scaled.
 
         y may lie where the worker can change it at any moment, so only the result is looked at.
 
         Raises:
             BadReply: y contained NaN or infinity.
         """
+
+    def scaled_back(self, y: Tensor) -> Tensor:
+        """D⁻¹ y in the place of y (n, q), for rows that were unmixed."""
 
 
 class _Scaled(ABC):
@@ -97,6 +100,10 @@ class _Scaled(ABC):
         self._scales = RowScales.of(x)
         return self._scales.scaled(x)
 
+    def scaled_back(self, y: Tensor) -> Tensor:
+        """D⁻¹ y."""
+        return self._scales.undo(y)
+
 
 class FewMixing(_Scaled):
     """The secrets of one request of few rows, as the kernels take them."""
@@ -108,10 +115,6 @@ class FewMixing(_Scaled):
     def rows(self) -> int:
         """m."""
         return self.secrets.A.shape[0]
-
-    def scaled_back(self, y: Tensor) -> Tensor:
-        """The product's rows y (n, q), unmixed, scaled back in their place."""
-        return self._scales.undo(y)
 
     def image(self, v: Tensor) -> Tensor:
         """X* v (m, k), float64, for v (p, k), of the rows that were just mixed, without reading X* back."""
@@ -145,7 +148,7 @@ class DenseMixing(_Scaled):
         """(Qᵀ y)[:n] for y (m, q)."""
         x = y.new_empty(self._rows, y.shape[1])
         _product(self._Q[:, : self._rows].T.contiguous().to(y), y, x)
-        return self._scales.undo(check_product(x))
+        return check_product(x)
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
@@ -199,11 +202,11 @@ class KroneckerMixing(_Scaled):
         """(Aᵀ y)[:n] for y (m, q)."""
         prepared = self._for_kernels(y) if y.is_contiguous() else None
         if prepared is None:
-            return self._scales.undo(self._unmix_by_torch(y))
+            return self._unmix_by_torch(y)
         x, finite = prepared.unmix(y)
         if not finite:
             raise BadReply(NOT_FINITE)
-        return self._scales.undo(x)
+        return x
 
     def _for_kernels(self, like: Tensor) -> MixingOfMany | None:
         """A as the kernels take it for such rows, prepared once for their dtype; None where torch is to compute."""
@@ -257,3 +260,7 @@ class NoMixing:
     def unmix(self, y: Tensor) -> Tensor:
         """y, copied."""
         return check_product(y.clone())
+
+    def scaled_back(self, y: Tensor) -> Tensor:
+        """y."""
+        return y

@@ -94,11 +94,16 @@ class Probe:
         """
         rounding = torch.finfo(dtype)
         expected = scale * self.norm  # the size of a row, for a matrix that amplifies all directions alike
-        largest = SCATTER * math.sqrt(product.shape[0] * self.v.shape[0]) * expected
+        largest = _largest(product.shape[0], self.v.shape[0], scale, self.norm)
         norms = torch.linalg.vector_norm(product, dim=1, dtype=torch.float64).clamp(max=largest)
         subnormal = rounding.tiny * (math.sqrt(product.shape[1]) + self.norm)  # elements below tiny err by eps tiny / 2
         size: Tensor = expected + norms + norms.square().mean().sqrt() + subnormal
         return MARGIN[dtype] * rounding.eps / 2 * size
+
+
+def _largest(m: int, p: int, scale: float, norm: float) -> float:
+    """2 |X*| |W|: the product of m rows of p elements has no larger norm, nor any part of it."""
+    return SCATTER * math.sqrt(m * p) * scale * norm
 
 
 def _images(W: Tensor, R: Tensor, L: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -161,6 +166,32 @@ class Verifier:
             return True
 
         return check
+
+    def bound(self, y: Tensor, m: int, scale: float, dtype: torch.dtype, *, transpose: bool) -> None:
+        """Hold every product, drawn or not, against what no product exceeds: one pass, nothing secret in it.
+
+        Args:
+            y: the unmixed rows (n, q), rotated back or not, before they are scaled back.
+            m: how many rows were sent.
+            scale: see `Probe.check`.
+            dtype: in which rows and product travelled.
+            transpose: whether the rows were multiplied by W*ᵀ.
+
+        Raises:
+            WrongProduct: it is larger, or not finite: worse than what the check by lot would have found.
+        """
+        vectors = self._R if transpose else self._L
+        subnormal = torch.finfo(dtype).tiny * math.sqrt(
+            y.numel()
+        )  # to whose multiples the smallest products are rounded
+        largest = _largest(m, vectors.shape[0], scale, self._norm) + subnormal
+        if not float(torch.linalg.vector_norm(y)) <= largest:  # it overflows before y does
+            norm = float(torch.linalg.vector_norm(y, dtype=torch.float64))
+            if not norm <= largest:
+                raise WrongProduct(
+                    f"the worker's product is wrong: it is {norm / largest:.3g} times as large as the rows and the "
+                    "matrix can make it. The worker is hostile or broken; nothing was done with the product"
+                )
 
     def _is_drawn(self) -> bool:
         return int.from_bytes(self._stream.random_bytes(4)) < self._share * 2**32
