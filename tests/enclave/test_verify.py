@@ -10,6 +10,7 @@ from torch import Tensor
 
 from obfuscatune import RootKey
 from obfuscatune.enclave.mixer import KroneckerMixer, NoMixer
+from obfuscatune.enclave.transforms.structured import StructuredTransform
 from obfuscatune.enclave.verify import MARGIN, VECTORS, Probe, Verifier
 from obfuscatune.wire.errors import WrongProduct
 
@@ -81,6 +82,29 @@ def test_no_product_raises_its_tolerance_above_what_the_enclave_knew(name: str, 
         assert tau.isfinite().all()
         assert tau.max() <= bound * (1 + 1e-6)
         assert request.excess(hostile) > 1e3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["along it", "random", "ones"])
+def test_matrices_of_rank_one_leave_as_much_room_and_stay_within_the_bound(kind: str, dtype: torch.dtype) -> None:
+    """Where rows lie along the only direction that a matrix has, its product is as large as can be: |x| |W|."""
+    p, n, stream = 2048, 64, KEY.stream("rank one", kind)
+    u, v = (torch.ones(p) if kind == "ones" else stream.normal(p).float() for _ in range(2))
+    along = u * stream.normal(n, 1).float()
+    x = stream.normal(n, p).float() if kind == "random" else along
+    turn = StructuredTransform(p, KEY.stream("turn")), StructuredTransform(p, KEY.stream("turn back"))
+    W = turn[1].weight_right(turn[0].weight_left(torch.outer(u, v) / p)).to(dtype)
+    verifier, mixing = Verifier(W, stream, 1.0), KroneckerMixer(16, stream).draw(n, p)
+    rotated = turn[0].apply(mixing.scaled(x))
+    mixing.mix(rotated, rows := rotated.new_empty(mixing.rows, p))
+    product = (rows.to(dtype).float() @ W.float()).to(dtype).float()
+    probes = [verifier.probe(transpose=False) for _ in range(50)]
+    images = (mixing.image(rotated, probe.v) for probe in probes)
+    each = zip(probes, images, strict=True)
+    assert max(float(probe.excess(product, image, mixing.size, dtype)) for probe, image in each) < 0.45
+    verifier.bound(mixing.unmix(product), mixing.rows, mixing.size, dtype, transpose=False)
+    with pytest.raises(WrongProduct, match="times as large as"):
+        verifier.bound(10 * mixing.unmix(product) + 100, mixing.rows, mixing.size, dtype, transpose=False)
 
 
 @pytest.mark.parametrize("name", DTYPES)
