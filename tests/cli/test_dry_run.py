@@ -38,7 +38,7 @@ def test_it_is_told_to_people(obfuscatune, command):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--lora-targets", "nope"), "LoRA cannot be put on this model"),
+        (("--lora-targets", "nope"), "the model has no layer nope"),
         (("--profile", "secret"), "unknown profile 'secret'"),
         (("--max-length", 100_000), "and the model's window is"),
     ],

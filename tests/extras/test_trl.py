@@ -39,7 +39,7 @@ def losses(kind: str, model: Any, source: Path, directory: Path, wrapped: bool) 
     from datasets import Dataset
 
     examples = [{"text": story} for story in STORIES] if kind == "SFT" else PAIRS
-    pace = {"max_steps": 3, "logging_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-3}
+    pace = {"max_steps": 3, "logging_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-4}
     quiet = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "dataloader_pin_memory": False}
     args = getattr(trl, f"{kind}Config")(str(directory), **pace, **quiet)
     assert args.bf16 and args.gradient_checkpointing

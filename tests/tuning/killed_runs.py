@@ -49,13 +49,13 @@ def in_write(number: int) -> Arm:
         written = 0
         real = storage._write_durably
 
-        def write(path: Path, content: bytes) -> None:
+        def write(name: str, content: bytes, folder: int) -> None:
             nonlocal written
             written += 1
             if written == number:
-                path.write_bytes(content[: len(content) // 2])
+                real(name, content[: len(content) // 2], folder)
                 die()
-            real(path, content)
+            real(name, content, folder)
 
         storage._write_durably = write
         return lambda event: None
@@ -64,20 +64,20 @@ def in_write(number: int) -> Arm:
 
 
 def in_sync(number: int) -> Arm:
-    """Die when a directory is synchronised for the `number`-th time: before or after a rename."""
+    """Die when something is synchronised for the `number`-th time: a file, or a folder before or after a rename."""
 
     def arm() -> Callable[[object], None]:
         synced = 0
-        real = storage._sync_directory
+        real = storage.sync
 
-        def sync(path: Path) -> None:
+        def sync(descriptor: int) -> None:
             nonlocal synced
             synced += 1
             if synced == number:
                 die()
-            real(path)
+            real(descriptor)
 
-        storage._sync_directory = sync
+        storage.sync = sync
         return lambda event: None
 
     return arm
@@ -90,13 +90,14 @@ def in_removal(number: int) -> Arm:
         removed = 0
         real = storage.shutil.rmtree
 
-        def remove(path: Path, **options: object) -> None:
+        def remove(name: str, *, dir_fd: int) -> None:
             nonlocal removed
             removed += 1
             if removed == number:
-                next(Path(path).iterdir()).unlink()
+                folder = os.open(name, os.O_RDONLY, dir_fd=dir_fd)
+                os.unlink(os.listdir(folder)[0], dir_fd=folder)
                 die()
-            real(path, **options)
+            real(name, dir_fd=dir_fd)
 
         storage.shutil.rmtree = remove
         return lambda event: None
@@ -112,7 +113,7 @@ SCENARIOS: dict[str, list[Arm]] = {
     "after-the-last-step": [after_step(9)],
     # The first two files are metrics.jsonl and recipe.yaml, then four for each of five checkpoints, then the adapter.
     **{f"writing-file-{number}": [in_write(number)] for number in (1, 2, 3, 4, 6, 21, 23)},
-    **{f"renaming-{number}": [in_sync(number)] for number in (3, 4, 5)},
+    **{f"synchronising-{number}": [in_sync(number)] for number in (4, 6, 9, 10, 11)},
     "deleting-a-checkpoint": [in_removal(1)],
     "again-and-again": [after_step(3), in_write(5), in_removal(1), after_step(8), in_write(3)],
 }

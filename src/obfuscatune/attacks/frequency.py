@@ -130,7 +130,13 @@ def _match(
     near = np.exp(-np.abs(ranks[:, None] - ranks[None]) / NEAR) + FAR
     for _ in range(max(3, min(STARTS, round(WORK / size**3)))):
         start = _doubly_stochastic(near * random.random((size, size)))
-        found = quadratic_assignment(seen, public, method="faq", options={"maximize": True, "P0": start, "maxiter": 60})
+        options = {
+            "maximize": True,
+            "P0": start,
+            "maxiter": 60,
+            "rng": random,
+        }  # its default looks at numpy's global one
+        found = quadratic_assignment(seen, public, method="faq", options=options)
         if found.fun > reached:
             best, reached = found.col_ind.tolist(), float(found.fun)
     return best

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+import weakref
 from collections import defaultdict
 from dataclasses import dataclass, field
 
@@ -73,7 +74,8 @@ class StoredWeights:
     """
 
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
-        self._checkpoint, self._model = checkpoint, model
+        self._checkpoint = checkpoint
+        self._model_ref = weakref.ref(model)  # the link keeps this for as long as the model lives, and no longer
         self._expected = model.state_dict(keep_vars=True)
         with blamed_on("the names in the model's files"):
             recipes = self._find_recipes()
@@ -81,6 +83,13 @@ class StoredWeights:
         pairs = getattr(model, "all_tied_weights_keys", {}).items()
         self._tied = {name: other for pair in pairs for name, other in (pair, pair[::-1])}
         self._new = self._newly_initialised()
+
+    @property
+    def _model(self) -> PreTrainedModel:
+        model = self._model_ref()
+        if model is None:
+            raise ModelFileError("the model whose weights are to be read again is gone")
+        return model
 
     def joint_weight(self, group: SiteGroup, memory: Tensor | None = None) -> Tensor:
         """W (p, q) of a group: the weights of layers that share an input side by side, y = x W.
