@@ -205,7 +205,10 @@ def test_a_worker_that_is_killed_while_a_request_is_posted(sent: list[MessageTyp
         assert link.stats.uploads == 2
         sent.clear()
         assert_right(link.multiply(ID, lent(link, x), transpose=False), x)
-        assert WATCH in sent and not set(sent) - {WATCH, MessageType.FORGET}  # a worker long idle is asked whether it is there
+        assert WATCH in sent and not set(sent) - {
+            WATCH,
+            MessageType.FORGET,
+        }  # a worker long idle is asked whether it is there
 
 
 def test_a_worker_that_watches_no_slots(sent: list[MessageType]) -> None:
