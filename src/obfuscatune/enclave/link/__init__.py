@@ -13,6 +13,7 @@ In the order in which a request passes through:
     order        such a request, which may have to be sent once at most
     pending      a product asked for       -> a request, and what its reply must be
     driver       all that is asked for     -> one step at a time until it is done, whatever fails on the way
+    uploads      matrices                  -> held by the worker, or forgotten
     connection   a request                 -> its reply, or an error; no retries
     retry        a failure                 -> a pause, or the end of patience
     stats        everything that crossed   -> counts

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from obfuscatune.enclave.link.arena import Arena
+from obfuscatune.enclave.link.pending import Pending
 from obfuscatune.enclave.link.stats import LinkStats
 from obfuscatune.wire.deadline import Deadline
 from obfuscatune.wire.dtypes import DType
@@ -34,6 +35,7 @@ from obfuscatune.wire.payloads import (
     SHARED_MEMORY,
     SLOTS,
     Hello,
+    Places,
     Welcome,
     error_text,
     pack_number,
@@ -158,6 +160,20 @@ class LinkConnection:
         copy = None if self.arena is None else self.arena.lend(rows, cols, elements.dtype)
         offset = None if self.arena is None or copy is None else self.arena.offset_of(copy)
         return None if copy is None or offset is None else LaidOut(copy.copy_(elements), offset)
+
+    def places(self, pending: Pending) -> Places | None:
+        """Where rows and product lie in the memory of this connection; None where the rows do not, or it is full."""
+        pending.landing = None
+        arena = self.arena
+        offset = None if arena is None else arena.offset_of(pending.rows)
+        if arena is None or offset is None:
+            return None
+        landing = arena.lend(*pending.shape, pending.dtype)
+        landing_offset = None if landing is None else arena.offset_of(landing)
+        if landing_offset is None:
+            return None
+        pending.landing = landing
+        return Places(offset, landing_offset)
 
     def send(self, header: Header, payload: Buffer, deadline: Deadline, descriptor: int | None = None) -> None:
         """Send one request."""

@@ -18,7 +18,8 @@ from obfuscatune.enclave.link.pending import Pending, StoredMatrix, check_produc
 from obfuscatune.enclave.link.retry import Insistence, Refusal, RetryPolicy
 from obfuscatune.enclave.link.slot import State, WatchedSlot, fits
 from obfuscatune.enclave.link.stats import LinkStats
-from obfuscatune.wire.deadline import Deadline, transfer_seconds
+from obfuscatune.enclave.link.uploads import Uploads
+from obfuscatune.wire.deadline import Deadline
 from obfuscatune.wire.errors import (
     BadReply,
     ConnectionLost,
@@ -30,24 +31,14 @@ from obfuscatune.wire.errors import (
     WireError,
 )
 from obfuscatune.wire.limits import SHARED_BYTES
-from obfuscatune.wire.messages import NO_DIGEST, Header, MessageType
-from obfuscatune.wire.payloads import Places, pack_number
+from obfuscatune.wire.messages import Header, MessageType
 from obfuscatune.wire.slot import Watched
-from obfuscatune.wire.tensors import bytes_of, content_digest
-from obfuscatune.wire.transport import Buffer, Transport
+from obfuscatune.wire.tensors import bytes_of
+from obfuscatune.wire.transport import Transport
 
 RETRIED = (ConnectionLost, DeadlineExceeded, ProtocolError, BadReply)
 MOST_WATCHES_FAILED = 4
 """So many watches in a row that answered nothing, and no worker is asked to watch any more: messages are sent."""
-FAREWELL_SECONDS = 5.0
-"""How long `farewell` waits for the worker to confirm that it has forgotten everything."""
-
-
-_ANSWERS = {
-    MessageType.OFFER: {MessageType.HAVE, MessageType.WANT},
-    MessageType.STORE: {MessageType.STORED},
-    MessageType.FORGET: {MessageType.DONE},
-}
 
 
 class LinkDriver:
@@ -74,6 +65,7 @@ class LinkDriver:
         """Whether nothing is to be driven on; set by another thread."""
         self.refusal = Refusal()
         self._last_id = 0
+        self._uploads = Uploads(self.stats, self._next_id, deadline_s)
         self._in_flight: OrderedDict[int, Pending] = OrderedDict()
         self._slot: WatchedSlot | None = None
         self._posted: Pending | None = None
@@ -196,7 +188,7 @@ class LinkDriver:
             self.refusal.check()
             if self._connection is not None and not self._in_flight and self._posted is None:
                 self._end_watch(self._connection)
-                self._ask(self._connection, Header(MessageType.FORGET, self._next_id()), seconds=FAREWELL_SECONDS)
+                self._uploads.forget_all(self._connection)
         except WireError:
             return  # gone: it has forgotten, or will when the session expires
         finally:
@@ -220,7 +212,8 @@ class LinkDriver:
         elif self.missing:
             self._upload(connection, next(iter(self.missing.values())))
         elif self.leaving:
-            self._forget(connection, next(iter(self.leaving)))
+            self._uploads.forget(connection, matrix_id := next(iter(self.leaving)))
+            del self.leaving[matrix_id]
         elif self._room_for(connection, self.waiting[0]):
             self._send(connection, self.waiting[0])
         else:
@@ -262,7 +255,7 @@ class LinkDriver:
             return
         self._set_out(pending)
         request_id = self._next_id()
-        places = self._places(connection, pending)
+        places = connection.places(pending)
         if places is None:
             connection.send(pending.header(request_id), bytes_of(pending.rows), pending.deadline)
         else:
@@ -280,7 +273,7 @@ class LinkDriver:
         begins = not slot.is_watched_for(pending.matrix_id)
         if begins:
             self._end_watch(connection)
-        places = None if slot.rests else self._places(connection, pending)
+        places = None if slot.rests else connection.places(pending)
         if places is None:
             return False
         request_id = self._next_id()
@@ -312,17 +305,7 @@ class LinkDriver:
         slot = self._slot
         if slot is None or slot.watch_id is None:
             return
-        slot.call_away()
-        deadline = Deadline(self._deadline_s)
-        reply = connection.receive(deadline)
-        refused = reply.type is MessageType.ERROR
-        if refused and reply.request_id in (0, slot.watch_id):
-            error = connection.refusal(reply, deadline)
-            if reply.request_id == 0 or not isinstance(error, Refused):
-                raise error
-        elif reply.type is not MessageType.DONE or reply.request_id != slot.watch_id:
-            raise MalformedMessage(f"{reply.type.name} came, which does not answer WATCH")
-        slot.end_watch(refused=refused)
+        slot.leave(connection, Deadline(self._deadline_s))
 
     def _collect(self, connection: LinkConnection, slot: WatchedSlot, pending: Pending) -> None:
         """Wait for the answer to what was posted. Where the worker left before it saw that, begin anew."""
@@ -353,20 +336,6 @@ class LinkDriver:
         self.stats.retries += pending.times_sent > 0
         pending.times_sent += 1
         pending.deadline = Deadline(self._deadline_s)
-
-    def _places(self, connection: LinkConnection, pending: Pending) -> Places | None:
-        """Where rows and product lie in the memory of this connection; None where the rows do not, or it is full."""
-        pending.landing = None
-        arena = connection.arena
-        offset = None if arena is None else arena.offset_of(pending.rows)
-        if arena is None or offset is None:
-            return None
-        landing = arena.lend(*pending.shape, pending.dtype)
-        landing_offset = None if landing is None else arena.offset_of(landing)
-        if landing_offset is None:
-            return None
-        pending.landing = landing
-        return Places(offset, landing_offset)
 
     def _receive(self, connection: LinkConnection) -> None:
         """Take one reply, in whatever order the worker gives them."""
@@ -408,31 +377,13 @@ class LinkDriver:
             pending.error = error
 
     def _upload(self, connection: LinkConnection, matrix: StoredMatrix) -> None:
-        """Offer a matrix, and send it if the worker has not got it."""
+        """Have the worker hold a matrix; where it will not, what waited for that matrix has failed."""
         try:
-            if connection.wants_digests and matrix.digest == NO_DIGEST:
-                matrix.digest = content_digest(matrix.elements())
-            if self._ask(connection, matrix.offer(self._next_id()), matrix.digest) is MessageType.WANT:
-                elements = matrix.elements()
-                laid = connection.lay_out(elements)
-                payload = bytes_of(elements) if laid is None else pack_number(laid.offset)
-                self._ask(connection, matrix.store(self._next_id(), shared=laid is not None), payload)
-                self.stats.uploads += 1
-                self.stats.bytes_uploaded += matrix.nbytes
+            self._uploads.upload(connection, matrix)
         except Refused as refused:
             matrix.refused = refused.error  # not with a traceback: it would keep the matrix, and its place in the arena
             self._fail([pending for pending in self.waiting if pending.needs == matrix.matrix_id], refused.error)
         del self.missing[matrix.matrix_id]
-
-    def _forget(self, connection: LinkConnection, matrix_id: bytes) -> None:
-        self._ask(connection, Header(MessageType.FORGET, self._next_id(), matrix_id))
-        del self.leaving[matrix_id]
-
-    def _ask(
-        self, connection: LinkConnection, header: Header, payload: Buffer = b"", seconds: float | None = None
-    ) -> MessageType:
-        deadline = Deadline(seconds or self._deadline_s + transfer_seconds(header.message_bytes))
-        return connection.exchange(header, payload, _ANSWERS[header.type], deadline)
 
     def _fail(self, pendings: list[Pending], error: WireError) -> None:
         for pending in list(pendings):

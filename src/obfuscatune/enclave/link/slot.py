@@ -11,8 +11,12 @@ import torch
 
 from obfuscatune.enclave import kernels
 from obfuscatune.enclave.link.arena import Arena
+from obfuscatune.enclave.link.connection import LinkConnection, Refused
 from obfuscatune.enclave.link.pending import Pending
+from obfuscatune.wire.deadline import Deadline
+from obfuscatune.wire.errors import MalformedMessage
 from obfuscatune.wire.limits import MAX_SLOT_ROWS, MAX_WATCHED
+from obfuscatune.wire.messages import MessageType
 from obfuscatune.wire.slot import SLOT_BYTES, Watched, Word
 
 if TYPE_CHECKING:
@@ -96,6 +100,23 @@ class WatchedSlot:
         """Have the worker leave."""
         self._called_away = True
         self._slot[Word.LEAVE] = 1
+
+    def leave(self, connection: LinkConnection, deadline: Deadline) -> None:
+        """Call the worker away and wait until it has left, so that it reads messages again.
+
+        Raises:
+            ProtocolError: it says that we broke the protocol, or something that answers no WATCH.
+        """
+        self.call_away()
+        reply = connection.receive(deadline)
+        refused = reply.type is MessageType.ERROR
+        if refused and reply.request_id in (0, self.watch_id):
+            error = connection.refusal(reply, deadline)
+            if reply.request_id == 0 or not isinstance(error, Refused):
+                raise error
+        elif reply.type is not MessageType.DONE or reply.request_id != self.watch_id:
+            raise MalformedMessage(f"{reply.type.name} came, which does not answer WATCH")
+        self.end_watch(refused=refused)
 
     def end_watch(self, *, refused: bool) -> None:
         """The worker watches no longer, or would not: then messages are sent for a while."""
