@@ -80,6 +80,7 @@ def test_cores_and_memory_are_those_of_the_container(monkeypatch: pytest.MonkeyP
     assert machine.cores() == os.cpu_count()
 
 
+@pytest.mark.long
 def test_torch_starts_no_more_threads_than_the_container_has_cores() -> None:
     script = """
 import os

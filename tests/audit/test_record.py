@@ -98,6 +98,7 @@ def test_text_is_read_from_records_and_files(tmp_path: Path) -> None:
         read_text(tmp_path / "none.txt")
 
 
+@pytest.mark.long
 def test_without_the_first_block_in_the_enclave_every_equal_pair_is_found(stories260k: Path, tmp_path: Path) -> None:
     """docs/adr/0007, counted again on a real model, on other text: none missed, none false."""
     base = AutoModelForCausalLM.from_pretrained(stories260k, dtype=torch.float32)

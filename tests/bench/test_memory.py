@@ -10,6 +10,7 @@ from obfuscatune.bench.memory import ALLOWED_BYTES, MemoryBench, MemoryResult, M
 from obfuscatune.bench.plots import plot_memory
 
 
+@pytest.mark.long
 def test_every_step_is_sampled_in_both_processes(tmp_path: Path) -> None:
     GPT2Config(n_embd=32, n_head=2, n_layer=2, vocab_size=64, n_positions=32).save_pretrained(tmp_path)
     bench = MemoryBench(shape=str(tmp_path / "config.json"), length=16, threads=1, steps=4, warmup=2)

@@ -48,6 +48,7 @@ def test_its_documents_name_what_they_depend_on(measured: ObfuscateResult) -> No
     assert "| structured |" in measured.as_markdown()
 
 
+@pytest.mark.long
 def test_memory_is_kept_for_it_and_the_result_says_so(tmp_path: Path) -> None:
     write_random_checkpoint(CONFIG, tmp_path, lambda line: None)
     kept = ObfuscateBench(model=tmp_path, threads=1, rounds=1, memory_kept=True).run(lambda line: None)

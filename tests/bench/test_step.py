@@ -113,7 +113,7 @@ def test_an_unknown_shape_is_refused_with_the_known_ones() -> None:
         config_of("gpt5")
 
 
-@pytest.mark.parametrize("work", ["forward", "decode"])
+@pytest.mark.parametrize("work", ["forward", pytest.param("decode", marks=pytest.mark.long)])
 def test_other_work_side_by_side(tiny_shape: Path, monkeypatch: pytest.MonkeyPatch, work: str) -> None:
     monkeypatch.setattr(step_module, "PLAIN_WAITING", {"brief": OWN_WAITING})
     bench = StepBench(work=work, shape=str(tiny_shape), batch=2, length=8, threads=1, rounds=1, warmup=0)  # type: ignore[arg-type]

@@ -96,6 +96,7 @@ def test_a_command_refuses_it_before_a_model_is_read(obfuscatune, command):
     assert ran.stderr.splitlines()[-1] == f"error: {command[1]}: not UTF-8: byte 0xe9 after 3 characters"
 
 
+@pytest.mark.long
 def test_the_command_itself_on_an_ascii_terminal():
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     command = [

@@ -37,7 +37,7 @@ print("left on stdin:", len(sys.stdin.read()))
 """
 
 
-@pytest.mark.parametrize("model_type", ["vit", "unknown-to-transformers"])
+@pytest.mark.parametrize("model_type", [pytest.param("vit", marks=pytest.mark.long), "unknown-to-transformers"])
 def test_no_code_of_the_model_is_run_though_stdin_says_yes(tmp_path: Path, model_type: str) -> None:
     """ViT is known and has no causal head: `from_config` asked on standard input, and `y` there was consent."""
     names = ("AutoConfig", "AutoModelForCausalLM", "AutoModel", "AutoTokenizer")

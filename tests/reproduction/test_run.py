@@ -142,7 +142,7 @@ def test_timing_cells_take_the_presets_shape(tmp_path, tiny, data_root, small_pr
     assert "2.00x" in found.markdown.read_text()
 
 
-@pytest.mark.parametrize("profile", ["paper", "private"])
+@pytest.mark.parametrize("profile", ["paper", pytest.param("private", marks=pytest.mark.long)])
 def test_obfuscation_is_timed_with_the_profiles_own_transform(tiny, profile):
     cell = obfuscation_cell(ShapeDepth(str(tiny / "config.json")), profile)
     result = cell.measure(unwatched)

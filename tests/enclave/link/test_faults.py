@@ -19,6 +19,7 @@ KILLS = 10
 ID = bytes(range(1, 17))
 
 
+@pytest.mark.long
 def test_killed_ten_times_and_every_product_is_exact() -> None:
     """SIGKILL at any moment: before, in the middle of, and between requests of 1.2 MB, several of them in flight."""
     generator = torch.Generator().manual_seed(1)

@@ -312,6 +312,10 @@ class LinkDriver:
         started = time.monotonic()
         state = slot.wait()
         self.stats.seconds_waiting += time.monotonic() - started
+        has_left = state is not State.ANSWERED and connection.has_news()
+        if has_left:
+            self._end_watch(connection)
+            state = slot.wait()  # it may have answered just before
         if state is State.ANSWERED and pending.landing is not None:
             pending.product = pending.landing if pending.product_unchecked else check_product(pending.landing)
             self._posted = None
@@ -321,8 +325,7 @@ class LinkDriver:
             self.stats.bytes_received += pending.landing.nbytes
             return
         pending.deadline.remaining()
-        if connection.has_news():
-            self._end_watch(connection)
+        if has_left:
             self._posted = None
             self._watches_failed += 1
             pending.unseen = True
