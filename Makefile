@@ -3,6 +3,7 @@
 #   make test         lint and the default test suite (under 10 minutes on 2 cores)
 #   make test-long    the long tests too
 #   make test-extras    the tests of the optional extras (lm-eval, trl, ...), which are installed for them (600 MB)
+#   make hooks        ruff and mypy before each commit
 #   make lock         requirements/*.txt anew: exact versions, by hash
 #   make reproduce-small   the paper's tables, scaled down (under 30 minutes on 2 cores); DATA=folder with the questions
 #   make reproduce-real    the same on SmolLM2-135M, which comes from the package registry (some hours on 2 cores)
@@ -14,7 +15,7 @@ DATA   ?= ../shared/data
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-long test-extras lint lock reproduce-small reproduce-real benchmarks clean
+.PHONY: demo test test-long test-extras lint hooks lock reproduce-small reproduce-real benchmarks clean
 
 demo: $(READY)
 	$(BIN)/obfuscatune demo
@@ -36,6 +37,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+hooks: $(READY)
+	$(BIN)/python -m pip install --quiet pre-commit==4.7.0
+	$(BIN)/pre-commit install
 
 # What DATA must hold: docs/reproduce.md. Stopped and started again, it goes on where it was.
 reproduce-small: $(READY)
