@@ -35,11 +35,11 @@ def test_a_line_is_fitted_to_small_and_to_large_messages() -> None:
 
 
 def test_where_few_bytes_make_no_difference_no_bandwidth_is_told() -> None:
-    """In a slot lie few rows: the line through them is flat, or falls."""
+    """With few rows alone the line through them is flat, or falls."""
     for slope in (0.0, -1e-12, 1e-15):
-        points = [WireRow("slot", rows, 2048 * rows, 3e-5 + slope * 2048 * rows, 0, 0) for rows in (1, 4, 16)]
-        result = WireResult(WireBench(links=("slot",), rows=(1, 4, 16)), points, {})
-        assert result.fitted("slot").gbytes is None
-        assert result.fitted("slot").seconds(2048) == pytest.approx(3e-5, rel=0.01)
-        assert "| slot | 30 |  |" in result.as_markdown()
-        assert "slot" in plot_wire(result)
+        points = [WireRow("tcp", rows, 2048 * rows, 3e-5 + slope * 2048 * rows, 0, 0) for rows in (1, 4, 16)]
+        result = WireResult(WireBench(links=("tcp",), rows=(1, 4, 16)), points, {})
+        assert result.fitted("tcp").gbytes is None
+        assert result.fitted("tcp").seconds(2048) == pytest.approx(3e-5, rel=0.01)
+        assert "| tcp | 30 |  |" in result.as_markdown()
+        assert "tcp" in plot_wire(result)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import mmap
 import struct
-import time
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
 _TOTALS = struct.Struct("<dddd")
 _COUNTING_AT = 64
 _BYTES = mmap.PAGESIZE
-_WATCH_ENDS_SECONDS = 0.02
-"""More than a watch waits for another request."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +50,6 @@ class ClockPage:
     @totals.setter
     def totals(self, totals: Totals) -> None:
         _TOTALS.pack_into(self._page, 0, *astuple(totals))
-
-    def settled(self) -> Totals:
-        """The same, of all that was asked for before: what was done in a watch is written down when that has ended."""
-        time.sleep(_WATCH_ENDS_SECONDS)
-        return self.totals
 
     @property
     def counting(self) -> bool:

@@ -62,7 +62,7 @@ class _Side:
         """Once, timed; and all that can be had without disturbing it."""
         self._work.prepare()
         before = None if self._protection is None else self._protection.stats.snapshot()
-        clock = None if self._worker is None else self._worker.clock.settled()
+        clock = None if self._worker is None else self._worker.clock.totals
         started = time.perf_counter()
         result = self._work()
         answer: dict[str, Any] = {"seconds": time.perf_counter() - started, "result": result}
@@ -73,7 +73,7 @@ class _Side:
             answer["crossings"] = crossed.crossings
             answer["bytes"] = crossed.bytes_sent + crossed.bytes_received
         if self._worker is not None and clock is not None:
-            answer["worker_seconds"] = self._worker.clock.settled().since(clock).seconds
+            answer["worker_seconds"] = self._worker.clock.totals.since(clock).seconds
             answer["worker_peak_bytes"] = peak_bytes(self._worker.pid)
             answer["worker_resident_bytes"] = settled_bytes(self._worker.pid)
         return answer
@@ -91,12 +91,12 @@ class _Side:
         clock = None if self._worker is None else self._worker.clock
         if clock is not None:
             clock.counting = True
-            before = clock.settled()
+            before = clock.totals
         with ProductCounter() as products:
             self._work()
         answer: dict[str, Any] = {"flops": products.flops, "bytes": products.nbytes}
         if clock is not None:
-            counted = clock.settled().since(before)
+            counted = clock.totals.since(before)
             clock.counting = False
             answer |= {"worker_flops": int(counted.flops), "worker_bytes": int(counted.nbytes)}
         return answer

@@ -25,14 +25,12 @@ from obfuscatune.enclave.link import WorkerLink
 from obfuscatune.report.environment import environment
 from obfuscatune.report.units import format_bytes
 from obfuscatune.wire.files import temporary_root
-from obfuscatune.wire.limits import MAX_SLOT_ROWS
 from obfuscatune.wire.secret_files import write_new
 from obfuscatune.wire.tls import TlsConfig, make_identity
 
 ROWS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 WIDTH = 256
-LINKS = ("slot", "shared memory", "unix socket", "tcp", "tls")
-_LENT = ("slot", "shared memory")
+LINKS = ("shared memory", "unix socket", "tcp", "tls")
 _MATRIX_ID = bytes(15) + b"\x01"
 _TICK_SECONDS = 1e-9
 """Less than nothing no round takes, though clocks of two processes may say so."""
@@ -90,7 +88,7 @@ class WireBench:
         with _opened(name, self.threads) as (link, clock):
             matrix = torch.eye(self.width)
             link.store(_MATRIX_ID, lambda: matrix, shape=(self.width, self.width), dtype=matrix.dtype)
-            for count in self.rows_by(name):
+            for count in self.rows:
                 seconds, computing = self._timed(link, count, clock, name)
                 row = WireRow(
                     name,
@@ -103,30 +101,21 @@ class WireBench:
                 progress(f"{name}, {count} rows: {row.seconds * 1e6:.0f} µs, {row.gbytes:.2f} GB/s")
                 yield row
 
-    def rows_by(self, link: str) -> tuple[int, ...]:
-        """Those numbers of rows that can go by that link."""
-        return tuple(count for count in self.rows if link != "slot" or count <= MAX_SLOT_ROWS)
-
     def _timed(self, link: WorkerLink, count: int, clock: ClockPage, name: str) -> tuple[list[float], float]:
-        """Seconds of each round without the worker's computing, and the mean of that.
-
-        What a worker computes for a slot stands on its clock once it has ceased to watch: there the mean is taken off.
-        """
-        rows = link.lend(count, self.width, torch.float32) if name in _LENT else torch.empty(count, self.width)
+        """Seconds of each round without the worker's computing, and the mean of that."""
+        rows = (
+            link.lend(count, self.width, torch.float32) if name == "shared memory" else torch.empty(count, self.width)
+        )
         rows.normal_()
         link.multiply(_MATRIX_ID, rows, transpose=False)
         seconds: list[float] = []
         computing: list[float] = []
-        before = clock.settled()
         while len(seconds) < _LEAST_ROUNDS or (len(seconds) < _MOST_ROUNDS and sum(seconds) < _MOST_SECONDS):
             computed, started = clock.totals, time.perf_counter()
             link.submit(_MATRIX_ID, rows, transpose=False, known_finite=True).result()
             seconds.append(time.perf_counter() - started)
             computing.append(clock.totals.since(computed).seconds)
-        mean = clock.settled().since(before).seconds / len(seconds)
-        if name == "slot":
-            computing = [mean] * len(seconds)
-        return [max(s - c, _TICK_SECONDS) for s, c in zip(seconds, computing, strict=True)], mean
+        return [max(s - c, _TICK_SECONDS) for s, c in zip(seconds, computing, strict=True)], statistics.mean(computing)
 
 
 class Fitted(NamedTuple):
@@ -199,9 +188,9 @@ def _opened(name: str, threads: int) -> Iterator[tuple[WorkerLink, ClockPage]]:
     with tempfile.TemporaryDirectory(
         prefix="obfuscatune-bench-", dir=temporary_root()
     ) as folder:  # made with mode 0700
-        listen = None if name in (*_LENT, "unix socket") else f"tcp:127.0.0.1:{free_port()}"
+        listen = None if name in ("shared memory", "unix socket") else f"tcp:127.0.0.1:{free_port()}"
         ours, theirs = _identities(Path(folder)) if name == "tls" else (None, None)
-        extra: tuple[str, ...] = ("--no-watch",) if name == "shared memory" else ()
+        extra: tuple[str, ...] = ()
         if theirs is not None:
             extra = ("--tls-cert", str(theirs.certificate), "--tls-key", str(theirs.private_key))
             extra += ("--peer", str(theirs.peers))

@@ -26,14 +26,6 @@ def worker(
         ),
     ] = "as-sent",
     threads: Annotated[int | None, option("--threads", "Cores to use.", default="all", panel=_COMPUTE)] = None,
-    no_watch: Annotated[
-        bool,
-        option(
-            "--no-watch",
-            "Wait asleep for few rows, too: between two tokens no core is busy, and decoding takes longer.",
-            panel=_COMPUTE,
-        ),
-    ] = False,
     quota: Annotated[
         str | None, option("--quota", "Memory for matrices, as 8GiB.", default="80% of the RAM", panel=_MEMORY)
     ] = None,
@@ -99,7 +91,6 @@ def worker(
         peer_quota=peer_quota,
         when_full=when_full,
         threads=threads,
-        no_watch=no_watch,
         max_sessions=max_sessions,
         record=record,
         store=store,

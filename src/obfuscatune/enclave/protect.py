@@ -16,7 +16,6 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from obfuscatune.enclave.closing import make_closable
-from obfuscatune.enclave.cores import CoreKeeper
 from obfuscatune.enclave.experts import ProtectedExperts
 from obfuscatune.enclave.keys import RootKey
 from obfuscatune.enclave.link import RetryPolicy, WorkerLink
@@ -184,4 +183,3 @@ def adopt(model: nn.Module, protection: Protection) -> None:
         first = next((module for module in base.modules() if isinstance(module, ProtectedLayer)), None)
         if first is not None:
             first.before_request = watch
-        CoreKeeper(protection.link, protection.profile).watch_over(getattr(base, "base_model", base))

@@ -20,12 +20,10 @@ from obfuscatune.wire.limits import (
     MAX_ERROR_BYTES,
     MAX_MATRIX_BYTES,
     MAX_SLICES,
-    MAX_WATCHED,
     MAX_WINDOW_BYTES,
     VERSION,
 )
 from obfuscatune.wire.payloads import NUMBER_BYTES, Hello, Places, Welcome
-from obfuscatune.wire.slot import watch_bytes
 
 MAGIC = b"OBFT"
 TRANSPOSED = 1
@@ -67,7 +65,6 @@ class MessageType(IntEnum):
     STEP = 19
     ZERO = 20
     NORM = 21
-    WATCH = 22
 
 
 class ErrorCode(IntEnum):
@@ -92,7 +89,6 @@ REQUESTS = frozenset(
         MessageType.STORE,
         MessageType.MULTIPLY,
         MessageType.FORGET,
-        MessageType.WATCH,
     }
 )
 ON_ADAPTERS = frozenset(
@@ -181,7 +177,6 @@ FORMS: Mapping[MessageType, Form] = MappingProxyType(
         MessageType.STEP: Form(body_bytes=(Step.BYTES, Step.BYTES)),
         MessageType.ZERO: Form(),
         MessageType.NORM: Form(),
-        MessageType.WATCH: Form(body_bytes=watch_bytes(1, MAX_WATCHED)),
     }
 )
 

@@ -15,7 +15,7 @@ from obfuscatune.wire.errors import StorageError, WireError
 from obfuscatune.wire.framing import send_message
 from obfuscatune.wire.limits import CHUNK_BYTES, HANDSHAKE_SECONDS, LINGER_SECONDS, STALL_SECONDS
 from obfuscatune.wire.messages import WITH_ROWS, ErrorCode, Header, MessageType
-from obfuscatune.wire.payloads import SHARED_MEMORY, SLOTS, Hello
+from obfuscatune.wire.payloads import SHARED_MEMORY, Hello
 from obfuscatune.wire.tensors import bytes_of
 from obfuscatune.wire.transcript import Direction
 from obfuscatune.wire.transport import Buffer, Transport
@@ -105,7 +105,7 @@ class Connection:
     @property
     def _features(self) -> int:
         features = self._service.answerer.features
-        return features | SHARED_MEMORY if self._transport.shares_memory else features & ~SLOTS
+        return features | SHARED_MEMORY if self._transport.shares_memory else features
 
     def _read_all(self, session: Session, intake: Intake) -> Reply | None:
         """Read requests until the end, most into the inbox. Returns what to say last, None for nothing."""
@@ -140,7 +140,7 @@ class Connection:
         To read on meanwhile would bring nothing, for what is sent is a header; to wake the other thread takes longer
         than many a product.
         """
-        if not isinstance(item, Request) or not (item.header.shared or item.header.type is MessageType.WATCH):
+        if not isinstance(item, Request) or not item.header.shared:
             return False
         with self._lock:
             return self._handed_over == 0

@@ -21,7 +21,6 @@ class WorkerOptions:
     peer_quota: str | None = None
     when_full: str = "refuse"
     threads: int | None = None
-    no_watch: bool = False
     max_sessions: int = MAX_SESSIONS
     record: Path | None = None
     store: Path | None = None
@@ -60,7 +59,6 @@ def parse_arguments(arguments: list[str]) -> WorkerOptions:
     parser.add_argument("--peer-quota", help="what one peer may have of it; default all, by TLS its part of --quota")
     parser.add_argument("--when-full", default="refuse", choices=["refuse", "evict"])
     parser.add_argument("--threads", type=int, help="cores to compute on; default all")
-    parser.add_argument("--no-watch", action="store_true", help="wait asleep for few rows, too: slower decoding")
     parser.add_argument("--max-sessions", type=int, default=MAX_SESSIONS, help="enclaves at a time")
     parser.add_argument("--record", type=Path, metavar="DIR", help="write down all that this worker sees")
     parser.add_argument("--store", type=Path, metavar="DIR", help="keep matrices on disk, by their content")

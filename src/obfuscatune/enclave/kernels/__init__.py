@@ -4,7 +4,6 @@
     few        one more, for few rows
     compiled   these in memory, once in each process, by `obfuscatune.jit`
     mixing     the secrets of a crossing of few rows, as they are handed over
-    slot       posting a request for few rows, and waiting for its answer
     job        what a kernel is given: tables, packed factors, scratch memory
     rotation   x R for a structured R
     rows       A [x; N], and back

@@ -33,7 +33,6 @@ from obfuscatune.wire.payloads import (
     ACCELERATOR,
     CONTENT_STORE,
     SHARED_MEMORY,
-    SLOTS,
     Hello,
     Places,
     Welcome,
@@ -110,11 +109,6 @@ class LinkConnection:
     def computes_apart(self) -> bool:
         """Whether the worker computes on other cores than this process's: on a device, or on another host."""
         return bool(self.welcome.features & ACCELERATOR) or not self._transport.shares_memory
-
-    @property
-    def watches_slots(self) -> bool:
-        """Whether the worker would watch a slot in the memory that is shared."""
-        return bool(self.welcome.features & SLOTS) and self.arena is not None
 
     @property
     def is_idle(self) -> bool:

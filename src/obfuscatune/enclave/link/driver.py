@@ -6,17 +6,13 @@ again, so that no reply of an earlier connection, nor a reply played a second ti
 """
 
 import secrets
-import time
 from collections import OrderedDict
 from collections.abc import Callable
-
-import torch
 
 from obfuscatune.enclave.link.arena import Arena
 from obfuscatune.enclave.link.connection import LinkConnection, Refused
 from obfuscatune.enclave.link.pending import Pending, StoredMatrix, check_product
 from obfuscatune.enclave.link.retry import Insistence, Refusal, RetryPolicy
-from obfuscatune.enclave.link.slot import State, WatchedSlot, fits
 from obfuscatune.enclave.link.stats import LinkStats
 from obfuscatune.enclave.link.uploads import Uploads
 from obfuscatune.wire.deadline import Deadline
@@ -31,14 +27,11 @@ from obfuscatune.wire.errors import (
     WireError,
 )
 from obfuscatune.wire.limits import SHARED_BYTES
-from obfuscatune.wire.messages import Header, MessageType
-from obfuscatune.wire.slot import Watched
+from obfuscatune.wire.messages import MessageType
 from obfuscatune.wire.tensors import bytes_of
 from obfuscatune.wire.transport import Transport
 
 RETRIED = (ConnectionLost, DeadlineExceeded, ProtocolError, BadReply)
-MOST_WATCHES_FAILED = 4
-"""So many watches in a row that answered nothing, and no worker is asked to watch any more: messages are sent."""
 
 
 class LinkDriver:
@@ -67,10 +60,6 @@ class LinkDriver:
         self._last_id = 0
         self._uploads = Uploads(self.stats, self._next_id, deadline_s)
         self._in_flight: OrderedDict[int, Pending] = OrderedDict()
-        self._slot: WatchedSlot | None = None
-        self._posted: Pending | None = None
-        self._watches_failed = 0
-        """Watches since the last answer in a slot that ended without one, those that broke off counted twice."""
 
     @property
     def arena(self) -> Arena | None:
@@ -81,11 +70,6 @@ class LinkDriver:
     def computes_apart(self) -> bool:
         """Whether the worker that is connected now computes on other cores than this process's."""
         return self._connection is not None and self._connection.computes_apart
-
-    @property
-    def is_watched(self) -> bool:
-        """Whether the worker that is connected now watches a slot, or did the last time."""
-        return self._slot is not None and self._slot.is_used
 
     @property
     def connected(self) -> bool:
@@ -138,11 +122,6 @@ class LinkDriver:
         if self._transport is not None:
             self._transport.shutdown()
 
-    def let_go(self) -> None:
-        """Have a worker that watches leave its core, for nothing will be posted for a while."""
-        if self._slot is not None and self._slot.watch_id is not None and self._posted is None:
-            self._slot.call_away()
-
     def give_up(self, pending: Pending) -> None:
         """Nobody waits for this one any more: it is not sent again."""
         if pending in self.waiting:
@@ -153,11 +132,7 @@ class LinkDriver:
         for pending in self._in_flight.values():
             pending.interrupted()
         self.waiting[:0] = [pending for pending in self._in_flight.values() if not pending.done]
-        if self._posted is not None:
-            self._watches_failed += 2  # it took as long as a deadline, perhaps
-            self.waiting.insert(0, self._posted)
         self._in_flight.clear()
-        self._slot = self._posted = None
         if self._connection is not None:
             self._connection.close()
             self._connection = None
@@ -167,13 +142,12 @@ class LinkDriver:
 
         Nothing is said on the connection; closing it here leaves the parent's descriptor of it open.
         """
-        asked = [*self.waiting, *self._in_flight.values(), *([self._posted] if self._posted else [])]
-        for pending in asked:
+        for pending in [*self.waiting, *self._in_flight.values()]:
             if not pending.done:
                 pending.error = ConnectionLost("the process that this one was forked from asked for this: ask again")
         self.waiting.clear()
         self._in_flight.clear()
-        self._slot = self._posted = self._transport = None
+        self._transport = None
         self.broken_off = self._connected_before = False
         connection, self._connection = self._connection, None
         if connection is not None:
@@ -186,8 +160,7 @@ class LinkDriver:
         """Have the worker forget this session, where it is still connected, and disconnect."""
         try:
             self.refusal.check()
-            if self._connection is not None and not self._in_flight and self._posted is None:
-                self._end_watch(self._connection)
+            if self._connection is not None and not self._in_flight:
                 self._uploads.forget_all(self._connection)
         except WireError:
             return  # gone: it has forgotten, or will when the session expires
@@ -201,12 +174,6 @@ class LinkDriver:
             self._greet()
         elif self._is_given_up(connection):
             self.disconnect()
-        elif self._posted is not None and self._slot is not None:
-            self._collect(connection, self._slot, self._posted)
-        elif not (self._in_flight or self.missing or self.leaving) and self._post(connection, self.waiting[0]):
-            return
-        elif self._slot is not None and self._slot.watch_id is not None:
-            self._end_watch(connection)
         elif self._in_flight and (self.missing or self.leaving or not self.waiting):
             self._receive(connection)
         elif self.missing:
@@ -221,11 +188,7 @@ class LinkDriver:
 
     def _is_given_up(self, connection: LinkConnection) -> bool:
         """Whether nobody answers on a connection that was idle: known before anything is sent that is sent once."""
-        if self._in_flight or self._posted is not None or not connection.is_idle:
-            return False
-        if self._slot is not None and self._slot.watch_id is not None:
-            return False
-        return not connection.is_alive(self._next_id())
+        return not self._in_flight and connection.is_idle and not connection.is_alive(self._next_id())
 
     def _greet(self) -> None:
         deadline = Deadline(self._deadline_s)
@@ -263,79 +226,8 @@ class LinkDriver:
         self.waiting.remove(pending)
         self._in_flight[request_id] = pending
 
-    def _post(self, connection: LinkConnection, pending: Pending) -> bool:
-        """Hand a request over in the slot; False where it has to be sent."""
-        if not fits(pending) or not connection.watches_slots or self._watches_failed >= MOST_WATCHES_FAILED:
-            return False
-        slot = self._slot = self._slot or WatchedSlot.lent_by(connection.arena)  # type: ignore[arg-type]
-        if slot is None:
-            return False
-        begins = not slot.is_watched_for(pending.matrix_id)
-        if begins:
-            self._end_watch(connection)
-        places = None if slot.rests else connection.places(pending)
-        if places is None:
-            return False
-        request_id = self._next_id()
-        watched = slot.begin_watch(request_id, self._watchable(), pending.matrix_id) if begins else None
-        self._set_out(pending)
-        self.waiting.remove(pending)
-        self._posted = pending
-        slot.post(pending, places.rows, places.product)
-        if watched is not None:  # only now: what the last watch did not see must not be taken for what is asked
-            self._watch(connection, request_id, watched)
-        return True
-
-    def _watchable(self) -> list[bytes]:
-        """The matrices that a worker can watch for: one of another kind, and it would watch for none."""
-        matrices = self.matrices.items()
-        return [key for key, matrix in matrices if matrix.dtype == torch.float32 and matrix.refused is None]
-
-    def _watch(self, connection: LinkConnection, request_id: int, watched: Watched) -> None:
-        body = watched.pack()
-        header = Header(MessageType.WATCH, request_id, payload_bytes=len(body))
-        connection.send(header, body, Deadline(self._deadline_s))
-
-    def _end_watch(self, connection: LinkConnection) -> None:
-        """Call the worker away from the slot, if it watches, so that it reads messages again.
-
-        Raises:
-            ProtocolError: it says that we broke the protocol, or something that answers no WATCH.
-        """
-        slot = self._slot
-        if slot is None or slot.watch_id is None:
-            return
-        slot.leave(connection, Deadline(self._deadline_s))
-
-    def _collect(self, connection: LinkConnection, slot: WatchedSlot, pending: Pending) -> None:
-        """Wait for the answer to what was posted. Where the worker left before it saw that, begin anew."""
-        started = time.monotonic()
-        state = slot.wait()
-        self.stats.seconds_waiting += time.monotonic() - started
-        has_left = state is not State.ANSWERED and connection.has_news()
-        if has_left:
-            self._end_watch(connection)
-            state = slot.wait()  # it may have answered just before
-        if state is State.ANSWERED and pending.landing is not None:
-            pending.product = pending.landing if pending.product_unchecked else check_product(pending.landing)
-            self._posted = None
-            self._watches_failed = 0
-            self.stats.crossings += 1
-            self.stats.bytes_sent += pending.rows.nbytes
-            self.stats.bytes_received += pending.landing.nbytes
-            return
-        pending.deadline.remaining()
-        if has_left:
-            self._posted = None
-            self._watches_failed += 1
-            pending.unseen = True
-            self.waiting.insert(0, pending)
-
     def _set_out(self, pending: Pending) -> None:
-        """It is about to be sent, or posted."""
-        if pending.unseen:  # the same sending goes on, within the same time: a worker may leave again and again
-            pending.unseen = False
-            return
+        """It is about to be sent."""
         self.stats.retries += pending.times_sent > 0
         pending.times_sent += 1
         pending.deadline = Deadline(self._deadline_s)

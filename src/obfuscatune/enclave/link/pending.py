@@ -91,9 +91,6 @@ class StoredMatrix:
 class Pending:
     """A product that was asked for. The link fills it in; `result` waits for that."""
 
-    unseen: bool = False
-    """It was posted, and the worker left before it saw that."""
-
     def __init__(
         self,
         matrix: StoredMatrix,

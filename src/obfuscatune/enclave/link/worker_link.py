@@ -66,11 +66,6 @@ class WorkerLink:
         """Whether the worker computes on other cores than this process's, so that both can work at the same time."""
         return self._driver.computes_apart
 
-    @property
-    def is_watched(self) -> bool:
-        """Whether few rows are handed to a worker that waits awake for them, on a core of this host."""
-        return self._driver.is_watched
-
     @classmethod
     def open(
         cls,
@@ -236,11 +231,6 @@ class WorkerLink:
             driver.leaving[matrix_id] = None
             if driver.connected:
                 driver.drive(lambda: matrix_id not in driver.leaving)
-
-    def let_go(self) -> None:
-        """Few rows will not be asked about for a while: a worker that waits awake for them need not."""
-        with self._lock:
-            self._driver.let_go()
 
     @contextmanager
     def broken_off(self) -> Iterator[None]:

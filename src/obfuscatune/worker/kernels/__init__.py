@@ -4,7 +4,6 @@ Few rows times a large matrix, in one pass over the matrix: what decoding asks f
 another order first, which pays with many rows; with few it takes several times as long as reading it (docs/adr/0011).
 
     source     the kernel, as LLVM IR
-    watch      one that takes what to multiply from shared memory
     few_rows   what it is given, and where it applies
 
 Many rows, by BLAS, in parts that threads take one after another (docs/adr/0013).

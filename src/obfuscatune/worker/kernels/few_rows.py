@@ -6,14 +6,12 @@ import ctypes
 from dataclasses import dataclass, field
 
 import torch
-from llvmlite import ir
 from torch import Tensor
 
 from obfuscatune.jit import team
 from obfuscatune.jit.emit import Shape
 from obfuscatune.jit.engine import Engine, compiled_once, host_shape
 from obfuscatune.worker.kernels.source import Job, build
-from obfuscatune.worker.kernels.watch import add_watch
 
 PIECE_BYTES = 1 << 12
 """Of a row of W, at most: its sums stay in the second cache."""
@@ -29,11 +27,10 @@ def strip_columns(itemsize: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Kernels:
-    """Addresses of the kernels, each `void(int64_t *job)`; the code lives as long as the engine."""
+    """Address of the kernel, `void(int64_t *job)`; the code lives as long as the engine."""
 
     shape: Shape
     few_rows: int
-    watch: int
     engine: Engine = field(repr=False)
 
 
@@ -87,15 +84,9 @@ def prepared(scratch_bytes: int, threads: int) -> tuple[ctypes.Array[ctypes.c_in
 
 @compiled_once
 def compiled(itemsize: int) -> Kernels:
-    """The kernels for numbers of 4 or 8 bytes; compiled at the first call."""
+    """The kernel for numbers of 4 or 8 bytes; compiled at the first call."""
     host = host_shape(itemsize)
     wide = host.width * itemsize == 64  # 32 registers: 24 sums, 4 vectors of W, a factor
     shape = Shape(itemsize, host.width, 4 if wide else 2, 6)
-
-    def build_both(triple: str) -> ir.Module:
-        module = build(shape, triple)
-        add_watch(module, shape)
-        return module
-
-    engine = Engine(build_both)
-    return Kernels(shape, engine.address("few_rows"), engine.address("watch"), engine)
+    engine = Engine(lambda triple: build(shape, triple))
+    return Kernels(shape, engine.address("few_rows"), engine)
