@@ -21,7 +21,7 @@ from obfuscatune.enclave.linear import Held, OffloadedProduct
 from obfuscatune.enclave.link import LinkStats
 from obfuscatune.enclave.local import LocalWorker
 from obfuscatune.enclave.mixer import KroneckerMixer
-from obfuscatune.enclave.mixing import SIZE_OF_ROWS, FewMixing
+from obfuscatune.enclave.mixing import FewMixing
 from obfuscatune.enclave.transforms.structured import StructuredTransform
 from obfuscatune.enclave.verify import Verifier
 from obfuscatune.wire.errors import BadReply, NonFiniteError, ProtectionError, WrongProduct
@@ -31,6 +31,7 @@ if not kernels.are_there():
 
 from obfuscatune.enclave.kernels.compiled import compiled
 from obfuscatune.enclave.kernels.rotation import RotationOfFew
+from obfuscatune.enclave.scaling import SIZE_OF_ROWS
 from tests.contract.comparison import float64_kept
 
 KEY = RootKey(b"f" * 32)

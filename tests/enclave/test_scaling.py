@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+import obfuscatune
 from obfuscatune import RootKey
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.linear import Held, OffloadedProduct
 from obfuscatune.enclave.link import WorkerLink
 from obfuscatune.enclave.local import LocalWorker
 from obfuscatune.enclave.mixer import KroneckerMixer
-from obfuscatune.enclave.scaling import RowScales
+from obfuscatune.enclave.scaling import SIZE_OF_ROWS, RowScales
 from obfuscatune.enclave.transforms.structured import StructuredTransform
 from obfuscatune.wire.errors import NonFiniteError
 
@@ -34,15 +35,20 @@ def sizes(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_row_gets_one_size_by_a_power_of_two(dtype: torch.dtype) -> None:
+def test_every_row_gets_one_size(dtype: torch.dtype) -> None:
+    """By a power of two, which rounds nothing; of 16 bits exactly, by a factor that float32 rounds."""
     range_of_sizes = torch.logspace(-3, 3, 50, dtype=torch.float64).unsqueeze(1)
     x = torch.cat([some(50, 33) * range_of_sizes, torch.ones(1, 33), torch.full((1, 33), 0.5)]).to(dtype)
     scales = RowScales.of(x)
     scaled = scales.scaled(x)
     assert scaled.dtype == (dtype if dtype == torch.float64 else torch.float32)
     assert ((sizes(scaled) > 0.5 - 1e-6) & (sizes(scaled) <= 1 + 1e-6)).all()
-    assert (torch.frexp(scales.down).mantissa == 0.5).all()
-    assert torch.equal(scales.undo(scaled.clone()), x.to(scaled.dtype)), "nothing is rounded"
+    if dtype in SIXTEEN_BITS:
+        assert ((sizes(scaled) - SIZE_OF_ROWS).abs() < 1e-6).all()
+        assert torch.equal(scales.undo(scaled.clone()).to(dtype), x)
+    else:
+        assert (torch.frexp(scales.down).mantissa == 0.5).all()
+        assert torch.equal(scales.undo(scaled.clone()), x), "nothing is rounded"
     assert scales.mean_square == pytest.approx(float(scaled.double().square().mean()))
 
 
@@ -119,6 +125,34 @@ def test_no_row_errs_much_more_than_in_plain_16_bits(
     ):
         assert found.dtype == dtype
         assert (errors(found, exact) <= 4 * errors(plain, exact)).all()
+
+
+@pytest.mark.parametrize("size", [1e-6, 1, 1e6])
+def test_what_a_bfloat16_matrix_makes_small_keeps_its_precision(worker: LocalWorker, size: float) -> None:
+    """A trained matrix maps some tokens to an eighth of what a random direction gets, as SmolLM2's `v_proj` its first:
+    rounding in the worker's basis counts in all directions alike, and eight times as much there. So what crosses of a
+    bfloat16 model has float16's bits, whatever the matrix's size is.
+    """
+    layer = torch.nn.Linear(P, Q, bias=False)
+    token = some(1, P)
+    along = token / token.norm()
+    with torch.no_grad():
+        W = some(Q, P) / P**0.5 * size
+        layer.weight.copy_(W - 0.9 * (W @ along.T) @ along)
+    layer = layer.bfloat16().requires_grad_(False)
+    x = torch.cat([token, token * 900, some(20, P)]).bfloat16().requires_grad_()
+    exact = x.detach().double() @ layer.weight.double().T
+    plain = layer(x)
+    g = torch.ones_like(plain)
+    (plain_dx,) = torch.autograd.grad(plain, x, g)
+    model = torch.nn.Sequential()
+    model.layers = torch.nn.ModuleList([torch.nn.ModuleDict({"v_proj": layer})])
+    with obfuscatune.protect(model, worker.address, verify=1.0, first_blocks=0):
+        y = model.layers[0]["v_proj"](x)
+        (dx,) = torch.autograd.grad(y, x, g)
+    assert (errors(y.detach(), exact) <= 4 * errors(plain.detach(), exact)).all()
+    exact_dx = g.double() @ layer.weight.double()
+    assert (errors(dx, exact_dx) <= 4 * errors(plain_dx, exact_dx)).all()
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,19 @@ class FewWay:
 
 
 @dataclass(frozen=True)
+class Held:
+    """W_star as the worker holds it."""
+
+    matrix_id: bytes
+    dtype: torch.dtype | None = None
+    """In which it was sent, and rows and products travel; None for that of what is multiplied."""
+    verifier: Verifier | None = None
+    """Of the matrix as it was sent, scaled."""
+    scale: float = 1.0
+    """The power of two that it was multiplied by, to be in the range of its dtype (`obfuscate.in_range`)."""
+
+
+@dataclass(frozen=True)
 class InFlight:
     """A crossing that was started: what undoes its mixing, and the reply to come; both None where no row crosses."""
 
@@ -55,23 +68,22 @@ class InFlight:
     """Decides whether the product, in memory of our own, is verified, and does it; None where none is."""
     few: FewWay | None = None
     """Where few rows cross: the mixing is a `FewMixing` then."""
-    verifier: Verifier | None = None
-    """Of the matrix that the rows were sent for, which bounds the product whatever the lot says."""
+    held: Held | None = None
+    """The matrix that the rows were sent for."""
 
-    def bound(self, y: Tensor, dtype: torch.dtype, *, transpose: bool) -> None:
-        """See `Verifier.bound`, for the unmixed product y of rows that travelled in `dtype`."""
-        if self.verifier is not None and self.mixing is not None:
-            self.verifier.bound(y, self.mixing.rows, self.mixing.size, dtype, transpose=transpose)
+    def scaled_back(self, y: Tensor, dtype: torch.dtype, *, transpose: bool) -> Tensor:
+        """The unmixed product y (n, q) of rows that travelled in `dtype`, without the scales of rows and matrix.
 
-
-@dataclass(frozen=True)
-class Held:
-    """W_star as the worker holds it."""
-
-    matrix_id: bytes
-    dtype: torch.dtype | None = None
-    """In which it was sent, and rows and products travel; None for that of what is multiplied."""
-    verifier: Verifier | None = None
+        Raises:
+            WrongProduct: it is larger than rows and matrix can make it, whatever the lot says; see `Verifier.bound`.
+        """
+        if self.held is None or self.mixing is None:
+            raise ProtectionError("a crossing was finished without what it was begun with")
+        if self.held.verifier is not None:
+            self.held.verifier.bound(y, self.mixing.rows, self.mixing.size, dtype, transpose=transpose)
+        if self.held.scale != 1:
+            y.mul_(1 / self.held.scale)
+        return self.mixing.scaled_back(y)
 
 
 class OffloadedProduct:
@@ -188,7 +200,7 @@ class OffloadedProduct:
                 held.matrix_id, X_star, transpose=transpose, known_finite=as_sent, product_unchecked=True
             )
         check = _check(held.verifier, lambda v: A.image(rotated, v), rotated.dtype, A.size, dtype, transpose)
-        return InFlight(like, A, pending, check, verifier=held.verifier)
+        return InFlight(like, A, pending, check, held=held)
 
     def _send_few(self, x: Tensor, *, transpose: bool) -> InFlight | None:
         """Send few rows x (n, p), or (n, q): turned, mixed and laid where they are sent from by one kernel.
@@ -210,7 +222,7 @@ class OffloadedProduct:
                 held.matrix_id, X_star, transpose=transpose, known_finite=True, product_unchecked=True
             )
         check = _check(held.verifier, mixing.image, x.dtype, mixing.size, x.dtype, transpose)
-        return InFlight(x, mixing, pending, check, way, held.verifier)
+        return InFlight(x, mixing, pending, check, way, held)
 
     def _receive_few(self, crossing: InFlight, way: FewWay, *, transpose: bool) -> Tensor:
         """Wait for the product; unmixed and turned back by one kernel: (n, q), or (n, p)."""
@@ -222,8 +234,7 @@ class OffloadedProduct:
             y = x.new_empty(x.shape[0], way.back.dim)
             if not math.isfinite(way.back.receive(Y_star, mixing.secrets, y)):
                 check_product(y)
-            crossing.bound(y, x.dtype, transpose=transpose)
-        return mixing.scaled_back(y)
+            return crossing.scaled_back(y, x.dtype, transpose=transpose)
 
     def _way(self, x: Tensor, *, transpose: bool) -> FewWay | None:
         key = x.shape[0], x.dtype, transpose
@@ -243,8 +254,7 @@ class OffloadedProduct:
         Y_star = self._awaited(crossing.pending, crossing.check)  # (m, width)
         with span("obfuscatune.mix"), self._link.refusing():
             y = crossing.mixing.unmix(_widen(Y_star.to(like.device)))
-            crossing.bound(y, crossing.pending.dtype, transpose=transpose)
-            return crossing.mixing.scaled_back(y)
+            return crossing.scaled_back(y, crossing.pending.dtype, transpose=transpose)
 
     def _awaited(self, pending: Pending, check: Check | None) -> Tensor:
         """Wait for the product Y* (m, q), and verify it where it is to be verified.

@@ -14,7 +14,6 @@ from obfuscatune.enclave.kernels.mixing import MixingOfFew
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.mixing import (
     DENSE_BELOW,
-    SIZE_OF_ROWS,
     DenseMixing,
     FewMixing,
     KroneckerMixing,
@@ -22,6 +21,7 @@ from obfuscatune.enclave.mixing import (
     NoMixing,
 )
 from obfuscatune.enclave.orthogonal import covering_grid, haar, haar_from
+from obfuscatune.enclave.scaling import SIZE_OF_ROWS
 
 
 class Mixer(Protocol):

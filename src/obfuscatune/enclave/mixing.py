@@ -1,7 +1,7 @@
 """Fresh mixing of a call's rows: A [D x; N], and back.
 
     m = n + s rows, s >= the profile's shield rows; of many rows, rounded up so that m = a·b is near-square
-    D                        brings each row to a root mean square in (1/2, 1] (`scaling`)
+    D                        brings each row to a root mean square in (1/2, 1], or to 3/4 (`scaling`)
     A = Q                    up to 32 rows
     A = (Q_a ⊗ Q_b) P        of more; P a permutation, Q Haar; all anew for every request
     N (s, p)                 normal, of the size of the scaled rows
@@ -31,8 +31,6 @@ from obfuscatune.wire.errors import BadReply
 if TYPE_CHECKING:
     from obfuscatune.enclave.kernels.rows import MixingOfMany
 
-SIZE_OF_ROWS = 0.75
-"""Root mean square of shield rows: the middle of what scaled rows have."""
 DENSE_BELOW = 32  # rows; up to here one dense factor costs no more than two small ones
 
 

@@ -5,6 +5,7 @@ weights of q, k, v  ->  W (p, q)  ->  R_in, R_out from the root key  ->  W_star 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -117,6 +118,19 @@ def as_fine_as(W: Tensor, dtype: torch.dtype) -> Tensor:
 def is_finer(dtype: torch.dtype, other: torch.dtype) -> bool:
     """Whether a dtype has more significant digits than the other."""
     return torch.finfo(dtype).eps < torch.finfo(other).eps
+
+
+def in_range(W_star: Tensor, dtype: torch.dtype) -> float:
+    """The power of two that W_star (p, q) is multiplied by before it is rounded to float16; 1 for other dtypes.
+
+    It brings |W_star| / sqrt(max(p, q)) to (1/2, 1]: scaled rows and their products, both ways, are then numbers around
+    1, and float16 holds from 6e-8 to 65,504.
+    """
+    norm = float(torch.linalg.vector_norm(W_star, dtype=torch.float64)) if dtype == torch.float16 else 0.0
+    if norm == 0:
+        return 1.0
+    mantissa, exponent = math.frexp(norm / math.sqrt(max(W_star.shape)))
+    return math.ldexp(1.0, -exponent + (mantissa == 0.5))
 
 
 def restored(W_star: Tensor, R_in: Transform, R_out: Transform, dtype: torch.dtype) -> Tensor:

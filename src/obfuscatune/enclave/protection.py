@@ -20,7 +20,7 @@ from obfuscatune.enclave.linear import Held, OffloadedProduct
 from obfuscatune.enclave.link import LinkStats, WorkerLink
 from obfuscatune.enclave.mixer import KroneckerMixer, Mixer, NoMixer
 from obfuscatune.enclave.modules import ProtectedConv1D, ProtectedLayer, ProtectedLinear, SharedCrossing
-from obfuscatune.enclave.obfuscate import Obfuscated, obfuscate
+from obfuscatune.enclave.obfuscate import Obfuscated, in_range, is_finer, obfuscate
 from obfuscatune.enclave.offloaded import Offloaded, WeightSource
 from obfuscatune.enclave.profiles import Profile
 from obfuscatune.enclave.remote.adapters import RemoteAdapters
@@ -78,8 +78,11 @@ class Protection:
     def obfuscate(self, group: SiteGroup, W: Tensor, dtype: torch.dtype | None = None) -> Obfuscated:
         """W (p, q) of a group as W_star, and the transforms that undo it.
 
-        W_star takes W's place in memory, unless `dtype` is finer than W's: then it is in that.
+        W_star takes W's place in memory, unless `dtype`, or what it crosses in, is finer than W's: then it is in that.
         """
+        crossing = self.profile.crossing_dtype(W.dtype)
+        if is_finer(crossing, dtype or W.dtype):
+            dtype = torch.promote_types(crossing, torch.float32)  # to be scaled before it is rounded
         side = None
         if self.profile.sides == "paper":
             first = group.sites[0]
@@ -197,8 +200,8 @@ class Protection:
             layer.epoch += 1
             outdated, W = layer.crossing.matrix_id, layer.weights.weight()
             dtype = layer.crossing.dtype or W.dtype
-            spec = self.profile.transform_spec
-            fresh = obfuscate(W, self.key, spec, layer.name, layer.epoch, layer.side, dtype)
+            spec, wide = self.profile.transform_spec, torch.promote_types(dtype, torch.float32)
+            fresh = obfuscate(W, self.key, spec, layer.name, layer.epoch, layer.side, wide)
             adapter = None if self.adapters is None else self.adapters.of(layer)
             carried = None if adapter is None else adapter.take_down()
             product = self._send(fresh, layer.weights, dtype)
@@ -220,14 +223,19 @@ class Protection:
         shape = obfuscated.R_in.dim, obfuscated.R_out.dim
         again = weights.keep(obfuscated)
 
-        def send(W_star: Tensor) -> Held:
-            dtype, matrix_id = W_star.dtype, secrets.token_bytes(MATRIX_ID_BYTES)
-            link.store(matrix_id, lambda: again(dtype), shape=shape, dtype=dtype, tensor=W_star)
-            return Held(matrix_id, dtype, Verifier(W_star, SecretStream.fresh(), share) if share else None)
+        def send(W_star: Tensor, dtype: torch.dtype) -> Held:
+            scale = in_range(W_star, dtype) if self.profile.mixing else 1.0
+            W_star, matrix_id = _rounded(W_star, scale, dtype), secrets.token_bytes(MATRIX_ID_BYTES)
+
+            def make_again() -> Tensor:
+                return _rounded(again(torch.promote_types(dtype, torch.float32)), scale, dtype)
+
+            link.store(matrix_id, make_again, shape=shape, dtype=dtype, tensor=W_star)
+            return Held(matrix_id, dtype, Verifier(W_star, SecretStream.fresh(), share) if share else None, scale)
 
         with outside_autocast():
-            held = send(obfuscated.W_star.to(dtype))
-        send_in = (lambda finer: send(again(finer))) if self.profile.wire_dtype == "model" else None
+            held = send(obfuscated.W_star, dtype)
+        send_in = (lambda finer: send(again(finer), finer)) if self.profile.wire_dtype == "model" else None
         return OffloadedProduct(link, held, obfuscated.R_in, obfuscated.R_out, self.mixer, send_in)
 
     def close(self) -> None:
@@ -237,6 +245,11 @@ class Protection:
 
     def __repr__(self) -> str:
         return f"Protection(profile={self.profile.name!r}, {self.stats})"
+
+
+def _rounded(W_star: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """scale W_star in `dtype`; itself where neither changes anything."""
+    return (W_star if scale == 1 else W_star * scale).to(dtype)
 
 
 def place(model: nn.Module, layers: dict[str, ProtectedLayer | ProtectedExperts]) -> None:

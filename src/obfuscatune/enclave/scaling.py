@@ -6,7 +6,10 @@ the first token's often is, the others would lose three digits. So each row is m
     D = diag(2^-e)    root mean square of each row of D x in (1/2, 1]
     x -> D x  ->  mixed, multiplied, unmixed  ->  D x W  ->  D⁻¹ (D x W) = x W
 
-Powers of two round nothing. The scales stay in the enclave: of the size of a row nothing is sent.
+Powers of two round nothing. Rows of 16-bit numbers are brought to one size exactly, so that the rounding of what is
+sent costs each the same; float32, which they are scaled in, is rounded far beyond their digits.
+
+The scales stay in the enclave: of the size of a row nothing is sent.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ from torch import Tensor
 
 from obfuscatune.enclave.link.pending import check_finite
 
+SIZE_OF_ROWS = 0.75
+"""Root mean square of scaled 16-bit rows, and the middle of what others have; that of shield rows."""
 LARGEST_EXPONENT = {torch.float32: 126, torch.float64: 1022}
 """Of a scale: beyond, it or its inverse is no normal number. Rows beyond stay smaller or larger than the others."""
 _SQUARES = {torch.float32: 2.0**50, torch.float64: 2.0**450}
@@ -29,12 +34,15 @@ _SQUARES = {torch.float32: 2.0**50, torch.float64: 2.0**450}
 
 @dataclass(frozen=True)
 class RowScales:
-    """One power of two for each row of x (n, p), in float64 where x is, and in float32 otherwise."""
+    """One factor for each row of x (n, p), in float64 where x is, and in float32 otherwise.
+
+    A power of two, unless x has 16 bits: see above.
+    """
 
     down: Tensor
-    """2^-e (n, 1)."""
+    """(n, 1)."""
     up: Tensor
-    """2^e (n, 1); 0 for a row of zeros, whose product is nothing but the others' rounding errors."""
+    """1 / down (n, 1); 0 for a row of zeros, whose product is nothing but the others' rounding errors."""
     mean_square: float
     """Of all elements of D x."""
 
@@ -53,11 +61,14 @@ class RowScales:
         is_ordinary = not doubtful.any()
         if not is_ordinary:
             sizes[doubtful] = _sizes_by_peaks(x[torch.from_numpy(doubtful).to(x.device)].to(wide))
-        mantissas, exponents = np.frexp(sizes)
-        exponents -= mantissas == 0.5
+        if x.itemsize == 2:
+            up = np.where(sizes > 0, sizes / SIZE_OF_ROWS, 1.0)
+        else:
+            mantissas, exponents = np.frexp(sizes)
+            up = np.ldexp(1.0, exponents - (mantissas == 0.5))
         if not is_ordinary:
-            np.clip(exponents, -LARGEST_EXPONENT[wide], LARGEST_EXPONENT[wide], out=exponents)
-        down, up = np.ldexp(1.0, -exponents), np.ldexp(1.0, exponents)
+            np.clip(up, 2.0 ** -LARGEST_EXPONENT[wide], 2.0 ** LARGEST_EXPONENT[wide], out=up)
+        down = 1 / up
         if not is_ordinary:
             up[sizes == 0] = 0
         scaled = sizes * down

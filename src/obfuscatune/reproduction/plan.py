@@ -9,7 +9,7 @@ from obfuscatune.reproduction.cells import Cell
 from obfuscatune.reproduction.error import ErrorStudy
 from obfuscatune.reproduction.obfuscation import obfuscation_cell
 from obfuscatune.reproduction.opening import Opening, Subject
-from obfuscatune.reproduction.presets import Preset
+from obfuscatune.reproduction.presets import ABLATIONS, Preset
 from obfuscatune.reproduction.questions import find_data
 from obfuscatune.reproduction.request import Request
 from obfuscatune.reproduction.share import SHAPES, share_cell
@@ -59,9 +59,12 @@ def _accuracy(study: Study, tasks: tuple[str, ...]) -> Iterator[Cell]:
 
 
 def _error(study: ErrorStudy) -> Iterator[Cell]:
-    for method in _error_methods(study.preset):
+    """Of the model under every condition number: no tuning, no questions, a minute each."""
+    methods = _error_methods(study.preset)
+    for method in dict.fromkeys((*methods, *ABLATIONS[1:])):
         yield study.of_subject(method)
-        yield from (study.of_shape(shape, method) for shape in study.preset.error_shapes)
+        if method in methods:
+            yield from (study.of_shape(shape, method) for shape in study.preset.error_shapes)
 
 
 def _error_methods(preset: Preset) -> tuple[str, ...]:

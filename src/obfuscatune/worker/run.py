@@ -56,6 +56,8 @@ def run(options: WorkerOptions) -> int:
     check_tls(address, tls=tls is not None, plain_tcp=options.unsafe_plain_tcp)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # else parts of a sum are rounded,
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # which verification takes for a lie
     _make_room_for_descriptors(options.max_sessions)
     when_full = _chosen(POLICIES, options.when_full, "--when-full")
     quota = _quota(options, when_full, 1 if tls is None else tls.peers)
