@@ -30,7 +30,7 @@ test-long: lint
 	$(PYTEST) -m "long or not long"
 
 test-extras: $(VENV)/.extras
-	$(BIN)/python -m pytest -m "long or not long" tests/evaluation/test_harness.py tests/extras
+	$(BIN)/python -m pytest -m "long or not long" tests/evaluation/test_harness.py tests/extras tests/examples
 
 lint: $(READY)
 	$(BIN)/ruff check .
