@@ -11,14 +11,14 @@ import yaml
 from obfuscatune import __version__
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "CHANGELOG.md", "CODE_OF_CONDUCT.md", "CONTRIBUTING.md", "SECURITY.md")
+PAGES = ("README.md", "examples/README.md", "CHANGELOG.md", "CODE_OF_CONDUCT.md", "CONTRIBUTING.md", "SECURITY.md")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_to_files(page: str) -> None:
     for target in re.findall(r"\]\(((?!http)[^)#]+)\)", (ROOT / page).read_text("utf-8")):
-        assert (ROOT / target).exists(), target
+        assert ((ROOT / page).parent / target).exists(), target
 
 
 def test_contributing_names_files_that_exist() -> None:
@@ -59,5 +59,6 @@ def test_actions_are_pinned_by_commit() -> None:
         assert all(re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", action) for action in used), used
 
 
-def test_the_version_is_in_the_changelog() -> None:
+def test_the_version_stands_where_releases_are_told_of() -> None:
     assert __version__ in (ROOT / "CHANGELOG.md").read_text("utf-8")
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))["version"] == __version__
