@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import obfuscatune
 from obfuscatune import __version__
 
 ROOT = Path(__file__).parents[1]
@@ -62,3 +63,9 @@ def test_actions_are_pinned_by_commit() -> None:
 def test_the_version_stands_where_releases_are_told_of() -> None:
     assert __version__ in (ROOT / "CHANGELOG.md").read_text("utf-8")
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))["version"] == __version__
+
+
+def test_the_reference_has_every_public_name() -> None:
+    page = (ROOT / "docs/reference/api.md").read_text("utf-8")
+    shown = re.findall(r"^::: obfuscatune\.(\w+)$", page, re.MULTILINE)
+    assert sorted([*shown, "ObfuscaTuneError", "__version__"]) == sorted(obfuscatune.__all__)  # errors have their page
