@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from obfuscatune.cli import output
-from obfuscatune.cli.options import AsJson, option
+from obfuscatune.cli.options import AsJson
 from obfuscatune.cli.session import Protection, Session, open_files, open_session
+from obfuscatune.option import Option
 from obfuscatune.report.units import format_seconds
 
 if TYPE_CHECKING:
@@ -23,9 +24,9 @@ EXIT_FAILED = 1
 
 
 def demo(
-    out: Annotated[Path, option("--out", "Folder for adapters and report.", default="demo-out")] = Path("demo-out"),
-    seed: Annotated[int, option("--seed", "Of order, fresh factors and dropout, in both runs.", default="0")] = 0,
-    quick: Annotated[bool, option("--quick", "A few steps and questions: seconds, and nothing learnt.")] = False,
+    out: Annotated[Path, Option("Folder for adapters and report.")] = Path("demo-out"),
+    seed: Annotated[int, Option("Of order, fresh factors and dropout, in both runs.")] = 0,
+    quick: Annotated[bool, Option("A few steps and questions: seconds, and nothing learnt.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Watch a model learn private notes on a worker that sees neither, beside the plain run.

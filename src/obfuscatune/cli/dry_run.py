@@ -14,7 +14,9 @@ _STATES = 4
 """Numbers for each trained parameter: itself, its gradient, AdamW's two moments."""
 
 
-def dry_run(recipe: "Recipe", files: ModelFiles, data: "Data", protection: Protection | None, *, as_json: bool) -> None:
+def show_dry_run(
+    recipe: "Recipe", files: ModelFiles, data: "Data", protection: Protection | None, *, as_json: bool
+) -> None:
     """Print what a run would do. The data, the run directory and the options were checked before.
 
     Raises:
