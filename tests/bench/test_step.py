@@ -11,7 +11,6 @@ import pytest
 from transformers import GPT2Config
 
 from obfuscatune.bench import step as step_module
-from obfuscatune.bench.plots import plot_step
 from obfuscatune.bench.shapes import NAMES, config_of, shape_name
 from obfuscatune.bench.step import OWN_WAITING, StepBench
 from obfuscatune.bench.step_result import LINK, WORKER, StepResult
@@ -78,8 +77,8 @@ def test_the_documents_name_what_their_times_depend_on(measured: StepResult) -> 
     assert document["plain"]["peak_bytes"].keys() == {"own"}
     assert min(document["protected"]["private"]["peak_bytes"].values()) > 0
     assert "| `paper` |" in measured.as_markdown()
-    picture = plot_step(measured)
-    assert picture.startswith("<?xml") and "rotate" in picture and "least possible" in picture
+    picture = measured.picture().svg(alone=True)
+    assert picture.startswith("<svg xmlns") and "rotate" in picture and "least possible" in picture
 
 
 @pytest.mark.parametrize("name", NAMES)

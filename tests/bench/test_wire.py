@@ -5,7 +5,6 @@ import json
 import pytest
 
 from obfuscatune.bench import wire
-from obfuscatune.bench.plots import plot_wire
 from obfuscatune.bench.wire import WireBench, WireResult, WireRow
 
 
@@ -20,7 +19,7 @@ def test_each_link_carries_every_number_of_rows(monkeypatch: pytest.MonkeyPatch)
     assert measured.rows[1].nbytes == 2 * 4 * 64 * 32
     assert json.loads(json.dumps(measured.as_json()))["fitted"].keys() == set(links)
     assert "| 64 | 16.4 kB |" in measured.as_markdown()
-    assert "shared memory" in plot_wire(measured)
+    assert "shared memory" in measured.picture().svg(alone=True)
     assert len(said) == 4
 
 
@@ -42,4 +41,4 @@ def test_where_few_bytes_make_no_difference_no_bandwidth_is_told() -> None:
         assert result.fitted("tcp").gbytes is None
         assert result.fitted("tcp").seconds(2048) == pytest.approx(3e-5, rel=0.01)
         assert "| tcp | 30 |  |" in result.as_markdown()
-        assert "tcp" in plot_wire(result)
+        assert "tcp" in result.picture().svg()

@@ -12,7 +12,6 @@ In the order in which data passes through:
     contender_process   a word   -> such a process's answer
     step       what to measure   -> all contenders in turn
     step_result   their answers  -> medians, ratios, where the time went, what limits it
-    plots      a result          -> a picture
     compare    a result, kept ones   -> which ratios have grown
 
     checkpoint   a configuration   -> a model on disk, random weights

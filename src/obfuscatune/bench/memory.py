@@ -16,6 +16,7 @@ import numpy as np
 from obfuscatune.assets import tiny_model_path
 from obfuscatune.bench.contender_process import Contender
 from obfuscatune.bench.shapes import shape_name
+from obfuscatune.report.charts import Chart, Series
 from obfuscatune.report.environment import environment
 from obfuscatune.report.units import format_bytes
 
@@ -127,6 +128,18 @@ class MemoryResult:
             },
             "environment": self.environment,
         }
+
+    def picture(self) -> Chart:
+        """What each process holds after each step, under each profile."""
+        series = [
+            Series(
+                f"{run.profile}, {process}",
+                tuple((float(step), held / 1e6) for step, held in enumerate(run.held(process), start=1)),
+            )
+            for run in self.runs
+            for process in PROCESSES
+        ]
+        return Chart("Memory by step", series, "steps after the warm-up", "resident, MB", from_zero=True)
 
     def as_markdown(self) -> str:
         """A row for each profile and process."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from obfuscatune.bench.limits import Limits
 from obfuscatune.bench.spans import SEND, WAIT
+from obfuscatune.report.charts import Bar, Bars
 from obfuscatune.report.units import format_bytes
 
 PLAIN = "plain"
@@ -143,6 +144,20 @@ class StepResult:
             },
             "environment": self.environment,
         }
+
+    def picture(self) -> Bars:
+        """One bar for each side, stacked by where its time goes; a line where the least possible time lies."""
+        sides = {PLAIN: self.plain} | self.protected
+        parts = [side.breakdown() for side in sides.values()]
+        categories = dict.fromkeys(category for part in reversed(parts) for category in part)
+        return Bars(
+            "Where the time goes",
+            list(sides),
+            {name: [Bar(part[name]) if name in part else None for part in parts] for name in categories},
+            y_label="seconds",
+            stacked=True,
+            least=("least possible", [side.least_seconds(self.limits) for side in sides.values()]),
+        )
 
     def as_markdown(self) -> str:
         """What was measured, a row for each side, and where its time went."""

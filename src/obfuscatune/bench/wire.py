@@ -22,6 +22,7 @@ import torch
 from obfuscatune.bench.clock import ClockPage
 from obfuscatune.bench.clocked import clocked_worker
 from obfuscatune.enclave.link import WorkerLink
+from obfuscatune.report.charts import Chart, Series
 from obfuscatune.report.environment import environment
 from obfuscatune.report.units import format_bytes
 from obfuscatune.wire.files import temporary_root
@@ -155,6 +156,16 @@ class WireResult:
             "rows": [asdict(row) | {"gbytes": row.gbytes} for row in self.rows],
             "environment": self.environment,
         }
+
+    def picture(self) -> Chart:
+        """How long so many bytes take by each link, there and back; the fitted lines are thin."""
+        series = []
+        for index, link in enumerate(self.bench.links):
+            points = tuple((float(row.nbytes), row.seconds) for row in self.rows if row.link == link)
+            fitted = tuple((nbytes, self.fitted(link).seconds(nbytes)) for nbytes, _ in points)
+            series.append(Series(link, points, marks=True, line="none", colour=index))
+            series.append(Series("", fitted, line="thin", colour=index))
+        return Chart("Time by size", series, "bytes, there and back", "seconds", log_x=True, log_y=True)
 
     def as_markdown(self) -> str:
         """The lines, and the points that they were fitted to."""

@@ -79,7 +79,7 @@ def audit(
     if as_json:
         output.write_json(json.loads((out / FIGURES).read_text("utf-8")))
     else:
-        from obfuscatune.audit.table import print_grid
+        from obfuscatune.audit.report import print_grid
 
         print_grid(grid)
     output.notice(f"written: {out / REPORT}, {out / FIGURES}, {out / TABLE}")
@@ -133,8 +133,7 @@ def _scenario(model: str | None, data: Path | None, folder: Path) -> "Scenario":
 
 
 def _write(grid: "Grid", out: Path) -> None:
-    from obfuscatune.audit.document import as_json, as_markdown
-    from obfuscatune.audit.page import render
+    from obfuscatune.audit.report import as_json, as_markdown, render
     from obfuscatune.report.environment import environment
     from obfuscatune.tuning.storage import RunDirectory
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import typer
 
@@ -16,6 +16,9 @@ from obfuscatune.cli.output import notice, write_json, write_text
 from obfuscatune.machine import cores
 from obfuscatune.option import Option
 from obfuscatune.wire.errors import ConfigError
+
+if TYPE_CHECKING:
+    from obfuscatune.report.charts import Bars, Chart
 
 KEPT = Path("benchmarks/results")
 CALIBRATED_ON = "private"
@@ -67,10 +70,10 @@ class Ending:
     )
     as_json: options.AsJson = False
 
-    def show(self, result: "Result", name: str, picture: Callable[[], str] | None = None) -> None:
+    def show(self, result: "Result", name: str, picture: "Bars | Chart | None" = None) -> None:
         """Write the files, if a folder was named, and print the result."""
         if self.out is not None:
-            svg = None if picture is None else picture()
+            svg = None if picture is None else picture.svg(alone=True) + "\n"
             notice(f"written: {keep(self.out, name, result.as_json(), result.as_markdown(), svg)}")
         if self.as_json:
             write_json(result.as_json())
@@ -169,12 +172,7 @@ def _side_by_side(work: Literal["step", "forward", "decode"], sizes: Sizes, endi
     streams = (f"{sizes.batch}-streams",) if work == "decode" else ()
     name = result_name(work, shape_name(sizes.shape), sizes.layers, *streams, *profiles)
 
-    def picture() -> str:
-        from obfuscatune.bench.plots import plot_step
-
-        return plot_step(measured)
-
-    ending.show(measured, name, picture)
+    ending.show(measured, name, measured.picture())
 
 
 def _checked_profiles(names: str | None) -> tuple[str, ...]:
@@ -300,12 +298,7 @@ def wire(
         raise ConfigError("--rows is at least 1, and takes two or more numbers: a line is fitted to them")
     measured = WireBench(links, counts, width, threads or cores()).run(notice)
 
-    def picture() -> str:
-        from obfuscatune.bench.plots import plot_wire
-
-        return plot_wire(measured)
-
-    ending.show(measured, result_name("wire"), picture)
+    ending.show(measured, result_name("wire"), measured.picture())
 
 
 @_command("obfuscatune bench check new/2026-01-31-step-gpt2-private.json --kept benchmarks/results")
@@ -366,12 +359,7 @@ def memory(
     config_of(bench.shape, layers)
     measured = bench.run(notice)
 
-    def picture() -> str:
-        from obfuscatune.bench.plots import plot_memory
-
-        return plot_memory(measured)
-
-    ending.show(measured, result_name("memory", measured.bench["shape"], layers, *bench.profiles), picture)
+    ending.show(measured, result_name("memory", measured.bench["shape"], layers, *bench.profiles), measured.picture())
     if measured.grows:
         raise typer.Exit(EXIT_GROWS)
 

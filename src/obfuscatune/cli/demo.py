@@ -35,11 +35,10 @@ def demo(
     notes, and asks again; then does the same plain, with the same seeds. Ends with exit code 1 if the two do not agree,
     or fewer than 80 % of the answers are right. Two to four minutes on two cores.
     """
-    from obfuscatune.demo.folder import REPORT, RESULT, claim
     from obfuscatune.demo.page import render
-    from obfuscatune.demo.recipe import Settings
     from obfuscatune.demo.result import document
     from obfuscatune.demo.run import run_demo
+    from obfuscatune.demo.settings import REPORT, RESULT, Settings, claim
     from obfuscatune.demo.terminal import print_result
 
     settings = Settings(seed, quick)
@@ -80,7 +79,7 @@ class _Screen:
 
     @contextmanager
     def training(self, name: "Name") -> Iterator[Callable[["Event"], None]]:
-        from obfuscatune.demo.live import STYLES, live_curve
+        from obfuscatune.demo.terminal import STYLES, live_curve
         from obfuscatune.report.braille import Curve
         from obfuscatune.tuning.loop import StepEvent
 

@@ -1,7 +1,7 @@
 """Where an axis has its marks, and what they say."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 _MOST_DECADES = 7
@@ -60,6 +60,11 @@ def log_axis(values: Iterable[float]) -> Axis:
     stride = -(-(last - first) // _MOST_DECADES)
     exponents = range(first, last + 1, stride)
     return Axis(10.0**first, 10.0**last, tuple((10.0**e, f"1e{e:d}") for e in exponents), log=True)
+
+
+def named_axis(names: Sequence[str]) -> Axis:
+    """A name at 0, 1, 2, …, with half a step of room on either side."""
+    return Axis(-0.5, len(names) - 0.5, tuple(enumerate(names)), log=False)
 
 
 def _bounds(values: Iterable[float]) -> tuple[float, float]:

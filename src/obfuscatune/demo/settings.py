@@ -1,11 +1,12 @@
-"""The settings of the demo's two runs, and what counts as success; in one place, measured on the embedded model."""
+"""The settings of the demo's two runs, what counts as success, and the folder that it writes to."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from obfuscatune.assets import clinic_notes_path
 from obfuscatune.tuning.recipe import Recipe
-from obfuscatune.wire.errors import ConfigError
+from obfuscatune.tuning.storage import RunDirectory
+from obfuscatune.wire.errors import ConfigError, StorageError
 
 ACCURACY = 0.8
 """Least share of held-out questions answered right after fine-tuning."""
@@ -72,3 +73,30 @@ class Settings:
 def held_out() -> Path:
     """The questions that are asked before and after."""
     return clinic_notes_path() / "heldout.jsonl"
+
+
+MARK = ".obfuscatune-demo"
+REPORT, RESULT = "report.html", "result.json"
+SIDES = ("protected", "plain")
+
+
+def claim(out: Path) -> RunDirectory:
+    """Make the folder, or empty it of an earlier demo.
+
+    Raises:
+        ConfigError: it holds something, and no demo wrote it.
+        StorageError: the disk refused.
+    """
+    if out.exists() and not (out / MARK).exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out}: holds something else than a demo's files; choose another --out")
+    folder = RunDirectory(out)
+    folder.write_file(MARK, b"Written by `obfuscatune demo`, which replaces this folder's files.\n")
+    for side in SIDES:
+        if (out / side).exists():
+            folder.remove_directory(side)
+    for name in (REPORT, RESULT):
+        try:
+            (out / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(f"{out / name}: the disk refused: {error.strerror or error}") from error
+    return folder
