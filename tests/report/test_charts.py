@@ -78,6 +78,13 @@ def test_names_stand_below_their_points_and_a_band_behind():
     assert float(band.get("y")) < places(svg)[0][0][1] < float(band.get("y")) + float(band.get("height"))
 
 
+def test_names_too_long_to_stand_side_by_side_are_slanted_and_have_room():
+    short, long = (draw(Series("d", ((0.0, 1.0),)), x_names=(name, name[::-1])) for name in ("gpt2", 60 * "x"))
+    turned = [[text for text in svg.iter("text") if text.get("transform")] for svg in (short, long)]
+    assert [len(found) for found in turned] == [0, 2]
+    assert int(long.get("viewBox").split()[3]) > HEIGHT + 100
+
+
 def bars(groups, **options):
     svg = ElementTree.fromstring(Bars("t", ("a", "b"), groups, y_label="seconds", **options).svg())
     shown = [it for it in svg.iter("rect") if float(it.get("width")) != 12]  # but for those of the legend

@@ -185,8 +185,8 @@ def _overview(grid: Grid) -> HeatMap:
         "Who learns tokens or weights",
         attackers,
         [(profile, "", [*map(_state, row)]) for profile, row in rows],
-        caption="The attack that gets furthest is beneath each state. Dark red: a promise of docs/threat-model.md is "
-        "broken. Light red: open, which nobody promised to hide. Hatched: no attack had its chance.",
+        caption="The attack that gets furthest is beneath each state. Strong red: a promise of docs/threat-model.md is "
+        "broken. Pale red: open, which nobody promised to hide. Hatched: no attack had its chance.",
     )
 
 
@@ -204,7 +204,7 @@ def _maps(grid: Grid) -> Iterator[Section]:
             [(it.name, f"{it.target}, {it.needs}", [*map(_heat, cells)]) for it, cells in attacks],
             caption="Mean over seeds, chance beneath. Green: within three standard errors of chance, or nearer "
             f"to it than {SMALLEST_EFFECT:.0%} of the way to complete success. Red: better, the "
-            "darker the nearer to complete success. Hatched: could not be run, and so is not withstood.",
+            "stronger the nearer to complete success. Hatched: could not be run, and so is not withstood.",
         )
 
 

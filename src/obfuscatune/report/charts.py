@@ -11,11 +11,13 @@ from obfuscatune.report.page import templates
 from obfuscatune.report.ticks import Axis, linear_axis, log_axis, named_axis
 
 WIDTH, HEIGHT = 540, 290
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 48, 48
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 18, 48, 48
 _COLOURS = 8
 _LETTER = 7.5
 """About the width of one."""
 _LEGEND_LINE = 20
+_SLANT = 25
+"""Degrees, of names on the x axis that are too long to stand side by side."""
 
 Line = Literal["solid", "dashed", "dotted", "thin", "none"]
 
@@ -204,14 +206,29 @@ class _Frame:
     legend: _Legend
 
     @property
+    def slanted(self) -> bool:
+        """Whether the names on the x axis are too long to stand side by side."""
+        room = (WIDTH - _LEFT - _RIGHT) / max(1, len(self.x_axis.ticks))
+        return self.x_axis.named and self._longest_name > room
+
+    @property
+    def _longest_name(self) -> float:
+        return _LETTER * max((len(label) for _, label in self.x_axis.ticks), default=0)
+
+    @property
+    def bottom(self) -> int:
+        """What stands below the floor."""
+        return _BOTTOM + (round(self._longest_name * math.sin(math.radians(_SLANT))) if self.slanted else 0)
+
+    @property
     def height(self) -> int:
-        return HEIGHT + self.legend.extra_height
+        return HEIGHT + self.legend.extra_height + self.bottom - _BOTTOM
 
     def x(self, value: float) -> float:
         return round(_LEFT + self.x_axis.place(value) * (WIDTH - _LEFT - _RIGHT), 2)
 
     def y(self, value: float) -> float:
-        return round(self.height - _BOTTOM - self.y_axis.place(value) * (HEIGHT - _TOP - _BOTTOM), 2)
+        return round(self.height - self.bottom - self.y_axis.place(value) * (HEIGHT - _TOP - _BOTTOM), 2)
 
     def shows(self, point: tuple[float, float]) -> bool:
         pairs = zip(point, (self.x_axis, self.y_axis), strict=True)
@@ -227,7 +244,7 @@ def _picture(title: str, frame: _Frame, x_label: str, marks: Iterator[str], *, a
 
 
 def _axes(frame: _Frame, x_label: str) -> Iterator[str]:
-    floor, right = frame.height - _BOTTOM, WIDTH - _RIGHT
+    floor, right = frame.height - frame.bottom, WIDTH - _RIGHT
     for value, label in frame.y_axis.ticks:
         y = frame.y(value)
         yield _tag("line", "grid", x1=_LEFT, y1=y, x2=right, y2=y)
@@ -235,7 +252,8 @@ def _axes(frame: _Frame, x_label: str) -> Iterator[str]:
     for value, label in frame.x_axis.ticks:
         x = frame.x(value)
         yield _tag("line", "axis", x1=x, y1=floor, x2=x, y2=floor + 5)
-        yield _tag("text", "", label, x=x, y=floor + 19, text_anchor="middle")
+        turned = {"text_anchor": "end", "transform": f"rotate(-{_SLANT} {x} {floor + 19})"}
+        yield _tag("text", "", label, x=x, y=floor + 19, **(turned if frame.slanted else {"text_anchor": "middle"}))
     yield _tag("line", "axis", x1=_LEFT, y1=floor, x2=right, y2=floor)
     yield _tag("text", "", x_label, x=(_LEFT + right) / 2, y=frame.height - 8, text_anchor="middle")
 

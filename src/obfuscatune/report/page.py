@@ -80,11 +80,11 @@ class HeatCell:
 
     @property
     def style(self) -> str:
-        """The page's red mixed into the background, the more the hotter."""
+        """Red mixed into the background, the more the hotter."""
         if not self.heat or self.heat <= 0:
             return ""
         share = round(_LIGHTEST + (_DARKEST - _LIGHTEST) * min(1.0, self.heat))
-        return f"background: color-mix(in srgb, var(--bad) {share}%, transparent)"
+        return f"background: color-mix(in srgb, var(--heat) {share}%, transparent)"
 
 
 @dataclass(frozen=True)

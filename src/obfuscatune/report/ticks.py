@@ -14,12 +14,14 @@ class Axis:
     Attributes:
         low, high: the range; positive on a logarithmic axis.
         ticks: positions of the marks, within the range, and their labels.
+        named: whether the labels are names, one for each whole number.
     """
 
     low: float
     high: float
     ticks: tuple[tuple[float, str], ...]
     log: bool
+    named: bool = False
 
     def place(self, value: float) -> float:
         """Where a value lies between low (0) and high (1)."""
@@ -64,7 +66,7 @@ def log_axis(values: Iterable[float]) -> Axis:
 
 def named_axis(names: Sequence[str]) -> Axis:
     """A name at 0, 1, 2, …, with half a step of room on either side."""
-    return Axis(-0.5, len(names) - 0.5, tuple(enumerate(names)), log=False)
+    return Axis(-0.5, len(names) - 0.5, tuple(enumerate(names)), log=False, named=True)
 
 
 def _bounds(values: Iterable[float]) -> tuple[float, float]:
