@@ -69,13 +69,17 @@ benchmarks: $(READY)
 
 # torch first and by itself, without a hash: which build it is (CPU, CUDA) is the machine's to say, and a range would pull
 # the newest with its CUDA libraries. All else is exactly what requirements/dev.txt lists, by hash.
-$(READY): pyproject.toml requirements/torch.txt requirements/dev.txt
+# The package comes last: its build hook compiles csrc/ where a C++ compiler is.
+$(READY): $(VENV)/.packages hatch_build.py $(wildcard csrc/*)
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(BIN)/python -m pip check
+	touch $@
+
+$(VENV)/.packages: pyproject.toml requirements/torch.txt requirements/dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --requirement requirements/torch.txt
 	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --requirement requirements/dev.txt
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
-	$(BIN)/python -m pip check
 	touch $@
 
 # What the optional extras need, beside what is there.

@@ -13,7 +13,6 @@ A crossing is started, and finished when its product is needed: in between, the 
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,17 +21,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from obfuscatune.enclave.link import Pending, WorkerLink, check_product
+from obfuscatune.enclave.link import Pending, WorkerLink
+from obfuscatune.enclave.link.pending import NOT_FINITE
 from obfuscatune.enclave.mixer import Mixer
 from obfuscatune.enclave.mixing import DENSE_BELOW, FewMixing, Mixing
 from obfuscatune.enclave.obfuscate import is_finer
 from obfuscatune.enclave.spans import span
 from obfuscatune.enclave.transforms import Transform
 from obfuscatune.enclave.verify import Check, Verifier
-from obfuscatune.wire.errors import ProtectionError
+from obfuscatune.wire.errors import BadReply, ProtectionError
 
 if TYPE_CHECKING:
-    from obfuscatune.enclave.kernels.rotation import RotationOfFew
+    from obfuscatune.enclave.kernels.native import RotationOfFew
 
 
 @dataclass(frozen=True)
@@ -232,8 +232,8 @@ class OffloadedProduct:
         Y_star = self._awaited(pending, crossing.check)  # (m, q)
         with span("obfuscatune.mix"), self._link.refusing():
             y = x.new_empty(x.shape[0], way.back.dim)
-            if not math.isfinite(way.back.receive(Y_star, mixing.secrets, y)):
-                check_product(y)
+            if not way.back.receive(Y_star, mixing.secrets, y):
+                raise BadReply(NOT_FINITE)
             return crossing.scaled_back(y, x.dtype, transpose=transpose)
 
     def _way(self, x: Tensor, *, transpose: bool) -> FewWay | None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from obfuscatune.worker import kernels
+from obfuscatune.worker import few_rows
 
 
 class Computer:
@@ -55,14 +55,8 @@ class Computer:
                 self._multiply(rows, matrix, out, transpose=transpose)
 
     def _multiply(self, rows: torch.Tensor, matrix: torch.Tensor, out: torch.Tensor, *, transpose: bool) -> None:
-        if not transpose and kernels.apply_to(rows, matrix, out):
-            from obfuscatune.worker.kernels import few_rows
-
+        if not transpose and few_rows.applies_to(rows, matrix, out):
             few_rows.multiply(rows, matrix, out)
-        elif kernels.apply_in_parts(rows, matrix, out):
-            from obfuscatune.worker.kernels import parts
-
-            parts.multiply(rows, matrix, out, transpose=transpose)
         else:
             factor = matrix.t() if transpose else matrix
             rows = rows.to(device=self.device, dtype=matrix.dtype)

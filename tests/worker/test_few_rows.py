@@ -1,4 +1,4 @@
-"""The worker's compiled kernel computes what torch does, to rounding, at every size that it takes."""
+"""The worker's native kernel computes what torch does, to rounding, at every size that it takes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from obfuscatune.worker import compute, kernels
+from obfuscatune import native
+from obfuscatune.worker import compute, few_rows
 from obfuscatune.worker.compute import Computer
 
-if not kernels.are_there():
-    pytest.skip("no kernels can be compiled here; torch computes", allow_module_level=True)
-
-from obfuscatune.worker.kernels import few_rows
+if not native.are_there():
+    pytest.skip("no native kernels here; torch computes", allow_module_level=True)
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -74,8 +73,8 @@ def test_the_computer_uses_it_where_it_wins(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OBFUSCATUNE_KERNELS", "0")
-    kernels.are_there.cache_clear()
+    native.are_there.cache_clear()
     try:
-        assert not kernels.apply_to(some(9, 32), some(32, 64), torch.empty(9, 64))
+        assert not few_rows.applies_to(some(9, 32), some(32, 64), torch.empty(9, 64))
     finally:
-        kernels.are_there.cache_clear()
+        native.are_there.cache_clear()
