@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from obfuscatune.attacks.stealing import losses
-from obfuscatune.attacks.truth import Phase, TrueCall, TrueLayer, Truth
-from obfuscatune.attacks.view import WorkerView
 from obfuscatune.audit.architecture import Logits
 from obfuscatune.audit.attackers import base_weights
+from obfuscatune.audit.attacks.stealing import losses
+from obfuscatune.audit.attacks.truth import Phase, TrueCall, TrueLayer, Truth
+from obfuscatune.audit.attacks.view import WorkerView
 from obfuscatune.audit.scenario import Scenario
 from obfuscatune.enclave.linear import InFlight, OffloadedProduct
 from obfuscatune.enclave.link import AdapterLink, WorkerLink

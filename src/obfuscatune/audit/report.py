@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from obfuscatune.attacks.base import Attack, Finding
+from obfuscatune.audit.attacks.base import Attack, Finding
 from obfuscatune.audit.grid import SMALLEST_EFFECT, Cell, Grid
 from obfuscatune.audit.verdict import State, advice, not_run, verdicts
 from obfuscatune.audit.verdict import Verdict as AuditVerdict

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from obfuscatune.attacks.scoring import area_under_curve
+from obfuscatune.audit.attacks.scoring import area_under_curve
 from obfuscatune.bench.clocked import clocked_worker
 from obfuscatune.bench.wire import free_port
 from obfuscatune.enclave.keys import SecretStream

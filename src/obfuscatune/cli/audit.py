@@ -15,7 +15,7 @@ from obfuscatune.wire.errors import ConfigError
 from obfuscatune.wire.files import temporary_root
 
 if TYPE_CHECKING:
-    from obfuscatune.attacks.base import Attacker
+    from obfuscatune.audit.attacks.base import Attacker
     from obfuscatune.audit.grid import Grid
     from obfuscatune.audit.scenario import Scenario
 
@@ -95,7 +95,7 @@ def audit(
 
 
 def _attacker(name: str) -> "Attacker | None":
-    from obfuscatune.attacks.base import Attacker
+    from obfuscatune.audit.attacks.base import Attacker
 
     if name == "all":
         return None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from obfuscatune.attacks.alignment import align
-from obfuscatune.attacks.base import Attacker, CannotRun, Finding, Target
-from obfuscatune.attacks.knowledge import Knowledge
-from obfuscatune.attacks.scoring import TokenGuess, score_tokens
-from obfuscatune.attacks.truth import Truth
-from obfuscatune.attacks.view import WorkerView
+from obfuscatune.audit.attacks.alignment import align
+from obfuscatune.audit.attacks.base import Attacker, CannotRun, Finding, Target
+from obfuscatune.audit.attacks.knowledge import Knowledge
+from obfuscatune.audit.attacks.scoring import TokenGuess, score_tokens
+from obfuscatune.audit.attacks.truth import Truth
+from obfuscatune.audit.attacks.view import WorkerView
 
 
 class LabelInference:

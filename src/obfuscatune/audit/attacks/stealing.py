@@ -17,11 +17,11 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from obfuscatune.attacks.alignment import align, align_one_sided
-from obfuscatune.attacks.base import Attacker, CannotRun, Finding, Target
-from obfuscatune.attacks.knowledge import Architecture, Knowledge, PublicBase
-from obfuscatune.attacks.truth import Truth
-from obfuscatune.attacks.view import WorkerView
+from obfuscatune.audit.attacks.alignment import align, align_one_sided
+from obfuscatune.audit.attacks.base import Attacker, CannotRun, Finding, Target
+from obfuscatune.audit.attacks.knowledge import Architecture, Knowledge, PublicBase
+from obfuscatune.audit.attacks.truth import Truth
+from obfuscatune.audit.attacks.view import WorkerView
 
 STEPS_ON_BASE = 40
 STEPS_FROM_NOTHING = 150

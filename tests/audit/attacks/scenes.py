@@ -13,12 +13,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from obfuscatune.attacks.base import Attacker
-from obfuscatune.attacks.held import Factors, HeldAdapter, HeldStep
-from obfuscatune.attacks.knowledge import Architecture, Knowledge, KnownCall, PublicBase, PublicText, Scheme
-from obfuscatune.attacks.stealing import losses
-from obfuscatune.attacks.truth import TrueCall, TrueLayer, Truth
-from obfuscatune.attacks.view import SeenCall, SeenMatrix, WorkerView
+from obfuscatune.audit.attacks.base import Attacker
+from obfuscatune.audit.attacks.knowledge import Architecture, Knowledge, KnownCall, PublicBase, PublicText, Scheme
+from obfuscatune.audit.attacks.stealing import losses
+from obfuscatune.audit.attacks.truth import TrueCall, TrueLayer, Truth
+from obfuscatune.audit.attacks.view import Factors, HeldAdapter, HeldStep, SeenCall, SeenMatrix, WorkerView
 from obfuscatune.enclave.keys import RootKey
 from obfuscatune.enclave.transforms import TransformSpec
 from obfuscatune.wire.adapters import Method, Part, Slice, Step

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from obfuscatune.attacks.base import Attacker, CannotRun
+from obfuscatune.audit.attacks.base import Attacker, CannotRun
 
 
 @dataclass(frozen=True)

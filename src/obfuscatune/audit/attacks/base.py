@@ -8,9 +8,9 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from obfuscatune.attacks.knowledge import Knowledge
-    from obfuscatune.attacks.truth import Truth
-    from obfuscatune.attacks.view import WorkerView
+    from obfuscatune.audit.attacks.knowledge import Knowledge
+    from obfuscatune.audit.attacks.truth import Truth
+    from obfuscatune.audit.attacks.view import WorkerView
 
 
 class Attacker(StrEnum):

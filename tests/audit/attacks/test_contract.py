@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from obfuscatune.attacks.base import Attack, Attacker, Finding, NotRun, Target, perform
-from obfuscatune.attacks.knowledge import Knowledge, Scheme
-from obfuscatune.attacks.registry import ATTACKS
-from tests.attacks import scenes
+from obfuscatune.audit.attacks.base import Attack, Attacker, Finding, NotRun, Target, perform
+from obfuscatune.audit.attacks.knowledge import Knowledge, Scheme
+from obfuscatune.audit.attacks.registry import ATTACKS
+from tests.audit.attacks import scenes
 
 BY_NAME = {attack.name: attack for attack in ATTACKS}
 SUCCEEDS_ON = {

@@ -11,13 +11,13 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import quadratic_assignment
 
-from obfuscatune.attacks.base import Attacker, CannotRun, Finding, Target
-from obfuscatune.attacks.equality import EXACT, MOST_CALLS
-from obfuscatune.attacks.geometry import similarities
-from obfuscatune.attacks.knowledge import Knowledge, PublicText
-from obfuscatune.attacks.scoring import TokenGuess, pairs_of, score_tokens
-from obfuscatune.attacks.truth import Truth
-from obfuscatune.attacks.view import SeenCall, WorkerView
+from obfuscatune.audit.attacks.base import Attacker, CannotRun, Finding, Target
+from obfuscatune.audit.attacks.geometry import similarities
+from obfuscatune.audit.attacks.knowledge import Knowledge, PublicText
+from obfuscatune.audit.attacks.linkage import EXACT, MOST_CALLS
+from obfuscatune.audit.attacks.scoring import TokenGuess, pairs_of, score_tokens
+from obfuscatune.audit.attacks.truth import Truth
+from obfuscatune.audit.attacks.view import SeenCall, WorkerView
 
 COMMONEST = 200
 """Symbols and tokens that are matched by their neighbours; rarer ones by rank alone."""

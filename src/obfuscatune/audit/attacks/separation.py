@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from obfuscatune.attacks.base import Attacker, CannotRun, Finding, Target
-from obfuscatune.attacks.geometry import orthonormal_rows
-from obfuscatune.attacks.knowledge import Knowledge
-from obfuscatune.attacks.truth import Truth
-from obfuscatune.attacks.view import WorkerView
+from obfuscatune.audit.attacks.base import Attacker, CannotRun, Finding, Target
+from obfuscatune.audit.attacks.geometry import orthonormal_rows
+from obfuscatune.audit.attacks.knowledge import Knowledge
+from obfuscatune.audit.attacks.truth import Truth
+from obfuscatune.audit.attacks.view import WorkerView
 
 STEPS = 200
 MOST_CALLS = 60

@@ -14,12 +14,12 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from obfuscatune.attacks.alignment import align, align_one_sided
-from obfuscatune.attacks.base import Attacker, Finding, Target
-from obfuscatune.attacks.knowledge import Knowledge
-from obfuscatune.attacks.scoring import cosine
-from obfuscatune.attacks.truth import Truth
-from obfuscatune.attacks.view import WorkerView
+from obfuscatune.audit.attacks.alignment import align, align_one_sided
+from obfuscatune.audit.attacks.base import Attacker, Finding, Target
+from obfuscatune.audit.attacks.knowledge import Knowledge
+from obfuscatune.audit.attacks.scoring import cosine
+from obfuscatune.audit.attacks.truth import Truth
+from obfuscatune.audit.attacks.view import WorkerView
 
 MOST_LAYERS = 4
 """Layers that are attacked: one block, with each kind of matrix in it."""

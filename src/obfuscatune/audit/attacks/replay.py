@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from obfuscatune.attacks.base import CannotRun
-from obfuscatune.attacks.held import Factors, HeldAdapter
-from obfuscatune.attacks.view import SeenCall, WorkerView
+from obfuscatune.audit.attacks.base import CannotRun
+from obfuscatune.audit.attacks.view import Factors, HeldAdapter, SeenCall, WorkerView
 from obfuscatune.wire.adapters import Method, Part, Step
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from obfuscatune.attacks.base import CannotRun, Finding, Recovered
-from obfuscatune.attacks.truth import Truth
+from obfuscatune.audit.attacks.base import CannotRun, Finding, Recovered
+from obfuscatune.audit.attacks.truth import Truth
 
 SHOWN_TEXTS = 4
 SHOWN_TOKENS = 48

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from obfuscatune.attacks.scoring import pairs_of
-from obfuscatune.attacks.view import SeenCall
+from obfuscatune.audit.attacks.scoring import pairs_of
+from obfuscatune.audit.attacks.view import SeenCall
 
 _PAIRS_AT_ONCE = 4096
 

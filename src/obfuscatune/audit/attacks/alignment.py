@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from obfuscatune.attacks.knowledge import PublicBase
-from obfuscatune.attacks.view import SeenCall, WorkerView
+from obfuscatune.audit.attacks.knowledge import PublicBase
+from obfuscatune.audit.attacks.view import SeenCall, WorkerView
 
 MOST_ROWS = 30_000
 """Of the traffic; more would take minutes where calls are filled up to a wide layer's rank."""

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from obfuscatune.attacks.alignment import polar
-from obfuscatune.attacks.base import Attacker, CannotRun, Finding, Target
-from obfuscatune.attacks.geometry import orthonormal_rows
-from obfuscatune.attacks.knowledge import Knowledge
-from obfuscatune.attacks.truth import Truth
-from obfuscatune.attacks.view import SeenCall, WorkerView
+from obfuscatune.audit.attacks.alignment import polar
+from obfuscatune.audit.attacks.base import Attacker, CannotRun, Finding, Target
+from obfuscatune.audit.attacks.geometry import orthonormal_rows
+from obfuscatune.audit.attacks.knowledge import Knowledge
+from obfuscatune.audit.attacks.truth import Truth
+from obfuscatune.audit.attacks.view import SeenCall, WorkerView
 
 WORK = 2.5e10
 """Multiplications that all polar steps for one basis may take: 3,800 steps at p = 64, 60 at p = 256."""
