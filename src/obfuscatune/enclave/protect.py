@@ -21,6 +21,7 @@ from obfuscatune.enclave.keys import RootKey
 from obfuscatune.enclave.link import RetryPolicy, WorkerLink
 from obfuscatune.enclave.local import local_worker
 from obfuscatune.enclave.modules import ProtectedLayer
+from obfuscatune.enclave.observer import Observer
 from obfuscatune.enclave.offloaded import SPOOLED_AT_LEAST_IN, WeightFromSpool
 from obfuscatune.enclave.profiles import Profile, resolve
 from obfuscatune.enclave.protection import Protection, place
@@ -48,6 +49,7 @@ def protect(
     retry: RetryPolicy | None = None,
     progress: Progress | None = None,
     base: Base | None = None,
+    observer: Observer | None = None,
     **knobs: Any,
 ) -> Model:
     """Move a model's large linear layers, transformed, to a worker.
@@ -71,6 +73,7 @@ def protect(
         progress: called after each group of layers.
         base: "closed" where the base model's weights were never public, "public" where they are; None looks for signs,
             and warns with PublicBaseWarning.
+        observer: told of the secrets and of every request's plain rows, by an audit.
         knobs: single settings of the profile: `shield_rows=32`, `first_blocks=1`, `transform="haar"`.
 
     Raises:
@@ -90,7 +93,8 @@ def protect(
         warn_of_public_base(base, resolved, config, _directory_of(config), stacklevel=2)
     groups = find_groups(model, resolved.first_blocks) if resolved.offload else []
     refuse_absent_weights(model, groups)
-    protection = Protection.start(open_link(workers, resolved, tls, deadline_s, retry), resolved, key, width_of(model))
+    link = open_link(workers, resolved, tls, deadline_s, retry)
+    protection = Protection.start(link, resolved, key, width_of(model), observer)
     layers: dict[str, ProtectedLayer | ProtectedExperts] = {}
     with released_on_failure(protection, workers):
         spool = Spool()
