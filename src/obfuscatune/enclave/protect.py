@@ -15,7 +15,6 @@ from peft import PeftModel
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from obfuscatune.enclave.closing import make_closable
 from obfuscatune.enclave.experts import ProtectedExperts
 from obfuscatune.enclave.keys import RootKey
 from obfuscatune.enclave.link import RetryPolicy, WorkerLink
@@ -24,12 +23,13 @@ from obfuscatune.enclave.modules import ProtectedLayer
 from obfuscatune.enclave.observer import Observer
 from obfuscatune.enclave.offloaded import SPOOLED_AT_LEAST_IN, WeightFromSpool
 from obfuscatune.enclave.profiles import Profile, resolve
+from obfuscatune.enclave.protected_model import Closable, ProtectedModel, extend, has_adapter
 from obfuscatune.enclave.protection import Protection, place
 from obfuscatune.enclave.published import Base, warn_of_public_base
 from obfuscatune.enclave.sites import find_groups, refuse_absent_weights
 from obfuscatune.enclave.spool import Spool
 from obfuscatune.enclave.targets import watch_targets
-from obfuscatune.enclave.training import TrainingWatch, answer_for, has_adapter
+from obfuscatune.enclave.training import TrainingWatch
 from obfuscatune.wire.errors import ConfigError, ProtectionError
 from obfuscatune.wire.tls import TlsConfig
 
@@ -174,13 +174,12 @@ def adopt(model: nn.Module, protection: Protection) -> None:
 
     Where PEFT put adapters in before, it froze the base already, and what it left trainable stays so.
     """
-    model.protection = protection  # type: ignore[assignment]
-    make_closable(model)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    for module in {model, base}:
+        module.protection = protection  # type: ignore[assignment]
+        extend(module, ProtectedModel if isinstance(module, PreTrainedModel) else Closable)
     if not (has_adapter(base) or isinstance(model, PeftModel)):
         model.requires_grad_(False)
-    if isinstance(base, PreTrainedModel):
-        answer_for(base)
     watch_targets(base)
     if protection.link is not None:
         watch = TrainingWatch(base, protection)
