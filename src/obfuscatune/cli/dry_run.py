@@ -37,7 +37,7 @@ def _document(recipe: "Recipe", files: ModelFiles, data: "Data", protection: Pro
     from obfuscatune.enclave.plan import make_plan, model_from_config
     from obfuscatune.enclave.profiles import resolve
     from obfuscatune.tuning.adapter import add_lora
-    from obfuscatune.tuning.cadence import Cadence
+    from obfuscatune.tuning.loop import Cadence
 
     dtype = getattr(torch, recipe.dtype)
     skeleton = model_from_config(files.directory)

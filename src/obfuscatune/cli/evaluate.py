@@ -12,8 +12,7 @@ from obfuscatune.option import Option
 from obfuscatune.wire.errors import ConfigError
 
 if TYPE_CHECKING:
-    from obfuscatune.evaluation.compare import Comparison
-    from obfuscatune.evaluation.results import Metric
+    from obfuscatune.evaluation.scoring import Comparison, Metric
 
 _QUESTIONS = "Questions"
 
@@ -135,7 +134,7 @@ def _measure(questions: _Questions, session: Session, files: ModelFiles) -> _Res
 
 
 def _compare(results: Sequence[_Result]) -> "list[Comparison]":
-    from obfuscatune.evaluation.compare import compare
+    from obfuscatune.evaluation.scoring import compare
 
     if len(results) < 2:
         return []

@@ -10,9 +10,8 @@ from obfuscatune.enclave.link import WorkerLink
 from obfuscatune.enclave.link.adapters import zero_all
 from obfuscatune.enclave.offloaded import Offloaded
 from obfuscatune.enclave.protected_model import extend
-from obfuscatune.enclave.remote.adapter import RemoteAdapter
+from obfuscatune.enclave.remote.adapter import AdaptedLayer, RemoteAdapter, find_adapted, walk
 from obfuscatune.enclave.remote.crossing import AdaptedCrossing
-from obfuscatune.enclave.remote.find import AdaptedLayer, find_adapted, walk
 from obfuscatune.enclave.remote.optimizer import RemoteOptimizer
 
 _Module = nn.Module if TYPE_CHECKING else object
