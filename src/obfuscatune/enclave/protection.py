@@ -157,7 +157,7 @@ class Protection:
         Between two steps: what was computed before cannot be differentiated any more. Should it raise, every layer
         is under its old transforms or its new ones, and works; call it again to finish.
         An adapter on the worker is carried over, and AdamW's moments: the first exactly, the second by an estimate
-        (`remote/basis.py`). Gradients are not.
+        (`remote/adapter.py`). Gradients are not.
 
         Raises:
             WireError: the worker failed, or has no room for one more matrix.

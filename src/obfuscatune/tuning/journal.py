@@ -1,4 +1,4 @@
-"""What happens in a run: told to the caller as it happens, and written to metrics.jsonl; to TensorBoard where asked for.
+"""What happens in a run: told to the caller as it happens, and written to metrics.jsonl, or to TensorBoard as well.
 
 TensorBoard's event files stay on this machine: nothing is sent anywhere.
 """
