@@ -9,7 +9,7 @@ from safetensors.torch import load as load_tensors
 
 from obfuscatune.demo.settings import LAST_LOSS_TOLERANCE, LOSS_TOLERANCE, WEIGHT_TOLERANCE, Settings
 from obfuscatune.demo.side import Side
-from obfuscatune.evaluation.compare import Comparison, compare
+from obfuscatune.evaluation.scoring import Comparison, compare
 from obfuscatune.tuning.adapter import WEIGHTS
 from obfuscatune.tuning.records import Completion
 from obfuscatune.wire.errors import ModelFileError
