@@ -49,13 +49,13 @@ class KernelsBuildHook(BuildHookInterface):  # type: ignore[type-arg]
 
 
 def build(warn: Any = print) -> bool:
-    """Compile for each instruction set, and link; whether there is a library now."""
+    """Compile for each instruction set, and link; whether there is a library now, and none of older sources."""
     machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine().lower())
     compiler = shlex.split(os.environ.get("CXX", "")) or [
         next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), "")
     ]
-    (ROOT / LIBRARY).unlink(missing_ok=True)
     if not sys.platform.startswith("linux") or not compiler[0]:
+        (ROOT / LIBRARY).unlink(missing_ok=True)
         warn("no C++ compiler for Linux here: torch will compute in place of the native kernels, which takes longer")
         return False
     try:
@@ -67,6 +67,7 @@ def build(warn: Any = print) -> bool:
             _run([*compiler, "-shared", "-o", str(made), *objects])
             made.replace(ROOT / LIBRARY)  # at once: another process may have the one before loaded
     except (OSError, subprocess.CalledProcessError) as error:
+        (ROOT / LIBRARY).unlink(missing_ok=True)
         warn(f"the native kernels cannot be built: torch will compute in their place, which takes longer ({error})")
         return False
     return True

@@ -14,8 +14,8 @@ struct Grid {  // columns `start` to `start + a·b` of a row, as an (a, b) matri
 };
 
 struct Rotation {  // y = x Π₁ (Q_a ⊗ Q_b) Π₂ [(Q_c ⊗ Q_d) Π₃] + bias, for x (rows, width)
-    const void *x;  // finite or not: see `finite`
-    void *y;        // may be x
+    const void *x;
+    void *y;  // may be x
     const void *bias;  // (width,), or null
     int64_t rows, width, x_stride;
     const int64_t *first, *first_inverse;  // column j after Π₁ is column first[j] before

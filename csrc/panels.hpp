@@ -112,7 +112,7 @@ template <class T> void on_grid(const Factors<T> &grid, Strided rows) {
     }
 }
 
-// Columns `column` to `column + width` of the rows, as vectors; the last block of columns overlaps the one before.
+// Where a block of columns begins, a vector wide: the last one overlaps the one before.
 template <class T> INLINE int64_t block_of_columns(int64_t block, int64_t width) {
     return least(block, width - Simd<T>::width);
 }

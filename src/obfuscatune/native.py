@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+import torch  # noqa: F401  # before the library, which takes its threads from torch's OpenMP
 
 SWITCH = "OBFUSCATUNE_KERNELS"
 """Environment variable; 0 leaves everything to torch."""
@@ -174,18 +174,13 @@ def _best(itemsize: int) -> Kernels | None:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    """Loaded after torch, whose OpenMP library it takes its threads from."""
+    """Loaded once."""
     if not LIBRARY.exists():
         raise OSError("they were not built with this installation; install a C++ compiler, then the package again")
     library = ctypes.CDLL(str(LIBRARY))
     if library.obfuscatune_version() != VERSION:
         raise OSError(f"{LIBRARY.name} is of another version; install the package again")
     return library
-
-
-def threads() -> int:
-    """How many of torch's threads a kernel may take."""
-    return torch.get_num_threads()
 
 
 def bound_cores() -> set[int]:

@@ -53,6 +53,8 @@ class RowMixing:
     Q_a: Tensor
     Q_b: Tensor
     """(a, a) and (b, b), a·b = m."""
+    prepared: dict[object, Any] = field(default_factory=dict, repr=False)
+    """What the native kernels make of it at their first call, by kernels."""
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,9 @@ class Native:
             return _REFERENCE.mix(x, shield, A, out)
         x, shield, step = x.contiguous(), shield.contiguous(), x.shape[1] * x.itemsize
         beyond = shield.data_ptr() - x.data_ptr() - A.rows * step
-        sources = (A.order * step).add_(x.data_ptr()).add_((A.order >= A.rows).long(), alpha=beyond)
-        self._mix(sources, _rows_of(out), x.shape[1], A.Q_a.to(x), A.Q_b.to(x))
+        Q_a, Q_b, is_shield, _ = self._prepared(A, x.dtype)
+        sources = torch.add(A.order * step, is_shield, alpha=beyond).add_(x.data_ptr())
+        self._mix(sources, _rows_of(out), x.shape[1], Q_a, Q_b)
         return None
 
     def unmix(self, y: Tensor, A: RowMixing) -> tuple[Tensor, bool]:
@@ -47,8 +48,9 @@ class Native:
         if not y.is_contiguous():
             return _REFERENCE.unmix(y, A)
         result = y.new_empty(A.rows + 1, y.shape[1])  # the last row takes what comes back for shield rows
-        targets = (A.order.clamp(max=A.rows) * (y.shape[1] * y.itemsize)).add_(result.data_ptr())
-        finite = self._mix(_rows_of(y), targets, y.shape[1], A.Q_a.to(y), A.Q_b.to(y), transposed=True)
+        Q_a, Q_b, _, landing = self._prepared(A, y.dtype)
+        targets = (landing * (y.shape[1] * y.itemsize)).add_(result.data_ptr())
+        finite = self._mix(_rows_of(y), targets, y.shape[1], Q_a, Q_b, transposed=True)
         return result[:-1], finite
 
     def mix_in_place(self, W: Tensor, picked: Tensor, placed: Tensor, Q_a: Tensor, Q_b: Tensor) -> None:
@@ -101,6 +103,14 @@ class Native:
         job.rows, job.x_stride, job.threads = x.shape[0], x.stride(0), torch.get_num_threads()
         self.table.rotate(job)
         return bool(job.finite)
+
+    def _prepared(self, A: RowMixing, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Q_a and Q_b in the dtype, which rows are the shield's (0 or 1), and which row of the result each goes to."""
+        found: tuple[Tensor, Tensor, Tensor, Tensor] | None = A.prepared.get(self)
+        if found is None:
+            Q_a, Q_b = A.Q_a.to(dtype).contiguous(), A.Q_b.to(dtype).contiguous()
+            found = A.prepared[self] = Q_a, Q_b, (A.order >= A.rows).long(), A.order.clamp(max=A.rows)
+        return found
 
     def _mix(
         self, sources: Tensor, targets: Tensor, columns: int, Q_a: Tensor, Q_b: Tensor, *, transposed: bool = False
