@@ -176,7 +176,7 @@ def adopt(model: nn.Module, protection: Protection) -> None:
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     for module in {model, base}:
-        module.protection = protection  # type: ignore[assignment]
+        module.protection = protection
         extend(module, ProtectedModel if isinstance(module, PreTrainedModel) else Closable)
     if not (has_adapter(base) or isinstance(model, PeftModel)):
         model.requires_grad_(False)

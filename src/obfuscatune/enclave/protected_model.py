@@ -13,18 +13,21 @@ from typing import TYPE_CHECKING, Any, Self
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import PreTrainedModel
 
 from obfuscatune.enclave.modules import elements_on_worker
 from obfuscatune.wire.errors import ProtectionError
 
-_Model = PreTrainedModel if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel as _Model
+else:
+    _Model = object
 
 
 def extend(module: nn.Module, mixin: type) -> None:
     """Have the methods of `mixin` precede those of the module's class. Twice is once."""
     if not isinstance(module, mixin):
-        module.__class__ = _extended(type(module), mixin)
+        kind: Any = type(module)
+        module.__class__ = _extended(kind, mixin)
 
 
 @functools.cache
@@ -55,7 +58,7 @@ class Closable:
         self.close()
 
 
-class ProtectedModel(Closable, _Model):
+class ProtectedModel(Closable, _Model):  # type: ignore[misc]  # transformers leaves it untyped
     """A model of transformers: counts what is on the worker, and refuses to save or train what it cannot."""
 
     _has_warned = False
@@ -101,7 +104,8 @@ class ProtectedModel(Closable, _Model):
                 "Add one with peft.get_peft_model or model.add_adapter",
                 stacklevel=2,
             )
-        return super().train(mode)
+        super().train(mode)
+        return self
 
 
 def has_adapter(model: nn.Module) -> bool:

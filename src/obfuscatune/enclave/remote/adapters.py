@@ -14,7 +14,10 @@ from obfuscatune.enclave.remote.adapter import AdaptedLayer, RemoteAdapter, find
 from obfuscatune.enclave.remote.crossing import AdaptedCrossing
 from obfuscatune.enclave.remote.optimizer import RemoteOptimizer
 
-_Module = nn.Module if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    _Module = nn.Module
+else:
+    _Module = object
 
 
 class RemoteAdapters:
