@@ -1,17 +1,19 @@
-"""What a link does next: connect, upload, forget, send, receive; and, when any of these fails, the same again.
+"""Schedules the requests of one link, and sends them again after a connection is lost.
 
-One step at a time, in that order, until what the caller waits for has come about. All that a step changes survives
-the loss of the connection: requests that were sent go back to those that wait, and get a new id when they are sent
-again, so that no reply of an earlier connection, nor a reply played a second time, is ever taken for an answer.
+`LinkDriver` is a state machine that whoever waits for an answer drives, one step at a time: it has no thread of its
+own, so a request that is answered at once passes no other thread on its way. All that a step changes survives the loss
+of the connection: requests that were sent go back to those that wait, and get a new id when they are sent again, so
+that no reply of an earlier connection, nor a reply played a second time, is ever taken for an answer.
 """
 
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable
+from enum import Enum
 
 from obfuscatune.enclave.link.arena import Arena
 from obfuscatune.enclave.link.connection import LinkConnection, Refused
-from obfuscatune.enclave.link.pending import Pending, StoredMatrix, check_product
+from obfuscatune.enclave.link.pending import Request, StoredMatrix, check_product
 from obfuscatune.enclave.link.retry import Insistence, Refusal, RetryPolicy
 from obfuscatune.enclave.link.stats import LinkStats
 from obfuscatune.enclave.link.uploads import Uploads
@@ -34,8 +36,37 @@ from obfuscatune.wire.transport import Transport
 RETRIED = (ConnectionLost, DeadlineExceeded, ProtocolError, BadReply)
 
 
+class State(Enum):
+    """What a link does next; see `LinkDriver`."""
+
+    CONNECT = "connect"
+    CHECK = "check"
+    SEND = "send"
+    RECEIVE = "receive"
+    UPLOAD = "upload"
+    FORGET = "forget"
+
+
 class LinkDriver:
-    """The state of a link. Not safe from several threads: `WorkerLink` lets one in at a time."""
+    """The state of a link. Not safe from several threads: `WorkerLink` lets one in at a time.
+
+    The state follows from what is connected, in flight and waiting; the first line that applies counts:
+
+    | state   | when                                             | step                   | afterwards         |
+    |---------|--------------------------------------------------|------------------------|--------------------|
+    | CONNECT | no connection                                    | greet, share memory    | connected          |
+    | SEND    | in flight, and one more may be: one that waits,  | send the first request | one more in flight |
+    |         | within the worker's limits, and nothing to be    |                        |                    |
+    |         | uploaded or forgotten                            |                        |                    |
+    | RECEIVE | in flight otherwise                              | take one reply         | one less in flight |
+    | CHECK   | nothing was heard for a while                    | ask for a sign of life | heard, or CONNECT  |
+    | UPLOAD  | the worker lacks a matrix                        | offer it, store it     | it lacks one less  |
+    | FORGET  | the worker is to forget a matrix                 | have it forgotten      | one less to forget |
+    | SEND    | otherwise                                        | send the first request | one in flight      |
+
+    Uploads and the like have the connection to themselves. Whatever fails in a step leads to CONNECT: what was in
+    flight waits again, but for what must not be done twice (`Request.interrupted`).
+    """
 
     def __init__(self, connect: Callable[[], Transport], deadline_s: float, retry: RetryPolicy) -> None:
         self.stats = LinkStats()
@@ -43,7 +74,7 @@ class LinkDriver:
         """To be uploaded."""
         self.leaving: dict[bytes, None] = {}
         """To be forgotten by the worker."""
-        self.waiting: list[Pending] = []
+        self.waiting: list[Request] = []
         """To be sent, in this order."""
         self.matrices: dict[bytes, StoredMatrix] = {}
         self._connect = connect
@@ -59,7 +90,7 @@ class LinkDriver:
         self.refusal = Refusal()
         self._last_id = 0
         self._uploads = Uploads(self.stats, self._next_id, deadline_s)
-        self._in_flight: OrderedDict[int, Pending] = OrderedDict()
+        self._in_flight: OrderedDict[int, Request] = OrderedDict()
 
     @property
     def arena(self) -> Arena | None:
@@ -83,19 +114,21 @@ class LinkDriver:
             WireError: the worker failed more often, or longer, than the policy bears. All that waited has failed with
                 it.
         """
-        insistence = Insistence(retry or self._retry, self.stats.crossings)
+        insistence: Insistence | None = None
+        products = self.stats.crossings
         while not done():
             self.refusal.check()
             if self.broken_off:
                 raise ConnectionLost("the link to the worker was broken off on this side")
             connected = self.connected
             try:
-                self._step()
+                self.step()
             except RETRIED as error:
                 self.disconnect()
                 self.refusal.check()
                 if self.broken_off:
                     raise
+                insistence = insistence or Insistence(retry or self._retry, products)
                 try:
                     insistence.after(error, connected=connected, products=self.stats.crossings)
                 except WireError as final:
@@ -122,16 +155,16 @@ class LinkDriver:
         if self._transport is not None:
             self._transport.shutdown()
 
-    def give_up(self, pending: Pending) -> None:
+    def give_up(self, request: Request) -> None:
         """Nobody waits for this one any more: it is not sent again."""
-        if pending in self.waiting:
-            self.waiting.remove(pending)
+        if request in self.waiting:
+            self.waiting.remove(request)
 
     def disconnect(self) -> None:
         """Drop the connection; what was sent and not answered waits to be sent again."""
-        for pending in self._in_flight.values():
-            pending.interrupted()
-        self.waiting[:0] = [pending for pending in self._in_flight.values() if not pending.done]
+        for request in self._in_flight.values():
+            request.interrupted()
+        self.waiting[:0] = [request for request in self._in_flight.values() if not request.done]
         self._in_flight.clear()
         if self._connection is not None:
             self._connection.close()
@@ -142,9 +175,9 @@ class LinkDriver:
 
         Nothing is said on the connection; closing it here leaves the parent's descriptor of it open.
         """
-        for pending in [*self.waiting, *self._in_flight.values()]:
-            if not pending.done:
-                pending.error = ConnectionLost("the process that this one was forked from asked for this: ask again")
+        for request in [*self.waiting, *self._in_flight.values()]:
+            if not request.done:
+                request.error = ConnectionLost("the process that this one was forked from asked for this: ask again")
         self.waiting.clear()
         self._in_flight.clear()
         self._transport = None
@@ -167,28 +200,44 @@ class LinkDriver:
         finally:
             self.disconnect()
 
-    def _step(self) -> None:
-        """The next thing to be done. Uploads and the like have the connection to themselves."""
+    @property
+    def state(self) -> State:
+        """What the next step does."""
         connection = self._connection
         if connection is None:
+            return State.CONNECT
+        if self._in_flight:
+            is_next = (
+                self.waiting and not (self.missing or self.leaving) and self._room_for(connection, self.waiting[0])
+            )
+            return State.SEND if is_next else State.RECEIVE
+        if connection.is_idle:
+            return State.CHECK
+        if self.missing:
+            return State.UPLOAD
+        return State.FORGET if self.leaving else State.SEND
+
+    def step(self) -> None:
+        """Do what the state says.
+
+        Raises:
+            WireError: it failed; `drive` knows what then.
+        """
+        state, connection = self.state, self._connection
+        if connection is None:
             self._greet()
-        elif self._is_given_up(connection):
-            self.disconnect()
-        elif self._in_flight and (self.missing or self.leaving or not self.waiting):
+        elif state is State.SEND:
+            self._send(connection, self.waiting[0])
+        elif state is State.RECEIVE:
             self._receive(connection)
-        elif self.missing:
+        elif state is State.CHECK:
+            if not connection.is_alive(self._next_id()):
+                self.disconnect()
+        elif state is State.UPLOAD:
             self._upload(connection, next(iter(self.missing.values())))
-        elif self.leaving:
+        else:
             self._uploads.forget(connection, matrix_id := next(iter(self.leaving)))
             del self.leaving[matrix_id]
-        elif self._room_for(connection, self.waiting[0]):
-            self._send(connection, self.waiting[0])
-        else:
-            self._receive(connection)
-
-    def _is_given_up(self, connection: LinkConnection) -> bool:
-        """Whether nobody answers on a connection that was idle: known before anything is sent that is sent once."""
-        return not self._in_flight and connection.is_idle and not connection.is_alive(self._next_id())
 
     def _greet(self) -> None:
         deadline = Deadline(self._deadline_s)
@@ -205,32 +254,28 @@ class LinkDriver:
         self.stats.reconnects += self._connected_before
         self._connected_before = True
 
-    def _room_for(self, connection: LinkConnection, pending: Pending) -> bool:
+    def _room_for(self, connection: LinkConnection, request: Request) -> bool:
         """Whether the worker reads one more request before it has answered those in flight."""
         welcome = connection.welcome
-        size = sum(other.rows.nbytes for other in self._in_flight.values()) + pending.rows.nbytes
-        return not self._in_flight or (len(self._in_flight) < welcome.max_in_flight and size <= welcome.window_bytes)
+        size = sum(other.rows.nbytes for other in self._in_flight.values()) + request.rows.nbytes
+        return len(self._in_flight) < welcome.max_in_flight and size <= welcome.window_bytes
 
-    def _send(self, connection: LinkConnection, pending: Pending) -> None:
-        window = connection.welcome.window_bytes
-        if pending.rows.nbytes > window:
-            self._fail([pending], LimitExceeded(f"the worker takes {window} bytes in one call: split the rows"))
+    def _send(self, connection: LinkConnection, request: Request) -> None:
+        size, window = request.rows.nbytes, connection.welcome.window_bytes
+        if size > window:
+            self._fail([request], LimitExceeded(f"the worker takes {window} bytes in one call: split the rows"))
             return
-        self._set_out(pending)
+        self.stats.retries += request.times_sent > 0
+        request.times_sent += 1
+        request.deadline = Deadline(self._deadline_s)
         request_id = self._next_id()
-        places = connection.places(pending)
+        places = connection.places(request)
         if places is None:
-            connection.send(pending.header(request_id), bytes_of(pending.rows), pending.deadline)
+            connection.send(request.header(request_id), bytes_of(request.rows), request.deadline)
         else:
-            connection.send(pending.header(request_id, shared=True), places.pack(), pending.deadline)
-        self.waiting.remove(pending)
-        self._in_flight[request_id] = pending
-
-    def _set_out(self, pending: Pending) -> None:
-        """It is about to be sent."""
-        self.stats.retries += pending.times_sent > 0
-        pending.times_sent += 1
-        pending.deadline = Deadline(self._deadline_s)
+            connection.send(request.header(request_id, shared=True), places.pack(), request.deadline)
+        self.waiting.remove(request)
+        self._in_flight[request_id] = request
 
     def _receive(self, connection: LinkConnection) -> None:
         """Take one reply, in whatever order the worker gives them."""
@@ -238,24 +283,24 @@ class LinkDriver:
         header = connection.receive(deadline)
         if header.type is MessageType.ERROR and header.request_id == 0:
             raise connection.refusal(header, deadline)
-        pending = self._in_flight.get(header.request_id)
-        if pending is None:
+        request = self._in_flight.get(header.request_id)
+        if request is None:
             raise MalformedMessage(f"{header.type.name} came for a request that is not in flight")
         if header.type is MessageType.PRODUCT:
             product = connection.product(
-                header, pending.matrix_id, pending.shape, pending.dtype, pending.landing, deadline
+                header, request.matrix_id, request.shape, request.dtype, request.landing, deadline
             )
-            pending.product = product if pending.product_unchecked else check_product(product)
+            request.product = product if request.product_unchecked else check_product(product)
             self.stats.crossings += 1
         elif header.type is MessageType.DONE:
-            pending.acknowledged(header)
+            request.acknowledged(header)
         elif header.type is MessageType.ERROR:
-            self._refused(pending, connection.refusal(header, deadline))
+            self._refused(request, connection.refusal(header, deadline))
         else:
             raise MalformedMessage(f"{header.type.name} came, which does not answer MULTIPLY")
         del self._in_flight[header.request_id]
 
-    def _refused(self, pending: Pending, refusal: WireError) -> None:
+    def _refused(self, request: Request, refusal: WireError) -> None:
         """The worker answered with an error: what it lacks is sent; anything else is final for this request.
 
         Raises:
@@ -263,13 +308,13 @@ class LinkDriver:
         """
         if not isinstance(refusal, Refused):
             raise refusal
-        error, matrix = refusal.error, self.matrices.get(pending.needs)
-        pending.times_unknown += 1
-        if isinstance(error, UnknownMatrix) and matrix is not None and pending.times_unknown <= self._retry.attempts:
+        error, matrix = refusal.error, self.matrices.get(request.needs)
+        request.times_unknown += 1
+        if isinstance(error, UnknownMatrix) and matrix is not None and request.times_unknown <= self._retry.attempts:
             self.missing[matrix.matrix_id] = matrix
-            self.waiting.insert(0, pending)
+            self.waiting.insert(0, request)
         else:
-            pending.error = error
+            request.error = error
 
     def _upload(self, connection: LinkConnection, matrix: StoredMatrix) -> None:
         """Have the worker hold a matrix; where it will not, what waited for that matrix has failed."""
@@ -277,13 +322,13 @@ class LinkDriver:
             self._uploads.upload(connection, matrix)
         except Refused as refused:
             matrix.refused = refused.error  # not with a traceback: it would keep the matrix, and its place in the arena
-            self._fail([pending for pending in self.waiting if pending.needs == matrix.matrix_id], refused.error)
+            self._fail([request for request in self.waiting if request.needs == matrix.matrix_id], refused.error)
         del self.missing[matrix.matrix_id]
 
-    def _fail(self, pendings: list[Pending], error: WireError) -> None:
-        for pending in list(pendings):
-            pending.error = error
-            self.waiting.remove(pending)
+    def _fail(self, requests: list[Request], error: WireError) -> None:
+        for request in list(requests):
+            request.error = error
+            self.waiting.remove(request)
 
     def _next_id(self) -> int:
         """Never the same twice in the life of a link."""

@@ -13,7 +13,7 @@ import torch
 from obfuscatune.enclave.forks import begin_anew_in_children
 from obfuscatune.enclave.link.driver import LinkDriver
 from obfuscatune.enclave.link.order import Order
-from obfuscatune.enclave.link.pending import MatrixSource, Pending, StoredMatrix, check_finite
+from obfuscatune.enclave.link.pending import MatrixSource, Pending, Request, StoredMatrix, check_finite
 from obfuscatune.enclave.link.retry import RetryPolicy
 from obfuscatune.enclave.link.stats import LinkStats
 from obfuscatune.wire.address import parse_address
@@ -289,11 +289,11 @@ class WorkerLink:
         with self._lock:
             self._drive_for(pending, lambda: pending.done)
 
-    def _drive_for(self, pending: Pending, done: Callable[[], bool]) -> None:
+    def _drive_for(self, request: Request, done: Callable[[], bool]) -> None:
         try:
             self._driver.drive(done)
         except BaseException:
-            self._driver.give_up(pending)
+            self._driver.give_up(request)
             raise
 
 
