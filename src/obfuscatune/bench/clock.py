@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import mmap
 import struct
-from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 _TOTALS = struct.Struct("<dddd")
 _COUNTING_AT = 64
 _BYTES = mmap.PAGESIZE
 
 
-@dataclass(frozen=True)
-class Totals:
+class Totals(NamedTuple):
     """Since the worker was started."""
 
     seconds: float = 0.0
@@ -26,11 +25,11 @@ class Totals:
 
     def since(self, earlier: Totals) -> Totals:
         """What was added."""
-        return Totals(*(a - b for a, b in zip(astuple(self), astuple(earlier), strict=True)))
+        return Totals(*(a - b for a, b in zip(self, earlier, strict=True)))
 
     def plus(self, added: Totals) -> Totals:
         """Both together."""
-        return Totals(*(a + b for a, b in zip(astuple(self), astuple(added), strict=True)))
+        return Totals(*(a + b for a, b in zip(self, added, strict=True)))
 
 
 class ClockPage:
@@ -49,7 +48,7 @@ class ClockPage:
 
     @totals.setter
     def totals(self, totals: Totals) -> None:
-        _TOTALS.pack_into(self._page, 0, *astuple(totals))
+        _TOTALS.pack_into(self._page, 0, *totals)
 
     @property
     def counting(self) -> bool:

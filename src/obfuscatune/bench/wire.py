@@ -1,7 +1,9 @@
 """`bench wire`: how long rows take to a worker and their products back, by each way there is on one host.
 
 A worker multiplies rows by a small matrix. What it took to multiply is on its clock and is taken off; what remains is
-the link: headers, bytes, waking up the other process, and the check that what came back is finite.
+the link: headers, bytes, waking up the other process, and the check that what came back is finite. Between any two
+rounds two other processes pass as many bytes to each other and back, by the same kind of socket and with nothing of
+ours: what is left to be won is the ratio. Through shared memory only the messages pass a socket.
 """
 
 from __future__ import annotations
@@ -21,11 +23,14 @@ import torch
 
 from obfuscatune.bench.clock import ClockPage
 from obfuscatune.bench.clocked import clocked_worker
+from obfuscatune.bench.ping import PingPong, ping_pong
 from obfuscatune.enclave.link import WorkerLink
 from obfuscatune.report.charts import Chart, Series
 from obfuscatune.report.environment import environment
 from obfuscatune.report.units import format_bytes
 from obfuscatune.wire.files import temporary_root
+from obfuscatune.wire.messages import HEADER_BYTES
+from obfuscatune.wire.payloads import Places
 from obfuscatune.wire.secret_files import write_new
 from obfuscatune.wire.tls import TlsConfig, make_identity
 
@@ -55,6 +60,13 @@ class WireRow:
     slow_seconds: float
     """Nine of ten took no longer."""
     computing_seconds: float
+    bare_seconds: float
+    """Of a bare ping-pong of as many bytes, played in between."""
+
+    @property
+    def ratio(self) -> float:
+        """How many times a bare ping-pong."""
+        return self.seconds / self.bare_seconds
 
     @property
     def gbytes(self) -> float:
@@ -86,24 +98,30 @@ class WireBench:
         return WireResult(self, rows, environment(self.threads))
 
     def _measured(self, name: str, progress: Progress) -> Iterator[WireRow]:
-        with _opened(name, self.threads) as (link, clock):
+        with _opened(name, self.threads) as (link, clock, bare):
             matrix = torch.eye(self.width)
             link.store(_MATRIX_ID, lambda: matrix, shape=(self.width, self.width), dtype=matrix.dtype)
             for count in self.rows:
-                seconds, computing = self._timed(link, count, clock, name)
+                payload = 4 * count * self.width
+                there, back = (Places.BYTES, 0) if name == "shared memory" else (payload, payload)
+                with bare.of(HEADER_BYTES + there, HEADER_BYTES + back) as play:
+                    seconds, computing, played = self._timed(link, count, clock, name, play)
                 row = WireRow(
                     name,
                     count,
-                    2 * 4 * count * self.width,
+                    2 * payload,
                     statistics.median(seconds),
                     sorted(seconds)[len(seconds) * 9 // 10],
                     computing,
+                    statistics.median(played),
                 )
-                progress(f"{name}, {count} rows: {row.seconds * 1e6:.0f} µs, {row.gbytes:.2f} GB/s")
+                progress(f"{name}, {count} rows: {row.seconds * 1e6:.0f} µs, {row.ratio:.2f} times a bare ping-pong")
                 yield row
 
-    def _timed(self, link: WorkerLink, count: int, clock: ClockPage, name: str) -> tuple[list[float], float]:
-        """Seconds of each round without the worker's computing, and the mean of that."""
+    def _timed(
+        self, link: WorkerLink, count: int, clock: ClockPage, name: str, play: Callable[[], float]
+    ) -> tuple[list[float], float, list[float]]:
+        """Seconds of each round without the worker's computing; the mean of that; and of each bare ping-pong."""
         rows = (
             link.lend(count, self.width, torch.float32) if name == "shared memory" else torch.empty(count, self.width)
         )
@@ -111,12 +129,18 @@ class WireBench:
         link.multiply(_MATRIX_ID, rows, transpose=False)
         seconds: list[float] = []
         computing: list[float] = []
+        played: list[float] = []
         while len(seconds) < _LEAST_ROUNDS or (len(seconds) < _MOST_ROUNDS and sum(seconds) < _MOST_SECONDS):
             computed, started = clock.totals, time.perf_counter()
             link.submit(_MATRIX_ID, rows, transpose=False, known_finite=True).result()
             seconds.append(time.perf_counter() - started)
             computing.append(clock.totals.since(computed).seconds)
-        return [max(s - c, _TICK_SECONDS) for s, c in zip(seconds, computing, strict=True)], statistics.mean(computing)
+            played.append(play())
+        return (
+            [max(s - c, _TICK_SECONDS) for s, c in zip(seconds, computing, strict=True)],
+            statistics.mean(computing),
+            played,
+        )
 
 
 class Fitted(NamedTuple):
@@ -153,7 +177,7 @@ class WireResult:
         return {
             "bench": asdict(self.bench),
             "fitted": {link: self.fitted(link)._asdict() for link in self.bench.links},
-            "rows": [asdict(row) | {"gbytes": row.gbytes} for row in self.rows],
+            "rows": [asdict(row) | {"gbytes": row.gbytes, "ratio": row.ratio} for row in self.rows],
             "environment": self.environment,
         }
 
@@ -173,13 +197,14 @@ class WireResult:
             f"Rows of {self.bench.width} float32 numbers to a worker on this host and their product back, "
             f"{self.bench.threads} threads; without the time in which the worker computed.",
             "",
-            "| link | latency, µs | GB/s, there and back |",
-            "|---|---|---|",
+            "| link | latency, µs | GB/s, there and back | fewest rows, times a bare ping-pong |",
+            "|---|---|---|---|",
         ]
         for link in self.bench.links:
             it = self.fitted(link)
             gbytes = "" if it.gbytes is None else f"{it.gbytes:.2f}"
-            lines.append(f"| {link} | {it.latency_seconds * 1e6:.0f} | {gbytes} |")
+            ratio = next(row.ratio for row in self.rows if row.link == link)
+            lines.append(f"| {link} | {it.latency_seconds * 1e6:.0f} | {gbytes} | {ratio:.2f} |")
         lines += ["", f"| rows | bytes | {' | '.join(f'{link}, µs' for link in self.bench.links)} |"]
         lines.append("|---" * (2 + len(self.bench.links)) + "|")
         for count in self.bench.rows:
@@ -190,12 +215,15 @@ class WireResult:
 
 
 def _cell(row: WireRow | None) -> str:
-    return "" if row is None else f"{row.seconds * 1e6:.0f} (9 of 10: {row.slow_seconds * 1e6:.0f})"
+    if row is None:
+        return ""
+    median, slow, bare = (f"{seconds * 1e6:.0f}" for seconds in (row.seconds, row.slow_seconds, row.bare_seconds))
+    return f"{median} (9 of 10: {slow}; bare: {bare})"
 
 
 @contextmanager
-def _opened(name: str, threads: int) -> Iterator[tuple[WorkerLink, ClockPage]]:
-    """A link of that kind, and its worker's clock."""
+def _opened(name: str, threads: int) -> Iterator[tuple[WorkerLink, ClockPage, PingPong]]:
+    """A link of that kind, its worker's clock, and a process for a bare ping-pong."""
     with tempfile.TemporaryDirectory(
         prefix="obfuscatune-bench-", dir=temporary_root()
     ) as folder:  # made with mode 0700
@@ -205,11 +233,13 @@ def _opened(name: str, threads: int) -> Iterator[tuple[WorkerLink, ClockPage]]:
         if theirs is not None:
             extra = ("--tls-cert", str(theirs.certificate), "--tls-key", str(theirs.private_key))
             extra += ("--peer", str(theirs.peers))
+        beside = f"unix:{folder}/pong" if listen is None else f"tcp:127.0.0.1:{free_port()}"
         with (
+            ping_pong(beside, None if theirs is None else (theirs.certificate, theirs.private_key)) as bare,
             clocked_worker(threads, listen, extra) as worker,
             WorkerLink.open(worker.address, tls=ours) as link,
         ):
-            yield link, worker.clock
+            yield link, worker.clock, bare
 
 
 def _identities(folder: Path) -> tuple[TlsConfig, TlsConfig]:

@@ -286,8 +286,9 @@ def wire(
 ) -> None:
     """Time rows on their way to a worker on this machine and back, by each kind of link.
 
-    What the worker takes to multiply them is on its own clock and taken off. A line is fitted to each link: its latency
-    and its bandwidth, which `bench predict` reckons with.
+    What the worker takes to multiply them is on its own clock and taken off. Beside each, a bare ping-pong of two
+    processes that pass as many bytes. A line is fitted to each link: its latency and its bandwidth, which
+    `bench predict` reckons with.
     """
     from obfuscatune.bench.wire import LINKS, ROWS, WireBench
 
