@@ -31,7 +31,7 @@ MODEL_TYPES = tuple(sorted({*QUICK, "gemma2", "mistral", "phi", "qwen2", "qwen3"
 TOLERANCE = 1e-3
 """Largest difference over largest plain value, in float32: what rounding leaves over two blocks is some 1e-6."""
 WORKS = "yes"
-NOT_ON_EXPERTS = "greedy text: yes; LoRA on all linear layers: refused"
+NOT_ON_EXPERTS = "yes, but LoRA on all linear layers is refused: name those of the attention"
 """PEFT makes of it a LoRA of stacked experts or routers (`target_parameters`), which are not in this process."""
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 METHODS: dict[str, Callable[[], Any]] = {
@@ -93,25 +93,29 @@ def verdict(work: Callable[[], str]) -> str:
 
 
 def try_architecture(model_type: str, address: str) -> str:
-    """Logits, gradients and text of a protected model of that type, against plain."""
+    """Text, logits and gradients of a protected model of that type, against plain."""
     plain = build(model_type)
     ids = torch.arange(3, 12)[None]
 
-    def work() -> str:
-        protected = protect(copy.deepcopy(plain), address, first_blocks=0, base="closed")
-        with protected:
-            options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-            if not plain.generate(ids, **options).equal(protected.generate(ids, **options)):
-                return "text differs"
+    def text() -> str:
         with protect(copy.deepcopy(plain), address, first_blocks=0, base="closed") as protected:
-            lora = LoraConfig(r=4, target_modules="all-linear")
-            try:
-                found = adapted(protected, lora)
-            except ObfuscaTuneError as error:
-                if "target_parameters" not in str(error):
-                    raise
-                return NOT_ON_EXPERTS
-            return differs(gradients(adapted(plain, lora), ids), gradients(found, ids))
+            options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+            same = plain.generate(ids, **options).equal(protected.generate(ids, **options))
+            return "" if same else "text differs"
+
+    def lora(targets: str | list[str]) -> str:
+        config = LoraConfig(r=4, target_modules=targets)
+        with protect(copy.deepcopy(plain), address, first_blocks=0, base="closed") as protected:
+            found = gradients(adapted(protected, config), ids)
+        return differs(gradients(adapted(copy.deepcopy(plain), copy.deepcopy(config)), ids), found)
+
+    def work() -> str:
+        try:
+            return text() or lora("all-linear")
+        except ObfuscaTuneError as error:
+            if "target_parameters" not in str(error):
+                raise
+            return lora(["o_proj"]) or NOT_ON_EXPERTS
 
     return verdict(work)
 
