@@ -13,10 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from obfuscatune.bench import checkpoint
-from obfuscatune.bench.checkpoint import write_random_checkpoint
 from obfuscatune.bench.kept_memory import AHEAD_BYTES, PART_BYTES, KeptMemory
-from obfuscatune.bench.obfuscate import ObfuscateBench, ObfuscateResult
-from obfuscatune.bench.usage import cpu_seconds, peak_bytes, settled_bytes
+from obfuscatune.bench.measures import cpu_seconds, peak_bytes, settled_bytes
+from obfuscatune.bench.obfuscate import ObfuscateBench, ObfuscateResult, write_random_checkpoint
 from obfuscatune.wire.errors import ConfigError, StorageError
 
 CONFIG = GPT2Config(n_embd=32, n_head=2, n_layer=2, vocab_size=64, n_positions=32)

@@ -18,8 +18,8 @@ settle_process()
 # ruff: noqa: E402 - torch reads the environment when it is imported
 import torch
 
-from obfuscatune.bench.clock import ClockPage, Totals
-from obfuscatune.bench.products import ProductCounter
+from obfuscatune.bench.clocked import ClockPage, Totals
+from obfuscatune.bench.measures import ProductCounter
 from obfuscatune.worker import run
 from obfuscatune.worker.__main__ import main
 from obfuscatune.worker.compute import Computer

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from obfuscatune.bench.limits import measure_limits
+from obfuscatune.bench.measures import measure_limits
 from obfuscatune.enclave import kernels
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.mixer import KroneckerMixer

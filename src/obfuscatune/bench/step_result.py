@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from obfuscatune.bench.limits import Limits
-from obfuscatune.bench.spans import SEND, WAIT
+from obfuscatune.bench.measures import SEND, WAIT, Limits
 from obfuscatune.report.charts import Bar, Bars
 from obfuscatune.report.units import format_bytes
 
@@ -22,7 +21,7 @@ WORK = {"step": "LoRA step", "forward": "forward pass", "decode": "16 tokens a s
 
 @dataclass(frozen=True)
 class Side:
-    """One contender: what it answered in each counted round, and afterwards."""
+    """One process: what it answered in each counted round, and afterwards."""
 
     rounds: list[dict[str, Any]] = field(repr=False)
     spans: dict[str, float] = field(repr=False)

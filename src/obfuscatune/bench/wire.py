@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from obfuscatune.bench.clock import ClockPage
-from obfuscatune.bench.clocked import clocked_worker
+from obfuscatune.bench.clocked import ClockPage, clocked_worker
 from obfuscatune.bench.ping import PingPong, ping_pong
 from obfuscatune.enclave.link import WorkerLink
 from obfuscatune.report.charts import Chart, Series
 from obfuscatune.report.environment import environment
+from obfuscatune.report.page import markdown_table
 from obfuscatune.report.units import format_bytes
 from obfuscatune.wire.files import temporary_root
 from obfuscatune.wire.messages import HEADER_BYTES
@@ -193,25 +193,30 @@ class WireResult:
 
     def as_markdown(self) -> str:
         """The lines, and the points that they were fitted to."""
+        fits = {link: self.fitted(link) for link in self.bench.links}
         lines = [
-            f"Rows of {self.bench.width} float32 numbers to a worker on this host and their product back, "
-            f"{self.bench.threads} threads; without the time in which the worker computed.",
-            "",
-            "| link | latency, µs | GB/s, there and back | fewest rows, times a bare ping-pong |",
-            "|---|---|---|---|",
+            (
+                link,
+                f"{it.latency_seconds * 1e6:.0f}",
+                "" if it.gbytes is None else f"{it.gbytes:.2f}",
+                f"{next(row.ratio for row in self.rows if row.link == link):.2f}",
+            )
+            for link, it in fits.items()
         ]
-        for link in self.bench.links:
-            it = self.fitted(link)
-            gbytes = "" if it.gbytes is None else f"{it.gbytes:.2f}"
-            ratio = next(row.ratio for row in self.rows if row.link == link)
-            lines.append(f"| {link} | {it.latency_seconds * 1e6:.0f} | {gbytes} | {ratio:.2f} |")
-        lines += ["", f"| rows | bytes | {' | '.join(f'{link}, µs' for link in self.bench.links)} |"]
-        lines.append("|---" * (2 + len(self.bench.links)) + "|")
+        points = []
         for count in self.bench.rows:
             own = {row.link: row for row in self.rows if row.rows == count}
-            cells = " | ".join(_cell(own.get(link)) for link in self.bench.links)
-            lines.append(f"| {count} | {format_bytes(next(iter(own.values())).nbytes)} | {cells} |")
-        return "\n".join(lines) + "\n"
+            size = format_bytes(next(iter(own.values())).nbytes)
+            points.append((count, size, *(_cell(own.get(link)) for link in self.bench.links)))
+        parts = (
+            f"Rows of {self.bench.width} float32 numbers to a worker on this host and their product back, "
+            f"{self.bench.threads} threads; without the time in which the worker computed.",
+            markdown_table(
+                ("link", "latency, µs", "GB/s, there and back", "fewest rows, times a bare ping-pong"), lines
+            ),
+            markdown_table(("rows", "bytes", *(f"{link}, µs" for link in self.bench.links)), points),
+        )
+        return "\n\n".join(parts) + "\n"
 
 
 def _cell(row: WireRow | None) -> str:
@@ -236,10 +241,10 @@ def _opened(name: str, threads: int) -> Iterator[tuple[WorkerLink, ClockPage, Pi
         beside = f"unix:{folder}/pong" if listen is None else f"tcp:127.0.0.1:{free_port()}"
         with (
             ping_pong(beside, None if theirs is None else (theirs.certificate, theirs.private_key)) as bare,
-            clocked_worker(threads, listen, extra) as worker,
+            clocked_worker(threads, listen, extra) as (worker, clock),
             WorkerLink.open(worker.address, tls=ours) as link,
         ):
-            yield link, worker.clock, bare
+            yield link, clock, bare
 
 
 def _identities(folder: Path) -> tuple[TlsConfig, TlsConfig]:

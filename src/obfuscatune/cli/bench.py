@@ -162,8 +162,8 @@ def decode(sizes: DecodingSizes, ending: Ending) -> None:
 
 
 def _side_by_side(work: Literal["step", "forward", "decode"], sizes: Sizes, ending: Ending) -> None:
-    from obfuscatune.bench.shapes import config_of, shape_name
     from obfuscatune.bench.step import StepBench
+    from obfuscatune.bench.workload import config_of, shape_name
 
     config_of(sizes.shape, sizes.layers)  # a wrong name fails here, not in a child process
     profiles = _checked_profiles(sizes.profiles)
@@ -215,7 +215,7 @@ def obfuscate(
     enclave: at gpt2-xl, some 40 GB of them with the default profile; ask for fewer --layers, or --profile paper.
     """
     from obfuscatune.bench.obfuscate import ObfuscateBench
-    from obfuscatune.bench.shapes import config_of, shape_name
+    from obfuscatune.bench.workload import config_of, shape_name
     from obfuscatune.enclave.profiles import resolve
 
     profile = profile or "private"
@@ -344,7 +344,7 @@ def memory(
     with code 1 if one rises by more than 4 MiB.
     """
     from obfuscatune.bench.memory import MemoryBench
-    from obfuscatune.bench.shapes import config_of
+    from obfuscatune.bench.workload import config_of
 
     small = {} if shape is None else {"shape": shape}
     bench = MemoryBench(
@@ -389,9 +389,8 @@ def predict(
     The speeds are those at which a kept result was made; those of a worker on an accelerator or another host are given.
     """
     from obfuscatune.bench.compare import kept_results, read_result
-    from obfuscatune.bench.predict import calibrated, check, check_as_markdown
+    from obfuscatune.bench.predict import calibrated, check, check_as_markdown, count_work
     from obfuscatune.bench.predict import predict as predicted
-    from obfuscatune.bench.work import count_work
     from obfuscatune.enclave.profiles import resolve
 
     document = read_result(measured)

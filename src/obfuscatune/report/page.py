@@ -123,11 +123,11 @@ def render_page(*, title: str, subtitle: str, sections: Sequence[Section], foote
     return page.render(title=title, subtitle=subtitle, sections=sections, footer=footer).lstrip()
 
 
-def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[object]], text_columns: int = 1) -> str:
     """A table in Markdown. All columns but the first `text_columns` are numbers, aligned at the right."""
     marks = ["---" if index < text_columns else "---:" for index in range(len(columns))]
-    lines = [columns, marks, *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    lines: list[Sequence[object]] = [columns, marks, *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 @cache

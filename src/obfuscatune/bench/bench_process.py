@@ -1,6 +1,6 @@
-"""A process that does its work each time it is told to, so that contenders take turns on an idle machine.
+"""A process that does its work each time it is told to, so that several take turns on an idle machine.
 
-run as:  python -m obfuscatune.bench.contender '{"kind": "plain", ...}'
+run as:  python -m obfuscatune.bench.bench_process '{"kind": "plain", ...}'
 reads a line:  step | profile | count | limits | quit      answers a line of JSON
 """
 
@@ -20,13 +20,10 @@ settle_process()  # the same for plain and protected; the wait policy is what th
 # ruff: noqa: E402 - torch reads the environment when it is imported
 import torch
 
-from obfuscatune.bench.clocked import ClockedWorker, clocked_worker
-from obfuscatune.bench.limits import measure_limits
-from obfuscatune.bench.products import ProductCounter
-from obfuscatune.bench.shapes import config_of
-from obfuscatune.bench.spans import measured_spans
-from obfuscatune.bench.usage import peak_bytes, settled_bytes
-from obfuscatune.bench.workload import WORKLOADS, Workload, random_model
+from obfuscatune.bench.clocked import ClockPage, clocked_worker
+from obfuscatune.bench.measures import ProductCounter, measure_limits, measured_spans, peak_bytes, settled_bytes
+from obfuscatune.bench.workload import WORKLOADS, Workload, config_of, random_model
+from obfuscatune.enclave.local import LocalWorker
 from obfuscatune.enclave.protect import protect
 from obfuscatune.enclave.protection import Protection
 
@@ -38,11 +35,12 @@ def main() -> None:
     config = config_of(settings["shape"], settings["layers"])
     with ExitStack() as stack:
         model = random_model(config)
-        worker = protection = None
+        worker = clock = protection = None
         if settings["kind"] == "protected":
-            worker = stack.enter_context(clocked_worker(settings["threads"]))
+            worker, clock = stack.enter_context(clocked_worker(settings["threads"]))
             protection = protect(model, worker.address, settings["profile"], base="closed").protection
-        side = _Side(WORKLOADS[settings["work"]](model, settings["batch"], settings["length"]), worker, protection)
+        work = WORKLOADS[settings["work"]](model, settings["batch"], settings["length"])
+        side = _Side(work, protection, worker, clock)
         words = {"step": side.step, "profile": side.profile, "count": side.count}
         _say({"ready": True})
         for line in sys.stdin:
@@ -55,14 +53,16 @@ def main() -> None:
 class _Side:
     """The work, and the worker that helps with it where one does."""
 
-    def __init__(self, work: Workload, worker: ClockedWorker | None, protection: Protection | None) -> None:
-        self._work, self._worker, self._protection = work, worker, protection
+    def __init__(
+        self, work: Workload, protection: Protection | None, worker: LocalWorker | None, clock: ClockPage | None
+    ) -> None:
+        self._work, self._protection, self._worker, self._clock = work, protection, worker, clock
 
     def step(self) -> dict[str, Any]:
         """Once, timed; and all that can be had without disturbing it."""
         self._work.prepare()
         before = None if self._protection is None else self._protection.stats.snapshot()
-        clock = None if self._worker is None else self._worker.clock.totals
+        computed = None if self._clock is None else self._clock.totals
         started = time.perf_counter()
         result = self._work()
         answer: dict[str, Any] = {"seconds": time.perf_counter() - started, "result": result}
@@ -72,8 +72,8 @@ class _Side:
             answer["waiting_seconds"] = crossed.seconds_waiting
             answer["crossings"] = crossed.crossings
             answer["bytes"] = crossed.bytes_sent + crossed.bytes_received
-        if self._worker is not None and clock is not None:
-            answer["worker_seconds"] = self._worker.clock.totals.since(clock).seconds
+        if self._worker is not None and self._clock is not None and computed is not None:
+            answer["worker_seconds"] = self._clock.totals.since(computed).seconds
             answer["worker_peak_bytes"] = peak_bytes(self._worker.pid)
             answer["worker_resident_bytes"] = settled_bytes(self._worker.pid)
         return answer
@@ -88,7 +88,7 @@ class _Side:
     def count(self) -> dict[str, Any]:
         """Once, with all products counted; its time is not to be compared."""
         self._work.prepare()
-        clock = None if self._worker is None else self._worker.clock
+        clock = self._clock
         if clock is not None:
             clock.counting = True
             before = clock.totals
