@@ -150,6 +150,7 @@ def test_the_profiles_that_are_completed_are_those_there_are():
 def test_completion_is_shown_for_each_shell(shell):
     done = subprocess.run(
         [sys.executable, "-m", "obfuscatune", "--show-completion", shell],
+        env={**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"},  # no shell may have started the tests
         capture_output=True,
         text=True,
         check=False,

@@ -116,7 +116,7 @@ import obfuscatune.worker.__main__
 assert "torch" not in sys.modules  # or the process would be settled too late
 import obfuscatune.worker.run
 loaded = {name for name in sys.modules if name.startswith("obfuscatune.")}
-assert {name.split(".")[1] for name in loaded} <= {"worker", "wire", "version", "process", "machine"}, loaded
+assert {name.split(".")[1] for name in loaded} <= {"worker", "wire", "native", "option", "version", "process", "machine"}, loaded
 assert not {"transformers", "peft", "typer", "pydantic"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", script], check=True)
