@@ -1,8 +1,10 @@
 # Everything a newcomer needs: each target sets up its own virtual environment first.
 #   make demo         fine-tune the embedded model protected and plain, side by side
-#   make test         lint and the default test suite (under 10 minutes on 2 cores)
+#   make test         lint, the documentation's build and the default test suite (under 10 minutes on 2 cores)
 #   make test-long    the long tests too
 #   make test-extras    the tests of the optional extras (lm-eval, trl, ...), which are installed for them (600 MB)
+#   make docs         the documentation site into site/, without a warning
+#   make hooks        ruff and mypy before each commit
 #   make lock         requirements/*.txt anew: exact versions, by hash
 #   make reproduce-small   the paper's tables, scaled down (under 30 minutes on 2 cores); DATA=folder with the questions
 #   make reproduce-real    the same on SmolLM2-135M, which comes from the package registry (some hours on 2 cores)
@@ -14,7 +16,7 @@ DATA   ?= ../shared/data
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-long test-extras lint lock reproduce-small reproduce-real benchmarks clean
+.PHONY: demo test test-long test-extras lint docs hooks lock reproduce-small reproduce-real benchmarks clean
 
 demo: $(READY)
 	$(BIN)/obfuscatune demo
@@ -22,20 +24,28 @@ demo: $(READY)
 # On every core, a file of tests at a time: tests of one file share what they set up.
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-test: lint
+test: lint docs
 	$(PYTEST)
 
-test-long: lint
+test-long: lint docs
 	$(PYTEST) -m "long or not long"
 
 test-extras: $(VENV)/.extras
-	$(BIN)/python -m pytest -m "long or not long" tests/evaluation/test_harness.py tests/extras
+	$(BIN)/python -m pytest -m "long or not long" tests/evaluation/test_harness.py tests/extras tests/examples
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The theme's authors use the build's output to speak of their plans, unless told not to.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+hooks: $(READY)
+	$(BIN)/python -m pip install --quiet pre-commit==4.7.0
+	$(BIN)/pre-commit install
 
 # What DATA must hold: docs/reproduce.md. Stopped and started again, it goes on where it was.
 reproduce-small: $(READY)
@@ -59,13 +69,17 @@ benchmarks: $(READY)
 
 # torch first and by itself, without a hash: which build it is (CPU, CUDA) is the machine's to say, and a range would pull
 # the newest with its CUDA libraries. All else is exactly what requirements/dev.txt lists, by hash.
-$(READY): pyproject.toml requirements/torch.txt requirements/dev.txt
+# The package comes last: its build hook compiles csrc/ where a C++ compiler is.
+$(READY): $(VENV)/.packages hatch_build.py $(wildcard csrc/*)
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(BIN)/python -m pip check
+	touch $@
+
+$(VENV)/.packages: pyproject.toml requirements/torch.txt requirements/dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --requirement requirements/torch.txt
 	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --requirement requirements/dev.txt
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
-	$(BIN)/python -m pip check
 	touch $@
 
 # What the optional extras need, beside what is there.
@@ -78,9 +92,9 @@ LOCK := $(BIN)/python -m piptools compile --quiet --strip-extras --no-annotate -
 	--unsafe-package torch --constraint requirements/torch.txt --no-emit-index-url --no-emit-find-links --no-emit-options
 lock: $(READY)
 	$(BIN)/python -m pip install --quiet pip-tools==7.6.2
-	$(LOCK) --extra dev --output-file requirements/dev.txt pyproject.toml
+	$(LOCK) --extra dev --extra docs --output-file requirements/dev.txt pyproject.toml
 	$(LOCK) --extra lm-eval --extra trl --extra data --extra tensorboard --constraint requirements/dev.txt \
 		--output-file requirements/extras.txt pyproject.toml
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -18,8 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from obfuscatune.evaluation.compare import compare
-from obfuscatune.evaluation.results import Metric, Verdict
+from obfuscatune.evaluation.scoring import Metric, Verdict, compare
 from obfuscatune.report.environment import environment
 
 LOSS_TOLERANCE = 1e-4  # nats

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from obfuscatune.attacks.adapters import AdapterRecovery
-from obfuscatune.attacks.base import Attacker, Finding, perform
-from obfuscatune.attacks.replay import replay
 from obfuscatune.audit import record
 from obfuscatune.audit.attackers import equip
+from obfuscatune.audit.attacks.adapters import AdapterRecovery
+from obfuscatune.audit.attacks.base import Attacker, Finding, perform
+from obfuscatune.audit.attacks.replay import replay
 from obfuscatune.audit.scenario import Scenario
 from obfuscatune.audit.variants import parse_variants
 from tests.audit.test_record import SMALL

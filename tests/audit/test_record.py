@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from obfuscatune.assets import tiny_model_path
-from obfuscatune.attacks.base import Attacker, Finding, perform
-from obfuscatune.attacks.equality import DecodingLinkage
 from obfuscatune.audit.attackers import equip
+from obfuscatune.audit.attacks.base import Attacker, Finding, perform
+from obfuscatune.audit.attacks.linkage import DecodingLinkage
 from obfuscatune.audit.record import Recording, record_run
 from obfuscatune.audit.scenario import Scenario, Size, make_scenario, read_text
 from obfuscatune.audit.variants import parse_variants

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from obfuscatune.attacks.truth import Truth
+from obfuscatune.audit.attacks.truth import Truth
 from obfuscatune.audit.record import record_run
 from obfuscatune.audit.scenario import Scenario
 from obfuscatune.audit.variants import parse_variants

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from obfuscatune.attacks.base import Attack, Attacker, Finding, NotRun
-from obfuscatune.attacks.registry import ATTACKS
-from obfuscatune.audit.document import as_json, as_markdown
+from obfuscatune.audit.attacks.base import Attack, Attacker, Finding, NotRun
+from obfuscatune.audit.attacks.registry import ATTACKS
 from obfuscatune.audit.grid import Cell, Grid, attacks_of
-from obfuscatune.audit.page import render
-from obfuscatune.audit.table import print_grid
+from obfuscatune.audit.report import as_json, as_markdown, print_grid, render
 from obfuscatune.audit.verdict import State, Verdict, advice, exceeding, verdicts
 
 BY_NAME: dict[str, Attack] = {attack.name: attack for attack in ATTACKS}

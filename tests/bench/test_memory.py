@@ -7,7 +7,6 @@ import pytest
 from transformers import GPT2Config
 
 from obfuscatune.bench.memory import ALLOWED_BYTES, MemoryBench, MemoryResult, MemoryRun
-from obfuscatune.bench.plots import plot_memory
 
 
 @pytest.mark.long
@@ -22,7 +21,7 @@ def test_every_step_is_sampled_in_both_processes(tmp_path: Path) -> None:
     assert document["bench"]["shape"] == tmp_path.name
     assert len(document["runs"]["private"]["held_bytes"]["worker"]) == 4
     assert "| `private` | worker |" in measured.as_markdown()
-    assert "private, enclave" in plot_memory(measured)
+    assert "private, enclave" in measured.picture().svg(alone=True)
 
 
 @pytest.mark.parametrize(("a_step", "grows"), [(0, False), (4000, False), (12000, True)])

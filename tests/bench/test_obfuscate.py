@@ -12,11 +12,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from obfuscatune.bench import checkpoint
-from obfuscatune.bench.checkpoint import write_random_checkpoint
+from obfuscatune.bench import obfuscate
 from obfuscatune.bench.kept_memory import AHEAD_BYTES, PART_BYTES, KeptMemory
-from obfuscatune.bench.obfuscate import ObfuscateBench, ObfuscateResult
-from obfuscatune.bench.usage import cpu_seconds, peak_bytes, settled_bytes
+from obfuscatune.bench.measures import cpu_seconds, peak_bytes, settled_bytes
+from obfuscatune.bench.obfuscate import ObfuscateBench, ObfuscateResult, write_random_checkpoint
 from obfuscatune.wire.errors import ConfigError, StorageError
 
 CONFIG = GPT2Config(n_embd=32, n_head=2, n_layer=2, vocab_size=64, n_positions=32)
@@ -97,7 +96,7 @@ def test_a_process_that_fails_is_told_from_one_that_is_slow(tmp_path: Path, capf
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_shards_make_one_model(tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(obfuscate, "SHARD_BYTES", 20_000)
     config = LlamaConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=64,
         tie_word_embeddings=tied,
@@ -117,7 +116,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=checkpoint.SPARE_BYTES))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=obfuscate.SPARE_BYTES))
     with pytest.raises(StorageError, match="bytes free"):
         write_random_checkpoint(CONFIG, tmp_path, lambda line: None)
     assert not list(tmp_path.iterdir())

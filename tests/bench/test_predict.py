@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from obfuscatune.bench.predict import Processor, Speeds, calibrate, check, predict
-from obfuscatune.bench.spans import OTHER
+from obfuscatune.bench.measures import OTHER
+from obfuscatune.bench.predict import Processor, Speeds, Work, calibrate, check, count_work, predict
 from obfuscatune.bench.step_result import LINK, WORKER
-from obfuscatune.bench.work import Work, count_work
 from obfuscatune.cli.app import run
 from obfuscatune.enclave.profiles import resolve
 from obfuscatune.wire.errors import ConfigError

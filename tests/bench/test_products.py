@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from obfuscatune.bench.limits import Limits, measure_limits
-from obfuscatune.bench.products import ProductCounter
+from obfuscatune.bench.measures import Limits, ProductCounter, measure_limits
 
 a, b = torch.ones(2, 3), torch.ones(3, 5)
 

@@ -1,4 +1,4 @@
-"""`bench step` on a tiny shape: all contenders are real processes, the protected ones with a real worker."""
+"""`bench step` on a tiny shape: all sides are real processes, the protected ones with a real worker."""
 
 import json
 from collections.abc import Iterator
@@ -11,11 +11,10 @@ import pytest
 from transformers import GPT2Config
 
 from obfuscatune.bench import step as step_module
-from obfuscatune.bench.plots import plot_step
-from obfuscatune.bench.shapes import NAMES, config_of, shape_name
+from obfuscatune.bench.predict import count_work
 from obfuscatune.bench.step import OWN_WAITING, StepBench
 from obfuscatune.bench.step_result import LINK, WORKER, StepResult
-from obfuscatune.bench.work import count_work
+from obfuscatune.bench.workload import NAMES, config_of, shape_name
 from obfuscatune.enclave.profiles import resolve
 from obfuscatune.wire.errors import ConfigError
 
@@ -78,8 +77,8 @@ def test_the_documents_name_what_their_times_depend_on(measured: StepResult) -> 
     assert document["plain"]["peak_bytes"].keys() == {"own"}
     assert min(document["protected"]["private"]["peak_bytes"].values()) > 0
     assert "| `paper` |" in measured.as_markdown()
-    picture = plot_step(measured)
-    assert picture.startswith("<?xml") and "rotate" in picture and "least possible" in picture
+    picture = measured.picture().svg(alone=True)
+    assert picture.startswith("<svg xmlns") and "rotate" in picture and "least possible" in picture
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -93,7 +92,7 @@ def test_the_way_with_the_fastest_step_is_plains(monkeypatch: pytest.MonkeyPatch
     told: list[str] = []
 
     @contextmanager
-    def contender(kind: str, waiting: dict[str, str]) -> Iterator[Any]:
+    def start(kind: str, waiting: dict[str, str]) -> Iterator[Any]:
         steps = runs[waiting["OMP_WAIT_POLICY"].lower()]
         seconds = iter(steps[told.count(waiting["OMP_WAIT_POLICY"])])
         told.append(waiting["OMP_WAIT_POLICY"])
@@ -101,7 +100,7 @@ def test_the_way_with_the_fastest_step_is_plains(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(step_module, "PLAIN_WAITING", {n: {"OMP_WAIT_POLICY": n.upper()} for n in runs})
     bench = StepBench()
-    object.__setattr__(bench, "_contender", contender)
+    object.__setattr__(bench, "_start", start)
     lines: list[str] = []
     assert bench._best_plain_waiting(lines.append) == "active"
     assert told == ["ACTIVE", "PASSIVE", "ACTIVE", "PASSIVE"]

@@ -4,8 +4,7 @@ from typing import Any
 
 import pytest
 
-from obfuscatune.bench.limits import Limits
-from obfuscatune.bench.spans import OTHER, SEND, WAIT
+from obfuscatune.bench.measures import OTHER, SEND, WAIT, Limits
 from obfuscatune.bench.step_result import LINK, WORKER, Side, StepResult
 
 BENCH = {"work": "step", "shape": "gpt2", "layers": None, "batch": 2, "length": 256, "threads": 2, "rounds": 3}

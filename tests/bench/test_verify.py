@@ -7,8 +7,7 @@ import json
 import pytest
 import torch
 
-from obfuscatune.bench.lot import LINKS, LotBench
-from obfuscatune.bench.verify import TAMPERED, VerifyBench, VerifyResult, _Request
+from obfuscatune.bench.verify import LINKS, TAMPERED, LotBench, VerifyBench, VerifyResult, _Request
 
 
 def test_each_kind_of_link_is_timed() -> None:

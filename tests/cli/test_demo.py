@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from obfuscatune.assets import tiny_model_path
 from obfuscatune.cli.app import run
-from obfuscatune.demo.recipe import LOSS_TOLERANCE, WEIGHT_TOLERANCE
+from obfuscatune.demo.settings import LOSS_TOLERANCE, WEIGHT_TOLERANCE
 from obfuscatune.enclave.plan import make_plan, model_from_config
 from obfuscatune.enclave.profiles import resolve
 from tests.report.documents import check_self_contained

@@ -1,8 +1,10 @@
 """Options under their names in Hugging Face's libraries, from the environment, and as a shell completes them."""
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -10,6 +12,7 @@ import yaml
 from obfuscatune.cli.options import ENVIRONMENT, PROFILES
 from obfuscatune.enclave.profiles import PRESETS
 from obfuscatune.tuning.names import ALIASES
+from obfuscatune.tuning.recipe import Recipe
 
 VALUES = {
     "learning_rate": ("3e-4", "lr", 3e-4),
@@ -92,6 +95,16 @@ def test_a_run_file_says_more_than_the_environment_and_an_option_more_than_both(
         assert yaml.safe_load((out / "recipe.yaml").read_text())["dtype"] == dtype
 
 
+def test_the_help_shows_every_field_of_the_recipe_with_its_default(obfuscatune):
+    text = obfuscatune("finetune", "--help").stdout
+    lines = {match[1].replace("-", "_"): match[0] for match in re.finditer(r"^│ --(\S+) .*", text, re.MULTILINE)}
+    assert lines.keys() >= Recipe.model_fields.keys()
+    for name, field in Recipe.model_fields.items():
+        if isinstance(field.default, str | int | float | Path) and not isinstance(field.default, bool):
+            told = f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
+            assert f"[default: {told}]" in lines[name]
+
+
 def test_help_names_the_variables(obfuscatune):
     text = obfuscatune("finetune", "--help").stdout
     assert all(variable in text for variable in ENVIRONMENT.values())
@@ -137,6 +150,7 @@ def test_the_profiles_that_are_completed_are_those_there_are():
 def test_completion_is_shown_for_each_shell(shell):
     done = subprocess.run(
         [sys.executable, "-m", "obfuscatune", "--show-completion", shell],
+        env={**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"},  # no shell may have started the tests
         capture_output=True,
         text=True,
         check=False,

@@ -3,11 +3,10 @@
 import torch
 from safetensors.torch import save
 
-from obfuscatune.demo.compare import check, compare_sides
-from obfuscatune.demo.recipe import Settings
-from obfuscatune.demo.result import Result, Shape
+from obfuscatune.demo.result import Result, Shape, check, compare_sides
+from obfuscatune.demo.settings import Settings
 from obfuscatune.demo.side import Seconds, Side
-from obfuscatune.evaluation.results import Metric, Verdict
+from obfuscatune.evaluation.scoring import Metric, Verdict
 from obfuscatune.tuning.adapter import WEIGHTS
 from obfuscatune.tuning.loop import StepEvent
 from obfuscatune.tuning.records import Completion

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from obfuscatune.demo.compare import check, compare_sides
-from obfuscatune.demo.recipe import LAST_LOSS_TOLERANCE, LOSS_TOLERANCE, WEIGHT_TOLERANCE, Settings
+from obfuscatune.demo.result import check, compare_sides
+from obfuscatune.demo.settings import LAST_LOSS_TOLERANCE, LOSS_TOLERANCE, WEIGHT_TOLERANCE, Settings
 from obfuscatune.wire.errors import ModelFileError
 from tests.demo.made import adapter, metric, side, step
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from obfuscatune.demo.folder import claim
+from obfuscatune.demo.settings import claim
 from obfuscatune.wire.errors import ConfigError, StorageError
 
 

@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from obfuscatune.demo.live import live_curve
+from obfuscatune.demo.terminal import live_curve
 from obfuscatune.report.braille import Curve
 from obfuscatune.tuning.journal import Started
 from obfuscatune.tuning.loop import StepEvent

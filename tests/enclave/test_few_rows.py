@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
@@ -14,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from obfuscatune import RootKey, protect
-from obfuscatune.enclave import kernels
+from obfuscatune import RootKey, native, protect
 from obfuscatune.enclave.call import OffloadedCall
+from obfuscatune.enclave.kernels import REFERENCE
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.linear import Held, OffloadedProduct
 from obfuscatune.enclave.link import LinkStats
@@ -27,11 +26,10 @@ from obfuscatune.enclave.transforms.structured import StructuredTransform
 from obfuscatune.enclave.verify import Verifier
 from obfuscatune.wire.errors import BadReply, NonFiniteError, ProtectionError, WrongProduct
 
-if not kernels.are_there():
-    pytest.skip("no kernels can be compiled here; torch computes", allow_module_level=True)
+if not native.are_there():
+    pytest.skip("no native kernels here; torch computes", allow_module_level=True)
 
-from obfuscatune.enclave.kernels.compiled import compiled
-from obfuscatune.enclave.kernels.rotation import RotationOfFew
+from obfuscatune.enclave.kernels.native import RotationOfFew
 from obfuscatune.enclave.scaling import SIZE_OF_ROWS
 from tests.contract.comparison import float64_kept
 
@@ -52,13 +50,14 @@ def structured(dim: int, side: str = "in") -> StructuredTransform:
 
 def by_torch(R: StructuredTransform, x: Tensor, *, undo: bool) -> Tensor:
     """x R, or x R⁻¹, in float64."""
-    product = R._inverse_by_torch if undo else R._apply_by_torch
-    return product(x.double(), R._factors_in(torch.float64, x.device))
+    return REFERENCE.rotate(x.double(), R._rotation(torch.float64, x.device, undo=undo))
 
 
 def most_rows(dtype: torch.dtype) -> int:
     """With more of them, another kernel rotates."""
-    return compiled(dtype.itemsize).shape.lanes // 2 - 1
+    table = native.kernels(dtype.itemsize)
+    assert table is not None
+    return table.lanes // 2 - 1
 
 
 def of_few(R: StructuredTransform, rows: int, dtype: torch.dtype, *, undo: bool = False) -> RotationOfFew:
@@ -84,15 +83,14 @@ def near(found: Tensor, expected: Tensor) -> bool:
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("undo", [False, True])
 def test_what_is_sent_is_rotated_and_mixed(dim: int, dtype: torch.dtype, undo: bool) -> None:
-    """A [x R; N] for every number of rows, with shield rows of the size asked for; and the sum of squares of x."""
+    """A [x R; N] for every number of rows, with shield rows of the size asked for."""
     R = structured(dim)
     for rows in range(1, most_rows(dtype) + 1):
         x, mixing = some(rows, dim, dtype=dtype) * 3, drawn(rows, dim, dtype, loudness=2.0)
         shield, A = mixing.secrets.stack[rows:].double(), mixing.secrets.A.double()
         memory = torch.full((mixing.rows * dim + 100,), 7.0, dtype=dtype)
         sent = memory[50:-50].view(mixing.rows, dim)
-        squares = of_few(R, rows, dtype, undo=undo).send(x, mixing.secrets, sent)
-        assert squares == pytest.approx(float(x.double().square().sum()), rel=1e-5)
+        of_few(R, rows, dtype, undo=undo).send(x, mixing.secrets, sent)
         assert shield.square().mean().sqrt().item() == pytest.approx(2 * SIZE_OF_ROWS, rel=0.1)
         expected = A @ torch.cat([by_torch(R, x, undo=undo), shield])
         assert near(sent, expected)
@@ -110,10 +108,9 @@ def test_what_is_received_is_unmixed_and_rotated_back(dim: int, dtype: torch.dty
         mixing = drawn(rows, 70, dtype)  # of the width that was sent, which is another
         came, found = some(mixing.rows, dim, dtype=dtype), torch.full((rows, dim), torch.nan, dtype=dtype)
         kept = came.clone()
-        squares = of_few(R, rows, dtype, undo=undo).receive(came, mixing.secrets, found)
+        assert of_few(R, rows, dtype, undo=undo).receive(came, mixing.secrets, found)
         unmixed = (mixing.secrets.A.double().T @ came.double())[:rows]
         assert near(found, by_torch(R, unmixed, undo=undo))
-        assert squares == pytest.approx(float(unmixed.square().sum()), rel=1e-4)
         assert torch.equal(came, kept)
 
 
@@ -147,25 +144,19 @@ def test_rows_need_not_lie_side_by_side(view: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [300, 331])
 def test_each_number_that_is_not_finite_shows(dim: int, dtype: torch.dtype) -> None:
-    """In the sum of squares, whichever way; numbers that are large and finite do not."""
-    R, mixing = structured(dim), drawn(3, dim, dtype)
-    there, back = of_few(R, 3, dtype), of_few(R, 3, dtype, undo=True)
-    x, y = some(3, dim, dtype=dtype) * 1e15, some(mixing.rows, dim, dtype=dtype) * 1e15
-    sent, found = torch.empty(mixing.rows, dim, dtype=dtype), torch.empty(3, dim, dtype=dtype)
-    assert there.send(x, mixing.secrets, sent) < float("inf")
-    assert back.receive(y, mixing.secrets, found) < float("inf")
+    """Of what is received; numbers that are large and finite do not."""
+    mixing, back = drawn(3, dim, dtype), of_few(structured(dim), 3, dtype, undo=True)
+    y, found = some(mixing.rows, dim, dtype=dtype) * 1e30, torch.empty(3, dim, dtype=dtype)
+    assert back.receive(y, mixing.secrets, found)
     for column in range(dim):
-        for rows in (x, y):
-            bad = rows.clone()
-            bad[column % rows.shape[0], column] = NOT_FINITE[column % 3]
-            squares = there.send(bad, mixing.secrets, sent) if rows is x else 0.0
-            squares = back.receive(bad, mixing.secrets, found) if rows is y else squares
-            assert not squares < float("inf"), f"column {column}"
+        bad = y.clone()
+        bad[column % len(y), column] = NOT_FINITE[column % 3]
+        assert not back.receive(bad, mixing.secrets, found), f"column {column}"
 
 
 def test_shield_rows_beside_nothing_are_not_nothing() -> None:
     mixing, sent = drawn(2, 300, torch.float32), torch.empty(10, 300)
-    assert of_few(structured(300), 2, torch.float32).send(torch.zeros(2, 300), mixing.secrets, sent) == 0
+    of_few(structured(300), 2, torch.float32).send(torch.zeros(2, 300), mixing.secrets, sent)
     assert sent.square().mean() > 0.25
 
 
@@ -389,9 +380,9 @@ def test_a_model_computes_few_rows_as_the_plain_one_does(models: Any, few_sent: 
 
 
 def test_a_model_decodes_as_the_plain_one_does(models: Any, few_sent: list[int]) -> None:
-    """In float32, step by step, beside a worker that watches where it has a core for that."""
+    """In float32, step by step."""
     plain, model = models(torch.float32)
-    ids, threads = torch.tensor([[5, 6, 7]]), torch.get_num_threads()
+    ids = torch.tensor([[5, 6, 7]])
     options: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
     ways = {"output_scores": True, "return_dict_in_generate": True}
     found, expected = (one.eval().generate(ids, **options, **ways) for one in (model, plain))
@@ -399,5 +390,3 @@ def test_a_model_decodes_as_the_plain_one_does(models: Any, few_sent: list[int])
     for one, other in zip(found.scores, expected.scores, strict=True):
         assert torch.allclose(one, other, rtol=0, atol=1e-4)
     assert {1, 3} <= set(few_sent)
-    assert model.protection.link.is_watched is (len(os.sched_getaffinity(0)) > 1)
-    assert torch.get_num_threads() == threads

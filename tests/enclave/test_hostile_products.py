@@ -50,7 +50,7 @@ def other_rows(out: torch.Tensor) -> None:
 def test_a_wrong_product_ends_the_step(tmp_path: Path, tamper: Tampering, transpose: bool) -> None:
     architecture = ARCHITECTURES["gpt2"]
     inputs = batch((9, 4), 97)
-    with serving(tmp_path, may_watch=False) as worker:
+    with serving(tmp_path) as worker:
         model = protect(architecture.build(torch.float32), str(worker.address), verify=1.0)
         adapted = with_lora(model, architecture).train()
         backward(adapted, inputs)  # honest so far
@@ -66,7 +66,7 @@ def test_a_wrong_product_ends_the_step(tmp_path: Path, tamper: Tampering, transp
 def test_without_verification_nothing_is_noticed(tmp_path: Path) -> None:
     """The control: the same tampering passes, and the output differs."""
     inputs = batch((9, 4), 97).inputs()
-    with serving(tmp_path, may_watch=False) as worker, torch.no_grad():
+    with serving(tmp_path) as worker, torch.no_grad():
         model = protect(ARCHITECTURES["gpt2"].build(torch.float32), str(worker.address), verify=0.0)
         before = model(**inputs).logits
         tampered(worker, other_rows, transpose=False)
@@ -99,7 +99,7 @@ def test_what_is_not_finite_ends_the_pass(
     value: float,
 ) -> None:
     inputs = batch(lengths, 97).inputs()
-    with serving(tmp_path, may_watch=False) as worker, torch.no_grad():
+    with serving(tmp_path) as worker, torch.no_grad():
         plain = ARCHITECTURES["gpt2"].build(torch.float32)
         model = protect(plain, str(worker.address), profile=profile, verify=verify)
         model(**inputs)
@@ -114,7 +114,7 @@ def test_what_is_not_finite_comes_of_no_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backwards: bool
 ) -> None:
     architecture, inputs = ARCHITECTURES["gpt2"], batch((9, 4), 97).inputs()
-    with serving(tmp_path, may_watch=False) as worker:
+    with serving(tmp_path) as worker:
         model = protect(architecture.build(torch.float32), str(worker.address), profile="paper", verify=0.0)
         adapted = with_lora(model, architecture).train()
         model.protection.move_adapter(adapted)
@@ -140,7 +140,7 @@ def test_what_no_rows_can_make_is_refused_whatever_the_lot_says(
         out[-1, -1] = value
 
     architecture, inputs = ARCHITECTURES["gpt2"], batch(lengths, 97)
-    with serving(tmp_path, may_watch=False) as worker:
+    with serving(tmp_path) as worker:
         model = protect(architecture.build(torch.float32), str(worker.address), verify=1e-9)
         adapted = with_lora(model, architecture).train()
         backward(adapted, inputs)

@@ -99,7 +99,7 @@ def test_a_worker_that_changes_the_product_after_the_lot_changes_nothing(
     monkeypatch.setattr(Pending, "result", result)
     monkeypatch.setattr(Verifier, "_is_drawn", lot)
     R_in, R_out, W_star = protected(F32)
-    with serving(tmp_path, may_watch=False) as worker, WorkerLink.open(str(worker.address)) as link:
+    with serving(tmp_path) as worker, WorkerLink.open(str(worker.address)) as link:
         product = product_over(link, 0.5)
         for _ in range(20):
             x = torch.randn(rows, P)
@@ -167,7 +167,7 @@ def test_whoever_waits_in_another_thread_hears_of_it_at_once(tmp_path: Path) -> 
     """The worker computes, and would for long."""
     asked, go_on = threading.Event(), threading.Event()
     errors: list[Exception] = []
-    with serving(tmp_path, may_watch=False) as worker:
+    with serving(tmp_path) as worker:
         link = WorkerLink.open(str(worker.address), deadline_s=10 * SECONDS)
         link.store(ID, lambda: torch.eye(4), shape=(4, 4), dtype=F32)
         computer = worker.service.answerer.computer

@@ -54,7 +54,7 @@ def test_it_is_the_product_of_dense_matrices(spec: str, p: int, q: int, dtype: t
 def test_in_its_own_dtype_too(monkeypatch: pytest.MonkeyPatch, by: str, p: int, q: int) -> None:
     """Many panels of the kernels, the last of them not full."""
     if by == "panels":
-        monkeypatch.setattr(kernels, "code_for", lambda x: None)
+        monkeypatch.setattr(kernels, "native_for", lambda x: None)
     (R_in, R_out), W = pair("structured", p, q), matrix(p, q, torch.float32)
     expected = dense(R_in).T @ W.double() @ dense(R_out)
     transform_in_place(W, R_in, R_out, wide=torch.float32)

@@ -2,8 +2,7 @@
 
 import pytest
 
-from obfuscatune.evaluation.compare import TIE, compare
-from obfuscatune.evaluation.results import Metric, Verdict
+from obfuscatune.evaluation.scoring import TIE, Metric, Verdict, compare
 
 
 def metric(*verdicts: tuple[int, float], name: str = "acc") -> Metric:

@@ -4,9 +4,20 @@ import re
 
 import pytest
 
-from obfuscatune.report.curves import Series
-from obfuscatune.report.page import Beside, Chart, Facts, Figure, KeyFigures, Table, Verdict, render_page
-from obfuscatune.report.style import STYLE
+from obfuscatune.report.charts import Bar, Bars, Chart, Series
+from obfuscatune.report.page import (
+    Beside,
+    Facts,
+    Figure,
+    HeatCell,
+    HeatMap,
+    KeyFigures,
+    Table,
+    Verdict,
+    markdown_table,
+    render_page,
+    templates,
+)
 from tests.report.documents import Document, check_self_contained
 
 EVIL = "<script>alert(1)</script> & \"quoted\" 'text'"
@@ -15,21 +26,40 @@ SECTIONS = [
     KeyFigures([Figure(EVIL, EVIL, "bad")]),
     Chart(EVIL, [Series(EVIL, ((1.0, 2.0), (2.0, 1.0)))], x_label=EVIL, y_label=EVIL, caption=EVIL),
     Table(EVIL, (EVIL, EVIL), [(EVIL, EVIL)], caption=EVIL),
+    HeatMap(
+        EVIL, (EVIL,), [(EVIL, EVIL, [HeatCell(EVIL, EVIL, heat, EVIL)]) for heat in (None, 0.0, 0.5)], caption=EVIL
+    ),
+    Bars(EVIL, (EVIL,), {EVIL: [Bar(1.0, 0.5)]}, y_label=EVIL, caption=EVIL),
     Facts(EVIL, {EVIL: EVIL}),
 ]
+STYLE = templates().get_template("colours.css").render()
 
 
 def test_text_is_escaped_everywhere():
     page = render_page(title=EVIL, subtitle=EVIL, sections=[*SECTIONS, Beside(*SECTIONS[:2])], footer=EVIL)
     document = check_self_contained(page)
     assert "<script" not in page
-    assert document.text.count(EVIL) == page.count("&lt;script") - 1, "all but the chart's title, which is spoken"
+    spoken = page.count('aria-label="&lt;script') + page.count('title="&lt;script')
+    assert spoken == 2 + 3, "of the charts, and of cells that are pointed at"
+    assert document.text.count(EVIL) == page.count("&lt;script") - spoken
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: type(section).__name__)
 def test_each_section_is_one_element(section):
-    document = Document(section.html())
+    document = Document(str(templates().get_template("sections.html").module.rendered(section)))
     assert document.open == []
+    assert document.tags[0] in ("section", "div", "p")
+
+
+def test_the_hotter_a_cell_the_redder():
+    shares = [int(HeatCell("", "", heat).style.split("%")[0].split()[-1]) for heat in (0.1, 0.5, 1.0, 9.0)]
+    assert shares[0] < shares[1] < shares[2] == shares[3]
+    assert [HeatCell("", "", heat).tone for heat in (None, 0.0, 0.5)] == ["unknown", "good", ""]
+
+
+def test_a_table_in_markdown_says_which_columns_are_numbers():
+    lines = markdown_table(("what", "a|b"), [("x", "1")]).splitlines()
+    assert lines == ["| what | a\\|b |", "| --- | ---: |", "| x | 1 |"]
 
 
 def test_both_colour_schemes_define_every_colour():
@@ -46,7 +76,7 @@ def test_colours_stand_out_from_their_background(scheme):
     colours = dict(re.findall(r"--([\w-]+): (#\w{6})", blocks[scheme == "dark"]))
     for name, back, least in [
         ("text", "back", 7), ("quiet", "back", 4.5), ("quiet", "card", 4.5), ("good", "good-back", 4.5),
-        ("bad", "bad-back", 4.5), *((f"s{index}", "card", 3) for index in range(4)),
+        ("bad", "bad-back", 4.5), *((f"s{index}", "card", 3) for index in range(8)),
     ]:  # fmt: skip
         assert contrast(colours[name], colours[back]) >= least, (name, back)
 

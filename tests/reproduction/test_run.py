@@ -49,7 +49,7 @@ def test_every_cell_is_done(whole):
     assert {kind: kinds.count(kind) for kind in kinds} == {
         "accuracy": tuned,
         "rounded": 2 * 4 * 2,  # seeds, methods, 16-bit formats; of one task
-        "error": 2 * 4,  # the model and a shape
+        "error": 8 + 4,  # the model under every condition number, and a shape under the methods
         "share": 4,
     }
     assert told[1] == f"[1/{len(kinds)}] sciq plain seed 0: fine-tuning"

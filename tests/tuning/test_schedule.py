@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from obfuscatune.tuning.schedule import learning_rate
+from obfuscatune.tuning.loop import learning_rate
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 4, 12])

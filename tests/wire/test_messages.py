@@ -15,7 +15,6 @@ from obfuscatune.wire.limits import (
     MAX_ERROR_BYTES,
     MAX_IN_FLIGHT,
     MAX_MATRIX_BYTES,
-    MAX_WATCHED,
     MAX_WINDOW_BYTES,
 )
 from obfuscatune.wire.messages import (
@@ -31,7 +30,6 @@ from obfuscatune.wire.messages import (
     MessageType,
 )
 from obfuscatune.wire.payloads import CONTENT_STORE, Hello, Welcome, error_text
-from obfuscatune.wire.slot import Watched
 
 EVERY = REQUESTS | REPLIES
 MULTIPLY = Header(MessageType.MULTIPLY, 7, bytes(range(16)), DType.FLOAT32, 2, 3, 24, DType.FLOAT64, TRANSPOSED)
@@ -40,7 +38,6 @@ HELLO = Header(MessageType.HELLO, payload_bytes=36)
 DONE = Header(MessageType.DONE, 3, bytes(range(16)))
 OFFER = Header(MessageType.OFFER, 3, bytes(range(16)), DType.BFLOAT16, 4, 5, 32)
 STORE = Header(MessageType.STORE, 3, bytes(range(16)), DType.BFLOAT16, 4, 5, 8, flags=SHARED)
-WATCH = Header(MessageType.WATCH, 3, payload_bytes=24)
 
 
 @st.composite
@@ -123,9 +120,6 @@ MALFORMED = {
     "laid-out-nowhere": (replace(STORE, payload_bytes=0).pack(), MalformedMessage),
     "laid-out-unasked": (_raw(OFFER, 8, "<I", SHARED), MalformedMessage),
     "laid-out-too-large": (replace(STORE, dtype=DType.FLOAT64, rows=MAX_DIM, cols=MAX_DIM).pack(), LimitExceeded),
-    "watch-nothing": (replace(WATCH, payload_bytes=8).pack(), MalformedMessage),
-    "watch-too-many": (replace(WATCH, payload_bytes=8 + 16 * (MAX_WATCHED + 1)).pack(), LimitExceeded),
-    "watch-with-rows": (replace(WATCH, rows=1).pack(), MalformedMessage),
     "length-unasked": (replace(DONE, payload_bytes=1).pack(), LimitExceeded),
     "body-short": (replace(HELLO, payload_bytes=35).pack(), MalformedMessage),
     "body-long": (replace(HELLO, payload_bytes=37).pack(), LimitExceeded),
@@ -155,18 +149,6 @@ def test_malformed_header(name: str) -> None:
 def test_a_matrix_that_is_laid_out_counts_as_if_it_were_sent() -> None:
     assert STORE.inline() == replace(STORE, flags=0, payload_bytes=40)
     assert STORE.message_bytes == STORE.inline().message_bytes
-
-
-@given(st.integers(0, 2**64 - 1), st.lists(st.binary(min_size=16, max_size=16), min_size=1, max_size=5))
-def test_watched_round_trip(slot: int, ids: list[bytes]) -> None:
-    watched = Watched(slot, tuple(ids))
-    assert Watched.unpack(watched.pack()) == watched
-
-
-@pytest.mark.parametrize("size", [0, 7, 9, 23, 25])
-def test_malformed_watched(size: int) -> None:
-    with pytest.raises(MalformedMessage):
-        Watched.unpack(bytes(size))
 
 
 def test_no_message_of_the_wrong_direction() -> None:

@@ -15,7 +15,6 @@ from obfuscatune.wire.errors import WireError
 from obfuscatune.wire.framing import recv_body, recv_header
 from obfuscatune.wire.messages import FORMS, HEADER_BYTES, REPLIES, REQUESTS, ErrorCode, Header, MessageType
 from obfuscatune.wire.payloads import Hello, Welcome, error_text
-from obfuscatune.wire.slot import SLOT_BYTES, Watched, Word
 
 SPEC = (Path(__file__).parents[2] / "docs" / "spec" / "wire.md").read_text()
 VECTORS = {
@@ -60,8 +59,6 @@ def parse(direction: str, data: bytes) -> tuple[Header, bytes]:
         Welcome.unpack(body)
     elif header.type is MessageType.ATTACH:
         Attachment.unpack(body, header.cols)
-    elif header.type is MessageType.WATCH:
-        Watched.unpack(body)
     elif header.type is MessageType.STEP:
         Step.unpack(body)
     elif header.type is MessageType.ERROR:
@@ -119,14 +116,6 @@ def test_messages_and_errors_are_those_of_the_code() -> None:
         assert (MessageType[name] in REQUESTS) == (side == "enclave")
     assert {name: int(code) for code, name, *_ in _table("Errors")} == {code.name: code.value for code in ErrorCode}
     assert set(FORMS) == set(MessageType)
-
-
-def test_the_slot_is_that_of_the_code() -> None:
-    words = {row[2].split(":")[0]: (int(row[0]), row[1]) for row in _table("Slot")}
-    assert {name: word for name, (word, _) in words.items()} == {word.name: word.value for word in Word}
-    line = 64 // 8  # each side writes in a line of the cache of its own
-    assert {(word // line, side) for word, side in words.values()} == {(0, "enclave"), (1, "worker")}
-    assert f"{SLOT_BYTES} bytes" in SPEC
 
 
 def test_layout_is_that_of_the_code() -> None:

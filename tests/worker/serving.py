@@ -57,15 +57,14 @@ def serving(
     idle_seconds: float = 3600,
     listen: Address | None = None,
     tls: PinnedTls | None = None,
-    may_watch: bool = True,
 ) -> Iterator[Serving]:
-    """A worker that listens in `folder`. Without `may_watch` every request comes as a message, whatever the machine."""
+    """A worker that listens in `folder`."""
     store = MatrixStore(Quota(quota_bytes), when_full)
     sessions = Sessions(max_sessions, store, idle_seconds)
     recorder = None if record is None else Recorder(record)
     content = None if disk is None else ContentStore(disk, Quota(quota_bytes))
     listener = Listener(listen or UnixAddress(folder / "worker.sock"), tls)
-    answerer = Answerer(store, Computer(torch.device("cpu"), dtype, may_watch=may_watch and record is None), content)
+    answerer = Answerer(store, Computer(torch.device("cpu"), dtype), content)
     service = Service(answerer, sessions, recorder, listener.stop)
     server = Server(listener, service)
     thread = threading.Thread(target=server.serve)

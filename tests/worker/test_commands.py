@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from obfuscatune.cli.keygen import keygen
+from obfuscatune.cli.options import with_options
 from obfuscatune.cli.worker import worker
 from obfuscatune.wire.errors import ConfigError
 from obfuscatune.wire.limits import GIB, MIB
@@ -18,17 +19,17 @@ from obfuscatune.worker.options import WorkerOptions, parse_arguments, parse_siz
 
 
 def test_both_entries_take_the_same_options_and_defaults() -> None:
-    defaults = {field.name: field.default for field in dataclasses.fields(WorkerOptions)}
-    del defaults["until_stdin_closes"]  # for programs that start a worker: they use `python -m`
-    typed = {name: parameter.default for name, parameter in inspect.signature(worker).parameters.items()}
-    typed["json"] = typed.pop("as_json")
-    assert {**typed, "listen": None} == {**defaults, "listen": None}
-    parsed = dataclasses.asdict(parse_arguments(["--listen", "unix:/x"]))
-    assert {**parsed, "listen": None, "until_stdin_closes": False} == {
-        **defaults,
-        "listen": None,
-        "until_stdin_closes": False,
-    }
+    defaults = dataclasses.asdict(WorkerOptions("unix:/x"))
+    assert dataclasses.asdict(parse_arguments(["--listen", "unix:/x"])) == defaults
+    typed = inspect.signature(with_options(worker)).parameters
+    shown = {name: parameter.default for name, parameter in typed.items()}
+    assert {"until_stdin_closes": False, **shown, "listen": "unix:/x"} == defaults, "programs use `python -m`"
+
+
+def test_arguments_are_read_as_what_they_are() -> None:
+    given = ["--listen", "unix:/x", "--threads", "2", "--store", "/s", "--quota", "8GiB", "--json"]
+    parsed = parse_arguments(given)
+    assert parsed == WorkerOptions("unix:/x", threads=2, store=Path("/s"), quota="8GiB", json=True)
 
 
 @pytest.mark.parametrize(

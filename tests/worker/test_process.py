@@ -116,7 +116,8 @@ import obfuscatune.worker.__main__
 assert "torch" not in sys.modules  # or the process would be settled too late
 import obfuscatune.worker.run
 loaded = {name for name in sys.modules if name.startswith("obfuscatune.")}
-assert {name.split(".")[1] for name in loaded} <= {"worker", "wire", "version", "process", "machine"}, loaded
+shared = {"wire", "native", "option", "version", "process", "machine"}
+assert {name.split(".")[1] for name in loaded} <= {"worker", *shared}, loaded
 assert not {"transformers", "peft", "typer", "pydantic"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from obfuscatune.wire.messages import NO_MATRIX, REPLIES, SHARED, ErrorCode, Hea
 from obfuscatune.wire.payloads import Hello, Places, pack_number
 from obfuscatune.wire.shared_memory import SharedMemory
 from obfuscatune.wire.tensors import bytes_of
+from obfuscatune.worker.connection import AT_ONCE_BYTES
 from obfuscatune.worker.intake import TooManyInFlight
 from tests.worker.serving import RawClient, Serving, serving
 
@@ -96,6 +98,7 @@ def test_more_in_flight_than_allowed_ends_the_connection(worker: Serving, monkey
         refused.wait()
         return answer(*arguments)
 
+    monkeypatch.setattr("obfuscatune.worker.connection.AT_ONCE_BYTES", -1)  # all is read before anything is answered
     monkeypatch.setattr("obfuscatune.worker.intake.TooManyInFlight", Seen)
     worker.service.answerer._answers[MessageType.FORGET] = once_one_was_too_many
     with RawClient(worker.address) as client:
@@ -420,3 +423,27 @@ def test_a_full_arena_sends_through_the_socket(worker: Serving) -> None:
         assert torch.equal(link.multiply(ID, link.lend(2, 3, torch.float32).copy_(X), transpose=False), X @ W)
         del full
         assert torch.equal(link.multiply(ID, link.lend(2, 3, torch.float32).copy_(X), transpose=False), X @ W)
+
+
+def test_few_bytes_are_answered_by_the_thread_that_reads_them(worker: Serving) -> None:
+    """No other thread is started for a connection before it is needed."""
+    before = set(threading.enumerate())
+    with link_to(worker) as link:
+        assert torch.equal(link.multiply(ID, X, transpose=False), X @ W)
+        assert [thread.name for thread in set(threading.enumerate()) - before] == ["connection"]
+
+
+def test_who_reads_no_reply_can_send_all_requests(worker: Serving) -> None:
+    """Few bytes there and many back: the reader leaves replies that the socket does not take, and reads on."""
+    matrix, rows = torch.ones(64, 1024), torch.ones(1024, 64)
+    assert rows.nbytes == AT_ONCE_BYTES
+    with RawClient(worker.address) as client:
+        client.hello()
+        client.ask(Header(MessageType.STORE, 1, ID, DType.FLOAT32, 64, 1024, matrix.nbytes), bytes_of(matrix))
+        ask = Header(MessageType.MULTIPLY, 2, ID, DType.FLOAT32, 1024, 64, rows.nbytes, DType.FLOAT32)
+        for request_id in range(2, 2 + MAX_IN_FLIGHT):
+            client.say(replace(ask, request_id=request_id), bytes_of(rows))
+        for request_id in range(2, 2 + MAX_IN_FLIGHT):
+            header, product = client.reply()
+            assert header.request_id == request_id
+            assert torch.equal(product, torch.full((1024, 1024), 64.0))

@@ -6,5 +6,5 @@ scenario      ->  record      a real worker's transcript, and beside it the trut
 attacker      ->  attackers   what each kind of attacker holds
 all of these  ->  grid        every attack on every profile, over seeds
 grid          ->  verdict     in words
-              ->  document, table, markdown, page
+              ->  report      a page, JSON, Markdown, a table on the terminal
 """

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from obfuscatune.attacks.knowledge import Architecture
+from obfuscatune.audit.attacks.knowledge import Architecture
 from obfuscatune.enclave.sites import find_groups
 
 if TYPE_CHECKING:

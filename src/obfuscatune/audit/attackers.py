@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from obfuscatune.attacks.base import Attacker
-from obfuscatune.attacks.knowledge import Knowledge, KnownCall, PublicBase, PublicText, Scheme
-from obfuscatune.attacks.truth import Truth
 from obfuscatune.audit.architecture import architecture
+from obfuscatune.audit.attacks.base import Attacker
+from obfuscatune.audit.attacks.knowledge import Knowledge, KnownCall, PublicBase, PublicText, Scheme
+from obfuscatune.audit.attacks.truth import Truth
 from obfuscatune.audit.scenario import Scenario
 from obfuscatune.enclave.profiles import Profile
 from obfuscatune.enclave.sites import find_groups

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
-from obfuscatune.attacks.base import Attack, Attacker, Finding, NotRun, perform
-from obfuscatune.attacks.knowledge import Knowledge
-from obfuscatune.attacks.registry import ATTACKS
 from obfuscatune.audit.attackers import equip
+from obfuscatune.audit.attacks.base import Attack, Attacker, Finding, NotRun, perform
+from obfuscatune.audit.attacks.knowledge import Knowledge
+from obfuscatune.audit.attacks.registry import ATTACKS
 from obfuscatune.audit.record import record_run
 from obfuscatune.audit.scenario import Scenario
 from obfuscatune.audit.variants import Variant

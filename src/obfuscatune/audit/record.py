@@ -14,17 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from obfuscatune.attacks.stealing import losses
-from obfuscatune.attacks.truth import Phase, TrueCall, TrueLayer, Truth
-from obfuscatune.attacks.view import WorkerView
 from obfuscatune.audit.architecture import Logits
 from obfuscatune.audit.attackers import base_weights
+from obfuscatune.audit.attacks.stealing import losses
+from obfuscatune.audit.attacks.truth import Phase, TrueCall, TrueLayer, Truth
+from obfuscatune.audit.attacks.view import WorkerView
 from obfuscatune.audit.scenario import Scenario
-from obfuscatune.enclave.linear import InFlight, OffloadedProduct
-from obfuscatune.enclave.link import AdapterLink, WorkerLink
+from obfuscatune.enclave.link import WorkerLink
 from obfuscatune.enclave.load import load
 from obfuscatune.enclave.local import local_worker
-from obfuscatune.enclave.offloaded import Offloaded
 from obfuscatune.enclave.profiles import Profile
 from obfuscatune.enclave.remote.adapter import RemoteAdapter
 from obfuscatune.tuning.adapter import add_lora
@@ -82,116 +80,58 @@ def run_under_watch(scenario: Scenario, profile: Profile, seed: int, link: Worke
 
     An adapter on the worker is fetched in the end, as any run does to keep it.
     """
-    model = load(scenario.directory, link, profile=profile, dtype=torch.float32, base="closed")  # the audit says more
     witness = _Witness()
+    model = load(
+        scenario.directory,
+        link,
+        profile=profile,
+        dtype=torch.float32,
+        base="closed",  # the audit says more
+        observer=witness,
+    )
+    model.register_forward_pre_hook(witness.note_tokens, with_kwargs=True)
     bases, weights = (base_weights(it, profile.first_blocks) for it in (scenario.base, scenario.secret))
-    layers = _watch(model, weights, witness)
-    tuned = _finetune(model, scenario, seed, witness, layers)
+    tuned = _finetune(model, scenario, seed, witness)
     _generate(tuned, scenario, seed, witness)
     adapters = _fetched(model)
     pieces = tuple(scenario.tokenizer.decode([token]) for token in range(scenario.base.config.vocab_size))
     held_out = torch.tensor(scenario.held_out)
     secret_losses = losses(Logits(scenario.secret), held_out)
-    true_layers = tuple(layer.truth() for layer in layers)
-    return Truth(tuple(witness.calls), true_layers, bases, pieces, adapters, held_out, secret_losses)
+    return Truth(tuple(witness.calls), witness.layers(weights), bases, pieces, adapters, held_out, secret_losses)
 
 
 @dataclass
 class _Witness:
-    """Notes the plain rows of every crossing, with what the run was doing then."""
+    """Notes the plain rows of every request, what the run was doing then, and the secrets that it was made under."""
 
     calls: list[TrueCall] = field(default_factory=list)
+    secrets: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    """R_in (p, p) and R_out (q, q) of each layer, as often as they were drawn; the layers in the model's order."""
     tokens: tuple[int, ...] = ()
     phase: Phase = "training"
     text: int = 0
 
-    def note(self, layer: int, transposed: bool, rows: Tensor, epoch: int) -> None:
-        plain = rows.detach().double().cpu().clone()
-        self.calls.append(TrueCall(layer, transposed, plain, self.tokens, self.phase, self.text, epoch))
+    def keyed(self, layer: str, R_in: Transform, R_out: Transform) -> None:
+        """See `Observer.keyed`."""
+        self.secrets.setdefault(layer, []).append((_dense(R_in), _dense(R_out)))
 
+    def requested(self, layer: str, rows: Tensor, *, transposed: bool) -> None:
+        """See `Observer.requested`."""
+        plain, number = rows.detach().double().cpu().clone(), list(self.secrets).index(layer)
+        epoch = len(self.secrets[layer]) - 1
+        self.calls.append(TrueCall(number, transposed, plain, self.tokens, self.phase, self.text, epoch))
 
-class _WatchedProduct:
-    """In the place of an `OffloadedProduct`: does what that does, and tells the witness."""
+    def note_tokens(self, _module: object, _args: object, kwargs: dict[str, Any]) -> None:
+        """A hook before the model's forward pass."""
+        self.tokens = tuple(kwargs["input_ids"].reshape(-1).tolist())
 
-    def __init__(self, product: OffloadedProduct, layer: int, epoch: int, witness: _Witness) -> None:
-        self._product, self._layer, self._epoch, self._witness = product, layer, epoch, witness
-
-    def start_forward(self, x: Tensor) -> InFlight:
-        self._witness.note(self._layer, False, x, self._epoch)
-        return self._product.start_forward(x)
-
-    def start_backward(self, g: Tensor) -> InFlight:
-        self._witness.note(self._layer, True, g, self._epoch)
-        return self._product.start_backward(g)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._product, name)
-
-
-class _WatchedAdapter:
-    """In the place of what a `RemoteAdapter` is on the worker; the plain rows follow from those that it sends."""
-
-    def __init__(self, remote: AdapterLink, layer: _WatchedLayer) -> None:
-        self._remote, self._layer = remote, layer
-        self._R_in, self._R_out = layer.offloaded.R_in, layer.offloaded.R_out
-
-    def forward(self, rows: Tensor, **how: Any) -> Tensor:
-        self._layer.note(False, self._R_in.inverse(rows.double()))
-        return self._remote.forward(rows, **how)
-
-    def backward(self, rows: Tensor, **how: Any) -> Tensor:
-        self._layer.note(True, self._R_out.apply_transpose(rows.double()))
-        return self._remote.backward(rows, **how)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._remote, name)
-
-
-class _WatchedLayer:
-    """Keeps the witness before a layer's product, whichever that is, and notes its secrets."""
-
-    def __init__(self, offloaded: Offloaded, layer: int, W: Tensor, witness: _Witness) -> None:
-        self.offloaded, self._layer, self._W, self._witness = offloaded, layer, W, witness
-        self._secrets: list[tuple[Tensor, Tensor]] = []
-        self._place = offloaded.crossing.multiply_by
-        self.multiply_by(offloaded.crossing._product)
-        offloaded.crossing.multiply_by = self.multiply_by  # type: ignore[method-assign]  # what re-keying calls
-
-    def multiply_by(self, product: OffloadedProduct) -> None:
-        epoch = len(self._secrets)
-        self._secrets.append((_dense(self.offloaded.R_in), _dense(self.offloaded.R_out)))
-        self._place(_WatchedProduct(product, self._layer, epoch, self._witness))  # type: ignore[arg-type]
-
-    def note(self, transposed: bool, rows: Tensor) -> None:
-        """Plain rows of a call under the newest secrets."""
-        self._witness.note(self._layer, transposed, rows, len(self._secrets) - 1)
-
-    def watch(self, adapter: RemoteAdapter) -> None:
-        """Keep the witness before the layer's adapter on the worker too, however often it is attached anew."""
-        attach = adapter.attach
-
-        def attach_watched() -> None:
-            attach()
-            adapter._remote = _WatchedAdapter(adapter.remote, self)  # type: ignore[assignment]
-
-        adapter.attach = attach_watched  # type: ignore[method-assign]  # what re-keying calls
-        adapter._remote = _WatchedAdapter(adapter.remote, self)  # type: ignore[assignment]
-
-    def truth(self) -> TrueLayer:
-        R_in, R_out = zip(*self._secrets, strict=True)
-        return TrueLayer(self.offloaded.name, self._W, R_in, R_out)
-
-
-def _watch(model: PreTrainedModel, weights: tuple[Tensor, ...], witness: _Witness) -> list[_WatchedLayer]:
-    """Put the witness before every product and before the model's input."""
-    offloaded = model.protection.offloaded
-    layers = [_WatchedLayer(it, n, W, witness) for n, (it, W) in enumerate(zip(offloaded, weights, strict=True))]
-
-    def note_tokens(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
-        witness.tokens = tuple(kwargs["input_ids"].reshape(-1).tolist())
-
-    model.register_forward_pre_hook(note_tokens, with_kwargs=True)
-    return layers
+    def layers(self, weights: tuple[Tensor, ...]) -> tuple[TrueLayer, ...]:
+        """The secrets of all layers, whose plain matrices are `weights` (p, q)."""
+        found = []
+        for (name, secrets), W in zip(self.secrets.items(), weights, strict=True):
+            R_in, R_out = zip(*secrets, strict=True)
+            found.append(TrueLayer(name, W, R_in, R_out))
+        return tuple(found)
 
 
 def _dense(transform: Transform) -> Tensor:
@@ -214,9 +154,7 @@ def _delta(adapter: RemoteAdapter) -> Tensor:
         return torch.cat([it.scale * (it.lora_b.double() @ it.lora_a.double()).T for it in adapter.layers], dim=1)
 
 
-def _finetune(
-    model: PreTrainedModel, scenario: Scenario, seed: int, witness: _Witness, layers: list[_WatchedLayer]
-) -> PeftModel:
+def _finetune(model: PreTrainedModel, scenario: Scenario, seed: int, witness: _Witness) -> PeftModel:
     """LoRA on every linear layer, one example a step; examples come back in each epoch in another order."""
     size = scenario.size
     tuned = add_lora(model, r=LORA_RANK, alpha=16, dropout=LORA_DROPOUT, targets="all-linear", seed=seed)
@@ -224,8 +162,6 @@ def _finetune(
     plan = Plan(len(examples), batch_size=1, accumulation=1, seed=seed)
     total = size.epochs * plan.steps_per_epoch
     optimizer = make_optimizer(tuned, weight_decay=0.0)
-    for layer in layers if model.protection.adapters is not None else ():
-        layer.watch(model.protection.adapters.of(layer.offloaded))
     steps = train(
         tuned,
         optimizer,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from obfuscatune.attacks.base import Attacker, Target
+from obfuscatune.audit.attacks.base import Attacker, Target
 from obfuscatune.audit.grid import Cell, Grid
 
 CONTROL = "identity"

@@ -1,30 +1,82 @@
-"""A local worker whose computing is clocked, from the side of the process that starts it."""
+"""A local worker whose computing is clocked: on a page of memory it says how long it has computed.
+
+The parent says on the same page when products are to be counted. The worker's own program is clocked_worker.py, which
+imports nothing of the enclave.
+"""
 
 from __future__ import annotations
 
+import mmap
+import struct
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-from obfuscatune.bench.clock import ClockPage
-from obfuscatune.enclave.local import LocalWorker
 from obfuscatune.wire.files import temporary_root
 
+if TYPE_CHECKING:
+    from obfuscatune.enclave.local import LocalWorker
 
-class ClockedWorker(LocalWorker):
-    """A `LocalWorker` that runs the same program with a clock on it, and may listen elsewhere."""
+_TOTALS = struct.Struct("<dddd")
+_COUNTING_AT = 64
+_BYTES = mmap.PAGESIZE
 
-    def __init__(self, folder: Path, arguments: list[str], listen: str | None = None) -> None:
-        """`folder`: for the clock's page, as long as this lives."""
-        page = folder / "clock"
-        self.clock = ClockPage(page, create=True)
-        super().__init__(arguments, program=("obfuscatune.bench.clocked_worker", str(page)), listen=listen)
+
+class Totals(NamedTuple):
+    """Since the worker was started."""
+
+    seconds: float = 0.0
+    """In which it computed."""
+    computations: float = 0.0
+    flops: float = 0.0
+    """Of the products, while they were counted."""
+    nbytes: float = 0.0
+    """That these products read and wrote."""
+
+    def since(self, earlier: Totals) -> Totals:
+        """What was added."""
+        return Totals(*(a - b for a, b in zip(self, earlier, strict=True)))
+
+    def plus(self, added: Totals) -> Totals:
+        """Both together."""
+        return Totals(*(a + b for a, b in zip(self, added, strict=True)))
+
+
+class ClockPage:
+    """The page, as either process sees it. Only the worker writes totals; they are read between two requests."""
+
+    def __init__(self, path: Path, *, create: bool = False) -> None:
+        if create:
+            path.write_bytes(bytes(_BYTES))
+        with path.open("r+b") as file:
+            self._page = mmap.mmap(file.fileno(), _BYTES)
+
+    @property
+    def totals(self) -> Totals:
+        """What the worker computed so far."""
+        return Totals(*_TOTALS.unpack_from(self._page))
+
+    @totals.setter
+    def totals(self, totals: Totals) -> None:
+        _TOTALS.pack_into(self._page, 0, *totals)
+
+    @property
+    def counting(self) -> bool:
+        """Whether products are to be counted, which slows them down."""
+        return self._page[_COUNTING_AT] != 0
+
+    @counting.setter
+    def counting(self, wanted: bool) -> None:
+        self._page[_COUNTING_AT] = int(wanted)
 
 
 @contextmanager
-def clocked_worker(threads: int, listen: str | None = None, extra: tuple[str, ...] = ()) -> Iterator[ClockedWorker]:
-    """A worker process on this machine; it ends with the `with`.
+def clocked_worker(
+    threads: int, listen: str | None = None, extra: tuple[str, ...] = ()
+) -> Iterator[tuple[LocalWorker, ClockPage]]:
+    """A worker process on this machine that runs the usual program with a clock on it; it ends with the `with`.
 
     Args:
         threads: that it computes with.
@@ -34,8 +86,11 @@ def clocked_worker(threads: int, listen: str | None = None, extra: tuple[str, ..
     Raises:
         ConnectionLost: it did not start; the message holds the end of its stderr.
     """
-    with (
-        tempfile.TemporaryDirectory(prefix="obfuscatune-bench-", dir=temporary_root()) as folder,
-        ClockedWorker(Path(folder), ["--threads", str(threads), *extra], listen) as worker,
-    ):
-        yield worker
+    from obfuscatune.enclave.local import LocalWorker
+
+    with tempfile.TemporaryDirectory(prefix="obfuscatune-bench-", dir=temporary_root()) as folder:
+        page = Path(folder) / "clock"
+        clock = ClockPage(page, create=True)
+        program = ("obfuscatune.bench.clocked_worker", str(page))
+        with LocalWorker(["--threads", str(threads), *extra], program=program, listen=listen) as worker:
+            yield worker, clock

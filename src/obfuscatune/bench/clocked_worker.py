@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -18,14 +18,12 @@ settle_process()
 # ruff: noqa: E402 - torch reads the environment when it is imported
 import torch
 
-from obfuscatune.bench.clock import ClockPage, Totals
-from obfuscatune.bench.products import ProductCounter
-from obfuscatune.wire.shared_memory import SharedMemory
+from obfuscatune.bench.clocked import ClockPage, Totals
+from obfuscatune.bench.measures import ProductCounter
 from obfuscatune.worker import run
 from obfuscatune.worker.__main__ import main
 from obfuscatune.worker.compute import Computer
 from obfuscatune.worker.options import parse_arguments
-from obfuscatune.worker.watch import Watched
 
 _PAGE_ARGUMENT = 1
 
@@ -49,15 +47,6 @@ class ClockedComputer(Computer):
             super().multiply(rows, matrix, out, transpose=transpose)
             if counter is not None:  # by its shapes: the kernel for few rows is no operation of torch
                 counter.count(rows, matrix, out)
-
-    def watch(self, memory: SharedMemory, slot_offset: int, matrices: Sequence[torch.Tensor]) -> Watched:
-        """See `Computer`."""
-        watched = super().watch(memory, slot_offset, matrices)
-        spent = Totals(watched.seconds, watched.products)
-        if self.page.counting:
-            spent = spent.plus(Totals(flops=watched.operations, nbytes=watched.nbytes))
-        self.page.totals = self.page.totals.plus(spent)
-        return watched
 
     @contextmanager
     def _clocked(self, counter: ProductCounter | None) -> Iterator[None]:

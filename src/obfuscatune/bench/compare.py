@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from obfuscatune.report.page import markdown_table
 from obfuscatune.wire.errors import ConfigError
 
 _WORK = ("work", "shape", "layers", "batch", "length", "threads")
@@ -87,11 +88,12 @@ def kept_results(kept: Path, like: Mapping[str, Any]) -> Iterator[tuple[str, dic
 
 def as_markdown(comparisons: Sequence[Comparison], margin: float) -> str:
     """A table, and what the margin was."""
-    lines = ["| profile | ratio now | kept | change | | kept in |", "|---|---|---|---|---|---|"]
+    rows = []
     for one in comparisons:
         kept, change = ("", "") if one.kept is None else (f"{one.kept:.3f}", f"{one.change:+.1%}")
-        lines.append(f"| `{one.profile}` | {one.now:.3f} | {kept} | {change} | {one.verdict(margin)} | {one.file} |")
-    return "\n".join([*lines, "", f"Within {margin:.0%} either way counts as the same."]) + "\n"
+        rows.append((f"`{one.profile}`", f"{one.now:.3f}", kept, change, one.verdict(margin), one.file))
+    table = markdown_table(("profile", "ratio now", "kept", "change", "", "kept in"), rows)
+    return f"{table}\n\nWithin {margin:.0%} either way counts as the same.\n"
 
 
 def _read(path: Path, but: Path | None) -> Iterator[dict[str, Any]]:

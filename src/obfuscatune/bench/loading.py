@@ -19,7 +19,7 @@ settle_process()
 import torch
 
 from obfuscatune.bench.kept_memory import KeptMemory
-from obfuscatune.bench.usage import cpu_seconds, peak_bytes, settled_bytes
+from obfuscatune.bench.measures import cpu_seconds, peak_bytes, settled_bytes
 from obfuscatune.enclave.load import load
 from obfuscatune.enclave.local import local_worker
 from obfuscatune.enclave.protect import Progress

@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 
 from obfuscatune.assets import tiny_model_path
-from obfuscatune.bench.contender_process import Contender
-from obfuscatune.bench.shapes import shape_name
+from obfuscatune.bench.step import BenchProcess
+from obfuscatune.bench.workload import shape_name
+from obfuscatune.report.charts import Chart, Series
 from obfuscatune.report.environment import environment
+from obfuscatune.report.page import markdown_table
 from obfuscatune.report.units import format_bytes
 
 PROCESSES = ("enclave", "worker")
@@ -55,9 +57,9 @@ class MemoryBench:
         wanted = ("shape", "layers", "batch", "length", "threads")
         settings = {name: getattr(self, name) for name in wanted}
         samples: list[tuple[int, int]] = []
-        with Contender(settings | {"work": "step", "kind": "protected", "profile": profile}, {}) as contender:
+        with BenchProcess(settings | {"work": "step", "kind": "protected", "profile": profile}, {}) as process:
             for number in range(self.warmup + self.steps):
-                answer = contender.tell("step")
+                answer = process.tell("step")
                 if number >= self.warmup:
                     samples.append((answer["resident_bytes"], answer["worker_resident_bytes"]))
                 if number % _EVERY == 0:
@@ -128,27 +130,37 @@ class MemoryResult:
             "environment": self.environment,
         }
 
+    def picture(self) -> Chart:
+        """What each process holds after each step, under each profile."""
+        series = [
+            Series(
+                f"{run.profile}, {process}",
+                tuple((float(step), held / 1e6) for step, held in enumerate(run.held(process), start=1)),
+            )
+            for run in self.runs
+            for process in PROCESSES
+        ]
+        return Chart("Memory by step", series, "steps after the warm-up", "resident, MB", from_zero=True)
+
     def as_markdown(self) -> str:
         """A row for each profile and process."""
         b = self.bench
-        lines = [
-            f"{b['steps']} LoRA steps after {b['warmup']}, {b['shape']}, batch {b['batch']} x {b['length']}, "
-            f"{b['threads']} threads.",
-            "",
-            "| profile | process | after the first step | half-way | after the last | second half's line, bytes a step "
-            "| rises by | |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
+        columns = ["profile", "process", "after the first step", "half-way", "after the last"]
+        columns += ["second half's line, bytes a step", "rises by", ""]
+        rows = []
         for run in self.runs:
             for process in PROCESSES:
                 held, grew = run.held(process), run.growth(process)
-                lines.append(
-                    f"| `{run.profile}` | {process} | {format_bytes(held[0])} | "
-                    f"{format_bytes(held[len(held) // 2])} | {format_bytes(held[-1])} | "
-                    f"{run.slope(process):+.0f} | {format_bytes(grew)} | "
-                    f"{'grows' if grew > ALLOWED_BYTES else 'at rest'} |"
+                sizes = map(format_bytes, (held[0], held[len(held) // 2], held[-1]))
+                fate = "grows" if grew > ALLOWED_BYTES else "at rest"
+                rows.append(
+                    (f"`{run.profile}`", process, *sizes, f"{run.slope(process):+.0f}", format_bytes(grew), fate)
                 )
-        return "\n".join(lines) + "\n"
+        settings = (
+            f"{b['steps']} LoRA steps after {b['warmup']}, {b['shape']}, batch {b['batch']} x {b['length']}, "
+            f"{b['threads']} threads."
+        )
+        return f"{settings}\n\n{markdown_table(columns, rows, text_columns=2)}\n"
 
     @staticmethod
     def _every(run: MemoryRun) -> int:

@@ -1,28 +1,100 @@
 """`bench obfuscate`: a model from its files to under protection, in a fresh process for each transform.
 
-shape  ->  random weights on disk (checkpoint)  ->  for each transform: a process that loads it (loading)  ->  result
+shape  ->  random weights on disk, one shard after the other  ->  for each transform: a process that loads it (loading)
+       ->  result
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from obfuscatune.bench.checkpoint import write_random_checkpoint
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
 from obfuscatune.bench.kept_memory import SAMPLE_BYTES, SPARE, seconds_for_a_new_byte
-from obfuscatune.bench.shapes import config_of
+from obfuscatune.bench.workload import config_of
+from obfuscatune.enclave.checkpoint import weights_names
 from obfuscatune.report.environment import environment
+from obfuscatune.report.page import markdown_table
 from obfuscatune.report.units import format_bytes, format_share
-from obfuscatune.wire.errors import ConfigError
+from obfuscatune.wire.errors import ConfigError, StorageError
 from obfuscatune.wire.files import temporary_root
 
+SHARD_BYTES = 1_000_000_000
+"""Most bytes of one file, and so of what the writer holds in memory; one tensor alone may exceed it."""
+SPARE_BYTES = 1_000_000_000
+"""Left free on the disk: what a full disk breaks is other people's work."""
+STANDARD_DEVIATION = 0.02  # as GPT-2 is initialised
+_SEED = 0
+
 Progress = Callable[[str], None]
+_Shapes = dict[str, torch.Size]
+
+
+def write_random_checkpoint(config: PretrainedConfig, folder: Path, progress: Progress) -> None:
+    """`config.json` and float32 safetensors of a causal language model with that configuration.
+
+    Raises:
+        StorageError: the disk has no room for it.
+    """
+    shards = list(_sharded(_shapes(config)))
+    _check_room(folder, sum(_size(shape) for shard in shards for shape in shard.values()))
+    generator = torch.Generator().manual_seed(_SEED)
+    index: dict[str, str] = {}
+    single, _, index_file = weights_names()
+    for number, shard in enumerate(shards, start=1):
+        name = single if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file({tensor: _draw(shape, generator) for tensor, shape in shard.items()}, folder / name, {"format": "pt"})
+        index |= dict.fromkeys(shard, name)
+        progress(f"wrote {name}, {number} of {len(shards)}")
+    if len(shards) > 1:
+        (folder / index_file).write_text(json.dumps({"metadata": {}, "weight_map": index}), encoding="utf-8")
+    config.save_pretrained(folder)
+
+
+def _shapes(config: PretrainedConfig) -> _Shapes:
+    """The parameters of the model by name; what is tied once."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    model.tie_weights()
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def _sharded(shapes: _Shapes) -> Iterator[_Shapes]:
+    shard: _Shapes = {}
+    for name, shape in shapes.items():
+        if shard and sum(map(_size, shard.values())) + _size(shape) > SHARD_BYTES:
+            yield shard
+            shard = {}
+        shard[name] = shape
+    yield shard
+
+
+def _size(shape: torch.Size) -> int:
+    return shape.numel() * torch.float32.itemsize
+
+
+def _draw(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    return torch.empty(shape).normal_(0.0, STANDARD_DEVIATION, generator=generator)
+
+
+def _check_room(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < size + SPARE_BYTES:
+        raise StorageError(
+            f"{folder} has {free} bytes free, the model takes {size} and {SPARE_BYTES} are to be left: "
+            "set TMPDIR to another disk, ask for fewer --layers, or give a model that is there with --model"
+        )
 
 
 @dataclass(frozen=True)
@@ -117,30 +189,29 @@ class ObfuscateResult:
         profile = (
             f"`{b.profile}`" if b.first_blocks is None else f"`{b.profile}` with {b.first_blocks} first blocks kept"
         )
-        lines = [
-            f"Obfuscating {name}{depth}, profile {profile}, float32, {b.threads} threads; best of {b.rounds}.",
-            "",
-            "| transform | seconds | processor seconds, enclave + worker | reading | transforming | sending "
-            "| enclave's peak | worker's peak | sent | stays in the enclave |",
-            "|---|---|---|---|---|---|---|---|---|---|",
-        ]
+        columns = ["transform", "seconds", "processor seconds, enclave + worker", "reading", "transforming", "sending"]
+        columns += ["enclave's peak", "worker's peak", "sent", "stays in the enclave"]
+        rows = []
         for transform in self.rounds:
             it = self.best(transform)
-            stages = " | ".join(f"{it['stages'][stage]:.1f}" for stage in ("reading", "transforming", "sending"))
-            cpu = f"{it['enclave_cpu_seconds']:.1f} + {it['worker_cpu_seconds']:.1f}"
-            share = it["enclave_parameters"] / it["parameters"]
-            lines.append(
-                f"| {transform} | **{it['seconds']:.1f}** | {cpu} | {stages} "
-                f"| {format_bytes(it['enclave_peak_bytes'])} | {format_bytes(it['worker_peak_bytes'])} "
-                f"| {format_bytes(it['bytes_uploaded'])} | {format_bytes(it['enclave_bytes'])}, {format_share(share)} |"
+            share = format_share(it["enclave_parameters"] / it["parameters"])
+            rows.append(
+                (
+                    transform,
+                    f"**{it['seconds']:.1f}**",
+                    f"{it['enclave_cpu_seconds']:.1f} + {it['worker_cpu_seconds']:.1f}",
+                    *(f"{it['stages'][stage]:.1f}" for stage in ("reading", "transforming", "sending")),
+                    *(format_bytes(it[name]) for name in ("enclave_peak_bytes", "worker_peak_bytes", "bytes_uploaded")),
+                    f"{format_bytes(it['enclave_bytes'])}, {share}",
+                )
             )
         taken = max(self.best(transform)["bytes_uploaded"] for transform in self.rounds)
-        of_new_memory = self.new_memory_seconds_per_byte * taken
-        lines += [
-            "",
-            f"To take {format_bytes(taken)} of new memory costs one core {of_new_memory:.1f} s here.",
-        ]
-        if b.memory_kept:
-            lines.append("A process beside it held as much, and gave it back as the worker took it.")
-        lines += ["", ", ".join(f"{name} {value}" for name, value in self.environment.items()), ""]
-        return "\n".join(lines)
+        cost = self.new_memory_seconds_per_byte * taken
+        kept = "\nA process beside it held as much, and gave it back as the worker took it." if b.memory_kept else ""
+        parts = (
+            f"Obfuscating {name}{depth}, profile {profile}, float32, {b.threads} threads; best of {b.rounds}.",
+            markdown_table(columns, rows),
+            f"To take {format_bytes(taken)} of new memory costs one core {cost:.1f} s here.{kept}",
+            ", ".join(f"{name} {value}" for name, value in self.environment.items()),
+        )
+        return "\n\n".join(parts) + "\n"

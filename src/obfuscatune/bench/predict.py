@@ -7,21 +7,101 @@
                + crossings · latency + bytes that cross / link's bandwidth
 
 Speeds come from one measured result; each can be set otherwise, as for a worker on an accelerator or another host.
-Enclave and worker are taken to work in turn, as they do on one host.
+Enclave and worker are taken to work in turn, as they do on one host. How much work a step is, is counted from the
+model's shape alone: a model without weights runs on torch's `meta` device, which computes nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any
 
-from obfuscatune.bench.shapes import NAMES
-from obfuscatune.bench.spans import CHECK, COPY, ENCLAVE
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from obfuscatune.bench.measures import CHECK, COPY, ENCLAVE, ProductCounter
 from obfuscatune.bench.step_result import LINK, WORKER
-from obfuscatune.bench.work import WORKS, Work, count_work
-from obfuscatune.enclave.profiles import resolve
+from obfuscatune.bench.workload import LORA, NAMES, config_of
+from obfuscatune.enclave.keys import SecretStream
+from obfuscatune.enclave.mixer import KroneckerMixer
+from obfuscatune.enclave.plan import LayerPlan, make_plan
+from obfuscatune.enclave.profiles import Profile, resolve
+from obfuscatune.report.page import markdown_table
+from obfuscatune.tuning.adapter import without_peft_warnings
 from obfuscatune.wire.errors import ConfigError
+
+WORKS = ("step", "forward")
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one step or pass; operations are floating-point operations of matrix products."""
+
+    plain_flops: float
+    other_bytes: float
+    """Written by everything that is no product: the same for plain and protected."""
+    enclave_flops: float
+    """Of the products that stay, of the plain ones."""
+    worker_flops: float
+    """Of the products that a worker computes, with the rows that are mixed in."""
+    crossings: int
+    crossing_bytes: float
+    """To the worker and back."""
+
+
+def count_work(work: str, shape: str, layers: int | None, batch: int, length: int, profile: Profile) -> Work:
+    """What `bench step` or `bench forward` of that shape does. Seconds, and no memory, for models of any size.
+
+    Raises:
+        ConfigError: an unknown shape, other work, or a profile that trains adapters on the worker.
+    """
+    if work not in WORKS:
+        raise ConfigError(f"work is counted of {' and '.join(WORKS)}, not of {work!r}")
+    if profile.lora_on == "worker":
+        raise ConfigError("the cost model has LoRA in the enclave: use a profile such as private or guarded")
+    config = config_of(shape, layers)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        plan = make_plan(model, profile)
+        ids = torch.zeros(batch, length, dtype=torch.long)
+        if work == "step":
+            with without_peft_warnings():
+                tuned = get_peft_model(model, LoraConfig(**LORA)).train()
+            with ProductCounter() as counter:
+                tuned(input_ids=ids, labels=ids).loss.backward()
+        else:
+            with torch.inference_mode(), ProductCounter() as counter:
+                model.eval()(input_ids=ids)
+    rows, count_rows = batch * length, _row_counter(profile)
+    moved, computed, crossings, crossed = 0.0, 0.0, 0, 0.0
+    for layer in plan.layers:
+        for width in _widths_sent(layer, backward=work == "step"):
+            sent = count_rows(rows, width)
+            moved += 2 * rows * layer.parameters
+            computed += 2 * sent * layer.parameters
+            crossings += 1
+            crossed += sent * (layer.p + layer.q) * layer.element_bytes
+    return Work(counter.flops, counter.other_nbytes, counter.flops - moved, computed, crossings, crossed)
+
+
+def _widths_sent(layer: LayerPlan, *, backward: bool) -> list[int]:
+    """How wide the rows are of each crossing of a layer."""
+    return [layer.p] * layer.forward_crossings + [layer.q] * (layer.backward_crossings if backward else 0)
+
+
+def _row_counter(profile: Profile) -> Callable[[int, int], int]:
+    """How many rows cross for (rows, width): what the profile's mixing makes of them."""
+    mixer = KroneckerMixer(profile.shield_rows, SecretStream.fresh(), full_rank=profile.full_rank)
+
+    @cache
+    def count(rows: int, width: int) -> int:
+        return mixer.draw(rows, width).rows if profile.mixing else rows
+
+    return count
+
 
 _PER_CROSSING = ("rotate", ENCLAVE["mix"], CHECK, COPY)
 
@@ -86,14 +166,9 @@ class Prediction:
 
     def as_markdown(self) -> str:
         """A table of the parts."""
-        lines = ["| | seconds | share |", "|---|---|---|"]
-        lines += [f"| {name} | {part:.3f} | {part / self.protected_seconds:.0%} |" for name, part in self.parts.items()]
-        lines += [
-            f"| protected | {self.protected_seconds:.3f} | |",
-            f"| plain | {self.plain_seconds:.3f} | |",
-            f"| ratio | **{self.ratio:.2f}** | |",
-        ]
-        return "\n".join(lines) + "\n"
+        rows = [(name, f"{part:.3f}", f"{part / self.protected_seconds:.0%}") for name, part in self.parts.items()]
+        rows += [("protected", f"{self.protected_seconds:.3f}", ""), ("plain", f"{self.plain_seconds:.3f}", "")]
+        return markdown_table(("", "seconds", "share"), [*rows, ("ratio", f"**{self.ratio:.2f}**", "")]) + "\n"
 
 
 def predict(work: Work, speeds: Speeds) -> Prediction:
@@ -189,18 +264,13 @@ def check(results: Iterable[tuple[str, Mapping[str, Any]]], speeds: Speeds) -> I
 
 def check_as_markdown(checked: Iterable[Checked]) -> str:
     """Predicted beside measured."""
-    lines = [
-        "| | profile | plain s, predicted | measured | protected s, predicted | measured | ratio, predicted "
-        "| measured | off by |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {one.what} | `{one.profile}` | {one.plain_seconds[0]:.2f} | {one.plain_seconds[1]:.2f} | "
-        f"{one.protected_seconds[0]:.2f} | {one.protected_seconds[1]:.2f} | {one.ratio[0]:.2f} | {one.ratio[1]:.2f} | "
-        f"{one.error:+.0%} |"
-        for one in checked
-    ]
-    return "\n".join(lines) + "\n"
+    columns = ["", "profile", "plain s, predicted", "measured", "protected s, predicted", "measured"]
+    columns += ["ratio, predicted", "measured", "off by"]
+    rows = []
+    for one in checked:
+        pairs = (*one.plain_seconds, *one.protected_seconds, *one.ratio)
+        rows.append((one.what, f"`{one.profile}`", *(f"{value:.2f}" for value in pairs), f"{one.error:+.0%}"))
+    return markdown_table(columns, rows, text_columns=2) + "\n"
 
 
 def _work_of(document: Mapping[str, Any], profile: str) -> Work:

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from obfuscatune.bench.limits import measure_limits
+from obfuscatune.bench.measures import measure_limits
 from obfuscatune.enclave import kernels
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.mixer import KroneckerMixer
 from obfuscatune.enclave.mixing import KroneckerMixing
 from obfuscatune.enclave.transforms.structured import StructuredTransform
-from obfuscatune.jit.engine import SWITCH
+from obfuscatune.native import SWITCH
 from obfuscatune.report.environment import environment
 from obfuscatune.wire.errors import ConfigError
 
@@ -69,8 +69,10 @@ class RotationBench:
         Raises:
             ConfigError: no kernels can be compiled here.
         """
-        if kernels.code_for(torch.empty(512, 512)) is None:
-            raise ConfigError(f"no kernels here: install llvmlite, on Linux, and do not set {SWITCH}=0")
+        if kernels.native_for(torch.empty(512, 512)) is None:
+            raise ConfigError(
+                f"no native kernels here: install with a C++ compiler, on Linux, and do not set {SWITCH}=0"
+            )
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
@@ -88,13 +90,12 @@ class RotationBench:
         R = StructuredTransform(dim, stream)
         xs = [torch.randn(n, dim) for _ in range(PAIRS)]
         per_number = 2 * sum(side for pair in R._pairs for side in (pair[0].shape[0], pair[1].shape[0]))
-        factors = R._factors_in(torch.float32, torch.device("cpu"))
+        there, back = (R._rotation(torch.float32, torch.device("cpu"), undo=undo) for undo in (False, True))
+        by_torch, operations = kernels.REFERENCE, n * dim * per_number
         cases: dict[str, _Case] = {
-            "rotate": _Case(
-                lambda i: R._apply_by_torch(xs[i], factors), lambda i: R.apply(xs[i]), n * dim * per_number, 2 * n
-            ),
+            "rotate": _Case(lambda i: by_torch.rotate(xs[i], there), lambda i: R.apply(xs[i]), operations, 2 * n),
             "undo rotation": _Case(
-                lambda i: R._inverse_by_torch(xs[i], factors), lambda i: R.inverse(xs[i]), n * dim * per_number, 2 * n
+                lambda i: by_torch.rotate(xs[i], back), lambda i: R.inverse(xs[i]), operations, 2 * n
             ),
         }
         A = KroneckerMixer(SHIELD_ROWS, stream).draw(n, dim)
@@ -112,15 +113,18 @@ class RotationBench:
         n, dim = xs[0].shape
         ys = [torch.randn(A.rows, dim) for _ in range(PAIRS)]
         shield = torch.randn(A.rows - n, dim)
-        operations = A.rows * dim * 2 * sum(Q.shape[0] for Q in (A._Q_a, A._Q_b) if Q.shape[0] > 1)
+        by_torch, by_kernel = kernels.REFERENCE, kernels.kernels_for(xs[0])
+        operations = A.rows * dim * 2 * sum(Q.shape[0] for Q in (A._A.Q_a, A._A.Q_b) if Q.shape[0] > 1)
         return {
             "mix": _Case(
-                lambda i: A._mix_by_torch(xs[i], shield, ys[i]),
-                lambda i: _mix(A, xs[i], shield, ys[i]),
+                lambda i: by_torch.mix(xs[i], shield, A._A, ys[i]),
+                lambda i: by_kernel.mix(xs[i], shield, A._A, ys[i]),
                 operations,
                 n + A.rows,
             ),
-            "undo mixing": _Case(lambda i: A._unmix_by_torch(ys[i]), lambda i: A.unmix(ys[i]), operations, n + A.rows),
+            "undo mixing": _Case(
+                lambda i: by_torch.unmix(ys[i], A._A), lambda i: by_kernel.unmix(ys[i], A._A), operations, n + A.rows
+            ),
         }
 
 
@@ -155,13 +159,6 @@ class RotationResult:
             for r in self.rows
         ]
         return "\n".join(lines) + "\n"
-
-
-def _mix(A: KroneckerMixing, x: Tensor, shield: Tensor, out: Tensor) -> None:
-    """`KroneckerMixing.mix` without drawing shield rows, which both ways do alike."""
-    prepared = A._for_kernels(x)
-    if prepared is not None:
-        prepared.mix(x, shield, out)
 
 
 def _median(work: Callable[[int], object]) -> float:

@@ -7,17 +7,72 @@ number of threads. While one works the other is stopped by a signal: waiting thr
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from types import TracebackType
+from typing import Any, Literal, Self
 
-from obfuscatune.bench.contender_process import Contender
-from obfuscatune.bench.limits import Limits
-from obfuscatune.bench.shapes import shape_name
+from obfuscatune.bench.measures import Limits
 from obfuscatune.bench.step_result import PLAIN, Side, StepResult
+from obfuscatune.bench.workload import shape_name
 from obfuscatune.report.environment import environment
+from obfuscatune.wire.errors import ConfigError
+
+_WAITING_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+_SILENT = {"PYTHONWARNINGS": "ignore", "KINETO_LOG_LEVEL": "99", "TRANSFORMERS_VERBOSITY": "error"}
+
+
+class BenchProcess:
+    """A process that stands still whenever it has nothing to do; it ends with the `with`."""
+
+    def __init__(self, settings: dict[str, Any], waiting: dict[str, str]) -> None:
+        """`settings`: see `bench_process.py`; `waiting`: environment variables that say how OpenMP's threads wait.
+
+        Raises:
+            ConfigError: it ended; what it said stands on stderr.
+        """
+        inherited = {name: value for name, value in os.environ.items() if name not in _WAITING_VARIABLES}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "obfuscatune.bench.bench_process", json.dumps(settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**inherited, **_SILENT, **waiting, "OMP_NUM_THREADS": str(settings["threads"])},
+        )
+        self._listen()
+
+    def tell(self, word: str) -> dict[str, Any]:
+        """What it answers to a word of `bench_process.py`."""
+        self._process.send_signal(signal.SIGCONT)
+        if self._process.stdin is not None:
+            print(word, file=self._process.stdin, flush=True)
+        return self._listen()
+
+    def _listen(self) -> dict[str, Any]:
+        """The next answer; the process stands still from then on."""
+        line = self._process.stdout.readline() if self._process.stdout is not None else ""
+        if not line:
+            raise ConfigError(f"a bench process ended with status {self._process.wait()}; what it said stands above")
+        self._process.send_signal(signal.SIGSTOP)
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.send_signal(signal.SIGCONT)
+        self._process.communicate("quit\n")
+
 
 OWN_WAITING: dict[str, str] = {}  # as `settle_process` sets it
 PLAIN_WAITING = {
@@ -49,22 +104,22 @@ class StepBench:
         """Measure; several minutes at GPT-2's shapes.
 
         Raises:
-            ConfigError: a contender could not be started, with what it said.
+            ConfigError: a bench process could not be started, with what it said.
         """
         waiting = self._best_plain_waiting(progress)
         with ExitStack() as stack:
-            contenders = {PLAIN: stack.enter_context(self._contender(PLAIN, PLAIN_WAITING[waiting]))}
+            processes = {PLAIN: stack.enter_context(self._start(PLAIN, PLAIN_WAITING[waiting]))}
             for profile in self.profiles:
-                contenders[profile] = stack.enter_context(self._contender("protected", OWN_WAITING, profile))
-            answers: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
+                processes[profile] = stack.enter_context(self._start("protected", OWN_WAITING, profile))
+            answers: dict[str, list[dict[str, Any]]] = {name: [] for name in processes}
             for round_number in range(self.warmup + self.rounds):
-                for name, contender in contenders.items():
-                    answer = contender.tell("step")
+                for name, process in processes.items():
+                    answer = process.tell("step")
                     progress(f"round {round_number + 1}/{self.warmup + self.rounds}: {name} {answer['seconds']:.3f} s")
                     if round_number >= self.warmup:
                         answers[name].append(answer)
-            sides = {name: Side(answers[name], *_inspected(contenders[name])) for name in contenders}
-            limits = Limits(**contenders[PLAIN].tell("limits"))
+            sides = {name: Side(answers[name], *_inspected(processes[name])) for name in processes}
+            limits = Limits(**processes[PLAIN].tell("limits"))
         settings = asdict(self) | {"shape": shape_name(self.shape)}
         return StepResult(settings, waiting, sides.pop(PLAIN), sides, limits, environment(self.threads))
 
@@ -73,20 +128,20 @@ class StepBench:
             return next(iter(PLAIN_WAITING))
         fastest = dict.fromkeys(PLAIN_WAITING, math.inf)
         for name in [*PLAIN_WAITING] * CALIBRATION_PASSES:
-            with self._contender(PLAIN, PLAIN_WAITING[name]) as plain:
+            with self._start(PLAIN, PLAIN_WAITING[name]) as plain:
                 plain.tell("step")
                 seconds = min(plain.tell("step")["seconds"] for _ in range(CALIBRATION_STEPS))
             fastest[name] = min(fastest[name], seconds)
             progress(f"plain, OpenMP waiting {name}: {seconds:.3f} s")
         return min(fastest, key=lambda name: fastest[name])
 
-    def _contender(self, kind: str, waiting: dict[str, str], profile: str | None = None) -> Contender:
+    def _start(self, kind: str, waiting: dict[str, str], profile: str | None = None) -> BenchProcess:
         wanted = ("work", "shape", "layers", "batch", "length", "threads")
         settings = {name: getattr(self, name) for name in wanted}
-        return Contender(settings | {"kind": kind, "profile": profile}, waiting)
+        return BenchProcess(settings | {"kind": kind, "profile": profile}, waiting)
 
 
-def _inspected(contender: Contender) -> tuple[dict[str, float], dict[str, int]]:
+def _inspected(process: BenchProcess) -> tuple[dict[str, float], dict[str, int]]:
     """Where its time goes, and the products that it computes; after all that is timed."""
-    contender.tell("profile")  # the first starts the profiler
-    return contender.tell("profile")["spans"], contender.tell("count")
+    process.tell("profile")  # the first starts the profiler
+    return process.tell("profile")["spans"], process.tell("count")

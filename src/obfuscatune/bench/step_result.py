@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from obfuscatune.bench.limits import Limits
-from obfuscatune.bench.spans import SEND, WAIT
+from obfuscatune.bench.measures import SEND, WAIT, Limits
+from obfuscatune.report.charts import Bar, Bars
 from obfuscatune.report.units import format_bytes
 
 PLAIN = "plain"
@@ -21,7 +21,7 @@ WORK = {"step": "LoRA step", "forward": "forward pass", "decode": "16 tokens a s
 
 @dataclass(frozen=True)
 class Side:
-    """One contender: what it answered in each counted round, and afterwards."""
+    """One process: what it answered in each counted round, and afterwards."""
 
     rounds: list[dict[str, Any]] = field(repr=False)
     spans: dict[str, float] = field(repr=False)
@@ -143,6 +143,20 @@ class StepResult:
             },
             "environment": self.environment,
         }
+
+    def picture(self) -> Bars:
+        """One bar for each side, stacked by where its time goes; a line where the least possible time lies."""
+        sides = {PLAIN: self.plain} | self.protected
+        parts = [side.breakdown() for side in sides.values()]
+        categories = dict.fromkeys(category for part in reversed(parts) for category in part)
+        return Bars(
+            "Where the time goes",
+            list(sides),
+            {name: [Bar(part[name]) if name in part else None for part in parts] for name in categories},
+            y_label="seconds",
+            stacked=True,
+            least=("least possible", [side.least_seconds(self.limits) for side in sides.values()]),
+        )
 
     def as_markdown(self) -> str:
         """What was measured, a row for each side, and where its time went."""

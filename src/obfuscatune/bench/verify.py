@@ -1,20 +1,36 @@
 """`bench verify`: how often a wrong product is overlooked, how near an honest one comes to a false alarm, and whether a
-worker can tell which product is checked."""
+worker can tell from time which product will be checked, before it answers.
+
+For the last, the worker is a real one that records. It knows how long passed between each reply of its own and the
+request that came next, and says by that which requests are checked. The enclave knows which were.
+"""
 
 from __future__ import annotations
 
+import statistics
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from obfuscatune.bench.lot import LotBench, LotRow
+from obfuscatune.audit.attacks.scoring import area_under_curve
+from obfuscatune.bench.clocked import clocked_worker
+from obfuscatune.bench.wire import free_port
 from obfuscatune.enclave.keys import SecretStream
+from obfuscatune.enclave.linear import Held, OffloadedProduct
+from obfuscatune.enclave.link import WorkerLink
 from obfuscatune.enclave.mixer import KroneckerMixer
+from obfuscatune.enclave.transforms.structured import StructuredTransform
 from obfuscatune.enclave.verify import VECTORS, Verifier
 from obfuscatune.report.environment import environment
+from obfuscatune.report.page import markdown_table
+from obfuscatune.wire.files import temporary_root
+from obfuscatune.wire.messages import MessageType
+from obfuscatune.wire.transcript import read_transcript
 
 SIZES = ((1, 64, 192), (9, 256, 64), (64, 128, 96))
 """(n, p, q) of the honest calls."""
@@ -22,6 +38,11 @@ TAMPERED = (32, 256, 256)
 """(n, p, q) of the tampered ones."""
 STEPS = {torch.float32: (1e-4, 3e-4, 1e-3, 1e-2), torch.bfloat16: (0.1, 1.0, 3.0, 10.0)}
 """Sizes of tampering, over the root mean square of the product."""
+LINKS = ("shared memory", "tcp")
+SHARE = 0.5
+"""Of the requests that are checked. Half of them: then the attacker's score errs least."""
+_SHIELD_ROWS = 8
+_MATRIX_ID = bytes(15) + b"\x01"
 Progress = Callable[[str], None]
 
 
@@ -120,21 +141,29 @@ class VerifyResult:
 
     def as_markdown(self) -> str:
         """Three tables."""
-        lines = ["| dtype | honest calls | false alarms | nearest to the tolerance |", "|---|---|---|---|"]
         calls = self.bench.honest_calls
-        lines += [f"| {name} | {calls} | {self.alarms[name]} | {worst:.2f} |" for name, worst in self.worst.items()]
-        lines += ["", "| dtype | changed | by (rms of the product) | caught | stated |", "|---|---|---|---|---|"]
-        lines += [
-            f"| {row.dtype} | {row.kind} | {row.size:g} | {row.caught:.1%} | >= {row.stated:.1%} |" for row in self.rows
+        honest = [(name, calls, self.alarms[name], f"{worst:.2f}") for name, worst in self.worst.items()]
+        tampered = [(it.dtype, it.kind, f"{it.size:g}", f"{it.caught:.1%}", f">= {it.stated:.1%}") for it in self.rows]
+        lots = [
+            (
+                it.link,
+                it.rows,
+                it.requests,
+                f"{it.area:.3f} ± {it.error:.3f}",
+                *map(round, (it.checked_us, it.spared_us)),
+            )
+            for it in self.lots
         ]
-        lines += ["", "| link | rows | requests | AUC: which is checked | pause before it, µs | before others, µs |"]
-        lines.append("|---" * 6 + "|")
-        lines += [
-            f"| {row.link} | {row.rows} | {row.requests} | {row.area:.3f} ± {row.error:.3f} | {row.checked_us:.0f} "
-            f"| {row.spared_us:.0f} |"
-            for row in self.lots
-        ]
-        return "\n".join(lines) + "\n"
+        tables = (
+            markdown_table(("dtype", "honest calls", "false alarms", "nearest to the tolerance"), honest),
+            markdown_table(
+                ("dtype", "changed", "by (rms of the product)", "caught", "stated"), tampered, text_columns=2
+            ),
+            markdown_table(
+                ("link", "rows", "requests", "AUC: which is checked", "pause before it, µs", "before others, µs"), lots
+            ),
+        )
+        return "\n\n".join(tables) + "\n"
 
 
 class _Request:
@@ -199,3 +228,84 @@ TAMPERING = {
     "one row, noise": _one_row,
     "all, noise": _noise,
 }
+
+
+@dataclass(frozen=True)
+class LotRow:
+    """How well a worker guesses over one kind of link."""
+
+    link: str
+    rows: int
+    """Of one request, before shield rows join them."""
+    requests: int
+    area: float
+    """AUC of the pause before a request for whether it is checked; chance is 0.5."""
+    error: float
+    """Its standard error."""
+    checked_us: float
+    """Median pause before a request that is checked."""
+    spared_us: float
+    """Median pause before one that is not."""
+
+
+@dataclass(frozen=True)
+class LotBench:
+    """What is measured."""
+
+    requests: int = 1_000
+    rows: tuple[int, ...] = (1, 64)
+    width: int = 256
+
+    def run(self, progress: Progress) -> list[LotRow]:
+        """Measure; some seconds for each link.
+
+        Raises:
+            WireError: a worker did not start, or was lost.
+        """
+        measured = []
+        for link in LINKS:
+            for rows in self.rows:
+                row = self._measured(link, rows)
+                progress(f"{link}, {rows} rows: AUC {row.area:.3f} +- {row.error:.3f} for which product is checked")
+                measured.append(row)
+        return measured
+
+    def _measured(self, name: str, rows: int) -> LotRow:
+        with tempfile.TemporaryDirectory(prefix="obfuscatune-bench-", dir=temporary_root()) as folder:
+            listen = f"tcp:127.0.0.1:{free_port()}" if name == "tcp" else None
+            with (
+                clocked_worker(1, listen, ("--record", folder)) as (worker, _),
+                WorkerLink.open(worker.address) as link,
+            ):
+                checked = torch.tensor(self._asked(link, rows))
+            pauses = torch.tensor(_pauses(Path(folder)))
+        area, error = area_under_curve(pauses, checked)
+        medians = (statistics.median(pauses[chosen].tolist()) / 1000 for chosen in (checked, ~checked))
+        return LotRow(name, rows, len(pauses), area, error, *medians)
+
+    def _asked(self, link: WorkerLink, rows: int) -> list[bool]:
+        """Which of the requests were checked; the first is left out, for nothing was answered before it."""
+        stream = SecretStream.fresh()
+        R_in, R_out = (StructuredTransform(self.width, stream) for _ in range(2))
+        W_star = stream.normal(self.width, self.width, dtype=torch.float32)
+        link.store(_MATRIX_ID, lambda: W_star, shape=(self.width, self.width), dtype=W_star.dtype)
+        mixer, verifier = KroneckerMixer(_SHIELD_ROWS, stream), Verifier(W_star, stream, SHARE)
+        product = OffloadedProduct(link, Held(_MATRIX_ID, verifier=verifier), R_in, R_out, mixer)
+        x = stream.normal(rows, self.width, dtype=torch.float32)
+        checked = []
+        for _ in range(self.requests + 1):
+            before = link.stats.verified
+            product.finish_forward(product.start_forward(x))
+            checked.append(link.stats.verified > before)
+        return checked[1:]
+
+
+def _pauses(transcript: Path) -> list[float]:
+    """Nanoseconds from each reply to the request after it."""
+    pauses, replied = [], None
+    for entry in read_transcript(transcript):
+        if entry.header.type is MessageType.PRODUCT:
+            replied = entry.at_ns
+        elif entry.header.type is MessageType.MULTIPLY and replied is not None:
+            pauses.append(float(entry.at_ns - replied))
+    return pauses

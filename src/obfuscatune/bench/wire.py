@@ -1,7 +1,9 @@
 """`bench wire`: how long rows take to a worker and their products back, by each way there is on one host.
 
 A worker multiplies rows by a small matrix. What it took to multiply is on its clock and is taken off; what remains is
-the link: headers, bytes, waking up the other process, and the check that what came back is finite.
+the link: headers, bytes, waking up the other process, and the check that what came back is finite. Between any two
+rounds two other processes pass as many bytes to each other and back, by the same kind of socket and with nothing of
+ours: what is left to be won is the ratio. Through shared memory only the messages pass a socket.
 """
 
 from __future__ import annotations
@@ -19,20 +21,22 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from obfuscatune.bench.clock import ClockPage
-from obfuscatune.bench.clocked import clocked_worker
+from obfuscatune.bench.clocked import ClockPage, clocked_worker
+from obfuscatune.bench.ping import PingPong, ping_pong
 from obfuscatune.enclave.link import WorkerLink
+from obfuscatune.report.charts import Chart, Series
 from obfuscatune.report.environment import environment
+from obfuscatune.report.page import markdown_table
 from obfuscatune.report.units import format_bytes
 from obfuscatune.wire.files import temporary_root
-from obfuscatune.wire.limits import MAX_SLOT_ROWS
+from obfuscatune.wire.messages import HEADER_BYTES
+from obfuscatune.wire.payloads import Places
 from obfuscatune.wire.secret_files import write_new
 from obfuscatune.wire.tls import TlsConfig, make_identity
 
 ROWS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 WIDTH = 256
-LINKS = ("slot", "shared memory", "unix socket", "tcp", "tls")
-_LENT = ("slot", "shared memory")
+LINKS = ("shared memory", "unix socket", "tcp", "tls")
 _MATRIX_ID = bytes(15) + b"\x01"
 _TICK_SECONDS = 1e-9
 """Less than nothing no round takes, though clocks of two processes may say so."""
@@ -56,6 +60,13 @@ class WireRow:
     slow_seconds: float
     """Nine of ten took no longer."""
     computing_seconds: float
+    bare_seconds: float
+    """Of a bare ping-pong of as many bytes, played in between."""
+
+    @property
+    def ratio(self) -> float:
+        """How many times a bare ping-pong."""
+        return self.seconds / self.bare_seconds
 
     @property
     def gbytes(self) -> float:
@@ -87,46 +98,49 @@ class WireBench:
         return WireResult(self, rows, environment(self.threads))
 
     def _measured(self, name: str, progress: Progress) -> Iterator[WireRow]:
-        with _opened(name, self.threads) as (link, clock):
+        with _opened(name, self.threads) as (link, clock, bare):
             matrix = torch.eye(self.width)
             link.store(_MATRIX_ID, lambda: matrix, shape=(self.width, self.width), dtype=matrix.dtype)
-            for count in self.rows_by(name):
-                seconds, computing = self._timed(link, count, clock, name)
+            for count in self.rows:
+                payload = 4 * count * self.width
+                there, back = (Places.BYTES, 0) if name == "shared memory" else (payload, payload)
+                with bare.of(HEADER_BYTES + there, HEADER_BYTES + back) as play:
+                    seconds, computing, played = self._timed(link, count, clock, name, play)
                 row = WireRow(
                     name,
                     count,
-                    2 * 4 * count * self.width,
+                    2 * payload,
                     statistics.median(seconds),
                     sorted(seconds)[len(seconds) * 9 // 10],
                     computing,
+                    statistics.median(played),
                 )
-                progress(f"{name}, {count} rows: {row.seconds * 1e6:.0f} µs, {row.gbytes:.2f} GB/s")
+                progress(f"{name}, {count} rows: {row.seconds * 1e6:.0f} µs, {row.ratio:.2f} times a bare ping-pong")
                 yield row
 
-    def rows_by(self, link: str) -> tuple[int, ...]:
-        """Those numbers of rows that can go by that link."""
-        return tuple(count for count in self.rows if link != "slot" or count <= MAX_SLOT_ROWS)
-
-    def _timed(self, link: WorkerLink, count: int, clock: ClockPage, name: str) -> tuple[list[float], float]:
-        """Seconds of each round without the worker's computing, and the mean of that.
-
-        What a worker computes for a slot stands on its clock once it has ceased to watch: there the mean is taken off.
-        """
-        rows = link.lend(count, self.width, torch.float32) if name in _LENT else torch.empty(count, self.width)
+    def _timed(
+        self, link: WorkerLink, count: int, clock: ClockPage, name: str, play: Callable[[], float]
+    ) -> tuple[list[float], float, list[float]]:
+        """Seconds of each round without the worker's computing; the mean of that; and of each bare ping-pong."""
+        rows = (
+            link.lend(count, self.width, torch.float32) if name == "shared memory" else torch.empty(count, self.width)
+        )
         rows.normal_()
         link.multiply(_MATRIX_ID, rows, transpose=False)
         seconds: list[float] = []
         computing: list[float] = []
-        before = clock.settled()
+        played: list[float] = []
         while len(seconds) < _LEAST_ROUNDS or (len(seconds) < _MOST_ROUNDS and sum(seconds) < _MOST_SECONDS):
             computed, started = clock.totals, time.perf_counter()
             link.submit(_MATRIX_ID, rows, transpose=False, known_finite=True).result()
             seconds.append(time.perf_counter() - started)
             computing.append(clock.totals.since(computed).seconds)
-        mean = clock.settled().since(before).seconds / len(seconds)
-        if name == "slot":
-            computing = [mean] * len(seconds)
-        return [max(s - c, _TICK_SECONDS) for s, c in zip(seconds, computing, strict=True)], mean
+            played.append(play())
+        return (
+            [max(s - c, _TICK_SECONDS) for s, c in zip(seconds, computing, strict=True)],
+            statistics.mean(computing),
+            played,
+        )
 
 
 class Fitted(NamedTuple):
@@ -163,53 +177,74 @@ class WireResult:
         return {
             "bench": asdict(self.bench),
             "fitted": {link: self.fitted(link)._asdict() for link in self.bench.links},
-            "rows": [asdict(row) | {"gbytes": row.gbytes} for row in self.rows],
+            "rows": [asdict(row) | {"gbytes": row.gbytes, "ratio": row.ratio} for row in self.rows],
             "environment": self.environment,
         }
 
+    def picture(self) -> Chart:
+        """How long so many bytes take by each link, there and back; the fitted lines are thin."""
+        series = []
+        for index, link in enumerate(self.bench.links):
+            points = tuple((float(row.nbytes), row.seconds) for row in self.rows if row.link == link)
+            fitted = tuple((nbytes, self.fitted(link).seconds(nbytes)) for nbytes, _ in points)
+            series.append(Series(link, points, marks=True, line="none", colour=index))
+            series.append(Series("", fitted, line="thin", colour=index))
+        return Chart("Time by size", series, "bytes, there and back", "seconds", log_x=True, log_y=True)
+
     def as_markdown(self) -> str:
         """The lines, and the points that they were fitted to."""
+        fits = {link: self.fitted(link) for link in self.bench.links}
         lines = [
-            f"Rows of {self.bench.width} float32 numbers to a worker on this host and their product back, "
-            f"{self.bench.threads} threads; without the time in which the worker computed.",
-            "",
-            "| link | latency, µs | GB/s, there and back |",
-            "|---|---|---|",
+            (
+                link,
+                f"{it.latency_seconds * 1e6:.0f}",
+                "" if it.gbytes is None else f"{it.gbytes:.2f}",
+                f"{next(row.ratio for row in self.rows if row.link == link):.2f}",
+            )
+            for link, it in fits.items()
         ]
-        for link in self.bench.links:
-            it = self.fitted(link)
-            gbytes = "" if it.gbytes is None else f"{it.gbytes:.2f}"
-            lines.append(f"| {link} | {it.latency_seconds * 1e6:.0f} | {gbytes} |")
-        lines += ["", f"| rows | bytes | {' | '.join(f'{link}, µs' for link in self.bench.links)} |"]
-        lines.append("|---" * (2 + len(self.bench.links)) + "|")
+        points = []
         for count in self.bench.rows:
             own = {row.link: row for row in self.rows if row.rows == count}
-            cells = " | ".join(_cell(own.get(link)) for link in self.bench.links)
-            lines.append(f"| {count} | {format_bytes(next(iter(own.values())).nbytes)} | {cells} |")
-        return "\n".join(lines) + "\n"
+            size = format_bytes(next(iter(own.values())).nbytes)
+            points.append((count, size, *(_cell(own.get(link)) for link in self.bench.links)))
+        parts = (
+            f"Rows of {self.bench.width} float32 numbers to a worker on this host and their product back, "
+            f"{self.bench.threads} threads; without the time in which the worker computed.",
+            markdown_table(
+                ("link", "latency, µs", "GB/s, there and back", "fewest rows, times a bare ping-pong"), lines
+            ),
+            markdown_table(("rows", "bytes", *(f"{link}, µs" for link in self.bench.links)), points),
+        )
+        return "\n\n".join(parts) + "\n"
 
 
 def _cell(row: WireRow | None) -> str:
-    return "" if row is None else f"{row.seconds * 1e6:.0f} (9 of 10: {row.slow_seconds * 1e6:.0f})"
+    if row is None:
+        return ""
+    median, slow, bare = (f"{seconds * 1e6:.0f}" for seconds in (row.seconds, row.slow_seconds, row.bare_seconds))
+    return f"{median} (9 of 10: {slow}; bare: {bare})"
 
 
 @contextmanager
-def _opened(name: str, threads: int) -> Iterator[tuple[WorkerLink, ClockPage]]:
-    """A link of that kind, and its worker's clock."""
+def _opened(name: str, threads: int) -> Iterator[tuple[WorkerLink, ClockPage, PingPong]]:
+    """A link of that kind, its worker's clock, and a process for a bare ping-pong."""
     with tempfile.TemporaryDirectory(
         prefix="obfuscatune-bench-", dir=temporary_root()
     ) as folder:  # made with mode 0700
-        listen = None if name in (*_LENT, "unix socket") else f"tcp:127.0.0.1:{free_port()}"
+        listen = None if name in ("shared memory", "unix socket") else f"tcp:127.0.0.1:{free_port()}"
         ours, theirs = _identities(Path(folder)) if name == "tls" else (None, None)
-        extra: tuple[str, ...] = ("--no-watch",) if name == "shared memory" else ()
+        extra: tuple[str, ...] = ()
         if theirs is not None:
             extra = ("--tls-cert", str(theirs.certificate), "--tls-key", str(theirs.private_key))
             extra += ("--peer", str(theirs.peers))
+        beside = f"unix:{folder}/pong" if listen is None else f"tcp:127.0.0.1:{free_port()}"
         with (
-            clocked_worker(threads, listen, extra) as worker,
+            ping_pong(beside, None if theirs is None else (theirs.certificate, theirs.private_key)) as bare,
+            clocked_worker(threads, listen, extra) as (worker, clock),
             WorkerLink.open(worker.address, tls=ours) as link,
         ):
-            yield link, worker.clock
+            yield link, clock, bare
 
 
 def _identities(folder: Path) -> tuple[TlsConfig, TlsConfig]:

@@ -1,15 +1,75 @@
-"""The work that is timed, the same for every contender: a LoRA step, a forward pass, or tokens one by one."""
+"""The work that is timed, the same for every process: a LoRA step, a forward pass, or tokens one by one.
+
+On models of a shape that has a name, with random weights: time does not depend on what a model knows.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel
 
+from obfuscatune.enclave.config import read_config
 from obfuscatune.tuning.adapter import without_peft_warnings
 from obfuscatune.tuning.elsewhere import after_step, moved_optimizer
+from obfuscatune.wire.errors import ConfigError, ModelFileError
+
+_GPT2 = {  # width, heads, layers
+    "gpt2": (768, 12, 12),
+    "gpt2-medium": (1024, 16, 24),
+    "gpt2-large": (1280, 20, 36),
+    "gpt2-xl": (1600, 25, 48),
+}
+
+NAMES = (*_GPT2, "llama-3.2-1b", "llama-3-8b")
+
+
+def config_of(shape: str, layers: int | None = None) -> PretrainedConfig:
+    """The configuration of a named shape, or of a config.json or directory; with fewer layers where asked.
+
+    Raises:
+        ConfigError: neither a known name nor a configuration.
+    """
+    config = _named(shape) or _from_path(shape)
+    if layers is not None:
+        config.num_hidden_layers = layers  # GPT2Config maps this to n_layer
+    return config
+
+
+def shape_name(shape: str) -> str:
+    """What a shape is called in results: its name, or that of the folder or file with its configuration."""
+    path = Path(shape)
+    return shape if shape in NAMES else path.parent.name if path.name == "config.json" else path.name
+
+
+def _named(shape: str) -> PretrainedConfig | None:
+    if shape in _GPT2:
+        width, heads, depth = _GPT2[shape]
+        return GPT2Config(n_embd=width, n_head=heads, n_layer=depth)
+    if shape == "llama-3.2-1b":
+        return LlamaConfig(
+            vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+            num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
+        )  # fmt: skip
+    if shape == "llama-3-8b":
+        return LlamaConfig(
+            vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+            num_attention_heads=32, num_key_value_heads=8,
+        )  # fmt: skip
+    return None
+
+
+def _from_path(path: str) -> PretrainedConfig:
+    if not Path(path).exists():
+        raise ConfigError(f"unknown shape {path!r}; known are {', '.join(NAMES)}, or the path of a config.json")
+    try:
+        return read_config(Path(path))
+    except ModelFileError as error:
+        raise ConfigError(f"{path} is not a model configuration: {error}") from error
+
 
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 RATE = 1e-4
@@ -68,7 +128,7 @@ class Forward:
 class Decode:
     """`NEW_TOKENS` steps of one token for each of `batch` streams, after a prompt of `length` tokens, with a cache.
 
-    The tokens are given and random, so that rounding cannot send two contenders along different texts.
+    The tokens are given and random, so that rounding cannot send two processes along different texts.
     """
 
     def __init__(self, model: PreTrainedModel, batch: int, length: int) -> None:
@@ -92,13 +152,13 @@ class Decode:
 
 
 class Workload(Protocol):
-    """What a contender does when it is told to."""
+    """What a process does when it is told to."""
 
     def prepare(self) -> None:
         """What comes before and is not timed."""
 
     def __call__(self) -> float:
-        """The work; returns a number that is the same for every contender, but for rounding."""
+        """The work; returns a number that is the same for every process, but for rounding."""
 
 
 WORKLOADS: dict[str, type[LoraStep] | type[Forward] | type[Decode]] = {

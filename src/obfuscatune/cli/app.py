@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from obfuscatune.cli.options import ENVIRONMENT
+from obfuscatune.cli.options import ENVIRONMENT, with_options
 from obfuscatune.cli.streams import settle_streams
 from obfuscatune.machine import refusal
 from obfuscatune.process import settle_process
@@ -84,7 +84,9 @@ def _import_command(name: str) -> Any:
     if isinstance(found, typer.Typer):
         return typer.main.get_command(found)
     app = typer.Typer(add_completion=False)
-    app.command(name, help=_unwrapped(found.__doc__ or ""), epilog=f"Example: {_COMMANDS[name].example}")(found)
+    app.command(name, help=_unwrapped(found.__doc__ or ""), epilog=f"Example: {_COMMANDS[name].example}")(
+        with_options(found)
+    )
     return typer.main.get_command(app)
 
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from obfuscatune.cli import options, output
-from obfuscatune.cli.options import option
 from obfuscatune.cli.session import open_files
+from obfuscatune.option import Option
 from obfuscatune.wire.errors import ConfigError
 from obfuscatune.wire.files import temporary_root
 
 if TYPE_CHECKING:
-    from obfuscatune.attacks.base import Attacker
+    from obfuscatune.audit.attacks.base import Attacker
     from obfuscatune.audit.grid import Grid
     from obfuscatune.audit.scenario import Scenario
 
@@ -26,31 +26,28 @@ REPORT, FIGURES, TABLE = "report.html", "audit.json", "audit.md"
 def audit(
     model: Annotated[
         list[str] | None,
-        option("--model", "Model directory, or `embedded`; may be repeated.", default="the embedded model"),
+        Option("Model directory, or `embedded`; may be repeated.", unset="the embedded model"),
     ] = None,
     profile: Annotated[
         str | None,
-        option(
-            "--profile",
+        Option(
             "Profiles with commas between, each perhaps with knobs (private:first_blocks=0); "
             "identity and rotation are unsafe controls.",
-            default="all, and the controls",
+            unset="all, and the controls",
         ),
     ] = None,
-    attacker: Annotated[str, typer.Option(help="closed, public-text, public-base, known-plaintext or all.")] = "all",
-    seeds: Annotated[int, typer.Option(help="Runs of each profile, with other texts and secrets.", min=1)] = 3,
+    attacker: Annotated[str, Option("closed, public-text, public-base, known-plaintext or all.")] = "all",
+    seeds: Annotated[int, Option("Runs of each profile, with other texts and secrets.", least=1)] = 3,
     data: Annotated[
         list[Path] | None,
-        option(
-            "--data",
+        Option(
             "Text to run on: .jsonl records, .xz, plain, or `embedded`. If repeated, one for each --model in turn.",
-            default="the embedded notes",
+            unset="the embedded notes",
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for report.html, audit.json and audit.md.")] = Path("runs/audit"),
+    out: Annotated[Path, Option("Folder for report.html, audit.json and audit.md.")] = Path("runs/audit"),
     fail_above: Annotated[
-        float | None,
-        typer.Option(help="Fail where an attack on tokens or weights gets further from chance (0) to success (1)."),
+        float | None, Option("Fail where an attack on tokens or weights gets further from chance (0) to success (1).")
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -82,7 +79,7 @@ def audit(
     if as_json:
         output.write_json(json.loads((out / FIGURES).read_text("utf-8")))
     else:
-        from obfuscatune.audit.table import print_grid
+        from obfuscatune.audit.report import print_grid
 
         print_grid(grid)
     output.notice(f"written: {out / REPORT}, {out / FIGURES}, {out / TABLE}")
@@ -98,7 +95,7 @@ def audit(
 
 
 def _attacker(name: str) -> "Attacker | None":
-    from obfuscatune.attacks.base import Attacker
+    from obfuscatune.audit.attacks.base import Attacker
 
     if name == "all":
         return None
@@ -136,8 +133,7 @@ def _scenario(model: str | None, data: Path | None, folder: Path) -> "Scenario":
 
 
 def _write(grid: "Grid", out: Path) -> None:
-    from obfuscatune.audit.document import as_json, as_markdown
-    from obfuscatune.audit.page import render
+    from obfuscatune.audit.report import as_json, as_markdown, render
     from obfuscatune.report.environment import environment
     from obfuscatune.tuning.storage import RunDirectory
 

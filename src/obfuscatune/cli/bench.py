@@ -1,20 +1,30 @@
-"""`obfuscatune bench`: protected and plain, timed in turn on this machine."""
+"""`obfuscatune bench`: protected work beside plain work, timed in turn on this machine."""
 
+import json
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import typer
 
 from obfuscatune.cli import options
-from obfuscatune.cli.bench_files import keep, result_name
-from obfuscatune.cli.bench_kept import check
-from obfuscatune.cli.bench_link import wire
-from obfuscatune.cli.bench_memory import memory
-from obfuscatune.cli.bench_predict import predict
-from obfuscatune.cli.options import option
+from obfuscatune.cli.options import with_options
 from obfuscatune.cli.output import notice, write_json, write_text
 from obfuscatune.machine import cores
+from obfuscatune.option import Option
 from obfuscatune.wire.errors import ConfigError
+
+if TYPE_CHECKING:
+    from obfuscatune.report.charts import Bars, Chart
+
+KEPT = Path("benchmarks/results")
+CALIBRATED_ON = "private"
+EXIT_WORSE = 1
+EXIT_GROWS = 1
+_SPEEDS = "Speeds other than the measured ones"
 
 bench = typer.Typer(
     name="bench",
@@ -29,142 +39,174 @@ def _group() -> None:
     """Time protected work beside plain work on this machine."""
 
 
-Shape = Annotated[str, typer.Option(help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, … or a config.json.")]
-Layers = Annotated[int | None, option("--layers", "Fewer blocks than the shape has.", default="all")]
-Batch = Annotated[int, typer.Option(help="Sequences at a time.", min=1)]
-Length = Annotated[int, typer.Option(help="Tokens a sequence.", min=2)]
-Threads = Annotated[int | None, option("--threads", "For every process.", default="all cores")]
-Rounds = Annotated[int, typer.Option(help="Counted rounds of each side.", min=1)]
+def _command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Registers a command of `bench`, with the examples below its help."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        epilog = "\n\n".join(f"Example: {it}" for it in examples)
+        bench.command(function.__name__, epilog=epilog)(with_options(function))
+        return function
+
+    return register
+
+
+Shape = Annotated[str, Option("gpt2, gpt2-medium, gpt2-large, gpt2-xl, … or a config.json.")]
+Layers = Annotated[int | None, Option("Fewer blocks than the shape has.", unset="all")]
+Batch = Annotated[int, Option("Sequences at a time.", least=1)]
+Length = Annotated[int, Option("Tokens a sequence.", least=2)]
+Threads = Annotated[int | None, Option("For every process.", unset="all cores")]
+Rounds = Annotated[int, Option("Counted rounds of each side.", least=1)]
 Profiles = Annotated[
-    str | None, option("--profile", "Profiles to time beside plain, as private,paper,guarded.", default="private")
+    str | None, Option("Profiles to time beside plain, as private,paper,guarded.", unset="private", name="profile")
 ]
-Out = Annotated[Path | None, option("--out", "Also write JSON, Markdown and a picture to this folder.")]
 
 
-@bench.command(
-    epilog="Example: obfuscatune bench step --shape gpt2 --profile private,paper,guarded --out benchmarks/results"
-)
-def step(
-    shape: Shape = "gpt2",
-    layers: Layers = None,
-    batch: Batch = 2,
-    length: Length = 256,
-    threads: Threads = None,
-    rounds: Rounds = 7,
-    profile: Profiles = None,
-    out: Out = None,
-    as_json: options.AsJson = False,
-) -> None:
+@dataclass(frozen=True)
+class Ending:
+    """What becomes of a result."""
+
+    out: Annotated[Path | None, Option("Also write JSON, Markdown and a picture, if there is one, to this folder.")] = (
+        None
+    )
+    as_json: options.AsJson = False
+
+    def show(self, result: "Result", name: str, picture: "Bars | Chart | None" = None) -> None:
+        """Write the files, if a folder was named, and print the result."""
+        if self.out is not None:
+            svg = None if picture is None else picture.svg(alone=True) + "\n"
+            notice(f"written: {keep(self.out, name, result.as_json(), result.as_markdown(), svg)}")
+        if self.as_json:
+            write_json(result.as_json())
+        else:
+            write_text(result.as_markdown())
+
+
+class Result(Protocol):
+    """What a benchmark measured."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything."""
+
+    def as_markdown(self) -> str:
+        """What people read."""
+
+
+def result_name(what: str, shape: str | None = None, layers: int | None = None, *parts: str) -> str:
+    """`2026-01-31-step-gpt2-4-layers-private`; what a file cannot be called, in a path or in knobs, becomes a dash."""
+    day = datetime.now(UTC).strftime("%Y-%m-%d")
+    named = [] if shape is None else [shape]
+    depth = [] if layers is None else [f"{layers}-layers"]
+    return re.sub(r"[^\w.()-]+", "-", "-".join([day, what, *named, *depth, *parts]))
+
+
+def keep(folder: Path, name: str, document: dict[str, Any], markdown: str, svg: str | None = None) -> Path:
+    """Write a file of each kind under one name; the JSON file's path.
+
+    Raises:
+        StorageError: the folder cannot be written to.
+    """
+    from obfuscatune.tuning.storage import RunDirectory
+
+    path = folder / f"{name}.json"
+    files = {".json": json.dumps(document, indent=1) + "\n", ".md": markdown}
+    if svg is not None:
+        files |= {".md": f"{markdown}\n![the same as a picture]({name}.svg)\n", ".svg": svg}
+    directory = RunDirectory(folder)
+    for suffix, text in files.items():
+        directory.write_file(path.with_suffix(suffix).name, text.encode())
+    return path
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is timed on both sides."""
+
+    shape: Shape = "gpt2"
+    layers: Layers = None
+    batch: Batch = 2
+    length: Length = 256
+    threads: Threads = None
+    rounds: Rounds = 7
+    profiles: Profiles = None
+
+
+@dataclass(frozen=True)
+class DecodingSizes(Sizes):
+    """The same for decoding."""
+
+    batch: Annotated[int, Option("Streams that are decoded together.", least=1)] = 1
+    length: Annotated[int, Option("Tokens of the prompt, which is not timed.", least=2)] = 32
+
+
+@_command("obfuscatune bench step --shape gpt2 --profile private,paper,guarded --out benchmarks/results")
+def step(sizes: Sizes, ending: Ending) -> None:
     """Time a LoRA step (forward, backward, AdamW) protected and plain.
 
     Each side has its own process and they take turns, so none disturbs another. Plain runs at its own best setting of
     OpenMP's waiting, which is tried first. Weights are random: time does not depend on them. Beside the times stands
     where they go, what the processes hold in memory, and the least that this machine could need for the same products.
     """
-    _side_by_side("step", shape, layers, batch, length, threads, rounds, profile, out, as_json=as_json)
+    _side_by_side("step", sizes, ending)
 
 
-@bench.command(epilog="Example: obfuscatune bench forward --shape gpt2 --batch 2 --length 256")
-def forward(
-    shape: Shape = "gpt2",
-    layers: Layers = None,
-    batch: Batch = 2,
-    length: Length = 256,
-    threads: Threads = None,
-    rounds: Rounds = 7,
-    profile: Profiles = None,
-    out: Out = None,
-    as_json: options.AsJson = False,
-) -> None:
+@_command("obfuscatune bench forward --shape gpt2 --batch 2 --length 256")
+def forward(sizes: Sizes, ending: Ending) -> None:
     """Time a forward pass without gradients, protected and plain, as `bench step` does."""
-    _side_by_side("forward", shape, layers, batch, length, threads, rounds, profile, out, as_json=as_json)
+    _side_by_side("forward", sizes, ending)
 
 
-@bench.command(epilog="Example: obfuscatune bench decode --shape gpt2 --batch 8")
-def decode(
-    shape: Shape = "gpt2",
-    layers: Layers = None,
-    batch: Annotated[int, typer.Option(help="Streams that are decoded together.", min=1)] = 1,
-    length: Annotated[int, typer.Option(help="Tokens of the prompt, which is not timed.", min=2)] = 32,
-    threads: Threads = None,
-    rounds: Rounds = 7,
-    profile: Profiles = None,
-    out: Out = None,
-    as_json: options.AsJson = False,
-) -> None:
+@_command("obfuscatune bench decode --shape gpt2 --batch 8")
+def decode(sizes: DecodingSizes, ending: Ending) -> None:
     """Time the decoding of 16 tokens a stream with a cache, protected and plain, as `bench step` does."""
-    _side_by_side("decode", shape, layers, batch, length, threads, rounds, profile, out, as_json=as_json)
+    _side_by_side("decode", sizes, ending)
 
 
-def _side_by_side(
-    work: Literal["step", "forward", "decode"],
-    shape: str,
-    layers: int | None,
-    batch: int,
-    length: int,
-    threads: int | None,
-    rounds: int,
-    profile: str | None,
-    out: Path | None,
-    *,
-    as_json: bool,
-) -> None:
-    """Measure, show and keep."""
-    from obfuscatune.bench.shapes import config_of, shape_name
+def _side_by_side(work: Literal["step", "forward", "decode"], sizes: Sizes, ending: Ending) -> None:
     from obfuscatune.bench.step import StepBench
+    from obfuscatune.bench.workload import config_of, shape_name
+
+    config_of(sizes.shape, sizes.layers)  # a wrong name fails here, not in a child process
+    profiles = _checked_profiles(sizes.profiles)
+    settings = asdict(sizes) | {"threads": sizes.threads or cores(), "profiles": profiles}
+    measured = StepBench(work=work, **settings).run(notice)
+    streams = (f"{sizes.batch}-streams",) if work == "decode" else ()
+    name = result_name(work, shape_name(sizes.shape), sizes.layers, *streams, *profiles)
+
+    ending.show(measured, name, measured.picture())
+
+
+def _checked_profiles(names: str | None) -> tuple[str, ...]:
+    """The names with commas between, each known."""
     from obfuscatune.enclave.profiles import resolve
 
-    config_of(shape, layers)  # a wrong name fails here, not in a child process
-    profiles = tuple(dict.fromkeys((profile or "private").split(",")))
-    for one in profiles:
-        resolve(one)
-    measured = StepBench(
-        work=work,
-        shape=shape,
-        layers=layers,
-        batch=batch,
-        length=length,
-        threads=threads or cores(),
-        rounds=rounds,
-        profiles=profiles,
-    ).run(notice)
-    if out is not None:
-        from obfuscatune.bench.plots import plot_step
-
-        size = (f"{batch}-streams",) if work == "decode" else ()
-        name = result_name(work, shape_name(shape), layers, *size, *profiles)
-        notice(f"written: {keep(out, name, measured.as_json(), measured.as_markdown(), plot_step(measured))}")
-    if as_json:
-        write_json(measured.as_json())
-    else:
-        write_text(measured.as_markdown())
+    profiles = tuple(dict.fromkeys((names or "private").split(",")))
+    for name in profiles:
+        resolve(name)
+    return profiles
 
 
-@bench.command(
-    epilog="Example: obfuscatune bench obfuscate --shape gpt2-xl --out benchmarks/results\n\n"
-    "Dense: obfuscatune bench obfuscate --shape gpt2 --transform structured --transform haar"
+@_command(
+    "obfuscatune bench obfuscate --shape gpt2-xl --out benchmarks/results",
+    "obfuscatune bench obfuscate --shape gpt2 --transform structured --transform haar",
 )
 def obfuscate(
-    shape: Annotated[str, typer.Option(help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, … or a config.json.")] = "gpt2-xl",
-    layers: Annotated[int | None, option("--layers", "Fewer blocks than the shape has.", default="all")] = None,
-    model: Annotated[Path | None, option("--model", "A model directory instead of a shape.")] = None,
-    transform: Annotated[
-        list[str] | None, option("--transform", "structured, haar, …; may be repeated.", default="structured")
-    ] = None,
-    threads: Annotated[int | None, option("--threads", "For every process.", default="all cores")] = None,
-    rounds: Annotated[int, typer.Option(help="Loads with each transform; the fastest counts.", min=1)] = 3,
+    shape: Shape = "gpt2-xl",
+    layers: Layers = None,
+    model: Annotated[Path | None, Option("A model directory instead of a shape.")] = None,
+    transform: Annotated[list[str] | None, Option("structured, haar, …; may be repeated.", unset="structured")] = None,
+    threads: Threads = None,
+    rounds: Annotated[int, Option("Loads with each transform; the fastest counts.", least=1)] = 3,
     profile: options.Profile = None,
     first_blocks: options.FirstBlocks = None,
     memory_kept: Annotated[
         bool,
-        typer.Option(
-            "--memory-kept",
-            help="Without what a virtual machine's host takes to supply new memory: "
-            "a process beside it holds some, and gives it back as the worker takes it.",
+        Option(
+            "Without what a virtual machine's host takes to supply new memory: "
+            "a process beside it holds some, and gives it back as the worker takes it."
         ),
     ] = False,
-    out: Annotated[Path | None, option("--out", "Also write JSON and Markdown to this folder.")] = None,
-    as_json: options.AsJson = False,
+    *,
+    ending: Ending,
 ) -> None:
     """Time a model's way from its files to under protection, and weigh the processes.
 
@@ -173,41 +215,36 @@ def obfuscate(
     enclave: at gpt2-xl, some 40 GB of them with the default profile; ask for fewer --layers, or --profile paper.
     """
     from obfuscatune.bench.obfuscate import ObfuscateBench
-    from obfuscatune.bench.shapes import config_of, shape_name
+    from obfuscatune.bench.workload import config_of, shape_name
     from obfuscatune.enclave.profiles import resolve
 
+    profile = profile or "private"
     transforms = tuple(transform or ["structured"])
     for one in transforms:
-        resolve(profile or "private", transform=one, **({} if first_blocks is None else {"first_blocks": first_blocks}))
+        resolve(profile, transform=one, **({} if first_blocks is None else {"first_blocks": first_blocks}))
     config_of(shape, layers)
     measured = ObfuscateBench(
         shape=shape,
         layers=layers,
         model=model,
         transforms=transforms,
-        profile=profile or "private",
+        profile=profile,
         first_blocks=first_blocks,
         threads=threads or cores(),
         rounds=rounds,
         memory_kept=memory_kept,
     ).run(notice)
-    if out is not None:
-        parts = (profile or "private", *transforms, *(["memory-kept"] if memory_kept else []))
-        name = result_name("obfuscate", shape_name(shape) if model is None else model.name, layers, *parts)
-        notice(f"written: {keep(out, name, measured.as_json(), measured.as_markdown())}")
-    if as_json:
-        write_json(measured.as_json())
-    else:
-        write_text(measured.as_markdown())
+    parts = (profile, *transforms, *(["memory-kept"] if memory_kept else []))
+    ending.show(measured, result_name("obfuscate", shape_name(shape) if model is None else model.name, layers, *parts))
 
 
-@bench.command(epilog="Example: obfuscatune bench verify --out benchmarks/results")
+@_command("obfuscatune bench verify --out benchmarks/results")
 def verify(
-    honest_calls: Annotated[int, typer.Option("--honest-calls", help="In each dtype.", min=1)] = 100_000,
-    trials: Annotated[int, typer.Option(help="Of each kind and size of tampering.", min=1)] = 1_000,
-    requests: Annotated[int, typer.Option(help="Timed over each link, as the worker sees them.", min=10)] = 1_000,
-    out: Annotated[Path | None, option("--out", "Also write JSON and Markdown to this folder.")] = None,
-    as_json: options.AsJson = False,
+    honest_calls: Annotated[int, Option("In each dtype.", least=1)] = 100_000,
+    trials: Annotated[int, Option("Of each kind and size of tampering.", least=1)] = 1_000,
+    requests: Annotated[int, Option("Timed over each link, as the worker sees them.", least=10)] = 1_000,
+    *,
+    ending: Ending,
 ) -> None:
     """Count how often a worker's wrong product is caught, and how near an honest one comes to a false alarm.
 
@@ -215,22 +252,16 @@ def verify(
     """
     from obfuscatune.bench.verify import VerifyBench
 
-    measured = VerifyBench(honest_calls, trials, requests).run(notice)
-    if out is not None:
-        notice(f"written: {keep(out, result_name('verify'), measured.as_json(), measured.as_markdown())}")
-    if as_json:
-        write_json(measured.as_json())
-    else:
-        write_text(measured.as_markdown())
+    ending.show(VerifyBench(honest_calls, trials, requests).run(notice), result_name("verify"))
 
 
-@bench.command(epilog="Example: obfuscatune bench rotation --dim 768 --dim 3072 --rows 1 --rows 512")
+@_command("obfuscatune bench rotation --dim 768 --dim 3072 --rows 1 --rows 512")
 def rotation(
-    dim: Annotated[list[int] | None, option("--dim", "Width of x; may be repeated.", default="GPT-2's")] = None,
-    rows: Annotated[list[int] | None, option("--rows", "Of x; may be repeated.", default="1, 8, 32, 512, 4096")] = None,
-    threads: Annotated[int | None, option("--threads", "Of torch and of the kernels.", default="all cores")] = None,
-    out: Annotated[Path | None, option("--out", "Also write JSON and Markdown to this folder.")] = None,
-    as_json: options.AsJson = False,
+    dim: Annotated[list[int] | None, Option("Width of x; may be repeated.", unset="GPT-2's")] = None,
+    rows: Annotated[list[int] | None, Option("Of x; may be repeated.", unset="1, 8, 32, 512, 4096")] = None,
+    threads: Annotated[int | None, Option("Of torch and of the kernels.", unset="all cores")] = None,
+    *,
+    ending: Ending,
 ) -> None:
     """Time rotation and mixing, by torch's operations and by the compiled kernels, beside the machine's own limits."""
     from obfuscatune.bench.rotation import DIMS, ROWS, RotationBench
@@ -239,23 +270,142 @@ def rotation(
     dims, counts = tuple(dim or DIMS), tuple(rows or ROWS)
     if min(dims) <= DENSE_BELOW or min(counts) < 1:
         raise ConfigError(f"--dim is more than {DENSE_BELOW}: below, transforms are dense; --rows is at least 1")
-    measured = RotationBench(dims, counts, threads or cores()).run(notice)
-    if out is not None:
-        notice(f"written: {keep(out, result_name('rotation'), measured.as_json(), measured.as_markdown())}")
+    ending.show(RotationBench(dims, counts, threads or cores()).run(notice), result_name("rotation"))
+
+
+@_command("obfuscatune bench wire --link tcp --link tls --out benchmarks/results")
+def wire(
+    rows: Annotated[list[int] | None, Option("In a message; may be repeated.", unset="1 to 16384")] = None,
+    width: Annotated[int, Option("float32 numbers in a row.", least=1, most=4096)] = 256,
+    link: Annotated[
+        list[str] | None, Option("shared memory, unix socket, tcp or tls; may be repeated.", unset="all of them")
+    ] = None,
+    threads: Annotated[int | None, Option("Of both processes.", unset="all cores")] = None,
+    *,
+    ending: Ending,
+) -> None:
+    """Time rows on their way to a worker on this machine and back, by each kind of link.
+
+    What the worker takes to multiply them is on its own clock and taken off. Beside each, a bare ping-pong of two
+    processes that pass as many bytes. A line is fitted to each link: its latency and its bandwidth, which
+    `bench predict` reckons with.
+    """
+    from obfuscatune.bench.wire import LINKS, ROWS, WireBench
+
+    links, counts = tuple(link or LINKS), tuple(sorted(set(rows or ROWS)))
+    if unknown := [name for name in links if name not in LINKS]:
+        raise ConfigError(f"--link {unknown[0]!r} is none of {', '.join(LINKS)}")
+    if counts[0] < 1 or len(counts) < 2:
+        raise ConfigError("--rows is at least 1, and takes two or more numbers: a line is fitted to them")
+    measured = WireBench(links, counts, width, threads or cores()).run(notice)
+
+    ending.show(measured, result_name("wire"), measured.picture())
+
+
+@_command("obfuscatune bench check new/2026-01-31-step-gpt2-private.json --kept benchmarks/results")
+def check(
+    result: Annotated[Path, typer.Argument(help="JSON file that bench step, forward or decode wrote.")],
+    kept: Annotated[Path, Option("Folder with the results that were kept.")] = KEPT,
+    margin: Annotated[float, Option("By what share of itself a ratio may grow.", least=0)] = 0.05,
+    as_json: options.AsJson = False,
+) -> None:
+    """Compare a result with the last one kept of the same work on the same kind of machine.
+
+    Every profile's ratio of protected to plain beside the kept one. Ends with code 1 if one has grown by more than the
+    margin, which is for noise.
+    """
+    from obfuscatune.bench.compare import as_markdown, compare, read_result
+
+    comparisons = compare(read_result(result), kept, but=result)
     if as_json:
-        write_json(measured.as_json())
+        write_json([asdict(one) | {"change": one.change, "verdict": one.verdict(margin)} for one in comparisons])
     else:
-        write_text(measured.as_markdown())
+        write_text(as_markdown(comparisons, margin))
+    if any(one.is_worse(margin) for one in comparisons):
+        raise typer.Exit(EXIT_WORSE)
 
 
-bench.command(epilog="Example: obfuscatune bench wire --link tcp --link tls --out benchmarks/results")(wire)
-bench.command(
-    epilog="Example: obfuscatune bench check new/2026-01-31-step-gpt2-private.json --kept benchmarks/results"
-)(check)
-bench.command(
-    epilog="Example: obfuscatune bench memory --steps 1000 --profile private,guarded --out benchmarks/results"
-)(memory)
-bench.command(
-    epilog="Example: obfuscatune bench predict --from benchmarks/results/2026-01-31-step-gpt2-private.json --shape "
-    "gpt2-xl --worker-gflops 20000 --link-gbytes 1.2 --latency-us 100"
-)(predict)
+@_command("obfuscatune bench memory --steps 1000 --profile private,guarded --out benchmarks/results")
+def memory(
+    shape: Annotated[str | None, Option("gpt2, … or a config.json.", unset="the embedded model's")] = None,
+    layers: Layers = None,
+    batch: Batch = 2,
+    length: Length = 64,
+    threads: Annotated[int | None, Option("For both processes.", unset="all cores")] = None,
+    steps: Annotated[int, Option("After the warm-up.", least=4)] = 1000,
+    warmup: Annotated[int, Option("Steps before these.", least=0)] = 100,
+    profile: Annotated[str | None, Option("One after the other, as private,guarded.", unset="private")] = None,
+    *,
+    ending: Ending,
+) -> None:
+    """Take many protected LoRA steps and watch what enclave and worker hold in memory.
+
+    A line is fitted to the second half of each process's samples: by then both heaps are as large as they need be. Ends
+    with code 1 if one rises by more than 4 MiB.
+    """
+    from obfuscatune.bench.memory import MemoryBench
+    from obfuscatune.bench.workload import config_of
+
+    small = {} if shape is None else {"shape": shape}
+    bench = MemoryBench(
+        **small,
+        layers=layers,
+        batch=batch,
+        length=length,
+        threads=threads or cores(),
+        steps=steps,
+        warmup=warmup,
+        profiles=_checked_profiles(profile),
+    )
+    config_of(bench.shape, layers)
+    measured = bench.run(notice)
+
+    ending.show(measured, result_name("memory", measured.bench["shape"], layers, *bench.profiles), measured.picture())
+    if measured.grows:
+        raise typer.Exit(EXIT_GROWS)
+
+
+@_command(
+    "obfuscatune bench predict --from benchmarks/results/2026-01-31-step-gpt2-private.json --shape gpt2-xl "
+    "--worker-gflops 20000 --link-gbytes 1.2 --latency-us 100"
+)
+def predict(
+    measured: Annotated[Path, Option("JSON file of bench step or forward: its speeds are taken.", name="from")],
+    shape: Annotated[str, Option("gpt2, …, llama-3.2-1b, llama-3-8b, or a config.json.")] = "gpt2-xl",
+    layers: Layers = None,
+    batch: Batch = 2,
+    length: Length = 256,
+    profile: options.Profile = None,
+    worker_gflops: Annotated[float | None, Option("10⁹ operations a second of a product.", _SPEEDS)] = None,
+    link_gbytes: Annotated[float | None, Option("10⁹ bytes a second, there and back.", _SPEEDS)] = None,
+    latency_us: Annotated[float | None, Option("Of one crossing, in µs.", _SPEEDS)] = None,
+    against: Annotated[
+        Path | None, Option("Predict what was kept in this folder instead, beside the measured ratios.")
+    ] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Predict the ratio of protected to plain from a model's shape and from speeds (docs/cost-model.md).
+
+    The speeds are those at which a kept result was made; those of a worker on an accelerator or another host are given.
+    """
+    from obfuscatune.bench.compare import kept_results, read_result
+    from obfuscatune.bench.predict import calibrated, check, check_as_markdown, count_work
+    from obfuscatune.bench.predict import predict as predicted
+    from obfuscatune.enclave.profiles import resolve
+
+    document = read_result(measured)
+    latency = None if latency_us is None else latency_us * 1e-6
+    speeds = calibrated(document, CALIBRATED_ON).elsewhere(worker_gflops, link_gbytes, latency)
+    if against is not None:
+        rows = list(check(kept_results(against, document), speeds))
+        if as_json:
+            write_json([asdict(row) | {"error": row.error} for row in rows])
+        else:
+            write_text(check_as_markdown(rows))
+        return
+    work = count_work(document["bench"]["work"], shape, layers, batch, length, resolve(profile or CALIBRATED_ON))
+    found = predicted(work, speeds)
+    if as_json:
+        write_json({"work": asdict(work), "speeds": asdict(speeds), **found.as_json()})
+    else:
+        write_text(found.as_markdown())

@@ -2,42 +2,34 @@
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Annotated
 
 from obfuscatune.cli import options, output, streams
-from obfuscatune.cli.decoding import Sampling, decode
-from obfuscatune.cli.options import option
+from obfuscatune.cli.decoding import TEXT, Sampling, decode
 from obfuscatune.cli.session import ModelFiles, Protection, open_files, open_session
+from obfuscatune.option import Option
 
 if TYPE_CHECKING:
     from obfuscatune.tuning.records import Message
 
-_TEXT = "Text"
+
+@dataclass(frozen=True)
+class TurnSampling(Sampling):
+    """The same for one turn of a conversation."""
+
+    max_new_tokens: Annotated[int, Option("The most in a turn.", TEXT)] = 256
 
 
 def chat(
-    system: Annotated[str | None, option("--system", "Instructions to begin with.", panel=_TEXT)] = None,
-    max_new_tokens: Annotated[int, option("--max-new-tokens", "The most in a turn.", default="256", panel=_TEXT)] = 256,
-    temperature: Annotated[
-        float, option("--temperature", "0 takes the likeliest token each time.", default="0", panel=_TEXT)
-    ] = 0.0,
-    top_p: Annotated[
-        float, option("--top-p", "Sample from the likeliest tokens of this share.", default="1", panel=_TEXT)
-    ] = 1.0,
-    seed: Annotated[int, option("--seed", "Of the sampling.", default="0", panel=_TEXT)] = 0,
+    system: Annotated[str | None, Option("Instructions to begin with.", TEXT)] = None,
+    *,
+    sampling: TurnSampling,
     model: options.Model = None,
     adapter: options.Adapter = None,
     dtype: options.Dtype = None,
-    plain: options.Plain = False,
-    worker: options.Worker = None,
-    profile: options.Profile = None,
-    base: options.Base = None,
-    first_blocks: options.FirstBlocks = None,
-    key_file: options.KeyFile = None,
-    tls_cert: options.TlsCert = None,
-    tls_key: options.TlsKey = None,
-    peer: options.Peer = None,
+    protection: Protection,
     as_json: options.AsJson = False,
 ) -> None:
     """Talk with a model, a line a turn, on a worker that learns neither the model nor what is said.
@@ -47,12 +39,11 @@ def chat(
     """
     from obfuscatune.tuning.records import Message
 
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    protection = Protection(worker, profile, first_blocks, key_file, tls_cert, tls_key, peer, base).unless(plain)
+    wanted = protection.unless_plain()
     beginning = [] if system is None else [Message("system", streams.checked_text(system, "--system"))]
     files = open_files(model)
     messages = list(beginning)
-    with open_session(files, dtype=dtype, protection=protection, adapter=adapter) as session:
+    with open_session(files, dtype=dtype, protection=wanted, adapter=adapter) as session:
         for line in _lines():
             if line == "/reset":
                 messages = list(beginning)

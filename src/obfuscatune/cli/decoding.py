@@ -2,24 +2,30 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from obfuscatune.cli.session import ModelFiles, Session
+from obfuscatune.option import Option
 from obfuscatune.wire.errors import ConfigError, DataError
+
+TEXT = "Text"
+"""A heading of the help."""
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen: the likeliest at temperature 0, else drawn from the likeliest `top_p` of the mass.
 
+    Each field is an option.
+
     Raises:
         ConfigError: a value outside its range.
     """
 
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    seed: int
+    max_new_tokens: Annotated[int, Option("The most to write.", TEXT)] = 64
+    temperature: Annotated[float, Option("0 takes the likeliest token each time.", TEXT)] = 0.0
+    top_p: Annotated[float, Option("Sample from the likeliest tokens of this share.", TEXT)] = 1.0
+    seed: Annotated[int, Option("Of the sampling.", TEXT)] = 0
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:

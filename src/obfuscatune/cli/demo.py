@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from obfuscatune.cli import output
-from obfuscatune.cli.options import AsJson, option
+from obfuscatune.cli.options import AsJson
 from obfuscatune.cli.session import Protection, Session, open_files, open_session
+from obfuscatune.option import Option
 from obfuscatune.report.units import format_seconds
 
 if TYPE_CHECKING:
@@ -23,9 +24,9 @@ EXIT_FAILED = 1
 
 
 def demo(
-    out: Annotated[Path, option("--out", "Folder for adapters and report.", default="demo-out")] = Path("demo-out"),
-    seed: Annotated[int, option("--seed", "Of order, fresh factors and dropout, in both runs.", default="0")] = 0,
-    quick: Annotated[bool, option("--quick", "A few steps and questions: seconds, and nothing learnt.")] = False,
+    out: Annotated[Path, Option("Folder for adapters and report.")] = Path("demo-out"),
+    seed: Annotated[int, Option("Of order, fresh factors and dropout, in both runs.")] = 0,
+    quick: Annotated[bool, Option("A few steps and questions: seconds, and nothing learnt.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Watch a model learn private notes on a worker that sees neither, beside the plain run.
@@ -34,11 +35,10 @@ def demo(
     notes, and asks again; then does the same plain, with the same seeds. Ends with exit code 1 if the two do not agree,
     or fewer than 80 % of the answers are right. Two to four minutes on two cores.
     """
-    from obfuscatune.demo.folder import REPORT, RESULT, claim
     from obfuscatune.demo.page import render
-    from obfuscatune.demo.recipe import Settings
     from obfuscatune.demo.result import document
     from obfuscatune.demo.run import run_demo
+    from obfuscatune.demo.settings import REPORT, RESULT, Settings, claim
     from obfuscatune.demo.terminal import print_result
 
     settings = Settings(seed, quick)
@@ -79,7 +79,7 @@ class _Screen:
 
     @contextmanager
     def training(self, name: "Name") -> Iterator[Callable[["Event"], None]]:
-        from obfuscatune.demo.live import STYLES, live_curve
+        from obfuscatune.demo.terminal import STYLES, live_curve
         from obfuscatune.report.braille import Curve
         from obfuscatune.tuning.loop import StepEvent
 

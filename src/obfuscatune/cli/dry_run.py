@@ -14,7 +14,9 @@ _STATES = 4
 """Numbers for each trained parameter: itself, its gradient, AdamW's two moments."""
 
 
-def dry_run(recipe: "Recipe", files: ModelFiles, data: "Data", protection: Protection | None, *, as_json: bool) -> None:
+def show_dry_run(
+    recipe: "Recipe", files: ModelFiles, data: "Data", protection: Protection | None, *, as_json: bool
+) -> None:
     """Print what a run would do. The data, the run directory and the options were checked before.
 
     Raises:
@@ -35,7 +37,7 @@ def _document(recipe: "Recipe", files: ModelFiles, data: "Data", protection: Pro
     from obfuscatune.enclave.plan import make_plan, model_from_config
     from obfuscatune.enclave.profiles import resolve
     from obfuscatune.tuning.adapter import add_lora
-    from obfuscatune.tuning.cadence import Cadence
+    from obfuscatune.tuning.loop import Cadence
 
     dtype = getattr(torch, recipe.dtype)
     skeleton = model_from_config(files.directory)

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from obfuscatune.cli import options, output
-from obfuscatune.cli.options import option
 from obfuscatune.cli.session import ModelFiles, Protection, Session, open_files, open_session
+from obfuscatune.option import Option
 from obfuscatune.wire.errors import ConfigError
 
 if TYPE_CHECKING:
-    from obfuscatune.evaluation.compare import Comparison
-    from obfuscatune.evaluation.results import Metric
+    from obfuscatune.evaluation.scoring import Comparison, Metric
 
 _QUESTIONS = "Questions"
 
@@ -21,31 +20,18 @@ _QUESTIONS = "Questions"
 def evaluate(
     model: options.Model = None,
     adapter: options.Adapter = None,
-    task: Annotated[
-        str | None, option("--task", "A public question set: sciq, openbookqa, piqa or webqs.", panel=_QUESTIONS)
-    ] = None,
-    data_dir: Annotated[Path | None, option("--data-dir", "Where the task's files are.", panel=_QUESTIONS)] = None,
-    data: Annotated[
-        Path | None, option("--data", "Prompts and completions of your own, in JSON Lines.", panel=_QUESTIONS)
-    ] = None,
-    limit: Annotated[
-        int | None, option("--limit", "Ask only the first so many.", default="all", panel=_QUESTIONS)
-    ] = None,
-    batch_size: Annotated[int, option("--batch-size", "Rows in a forward pass.", default="16")] = 16,
-    answers: Annotated[bool, option("--answers", "With --json: every single answer and its margin.")] = False,
+    task: Annotated[str | None, Option("A public question set: sciq, openbookqa, piqa or webqs.", _QUESTIONS)] = None,
+    data_dir: Annotated[Path | None, Option("Where the task's files are.", _QUESTIONS)] = None,
+    data: Annotated[Path | None, Option("Prompts and completions of your own, in JSON Lines.", _QUESTIONS)] = None,
+    limit: Annotated[int | None, Option("Ask only the first so many.", _QUESTIONS, unset="all")] = None,
+    batch_size: Annotated[int, Option("Rows in a forward pass.")] = 16,
+    answers: Annotated[bool, Option("With --json: every single answer and its margin.")] = False,
     dtype: options.Dtype = None,
-    plain: options.Plain = False,
+    *,
+    protection: Protection,
     compare_plain: Annotated[
-        bool, option("--compare-plain", "Ask the plain model too, and compare answer by answer.", panel="Protection")
+        bool, Option("Ask the plain model too, and compare answer by answer.", options.PROTECTION)
     ] = False,
-    worker: options.Worker = None,
-    profile: options.Profile = None,
-    base: options.Base = None,
-    first_blocks: options.FirstBlocks = None,
-    key_file: options.KeyFile = None,
-    tls_cert: options.TlsCert = None,
-    tls_key: options.TlsKey = None,
-    peer: options.Peer = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Measure how many questions a model answers right.
@@ -53,17 +39,17 @@ def evaluate(
     A task's choices are scored as lm-evaluation-harness scores them (acc, acc_norm; exact_match for webqs). Prompts of
     your own are answered greedily up to the end of the line, and must match exactly.
     """
-    if plain and compare_plain:
+    if protection.plain and compare_plain:
         raise ConfigError("--plain asks the plain model alone; --compare-plain asks both: give one of them")
     for name, value in (("--limit", limit), ("--batch-size", batch_size)):
         if value is not None and value < 1:
             raise ConfigError(f"{name}: expected at least 1, found {value}")
     ask = _load_questions(task, data_dir, data, limit, batch_size)
-    protection = Protection(worker, profile, first_blocks, key_file, tls_cert, tls_key, peer, base).unless(plain)
+    wanted = protection.unless_plain()
     files = open_files(model)
     ask.check(files)
     results = []
-    for chosen in [protection, None] if compare_plain else [protection]:
+    for chosen in [wanted, None] if compare_plain else [wanted]:
         with open_session(files, dtype=dtype, protection=chosen, adapter=adapter) as session:
             results.append(_measure(ask, session, files))
     comparisons = _compare(results)
@@ -148,7 +134,7 @@ def _measure(questions: _Questions, session: Session, files: ModelFiles) -> _Res
 
 
 def _compare(results: Sequence[_Result]) -> "list[Comparison]":
-    from obfuscatune.evaluation.compare import compare
+    from obfuscatune.evaluation.scoring import compare
 
     if len(results) < 2:
         return []

@@ -2,16 +2,19 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
+from inspect import Parameter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from types import NoneType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
 from obfuscatune.cli import options, output
-from obfuscatune.cli.options import ENVIRONMENT, option, said_by_environment, with_known_names
+from obfuscatune.cli.options import said_by_environment, told_default
 from obfuscatune.cli.session import Protection, empty_model, open_files, open_session
 from obfuscatune.cli.stop_signals import StopSignals, Terminated
+from obfuscatune.option import Option, split_annotation
 from obfuscatune.wire.errors import RunStopped
 
 if TYPE_CHECKING:
@@ -19,113 +22,55 @@ if TYPE_CHECKING:
     from obfuscatune.tuning.recipe import Recipe
     from obfuscatune.tuning.run import Outcome
 
-_DATA, _LORA, _TRAINING, _RUN = "Data", "LoRA", "Training", "Run"
+
+class RecipeOptions(dict[str, Any]):
+    """Settings of a recipe that the command line gave, by their names in the recipe or in Hugging Face's libraries."""
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__({name: value for name, value in values.items() if value is not None and value is not False})
+
+    @staticmethod
+    def option_parameters() -> Iterator[Parameter]:
+        """An option for each field of `Recipe` that has an `Option`, and a hidden one for each of `names.ALIASES`."""
+        from obfuscatune.tuning.names import ALIASES
+        from obfuscatune.tuning.recipe import Recipe
+
+        for name, field in Recipe.model_fields.items():
+            if told := next((it for it in field.metadata if isinstance(it, Option)), None):
+                kind, choices = _read_as(field.annotation)
+                unset = told.unset or (None if field.is_required() else told_default(field.default))
+                option = replace(told, unset=unset, choices=choices)
+                yield Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
+        for name in ALIASES:
+            hidden = typer.Option(f"--{name.replace('_', '-')}", hidden=True)
+            yield Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, hidden])
 
 
-@with_known_names
+def _read_as(annotation: Any) -> tuple[Any, tuple[str, ...]]:
+    """What the command line reads a field of the recipe as, and the words that it takes.
+
+    Numbers, paths and switches are read by typer; all else is text, which the recipe understands.
+    """
+    if get_origin(annotation) is Literal:
+        return str, get_args(annotation)
+    kinds = [split_annotation(it)[0] for it in get_args(annotation) or (annotation,)]
+    words = tuple(word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind))
+    known = [kind for kind in kinds if kind is not NoneType]
+    return (known[0], words) if known in ([int], [float], [bool], [Path]) else (str, words)
+
+
 def finetune(
-    config: Annotated[Path | None, option("--config", "A run file in YAML; options override it.")] = None,
+    config: Annotated[Path | None, Option("A run file in YAML; options override it.")] = None,
     model: options.Model = None,
-    data: Annotated[
-        Path | None, option("--data", "Training records (with --task, or a data directory).", panel=_DATA)
-    ] = None,
-    evaluation: Annotated[
-        Path | None, option("--eval", "Records whose loss is measured, untrained.", panel=_DATA)
-    ] = None,
-    task: Annotated[
-        str | None, option("--task", "The records are those of sciq, openbookqa, piqa or webqs.", panel=_DATA)
-    ] = None,
-    fields: options.Fields = None,
-    split_turns: Annotated[
-        bool,
-        option("--split-turns", "An example of each turn, where the chat template rewrites earlier ones.", panel=_DATA),
-    ] = False,
-    preview: Annotated[
-        bool, option("--preview", "Show what the model will see and what is trained on, and end.", panel=_DATA)
-    ] = False,
-    preview_records: Annotated[
-        int, option("--preview-records", "How many examples to show.", default="3", panel=_DATA)
-    ] = 3,
-    max_length: Annotated[
-        int | None, option("--max-length", "Tokens of an example.", default="the model's window", panel=_DATA)
-    ] = None,
-    too_long: Annotated[
-        str | None, option("--too-long", "Longer ones: error, truncate or drop.", default="error", panel=_DATA)
-    ] = None,
-    out: Annotated[Path | None, option("--out", "The run directory.", default="runs/finetune", panel=_RUN)] = None,
-    resume: Annotated[bool, option("--resume", "Go on from the newest checkpoint in --out.", panel=_RUN)] = False,
-    dry: Annotated[
-        bool, option("--dry-run", "Check everything, show what the run would do, and send nothing.", panel=_RUN)
-    ] = False,
-    checkpoint_every: Annotated[
-        str | None, option("--checkpoint-every", "Steps between checkpoints, or epoch.", default="50", panel=_RUN)
-    ] = None,
-    checkpoints_kept: Annotated[
-        int | None, option("--checkpoints-kept", "How many of the newest stay.", default="2", panel=_RUN)
-    ] = None,
-    eval_every: Annotated[
-        str | None,
-        option("--eval-every", "Steps between measurements, or epoch.", default="before and after", panel=_RUN),
-    ] = None,
-    patience: Annotated[
-        int | None, option("--patience", "Stop after so many measurements without a new best.", panel=_RUN)
-    ] = None,
-    load_best: Annotated[
-        bool, option("--load-best", "Make the adapter of the best checkpoint, not of the last.", panel=_RUN)
-    ] = False,
-    tensorboard: Annotated[
-        bool, option("--tensorboard", "Write event files for TensorBoard into --out.", panel=_RUN)
-    ] = False,
-    logging_steps: Annotated[
-        int | None, option("--logging-steps", "Steps between points in TensorBoard.", default="1", panel=_RUN)
-    ] = None,
-    seed: Annotated[
-        int | None, option("--seed", "Of order, fresh factors and dropout.", default="0", panel=_RUN)
-    ] = None,
-    dtype: options.Dtype = None,
-    lora_r: Annotated[int | None, option("--lora-r", "Rank.", default="16", panel=_LORA)] = None,
-    lora_alpha: Annotated[float | None, option("--lora-alpha", "Scale times rank.", default="32", panel=_LORA)] = None,
-    lora_dropout: Annotated[
-        float | None, option("--lora-dropout", "Share of inputs dropped.", default="0.05", panel=_LORA)
-    ] = None,
-    lora_targets: Annotated[
-        str | None, option("--lora-targets", "Layer names, comma between.", default="all-linear", panel=_LORA)
-    ] = None,
-    lr: Annotated[float | None, option("--lr", "Peak learning rate.", default="0.0002", panel=_TRAINING)] = None,
-    schedule: Annotated[
-        str | None, option("--schedule", "linear, cosine or constant.", default="linear", panel=_TRAINING)
-    ] = None,
-    warmup_steps: Annotated[
-        int | None, option("--warmup-steps", "Steps to the peak.", default="0", panel=_TRAINING)
-    ] = None,
-    warmup_ratio: Annotated[
-        float | None, option("--warmup-ratio", "Instead: the share of all steps.", panel=_TRAINING)
-    ] = None,
-    weight_decay: Annotated[float | None, option("--weight-decay", "AdamW's.", default="0", panel=_TRAINING)] = None,
-    clip: Annotated[float | None, option("--clip", "Largest gradient norm.", default="1", panel=_TRAINING)] = None,
-    batch_size: Annotated[
-        int | None, option("--batch-size", "Examples in a forward pass.", default="8", panel=_TRAINING)
-    ] = None,
-    accumulation: Annotated[
-        int | None, option("--accumulation", "Forward passes in a step.", default="1", panel=_TRAINING)
-    ] = None,
-    epochs: Annotated[float | None, option("--epochs", "Passes over the data.", default="3", panel=_TRAINING)] = None,
-    max_steps: Annotated[int | None, option("--max-steps", "Overrides --epochs.", panel=_TRAINING)] = None,
-    gradient_checkpointing: Annotated[
-        bool, option("--gradient-checkpointing", "Compute activations twice, for less memory.", panel=_TRAINING)
-    ] = False,
-    plain: options.Plain = False,
-    worker: options.Worker = None,
-    profile: options.Profile = None,
-    base: options.Base = None,
-    first_blocks: options.FirstBlocks = None,
-    key_file: options.KeyFile = None,
-    tls_cert: options.TlsCert = None,
-    tls_key: options.TlsKey = None,
-    peer: options.Peer = None,
-    as_json: options.AsJson = False,
     *,
-    known_names: Mapping[str, str],
+    recipe_options: RecipeOptions,
+    preview: Annotated[bool, Option("Show what the model will see and what is trained on, and end.", "Data")] = False,
+    preview_records: Annotated[int, Option("How many examples to show.", "Data")] = 3,
+    resume: Annotated[bool, Option("Go on from the newest checkpoint in --out.", "Run")] = False,
+    dry_run: Annotated[bool, Option("Check everything, show what the run would do, and send nothing.", "Run")] = False,
+    dtype: options.Dtype = None,
+    protection: Protection,
+    as_json: options.AsJson = False,
 ) -> None:
     """Fine-tune a model with LoRA on private text, on a worker that learns neither.
 
@@ -133,69 +78,31 @@ def finetune(
     checkpoints, and options under their names in Hugging Face's libraries (--learning-rate, --output_dir):
     docs/finetune.md.
     """
-    recipe = _recipe(
-        config,
-        {
-            "model": model,
-            "data": data,
-            "eval": evaluation,
-            "task": task,
-            "max_length": max_length,
-            "too_long": too_long,
-            "fields": options.columns(fields),
-            "split_turns": split_turns or None,
-            "out": out,
-            "checkpoint_every": checkpoint_every,
-            "checkpoints_kept": checkpoints_kept,
-            "eval_every": eval_every,
-            "patience": patience,
-            "load_best": load_best or None,
-            "tensorboard": tensorboard or None,
-            "logging_steps": logging_steps,
-            "seed": seed,
-            "dtype": dtype,
-            "lora_r": lora_r,
-            "lora_alpha": lora_alpha,
-            "lora_dropout": lora_dropout,
-            "lora_targets": lora_targets,
-            "lr": lr,
-            "schedule": schedule,
-            "warmup_steps": warmup_steps,
-            "warmup_ratio": warmup_ratio,
-            "weight_decay": weight_decay,
-            "clip": clip,
-            "batch_size": batch_size,
-            "accumulation": accumulation,
-            "epochs": epochs,
-            "max_steps": max_steps,
-            "gradient_checkpointing": gradient_checkpointing or None,
-            "plain": plain or None,
-            "worker": worker,
-            "profile": profile,
-            "base": base,
-            "first_blocks": first_blocks,
-            **known_names,
-        },
-    )
+    shared = {"model": model, "dtype": dtype, **asdict(protection)}
+    recipe = _recipe(config, recipe_options, shared)
     if preview:
-        from obfuscatune.cli.preview import preview as show
+        from obfuscatune.cli.preview import show_preview
 
-        show(recipe, open_files(recipe.model), count=preview_records, as_json=as_json)
+        show_preview(recipe, open_files(recipe.model), count=preview_records, as_json=as_json)
         return
-    asked = Protection(worker, profile, first_blocks, key_file, tls_cert, tls_key, peer, base).unless(recipe.plain)
-    protection = asked and replace(
-        asked, worker=recipe.worker, profile=recipe.profile, first_blocks=recipe.first_blocks, base=recipe.base
-    )
-    _run(recipe, protection, resume=resume, dry=dry, as_json=as_json)
+    wanted = replace(protection, plain=recipe.plain).unless_plain()
+    if wanted is not None:
+        of_recipe = ("worker", "profile", "first_blocks", "base")
+        wanted = replace(wanted, **{name: getattr(recipe, name) for name in of_recipe})
+    _run(recipe, wanted, resume=resume, dry=dry_run, as_json=as_json)
 
 
-def _recipe(config: Path | None, options: Mapping[str, object]) -> "Recipe":
-    """The command line over the run file over the environment."""
-    from obfuscatune.tuning.recipe import load_recipe
+def _recipe(config: Path | None, given: Mapping[str, Any], shared: Mapping[str, Any]) -> "Recipe":
+    """The command line over the run file over the environment.
 
-    said = {name: options[name] for name in ENVIRONMENT if name in options and said_by_environment(name, options[name])}
-    given = {name: value for name, value in options.items() if name not in said}
-    return load_recipe(config, given, said)
+    Args:
+        shared: values of options that other commands have too; those that are no fields of a recipe are left out.
+    """
+    from obfuscatune.tuning.recipe import Recipe, load_recipe
+
+    fields = {name: None if value is False else value for name, value in shared.items() if name in Recipe.model_fields}
+    said = {name: value for name, value in fields.items() if said_by_environment(name, value)}
+    return load_recipe(config, {**{name: value for name, value in fields.items() if name not in said}, **given}, said)
 
 
 def _run(recipe: "Recipe", protection: Protection | None, *, resume: bool, dry: bool, as_json: bool) -> None:
@@ -215,9 +122,9 @@ def _run(recipe: "Recipe", protection: Protection | None, *, resume: bool, dry: 
             if dataset is not None:
                 output.notice(dataset.read_as)
         if dry:
-            from obfuscatune.cli.dry_run import dry_run
+            from obfuscatune.cli.dry_run import show_dry_run
 
-            dry_run(recipe, files, data, protection, as_json=as_json)
+            show_dry_run(recipe, files, data, protection, as_json=as_json)
             return
         with (
             open_session(files, dtype=recipe.dtype, protection=protection) as session,

@@ -5,49 +5,32 @@ from pathlib import Path
 from typing import Annotated
 
 from obfuscatune.cli import options, output, streams
-from obfuscatune.cli.decoding import Sampling, decode
-from obfuscatune.cli.options import option
+from obfuscatune.cli.decoding import TEXT, Sampling, decode
 from obfuscatune.cli.session import Protection, open_files, open_session
+from obfuscatune.option import Option
 from obfuscatune.wire.errors import ConfigError
-
-_TEXT = "Text"
 
 
 def generate(
-    prompt: Annotated[str | None, option("--prompt", "Text to continue; - reads it from stdin.", panel=_TEXT)] = None,
-    prompt_file: Annotated[Path | None, option("--prompt-file", "A file that holds the prompt.", panel=_TEXT)] = None,
-    max_new_tokens: Annotated[int, option("--max-new-tokens", "The most to write.", default="64", panel=_TEXT)] = 64,
-    temperature: Annotated[
-        float, option("--temperature", "0 takes the likeliest token each time.", default="0", panel=_TEXT)
-    ] = 0.0,
-    top_p: Annotated[
-        float, option("--top-p", "Sample from the likeliest tokens of this share.", default="1", panel=_TEXT)
-    ] = 1.0,
-    seed: Annotated[int, option("--seed", "Of the sampling.", default="0", panel=_TEXT)] = 0,
+    prompt: Annotated[str | None, Option("Text to continue; - reads it from stdin.", TEXT)] = None,
+    prompt_file: Annotated[Path | None, Option("A file that holds the prompt.", TEXT)] = None,
+    *,
+    sampling: Sampling,
     model: options.Model = None,
     adapter: options.Adapter = None,
     dtype: options.Dtype = None,
-    plain: options.Plain = False,
-    worker: options.Worker = None,
-    profile: options.Profile = None,
-    base: options.Base = None,
-    first_blocks: options.FirstBlocks = None,
-    key_file: options.KeyFile = None,
-    tls_cert: options.TlsCert = None,
-    tls_key: options.TlsKey = None,
-    peer: options.Peer = None,
+    protection: Protection,
     as_json: options.AsJson = False,
 ) -> None:
     """Continue a prompt, on a worker that learns neither the model nor the text."""
     from obfuscatune.tuning.tokens import encode_open
 
     text = _read_prompt(prompt, prompt_file)
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    protection = Protection(worker, profile, first_blocks, key_file, tls_cert, tls_key, peer, base).unless(plain)
+    wanted = protection.unless_plain()
     files = open_files(model)
     ids = encode_open(files.tokenizer, text)
     sampling.check(ids, files)
-    with open_session(files, dtype=dtype, protection=protection, adapter=adapter) as session:
+    with open_session(files, dtype=dtype, protection=wanted, adapter=adapter) as session:
         began = time.perf_counter()
         if not as_json:
             output.write_part(text)

@@ -3,10 +3,9 @@
 from typing import TYPE_CHECKING, Annotated
 
 from obfuscatune.cli import options
-from obfuscatune.cli.options import option
 from obfuscatune.cli.output import progress, write_json
-from obfuscatune.cli.session import DTYPES, advise_of_public_base
-from obfuscatune.wire.errors import ConfigError
+from obfuscatune.cli.session import advise_of_public_base
+from obfuscatune.option import Option
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -17,28 +16,26 @@ if TYPE_CHECKING:
 def inspect(
     model: Annotated[
         str | None,
-        option(
-            "--model",
+        Option(
             "A config.json, its directory, or a Hub name.",
-            default="the embedded model",
-            envvar=options.ENVIRONMENT["model"],
+            unset="the embedded model",
+            variable=options.ENVIRONMENT["model"],
         ),
     ] = None,
     profile: options.Profile = None,
     base: options.Base = None,
     first_blocks: options.FirstBlocks = None,
     dtype: options.Dtype = None,
-    full: Annotated[bool, option("--full", "List every layer; else blocks that are alike share a line.")] = False,
+    full: Annotated[bool, Option("List every layer; else blocks that are alike share a line.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Show where each layer runs, and what crosses between enclave and worker.
 
     Needs no worker and no weights, so models of any size take seconds.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"--dtype: expected one of {', '.join(DTYPES)}, found {dtype}")
+    numbers = options.check_dtype(dtype)
     with progress("reading the configuration"):
-        plan = _make_plan(model, profile or "private", first_blocks, dtype or "float32", base)
+        plan = _make_plan(model, profile or "private", first_blocks, numbers, base)
     if as_json:
         write_json(_document(plan))
     else:

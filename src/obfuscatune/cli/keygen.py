@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 from obfuscatune.cli import output
-from obfuscatune.cli.options import option
+from obfuscatune.cli.options import AsJson
+from obfuscatune.option import Option
 from obfuscatune.wire.errors import ConfigError
 from obfuscatune.wire.secret_files import write_new
 
@@ -12,9 +13,9 @@ CERTIFICATE, KEY = "cert.pem", "key.pem"
 
 
 def keygen(
-    out: Annotated[Path, option("--out", "Folder for cert.pem and key.pem; made if missing.")],
-    name: Annotated[str, option("--name", "Who it is, for people to read.", default="obfuscatune")] = "obfuscatune",
-    as_json: Annotated[bool, option("--json", "Print one JSON document on stdout, and nothing else.")] = False,
+    out: Annotated[Path, Option("Folder for cert.pem and key.pem; made if missing.")],
+    name: Annotated[str, Option("Who it is, for people to read.")] = "obfuscatune",
+    as_json: AsJson = False,
 ) -> None:
     """Make the certificate and the private key of an enclave or a worker, for TLS.
 

@@ -1,15 +1,16 @@
-"""Options that several commands share, each declared once, and the environment variables that stand for them."""
+"""From annotations to typer's options; and the options that several commands share, each declared once."""
 
 import os
 from collections.abc import Callable
+from dataclasses import MISSING, fields, is_dataclass
 from functools import wraps
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from obfuscatune.tuning.names import ALIASES
+from obfuscatune.option import Option, split_annotation
 from obfuscatune.wire.errors import ConfigError
 
 ENVIRONMENT = {
@@ -27,35 +28,42 @@ ENVIRONMENT = {
 
 PROFILES = ("private", "guarded", "paper", "enclave")
 """Names that a shell completes; a profile itself is looked up by `enclave/profiles.py`, whose import takes long."""
+DTYPES = ("float32", "bfloat16", "float64")
+PROTECTION = "Protection"
+"""A heading of the help."""
 
-
-def option(
-    name: str,
-    text: str,
-    *,
-    default: str | None = None,
-    panel: str | None = None,
-    envvar: str | None = None,
-    complete: Callable[[], list[str]] | None = None,
-) -> Any:
-    """A typer option.
-
-    Args:
-        default: What to call the default in the help, where it is settled further in (a recipe, a profile).
-        panel: The heading it stands under in the help.
-        envvar: The variable of the environment that stands for it.
-        complete: The values that a shell offers.
-    """
-    # Typer puts a default that is given as text in brackets of its own; this looks like those that it finds itself.
-    told = "" if default is None else rf" [dim]\[default: {default}][/dim]"
-    return typer.Option(
-        name,
-        help=text + told,
-        show_default=False,
-        rich_help_panel=panel,
-        envvar=envvar,
-        autocompletion=complete,
-    )
+Model = Annotated[
+    str | None, Option("Model directory or Hub name.", unset="the embedded model", variable=ENVIRONMENT["model"])
+]
+Adapter = Annotated[Path | None, Option("Directory of a LoRA adapter in PEFT's format.")]
+Dtype = Annotated[
+    str | None,
+    Option("float32, bfloat16 or float64.", unset="float32", variable=ENVIRONMENT["dtype"], choices=DTYPES),
+]
+Profile = Annotated[
+    str | None,
+    Option(
+        "What to hide, and how well.",
+        PROTECTION,
+        unset="private",
+        variable=ENVIRONMENT["profile"],
+        choices=PROFILES,
+    ),
+]
+Base = Annotated[
+    str | None,
+    Option(
+        "closed: the base model's weights were never public. public: they are.",
+        PROTECTION,
+        unset="looks for signs of it",
+        variable=ENVIRONMENT["base"],
+        choices=("closed", "public"),
+    ),
+]
+FirstBlocks = Annotated[
+    int | None, Option("How many of the first blocks stay in the enclave.", PROTECTION, unset="the profile's")
+]
+AsJson = Annotated[bool, Option("Print one JSON document on stdout, and nothing else.", name="json")]
 
 
 def said_by_environment(name: str, value: object) -> bool:
@@ -64,125 +72,80 @@ def said_by_environment(name: str, value: object) -> bool:
     return variable is not None and value is not None and os.environ.get(variable) == str(value)
 
 
-def with_known_names(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with a hidden option for each of `names.ALIASES`.
+def check_dtype(dtype: str | None) -> str:
+    """The name of a dtype, float32 if None.
 
-    What these options are given reaches the command as `known_names`, by name.
+    Raises:
+        ConfigError: it is none of `DTYPES`.
     """
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"--dtype: expected one of {', '.join(DTYPES)}, found {dtype}")
+    return dtype or "float32"
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The command as typer takes it, with an option for each parameter that is annotated with an `Option`.
+
+    A parameter whose type is a dataclass of such fields stands for an option for each of them, and so does one whose
+    type has `option_parameters()`; the command is given an object of that type, made of their values by name.
+    """
+    groups: dict[str, tuple[type, list[str]]] = {}
+    shown: list[Parameter] = []
+    for parameter in signature(command, eval_str=True).parameters.values():
+        members = _members(parameter.annotation)
+        if members is not None:
+            groups[parameter.name] = parameter.annotation, [member.name for member in members]
+        shown += [parameter] if members is None else members
 
     @wraps(command)
     def called(**given: Any) -> None:
-        known = {name: value for name in ALIASES if (value := given.pop(name)) is not None}
-        command(**given, known_names=known)
+        for name, (group, members) in groups.items():
+            given[name] = group(**{member: given.pop(member) for member in members})
+        command(**given)
 
-    own = signature(command)
-    shown = [parameter for parameter in own.parameters.values() if parameter.name != "known_names"]
-    hidden = [
-        Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=_hidden_option(name)) for name in ALIASES
-    ]
-    called.__signature__ = own.replace(parameters=[*shown, *hidden])  # type: ignore[attr-defined]  # typer reads it
+    parameters = [_for_typer(parameter) for parameter in shown]
+    called.__signature__ = signature(command).replace(parameters=parameters)  # type: ignore[attr-defined]  # typer's
     return called
 
 
-def _hidden_option(name: str) -> Any:
-    return Annotated[str | None, typer.Option(f"--{name.replace('_', '-')}", hidden=True)]
-
-
-_PROTECTION = "Protection"
-
-Model = Annotated[
-    str | None,
-    option("--model", "Model directory or Hub name.", default="the embedded model", envvar=ENVIRONMENT["model"]),
-]
-Base = Annotated[
-    str | None,
-    option(
-        "--base",
-        "closed: the base model's weights were never public. public: they are.",
-        default="looks for signs of it",
-        panel=_PROTECTION,
-        envvar=ENVIRONMENT["base"],
-        complete=lambda: ["closed", "public"],
-    ),
-]
-Adapter = Annotated[Path | None, option("--adapter", "Directory of a LoRA adapter in PEFT's format.")]
-Dtype = Annotated[
-    str | None,
-    option(
-        "--dtype",
-        "float32, bfloat16 or float64.",
-        default="float32",
-        envvar=ENVIRONMENT["dtype"],
-        complete=lambda: ["float32", "bfloat16", "float64"],
-    ),
-]
-Plain = Annotated[bool, option("--plain", "Run unprotected, for comparison.", panel=_PROTECTION)]
-Worker = Annotated[
-    str | None,
-    option(
-        "--worker",
-        "Address of a running worker: unix:PATH or tcp:HOST:PORT.",
-        default="starts one on this machine",
-        panel=_PROTECTION,
-        envvar=ENVIRONMENT["worker"],
-    ),
-]
-Profile = Annotated[
-    str | None,
-    option(
-        "--profile",
-        "What to hide, and how well.",
-        default="private",
-        panel=_PROTECTION,
-        envvar=ENVIRONMENT["profile"],
-        complete=lambda: list(PROFILES),
-    ),
-]
-FirstBlocks = Annotated[
-    int | None,
-    option(
-        "--first-blocks",
-        "How many of the first blocks stay in the enclave.",
-        default="the profile's",
-        panel=_PROTECTION,
-    ),
-]
-KeyFile = Annotated[
-    Path | None,
-    option(
-        "--key-file",
-        "Root key of the transforms, made if missing.",
-        default="a fresh key, then forgotten",
-        panel=_PROTECTION,
-        envvar=ENVIRONMENT["key_file"],
-    ),
-]
-TlsCert = Annotated[
-    Path | None,
-    option("--tls-cert", "This enclave's certificate.", panel=_PROTECTION, envvar=ENVIRONMENT["tls_cert"]),
-]
-TlsKey = Annotated[
-    Path | None, option("--tls-key", "Its private key.", panel=_PROTECTION, envvar=ENVIRONMENT["tls_key"])
-]
-Peer = Annotated[
-    Path | None,
-    option("--peer", "The certificate the worker must show.", panel=_PROTECTION, envvar=ENVIRONMENT["peer"]),
-]
-Fields = Annotated[
-    str | None, option("--fields", "Which columns hold what: prompt=question,completion=answer.", panel="Data")
-]
-AsJson = Annotated[bool, option("--json", "Print one JSON document on stdout, and nothing else.")]
-
-
-def columns(text: str | None) -> dict[str, str] | None:
-    """`--fields prompt=question,completion=answer` as a mapping.
-
-    Raises:
-        ConfigError: it is not of that form.
-    """
-    if text is None:
+def _members(group: Any) -> list[Parameter] | None:
+    """The parameters that a group of options stands for; None for any other type."""
+    if hasattr(group, "option_parameters"):
+        return list(group.option_parameters())
+    if not (isinstance(group, type) and is_dataclass(group)):
         return None
-    pairs = [pair.partition("=") for pair in text.split(",")]
-    if not all(name.strip() and column.strip() for name, _, column in pairs):
-        raise ConfigError(f"--fields: expected FIELD=COLUMN, comma between, found {text!r}")
-    return {name.strip(): column.strip() for name, _, column in pairs}
+    hints = get_type_hints(group, include_extras=True)
+    defaults = {it.name: Parameter.empty if it.default is MISSING else it.default for it in fields(group)}
+    return [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=hints[name])
+        for name, default in defaults.items()
+        if split_annotation(hints[name])[1] is not None
+    ]
+
+
+def _for_typer(parameter: Parameter) -> Parameter:
+    """With typer's own option in the annotation; one that has no `Option` is left as it is."""
+    kind, option = split_annotation(parameter.annotation)
+    if option is None:
+        return parameter.replace(kind=Parameter.KEYWORD_ONLY)
+    # Typer puts a default that is given as text in brackets of its own; this looks like those that it finds itself.
+    told = option.unset or told_default(parameter.default)
+    made = typer.Option(
+        f"--{(option.name or parameter.name).replace('_', '-')}",
+        help=option.help + ("" if told is None else rf" [dim]\[default: {told}][/dim]"),
+        show_default=False,
+        rich_help_panel=option.panel,
+        envvar=option.variable,
+        autocompletion=(lambda: list(option.choices)) if option.choices else None,
+        min=option.least,
+        max=option.most,
+    )
+    read: Any = option.read_as or kind
+    return parameter.replace(kind=Parameter.KEYWORD_ONLY, annotation=Annotated[read, made])
+
+
+def told_default(default: Any) -> str | None:
+    """A default as the help shows it; None where there is none to show."""
+    if default is Parameter.empty or default is None or isinstance(default, bool | dict):
+        return None
+    return f"{default:g}" if isinstance(default, float) else str(default)

@@ -20,7 +20,7 @@ _MARKS = ("[[", "]]")
 """Around what is trained on, where there is no terminal to underline it."""
 
 
-def preview(recipe: "Recipe", files: ModelFiles, *, count: int, as_json: bool) -> None:
+def show_preview(recipe: "Recipe", files: ModelFiles, *, count: int, as_json: bool) -> None:
     """Print the first `count` examples of each source, and the counts of all; no model is read, no worker used.
 
     Raises:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from obfuscatune.cli import options, output
-from obfuscatune.cli.options import option
+from obfuscatune.option import Option
 from obfuscatune.wire.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -14,33 +14,21 @@ if TYPE_CHECKING:
 
 
 def reproduce(
-    out: Annotated[Path, option("--out", "Folder for results and report.", default="reproduce-out")] = Path(
-        "reproduce-out"
-    ),
-    preset: Annotated[
-        str, option("--preset", "paper: its recipe in full; cpu, real, smoke: scaled down.", default="cpu")
-    ] = "cpu",
-    parts: Annotated[
-        str,
-        option("--parts", "Of accuracy, error, share, slowdown, obfuscate.", default="accuracy,error,share"),
-    ] = "accuracy,error,share",
-    tasks: Annotated[
-        str, option("--tasks", "Of webqs, openbookqa, piqa, sciq.", default="all")
-    ] = "webqs,openbookqa,piqa,sciq",
+    out: Annotated[Path, Option("Folder for results and report.")] = Path("reproduce-out"),
+    preset: Annotated[str, Option("paper: its recipe in full; cpu, real, smoke: scaled down.")] = "cpu",
+    parts: Annotated[str, Option("Of accuracy, error, share, slowdown, obfuscate.")] = "accuracy,error,share",
+    tasks: Annotated[str, Option("Of webqs, openbookqa, piqa, sciq.", unset="all")] = "webqs,openbookqa,piqa,sciq",
     methods: Annotated[
         str | None,
-        option(
-            "--methods",
+        Option(
             "Of plain, paper, private, enclave, gaussian, conditioned(KAPPA); plain comes always.",
-            default="the preset's",
+            unset="the preset's",
         ),
     ] = None,
-    seeds: Annotated[str | None, option("--seeds", "As in 0,1,2.", default="the preset's")] = None,
+    seeds: Annotated[str | None, Option("As in 0,1,2.", unset="the preset's")] = None,
     model: options.Model = None,
-    data_root: Annotated[
-        str | None, option("--data-root", "Folder, or data set on the Hub, with the tasks' files.")
-    ] = None,
-    limit: Annotated[int | None, option("--limit", "Test questions of each task.", default="the preset's")] = None,
+    data_root: Annotated[str | None, Option("Folder, or data set on the Hub, with the tasks' files.")] = None,
+    limit: Annotated[int | None, Option("Test questions of each task.", unset="the preset's")] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Make the paper's tables: accuracy, error, enclave's share, slowdown, time to obfuscate.

@@ -5,9 +5,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from obfuscatune.cli import options, output
+from obfuscatune.cli.options import ENVIRONMENT, PROTECTION
+from obfuscatune.option import Option
 from obfuscatune.wire.errors import ConfigError, ModelFileError, WireError
 
 if TYPE_CHECKING:
@@ -19,35 +21,54 @@ if TYPE_CHECKING:
 
 _SECONDS_BETWEEN_LOOKS = 0.2
 
-DTYPES = ("float32", "bfloat16", "float64")
-
 
 @dataclass(frozen=True)
 class Protection:
-    """How a model is to be protected; each field as the option of its name (options.py)."""
+    """How a model is to be protected, if it is; each field is an option."""
 
-    worker: str | None = None
-    profile: str | None = None
-    first_blocks: int | None = None
-    key_file: Path | None = None
-    tls_cert: Path | None = None
-    tls_key: Path | None = None
-    peer: Path | None = None
-    base: str | None = None
+    plain: Annotated[bool, Option("Run unprotected, for comparison.", PROTECTION)] = False
+    worker: Annotated[
+        str | None,
+        Option(
+            "Address of a running worker: unix:PATH or tcp:HOST:PORT.",
+            PROTECTION,
+            unset="starts one on this machine",
+            variable=ENVIRONMENT["worker"],
+        ),
+    ] = None
+    profile: options.Profile = None
+    base: options.Base = None
+    first_blocks: options.FirstBlocks = None
+    key_file: Annotated[
+        Path | None,
+        Option(
+            "Root key of the transforms, made if missing.",
+            PROTECTION,
+            unset="a fresh key, then forgotten",
+            variable=ENVIRONMENT["key_file"],
+        ),
+    ] = None
+    tls_cert: Annotated[
+        Path | None, Option("This enclave's certificate.", PROTECTION, variable=ENVIRONMENT["tls_cert"])
+    ] = None
+    tls_key: Annotated[Path | None, Option("Its private key.", PROTECTION, variable=ENVIRONMENT["tls_key"])] = None
+    peer: Annotated[
+        Path | None, Option("The certificate the worker must show.", PROTECTION, variable=ENVIRONMENT["peer"])
+    ] = None
 
     def __post_init__(self) -> None:
         if self.base not in (None, "closed", "public"):
             raise ConfigError(f"--base: expected closed or public, found {self.base}")
 
-    def unless(self, plain: bool) -> "Protection | None":
+    def unless_plain(self) -> "Protection | None":
         """None where a run is to be plain.
 
         Raises:
             ConfigError: it is to be plain, yet an option says how to protect it; the environment may.
         """
-        if not plain:
+        if not self.plain:
             return self
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "plain"}
         given = [
             name for name, value in values.items() if value is not None and not options.said_by_environment(name, value)
         ]
@@ -122,7 +143,7 @@ def open_session(
     """Make the model ready; when the `with` ends, close the link and stop a worker that was started for it.
 
     Args:
-        dtype: One of `DTYPES`; float32 if None.
+        dtype: One of `options.DTYPES`; float32 if None.
         protection: None runs the model plain, and says so on stderr.
         adapter: A LoRA adapter to put on it.
 
@@ -131,7 +152,9 @@ def open_session(
         ModelFileError: the model or the adapter cannot be read.
         WireError: the worker cannot be reached or refuses.
     """
-    torch_dtype = _dtype(dtype)
+    import torch
+
+    torch_dtype = getattr(torch, options.check_dtype(dtype))
     if adapter is not None:
         _check_adapter(files, adapter, protection)
     with ExitStack() as stack:
@@ -261,14 +284,6 @@ def _forward_progress(meter: output.Meter) -> Callable[[int, int, str], None]:
         meter.advance(1)
 
     return progress
-
-
-def _dtype(name: str | None) -> Any:
-    import torch
-
-    if name is not None and name not in DTYPES:
-        raise ConfigError(f"--dtype: expected one of {', '.join(DTYPES)}, found {name}")
-    return getattr(torch, name or "float32")
 
 
 def _quieten_transformers() -> None:

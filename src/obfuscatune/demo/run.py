@@ -6,9 +6,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from obfuscatune.demo.compare import check, compare_sides
-from obfuscatune.demo.recipe import Settings, held_out
-from obfuscatune.demo.result import Result, Shape
+from obfuscatune.demo.result import Result, Shape, check, compare_sides
+from obfuscatune.demo.settings import Settings, held_out
 from obfuscatune.demo.side import Name, Opened, Screen, Side, Task, run_side
 from obfuscatune.enclave.plan import make_plan, model_from_config
 from obfuscatune.enclave.profiles import resolve

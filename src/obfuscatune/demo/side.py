@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from obfuscatune.demo.recipe import QUESTIONS_AT_ONCE
+from obfuscatune.demo.settings import QUESTIONS_AT_ONCE
 from obfuscatune.evaluation.questions import evaluate_completions
-from obfuscatune.evaluation.results import Metric
+from obfuscatune.evaluation.scoring import Metric
 from obfuscatune.tuning.journal import Event
 from obfuscatune.tuning.loop import StepEvent
 from obfuscatune.tuning.recipe import Recipe

@@ -1,16 +1,75 @@
-"""What the demo prints when it is done."""
+"""The demo on a terminal: the loss drawn while it runs, and what is printed at the end."""
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.padding import Padding
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from obfuscatune.demo import table
-from obfuscatune.demo.folder import REPORT
-from obfuscatune.demo.live import STYLES, chart
+from obfuscatune.demo.page import COLUMNS, table_rows
 from obfuscatune.demo.result import Result
-from obfuscatune.report.braille import Curve
+from obfuscatune.demo.settings import REPORT
+from obfuscatune.report.braille import Curve, draw, legend
+from obfuscatune.tuning.journal import Event, Measured, Started
+
+STYLES = {"protected": "cyan", "plain": "yellow"}
+_ROWS = 9
+_WIDEST = 100
+_REDRAWN_PER_SECOND = 5  # each costs a few milliseconds of the time that is being measured
+
+
+def chart(curves: Sequence[Curve], steps: int, columns: int) -> RenderableType:
+    """The curves and their legend, to be printed."""
+    return Group(legend(curves), draw(curves, steps=steps, columns=min(columns - 2, _WIDEST), rows=_ROWS))
+
+
+@contextmanager
+def live_curve(console: Console, name: str, earlier: Sequence[Curve]) -> Iterator[Callable[[Event], None]]:
+    """Draw while the `with` lasts, and wipe it away afterwards.
+
+    Args:
+        earlier: curves of the runs before, which this one is drawn over.
+
+    Yields:
+        A function to call with each event.
+    """
+    losses: list[float] = []
+    curves = [*earlier, Curve(name, losses, STYLES[name])]
+    bar = Progress(
+        TextColumn("  {task.description:<9}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+    )
+    task = bar.add_task(name, total=None, note="")
+    steps = 1
+
+    def see(event: Event) -> None:
+        nonlocal steps
+        match event:
+            case Started(total_steps=total):
+                steps = total
+                bar.update(task, total=total)
+            case Measured():
+                pass
+            case _:
+                losses.append(event.loss)
+                bar.update(task, advance=1, note=f"loss {event.loss:.4f}")
+
+    def picture() -> RenderableType:
+        return Padding(Group(chart(curves, steps, console.width), "", bar), (1, 0, 0, 0))
+
+    with Live(get_renderable=picture, console=console, refresh_per_second=_REDRAWN_PER_SECOND, transient=True):
+        yield see
+
 
 _PIPE_WIDTH = 120
 """A pipe has no width of its own: let no line be cut."""
@@ -38,9 +97,9 @@ def print_result(result: Result, out: Path) -> None:
 
 def _beside(result: Result) -> Table:
     beside = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
-    for index, column in enumerate(table.COLUMNS):
+    for index, column in enumerate(COLUMNS):
         beside.add_column(column, style="" if index else "bold")
-    for row in table.rows(result):
+    for row in table_rows(result):
         beside.add_row(*map(Text, row))
     return beside
 

@@ -6,8 +6,8 @@ How a model comes under protection:
 How a call passes through:
     modules -> linear (transforms, mixing) -> link -> worker -> link -> linear -> modules
 
-Beside these: `plan` counts what would run where, `published` warns of a public base, `closing` has a model close,
-`local` starts a worker on this machine, `cores` leaves that one its
-core while a model decodes, `orthogonal` has the random matrices that transforms and mixing are made of, and `sums` what
-a product is checked with.
+Beside these: `plan` counts what would run where, `published` warns of a public base,
+`protected_model` has a protected one's methods,
+`local` starts a worker on this machine, `orthogonal` has the random matrices that transforms and mixing are made of,
+and `sums` what a product is checked with.
 """

@@ -17,7 +17,6 @@ import os
 import secrets
 import threading
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from obfuscatune.enclave import kernels
+from obfuscatune.enclave.kernels.reference import box_muller
 from obfuscatune.wire.errors import ConfigError, StorageError
 from obfuscatune.wire.secret_files import read_secret, write_new
 
@@ -37,8 +37,6 @@ PAIRS_TOGETHER = 16
 """Of float32 deviates, drawn at a time: as many as any processor computes at once."""
 _BLOCK_BYTES = 16
 _ZEROS = memoryview(bytes(1 << 16))
-
-Float = TypeVar("Float", bound=np.floating)
 
 
 class RootKey:
@@ -143,14 +141,11 @@ class SecretStream:
 
     def _normal_float64(self, pairs: int) -> NDArray[np.float64]:
         bits = np.frombuffer(self.random_bytes(16 * pairs), dtype=np.uint64) >> np.uint64(11)
-        return _box_muller(bits.astype(np.float64) * 2.0**-53)
+        return box_muller(bits.astype(np.float64) * 2.0**-53)
 
     def _normal_float32(self, pairs: int) -> NDArray[np.float32]:
         words = self._words(2 * -(-pairs // PAIRS_TOGETHER) * PAIRS_TOGETHER)
-        from_words = kernels.code_for_deviates()
-        if from_words is not None:
-            return from_words(words, torch.get_num_threads())
-        return _box_muller((words >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24))
+        return kernels.for_deviates().deviates(words)
 
     def __repr__(self) -> str:
         return "SecretStream(<redacted>)"
@@ -178,14 +173,3 @@ class FreshStream(SecretStream):
 
     def __repr__(self) -> str:
         return "FreshStream()"
-
-
-def _box_muller(uniform: NDArray[Float]) -> NDArray[Float]:
-    """Uniform in [0, 1), as many bits as the significand holds, (2k,) -> normal (2k,).
-
-    numpy and not torch, here as above: a few hundred numbers are drawn at each crossing, and it starts no threads.
-    """
-    u, angle = uniform.reshape(2, -1)
-    radius = np.sqrt(-2 * np.log1p(-u))  # 1 - u is never 0
-    angle *= 2 * math.pi
-    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])

@@ -13,7 +13,6 @@ A crossing is started, and finished when its product is needed: in between, the 
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,17 +21,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from obfuscatune.enclave.link import Pending, WorkerLink, check_product
+from obfuscatune.enclave.link import Pending, WorkerLink
+from obfuscatune.enclave.link.pending import NOT_FINITE
 from obfuscatune.enclave.mixer import Mixer
 from obfuscatune.enclave.mixing import DENSE_BELOW, FewMixing, Mixing
 from obfuscatune.enclave.obfuscate import is_finer
-from obfuscatune.enclave.spans import span
+from obfuscatune.enclave.observer import span
 from obfuscatune.enclave.transforms import Transform
 from obfuscatune.enclave.verify import Check, Verifier
-from obfuscatune.wire.errors import ProtectionError
+from obfuscatune.wire.errors import BadReply, ProtectionError
 
 if TYPE_CHECKING:
-    from obfuscatune.enclave.kernels.rotation import RotationOfFew
+    from obfuscatune.enclave.kernels.native import RotationOfFew
+
+
+Observe = Callable[[Tensor, bool], None]
+"""See `Observer.requested`."""
 
 
 @dataclass(frozen=True)
@@ -97,11 +101,18 @@ class OffloadedProduct:
         R_out: Transform,
         mixer: Mixer,
         send_in: Callable[[torch.dtype], Held] | None = None,
+        observe: Observe | None = None,
     ) -> None:
-        """`send_in`: sends W_star once more, in another dtype; None where rows always travel in the one of `held`."""
+        """A product with a matrix that the worker holds.
+
+        Args:
+            link, held, R_in, R_out, mixer: the worker, W_star there, and the secrets around it.
+            send_in: sends W_star once more, in another dtype; None where rows always travel in the one of `held`.
+            observe: called with the plain rows of each request, and whether they are for W's transpose.
+        """
         self._link, self._held = link, held
         self._R_in, self._R_out = R_in, R_out
-        self._mixer, self._send_in = mixer, send_in
+        self._mixer, self._send_in, self._observe = mixer, send_in, observe
         self._sending_again = threading.Lock()
         self._ways: dict[tuple[int, torch.dtype, bool], FewWay | None] = {}
 
@@ -139,6 +150,7 @@ class OffloadedProduct:
 
     def start_forward(self, x: Tensor) -> InFlight:
         """Send x (n, p)."""
+        self._tell(x, transposed=False)
         few = self._send_few(x, transpose=False)
         if few is not None:
             return few
@@ -164,6 +176,7 @@ class OffloadedProduct:
 
     def start_backward(self, g: Tensor) -> InFlight:
         """Send g (n, q)."""
+        self._tell(g, transposed=True)
         few = self._send_few(g, transpose=True)
         if few is not None:
             return few
@@ -176,6 +189,10 @@ class OffloadedProduct:
         unmixed = self._receive(crossing, transpose=True)  # (n, p)
         with span("obfuscatune.rotate"):
             return self._R_in.apply_transpose(unmixed).to(crossing.like.dtype)
+
+    def _tell(self, rows: Tensor, *, transposed: bool) -> None:
+        if self._observe is not None and rows.shape[0]:
+            self._observe(rows, transposed)
 
     def _send(self, x: Tensor, rotate: Callable[[Tensor], Tensor], *, transpose: bool) -> InFlight:
         """Scale, rotate, mix and send rows; they are rounded once, to the dtype that they travel in."""
@@ -232,8 +249,8 @@ class OffloadedProduct:
         Y_star = self._awaited(pending, crossing.check)  # (m, q)
         with span("obfuscatune.mix"), self._link.refusing():
             y = x.new_empty(x.shape[0], way.back.dim)
-            if not math.isfinite(way.back.receive(Y_star, mixing.secrets, y)):
-                check_product(y)
+            if not way.back.receive(Y_star, mixing.secrets, y):
+                raise BadReply(NOT_FINITE)
             return crossing.scaled_back(y, x.dtype, transpose=transpose)
 
     def _way(self, x: Tensor, *, transpose: bool) -> FewWay | None:

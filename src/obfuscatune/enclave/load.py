@@ -26,6 +26,7 @@ from obfuscatune.enclave.keys import RootKey
 from obfuscatune.enclave.keywords import HubOptions, Keywords
 from obfuscatune.enclave.lanes import in_lanes
 from obfuscatune.enclave.link import RetryPolicy, WorkerLink
+from obfuscatune.enclave.observer import Observer
 from obfuscatune.enclave.offloaded import Offloaded, WeightFromFiles
 from obfuscatune.enclave.profiles import Profile, resolve
 from obfuscatune.enclave.protect import Progress, adopt, open_link, released_on_failure, width_of
@@ -66,6 +67,7 @@ def load(
     progress: Progress | None = None,
     clock: StageClock | None = None,
     base: Base | None = None,
+    observer: Observer | None = None,
     **keywords: Any,
 ) -> PreTrainedModel:
     """A protected model from a local directory or from the Hugging Face hub.
@@ -83,6 +85,7 @@ def load(
         clock: filled in with the seconds that each stage takes.
         base: "closed" where the base model's weights were never public, "public" where they are; None looks for signs,
             and warns with PublicBaseWarning.
+        observer: told of the secrets and of every request's plain rows, by an audit.
         keywords: knobs of the profile, as in `protect`, and what `from_pretrained` takes: token, cache_dir, subfolder,
             variant, local_files_only, force_download, attn_implementation, num_labels, config, ... (keywords.py); what
             cannot be followed is refused by name.
@@ -106,7 +109,7 @@ def load(
     groups = find_groups(skeleton, resolved.first_blocks) if resolved.offload else []
     weights = StoredWeights(checkpoint, skeleton)
     link = open_link(workers, resolved, tls, deadline_s, retry)
-    protection = Protection.start(link, resolved, key, width_of(skeleton))
+    protection = Protection.start(link, resolved, key, width_of(skeleton), observer)
     clock = clock or StageClock()
     with released_on_failure(protection, workers):
         work = partial(_offload, weights=weights, protection=protection, clock=clock)

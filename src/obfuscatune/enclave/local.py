@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Self
 
 from obfuscatune.enclave.forks import begin_anew_in_children
-from obfuscatune.jit.team import bound_cores
+from obfuscatune.native import bound_cores
 from obfuscatune.wire.errors import ConfigError, ConnectionLost, StorageError
 from obfuscatune.wire.files import temporary_root
 

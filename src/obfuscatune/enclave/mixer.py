@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from obfuscatune.enclave.kernels.mixing import MixingOfFew
+from obfuscatune.enclave.kernels.interface import MixingOfFew, RowMixing
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.mixing import (
     DENSE_BELOW,
@@ -70,7 +70,8 @@ class KroneckerMixer:
             return DenseMixing(rows, haar(self._stream, wanted), self._stream, self._shield_size)
         a, b = covering_grid(wanted)
         Q_a, Q_b = haar(self._stream, a), haar(self._stream, b)
-        return KroneckerMixing(rows, self._stream.permutation(a * b), Q_a, Q_b, self._stream, self._shield_size)
+        A = RowMixing(self._stream.permutation(a * b), rows, Q_a, Q_b)
+        return KroneckerMixing(A, self._stream, self._shield_size)
 
 
 class NoMixer:

@@ -14,22 +14,18 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from obfuscatune.enclave import kernels
-from obfuscatune.enclave.kernels.mixing import MixingOfFew
+from obfuscatune.enclave.kernels.interface import MixingOfFew, RowMixing
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.link.pending import NOT_FINITE, check_finite, check_product
-from obfuscatune.enclave.orthogonal import kronecker_rows
 from obfuscatune.enclave.scaling import RowScales
 from obfuscatune.enclave.sums import product_in_parts
 from obfuscatune.wire.errors import BadReply
-
-if TYPE_CHECKING:
-    from obfuscatune.enclave.kernels.rows import MixingOfMany
 
 DENSE_BELOW = 32  # rows; up to here one dense factor costs no more than two small ones
 
@@ -135,7 +131,8 @@ class DenseMixing(_Scaled):
         """Q [x; N] for x (n, p)."""
         shield = self._stream.normal(self.rows - self._rows, x.shape[1], dtype=x.dtype).to(x.device)
         self._shield = shield.mul_(self._shield_size)
-        _product(self._Q.to(x), torch.cat([x, shield]), out)
+        rows = torch.cat([x, shield])
+        kernels.kernels_for(rows).multiply(self._Q.to(x), rows, out)
 
     def image(self, x: Tensor, v: Tensor) -> Tensor:
         """Q [x; N] v."""
@@ -145,93 +142,42 @@ class DenseMixing(_Scaled):
     def unmix(self, y: Tensor) -> Tensor:
         """(Qᵀ y)[:n] for y (m, q)."""
         x = y.new_empty(self._rows, y.shape[1])
-        _product(self._Q[:, : self._rows].T.contiguous().to(y), y, x)
+        kernels.kernels_for(y).multiply(self._Q[:, : self._rows].T.contiguous().to(y), y, x)
         return check_product(x)
-
-
-def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """out = left right, for few rows: on this thread, since waking others takes longer."""
-    code = kernels.code_for(right)
-    if code is None or not (right.is_contiguous() and out.is_contiguous()):
-        torch.mm(left, right, out=out)
-        return
-    from obfuscatune.enclave.kernels.rows import multiply
-
-    multiply(left, right, out, code)
 
 
 class KroneckerMixing(_Scaled):
     """One crossing's A (m, m) for many rows, and the source of its shield rows."""
 
-    def __init__(
-        self, rows: int, order: Tensor, Q_a: Tensor, Q_b: Tensor, stream: SecretStream, shield_size: float
-    ) -> None:
-        self._rows = rows
-        self._order = order  # which row of [x; N] lies at each place
-        self._prepared: dict[torch.dtype, MixingOfMany] = {}
-        self._Q_a, self._Q_b = Q_a, Q_b
-        self._stream, self._shield_size = stream, shield_size
-        self.shield = Q_a.new_empty(0, 0)
+    def __init__(self, A: RowMixing, stream: SecretStream, shield_size: float) -> None:
+        self._A, self._stream, self._shield_size = A, stream, shield_size
+        self.shield = A.Q_a.new_empty(0, 0)
         """N (s, p), once it is mixed."""
 
     @property
     def rows(self) -> int:
         """m = a·b."""
-        return self._order.numel()
+        return self._A.order.numel()
 
     def mix(self, x: Tensor, out: Tensor) -> None:
         """A [x; N] for x (n, p)."""
-        shield = self._stream.normal(self.rows - self._rows, x.shape[1], dtype=x.dtype)
+        shield = self._stream.normal(self.rows - self._A.rows, x.shape[1], dtype=x.dtype)
         self.shield = shield.mul_(self._shield_size)
-        prepared = self._for_kernels(x) if out.is_contiguous() else None
-        if prepared is None:
-            self._mix_by_torch(x, shield, out)
-        else:
-            prepared.mix(x, shield, out)
+        kernels.kernels_for(x).mix(x, self.shield, self._A, out)
 
     def image(self, x: Tensor, v: Tensor) -> Tensor:
         """A [x; N] v = A [x v; N v]."""
         x_v, shield_v = product_in_parts(x, v), product_in_parts(self.shield.to(x), v)
         out = x_v.new_empty(self.rows, v.shape[1])
-        self._mix_by_torch(x_v, shield_v, out)
+        kernels.REFERENCE.mix(x_v, shield_v, self._A, out)
         return out
 
     def unmix(self, y: Tensor) -> Tensor:
         """(Aᵀ y)[:n] for y (m, q)."""
-        prepared = self._for_kernels(y) if y.is_contiguous() else None
-        if prepared is None:
-            return self._unmix_by_torch(y)
-        x, finite = prepared.unmix(y)
+        x, finite = kernels.kernels_for(y).unmix(y, self._A)
         if not finite:
             raise BadReply(NOT_FINITE)
         return x
-
-    def _for_kernels(self, like: Tensor) -> MixingOfMany | None:
-        """A as the kernels take it for such rows, prepared once for their dtype; None where torch is to compute."""
-        code = kernels.code_for(like)
-        if code is None:
-            return None
-        prepared = self._prepared.get(like.dtype)
-        if prepared is None:
-            from obfuscatune.enclave.kernels.rows import MixingOfMany
-
-            prepared = MixingOfMany(self._order, self._rows, self._Q_a.to(like), self._Q_b.to(like), code)
-            self._prepared[like.dtype] = prepared
-        return prepared
-
-    def _mix_by_torch(self, x: Tensor, shield: Tensor, out: Tensor) -> None:
-        sources = self._order.remainder(self._rows)  # N overwrites what is laid in its places
-        stacked = torch.index_select(x, 0, sources.to(x.device))
-        stacked.index_copy_(0, self._places()[self._rows :].to(x.device), shield.to(x.device))
-        kronecker_rows(self._Q_a.to(x), self._Q_b.to(x), stacked, out)
-
-    def _unmix_by_torch(self, y: Tensor) -> Tensor:
-        stacked = kronecker_rows(self._Q_a.T.to(y), self._Q_b.T.to(y), y)
-        return check_product(torch.index_select(stacked, 0, self._places()[: self._rows].to(y.device)))
-
-    def _places(self) -> Tensor:
-        """Where each row of [x; N] goes."""
-        return torch.argsort(self._order)
 
 
 class NoMixing:

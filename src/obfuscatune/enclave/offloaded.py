@@ -114,6 +114,8 @@ class Offloaded:
     R_out: Transform
     epoch: int = 0
     """How often its transforms were drawn anew."""
+    observe: Callable[[Tensor, bool], None] | None = None
+    """Called with the plain rows of each request; see `Observer.requested`."""
 
     @property
     def matrix_id(self) -> bytes:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from obfuscatune.enclave.keys import SecretStream
+if TYPE_CHECKING:
+    from obfuscatune.enclave.keys import SecretStream  # which draws by the kernels, and these multiply as here
 
 
 def haar(stream: SecretStream, size: int) -> Tensor:

@@ -15,21 +15,21 @@ from peft import PeftModel
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from obfuscatune.enclave.closing import make_closable
-from obfuscatune.enclave.cores import CoreKeeper
 from obfuscatune.enclave.experts import ProtectedExperts
 from obfuscatune.enclave.keys import RootKey
 from obfuscatune.enclave.link import RetryPolicy, WorkerLink
 from obfuscatune.enclave.local import local_worker
 from obfuscatune.enclave.modules import ProtectedLayer
+from obfuscatune.enclave.observer import Observer
 from obfuscatune.enclave.offloaded import SPOOLED_AT_LEAST_IN, WeightFromSpool
 from obfuscatune.enclave.profiles import Profile, resolve
+from obfuscatune.enclave.protected_model import Closable, ProtectedModel, extend, has_adapter
 from obfuscatune.enclave.protection import Protection, place
 from obfuscatune.enclave.published import Base, warn_of_public_base
 from obfuscatune.enclave.sites import find_groups, refuse_absent_weights
 from obfuscatune.enclave.spool import Spool
 from obfuscatune.enclave.targets import watch_targets
-from obfuscatune.enclave.training import TrainingWatch, answer_for, has_adapter
+from obfuscatune.enclave.training import TrainingWatch
 from obfuscatune.wire.errors import ConfigError, ProtectionError
 from obfuscatune.wire.tls import TlsConfig
 
@@ -49,6 +49,7 @@ def protect(
     retry: RetryPolicy | None = None,
     progress: Progress | None = None,
     base: Base | None = None,
+    observer: Observer | None = None,
     **knobs: Any,
 ) -> Model:
     """Move a model's large linear layers, transformed, to a worker.
@@ -72,6 +73,7 @@ def protect(
         progress: called after each group of layers.
         base: "closed" where the base model's weights were never public, "public" where they are; None looks for signs,
             and warns with PublicBaseWarning.
+        observer: told of the secrets and of every request's plain rows, by an audit.
         knobs: single settings of the profile: `shield_rows=32`, `first_blocks=1`, `transform="haar"`.
 
     Raises:
@@ -91,7 +93,8 @@ def protect(
         warn_of_public_base(base, resolved, config, _directory_of(config), stacklevel=2)
     groups = find_groups(model, resolved.first_blocks) if resolved.offload else []
     refuse_absent_weights(model, groups)
-    protection = Protection.start(open_link(workers, resolved, tls, deadline_s, retry), resolved, key, width_of(model))
+    link = open_link(workers, resolved, tls, deadline_s, retry)
+    protection = Protection.start(link, resolved, key, width_of(model), observer)
     layers: dict[str, ProtectedLayer | ProtectedExperts] = {}
     with released_on_failure(protection, workers):
         spool = Spool()
@@ -171,17 +174,15 @@ def adopt(model: nn.Module, protection: Protection) -> None:
 
     Where PEFT put adapters in before, it froze the base already, and what it left trainable stays so.
     """
-    model.protection = protection  # type: ignore[assignment]
-    make_closable(model)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    for module in {model, base}:
+        module.protection = protection
+        extend(module, ProtectedModel if isinstance(module, PreTrainedModel) else Closable)
     if not (has_adapter(base) or isinstance(model, PeftModel)):
         model.requires_grad_(False)
-    if isinstance(base, PreTrainedModel):
-        answer_for(base)
     watch_targets(base)
     if protection.link is not None:
         watch = TrainingWatch(base, protection)
         first = next((module for module in base.modules() if isinstance(module, ProtectedLayer)), None)
         if first is not None:
             first.before_request = watch
-        CoreKeeper(protection.link, protection.profile).watch_over(getattr(base, "base_model", base))

@@ -16,11 +16,12 @@ from transformers.pytorch_utils import Conv1D
 from obfuscatune.enclave.call import outside_autocast
 from obfuscatune.enclave.experts import ProtectedExperts, add, protected
 from obfuscatune.enclave.keys import RootKey, SecretStream
-from obfuscatune.enclave.linear import Held, OffloadedProduct
+from obfuscatune.enclave.linear import Held, Observe, OffloadedProduct
 from obfuscatune.enclave.link import LinkStats, WorkerLink
 from obfuscatune.enclave.mixer import KroneckerMixer, Mixer, NoMixer
 from obfuscatune.enclave.modules import ProtectedConv1D, ProtectedLayer, ProtectedLinear, SharedCrossing
 from obfuscatune.enclave.obfuscate import Obfuscated, in_range, is_finer, obfuscate
+from obfuscatune.enclave.observer import Observer
 from obfuscatune.enclave.offloaded import Offloaded, WeightSource
 from obfuscatune.enclave.profiles import Profile
 from obfuscatune.enclave.remote.adapters import RemoteAdapters
@@ -45,6 +46,7 @@ class Protection:
     mixer: Mixer
     width: int | None = None
     """Of the residual stream, where the model's configuration tells."""
+    observer: Observer | None = None
     steps: int = 0
     """Optimizer steps that were told of or noticed."""
     offloaded: list[Offloaded] = field(default_factory=list)
@@ -59,7 +61,12 @@ class Protection:
 
     @classmethod
     def start(
-        cls, link: WorkerLink | None, profile: Profile, key: RootKey | None, width: int | None = None
+        cls,
+        link: WorkerLink | None,
+        profile: Profile,
+        key: RootKey | None,
+        width: int | None = None,
+        observer: Observer | None = None,
     ) -> Protection:
         """The parts that a profile composes; a fresh root key where none is given."""
         stream = SecretStream.fresh()
@@ -68,7 +75,7 @@ class Protection:
             mixer = KroneckerMixer(
                 profile.shield_rows, stream, shield_scale=profile.shield_scale, full_rank=profile.full_rank
             )
-        return cls(link, profile, key or RootKey.generate(), mixer, width)
+        return cls(link, profile, key or RootKey.generate(), mixer, width, observer)
 
     @property
     def stats(self) -> LinkStats:
@@ -92,13 +99,15 @@ class Protection:
 
     def send(self, group: SiteGroup, obfuscated: Obfuscated, weights: WeightSource) -> Offloaded:
         """Have the worker hold W_star, which may be overwritten afterwards. From any thread."""
-        product = self._send(obfuscated, weights, self.profile.crossing_dtype(obfuscated.dtype))
-        crossing = SharedCrossing(product, group.widths)
-        return Offloaded(group.name, obfuscated.only, weights, crossing, obfuscated.R_in, obfuscated.R_out)
+        dtype, observe = self.profile.crossing_dtype(obfuscated.dtype), self._observe(group.name)
+        crossing = SharedCrossing(self._send(obfuscated, weights, dtype, observe), group.widths)
+        R_in, R_out = obfuscated.R_in, obfuscated.R_out
+        return Offloaded(group.name, obfuscated.only, weights, crossing, R_in, R_out, observe=observe)
 
     def layers(self, group: SiteGroup, offloaded: Offloaded) -> dict[str, ProtectedLayer | ProtectedExperts]:
         """The layers that are to take the plain ones' places, by path, once a group was sent; group after group."""
         self.offloaded.append(offloaded)
+        self._keyed(offloaded)
         layers: dict[str, ProtectedLayer | ProtectedExperts] = {}
         for site in group.sites:
             if isinstance(site.layer, Expert):
@@ -148,7 +157,7 @@ class Protection:
         Between two steps: what was computed before cannot be differentiated any more. Should it raise, every layer
         is under its old transforms or its new ones, and works; call it again to finish.
         An adapter on the worker is carried over, and AdamW's moments: the first exactly, the second by an estimate
-        (`remote/basis.py`). Gradients are not.
+        (`remote/adapter.py`). Gradients are not.
 
         Raises:
             WireError: the worker failed, or has no room for one more matrix.
@@ -204,8 +213,9 @@ class Protection:
             fresh = obfuscate(W, self.key, spec, layer.name, layer.epoch, layer.side, wide)
             adapter = None if self.adapters is None else self.adapters.of(layer)
             carried = None if adapter is None else adapter.take_down()
-            product = self._send(fresh, layer.weights, dtype)
+            product = self._send(fresh, layer.weights, dtype, layer.observe)
             layer.R_in, layer.R_out = fresh.R_in, fresh.R_out
+            self._keyed(layer)
             layer.crossing.multiply_by(product)
             if adapter is not None and carried is not None:
                 adapter.put_up(carried)
@@ -217,7 +227,19 @@ class Protection:
             raise ProtectionError("this profile offloads nothing: there is no worker")
         return self.link
 
-    def _send(self, obfuscated: Obfuscated, weights: WeightSource, dtype: torch.dtype) -> OffloadedProduct:
+    def _keyed(self, layer: Offloaded) -> None:
+        if self.observer is not None:
+            self.observer.keyed(layer.name, layer.R_in, layer.R_out)
+
+    def _observe(self, layer: str) -> Observe | None:
+        observer = self.observer
+        if observer is None:
+            return None
+        return lambda rows, transposed: observer.requested(layer, rows, transposed=transposed)
+
+    def _send(
+        self, obfuscated: Obfuscated, weights: WeightSource, dtype: torch.dtype, observe: Observe | None
+    ) -> OffloadedProduct:
         """Have the worker hold W_star in that dtype; the product with it."""
         link, share = self._worker, self.profile.verify
         shape = obfuscated.R_in.dim, obfuscated.R_out.dim
@@ -236,7 +258,7 @@ class Protection:
         with outside_autocast():
             held = send(obfuscated.W_star, dtype)
         send_in = (lambda finer: send(again(finer), finer)) if self.profile.wire_dtype == "model" else None
-        return OffloadedProduct(link, held, obfuscated.R_in, obfuscated.R_out, self.mixer, send_in)
+        return OffloadedProduct(link, held, obfuscated.R_in, obfuscated.R_out, self.mixer, send_in, observe)
 
     def close(self) -> None:
         """Let the worker forget, and close the connection."""

@@ -108,11 +108,7 @@ def _largest(m: int, p: int, scale: float, norm: float) -> float:
 
 def _images(W: Tensor, R: Tensor, L: Tensor) -> tuple[Tensor, Tensor, float]:
     """W R (p, K), Wᵀ L (q, K) and |W| for R (q, K) and L (p, K)."""
-    if kernels.code_for(W) is not None:
-        from obfuscatune.enclave.kernels.images import images
-
-        return images(W, R, L)
-    return W @ R, W.T @ L, float(torch.linalg.vector_norm(W, dtype=torch.float64))
+    return kernels.kernels_for(W).sketch(W, R, L)
 
 
 class Verifier:

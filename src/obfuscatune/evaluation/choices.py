@@ -3,8 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from obfuscatune.evaluation.results import Metric, Verdict
-from obfuscatune.evaluation.scoring import Pair, Score, score_pairs
+from obfuscatune.evaluation.scoring import Metric, Pair, Score, Verdict, score_pairs
 from obfuscatune.tuning.tasks import Question, Task
 from obfuscatune.tuning.tokens import context_window, encode_pair, end_id
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from obfuscatune.evaluation.results import Metric, Verdict
+from obfuscatune.evaluation.scoring import Metric, Verdict
 from obfuscatune.tuning.data import Source
 from obfuscatune.tuning.records import Completion
 from obfuscatune.tuning.tokens import (

@@ -5,8 +5,10 @@ is too short (`HFLM._loglikelihood_tokens`). Every pair is one row of a batch, t
 the pass over a context among its choices would change the rounding, hence perhaps an answer.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
 import torch
@@ -109,3 +111,68 @@ def _score(row: _Row, logits: torch.Tensor) -> Score:
     lead = (chosen - logits.scatter(1, targets, -torch.inf).amax(1, keepdim=True)).squeeze(1)
     margin = lead.min() if greedy else (-lead).max()
     return Score(total, greedy, max(0.0, margin.item()))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One answer: a choice's index, or text, or whether a right answer would be written.
+
+    `margin` says by how much the logits or log-likelihoods (nats) would have to change for another answer.
+    """
+
+    answer: int | str | bool
+    right: bool
+    margin: float
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A share of right answers under one rule, with all the answers in the questions' order."""
+
+    name: str
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def value(self) -> float:
+        """Share of right answers."""
+        return fmean(verdict.right for verdict in self.verdicts)
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of `value`: the sample's standard deviation over the root of its size."""
+        if len(self.verdicts) < 2:
+            return math.nan
+        return stdev(float(verdict.right) for verdict in self.verdicts) / math.sqrt(len(self.verdicts))
+
+
+TIE = 1e-3
+"""Nats. An answer given by less may fall either way: protected and plain logits agree to 1e-4 in float32
+(tests/contract), and a log-likelihood sums over up to some ten tokens."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Indices of the questions answered differently; `ties` are those that either gave by less than `TIE`."""
+
+    metric: str
+    differing: tuple[int, ...]
+    ties: tuple[int, ...]
+
+    @property
+    def same_but_for_ties(self) -> bool:
+        """Whether every difference is a tie."""
+        return self.differing == self.ties
+
+
+def compare(one: Metric, other: Metric) -> Comparison:
+    """Compare two results on the same questions.
+
+    Raises:
+        ValueError: they are not of the same metric and number of questions.
+    """
+    if (one.name, len(one.verdicts)) != (other.name, len(other.verdicts)):
+        raise ValueError(f"{one.name} of {len(one.verdicts)} against {other.name} of {len(other.verdicts)}")
+    both = list(zip(one.verdicts, other.verdicts, strict=True))
+    differing = [index for index, (a, b) in enumerate(both) if a.answer != b.answer]
+    ties = [index for index in differing if min(verdict.margin for verdict in both[index]) < TIE]
+    return Comparison(one.name, tuple(differing), tuple(ties))

@@ -3,10 +3,9 @@
     units        a number            -> a few characters that people read
     environment  this machine        -> what times depend on
     ticks        a range of values   -> round positions on an axis
-    curves       series of points    -> an SVG line chart
+    charts       points, bars        -> SVG, in a page or as a file
     braille      series of values    -> a line chart of characters
-    style        (rules)             -> how the page looks, in light and dark
-    page         sections            -> the document
+    page         sections            -> the document, by templates/
 
 Nothing here knows what a command measures.
 """

@@ -1,24 +1,25 @@
-"""The document: sections in order, text escaped, nothing loaded from anywhere.
+"""The document of every report, rendered by one template (templates/).
 
-A section is what a command has to show; this file knows how it looks and not what it means.
+A section is what a command has to show; the template knows how it looks and not what it means.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
-from typing import Literal, Protocol
+from functools import cache
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
-from obfuscatune.report import curves
-from obfuscatune.report.style import STYLE
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 Tone = Literal["plain", "good", "bad"]
+_LIGHTEST, _DARKEST = 8, 70
+"""Per cent of red in a heat map's cells."""
 
 
 class Section(Protocol):
-    """A part of the page."""
+    """A part of the page; `kind` says how the template shows it."""
 
-    def html(self) -> str:
-        """An HTML element, every text in it escaped."""
+    kind: ClassVar[str]
 
 
 @dataclass(frozen=True)
@@ -34,132 +35,104 @@ class Figure:
 class KeyFigures:
     """A row of cards."""
 
+    kind: ClassVar[str] = "key figures"
     figures: Sequence[Figure]
-
-    def html(self) -> str:
-        """One `<div>`."""
-        cards = (
-            f'<div class="card {one.tone}"><div class="value">{escape(one.value)}</div>'
-            f'<div class="label">{escape(one.label)}</div></div>'
-            for one in self.figures
-        )
-        return f'<div class="cards">{"".join(cards)}</div>'
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came out, in one sentence."""
+    """What came out, or what to do, in one sentence."""
 
+    kind: ClassVar[str] = "verdict"
     text: str
-    tone: Tone
-
-    def html(self) -> str:
-        """One `<p>`."""
-        return f'<p class="verdict {self.tone}">{escape(self.text)}</p>'
-
-
-@dataclass(frozen=True)
-class Advice:
-    """What to do, in one sentence, before anything else."""
-
-    text: str
-
-    def html(self) -> str:
-        """One `<p>`."""
-        return f'<p class="verdict">{escape(self.text)}</p>'
-
-
-@dataclass(frozen=True)
-class Chart:
-    """Curves under a heading, and below them what they show."""
-
-    heading: str
-    series: Sequence[curves.Series]
-    x_label: str
-    y_label: str
-    caption: str = ""
-    log_y: bool = False
-
-    def html(self) -> str:
-        """One `<section>`."""
-        drawing = curves.line_chart(
-            self.series, title=self.heading, x_label=self.x_label, y_label=self.y_label, log_y=self.log_y
-        )
-        return _section(self.heading, f"<figure>{drawing}</figure>", self.caption)
+    tone: Tone = "plain"
 
 
 @dataclass(frozen=True)
 class Table:
     """Rows under headings. All columns but the first `text_columns` are numbers, aligned at the right."""
 
+    kind: ClassVar[str] = "table"
     heading: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     caption: str = ""
     text_columns: int = 1
 
-    def html(self) -> str:
-        """One `<section>`."""
-        head = "".join(self._cell("th", index, text) for index, text in enumerate(self.columns))
-        body = "".join(
-            f"<tr>{''.join(self._cell('td', index, text) for index, text in enumerate(row))}</tr>" for row in self.rows
-        )
-        table = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        return _section(self.heading, table, self.caption)
+    def markdown(self) -> str:
+        """The table alone, without heading and caption."""
+        return markdown_table(self.columns, self.rows, self.text_columns)
 
-    def _cell(self, tag: str, index: int, text: str) -> str:
-        kind = "" if index < self.text_columns else ' class="number"'
-        return f"<{tag}{kind}>{escape(text)}</{tag}>"
+
+@dataclass(frozen=True)
+class HeatCell:
+    """`text` large, `below` small under it; `heat` from 0 to 1, None where nothing was measured."""
+
+    text: str
+    below: str
+    heat: float | None
+    hint: str = ""
+
+    @property
+    def tone(self) -> str:
+        """Its class in the style sheet; what was not measured is hatched."""
+        return "unknown" if self.heat is None else "good" if self.heat <= 0 else ""
+
+    @property
+    def style(self) -> str:
+        """Red mixed into the background, the more the hotter."""
+        if not self.heat or self.heat <= 0:
+            return ""
+        share = round(_LIGHTEST + (_DARKEST - _LIGHTEST) * min(1.0, self.heat))
+        return f"background: color-mix(in srgb, var(--heat) {share}%, transparent)"
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """A table whose cells are coloured by how bad they are. `rows` are (name, what it is, cells)."""
+
+    kind: ClassVar[str] = "heat map"
+    heading: str
+    columns: Sequence[str]
+    rows: Sequence[tuple[str, str, Sequence[HeatCell]]]
+    caption: str = ""
 
 
 @dataclass(frozen=True)
 class Facts:
     """Names and values: the environment, the settings."""
 
+    kind: ClassVar[str] = "facts"
     heading: str
     facts: Mapping[str, str]
-
-    def html(self) -> str:
-        """One `<section>`."""
-        pairs = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in self.facts.items())
-        return _section(self.heading, f"<dl>{pairs}</dl>", "")
+    caption: str = ""
 
 
 @dataclass(frozen=True)
 class Beside:
     """Two sections in one row, where the window is wide enough."""
 
+    kind: ClassVar[str] = "beside"
     left: Section
     right: Section
-
-    def html(self) -> str:
-        """One `<div>`."""
-        return f'<div class="beside">{self.left.html()}{self.right.html()}</div>'
 
 
 def render_page(*, title: str, subtitle: str, sections: Sequence[Section], footer: str) -> str:
     """The whole document as text, to be written as UTF-8."""
-    body = "\n".join(section.html() for section in sections)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{escape(title)}</title>
-<style>{STYLE}{curves.STYLE}</style>
-</head>
-<body>
-<main>
-<header><h1>{escape(title)}</h1><p>{escape(subtitle)}</p></header>
-{body}
-<footer>{escape(footer)}</footer>
-</main>
-</body>
-</html>
-"""
+    page = templates().get_template("page.html")
+    return page.render(title=title, subtitle=subtitle, sections=sections, footer=footer).lstrip()
 
 
-def _section(heading: str, content: str, caption: str) -> str:
-    below = f'<p class="caption">{escape(caption)}</p>' if caption else ""
-    return f"<section><h2>{escape(heading)}</h2>{content}{below}</section>"
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[object]], text_columns: int = 1) -> str:
+    """A table in Markdown. All columns but the first `text_columns` are numbers, aligned at the right."""
+    marks = ["---" if index < text_columns else "---:" for index in range(len(columns))]
+    lines: list[Sequence[object]] = [columns, marks, *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+@cache
+def templates() -> "Environment":
+    """All text in them is escaped, but for the pictures, which escape their own."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    return Environment(loader=PackageLoader("obfuscatune.report"), autoescape=True, undefined=StrictUndefined)

@@ -1,7 +1,7 @@
 """Where an axis has its marks, and what they say."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 _MOST_DECADES = 7
@@ -14,12 +14,14 @@ class Axis:
     Attributes:
         low, high: the range; positive on a logarithmic axis.
         ticks: positions of the marks, within the range, and their labels.
+        named: whether the labels are names, one for each whole number.
     """
 
     low: float
     high: float
     ticks: tuple[tuple[float, str], ...]
     log: bool
+    named: bool = False
 
     def place(self, value: float) -> float:
         """Where a value lies between low (0) and high (1)."""
@@ -60,6 +62,11 @@ def log_axis(values: Iterable[float]) -> Axis:
     stride = -(-(last - first) // _MOST_DECADES)
     exponents = range(first, last + 1, stride)
     return Axis(10.0**first, 10.0**last, tuple((10.0**e, f"1e{e:d}") for e in exponents), log=True)
+
+
+def named_axis(names: Sequence[str]) -> Axis:
+    """A name at 0, 1, 2, …, with half a step of room on either side."""
+    return Axis(-0.5, len(names) - 0.5, tuple(enumerate(names)), log=False, named=True)
 
 
 def _bounds(values: Iterable[float]) -> tuple[float, float]:

@@ -15,7 +15,7 @@ Data passes through the files in this order:
     obfuscation  a shape, a profile    -> the time from its files to under protection
     plan       the request             -> every cell that it takes
     tables     cells                   -> the paper's tables
-    plots      cells                   -> the same as pictures
-    documents  tables and plots        -> Markdown, CSV, one HTML page
+    charts     cells                   -> the same as pictures
+    documents  tables and charts       -> Markdown, CSV, one HTML page
     run        the request             -> all of it, whatever is not done yet
 """

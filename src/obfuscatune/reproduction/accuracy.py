@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from obfuscatune.evaluation.choices import evaluate_task
-from obfuscatune.evaluation.results import Metric
+from obfuscatune.evaluation.scoring import Metric
 from obfuscatune.reproduction.cells import Cell, Meter, Watch
 from obfuscatune.reproduction.methods import Method, find_method
 from obfuscatune.reproduction.opening import Opening, Subject
@@ -185,7 +185,7 @@ def headline(task: str) -> str:
 
 def metric_of(result: Mapping[str, Any], which: str, name: str) -> Metric:
     """A metric as `_ask` left it."""
-    from obfuscatune.evaluation.results import Verdict
+    from obfuscatune.evaluation.scoring import Verdict
 
     return Metric(name, tuple(Verdict(*verdict) for verdict in result[which][name]["verdicts"]))
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from obfuscatune.evaluation.compare import Comparison, compare
+from obfuscatune.evaluation.scoring import Comparison, compare
 from obfuscatune.reproduction.accuracy import headline, metric_of
 from obfuscatune.reproduction.cells import Measured
 

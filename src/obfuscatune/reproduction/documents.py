@@ -11,10 +11,10 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from obfuscatune.report.page import Facts, Section, Table, Verdict, render_page
+from obfuscatune.report.page import Facts, Section, Verdict, render_page
 from obfuscatune.reproduction.cells import Measured
+from obfuscatune.reproduction.charts import make_charts
 from obfuscatune.reproduction.checks import Check
-from obfuscatune.reproduction.plots import make_plots
 from obfuscatune.reproduction.request import Request
 from obfuscatune.reproduction.tables import check_table, make_tables
 
@@ -25,14 +25,14 @@ def to_markdown(request: Request, cells: Sequence[Measured], checks: Sequence[Ch
     """`report.md`."""
     parts = [f"# The paper's tables, preset `{request.preset.name}`", _settings_line(request)]
     for table in [*make_tables(cells), *([check_table(checks)] if checks else [])]:
-        parts += [f"## {table.heading}", _markdown_table(table), table.caption]
+        parts += [f"## {table.heading}", table.markdown(), table.caption]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def to_html(request: Request, cells: Sequence[Measured], checks: Sequence[Check]) -> str:
     """`report.html`: it needs nothing but itself."""
     sections: list[Section] = [_verdict(checks)] if checks else []
-    sections += [*make_tables(cells), *make_plots(cells)]
+    sections += [*make_tables(cells), *make_charts(cells)]
     if checks:
         sections.append(check_table(checks))
     sections += [Facts("Settings", _facts(request)), Facts("Environment", cells[-1].environment)]
@@ -71,12 +71,6 @@ def _numbers(value: Any, path: str = "") -> Iterator[tuple[str, object]]:
             yield from _numbers(item, f"{path}[{index}]")
     else:
         yield path, value
-
-
-def _markdown_table(table: Table) -> str:
-    marks = ["---" if index < table.text_columns else "---:" for index in range(len(table.columns))]
-    lines = [table.columns, marks, *table.rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def _verdict(checks: Sequence[Check]) -> Verdict:

@@ -18,8 +18,7 @@ import torch
 from torch import nn
 
 from obfuscatune.assets import clinic_notes_path
-from obfuscatune.bench.shapes import config_of
-from obfuscatune.bench.workload import random_model
+from obfuscatune.bench.workload import config_of, random_model
 from obfuscatune.evaluation.questions import load_completions
 from obfuscatune.reproduction.cells import Cell, Watch
 from obfuscatune.reproduction.methods import find_method

@@ -20,7 +20,7 @@ ABLATIONS = (*(f"conditioned({kappa})" for kappa in KAPPAS), "gaussian")
 
 @dataclass(frozen=True)
 class ShapeDepth:
-    """A named shape (bench/shapes.py), and how many of its blocks are built; all of them if None."""
+    """A named shape (bench/workload.py), and how many of its blocks are built; all of them if None."""
 
     shape: str
     layers: int | None = None

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM
 
-from obfuscatune.bench.shapes import config_of
+from obfuscatune.bench.workload import config_of
 from obfuscatune.enclave.plan import make_plan
 from obfuscatune.enclave.profiles import resolve
 from obfuscatune.enclave.skeleton import empty_model

@@ -8,20 +8,24 @@ saved generator, and a protected and a plain run of one seed drop the same units
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 
 from obfuscatune.tuning.batches import Batch, Plan, collate
 from obfuscatune.tuning.data import Example
 from obfuscatune.tuning.elsewhere import after_step, clip_gradients, moved_optimizer
-from obfuscatune.tuning.schedule import Schedule, learning_rate
+from obfuscatune.tuning.recipe import Interval, Recipe
 from obfuscatune.wire.errors import NonFiniteError
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+
+Schedule = Literal["linear", "cosine", "constant"]
+"""Of the learning rate, as Hugging Face names them."""
 
 
 @dataclass(frozen=True)
@@ -164,3 +168,65 @@ def _refuse_non_finite(step: int, loss: float, norm: float) -> None:
 
 def _seed(label: str) -> int:
     return int.from_bytes(hashlib.sha256(label.encode()).digest()[:8], "big") >> 1
+
+
+def learning_rate(peak: float, schedule: Schedule, warmup_steps: int, total_steps: int, step: int) -> float:
+    """The rate that step `step` (from 0) is taken with.
+
+    It rises linearly from 0 over `warmup_steps`, then stays (`constant`), or falls to 0 at `total_steps`
+    linearly or along half a cosine: `transformers.get_scheduler`.
+    """
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    if schedule == "constant":
+        return peak
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    if schedule == "linear":
+        return peak * max(0.0, 1.0 - progress)
+    return peak * max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """A recipe over so many examples. Steps are counted once taken: 0 is before the first."""
+
+    plan: Plan
+    descent: Descent
+    eval_every: Interval | None
+    checkpoint_every: Interval
+
+    @classmethod
+    def of(cls, recipe: Recipe, examples: int) -> Self:
+        """Settle what the recipe leaves to the number of examples."""
+        plan = Plan(examples, recipe.batch_size, recipe.accumulation, recipe.seed)
+        total = recipe.max_steps or recipe.epochs * plan.steps_per_epoch
+        warmup = recipe.warmup_steps
+        if recipe.warmup_ratio is not None:
+            warmup = math.ceil(total * recipe.warmup_ratio)
+        descent = Descent(recipe.lr, recipe.schedule, warmup, recipe.clip, total)
+        return cls(plan, descent, recipe.eval_every, recipe.checkpoint_every)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run, unless it is stopped early."""
+        return self.descent.total_steps
+
+    def measures_at(self, step: int) -> bool:
+        """Whether the loss on the eval records is measured after a step; at the run's two ends it always is."""
+        return step in (0, self.total_steps) or self._is_due(self.eval_every, step)
+
+    def saves_at(self, step: int) -> bool:
+        """Whether a checkpoint is written after a step."""
+        return step == self.total_steps or self._is_due(self.checkpoint_every, step)
+
+    def planned_before(self, ingredients: Mapping[str, Any] | None) -> int | None:
+        """The steps that a checkpoint's run was to take (`identity.py`), where these are fewer."""
+        if ingredients is None:
+            return None
+        steps = ingredients["max_steps"] or ingredients["epochs"] * self.plan.steps_per_epoch
+        return steps if steps < self.total_steps else None
+
+    def _is_due(self, every: Interval | None, step: int) -> bool:
+        if every is None:
+            return False
+        return step % (self.plan.steps_per_epoch if every == "epoch" else every) == 0

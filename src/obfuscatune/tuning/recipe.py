@@ -8,9 +8,12 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from obfuscatune.option import Option
 from obfuscatune.tuning.names import ALIASES, resolve_names
 from obfuscatune.wire.errors import ConfigError
 
+DATA, LORA, TRAINING, RUN = "Data", "LoRA", "Training", "Run"
+"""Headings of the help."""
 Positive = Annotated[int, Field(ge=1)]
 Interval = Positive | Literal["epoch"]
 """A number of steps, or the steps of one pass over the data."""
@@ -19,6 +22,7 @@ Interval = Positive | Literal["epoch"]
 class Recipe(BaseModel):
     """A run of fine-tuning. Each field is a key of the run file and, with dashes, an option of `finetune`.
 
+    The `Option` of a field is what that option's help says; fields without one share theirs with other commands.
     Hugging Face's names of the same things are accepted beside ours (`names.py`).
     Paths are relative to the directory that the command is run in.
     """
@@ -27,14 +31,10 @@ class Recipe(BaseModel):
 
     model: str | None = None
     """A directory or a Hub name; None is the embedded model."""
-    data: Path
-    """Training records (docs/finetune.md); with `task`, perhaps a data directory."""
-    eval: Path | None = None
-    """Records whose loss is measured and not trained on."""
-    task: str | None = None
-    """The question set whose own records `data` and `eval` hold."""
-    out: Path = Path("runs/finetune")
-    """The run directory."""
+    data: Annotated[Path, Option("Training records (with --task, or a data directory).", DATA)]
+    eval: Annotated[Path | None, Option("Records whose loss is measured, untrained.", DATA)] = None
+    task: Annotated[str | None, Option("The records are those of sciq, openbookqa, piqa or webqs.", DATA)] = None
+    out: Annotated[Path, Option("The run directory.", RUN)] = Path("runs/finetune")
 
     plain: bool = False
     """Run unprotected, for comparison."""
@@ -47,52 +47,59 @@ class Recipe(BaseModel):
     """Whether the base model's weights were ever published; None looks for signs of it, and warns."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
 
-    lora_r: Positive = 16
-    lora_alpha: Annotated[float, Field(gt=0)] = 32.0
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    lora_targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
+    lora_r: Annotated[Positive, Option("Rank.", LORA)] = 16
+    lora_alpha: Annotated[float, Field(gt=0), Option("Scale times rank.", LORA)] = 32.0
+    lora_dropout: Annotated[float, Field(ge=0, lt=1), Option("Share of inputs dropped.", LORA)] = 0.05
+    lora_targets: Annotated[
+        Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)],
+        Option("Layer names, comma between.", LORA),
+    ] = "all-linear"
 
-    lr: Annotated[float, Field(gt=0, le=100)] = 2e-4
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    warmup_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
-    """The share of all steps that are warm-up, in place of `warmup_steps`; rounded up to a whole step."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    clip: Annotated[float, Field(gt=0)] = 1.0
-    """The largest gradient norm that is left as it is."""
-    batch_size: Positive = 8
-    """Examples in one forward pass."""
-    accumulation: Positive = 1
-    """Forward passes in one step."""
-    epochs: Positive = 3
-    max_steps: Positive | None = None
-    """Overrides `epochs`."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    gradient_checkpointing: bool = False
+    lr: Annotated[float, Field(gt=0, le=100), Option("Peak learning rate.", TRAINING)] = 2e-4
+    schedule: Annotated[Literal["linear", "cosine", "constant"], Option("linear, cosine or constant.", TRAINING)] = (
+        "linear"
+    )
+    warmup_steps: Annotated[int, Field(ge=0), Option("Steps to the peak.", TRAINING)] = 0
+    warmup_ratio: Annotated[
+        Annotated[float, Field(ge=0, le=1)] | None, Option("Instead: the share of all steps.", TRAINING)
+    ] = None
+    """Rounded up to a whole step."""
+    weight_decay: Annotated[float, Field(ge=0), Option("AdamW's.", TRAINING)] = 0.0
+    clip: Annotated[float, Field(gt=0), Option("Largest gradient norm.", TRAINING)] = 1.0
+    batch_size: Annotated[Positive, Option("Examples in a forward pass.", TRAINING)] = 8
+    accumulation: Annotated[Positive, Option("Forward passes in a step.", TRAINING)] = 1
+    epochs: Annotated[Positive, Option("Passes over the data.", TRAINING, read_as=float)] = 3
+    """Read as a float on the command line: `--num_train_epochs 3.0` is usual elsewhere."""
+    max_steps: Annotated[Positive | None, Option("Overrides --epochs.", TRAINING)] = None
+    gradient_checkpointing: Annotated[bool, Option("Compute activations twice, for less memory.", TRAINING)] = False
 
-    max_length: Annotated[int, Field(ge=2)] | None = None
-    """Tokens of one example, the model's window if None."""
-    too_long: Literal["error", "truncate", "drop"] = "error"
-    """What becomes of longer ones."""
-    fields: dict[str, str] = {}
+    max_length: Annotated[
+        Annotated[int, Field(ge=2)] | None, Option("Tokens of an example.", DATA, unset="the model's window")
+    ] = None
+    too_long: Annotated[Literal["error", "truncate", "drop"], Option("Longer ones: error, truncate or drop.", DATA)] = (
+        "error"
+    )
+    fields: Annotated[dict[str, str], Option("Which columns hold what: prompt=question,completion=answer.", DATA)] = {}
     """Columns of the data, by the names of the fields that they hold: `{prompt: question}`."""
-    split_turns: bool = False
-    """Make an example of each turn, where the chat template rewrites earlier turns."""
+    split_turns: Annotated[
+        bool, Option("An example of each turn, where the chat template rewrites earlier ones.", DATA)
+    ] = False
 
-    eval_every: Interval | None = None
-    """Steps between measurements on `eval`; None measures before the first step and after the last."""
-    patience: Positive | None = None
-    """Early stopping: the measurements in a row without a new smallest loss on `eval` after which training ends."""
-    load_best: bool = False
-    """Make the adapter of the checkpoint with the smallest loss on `eval`, not of the last one."""
-    checkpoint_every: Interval = 50
-    """Steps between checkpoints; there is always one after the last step."""
-    checkpoints_kept: Positive = 2
-    """How many of the newest stay; the best one stays besides, where `patience` or `load_best` needs it."""
-    tensorboard: bool = False
-    """Write event files for TensorBoard into the run directory."""
-    logging_steps: Positive = 1
-    """Steps between points in TensorBoard; metrics.jsonl has every step."""
+    checkpoint_every: Annotated[Interval, Option("Steps between checkpoints, or epoch.", RUN)] = 50
+    """There is always one after the last step."""
+    checkpoints_kept: Annotated[Positive, Option("How many of the newest stay.", RUN)] = 2
+    """The best one stays besides, where `patience` or `load_best` needs it."""
+    eval_every: Annotated[
+        Interval | None, Option("Steps between measurements, or epoch.", RUN, unset="before and after")
+    ] = None
+    """None measures on `eval` before the first step and after the last."""
+    patience: Annotated[Positive | None, Option("Stop after so many measurements without a new best.", RUN)] = None
+    load_best: Annotated[bool, Option("Make the adapter of the best checkpoint, not of the last.", RUN)] = False
+    """The best is the one with the smallest loss on `eval`."""
+    tensorboard: Annotated[bool, Option("Write event files for TensorBoard into --out.", RUN)] = False
+    logging_steps: Annotated[Positive, Option("Steps between points in TensorBoard.", RUN)] = 1
+    """metrics.jsonl has every step."""
+    seed: Annotated[int, Field(ge=0), Option("Of order, fresh factors and dropout.", RUN)] = 0
 
     @model_validator(mode="before")
     @classmethod
@@ -111,6 +118,17 @@ class Recipe(BaseModel):
         if not isinstance(value, str) or value == "all-linear":
             return value
         return tuple(name.strip() for name in value.split(",") if name.strip())
+
+    @field_validator("fields", mode="before")
+    @classmethod
+    def _columns(cls, value: Any) -> Any:
+        """One text, as on the command line: `prompt=question,completion=answer`."""
+        if not isinstance(value, str):
+            return value
+        pairs = [pair.partition("=") for pair in value.split(",")]
+        if not all(name.strip() and column.strip() for name, _, column in pairs):
+            raise ValueError("expected FIELD=COLUMN, comma between")
+        return {name.strip(): column.strip() for name, _, column in pairs}
 
     @field_validator("schedule", mode="before")
     @classmethod

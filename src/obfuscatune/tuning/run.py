@@ -17,15 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from obfuscatune.tuning.adapter import adapter_files, add_lora
-from obfuscatune.tuning.cadence import Cadence
 from obfuscatune.tuning.checkpoint import Progress, load_best, refuse_other_run, resume, save_checkpoint
 from obfuscatune.tuning.data import Data, Dataset, Source, load_dataset
 from obfuscatune.tuning.identity import ingredients
-from obfuscatune.tuning.journal import Event, Journal, Started
-from obfuscatune.tuning.loop import make_optimizer, mean_loss, train
+from obfuscatune.tuning.journal import Event, Journal, Started, also_on_board
+from obfuscatune.tuning.loop import Cadence, make_optimizer, mean_loss, train
 from obfuscatune.tuning.recipe import Recipe
 from obfuscatune.tuning.storage import RunDirectory
-from obfuscatune.tuning.tensorboard import also_on_board
 from obfuscatune.tuning.tokens import check_ids, context_window, embedding_rows, end_id
 from obfuscatune.wire.errors import ConfigError, RunStopped
 

@@ -19,7 +19,7 @@ class DType(IntEnum):
     @property
     def itemsize(self) -> int:
         """Bytes of one element."""
-        return _ITEMSIZE[self]
+        return ITEMSIZE[self]
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -40,7 +40,8 @@ class DType(IntEnum):
             raise ConfigError(f"the wire carries {known}; {dtype} came: convert it first") from None
 
 
-_ITEMSIZE = {DType.NONE: 0, DType.FLOAT64: 8, DType.FLOAT32: 4, DType.BFLOAT16: 2, DType.FLOAT16: 2}
+ITEMSIZE = {DType.NONE: 0, DType.FLOAT64: 8, DType.FLOAT32: 4, DType.BFLOAT16: 2, DType.FLOAT16: 2}
+"""Bytes of one element."""
 _TORCH = {
     DType.FLOAT64: torch.float64,
     DType.FLOAT32: torch.float32,

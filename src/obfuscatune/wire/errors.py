@@ -19,6 +19,7 @@
         │   ├── LimitExceeded     a size above the limits, refused before allocation
         │   └── Truncated         the stream ended inside a message
         ├── BadReply              well-formed, but not an answer to what was asked
+        ├── WrongProduct          well-formed and finite, and not the product
         └── WorkerRefused         the worker answered with an error
             ├── UnknownMatrix     it does not hold that matrix (any longer)
             ├── AdapterLost       it does not hold that adapter (any longer), and nobody else does
@@ -30,96 +31,197 @@ package's boundary; the command line prints their text and nothing else.
 
 
 class ObfuscaTuneError(Exception):
-    """The root of the tree. Not raised itself."""
+    """The root of the tree. Not raised itself.
+
+    What to do:
+        Catch it where any failure of ObfuscaTune is handled alike; the command line does.
+    """
 
 
 class ConfigError(ObfuscaTuneError):
-    """An option, a profile, an address or a run file that cannot be used."""
+    """An option, a profile, an address or a run file that cannot be used.
+
+    What to do:
+        Correct the option or key that the message names; `--help` and docs/profiles.md list what there is.
+    """
 
 
 class DataError(ObfuscaTuneError):
-    """A data set that cannot be read. The message names file and line."""
+    """A data set that cannot be read. The message names file and line.
+
+    What to do:
+        Open the file at the line that the message names; `obfuscatune finetune --preview` shows what is read.
+    """
 
 
 class ModelFileError(ObfuscaTuneError):
-    """A model directory that cannot be read as what it claims to be."""
+    """A model directory that cannot be read as what it claims to be.
+
+    What to do:
+        Look at the file that the message names. Models are directories with `config.json` and safetensors;
+        convert others by `save_pretrained(directory, safe_serialization=True)`.
+    """
 
 
 class StorageError(ObfuscaTuneError):
-    """The disk refused: full, read-only or gone."""
+    """The disk refused: full, read-only or gone.
+
+    What to do:
+        Make room, or name another folder (`--out`, `--store`, `TMPDIR`); then resume the run.
+    """
 
 
 class RunStopped(ObfuscaTuneError):
-    """A run of fine-tuning ended early because it was asked to. Its newest checkpoint is of the step it ended at."""
+    """A run of fine-tuning ended early because it was asked to. Its newest checkpoint is of the step it ended at.
+
+    What to do:
+        Nothing is lost: the same command with `--resume` goes on.
+    """
 
 
 class ProtectionError(ObfuscaTuneError):
-    """The enclave cannot keep its promise, and stops rather than send."""
+    """The enclave cannot keep its promise, and stops rather than send.
+
+    What to do:
+        The message says which layer or setting. `obfuscatune inspect` shows what of a model can be
+        protected.
+    """
 
 
 class NonFiniteError(ProtectionError):
-    """NaN or infinity arose inside the enclave, before anything was sent."""
+    """NaN or infinity arose inside the enclave, before anything was sent.
+
+    What to do:
+        As with a plain model that diverges: lower the learning rate, look at the data, use float32.
+    """
 
 
 class WireError(ObfuscaTuneError):
-    """Anything that goes wrong between enclave and worker."""
+    """Anything that goes wrong between enclave and worker.
+
+    What to do:
+        Read the subclass. Requests were tried again already, as `RetryPolicy` says.
+    """
 
 
 class ConnectionLost(WireError):
-    """The peer closed, died or could not be reached."""
+    """The peer closed, died or could not be reached.
+
+    What to do:
+        Is the worker running, and is the address right? Its stderr says why it ended. A run of `finetune`
+        goes on with `--resume`.
+    """
 
 
 class DeadlineExceeded(WireError):
-    """The peer did not answer in time."""
+    """The peer did not answer in time.
+
+    What to do:
+        The worker is overloaded, or hangs: look at its machine, or give it longer by `deadline_s`.
+    """
 
 
 class UntrustedPeer(WireError):
-    """The peer's certificate is not one of those pinned here, or ours is not one of those pinned there."""
+    """The peer's certificate is not one of those pinned here, or ours is not one of those pinned there.
+
+    What to do:
+        Compare fingerprints over a channel that you trust, then name the other side's `cert.pem` as `--peer`.
+        If both files are right, somebody is between you.
+    """
 
 
 class ProtocolError(WireError):
-    """Bytes that break docs/spec/wire.md."""
+    """Bytes that break docs/spec/wire.md.
+
+    What to do:
+        Run the same version on both sides. If it comes again, the worker is broken or hostile: use another.
+    """
 
 
 class BadMagic(ProtocolError):
-    """The first bytes are not those of our protocol."""
+    """The first bytes are not those of our protocol.
+
+    What to do:
+        The address is another program's, or one side speaks TLS and the other does not; the message says which.
+    """
 
 
 class UnsupportedVersion(ProtocolError):
-    """No protocol version that both sides speak."""
+    """No protocol version that both sides speak.
+
+    What to do:
+        Install the same version of ObfuscaTune on both sides.
+    """
 
 
 class MalformedMessage(ProtocolError):
-    """A field outside its range, or a message out of turn."""
+    """A field outside its range, or a message out of turn.
+
+    What to do:
+        As for `ProtocolError`.
+    """
 
 
 class LimitExceeded(ProtocolError):
-    """A size above the limits; refused before anything was allocated."""
+    """A size above the limits; refused before anything was allocated.
+
+    What to do:
+        Send less at once (`--batch-size`); if a worker's reply was too large, use another worker.
+    """
 
 
 class Truncated(ProtocolError):
-    """The stream ended inside a message."""
+    """The stream ended inside a message.
+
+    What to do:
+        The peer died in the middle of a message: as for `ConnectionLost`.
+    """
 
 
 class BadReply(WireError):
-    """A well-formed reply that does not answer what was asked (shape, dtype, NaN)."""
+    """A well-formed reply that does not answer what was asked (shape, dtype, NaN).
+
+    What to do:
+        The worker is broken or hostile: use another, and keep a transcript (`obfuscatune worker --record`).
+    """
 
 
 class WrongProduct(WireError):
-    """The worker's product is of the right form, finite, and not the product."""
+    """The worker's product is of the right form, finite, and not the product.
+
+    What to do:
+        Do not use this worker any more. The run stopped before the product was used; resume it elsewhere.
+    """
 
 
 class WorkerRefused(WireError):
-    """The worker answered with an error."""
+    """The worker answered with an error.
+
+    What to do:
+        The message has the worker's reason; its own stderr says more.
+    """
 
 
 class UnknownMatrix(WorkerRefused):
-    """The worker does not hold that matrix (any longer)."""
+    """The worker does not hold that matrix (any longer).
+
+    What to do:
+        Nothing: matrices that a worker forgot are sent again by themselves. If it comes all the time, the
+        worker has too little memory (`--quota`).
+    """
 
 
 class AdapterLost(WorkerRefused):
-    """The worker does not hold an adapter that was moved to it, or what a backward pass needs; nobody else does."""
+    """The worker does not hold an adapter that was moved to it, or what a backward pass needs; nobody else does.
+
+    What to do:
+        Resume from the last checkpoint. Only `profile="paper"` keeps adapters on the worker.
+    """
 
 
 class QuotaExceeded(WorkerRefused):
-    """The worker's memory for matrices is full."""
+    """The worker's memory for matrices is full.
+
+    What to do:
+        Start the worker with a larger `--quota`, or with `--when-full evict`; or use another worker.
+    """

@@ -44,9 +44,10 @@ def recv_header(
     came = transport.recv_into(view, deadline)
     if came == 0:
         raise ConnectionLost("the peer closed the connection")
-    if data[:came][: len(MAGIC)] != MAGIC[:came]:  # what is no header need not be as long as one
+    if not data.startswith(MAGIC[:came]):  # what is no header need not be as long as one
         raise BadMagic(f"expected the magic {MAGIC!r}, got {bytes(data[: min(came, 4)])!r}: {what_it_speaks(data)}")
-    recv_payload(transport, view[came:], deadline if rest_seconds is None else Deadline(rest_seconds))
+    if came < HEADER_BYTES:
+        recv_payload(transport, view[came:], deadline if rest_seconds is None else Deadline(rest_seconds))
     return Header.unpack(data, expected=expected)
 
 

@@ -28,12 +28,6 @@ MAX_SHARED_BYTES = GIB
 SHARED_BYTES = 256 * MIB
 """Memory that an enclave shares by default: 8 matrices of 512 x 14,336 float32. Pages never touched cost nothing."""
 
-MAX_WATCHED = 4096
-"""Matrices that a worker keeps at hand while it watches a slot: ten times those of the deepest models."""
-
-MAX_SLOT_ROWS = 32
-"""Rows of one request in a slot: with more, a message costs nothing beside the product."""
-
 MAX_SLICES = 16
 """Layers whose adapters one matrix carries: q, k and v make three."""
 

@@ -12,7 +12,7 @@ from enum import IntEnum
 from types import MappingProxyType
 
 from obfuscatune.wire.adapters import PARTS, Step, attachment_bytes
-from obfuscatune.wire.dtypes import DType
+from obfuscatune.wire.dtypes import ITEMSIZE, DType
 from obfuscatune.wire.errors import BadMagic, LimitExceeded, MalformedMessage, Truncated, UnsupportedVersion
 from obfuscatune.wire.foreign import what_it_speaks
 from obfuscatune.wire.limits import (
@@ -20,12 +20,10 @@ from obfuscatune.wire.limits import (
     MAX_ERROR_BYTES,
     MAX_MATRIX_BYTES,
     MAX_SLICES,
-    MAX_WATCHED,
     MAX_WINDOW_BYTES,
     VERSION,
 )
 from obfuscatune.wire.payloads import NUMBER_BYTES, Hello, Places, Welcome
-from obfuscatune.wire.slot import watch_bytes
 
 MAGIC = b"OBFT"
 TRANSPOSED = 1
@@ -41,6 +39,7 @@ NO_DIGEST = bytes(32)
 
 _HEADER = struct.Struct("<4sBBBBIIIIQ16sQ")
 HEADER_BYTES = _HEADER.size
+_DTYPES = {int(dtype): dtype for dtype in DType}
 
 
 class MessageType(IntEnum):
@@ -67,7 +66,9 @@ class MessageType(IntEnum):
     STEP = 19
     ZERO = 20
     NORM = 21
-    WATCH = 22
+
+
+_TYPES = {int(kind): kind for kind in MessageType}
 
 
 class ErrorCode(IntEnum):
@@ -92,7 +93,6 @@ REQUESTS = frozenset(
         MessageType.STORE,
         MessageType.MULTIPLY,
         MessageType.FORGET,
-        MessageType.WATCH,
     }
 )
 ON_ADAPTERS = frozenset(
@@ -181,12 +181,11 @@ FORMS: Mapping[MessageType, Form] = MappingProxyType(
         MessageType.STEP: Form(body_bytes=(Step.BYTES, Step.BYTES)),
         MessageType.ZERO: Form(),
         MessageType.NORM: Form(),
-        MessageType.WATCH: Form(body_bytes=watch_bytes(1, MAX_WATCHED)),
     }
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Header:
     """The 56 bytes before every payload. `pack` does not check: what we build ourselves, tests check."""
 
@@ -214,7 +213,7 @@ class Header:
     @property
     def matrix_bytes(self) -> int:
         """Bytes of the matrix, wherever it lies."""
-        return self.rows * self.cols * self.dtype.itemsize
+        return self.rows * self.cols * ITEMSIZE[self.dtype]
 
     @property
     def message_bytes(self) -> int:
@@ -263,18 +262,17 @@ class Header:
             raise UnsupportedVersion(f"expected protocol version {VERSION}, got {version}: install the same release")
         if kind not in expected:
             raise MalformedMessage(f"message type {kind} has no place here")
-        try:
-            dtypes = DType(dtype), DType(reply_dtype)
-        except ValueError:
-            raise MalformedMessage(f"dtype codes {dtype} and {reply_dtype}: 0 to {max(DType)} exist") from None
-        header = cls(MessageType(kind), request_id, matrix_id, dtypes[0], rows, cols, length, dtypes[1], flags, code)
+        if dtype not in _DTYPES or reply_dtype not in _DTYPES:
+            raise MalformedMessage(f"dtype codes {dtype} and {reply_dtype}: 0 to {max(DType)} exist")
+        types = _TYPES[kind], _DTYPES[dtype], _DTYPES[reply_dtype]
+        header = cls(types[0], request_id, matrix_id, types[1], rows, cols, length, types[2], flags, code)
         _check(header, FORMS[header.type])
         return header
 
 
 def _check(header: Header, form: Form) -> None:
     """Hold a header against its form; see `Header.unpack` for the errors."""
-    name = header.type.name
+    name, code = header.type.name, header.code
     if form.matrix and header.request_id == 0:
         raise MalformedMessage(f"{name} needs a request id other than 0")
     if not form.matrix and not form.code and (header.request_id or header.matrix_id != NO_MATRIX):
@@ -283,13 +281,15 @@ def _check(header: Header, form: Form) -> None:
         raise MalformedMessage(f"{name} came with the flags {header.flags:#x}, which it has not")
     if form.multiply != (header.reply_dtype is not DType.NONE):
         raise MalformedMessage(f"{name} came with the reply dtype {header.reply_dtype.name}")
-    least, most = form.number
-    if not form.code and not least <= header.code <= most:
-        raise MalformedMessage(f"{name} came with the code {header.code}: {least} to {most} may stand there")
-    if form.code and header.code == 0:
-        raise MalformedMessage(f"{name} came without a code")
-    if form.code and header.code > max(ErrorCode):
-        raise MalformedMessage(f"error code {header.code}: 1 to {max(ErrorCode)} exist")
+    if form.code:
+        if code == 0:
+            raise MalformedMessage(f"{name} came without a code")
+        if code > max(ErrorCode):
+            raise MalformedMessage(f"error code {code}: 1 to {max(ErrorCode)} exist")
+    elif not form.number[0] <= code <= form.number[1]:
+        raise MalformedMessage(
+            f"{name} came with the code {code}: {form.number[0]} to {form.number[1]} may stand there"
+        )
     _check_size(header, form)
 
 
@@ -303,11 +303,11 @@ def _check_size(header: Header, form: Form) -> None:
     elif max(header.rows, header.cols) > MAX_DIM:
         raise LimitExceeded(f"{name} of {header.rows} x {header.cols}: at most {MAX_DIM} either way")
     if form.tensor_bytes:
-        if header.payload_bytes > form.tensor_bytes:
-            raise LimitExceeded(f"{name} of {header.payload_bytes} bytes: at most {form.tensor_bytes}")
-        if header.matrix_bytes > form.tensor_bytes:
-            raise LimitExceeded(f"{name} of {header.matrix_bytes} bytes: at most {form.tensor_bytes}")
-        exact = form.shared_bytes if header.shared else header.matrix_bytes
+        size = header.matrix_bytes
+        if max(header.payload_bytes, size) > form.tensor_bytes:
+            largest = max(header.payload_bytes, size)
+            raise LimitExceeded(f"{name} of {largest} bytes: at most {form.tensor_bytes}")
+        exact = form.shared_bytes if header.flags & SHARED else size
         if header.payload_bytes != exact:
             raise MalformedMessage(
                 f"{name} of {header.rows} x {header.cols} {header.dtype.name} has {exact} bytes, "

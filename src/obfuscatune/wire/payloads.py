@@ -13,9 +13,9 @@ SHARED_MEMORY = 2
 """Feature of a connection: SHARE is welcome on it."""
 ACCELERATOR = 4
 """Feature of a worker: it computes on a device of its own, not on its host's processor."""
-SLOTS = 8
-"""Feature of a connection: WATCH is welcome on it."""
-FEATURES = CONTENT_STORE | SHARED_MEMORY | ACCELERATOR | SLOTS
+RETIRED = 8
+"""Feature of workers before 2026-11-29, which nothing is made of."""
+FEATURES = CONTENT_STORE | SHARED_MEMORY | ACCELERATOR | RETIRED
 _HELLO = struct.Struct("<32sHH")
 _WELCOME = struct.Struct("<HHIQQQ")
 _PLACES = struct.Struct("<QQ")

@@ -10,6 +10,9 @@ import torch
 from obfuscatune.wire.dtypes import DType
 from obfuscatune.wire.errors import ConfigError
 
+_FEW = 4096
+"""Elements that torch sums up on one thread, sooner than numpy has been told what to ignore."""
+
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor as writable bytes, row-major and little-endian.
@@ -21,7 +24,12 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
         raise ConfigError(f"expected a contiguous tensor on the CPU, got stride {tensor.stride()} on {tensor.device}")
     if sys.byteorder != "little":
         raise ConfigError("the wire is little-endian and does not convert; this machine is big-endian")
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # a buffer since PEP 688
+    if tensor.numel() == 0:
+        return memoryview(bytearray())
+    elements = tensor.detach()
+    if tensor.dtype == torch.bfloat16:  # which numpy does not know
+        elements = elements.view(torch.int16)
+    return memoryview(elements.numpy()).cast("B")  # type: ignore[arg-type]  # a buffer since PEP 688
 
 
 def content_digest(tensor: torch.Tensor) -> bytes:
@@ -39,7 +47,9 @@ def is_finite(tensor: torch.Tensor) -> bool:
     One pass for the sum, at memory speed: a NaN or an infinity never leaves a sum finite. A sum may overflow although
         every element is finite, so only then each is looked at.
     """
-    if tensor.device.type == "cpu" and tensor.dtype in (torch.float64, torch.float32):
+    if tensor.numel() <= _FEW:
+        total = float(tensor.detach().sum())
+    elif tensor.device.type == "cpu" and tensor.dtype in (torch.float64, torch.float32):
         # numpy and not torch: as fast on one core, and it wakes no OpenMP threads that spin next to the worker's
         with np.errstate(over="ignore", invalid="ignore"):
             total = float(np.add.reduce(tensor.detach().numpy(), axis=None))

@@ -57,8 +57,12 @@ class TlsTransport(SocketTransport):
             self._linger()
             raise
 
-    def recv_into(self, view: memoryview, deadline: Deadline) -> int:
-        """See `Transport.recv_into`."""
+    def _receive(self, view: memoryview, deadline: Deadline) -> int:
+        """See `SocketTransport`; here it waits before it reads, for to read in vain takes longer."""
+        with self._lock:
+            is_there = self._tls_sock.pending()
+        if not is_there:
+            self._wait_until(select.POLLIN, deadline.remaining())
         return self._wait(self._read, view, deadline)
 
     def _handshake(self, _: None) -> int:
@@ -155,15 +159,15 @@ class TlsTransport(SocketTransport):
         return sent
 
     def _read(self, view: memoryview) -> int:
-        """Records of 16 KiB each until the socket is empty or the view is full."""
+        """Records of 16 KiB each until one is smaller, the socket is empty or the view is full. Raises WouldBlock."""
         came = 0
         try:
             with self._lock:
                 while came < len(view):
                     count = self._tls_sock.recv_into(view[came:])
-                    if not count:
-                        break
                     came += count
+                    if count < RECORD_BYTES:
+                        break
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
             if not came:
                 raise _would_block(error) from None

@@ -25,13 +25,15 @@ from obfuscatune.wire.limits import (
 )
 from obfuscatune.wire.shared_memory import AVAILABLE
 
-WHOLE_BYTES = 64 * KIB
-"""From this size on a read waits for all of it."""
+AHEAD_BYTES = 64 * KIB
+"""A smaller read takes what has come, up to so much: a header and few rows in one call. A larger one waits for all."""
+LOOK_SECONDS = 10.0
+"""A read that may take longer looks at its deadline after so long: the system need not be told a time for each."""
 
 _DESCRIPTOR = struct.Struct("@i")
 _ONE_DESCRIPTOR = socket.CMSG_SPACE(_DESCRIPTOR.size)
 _CREDENTIALS = struct.Struct("@3i")  # struct ucred: process, user, group
-_READ_FLAGS = socket.MSG_DONTWAIT | getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+_READ_FLAGS = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 Buffer = bytes | bytearray | memoryview
 T = TypeVar("T")
 
@@ -48,6 +50,9 @@ class Transport(Protocol):
 
         Raises ConnectionLost, DeadlineExceeded.
         """
+
+    def send_now(self, buffers: Sequence[Buffer]) -> list[memoryview]:
+        """Send what goes without waiting; the rest, for `send`. Raises ConnectionLost."""
 
     def has_news(self) -> bool:
         """Whether `recv_into` would return, or raise, at once."""
@@ -84,8 +89,15 @@ class SocketTransport:
         self.address_id = _address_id(sock)
         """Where the peer connects from: a user of this host, or an address."""
         self._sock = sock
+        self.shares_memory = AVAILABLE and sock.family == socket.AF_UNIX
+        """See `Transport.shares_memory`."""
         self._peer = peer
         self._descriptors: list[int] = []
+        self._ahead = memoryview(bytearray(AHEAD_BYTES))
+        self._taken = self._came = 0
+        """Of `_ahead`: what the reader has had, and what there is."""
+        self._longest_read = 0.0
+        """Seconds, as the system was told."""
 
     def establish(self, deadline: Deadline) -> None:
         """Whatever is to be done before the first byte of ours: nothing here, the handshake where there is TLS."""
@@ -95,11 +107,6 @@ class SocketTransport:
         """Who the peer is, after `establish`: what it cannot choose anew with each connection."""
         return self.address_id
 
-    @property
-    def shares_memory(self) -> bool:
-        """See `Transport.shares_memory`."""
-        return AVAILABLE and self._sock.family == socket.AF_UNIX
-
     def send(self, buffers: Sequence[Buffer], deadline: Deadline, descriptor: int | None = None) -> None:
         """See `Transport.send`; header and payload leave in one system call where they fit."""
         views = [memoryview(buffer) for buffer in buffers if len(buffer)]
@@ -107,24 +114,37 @@ class SocketTransport:
             self._wait(lambda first: self._write_with(first, descriptor), views[0][:1], deadline)
             views[0] = views[0][1:]
         while views:
-            sent = self._wait(self._write, views, deadline)
-            while views and sent >= len(views[0]):
-                sent -= len(views[0])
-                views = views[1:]
-            if sent:
-                views = [views[0][sent:], *views[1:]]
+            views = _after(self._wait(self._write, views, deadline), views)
+
+    def send_now(self, buffers: Sequence[Buffer]) -> list[memoryview]:
+        """See `Transport.send_now`."""
+        views = [memoryview(buffer) for buffer in buffers if len(buffer)]
+        try:
+            while views:
+                views = _after(self._write(views), views)
+        except WouldBlock:
+            return views
+        except OSError as error:
+            raise self._lost(error) from error
+        return views
 
     def recv_into(self, view: memoryview, deadline: Deadline) -> int:
         """See `Transport.recv_into`."""
-        if len(view) < WHOLE_BYTES:
-            return self._wait(self._read, view, deadline)
-        return self._read_whole(view, deadline)
+        if self._taken == self._came:
+            if len(view) >= AHEAD_BYTES:
+                return self._receive(view, deadline)
+            self._taken = self._came = 0
+            self._came = self._receive(self._ahead, deadline)
+        count = min(len(view), self._came - self._taken)
+        view[:count] = self._ahead[self._taken : self._taken + count]
+        self._taken += count
+        return count
 
     def has_news(self) -> bool:
         """See `Transport.has_news`."""
-        poll = select.poll()
-        poll.register(self._sock.fileno(), select.POLLIN)
-        return bool(poll.poll(0))
+        if self._taken < self._came:
+            return True
+        return self._wait_until(select.POLLIN, 0)
 
     def take_descriptor(self) -> int | None:
         """See `Transport.take_descriptor`."""
@@ -161,20 +181,29 @@ class SocketTransport:
             try:
                 return attempt(argument)
             except WouldBlock as blocked:
-                poll = select.poll()
-                poll.register(self._sock.fileno(), blocked.events)
-                poll.poll(None if remaining is None else remaining * 1000)
+                self._wait_until(blocked.events, remaining)
             except OSError as error:
                 raise self._lost(error) from error
 
-    def _read_whole(self, view: memoryview, deadline: Deadline) -> int:
-        """Have the kernel fill all of `view`: to be woken for every part that arrives costs more than the copying."""
+    def _wait_until(self, events: int, seconds: float | None) -> bool:
+        """Wait until the socket is ready; whether it is. One that is closed is, for to fail."""
+        if self._sock.fileno() < 0:
+            return True
+        poll = select.poll()
+        poll.register(self._sock.fileno(), events)
+        return bool(poll.poll(None if seconds is None else seconds * 1000))
+
+    def _receive(self, view: memoryview, deadline: Deadline) -> int:
+        """Wait for bytes; asleep in the call that receives them, which is woken once."""
         while True:
-            remaining = deadline.remaining() or 0.0  # 0 is for ever
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(remaining))
+            remaining = deadline.remaining()
+            longest = LOOK_SECONDS if remaining is None else min(remaining, LOOK_SECONDS)
             try:
-                return self._sock.recv_into(view, 0, socket.MSG_WAITALL)
-            except BlockingIOError:  # the time is over, as `remaining` will tell
+                if longest != self._longest_read:
+                    self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(longest))
+                    self._longest_read = longest
+                return self._read(view)
+            except BlockingIOError:  # time to look at the deadline
                 continue
             except OSError as error:
                 raise self._lost(error) from error
@@ -190,13 +219,15 @@ class SocketTransport:
             raise WouldBlock(select.POLLOUT) from None
 
     def _read(self, view: memoryview) -> int:
-        """Receive what is there; how much. Raises WouldBlock, OSError."""
-        try:
-            if not self.shares_memory:
-                return self._sock.recv_into(view, 0, socket.MSG_DONTWAIT)
-            came, ancillary, _, _ = self._sock.recvmsg_into([view], _ONE_DESCRIPTOR, _READ_FLAGS)
-        except BlockingIOError:
-            raise WouldBlock(select.POLLIN) from None
+        """Receive: few bytes as they come, many all at once, for to be woken for each part costs more than the copying.
+
+        How many. Raises OSError; BlockingIOError where the time is over that the socket was told.
+        """
+        if view is not self._ahead:
+            return self._sock.recv_into(view, 0, socket.MSG_WAITALL)
+        if not self.shares_memory:
+            return self._sock.recv_into(view)
+        came, ancillary, _, _ = self._sock.recvmsg_into([view], _ONE_DESCRIPTOR, _READ_FLAGS)
         for level, kind, data in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 self._drop_descriptors()  # what nobody took; a peer must not fill our table
@@ -217,8 +248,16 @@ class SocketTransport:
             os.close(self._descriptors.pop())
 
 
+def _after(sent: int, views: list[memoryview]) -> list[memoryview]:
+    """What is left to be sent."""
+    while views and sent >= len(views[0]):
+        sent -= len(views[0])
+        views = views[1:]
+    return [views[0][sent:], *views[1:]] if sent else views
+
+
 def _timeval(seconds: float) -> bytes:
-    """struct timeval, not less than a microsecond unless it is 0."""
+    """struct timeval, not less than a microsecond."""
     microseconds = math.ceil(seconds * 1_000_000)
     return struct.pack("@ll", *divmod(microseconds, 1_000_000))
 

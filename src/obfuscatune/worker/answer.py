@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from obfuscatune.wire.errors import AdapterLost, MalformedMessage, QuotaExceeded, StorageError, UnknownMatrix
 from obfuscatune.wire.limits import MAX_MATRIX_BYTES
 from obfuscatune.wire.messages import NO_DIGEST, NO_MATRIX, ErrorCode, MessageType
-from obfuscatune.wire.payloads import ACCELERATOR, CONTENT_STORE, SLOTS
-from obfuscatune.wire.slot import Watched
+from obfuscatune.wire.payloads import ACCELERATOR, CONTENT_STORE
 from obfuscatune.worker.answer_adapters import AdapterAnswerer
 from obfuscatune.worker.buffers import Buffers
 from obfuscatune.worker.compute import Computer
@@ -41,7 +40,6 @@ class Answerer:
             MessageType.STORE: self._store,
             MessageType.MULTIPLY: self._multiply,
             MessageType.FORGET: self._forget,
-            MessageType.WATCH: self._watch,
         }
 
     @property
@@ -49,7 +47,7 @@ class Answerer:
         """What WELCOME says of this worker."""
         keeps = 0 if self.disk is None else CONTENT_STORE
         apart = 0 if self.computer.device.type == "cpu" else ACCELERATOR
-        return keeps | apart | (SLOTS if self.computer.watches else 0)
+        return keeps | apart
 
     def answer(self, session: SessionKey, request: Request, buffers: Buffers) -> Reply:
         """The reply to one request of a session. Refusals are replies; nothing is raised for them."""
@@ -112,17 +110,6 @@ class Answerer:
             with self.turns.of(session.peer):
                 self.computer.multiply(rows[part], matrix, product[part], transpose=header.transposed)
         return product_of(request, product)
-
-    def _watch(self, session: SessionKey, request: Request, buffers: Buffers) -> Reply:
-        watched = Watched.unpack(request.body)
-        if request.memory is None:
-            raise Declined(ErrorCode.FAILED, "no memory is shared: send messages")
-        matrices = [self.store.get((session, matrix_id)) for matrix_id in watched.matrix_ids]
-        try:
-            self.computer.watch(request.memory, watched.slot, matrices)
-        except MalformedMessage as error:
-            return refusal(ErrorCode.MALFORMED, str(error), last=True)
-        return short(MessageType.DONE, request.header)
 
     def _share(self, session: SessionKey, request: Request, buffers: Buffers) -> Reply:
         return short(MessageType.DONE, request.header)  # the connection has mapped it, or ended

@@ -8,10 +8,12 @@ import threading
 
 import torch
 
-from obfuscatune.wire.limits import MIB
+from obfuscatune.wire.limits import KIB, MIB
 
 KEPT_BYTES = 256 * MIB
 """Most memory that a connection keeps while idle; above it, a buffer is freed when it is given back."""
+KEPT_FROM_BYTES = 64 * KIB
+"""A smaller buffer is not worth being kept: the allocator has such at hand."""
 
 
 class Buffers:
@@ -26,10 +28,14 @@ class Buffers:
     def lend(self, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
         """A contiguous (rows, cols) matrix on the CPU with arbitrary elements."""
         size = rows * cols * dtype.itemsize
+        if size < KEPT_FROM_BYTES and not self._pinned:
+            return torch.empty(rows, cols, dtype=dtype)
         return self._take(size)[:size].view(dtype).view(rows, cols)
 
     def give_back(self, matrix: torch.Tensor) -> None:
         """What `lend` lent; nobody may read or write it from here on."""
+        if matrix.nbytes < KEPT_FROM_BYTES and not self._pinned:
+            return
         memory = torch.empty(0, dtype=torch.uint8).set_(matrix.untyped_storage())
         with self._lock:
             if sum(buffer.nbytes for buffer in self._free) + memory.nbytes <= KEPT_BYTES:

@@ -4,40 +4,28 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 
-from obfuscatune.machine import cores
-from obfuscatune.wire.messages import ErrorCode
-from obfuscatune.wire.shared_memory import SharedMemory
-from obfuscatune.worker import kernels
-from obfuscatune.worker.declined import Declined
-
-if TYPE_CHECKING:
-    from obfuscatune.worker.watch import Watched
+from obfuscatune.worker import few_rows
 
 
 class Computer:
     """Multiplies on one device, one product at a time: two at once would share the same cores and both be late."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype | None = None, *, may_watch: bool = True) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
         """A computer that nobody uses yet.
 
         Args:
             device: where matrices are kept and products computed.
             dtype: in which; None is as they were sent.
-            may_watch: whether to wait awake for few rows, where that is possible.
         """
         self.device = device
         self.dtype = dtype
-        self._may_watch = may_watch
         self._lock = threading.Lock()
         self._wide = torch.empty(0)
-        self._spare_cores = cores() - 1
-        self._watches = threading.Semaphore(self._spare_cores)
 
     def adopt(self, matrix: torch.Tensor) -> torch.Tensor:
         """A received (p, q) matrix as it is kept; the same memory when neither device nor dtype change."""
@@ -48,31 +36,6 @@ class Computer:
         """The device, for one computation alone. Nothing in it is differentiated by torch."""
         with self._lock, torch.inference_mode():
             yield self.device
-
-    @property
-    def watches(self) -> bool:
-        """Whether it can watch a slot: with one core alone it would keep the enclave from it."""
-        suits = self.device.type == "cpu" and self.dtype in (None, torch.float32)
-        return self._may_watch and suits and self._spare_cores > 0 and kernels.may_be_there()
-
-    def watch(self, memory: SharedMemory, slot_offset: int, matrices: Sequence[torch.Tensor]) -> Watched:
-        """Answer what an enclave on this host posts in a slot, for as long as it does; see `watch.watch`.
-
-        Each watch takes a core, and leaves one to the enclave, which waits awake as well.
-
-        Raises:
-            Declined: that is not possible here, or not now.
-        """
-        if not self.watches or not kernels.are_there():
-            raise Declined(ErrorCode.FAILED, "this worker watches no slots: send messages")
-        if not self._watches.acquire(blocking=False):
-            raise Declined(ErrorCode.FAILED, "all cores watch other slots: send messages")
-        try:
-            from obfuscatune.worker.watch import watch
-
-            return watch(memory, slot_offset, matrices, min(torch.get_num_threads(), self._spare_cores))
-        finally:
-            self._watches.release()
 
     def multiply(self, rows: torch.Tensor, matrix: torch.Tensor, out: torch.Tensor, *, transpose: bool) -> None:
         """Write the product into `out`, in its dtype.
@@ -92,14 +55,8 @@ class Computer:
                 self._multiply(rows, matrix, out, transpose=transpose)
 
     def _multiply(self, rows: torch.Tensor, matrix: torch.Tensor, out: torch.Tensor, *, transpose: bool) -> None:
-        if not transpose and kernels.apply_to(rows, matrix, out):
-            from obfuscatune.worker.kernels import few_rows
-
+        if not transpose and few_rows.applies_to(rows, matrix, out):
             few_rows.multiply(rows, matrix, out)
-        elif kernels.apply_in_parts(rows, matrix, out):
-            from obfuscatune.worker.kernels import parts
-
-            parts.multiply(rows, matrix, out, transpose=transpose)
         else:
             factor = matrix.t() if transpose else matrix
             rows = rows.to(device=self.device, dtype=matrix.dtype)

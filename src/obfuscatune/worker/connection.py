@@ -1,6 +1,8 @@
-"""One connection of an enclave: a thread that always reads, and one that answers in order.
+"""One connection of an enclave: its thread reads a request, answers it, and reads the next.
 
-That the first never waits for the second is what a client relies on: with no more requests outstanding than WELCOME
+A second thread answers, in order, what would keep the first from reading: large requests, whose successors are read
+meanwhile, and replies that the socket does not take at once. It is started when it is first needed. So the reader
+never waits for a reply to be taken, which is what a client relies on: with no more requests outstanding than WELCOME
 allows, it may send all of them before it reads a reply, and neither side waits for the other for ever.
 """
 
@@ -13,9 +15,9 @@ from dataclasses import dataclass
 from obfuscatune.wire.deadline import Deadline, transfer_seconds
 from obfuscatune.wire.errors import StorageError, WireError
 from obfuscatune.wire.framing import send_message
-from obfuscatune.wire.limits import CHUNK_BYTES, HANDSHAKE_SECONDS, LINGER_SECONDS, STALL_SECONDS
+from obfuscatune.wire.limits import CHUNK_BYTES, HANDSHAKE_SECONDS, KIB, LINGER_SECONDS, STALL_SECONDS
 from obfuscatune.wire.messages import WITH_ROWS, ErrorCode, Header, MessageType
-from obfuscatune.wire.payloads import SHARED_MEMORY, SLOTS, Hello
+from obfuscatune.wire.payloads import SHARED_MEMORY, Hello
 from obfuscatune.wire.tensors import bytes_of
 from obfuscatune.wire.transcript import Direction
 from obfuscatune.wire.transport import Buffer, Transport
@@ -28,6 +30,9 @@ from obfuscatune.worker.replies import Reply, Request, refusal
 from obfuscatune.worker.sessions import Session, Sessions, session_label
 
 log = logging.getLogger(__name__)
+AT_ONCE_BYTES = 256 * KIB
+"""Requests with no larger payload are answered by the thread that read them: to wake another one takes longer than to
+receive the next meanwhile would save."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,20 @@ class Service:
     recorder: Recorder | None = None
     on_failure: Callable[[], None] = lambda: None
     """Called when the recorder failed: the worker is to stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unsent:
+    """A reply that the socket did not take whole."""
+
+    item: Request | Reply
+    reply: Reply
+    rest: list[memoryview]
+
+    @property
+    def header(self) -> Header:
+        """Of what it answers."""
+        return self.item.header
 
 
 class Connection:
@@ -54,7 +73,8 @@ class Connection:
         self._on_greeted = on_greeted
         self._store = service.answerer.store
         self._buffers = Buffers(pinned=service.answerer.computer.device.type == "cuda")
-        self._inbox: queue.SimpleQueue[Request | Reply | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Request | Reply | Unsent | None] = queue.SimpleQueue()
+        self._answering: threading.Thread | None = None
         self._handed_over = 0
         self._lock = threading.Lock()
         self._label = "not yet greeted"
@@ -77,14 +97,13 @@ class Connection:
 
     def _serve(self, session: Session) -> None:
         intake = Intake(self._transport, session.key, self._store, self._buffers)
-        answering = threading.Thread(
-            target=self._answer_all, args=(session, intake), name=f"answer-{self._label}", daemon=True
-        )
-        answering.start()
-        self._hand_over(self._read_all(session, intake))
-        answering.join()
-        self._linger()
-        self._give_up_claims()
+        try:
+            last = self._read_all(session, intake)
+            if last is not None or self._answering is not None:
+                self._hand_over(session, intake, last).join()
+            self._linger()
+        finally:
+            self._give_up_claims()
 
     def _greet(self) -> Session:
         deadline = Deadline(HANDSHAKE_SECONDS)
@@ -96,7 +115,9 @@ class Connection:
             self._on_greeted()
             body = Hello(bytes(32)).pack()  # without the session id, which is a key and is not kept
             self._record("request", Header(MessageType.HELLO, payload_bytes=len(body)), body)
-            self._send(welcome(self._store.quota.of_one_peer, self._features), deadline)
+            reply = welcome(self._store.quota.of_one_peer, self._features)
+            self._record_reply(reply)
+            send_message(self._transport, reply.header, reply.payload, deadline=deadline)
         except BaseException:
             self._service.sessions.leave(session, self._transport.shutdown)
             raise
@@ -105,19 +126,19 @@ class Connection:
     @property
     def _features(self) -> int:
         features = self._service.answerer.features
-        return features | SHARED_MEMORY if self._transport.shares_memory else features & ~SLOTS
+        return features | SHARED_MEMORY if self._transport.shares_memory else features
 
     def _read_all(self, session: Session, intake: Intake) -> Reply | None:
-        """Read requests until the end, most into the inbox. Returns what to say last, None for nothing."""
+        """Read requests until the end; answer them, or hand them over. Returns what to say last, None for nothing."""
         item: Request | Reply | None = None
         try:
             while True:
                 item = intake.next()
                 session.touch()
                 if not self._is_for_this_thread(item):
-                    self._hand_over(item)
-                elif self._respond(session, intake, item):
-                    return None
+                    self._hand_over(session, intake, item)
+                elif (unsent := self._respond(session, intake, item)) is not None:
+                    self._hand_over(session, intake, unsent)
         except StorageError as error:
             log.error("%s", error)  # noqa: TRY400 - one line, no traceback
             self._service.on_failure()
@@ -129,34 +150,40 @@ class Connection:
             log.error("session %s: %s", self._label, error)  # noqa: TRY400 - one line, no traceback
             return refusal(ErrorCode.FAILED, f"no memory for this request: {error}", last=True)
 
-    def _hand_over(self, item: Request | Reply | None) -> None:
-        with self._lock:
-            self._handed_over += 1
-        self._inbox.put(item)
-
     def _is_for_this_thread(self, item: Request | Reply) -> bool:
-        """Whether the reader answers it itself: what lies in shared memory, when the other thread has nothing to do.
-
-        To read on meanwhile would bring nothing, for what is sent is a header; to wake the other thread takes longer
-        than many a product.
-        """
-        if not isinstance(item, Request) or not (item.header.shared or item.header.type is MessageType.WATCH):
+        """Whether the reader answers it itself: it has few bytes, and nothing is to be answered before it."""
+        if item.header.payload_bytes > AT_ONCE_BYTES:
             return False
         with self._lock:
             return self._handed_over == 0
 
+    def _hand_over(self, session: Session, intake: Intake, item: Request | Reply | Unsent | None) -> threading.Thread:
+        """Have the other thread answer that, or send it; None is the end. Returns that thread."""
+        with self._lock:
+            self._handed_over += 1
+        self._inbox.put(item)
+        if self._answering is None:
+            answering = threading.Thread(
+                target=self._answer_all, args=(session, intake), name=f"answer-{self._label}", daemon=True
+            )
+            answering.start()
+            self._answering = answering
+        return self._answering
+
     def _answer_all(self, session: Session, intake: Intake) -> None:
         """Answer what is in the inbox, in order, until its end or the first reply that cannot be sent."""
         finished = False
-        item: Request | Reply | None = None
+        item: Request | Reply | Unsent | None = None
         try:
             while (item := self._inbox.get()) is not None:
-                was_last = self._respond(session, intake, item)
+                unsent = item if isinstance(item, Unsent) else self._respond(session, intake, item)
+                if unsent is not None:
+                    size = sum(len(view) for view in unsent.rest)
+                    self._transport.send(unsent.rest, Deadline(STALL_SECONDS + transfer_seconds(size)))
+                    self._give_back(unsent.item, unsent.reply)
                 with self._lock:
                     self._handed_over -= 1
-                if was_last and isinstance(item, Request):
-                    self._transport.stop_sending()  # the peer closes then, and the reader, which reads on, sees it
-                if was_last:
+                if isinstance(item, Reply) and item.last:
                     break
             finished = True
         except WireError as error:
@@ -169,18 +196,25 @@ class Connection:
             if not finished:
                 self._transport.shutdown()  # so that the reader ends too
 
-    def _respond(self, session: Session, intake: Intake, item: Request | Reply) -> bool:
-        """Answer one request, or send what the reader had to say itself. Whether the connection ends with that."""
+    def _respond(self, session: Session, intake: Intake, item: Request | Reply) -> Unsent | None:
+        """Answer one request, or say what the reader had to say itself; what cannot be sent at once is left."""
         reply = self._answer(session, item) if isinstance(item, Request) else item
         intake.settle(item.header)
-        self._send(reply, Deadline(STALL_SECONDS + transfer_seconds(reply.header.payload_bytes)))
+        self._record_reply(reply)
+        rest = self._transport.send_now((reply.header.pack(), reply.payload))
+        if rest:
+            return Unsent(item, reply, rest)
+        self._give_back(item, reply)
+        return None
+
+    def _give_back(self, item: Request | Reply, reply: Reply) -> None:
+        """Memory that is used over and over."""
         if item.header.shared:
-            return reply.last
+            return
         if isinstance(item, Request) and item.header.type in WITH_ROWS and item.tensor is not None:
             self._buffers.give_back(item.tensor)
         if reply.product is not None:
             self._buffers.give_back(reply.product)
-        return reply.last
 
     def _answer(self, session: Session, request: Request) -> Reply:
         try:
@@ -191,11 +225,10 @@ class Connection:
             if request.claim is not None:
                 request.claim.release()  # what was stored has one of its own
 
-    def _send(self, reply: Reply, deadline: Deadline) -> None:
+    def _record_reply(self, reply: Reply) -> None:
         if self._service.recorder is not None:
             seen = reply.payload if reply.product is None else bytes_of(reply.product)
             self._record("reply", reply.header.inline(), seen)
-        send_message(self._transport, reply.header, reply.payload, deadline=deadline)
 
     def _send_last(self, reply: Reply | None) -> None:
         """Say why, to a peer that may not listen any more, and not in the transcript of a session."""

@@ -17,7 +17,6 @@ from obfuscatune.wire.limits import (
 from obfuscatune.wire.messages import REQUESTS, WITH_ROWS, ErrorCode, Header, MessageType
 from obfuscatune.wire.payloads import Places, unpack_number
 from obfuscatune.wire.shared_memory import SharedMemory
-from obfuscatune.wire.slot import Watched
 from obfuscatune.wire.tensors import bytes_of
 from obfuscatune.wire.transport import Transport
 from obfuscatune.worker.buffers import Buffers
@@ -70,9 +69,6 @@ class Intake:
         body = recv_body(self._transport, header, deadline)
         if header.type is MessageType.SHARE:
             self._share(unpack_number(body))
-        if header.type is MessageType.WATCH:
-            Watched.unpack(body)
-            return Request(header, body, memory=self._shared)
         if header.type is MessageType.ATTACH:
             Attachment.unpack(body, header.cols)
         if header.type is MessageType.STEP:

@@ -1,37 +1,65 @@
 """What a worker can be told on the command line; argparse, so that it needs no more than torch."""
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
+from types import NoneType
+from typing import Annotated, get_args, get_type_hints
 
+from obfuscatune.option import Option, split_annotation
 from obfuscatune.wire.errors import ConfigError
 from obfuscatune.wire.limits import GIB, KIB, MAX_SESSIONS, MIB
 
 UNITS = {"KiB": KIB, "MiB": MIB, "GiB": GIB, "TiB": 1024 * GIB, "": 1}
+_COMPUTE, _MEMORY, _TLS = "Computing", "Memory and disk", "Over the network"
 
 
 @dataclass(frozen=True)
 class WorkerOptions:
-    """How a worker runs. Checked where each is used."""
+    """How a worker runs; each field is an option. Checked where each is used."""
 
-    listen: str
-    device: str = "cpu"
-    dtype: str = "as-sent"
-    quota: str | None = None
-    peer_quota: str | None = None
-    when_full: str = "refuse"
-    threads: int | None = None
-    no_watch: bool = False
-    max_sessions: int = MAX_SESSIONS
-    record: Path | None = None
-    store: Path | None = None
-    store_quota: str | None = None
-    tls_cert: Path | None = None
-    tls_key: Path | None = None
-    peer: Path | None = None
-    unsafe_plain_tcp: bool = False
+    listen: Annotated[str, Option("unix:PATH, or tcp:HOST:PORT (port 0: any free one).")]
+    device: Annotated[str, Option("cpu, cuda or cuda:N.", _COMPUTE)] = "cpu"
+    dtype: Annotated[
+        str, Option("What matrices are kept and multiplied in: as-sent, float32 or bfloat16.", _COMPUTE)
+    ] = "as-sent"
+    threads: Annotated[int | None, Option("Cores to use.", _COMPUTE, unset="all")] = None
+    quota: Annotated[str | None, Option("Memory for matrices, as 8GiB.", _MEMORY, unset="80% of the RAM")] = None
+    peer_quota: Annotated[
+        str | None,
+        Option(
+            "What one peer (a TLS key, a user of this host, an address) may have of it.",
+            _MEMORY,
+            unset="all; by TLS and with --when-full refuse, its part of --quota",
+        ),
+    ] = None
+    when_full: Annotated[
+        str,
+        Option(
+            "refuse what does not fit, or evict what was not used for longest, of peers with more than their share.",
+            _MEMORY,
+        ),
+    ] = "refuse"
+    store: Annotated[
+        Path | None, Option("Keep matrices here as well, so that a later run need not upload them.", _MEMORY)
+    ] = None
+    store_quota: Annotated[
+        str | None,
+        Option(
+            "Disk for that, as 8GiB; what was not used for longest is removed.", _MEMORY, unset="as much as --quota"
+        ),
+    ] = None
+    record: Annotated[Path | None, Option("Write down here all that this worker sees, to be examined.", _MEMORY)] = None
+    max_sessions: Annotated[int, Option("The most enclaves at a time.", _MEMORY)] = MAX_SESSIONS
+    tls_cert: Annotated[Path | None, Option("This worker's certificate (obfuscatune keygen).", _TLS)] = None
+    tls_key: Annotated[Path | None, Option("Its private key.", _TLS)] = None
+    peer: Annotated[Path | None, Option("The certificates of the enclaves that may connect, one file.", _TLS)] = None
+    unsafe_plain_tcp: Annotated[
+        bool, Option("Leave this machine without TLS; anyone on the way can interfere.", _TLS)
+    ] = False
+    json: Annotated[bool, Option("Say that it is ready as one line of JSON.")] = False
     until_stdin_closes: bool = False
-    json: bool = False
+    """Stop when the program that started it ends; for programs, and no option of `obfuscatune worker`."""
 
 
 def parse_size(text: str) -> int:
@@ -53,22 +81,20 @@ def parse_arguments(arguments: list[str]) -> WorkerOptions:
         prog="python -m obfuscatune.worker",
         description="The untrusted worker: holds matrices it knows nothing about, and multiplies by them.",
     )
-    parser.add_argument("--listen", required=True, help="unix:/path/to/worker.sock or tcp:host:port")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--dtype", default="as-sent", choices=["as-sent", "float32", "bfloat16"])
-    parser.add_argument("--quota", help="memory for matrices, as 8GiB; default 80%% of the RAM or of the container's")
-    parser.add_argument("--peer-quota", help="what one peer may have of it; default all, by TLS its part of --quota")
-    parser.add_argument("--when-full", default="refuse", choices=["refuse", "evict"])
-    parser.add_argument("--threads", type=int, help="cores to compute on; default all")
-    parser.add_argument("--no-watch", action="store_true", help="wait asleep for few rows, too: slower decoding")
-    parser.add_argument("--max-sessions", type=int, default=MAX_SESSIONS, help="enclaves at a time")
-    parser.add_argument("--record", type=Path, metavar="DIR", help="write down all that this worker sees")
-    parser.add_argument("--store", type=Path, metavar="DIR", help="keep matrices on disk, by their content")
-    parser.add_argument("--store-quota", help="how much of that disk, as 8GiB; default as much as --quota")
-    parser.add_argument("--tls-cert", type=Path, metavar="PEM")
-    parser.add_argument("--tls-key", type=Path, metavar="PEM")
-    parser.add_argument("--peer", type=Path, metavar="PEM", help="certificate(s) of the enclaves that may connect")
-    parser.add_argument("--unsafe-plain-tcp", action="store_true", help="leave this machine without TLS")
-    parser.add_argument("--until-stdin-closes", action="store_true", help="stop when whoever started this ends")
-    parser.add_argument("--json", action="store_true", help="say that it is ready as one line of JSON")
+    hints = get_type_hints(WorkerOptions, include_extras=True)
+    for field in fields(WorkerOptions):
+        kind, option = split_annotation(hints[field.name])
+        flag = f"--{field.name.replace('_', '-')}"
+        if option is None:
+            parser.add_argument(flag, action="store_true", help="for programs: stop when their pipe closes")
+            continue
+        told = option.unset or (field.default if isinstance(field.default, str | int) else None)
+        text = (option.help if told in (None, False) else f"{option.help} [default: {told}]").replace("%", "%%")
+        if kind is bool:
+            parser.add_argument(flag, action="store_true", help=text)
+        elif field.default is MISSING:
+            parser.add_argument(flag, required=True, help=text)
+        else:
+            read = next(it for it in (*get_args(kind), kind) if it is not NoneType)
+            parser.add_argument(flag, type=read, default=field.default, help=text)
     return WorkerOptions(**vars(parser.parse_args(arguments)))

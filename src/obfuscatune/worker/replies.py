@@ -8,7 +8,6 @@ from obfuscatune.wire.dtypes import DType
 from obfuscatune.wire.errors import MalformedMessage
 from obfuscatune.wire.limits import MAX_ERROR_BYTES, MAX_WINDOW_BYTES
 from obfuscatune.wire.messages import NO_MATRIX, SHARED, ErrorCode, Header, MessageType
-from obfuscatune.wire.shared_memory import SharedMemory
 from obfuscatune.wire.tensors import bytes_of
 from obfuscatune.wire.transport import Buffer
 from obfuscatune.worker.buffers import Buffers
@@ -25,8 +24,6 @@ class Request:
     tensor: torch.Tensor | None = None
     landing: torch.Tensor | None = None
     """Where in shared memory the product is to be laid, as bytes; None where it goes back as a payload."""
-    memory: SharedMemory | None = None
-    """What is shared with the enclave, for a request that is about it."""
     claim: Claim | None = None
     """Of a STORE: the room that was claimed for its matrix."""
 

@@ -62,8 +62,7 @@ def run(options: WorkerOptions) -> int:
     when_full = _chosen(POLICIES, options.when_full, "--when-full")
     quota = _quota(options, when_full, 1 if tls is None else tls.peers)
     store = MatrixStore(quota, when_full)
-    may_watch = not options.no_watch and options.record is None  # what lies in a slot passes by the recorder
-    computer = Computer(_device(options.device), _chosen(DTYPES, options.dtype, "--dtype"), may_watch=may_watch)
+    computer = Computer(_device(options.device), _chosen(DTYPES, options.dtype, "--dtype"))
     disk = None if options.store is None else ContentStore(options.store, Quota(_store_bytes(options, quota)))
     recorder = None if options.record is None else Recorder(options.record)
     listener = Listener(address, tls)

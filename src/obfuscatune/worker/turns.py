@@ -31,6 +31,10 @@ class Turns:
 
     def _begin(self, peer: str) -> None:
         with self._changed:
+            if self._computing is None and not self._waiting:
+                self._spent.setdefault(peer, 0.0)
+                self._computing = peer
+                return
             present = [self._spent[other] for other in (*self._waiting, self._computing) if other is not None]
             if peer != self._computing and peer not in self._waiting:  # to stay away is not to save turns up
                 self._spent[peer] = max(self._spent.get(peer, 0.0), min(present, default=0.0))

@@ -1,66 +1,59 @@
-"""Rotation and mixing on the CPU, each in one pass: compiled kernels in place of a dozen operations of torch.
+"""Rotation, mixing, sketches and normal deviates, each in two ways: by torch's operations, and in C++.
 
-    source     the kernels: what they compute, panel by panel
-    few        one more, for few rows
-    compiled   these in memory, once in each process, by `obfuscatune.jit`
-    mixing     the secrets of a crossing of few rows, as they are handed over
-    slot       posting a request for few rows, and waiting for its answer
-    job        what a kernel is given: tables, packed factors, scratch memory
-    rotation   x R for a structured R
-    rows       A [x; N], and back
-    deviates   N, from random words
-    images     what products are checked by
+    interface   what a kernel is asked for, and the structured matrices that it is given
+    reference   by torch: on every device, differentiable
+    native      by the library of `csrc/`: one pass each, on the CPU
 
-torch's operations stay: where these kernels do not apply, and as what they are tested against. docs/adr/0010 says why
-they are written this way.
+Which of them computes is chosen here, from the tensor alone.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from obfuscatune.enclave.kernels.compiled import Compiled
+from obfuscatune import native as _native
+from obfuscatune.enclave.kernels.interface import Kernels
+from obfuscatune.enclave.kernels.native import Native
+from obfuscatune.enclave.kernels.reference import Reference
+
+__all__ = ["REFERENCE", "Kernels", "Native", "for_deviates", "kernels_for", "native_for"]
+
+REFERENCE = Reference()
 
 
-def code_for(x: Tensor) -> Compiled | None:
-    """The kernels that apply to x (n, p), or None where torch is to compute.
+def kernels_for(x: Tensor) -> Kernels:
+    """The kernels that compute on x (n, p)."""
+    return native_for(x) or REFERENCE
+
+
+def native_for(x: Tensor) -> Native | None:
+    """The native kernels where they apply to x, else None.
 
     They take float32 and float64 on the CPU, rows that are contiguous and at least as long as a panel's, and nothing
-    through which autograd is to find its way.
+    that autograd is to differentiate.
     """
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or not are_there():
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
         return None
     if x.dim() != 2 or x.shape[0] < 1 or x.stride(1) != 1 or (x.requires_grad and torch.is_grad_enabled()):
         return None
-    from obfuscatune.enclave.kernels.compiled import compiled
-
-    code = compiled(x.itemsize)
-    return code if x.shape[1] >= code.shape.lanes else None
+    found = native_of(x.itemsize)
+    return None if found is None or x.shape[1] < found.table.lanes else found
 
 
-def code_for_deviates() -> Callable[[NDArray[np.uint32], int], NDArray[np.float32]] | None:
-    """`deviates.from_words`, or None where numpy is to compute."""
-    if not are_there():
-        return None
-    from obfuscatune.enclave.kernels.deviates import from_words
+def for_deviates() -> Kernels:
+    """The kernels that make normal deviates."""
+    return native_of(4) or REFERENCE
 
-    return from_words
+
+def native_of(itemsize: int) -> Native | None:
+    """The native kernels for numbers of 4 or 8 bytes; None where there are none."""
+    return _native_of(itemsize) if _native.are_there() else None
 
 
 @functools.cache
-def are_there() -> bool:
-    """Whether kernels can be compiled and run in this process; found out once."""
-    try:
-        from obfuscatune.enclave.kernels.compiled import compiled
-        from obfuscatune.jit.engine import can_compile
-    except (ImportError, OSError):  # no llvmlite, or none that can be loaded here
-        return False
-    return can_compile(lambda: compiled(4))
+def _native_of(itemsize: int) -> Native | None:
+    table = _native.kernels(itemsize)
+    return None if table is None else Native(table)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import deque
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from obfuscatune.wire.shared_memory import ALIGNMENT, SharedMemory
 
@@ -23,7 +25,9 @@ class Arena:
         self._start = torch.frombuffer(memory.buffer, dtype=torch.uint8).data_ptr()
         self._blocks: dict[int, int] = {}  # offset -> bytes, in the order of the offsets; lent or kept
         self._kept: dict[int, list[int]] = {}  # bytes -> offsets of blocks that came back
-        self._lent: set[int] = set()
+        self._lent: dict[int, weakref.ref[NDArray[np.uint8]]] = {}
+        self._back: deque[int] = deque()
+        """Offsets of blocks that nothing refers to any more; they come from wherever the last reference is dropped."""
         self._lock = threading.Lock()
 
     def begin_in_child(self) -> None:
@@ -35,14 +39,16 @@ class Arena:
         size = rows * cols * dtype.itemsize
         room = -(-size // ALIGNMENT) * ALIGNMENT
         with self._lock:
+            while self._back:
+                self._take_back(self._back.popleft())
             kept = self._kept.get(room)
             offset = kept.pop() if kept else self._new(room)
             if offset is None:
                 return None
-            self._lent.add(offset)
-        block = np.frombuffer(self._memory.buffer, np.uint8, size, offset)
-        weakref.finalize(block, self._give_back, offset).atexit = False
-        return torch.from_numpy(block).view(dtype).view(rows, cols)
+            block: NDArray[np.uint8] = np.frombuffer(self._memory.buffer, np.uint8, size, offset)
+            place, came_back = offset, self._back.append
+            self._lent[place] = weakref.ref(block, lambda _: came_back(place))
+        return torch.frombuffer(block, dtype=dtype).view(rows, cols)
 
     def offset_of(self, matrix: torch.Tensor) -> int | None:
         """Where a matrix lies in this arena; None where it does not."""
@@ -68,7 +74,6 @@ class Arena:
             start = offset + size
         return start if self._memory.size - start >= room else None
 
-    def _give_back(self, offset: int) -> None:
-        with self._lock:
-            self._lent.discard(offset)
-            self._kept.setdefault(self._blocks[offset], []).append(offset)
+    def _take_back(self, offset: int) -> None:
+        del self._lent[offset]
+        self._kept.setdefault(self._blocks[offset], []).append(offset)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from obfuscatune.enclave.link.arena import Arena
-from obfuscatune.enclave.link.pending import Pending
+from obfuscatune.enclave.link.pending import Request
 from obfuscatune.enclave.link.stats import LinkStats
 from obfuscatune.wire.deadline import Deadline
 from obfuscatune.wire.dtypes import DType
@@ -33,7 +33,6 @@ from obfuscatune.wire.payloads import (
     ACCELERATOR,
     CONTENT_STORE,
     SHARED_MEMORY,
-    SLOTS,
     Hello,
     Places,
     Welcome,
@@ -112,11 +111,6 @@ class LinkConnection:
         return bool(self.welcome.features & ACCELERATOR) or not self._transport.shares_memory
 
     @property
-    def watches_slots(self) -> bool:
-        """Whether the worker would watch a slot in the memory that is shared."""
-        return bool(self.welcome.features & SLOTS) and self.arena is not None
-
-    @property
     def is_idle(self) -> bool:
         """Whether nothing came for so long that the worker, or something on the way, may have given it up."""
         return time.monotonic() - self._heard_at > IDLE_CHECK_SECONDS
@@ -129,6 +123,7 @@ class LinkConnection:
         if self.has_news():
             return False
         if self._transport.shares_memory:
+            self._heard_at = time.monotonic()  # on one host nothing is lost on the way
             return True
         header = Header(MessageType.FORGET, request_id, _NOBODYS)
         try:
@@ -161,18 +156,18 @@ class LinkConnection:
         offset = None if self.arena is None or copy is None else self.arena.offset_of(copy)
         return None if copy is None or offset is None else LaidOut(copy.copy_(elements), offset)
 
-    def places(self, pending: Pending) -> Places | None:
+    def places(self, request: Request) -> Places | None:
         """Where rows and product lie in the memory of this connection; None where the rows do not, or it is full."""
-        pending.landing = None
+        request.landing = None
         arena = self.arena
-        offset = None if arena is None else arena.offset_of(pending.rows)
+        offset = None if arena is None else arena.offset_of(request.rows)
         if arena is None or offset is None:
             return None
-        landing = arena.lend(*pending.shape, pending.dtype)
+        landing = arena.lend(*request.shape, request.dtype)
         landing_offset = None if landing is None else arena.offset_of(landing)
         if landing_offset is None:
             return None
-        pending.landing = landing
+        request.landing = landing
         return Places(offset, landing_offset)
 
     def send(self, header: Header, payload: Buffer, deadline: Deadline, descriptor: int | None = None) -> None:

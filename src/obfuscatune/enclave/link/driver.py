@@ -1,22 +1,20 @@
-"""What a link does next: connect, upload, forget, send, receive; and, when any of these fails, the same again.
+"""Schedules the requests of one link, and sends them again after a connection is lost.
 
-One step at a time, in that order, until what the caller waits for has come about. All that a step changes survives
-the loss of the connection: requests that were sent go back to those that wait, and get a new id when they are sent
-again, so that no reply of an earlier connection, nor a reply played a second time, is ever taken for an answer.
+`LinkDriver` is a state machine that whoever waits for an answer drives, one step at a time: it has no thread of its
+own, so a request that is answered at once passes no other thread on its way. All that a step changes survives the loss
+of the connection: requests that were sent go back to those that wait, and get a new id when they are sent again, so
+that no reply of an earlier connection, nor a reply played a second time, is ever taken for an answer.
 """
 
 import secrets
-import time
 from collections import OrderedDict
 from collections.abc import Callable
-
-import torch
+from enum import Enum
 
 from obfuscatune.enclave.link.arena import Arena
 from obfuscatune.enclave.link.connection import LinkConnection, Refused
-from obfuscatune.enclave.link.pending import Pending, StoredMatrix, check_product
+from obfuscatune.enclave.link.pending import Request, StoredMatrix, check_product
 from obfuscatune.enclave.link.retry import Insistence, Refusal, RetryPolicy
-from obfuscatune.enclave.link.slot import State, WatchedSlot, fits
 from obfuscatune.enclave.link.stats import LinkStats
 from obfuscatune.enclave.link.uploads import Uploads
 from obfuscatune.wire.deadline import Deadline
@@ -31,18 +29,44 @@ from obfuscatune.wire.errors import (
     WireError,
 )
 from obfuscatune.wire.limits import SHARED_BYTES
-from obfuscatune.wire.messages import Header, MessageType
-from obfuscatune.wire.slot import Watched
+from obfuscatune.wire.messages import MessageType
 from obfuscatune.wire.tensors import bytes_of
 from obfuscatune.wire.transport import Transport
 
 RETRIED = (ConnectionLost, DeadlineExceeded, ProtocolError, BadReply)
-MOST_WATCHES_FAILED = 4
-"""So many watches in a row that answered nothing, and no worker is asked to watch any more: messages are sent."""
+
+
+class State(Enum):
+    """What a link does next; see `LinkDriver`."""
+
+    CONNECT = "connect"
+    CHECK = "check"
+    SEND = "send"
+    RECEIVE = "receive"
+    UPLOAD = "upload"
+    FORGET = "forget"
 
 
 class LinkDriver:
-    """The state of a link. Not safe from several threads: `WorkerLink` lets one in at a time."""
+    """The state of a link. Not safe from several threads: `WorkerLink` lets one in at a time.
+
+    The state follows from what is connected, in flight and waiting; the first line that applies counts:
+
+    | state   | when                                             | step                   | afterwards         |
+    |---------|--------------------------------------------------|------------------------|--------------------|
+    | CONNECT | no connection                                    | greet, share memory    | connected          |
+    | SEND    | in flight, and one more may be: one that waits,  | send the first request | one more in flight |
+    |         | within the worker's limits, and nothing to be    |                        |                    |
+    |         | uploaded or forgotten                            |                        |                    |
+    | RECEIVE | in flight otherwise                              | take one reply         | one less in flight |
+    | CHECK   | nothing was heard for a while                    | ask for a sign of life | heard, or CONNECT  |
+    | UPLOAD  | the worker lacks a matrix                        | offer it, store it     | it lacks one less  |
+    | FORGET  | the worker is to forget a matrix                 | have it forgotten      | one less to forget |
+    | SEND    | otherwise                                        | send the first request | one in flight      |
+
+    Uploads and the like have the connection to themselves. Whatever fails in a step leads to CONNECT: what was in
+    flight waits again, but for what must not be done twice (`Request.interrupted`).
+    """
 
     def __init__(self, connect: Callable[[], Transport], deadline_s: float, retry: RetryPolicy) -> None:
         self.stats = LinkStats()
@@ -50,7 +74,7 @@ class LinkDriver:
         """To be uploaded."""
         self.leaving: dict[bytes, None] = {}
         """To be forgotten by the worker."""
-        self.waiting: list[Pending] = []
+        self.waiting: list[Request] = []
         """To be sent, in this order."""
         self.matrices: dict[bytes, StoredMatrix] = {}
         self._connect = connect
@@ -66,11 +90,7 @@ class LinkDriver:
         self.refusal = Refusal()
         self._last_id = 0
         self._uploads = Uploads(self.stats, self._next_id, deadline_s)
-        self._in_flight: OrderedDict[int, Pending] = OrderedDict()
-        self._slot: WatchedSlot | None = None
-        self._posted: Pending | None = None
-        self._watches_failed = 0
-        """Watches since the last answer in a slot that ended without one, those that broke off counted twice."""
+        self._in_flight: OrderedDict[int, Request] = OrderedDict()
 
     @property
     def arena(self) -> Arena | None:
@@ -81,11 +101,6 @@ class LinkDriver:
     def computes_apart(self) -> bool:
         """Whether the worker that is connected now computes on other cores than this process's."""
         return self._connection is not None and self._connection.computes_apart
-
-    @property
-    def is_watched(self) -> bool:
-        """Whether the worker that is connected now watches a slot, or did the last time."""
-        return self._slot is not None and self._slot.is_used
 
     @property
     def connected(self) -> bool:
@@ -99,19 +114,21 @@ class LinkDriver:
             WireError: the worker failed more often, or longer, than the policy bears. All that waited has failed with
                 it.
         """
-        insistence = Insistence(retry or self._retry, self.stats.crossings)
+        insistence: Insistence | None = None
+        products = self.stats.crossings
         while not done():
             self.refusal.check()
             if self.broken_off:
                 raise ConnectionLost("the link to the worker was broken off on this side")
             connected = self.connected
             try:
-                self._step()
+                self.step()
             except RETRIED as error:
                 self.disconnect()
                 self.refusal.check()
                 if self.broken_off:
                     raise
+                insistence = insistence or Insistence(retry or self._retry, products)
                 try:
                     insistence.after(error, connected=connected, products=self.stats.crossings)
                 except WireError as final:
@@ -138,26 +155,17 @@ class LinkDriver:
         if self._transport is not None:
             self._transport.shutdown()
 
-    def let_go(self) -> None:
-        """Have a worker that watches leave its core, for nothing will be posted for a while."""
-        if self._slot is not None and self._slot.watch_id is not None and self._posted is None:
-            self._slot.call_away()
-
-    def give_up(self, pending: Pending) -> None:
+    def give_up(self, request: Request) -> None:
         """Nobody waits for this one any more: it is not sent again."""
-        if pending in self.waiting:
-            self.waiting.remove(pending)
+        if request in self.waiting:
+            self.waiting.remove(request)
 
     def disconnect(self) -> None:
         """Drop the connection; what was sent and not answered waits to be sent again."""
-        for pending in self._in_flight.values():
-            pending.interrupted()
-        self.waiting[:0] = [pending for pending in self._in_flight.values() if not pending.done]
-        if self._posted is not None:
-            self._watches_failed += 2  # it took as long as a deadline, perhaps
-            self.waiting.insert(0, self._posted)
+        for request in self._in_flight.values():
+            request.interrupted()
+        self.waiting[:0] = [request for request in self._in_flight.values() if not request.done]
         self._in_flight.clear()
-        self._slot = self._posted = None
         if self._connection is not None:
             self._connection.close()
             self._connection = None
@@ -167,13 +175,12 @@ class LinkDriver:
 
         Nothing is said on the connection; closing it here leaves the parent's descriptor of it open.
         """
-        asked = [*self.waiting, *self._in_flight.values(), *([self._posted] if self._posted else [])]
-        for pending in asked:
-            if not pending.done:
-                pending.error = ConnectionLost("the process that this one was forked from asked for this: ask again")
+        for request in [*self.waiting, *self._in_flight.values()]:
+            if not request.done:
+                request.error = ConnectionLost("the process that this one was forked from asked for this: ask again")
         self.waiting.clear()
         self._in_flight.clear()
-        self._slot = self._posted = self._transport = None
+        self._transport = None
         self.broken_off = self._connected_before = False
         connection, self._connection = self._connection, None
         if connection is not None:
@@ -186,46 +193,51 @@ class LinkDriver:
         """Have the worker forget this session, where it is still connected, and disconnect."""
         try:
             self.refusal.check()
-            if self._connection is not None and not self._in_flight and self._posted is None:
-                self._end_watch(self._connection)
+            if self._connection is not None and not self._in_flight:
                 self._uploads.forget_all(self._connection)
         except WireError:
             return  # gone: it has forgotten, or will when the session expires
         finally:
             self.disconnect()
 
-    def _step(self) -> None:
-        """The next thing to be done. Uploads and the like have the connection to themselves."""
+    @property
+    def state(self) -> State:
+        """What the next step does."""
         connection = self._connection
         if connection is None:
+            return State.CONNECT
+        if self._in_flight:
+            is_next = (
+                self.waiting and not (self.missing or self.leaving) and self._room_for(connection, self.waiting[0])
+            )
+            return State.SEND if is_next else State.RECEIVE
+        if connection.is_idle:
+            return State.CHECK
+        if self.missing:
+            return State.UPLOAD
+        return State.FORGET if self.leaving else State.SEND
+
+    def step(self) -> None:
+        """Do what the state says.
+
+        Raises:
+            WireError: it failed; `drive` knows what then.
+        """
+        state, connection = self.state, self._connection
+        if connection is None:
             self._greet()
-        elif self._is_given_up(connection):
-            self.disconnect()
-        elif self._posted is not None and self._slot is not None:
-            self._collect(connection, self._slot, self._posted)
-        elif not (self._in_flight or self.missing or self.leaving) and self._post(connection, self.waiting[0]):
-            return
-        elif self._slot is not None and self._slot.watch_id is not None:
-            self._end_watch(connection)
-        elif self._in_flight and (self.missing or self.leaving or not self.waiting):
+        elif state is State.SEND:
+            self._send(connection, self.waiting[0])
+        elif state is State.RECEIVE:
             self._receive(connection)
-        elif self.missing:
+        elif state is State.CHECK:
+            if not connection.is_alive(self._next_id()):
+                self.disconnect()
+        elif state is State.UPLOAD:
             self._upload(connection, next(iter(self.missing.values())))
-        elif self.leaving:
+        else:
             self._uploads.forget(connection, matrix_id := next(iter(self.leaving)))
             del self.leaving[matrix_id]
-        elif self._room_for(connection, self.waiting[0]):
-            self._send(connection, self.waiting[0])
-        else:
-            self._receive(connection)
-
-    def _is_given_up(self, connection: LinkConnection) -> bool:
-        """Whether nobody answers on a connection that was idle: known before anything is sent that is sent once."""
-        if self._in_flight or self._posted is not None or not connection.is_idle:
-            return False
-        if self._slot is not None and self._slot.watch_id is not None:
-            return False
-        return not connection.is_alive(self._next_id())
 
     def _greet(self) -> None:
         deadline = Deadline(self._deadline_s)
@@ -242,103 +254,28 @@ class LinkDriver:
         self.stats.reconnects += self._connected_before
         self._connected_before = True
 
-    def _room_for(self, connection: LinkConnection, pending: Pending) -> bool:
+    def _room_for(self, connection: LinkConnection, request: Request) -> bool:
         """Whether the worker reads one more request before it has answered those in flight."""
         welcome = connection.welcome
-        size = sum(other.rows.nbytes for other in self._in_flight.values()) + pending.rows.nbytes
-        return not self._in_flight or (len(self._in_flight) < welcome.max_in_flight and size <= welcome.window_bytes)
+        size = sum(other.rows.nbytes for other in self._in_flight.values()) + request.rows.nbytes
+        return len(self._in_flight) < welcome.max_in_flight and size <= welcome.window_bytes
 
-    def _send(self, connection: LinkConnection, pending: Pending) -> None:
-        window = connection.welcome.window_bytes
-        if pending.rows.nbytes > window:
-            self._fail([pending], LimitExceeded(f"the worker takes {window} bytes in one call: split the rows"))
+    def _send(self, connection: LinkConnection, request: Request) -> None:
+        size, window = request.rows.nbytes, connection.welcome.window_bytes
+        if size > window:
+            self._fail([request], LimitExceeded(f"the worker takes {window} bytes in one call: split the rows"))
             return
-        self._set_out(pending)
+        self.stats.retries += request.times_sent > 0
+        request.times_sent += 1
+        request.deadline = Deadline(self._deadline_s)
         request_id = self._next_id()
-        places = connection.places(pending)
+        places = connection.places(request)
         if places is None:
-            connection.send(pending.header(request_id), bytes_of(pending.rows), pending.deadline)
+            connection.send(request.header(request_id), bytes_of(request.rows), request.deadline)
         else:
-            connection.send(pending.header(request_id, shared=True), places.pack(), pending.deadline)
-        self.waiting.remove(pending)
-        self._in_flight[request_id] = pending
-
-    def _post(self, connection: LinkConnection, pending: Pending) -> bool:
-        """Hand a request over in the slot; False where it has to be sent."""
-        if not fits(pending) or not connection.watches_slots or self._watches_failed >= MOST_WATCHES_FAILED:
-            return False
-        slot = self._slot = self._slot or WatchedSlot.lent_by(connection.arena)  # type: ignore[arg-type]
-        if slot is None:
-            return False
-        begins = not slot.is_watched_for(pending.matrix_id)
-        if begins:
-            self._end_watch(connection)
-        places = None if slot.rests else connection.places(pending)
-        if places is None:
-            return False
-        request_id = self._next_id()
-        watched = slot.begin_watch(request_id, self._watchable(), pending.matrix_id) if begins else None
-        self._set_out(pending)
-        self.waiting.remove(pending)
-        self._posted = pending
-        slot.post(pending, places.rows, places.product)
-        if watched is not None:  # only now: what the last watch did not see must not be taken for what is asked
-            self._watch(connection, request_id, watched)
-        return True
-
-    def _watchable(self) -> list[bytes]:
-        """The matrices that a worker can watch for: one of another kind, and it would watch for none."""
-        matrices = self.matrices.items()
-        return [key for key, matrix in matrices if matrix.dtype == torch.float32 and matrix.refused is None]
-
-    def _watch(self, connection: LinkConnection, request_id: int, watched: Watched) -> None:
-        body = watched.pack()
-        header = Header(MessageType.WATCH, request_id, payload_bytes=len(body))
-        connection.send(header, body, Deadline(self._deadline_s))
-
-    def _end_watch(self, connection: LinkConnection) -> None:
-        """Call the worker away from the slot, if it watches, so that it reads messages again.
-
-        Raises:
-            ProtocolError: it says that we broke the protocol, or something that answers no WATCH.
-        """
-        slot = self._slot
-        if slot is None or slot.watch_id is None:
-            return
-        slot.leave(connection, Deadline(self._deadline_s))
-
-    def _collect(self, connection: LinkConnection, slot: WatchedSlot, pending: Pending) -> None:
-        """Wait for the answer to what was posted. Where the worker left before it saw that, begin anew."""
-        started = time.monotonic()
-        state = slot.wait()
-        self.stats.seconds_waiting += time.monotonic() - started
-        has_left = state is not State.ANSWERED and connection.has_news()
-        if has_left:
-            self._end_watch(connection)
-            state = slot.wait()  # it may have answered just before
-        if state is State.ANSWERED and pending.landing is not None:
-            pending.product = pending.landing if pending.product_unchecked else check_product(pending.landing)
-            self._posted = None
-            self._watches_failed = 0
-            self.stats.crossings += 1
-            self.stats.bytes_sent += pending.rows.nbytes
-            self.stats.bytes_received += pending.landing.nbytes
-            return
-        pending.deadline.remaining()
-        if has_left:
-            self._posted = None
-            self._watches_failed += 1
-            pending.unseen = True
-            self.waiting.insert(0, pending)
-
-    def _set_out(self, pending: Pending) -> None:
-        """It is about to be sent, or posted."""
-        if pending.unseen:  # the same sending goes on, within the same time: a worker may leave again and again
-            pending.unseen = False
-            return
-        self.stats.retries += pending.times_sent > 0
-        pending.times_sent += 1
-        pending.deadline = Deadline(self._deadline_s)
+            connection.send(request.header(request_id, shared=True), places.pack(), request.deadline)
+        self.waiting.remove(request)
+        self._in_flight[request_id] = request
 
     def _receive(self, connection: LinkConnection) -> None:
         """Take one reply, in whatever order the worker gives them."""
@@ -346,24 +283,24 @@ class LinkDriver:
         header = connection.receive(deadline)
         if header.type is MessageType.ERROR and header.request_id == 0:
             raise connection.refusal(header, deadline)
-        pending = self._in_flight.get(header.request_id)
-        if pending is None:
+        request = self._in_flight.get(header.request_id)
+        if request is None:
             raise MalformedMessage(f"{header.type.name} came for a request that is not in flight")
         if header.type is MessageType.PRODUCT:
             product = connection.product(
-                header, pending.matrix_id, pending.shape, pending.dtype, pending.landing, deadline
+                header, request.matrix_id, request.shape, request.dtype, request.landing, deadline
             )
-            pending.product = product if pending.product_unchecked else check_product(product)
+            request.product = product if request.product_unchecked else check_product(product)
             self.stats.crossings += 1
         elif header.type is MessageType.DONE:
-            pending.acknowledged(header)
+            request.acknowledged(header)
         elif header.type is MessageType.ERROR:
-            self._refused(pending, connection.refusal(header, deadline))
+            self._refused(request, connection.refusal(header, deadline))
         else:
             raise MalformedMessage(f"{header.type.name} came, which does not answer MULTIPLY")
         del self._in_flight[header.request_id]
 
-    def _refused(self, pending: Pending, refusal: WireError) -> None:
+    def _refused(self, request: Request, refusal: WireError) -> None:
         """The worker answered with an error: what it lacks is sent; anything else is final for this request.
 
         Raises:
@@ -371,13 +308,13 @@ class LinkDriver:
         """
         if not isinstance(refusal, Refused):
             raise refusal
-        error, matrix = refusal.error, self.matrices.get(pending.needs)
-        pending.times_unknown += 1
-        if isinstance(error, UnknownMatrix) and matrix is not None and pending.times_unknown <= self._retry.attempts:
+        error, matrix = refusal.error, self.matrices.get(request.needs)
+        request.times_unknown += 1
+        if isinstance(error, UnknownMatrix) and matrix is not None and request.times_unknown <= self._retry.attempts:
             self.missing[matrix.matrix_id] = matrix
-            self.waiting.insert(0, pending)
+            self.waiting.insert(0, request)
         else:
-            pending.error = error
+            request.error = error
 
     def _upload(self, connection: LinkConnection, matrix: StoredMatrix) -> None:
         """Have the worker hold a matrix; where it will not, what waited for that matrix has failed."""
@@ -385,13 +322,13 @@ class LinkDriver:
             self._uploads.upload(connection, matrix)
         except Refused as refused:
             matrix.refused = refused.error  # not with a traceback: it would keep the matrix, and its place in the arena
-            self._fail([pending for pending in self.waiting if pending.needs == matrix.matrix_id], refused.error)
+            self._fail([request for request in self.waiting if request.needs == matrix.matrix_id], refused.error)
         del self.missing[matrix.matrix_id]
 
-    def _fail(self, pendings: list[Pending], error: WireError) -> None:
-        for pending in list(pendings):
-            pending.error = error
-            self.waiting.remove(pending)
+    def _fail(self, requests: list[Request], error: WireError) -> None:
+        for request in list(requests):
+            request.error = error
+            self.waiting.remove(request)
 
     def _next_id(self) -> int:
         """Never the same twice in the life of a link."""

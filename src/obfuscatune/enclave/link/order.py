@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from obfuscatune.enclave.link.pending import Pending
-from obfuscatune.wire.deadline import Deadline
+from obfuscatune.enclave.link.pending import Request
 from obfuscatune.wire.dtypes import DType
-from obfuscatune.wire.errors import AdapterLost, BadReply, NonFiniteError, WireError
+from obfuscatune.wire.errors import AdapterLost, BadReply, NonFiniteError
 from obfuscatune.wire.messages import NO_MATRIX, SHARED, Header, MessageType
 from obfuscatune.wire.payloads import Places
 from obfuscatune.wire.tensors import is_finite
@@ -27,7 +26,7 @@ class Wanted:
     dtype: torch.dtype
 
 
-class Order(Pending):
+class Order(Request):
     """One such request. `WorkerLink.order` sends it and waits."""
 
     def __init__(
@@ -70,22 +69,16 @@ class Order(Pending):
                 f"what {kind.name} was to send contains NaN or infinity; it was not sent. "
                 "Lower the learning rate, or compute in a wider dtype"
             )
-        self.matrix_id, self.needs = adapter_id, needs
-        self.rows = torch.frombuffer(bytearray(body), dtype=torch.uint8) if body else torch.empty(0, dtype=torch.uint8)
-        if rows is not None:
-            self.rows = rows
+        if rows is None:
+            rows = torch.frombuffer(bytearray(body), dtype=torch.uint8) if body else torch.empty(0, dtype=torch.uint8)
+        else:
             like = rows.dtype, rows.shape[0], rows.shape[1]
-        self.deadline = Deadline(None)
-        self.times_sent = self.times_unknown = 0
-        self.product: torch.Tensor | None = None
-        self.error: WireError | None = None
+        shape, dtype = ((0, 0), torch.float64) if wanted is None else (wanted.shape, wanted.dtype)
+        super().__init__(adapter_id, needs, rows, shape, dtype, product_unchecked=product_unchecked)
         self._kind, self._like = kind, like
         self._number, self._flags = number, flags
         self._wanted, self._once = wanted, once
         self._is_done = False
-        self.product_unchecked = product_unchecked
-        self.shape = (0, 0) if wanted is None else wanted.shape
-        self.dtype = torch.float64 if wanted is None else wanted.dtype
 
     @property
     def done(self) -> bool:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from obfuscatune.wire.deadline import Deadline
+from obfuscatune.wire.deadline import NEVER
 from obfuscatune.wire.dtypes import DType
 from obfuscatune.wire.errors import (
     BadReply,
@@ -88,11 +88,67 @@ class StoredMatrix:
         return tensor
 
 
-class Pending:
-    """A product that was asked for. The link fills it in; `result` waits for that."""
+class Request:
+    """What a link sends and waits for; the link fills in what became of it.
 
-    unseen: bool = False
-    """It was posted, and the worker left before it saw that."""
+    A subclass says how it is put, and what answers it beside a matrix or an error.
+    """
+
+    def __init__(
+        self,
+        matrix_id: bytes,
+        needs: bytes,
+        rows: torch.Tensor,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        *,
+        product_unchecked: bool,
+    ) -> None:
+        """A request that was not sent yet.
+
+        Args:
+            matrix_id: what it is about: a matrix, or an adapter.
+            needs: the matrix that the worker must hold for it.
+            rows: what is sent; contiguous, on the CPU.
+            shape: of the matrix that is to come back.
+            dtype: of that.
+            product_unchecked: the caller looks for NaN and infinity itself.
+        """
+        self.matrix_id, self.needs = matrix_id, needs
+        self.rows = rows
+        self.shape, self.dtype = shape, dtype
+        self.product_unchecked = product_unchecked
+        self.deadline = NEVER
+        """Of the sending that is under way."""
+        self.times_sent = self.times_unknown = 0
+        self.landing: torch.Tensor | None = None
+        """Where in shared memory the product is to lie, for the sending that is under way."""
+        self.product: torch.Tensor | None = None
+        self.error: WireError | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether it was answered, one way or the other."""
+        return self.product is not None or self.error is not None
+
+    def header(self, request_id: int, *, shared: bool = False) -> Header:
+        """The message that asks for it, with `rows` as payload or in shared memory."""
+        raise NotImplementedError
+
+    def interrupted(self) -> None:
+        """The connection that it was sent on is lost: as it stands, it may be sent again."""
+
+    def acknowledged(self, header: Header) -> None:
+        """DONE came for it.
+
+        Raises:
+            MalformedMessage: a matrix was asked for.
+        """
+        raise MalformedMessage(f"{header.type.name} came, which does not answer MULTIPLY")
+
+
+class Pending(Request):
+    """A product of a stored matrix; `result` waits for it."""
 
     def __init__(
         self,
@@ -103,34 +159,15 @@ class Pending:
         wait: Callable[["Pending"], None],
         product_unchecked: bool = False,
     ) -> None:
-        self.product_unchecked = product_unchecked
-        """The caller looks for NaN and infinity itself."""
-        self.matrix_id = matrix.matrix_id
-        self.needs = matrix.matrix_id
-        """The matrix that the worker must hold for it."""
-        self.rows = rows
-        self.transpose = transpose
-        self.dtype = dtype
         inner, outer = matrix.shape[::-1] if transpose else matrix.shape
-        self.shape = (rows.shape[0], outer)
-        self.deadline = Deadline(None)
-        """Of the sending that is under way."""
-        self.times_sent = 0
-        self.times_unknown = 0
-        self.landing: torch.Tensor | None = None
-        """Where in shared memory the product is to lie, for the sending that is under way."""
-        self.product: torch.Tensor | None = None
-        self.error: WireError | None = None
-        self._wait = wait
         _check_rows(rows, inner)
-
-    @property
-    def done(self) -> bool:
-        """Whether `result` returns, or raises, at once."""
-        return self.product is not None or self.error is not None
+        matrix_id, shape = matrix.matrix_id, (rows.shape[0], outer)
+        super().__init__(matrix_id, matrix_id, rows, shape, dtype, product_unchecked=product_unchecked)
+        self.transpose = transpose
+        self._wait = wait
 
     def header(self, request_id: int, *, shared: bool = False) -> Header:
-        """The MULTIPLY that asks for it, with the rows as payload or in shared memory."""
+        """See `Request`: MULTIPLY."""
         return Header(
             MessageType.MULTIPLY,
             request_id,
@@ -142,17 +179,6 @@ class Pending:
             reply_dtype=DType.of(self.dtype),
             flags=(TRANSPOSED if self.transpose else 0) | (SHARED if shared else 0),
         )
-
-    def interrupted(self) -> None:
-        """The connection that it was sent on is lost: as it stands, it may be sent again."""
-
-    def acknowledged(self, header: Header) -> None:
-        """DONE came for it.
-
-        Raises:
-            MalformedMessage: a product was asked for.
-        """
-        raise MalformedMessage(f"{header.type.name} came, which does not answer MULTIPLY")
 
     def result(self) -> torch.Tensor:
         """Wait for the product: (m, q), or (m, p) when transposed; on the CPU, contiguous.

@@ -13,7 +13,7 @@ import torch
 from obfuscatune.enclave.forks import begin_anew_in_children
 from obfuscatune.enclave.link.driver import LinkDriver
 from obfuscatune.enclave.link.order import Order
-from obfuscatune.enclave.link.pending import MatrixSource, Pending, StoredMatrix, check_finite
+from obfuscatune.enclave.link.pending import MatrixSource, Pending, Request, StoredMatrix, check_finite
 from obfuscatune.enclave.link.retry import RetryPolicy
 from obfuscatune.enclave.link.stats import LinkStats
 from obfuscatune.wire.address import parse_address
@@ -65,11 +65,6 @@ class WorkerLink:
     def computes_apart(self) -> bool:
         """Whether the worker computes on other cores than this process's, so that both can work at the same time."""
         return self._driver.computes_apart
-
-    @property
-    def is_watched(self) -> bool:
-        """Whether few rows are handed to a worker that waits awake for them, on a core of this host."""
-        return self._driver.is_watched
 
     @classmethod
     def open(
@@ -237,11 +232,6 @@ class WorkerLink:
             if driver.connected:
                 driver.drive(lambda: matrix_id not in driver.leaving)
 
-    def let_go(self) -> None:
-        """Few rows will not be asked about for a while: a worker that waits awake for them need not."""
-        with self._lock:
-            self._driver.let_go()
-
     @contextmanager
     def broken_off(self) -> Iterator[None]:
         """Within it, what waits for the worker in other threads fails at once; afterwards the link connects anew."""
@@ -299,11 +289,11 @@ class WorkerLink:
         with self._lock:
             self._drive_for(pending, lambda: pending.done)
 
-    def _drive_for(self, pending: Pending, done: Callable[[], bool]) -> None:
+    def _drive_for(self, request: Request, done: Callable[[], bool]) -> None:
         try:
             self._driver.drive(done)
         except BaseException:
-            self._driver.give_up(pending)
+            self._driver.give_up(request)
             raise
 
 

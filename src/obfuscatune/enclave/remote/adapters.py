@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from obfuscatune.enclave.link import WorkerLink
 from obfuscatune.enclave.link.adapters import zero_all
 from obfuscatune.enclave.offloaded import Offloaded
-from obfuscatune.enclave.remote.adapter import RemoteAdapter
+from obfuscatune.enclave.protected_model import extend
+from obfuscatune.enclave.remote.adapter import AdaptedLayer, RemoteAdapter, find_adapted, walk
 from obfuscatune.enclave.remote.crossing import AdaptedCrossing
-from obfuscatune.enclave.remote.find import AdaptedLayer, find_adapted, walk
 from obfuscatune.enclave.remote.optimizer import RemoteOptimizer
+
+if TYPE_CHECKING:
+    _Module = nn.Module
+else:
+    _Module = object
 
 
 class RemoteAdapters:
@@ -42,7 +47,7 @@ class RemoteAdapters:
         for adapter in self._adapters:
             self._install(adapter)
         self._layers = list(walk(found))
-        _zero_there_too(model, link)
+        extend(model, _TrainsOnWorker)
         self.here = [parameter for parameter in model.parameters() if parameter.requires_grad]
         """What else is trained: adapters of layers that stay in the enclave, biases and the like."""
 
@@ -89,20 +94,28 @@ class RemoteAdapters:
             _bypass(it, adapter)
 
 
-def _zero_there_too(model: nn.Module, link: WorkerLink) -> None:
-    """`Trainer` zeroes gradients by the model's method, not by the optimizer's."""
-    zero_here = model.zero_grad
+class _TrainsOnWorker(_Module):
+    """A model whose gradients are on the worker too: `Trainer` zeroes them by the model's method."""
 
-    def zero_grad(set_to_none: bool = True) -> None:
-        zero_here(set_to_none)
-        zero_all(link)
+    protection: Any
 
-    model.zero_grad = zero_grad  # type: ignore[method-assign]
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        zero_all(self.protection.link)
+
+
+class _LeftToWorker(_Module):
+    """A LoRA layer of PEFT's whose adapter's part the worker computes, with its base layer's product."""
+
+    base_layer: nn.Module
+
+    def forward(self, x: Tensor, *_args: Any, **_kwargs: Any) -> Any:
+        return self.base_layer(x)
 
 
 def _bypass(it: AdaptedLayer, adapter: RemoteAdapter) -> None:
     """Have PEFT's layer leave its adapter's part to the base layer, and fetch and put the factors with its state."""
-    it.layer.forward = lambda x, *_args, **_kwargs: it.layer.base_layer(x)
+    extend(it.layer, _LeftToWorker)
     it.lora_a.requires_grad_(False)
     it.lora_b.requires_grad_(False)
     it.layer.register_state_dict_pre_hook(lambda *_: adapter.fetch_layer(it))

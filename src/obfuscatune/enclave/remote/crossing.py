@@ -90,12 +90,14 @@ class _Adapted(torch.autograd.Function):
         number = AdapterLink.new_number() if keep else 0
         offloaded, remote = adapter.offloaded, adapter.remote
         dtype = offloaded.crossing.dtype or x.dtype
-        ctx.saved = offloaded.R_in, offloaded.R_out, remote, number, dtype  # type: ignore[attr-defined]
+        ctx.saved = offloaded, offloaded.R_in, offloaded.R_out, remote, number, dtype  # type: ignore[attr-defined]
         widths = adapter.widths
         rows = as_rows(x)
         if rows.shape[0] == 0:
             y = x.new_zeros(0, sum(widths))
         else:
+            if offloaded.observe is not None:
+                offloaded.observe(rows, False)
             X_star = _laid_out(remote, offloaded.R_in.apply(_widen(rows)), dtype)
             Y_star = remote.forward(X_star, number=number, dropout=training, known_finite=True)
             y = _own(offloaded.R_out.inverse(_widen(Y_star.to(x.device))).to(x.dtype), Y_star, remote)
@@ -109,12 +111,14 @@ class _Adapted(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Any, ...]:
         """Gradients (..., q_i) -> that of x; those of the factors stay on the worker."""
-        R_in, R_out, remote, number, dtype = ctx.saved  # type: ignore[attr-defined]
+        offloaded, R_in, R_out, remote, number, dtype = ctx.saved  # type: ignore[attr-defined]
         g = grads[0] if len(grads) == 1 else torch.cat(grads, dim=-1)
         rows = as_rows(g)
         if rows.shape[0] == 0:
             dx = g.new_zeros(*g.shape[:-1], R_in.dim)
         else:
+            if offloaded.observe is not None:
+                offloaded.observe(rows, True)
             with outside_autocast(g.device):
                 G_star = _laid_out(remote, R_out.inverse_transpose(_widen(rows)), dtype)
                 D_star = remote.backward(G_star, number=number, known_finite=True)

@@ -1,4 +1,4 @@
-"""Secret matrices that act on features: one interface (``base``), one file for each kind.
+"""Secret matrices that act on features: one interface (``base``); ``structured``, the default; ``dense``, the others.
 
 ``TransformSpec.parse("structured")`` -> ``.make(dim, stream)`` -> a ``Transform``
 """
@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.transforms.base import OrthogonalTransform, Transform
-from obfuscatune.enclave.transforms.conditioned import ConditionedTransform
-from obfuscatune.enclave.transforms.gaussian import GaussianTransform
-from obfuscatune.enclave.transforms.haar import HaarTransform
-from obfuscatune.enclave.transforms.identity import UnsafeIdentity
+from obfuscatune.enclave.transforms.dense import (
+    ConditionedTransform,
+    GaussianTransform,
+    HaarTransform,
+    UnsafeIdentity,
+)
 from obfuscatune.enclave.transforms.structured import StructuredTransform
 from obfuscatune.wire.errors import ConfigError
 

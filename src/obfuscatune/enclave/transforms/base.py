@@ -12,7 +12,7 @@ from torch import Tensor
 from obfuscatune.wire.errors import ProtectionError
 
 if TYPE_CHECKING:
-    from obfuscatune.enclave.kernels.rotation import RotationOfFew
+    from obfuscatune.enclave.kernels.native import RotationOfFew
 
 _Product = Callable[[Tensor, tuple[Tensor, ...]], Tensor]
 

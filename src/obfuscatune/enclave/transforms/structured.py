@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from obfuscatune.enclave import kernels
+from obfuscatune.enclave.kernels.interface import Grid, Rotation
+from obfuscatune.enclave.kernels.native import whole
 from obfuscatune.enclave.keys import SecretStream
-from obfuscatune.enclave.orthogonal import haar, inner_grid, kronecker_columns, kronecker_rows, permute_columns
+from obfuscatune.enclave.orthogonal import haar, inner_grid, kronecker_rows
 from obfuscatune.enclave.transforms.base import OrthogonalTransform
 
 if TYPE_CHECKING:
-    from obfuscatune.enclave.kernels.compiled import Compiled
-    from obfuscatune.enclave.kernels.rotation import Rotation, RotationOfFew
+    from obfuscatune.enclave.kernels.native import RotationOfFew
 
 DENSE_BELOW = 64  # up to here one dense factor costs no more than two small ones
 
@@ -45,13 +46,11 @@ class StructuredTransform(OrthogonalTransform):
         between = [self._draw_between(stream)] if grids == 2 else []
         self._permutations = [first, *between, stream.permutation(dim)]
         self._pairs = [(haar(stream, a), haar(stream, b)) for _ in range(grids)]
-        self._narrowest = b
-        self._fused: dict[tuple[Compiled, bool, bool], Rotation | RotationOfFew] = {}
+        self._rotations: dict[tuple[torch.dtype, torch.device, bool], Rotation] = {}
 
     def inverse_plus(self, x: Tensor, bias: Tensor) -> Tensor:
-        """x R⁻¹ + bias, in one pass where the kernels apply."""
-        fused = self._by_kernel(x, undo=True, plus=bias.detach()) if bias.is_contiguous() else None
-        return super().inverse_plus(x, bias) if fused is None else fused
+        """x R⁻¹ + bias, in one pass where native kernels apply."""
+        return self._act(x, lambda rows, _: self._rotate(rows, undo=True, plus=bias.detach().to(rows)))
 
     def weight_left(self, W: Tensor, *, wide: torch.dtype = torch.float64) -> Tensor:
         """R⁻¹ W = Rᵀ W for W (dim, q): what `apply` does to features is done to rows here.
@@ -72,27 +71,12 @@ class StructuredTransform(OrthogonalTransform):
         x = torch.cat([x[:start], kronecker_rows(Q_c.T, Q_d.T, x[start:])])
         return permute_rows(x.to(W.dtype), last)
 
-    def weight_right(self, W: Tensor, *, wide: torch.dtype = torch.float64) -> Tensor:
-        """W R for W (p, dim), likewise."""
-        fused = self._by_kernel(W, undo=False) if W.dtype == wide else None
-        if fused is not None:
-            return fused
-        first, Q_a, Q_b, second, *rest = self._factors_in(wide, W.device)
-        x = permute_columns(W, first).to(wide)
-        if len(self._pairs) == 1:
-            return permute_columns(kronecker_columns(x, Q_a, Q_b).to(W.dtype), second)
-        Q_c, Q_d, last, *_ = rest
-        x = permute_columns(self._on_first(x, Q_a, Q_b), second)
-        return permute_columns(self._on_last(x, Q_c, Q_d).to(W.dtype), last)
-
     def left_in_place(self, W: Tensor, *, wide: torch.dtype) -> bool:
-        """By the kernels: each grid in one pass, with the permutations before and after it."""
+        """By native kernels: each grid in one pass, with the permutations before and after it."""
         fits = W.dtype == wide and W.shape[0] == self.dim > DENSE_BELOW
-        code = kernels.code_for(W) if fits else None
-        if code is None:
+        native = kernels.native_for(W) if fits else None
+        if native is None:
             return False
-        from obfuscatune.enclave.kernels.rows import on_rows
-
         everywhere = torch.arange(self.dim)
         picked, starts = whole(self._permutations[0], self.dim), (0, self.dim - self._covered)
         for start, (Q_a, Q_b), permutation in zip(starts, self._pairs, self._permutations[1:], strict=False):
@@ -100,15 +84,18 @@ class StructuredTransform(OrthogonalTransform):
             grid = slice(start, start + self._covered)
             rest = torch.cat([everywhere[:start], everywhere[grid.stop :]])
             outside = W[picked[rest]]
-            on_rows(W, picked[grid], placed[grid], Q_a.T.to(W), Q_b.T.to(W), code)
+            native.mix_in_place(W, picked[grid], placed[grid], Q_a.T.to(W), Q_b.T.to(W))
             W[placed[rest]] = outside
             picked = everywhere
         return True
 
     def right_in_place(self, W: Tensor, *, wide: torch.dtype) -> bool:
-        """By the kernels, row by row or panel by panel of rows."""
-        fits = W.dtype == wide and W.is_contiguous()
-        return fits and self._by_kernel(W, undo=False, out=W) is not None
+        """By native kernels, row by row or panel by panel of rows."""
+        native = kernels.native_for(W) if W.dtype == wide and W.is_contiguous() else None
+        if native is None:
+            return False
+        native.rotate(W, self._rotation(W.dtype, W.device, undo=False), out=W)
+        return True
 
     @property
     def parameter_count(self) -> int:
@@ -125,71 +112,32 @@ class StructuredTransform(OrthogonalTransform):
         return (*factors, *(torch.argsort(permutation) for permutation in self._permutations))
 
     def _apply(self, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
-        fused = self._by_kernel(x, undo=False)
-        return self._apply_by_torch(x, factors) if fused is None else fused
+        return self._rotate(x, undo=False)
 
     def _inverse(self, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
-        fused = self._by_kernel(x, undo=True)
-        return self._inverse_by_torch(x, factors) if fused is None else fused
+        return self._rotate(x, undo=True)
 
-    def _apply_by_torch(self, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
-        permutation, Q_a, Q_b, *rest = factors
-        x = permute_columns(x, permutation)
-        if len(self._pairs) == 1:
-            return permute_columns(kronecker_columns(x, Q_a, Q_b), rest[0])
-        between, Q_c, Q_d, last, *_ = rest
-        x = permute_columns(self._on_first(x, Q_a, Q_b), between)
-        return permute_columns(self._on_last(x, Q_c, Q_d), last)
-
-    def _inverse_by_torch(self, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
-        if len(self._pairs) == 1:
-            _, Q_a, Q_b, _, undo_first, undo_last = factors
-            x = kronecker_columns(permute_columns(x, undo_last), Q_a.T, Q_b.T)
-            return permute_columns(x, undo_first)
-        _, Q_a, Q_b, _, Q_c, Q_d, _, undo_first, undo_between, undo_last = factors
-        x = self._on_last(permute_columns(x, undo_last), Q_c.T, Q_d.T)
-        x = self._on_first(permute_columns(x, undo_between), Q_a.T, Q_b.T)
-        return permute_columns(x, undo_first)
-
-    def _by_kernel(
-        self, x: Tensor, *, undo: bool, out: Tensor | None = None, plus: Tensor | None = None
-    ) -> Tensor | None:
-        """x R, or x R⁻¹, plus a row, by the kernels; None where torch is to. `out` may be x."""
-        fits = x.shape[-1] == self.dim > DENSE_BELOW
-        code = kernels.code_for(x) if fits else None
-        if code is None:
-            return None
-        few = x.shape[0] < code.shape.lanes // 2  # these leave most of a panel empty
-        if few and self._narrowest < code.shape.width:
-            return None
-        result, _ = self._kernel(code, x.dtype, undo=undo, few=few)(x, out, plus)
-        return result
+    def _rotate(self, x: Tensor, *, undo: bool, plus: Tensor | None = None) -> Tensor:
+        """x R, or x R⁻¹, plus a row."""
+        return kernels.kernels_for(x).rotate(x, self._rotation(x.dtype, x.device, undo=undo), plus=plus)
 
     def of_few(self, rows: int, dtype: torch.dtype, *, undo: bool) -> RotationOfFew | None:
-        """By the kernel for few rows."""
-        code = kernels.code_for(torch.empty(1, self.dim, dtype=dtype)) if self.dim > DENSE_BELOW else None
-        if code is None or rows >= code.shape.lanes // 2 or self._narrowest < code.shape.width:
+        """By native kernels."""
+        x = torch.empty(1, self.dim, dtype=dtype)
+        native = kernels.native_for(x) if self.dim > DENSE_BELOW else None
+        if native is None or rows >= native.table.lanes // 2:
             return None
-        return self._kernel(code, dtype, undo=undo, few=True)  # type: ignore[return-value]  # few: that kind
+        return native.of_few(self._rotation(dtype, x.device, undo=undo))
 
-    def _kernel(self, code: Compiled, dtype: torch.dtype, *, undo: bool, few: bool) -> Rotation | RotationOfFew:
-        key = code, undo, few
-        if key not in self._fused:
-            self._fused[key] = self._prepared(code, dtype, undo=undo, few=few)
-        return self._fused[key]
-
-    def _prepared(self, code: Compiled, dtype: torch.dtype, *, undo: bool, few: bool) -> Rotation | RotationOfFew:
-        from obfuscatune.enclave.kernels.rotation import Grid, Rotation, RotationOfFew
-
-        steps = [whole(permutation, self.dim) for permutation in self._permutations]
-        starts = (0, self.dim - self._covered)
-        grids = [
-            Grid(start, Q_a.to(dtype), Q_b.to(dtype)) for start, (Q_a, Q_b) in zip(starts, self._pairs, strict=False)
-        ]
-        if undo:
-            steps = [torch.argsort(permutation) for permutation in reversed(steps)]
-            grids = [Grid(grid.start, grid.Q_a.T, grid.Q_b.T) for grid in reversed(grids)]
-        return RotationOfFew(steps, grids, code) if few else Rotation(steps, grids, code)
+    def _rotation(self, dtype: torch.dtype, device: torch.device, *, undo: bool) -> Rotation:
+        key = dtype, device, undo
+        if key not in self._rotations:
+            first, *factors = self._factors_in(dtype, device)[: 1 + 3 * len(self._pairs)]
+            starts, steps = (0, self.dim - self._covered), range(0, len(factors), 3)
+            grids = tuple(Grid(start, *factors[i : i + 2]) for start, i in zip(starts, steps, strict=False))
+            R = Rotation((first, *factors[2::3]), grids)
+            self._rotations[key] = R.inverse() if undo else R
+        return self._rotations[key]
 
     def _draw_between(self, stream: SecretStream) -> Tensor:
         """A permutation that leaves no coordinate outside both grids: of all of these, each as likely.
@@ -202,22 +150,7 @@ class StructuredTransform(OrthogonalTransform):
             if bool((permutation[:left_over] < self._covered).all()):
                 return permutation
 
-    def _on_first(self, x: Tensor, Q_a: Tensor, Q_b: Tensor) -> Tensor:
-        covered, left_over = x[:, : self._covered], x[:, self._covered :]
-        return torch.cat([kronecker_columns(covered, Q_a, Q_b), left_over], dim=1)
-
-    def _on_last(self, x: Tensor, Q_a: Tensor, Q_b: Tensor) -> Tensor:
-        start = self.dim - self._covered
-        return torch.cat([x[:, :start], kronecker_columns(x[:, start:], Q_a, Q_b)], dim=1)
-
 
 def permute_rows(x: Tensor, permutation: Tensor) -> Tensor:
     """Πᵀ x for x (p, n): row i of the result is row `permutation[i]` of x; one of p / 2 moves pairs of rows."""
     return torch.index_select(x, 0, whole(permutation, x.shape[0]))
-
-
-def whole(permutation: Tensor, dim: int) -> Tensor:
-    """A permutation of `dim` places, or of pairs of them, as one of places."""
-    if 2 * permutation.numel() == dim:
-        return torch.stack([2 * permutation, 2 * permutation + 1], dim=1).flatten()
-    return permutation

@@ -1,0 +1,24 @@
+// All kernels for one instruction set, ISA, whose flags the compiler is given: see hatch_build.py.
+#include "deviates.hpp"
+#include "few_rows.hpp"
+#include "panels.hpp"
+#include "sketches.hpp"
+
+#define NAME_(isa) kernels_##isa
+#define NAME(isa) NAME_(isa)
+#define TEXT_(isa) #isa
+#define TEXT(isa) TEXT_(isa)
+
+namespace {
+
+template <class T> constexpr Kernels table() {
+    // A strip of few rows may be wider than a row of a panel.
+    constexpr int64_t bytes = STRIP_BYTES > Simd<T>::row_bytes ? STRIP_BYTES : Simd<T>::row_bytes;
+    return {TEXT(ISA), sizeof(T), Simd<T>::width, Simd<T>::lanes, bytes / (int64_t)sizeof(T),
+            rotate<T>, mix<T>, multiply<T>, multiply_few_rows<T>, sketch<T>, make_deviates};
+}
+
+}  // namespace
+
+extern const Kernels NAME(ISA)[2];
+const Kernels NAME(ISA)[2] = {table<float>(), table<double>()};

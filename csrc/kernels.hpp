@@ -1,0 +1,73 @@
+// The C interface of the library: what Python fills in, and one table of functions for each instruction set.
+// src/obfuscatune/native.py mirrors it; raise VERSION in both when a field changes.
+//
+// Matrices are row-major and contiguous where no stride is given. Numbers are float or double, as the table says.
+#pragma once
+
+#include <stdint.h>
+
+enum { VERSION = 1 };
+
+struct Grid {  // columns `start` to `start + a·b` of a row, as an (a, b) matrix U, become Q_aᵀ U Q_b
+    int64_t start, a, b;
+    const void *q_a, *q_b;  // (a, a), (b, b)
+};
+
+struct Rotation {  // y = x Π₁ (Q_a ⊗ Q_b) Π₂ [(Q_c ⊗ Q_d) Π₃] + bias, for x (rows, width)
+    const void *x;
+    void *y;  // may be x
+    const void *bias;  // (width,), or null
+    int64_t rows, width, x_stride;
+    const int64_t *first, *first_inverse;  // column j after Π₁ is column first[j] before
+    const int64_t *between;                // Π₂ where there are two grids, else null
+    const int64_t *last;
+    Grid grids[2];
+    int64_t threads;
+    int64_t finite;  // result: whether x held neither NaN nor infinity
+};
+
+struct Mixing {  // rows at `targets` = (Q_a ⊗ Q_b) times rows at `sources`; transposed: (Q_aᵀ ⊗ Q_bᵀ)
+    const int64_t *sources, *targets;  // a·b addresses each; rows overlap only where both tables name the same set
+    int64_t columns, a, b;
+    const void *q_a, *q_b;
+    int64_t transposed, threads;
+    int64_t finite;  // result: whether all that was read held neither NaN nor infinity
+};
+
+struct Product {  // out (rows, columns) = left (rows, inner) right (inner, columns), for few rows, on the calling thread
+    const void *left, *right;
+    void *out;
+    int64_t rows, inner, columns;  // columns: at least a vector
+};
+
+struct FewRows {  // out (m, q) = x (m, p) w (p, q), for few rows and a large w, which is read once
+    const void *x, *w;
+    void *out;
+    int64_t m, p, q, threads;
+};
+
+struct Sketches {  // w_r = w r and l_w = lᵀ w for w (p, q), r (q, 8), l (p, 8); on the calling thread
+    const void *w, *r, *l;
+    void *w_r, *l_w;  // (p, 8), (8, q)
+    int64_t p, q;
+    double squares;  // result: the sum of squares of w
+};
+
+struct Deviates {  // 2·pairs random words of 32 bits become as many normal deviates, float, in their place
+    void *words;
+    int64_t pairs, threads;  // pairs: a multiple of 16
+};
+
+struct Kernels {
+    const char *isa;
+    int64_t itemsize;  // 4: float, 8: double
+    int64_t width;     // numbers in a vector
+    int64_t lanes;     // least width of a rotation, least columns of a mixing
+    int64_t strip;     // least columns of few rows
+    void (*rotate)(Rotation *);
+    void (*mix)(Mixing *);
+    void (*multiply)(Product *);
+    void (*multiply_few_rows)(FewRows *);
+    void (*sketch)(Sketches *);
+    void (*make_deviates)(Deviates *);
+};

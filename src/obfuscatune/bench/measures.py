@@ -1,0 +1,189 @@
+"""What a piece of work did: its products, where its time went, what it held; and what the machine can do at most."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from obfuscatune.wire.errors import StorageError
+
+_aten = torch.ops.aten
+_FACTORS = {_aten.mm: (0, 1), _aten.bmm: (0, 1), _aten.addmm: (1, 2), _aten.baddbmm: (1, 2)}
+"""Which arguments are multiplied."""
+
+
+class ProductCounter(TorchDispatchMode):
+    """While it is entered, every product that torch computes is counted; what compiled kernels do is not.
+
+    Attention that is computed as one operation is not counted either: where it is, it is fast on either side.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0
+        self.nbytes = 0
+        """Of both factors and the product, each time."""
+        self.other_nbytes = 0
+        """That other operations wrote."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Count and compute."""
+        factors = _FACTORS.get(func.overloadpacket)
+        if factors is None:
+            with self:  # what is made of other operations is seen through them
+                parts = func.decompose(*args, **(kwargs or {}))
+            if parts is not NotImplemented:
+                return parts
+            result = func(*args, **(kwargs or {}))
+            if not func.is_view:
+                results = result if isinstance(result, tuple | list) else (result,)
+                self.other_nbytes += sum(x.numel() * x.itemsize for x in results if isinstance(x, Tensor))
+            return result
+        result = func(*args, **(kwargs or {}))
+        self.count(args[factors[0]], args[factors[1]], result)
+        return result
+
+    def count(self, a: Tensor, b: Tensor, result: Tensor) -> None:
+        """One product of a (…, n, k) by b with that result."""
+        self.flops += 2 * result.numel() * a.shape[-1]
+        self.nbytes += sum(x.numel() * x.itemsize for x in (a, b, result))
+
+
+OWN = "obfuscatune."
+"""The enclave's own spans begin so."""
+WAIT = "wait"
+"""Its span of that name, without the operations in it: those are checks of what came."""
+SEND = "send"
+CHECK, COPY, PYTHON, OTHER = "check", "copy", "Python between operations", "other operations"
+ENCLAVE = {"mix": "mix, and draw secrets", "verify": CHECK}
+"""Spans of the enclave that are called otherwise here."""
+_COPIES = ("aten::copy_", "aten::clone", "aten::contiguous", "aten::cat", "aten::_to_copy")
+_MODEL = {
+    "attention": ("scaled_dot_product", "ScaledDotProduct", "aten::_softmax", "SoftmaxBackward"),
+    "optimizer": ("Optimizer.",),
+    "products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
+}
+
+
+@contextmanager
+def measured_spans() -> Iterator[dict[str, float]]:
+    """Seconds in each category; filled in at the end."""
+    spans: dict[str, float] = {}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        started = time.perf_counter()
+        yield spans
+        passed = time.perf_counter() - started
+    for event in profiler.events() or ():
+        category = _category(event)
+        spans[category] = spans.get(category, 0.0) + event.self_cpu_time_total / 1e6
+    spans[PYTHON] = max(passed - sum(spans.values()), 0.0)
+
+
+def _category(event: Any) -> str:
+    model = OTHER
+    caller = event
+    while caller is not None:
+        if caller.name.startswith(OWN):
+            if event.name.startswith(_COPIES):
+                return COPY
+            own = caller.name.removeprefix(OWN)
+            return CHECK if own == WAIT and event is not caller else ENCLAVE.get(own, own)
+        if model == OTHER:
+            model = next((name for name, marks in _MODEL.items() if any(m in caller.name for m in marks)), OTHER)
+        caller = caller.cpu_parent
+    return model
+
+
+SIDE = 1536
+"""Of the square matrices that are multiplied: large enough for a product to be at its best."""
+LARGE_BYTES = 256 << 20
+"""Of what is copied and summed."""
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Limits:
+    """10⁹ operations and 10⁹ bytes a second, with the threads that torch has."""
+
+    gflops: float
+    """Floating-point operations of a product of two float32 matrices."""
+    copied_gbytes: float
+    """Bytes read and written by a copy."""
+    read_gbytes: float
+    """Bytes read by a sum."""
+
+    def least_seconds(self, flops: float, nbytes: float = 0.0) -> float:
+        """The least that products of so many operations can take, if they must also read so many bytes once."""
+        return max(flops / self.gflops, nbytes / max(self.read_gbytes, self.copied_gbytes)) / 1e9
+
+    def passing_seconds(self, nbytes: float) -> float:
+        """The least that so many bytes, read and written together, can take."""
+        return nbytes / self.copied_gbytes / 1e9
+
+
+def measure_limits(*, side: int = SIDE, large_bytes: int = LARGE_BYTES) -> Limits:
+    """About a second, with the sizes as they are."""
+    with torch.inference_mode():
+        a, large = torch.randn(side, side), torch.ones(large_bytes // 4)
+        out, copy = torch.empty_like(a), torch.empty_like(large)
+        product = median_seconds(lambda: torch.mm(a, a, out=out))
+        copying = median_seconds(lambda: copy.copy_(large))
+        reading = median_seconds(lambda: large.sum())
+    return Limits(2 * side**3 / product / 1e9, 2 * large.nbytes / copying / 1e9, large.nbytes / reading / 1e9)
+
+
+def median_seconds(work: Callable[[], object], *, repeats: int = REPEATS, least_seconds: float = 0.0) -> float:
+    """Of one call, after one that is not counted: `repeats` of them, and as many as `least_seconds` hold."""
+    work()
+    seconds: list[float] = []
+    while len(seconds) < repeats or sum(seconds) < least_seconds:
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def peak_bytes(pid: int | None = None) -> int:
+    """The most that was ever resident (VmHWM), of this process or another; since it was executed, not forked.
+
+    Raises:
+        StorageError: there is no such process, or this is no Linux.
+    """
+    return _status("VmHWM", pid)
+
+
+def settled_bytes(pid: int | None = None) -> int:
+    """What is resident now (VmRSS), likewise."""
+    return _status("VmRSS", pid)
+
+
+def cpu_seconds(pid: int | None = None) -> float:
+    """What it has computed so far, on all cores, for itself and in the kernel, likewise."""
+    utime, stime = _read("stat", pid).rpartition(")")[2].split()[11:13]  # after the name, which may hold blanks
+    return (int(utime) + int(stime)) / os.sysconf("SC_CLK_TCK")
+
+
+def _status(name: str, pid: int | None) -> int:
+    return next(
+        int(line.split()[1]) * 1024 for line in _read("status", pid).splitlines() if line.startswith(f"{name}:")
+    )
+
+
+def _read(file: str, pid: int | None) -> str:
+    path = Path("/proc") / ("self" if pid is None else str(pid)) / file
+    try:
+        return path.read_text("ascii")
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}") from error

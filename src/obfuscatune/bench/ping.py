@@ -1,0 +1,72 @@
+"""A bare ping-pong of two Python processes: what a request of as many bytes takes at the least."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from obfuscatune.bench.pong import SIZES, receive
+from obfuscatune.wire.errors import ConnectionLost
+
+
+class PingPong:
+    """Plays with a process that does nothing else."""
+
+    def __init__(self, connect: Callable[[], socket.socket]) -> None:
+        self._connect = connect
+
+    @contextmanager
+    def of(self, there: int, back: int) -> Iterator[Callable[[], float]]:
+        """Rounds of so many bytes: each call plays one and returns its seconds."""
+        ball, view = bytes(there), memoryview(bytearray(back))
+        with self._connect() as sock:
+            sock.sendall(SIZES.pack(there, back))
+
+            def play() -> float:
+                started = time.perf_counter()
+                sock.sendall(ball)
+                if not receive(sock, view):
+                    raise ConnectionLost("the other end of the ping-pong ended")
+                return time.perf_counter() - started
+
+            yield play
+
+
+@contextmanager
+def ping_pong(address: str, identity: tuple[Path, Path] | None = None) -> Iterator[PingPong]:
+    """A process to play with, at unix:/path or tcp:host:port; by TLS where it has a certificate and a key.
+
+    Raises:
+        ConnectionLost: it did not start.
+    """
+    program = [sys.executable, "-m", "obfuscatune.bench.pong", address, *map(str, identity or ())]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            if process.stdout is None or process.stdout.readline() != "ready\n":
+                raise ConnectionLost("the other end of the ping-pong did not start")
+            yield PingPong(lambda: _connected(address, identity))
+        finally:
+            process.terminate()
+
+
+def _connected(address: str, identity: tuple[Path, Path] | None) -> socket.socket:
+    kind, _, place = address.partition(":")
+    if kind == "unix":
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect(place)
+        return sock
+    host, _, port = place.rpartition(":")
+    sock = socket.create_connection((host, int(port)))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if identity is None:
+        return sock
+    tls = ssl.create_default_context(cafile=str(identity[0]))
+    tls.check_hostname = False
+    tls.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    return tls.wrap_socket(sock)

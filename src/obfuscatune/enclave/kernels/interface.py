@@ -1,0 +1,97 @@
+"""What rotation, mixing and verification ask of the kernels, and the structured matrices that they are given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+SKETCHES = 8
+"""Columns of R and L that a matrix is sketched by."""
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """x -> x (Q_a ⊗ Q_b) on columns `start` to `start + a·b`; the others stay as they are."""
+
+    start: int
+    Q_a: Tensor
+    Q_b: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """x -> x Π₁ (Q_a ⊗ Q_b) Π₂, or with two grids x Π₁ (Q_a ⊗ Q_b) Π₂ (Q_c ⊗ Q_d) Π₃; in one dtype, on one device."""
+
+    permutations: tuple[Tensor, ...]
+    """int64 (p,) each, one more than grids: column j after Π is column `permutation[j]` before. Or (p / 2,), of pairs
+    of columns."""
+    grids: tuple[Grid, ...]
+    """One or two."""
+    prepared: dict[object, Any] = field(default_factory=dict, repr=False)
+    """What the native kernels make of it at their first call, by kernels."""
+
+    def inverse(self) -> Rotation:
+        """x -> x R⁻¹."""
+        permutations = tuple(torch.argsort(permutation) for permutation in reversed(self.permutations))
+        grids = tuple(Grid(grid.start, grid.Q_a.T, grid.Q_b.T) for grid in reversed(self.grids))
+        return Rotation(permutations, grids)
+
+
+@dataclass(frozen=True, eq=False)
+class RowMixing:
+    """A = (Q_a ⊗ Q_b) P for the n rows of x above m - n shield rows; in one dtype."""
+
+    order: Tensor
+    """int64 (m,), a permutation: which row of [x; shield] lies at each place of the grid."""
+    rows: int
+    """n."""
+    Q_a: Tensor
+    Q_b: Tensor
+    """(a, a) and (b, b), a·b = m."""
+    prepared: dict[object, Any] = field(default_factory=dict, repr=False)
+    """What the native kernels make of it at their first call, by kernels."""
+
+
+@dataclass(frozen=True)
+class MixingOfFew:
+    """The secrets of one request of n rows, all contiguous and of one dtype."""
+
+    A: Tensor
+    """(m, m), orthogonal."""
+    A_transposed: Tensor
+    """(m, m), row by row as well."""
+    stack: Tensor
+    """(m, p): room for n rows above the m - n shield rows."""
+
+
+class Kernels(Protocol):
+    """One implementation in torch, `reference`, and one in C++, `native`. They agree to rounding."""
+
+    def rotate(self, x: Tensor, R: Rotation, *, plus: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """x R (n, p), plus a row (p,) of x's dtype where one is given; for x (n, p), n >= 1.
+
+        `out` (n, p), contiguous, takes the result where it is given; it may be x.
+        """
+
+    def mix(self, x: Tensor, shield: Tensor, A: RowMixing, out: Tensor) -> None:
+        """out (m, p) = A [x; shield] for x (n, p) and shield (m - n, p)."""
+
+    def unmix(self, y: Tensor, A: RowMixing) -> tuple[Tensor, bool]:
+        """(Aᵀ y)[:n] for y (m, q), and whether it is finite.
+
+        y may change at any moment: what is told to be finite is what was read.
+        """
+
+    def multiply(self, left: Tensor, right: Tensor, out: Tensor) -> None:
+        """out (m, q) = left (m, k) right (k, q), for few rows, on this thread."""
+
+    def sketch(self, W: Tensor, R: Tensor, L: Tensor) -> tuple[Tensor, Tensor, float]:
+        """W R (p, 8), Wᵀ L (q, 8) and the root of the sum of all squares, for W (p, q), R (q, 8) and L (p, 8)."""
+
+    def deviates(self, words: NDArray[np.uint32]) -> NDArray[np.float32]:
+        """Uniform words (2k,) as standard normal deviates (2k,), possibly in their place; k a multiple of 16."""

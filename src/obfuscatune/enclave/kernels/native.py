@@ -1,0 +1,190 @@
+"""The kernels of `csrc/`, each in one pass over what it reads, on torch's threads: see docs/adr/0014."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from obfuscatune import native
+from obfuscatune.enclave.kernels.interface import SKETCHES, MixingOfFew, Rotation, RowMixing
+from obfuscatune.enclave.kernels.reference import Reference
+
+_REFERENCE = Reference()
+
+
+class Native:
+    """See `interface.Kernels`; for float32, or float64, on the CPU.
+
+    Rows of x are contiguous and at least `table.lanes` wide; nothing is differentiated.
+    """
+
+    def __init__(self, table: native.Kernels) -> None:
+        self.table = table
+
+    def rotate(self, x: Tensor, R: Rotation, *, plus: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """x R + plus."""
+        y = torch.empty(x.shape, dtype=x.dtype) if out is None else out
+        self._rotate(x, R, None if plus is None else plus.contiguous(), y)
+        return y
+
+    def mix(self, x: Tensor, shield: Tensor, A: RowMixing, out: Tensor) -> None:
+        """A [x; shield]."""
+        if not out.is_contiguous():
+            return _REFERENCE.mix(x, shield, A, out)
+        x, shield, step = x.contiguous(), shield.contiguous(), x.shape[1] * x.itemsize
+        beyond = shield.data_ptr() - x.data_ptr() - A.rows * step
+        Q_a, Q_b, is_shield, _ = self._prepared(A, x.dtype)
+        sources = torch.add(A.order * step, is_shield, alpha=beyond).add_(x.data_ptr())
+        self._mix(sources, _rows_of(out), x.shape[1], Q_a, Q_b)
+        return None
+
+    def unmix(self, y: Tensor, A: RowMixing) -> tuple[Tensor, bool]:
+        """(Aᵀ y)[:n]."""
+        if not y.is_contiguous():
+            return _REFERENCE.unmix(y, A)
+        result = y.new_empty(A.rows + 1, y.shape[1])  # the last row takes what comes back for shield rows
+        Q_a, Q_b, _, landing = self._prepared(A, y.dtype)
+        targets = (landing * (y.shape[1] * y.itemsize)).add_(result.data_ptr())
+        finite = self._mix(_rows_of(y), targets, y.shape[1], Q_a, Q_b, transposed=True)
+        return result[:-1], finite
+
+    def mix_in_place(self, W: Tensor, picked: Tensor, placed: Tensor, Q_a: Tensor, Q_b: Tensor) -> None:
+        """W[placed] = (Q_a ⊗ Q_b) W[picked], for W (n, q) whose rows are contiguous.
+
+        Args:
+            picked, placed: int64 (a·b,), numbers of rows.
+            Q_a, Q_b: (a, a) and (b, b) in W's dtype; a above 1, so that all is read before anything is written.
+        """
+        lanes = self.table.lanes
+        own = W.shape[1] // lanes * lanes
+        last = W[:, -lanes:].clone()  # of columns that fill no panel, one with others: done twice, it would be wrong
+        for part in (W[:, :own], last) if own < W.shape[1] else (W,):
+            step, start = part.stride(0) * part.itemsize, part.data_ptr()
+            self._mix(picked * step + start, placed * step + start, part.shape[1], Q_a, Q_b)
+        W[:, own:] = last[:, lanes - (W.shape[1] - own) :]
+
+    def multiply(self, left: Tensor, right: Tensor, out: Tensor) -> None:
+        """Left right."""
+        if not (left.is_contiguous() and right.is_contiguous() and out.is_contiguous()):
+            return _REFERENCE.multiply(left, right, out)
+        sizes = (*left.shape, right.shape[1])
+        self.table.multiply(native.Product(left.data_ptr(), right.data_ptr(), out.data_ptr(), *sizes))
+        return None
+
+    def sketch(self, W: Tensor, R: Tensor, L: Tensor) -> tuple[Tensor, Tensor, float]:
+        """W R, Wᵀ L and |W|; on this thread."""
+        (p, q), W, R, L = W.shape, W.contiguous(), R.contiguous(), L.contiguous()
+        W_R, L_W = W.new_empty(p, SKETCHES), W.new_empty(SKETCHES, q)
+        job = native.Sketches(*(x.data_ptr() for x in (W, R, L, W_R, L_W)), p, q)
+        self.table.sketch(job)
+        return W_R, L_W.T.contiguous(), math.sqrt(job.squares)
+
+    def deviates(self, words: NDArray[np.uint32]) -> NDArray[np.float32]:
+        """In the words' place."""
+        self.table.make_deviates(native.Deviates(words.ctypes.data, words.size // 2, torch.get_num_threads()))
+        return words.view(np.float32)
+
+    def of_few(self, R: Rotation) -> RotationOfFew:
+        """A rotation, to be done with the mixing of few rows."""
+        return RotationOfFew(self, R)
+
+    def _rotate(self, x: Tensor, R: Rotation, plus: Tensor | None, y: Tensor) -> bool:
+        """Whether x was finite."""
+        prepared = R.prepared.get(self)
+        if prepared is None:
+            prepared = R.prepared[self] = _Prepared.of(R)
+        job = native.Rotation.from_buffer_copy(prepared.job)  # other threads have theirs
+        job.x, job.y, job.bias = x.data_ptr(), y.data_ptr(), None if plus is None else plus.data_ptr()
+        job.rows, job.x_stride, job.threads = x.shape[0], x.stride(0), torch.get_num_threads()
+        self.table.rotate(job)
+        return bool(job.finite)
+
+    def _prepared(self, A: RowMixing, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Q_a and Q_b in the dtype, which rows are the shield's (0 or 1), and which row of the result each goes to."""
+        found: tuple[Tensor, Tensor, Tensor, Tensor] | None = A.prepared.get(self)
+        if found is None:
+            Q_a, Q_b = A.Q_a.to(dtype).contiguous(), A.Q_b.to(dtype).contiguous()
+            found = A.prepared[self] = Q_a, Q_b, (A.order >= A.rows).long(), A.order.clamp(max=A.rows)
+        return found
+
+    def _mix(
+        self, sources: Tensor, targets: Tensor, columns: int, Q_a: Tensor, Q_b: Tensor, *, transposed: bool = False
+    ) -> bool:
+        """Rows `targets` = (Q_a ⊗ Q_b) times rows `sources`, by their addresses; whether these were finite."""
+        Q_a, Q_b = Q_a.contiguous(), Q_b.contiguous()
+        job = native.Mixing(
+            sources.data_ptr(), targets.data_ptr(), columns, Q_a.shape[0], Q_b.shape[0], Q_a.data_ptr(),
+            Q_b.data_ptr(), transposed, torch.get_num_threads(),
+        )  # fmt: skip
+        self.table.mix(job)
+        return bool(job.finite)
+
+
+class RotationOfFew:
+    """A rotation of few rows and their mixing, one way or back."""
+
+    def __init__(self, kernels: Native, R: Rotation) -> None:
+        self._kernels, self._R = kernels, R
+        self.dim = _whole_width(R)
+
+    def send(self, x: Tensor, mixing: MixingOfFew, out: Tensor) -> None:
+        """out (m, p) = A [x R; N] for x (n, p), rows contiguous.
+
+        N are `mixing.stack`'s last rows, above which x R is laid.
+        """
+        self._kernels._rotate(x, self._R, None, mixing.stack)
+        self._kernels.multiply(mixing.A, mixing.stack, out)
+
+    def receive(self, product: Tensor, mixing: MixingOfFew, out: Tensor) -> bool:
+        """out (n, p) = (Aᵀ Y)[:n] R for `product` Y (m, p), contiguous; whether that is finite.
+
+        `mixing.A_transposed` is read, and nothing else of it.
+        """
+        unmixed = torch.empty_like(out)
+        self._kernels.multiply(mixing.A_transposed[: len(out)], product, unmixed)
+        return self._kernels._rotate(unmixed, self._R, None, out)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A rotation as the kernels take it, and the tensors that it has the addresses of."""
+
+    job: native.Rotation
+    tensors: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, R: Rotation) -> _Prepared:
+        width = _whole_width(R)
+        first, *between, last = (whole(permutation, width).contiguous() for permutation in R.permutations)
+        tensors = [first, torch.argsort(first), *between, last]
+        job = native.Rotation(width=width)
+        job.first, job.first_inverse, job.last = (x.data_ptr() for x in (*tensors[:2], last))
+        job.between = between[0].data_ptr() if between else None
+        for number, grid in enumerate(R.grids):
+            Q_a, Q_b = grid.Q_a.contiguous(), grid.Q_b.contiguous()
+            sizes = grid.start, Q_a.shape[0], Q_b.shape[0]
+            job.grids[number] = native.Grid(*sizes, Q_a.data_ptr(), Q_b.data_ptr())
+            tensors += [Q_a, Q_b]
+        return cls(job, tuple(tensors))
+
+
+def _whole_width(R: Rotation) -> int:
+    return max(permutation.numel() for permutation in R.permutations)
+
+
+def _rows_of(x: Tensor) -> Tensor:
+    """Addresses of the rows of x, int64 (m,)."""
+    step = x.shape[1] * x.itemsize
+    return torch.arange(x.data_ptr(), x.data_ptr() + x.shape[0] * step, step)
+
+
+def whole(permutation: Tensor, dim: int) -> Tensor:
+    """A permutation of `dim` places, or of pairs of them, as one of places."""
+    if 2 * permutation.numel() == dim:
+        return torch.stack([2 * permutation, 2 * permutation + 1], dim=1).flatten()
+    return permutation

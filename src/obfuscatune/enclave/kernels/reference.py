@@ -1,0 +1,74 @@
+"""The kernels by torch's operations: on every device, differentiable, and what the native ones are tested against."""
+
+from __future__ import annotations
+
+import math
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from obfuscatune.enclave.kernels.interface import Grid, Rotation, RowMixing
+from obfuscatune.enclave.orthogonal import kronecker_columns, kronecker_rows, permute_columns
+
+Float = TypeVar("Float", bound=np.floating)
+
+
+class Reference:
+    """See `interface.Kernels`."""
+
+    def rotate(self, x: Tensor, R: Rotation, *, plus: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """x R + plus."""
+        first, *others = R.permutations
+        y = permute_columns(x, first)
+        for grid, permutation in zip(R.grids, others, strict=True):
+            y = permute_columns(_on_grid(y, grid), permutation)
+        y = y if plus is None else y.add_(plus)
+        return y if out is None else out.copy_(y)
+
+    def mix(self, x: Tensor, shield: Tensor, A: RowMixing, out: Tensor) -> None:
+        """A [x; shield]."""
+        sources = A.order.remainder(A.rows)  # shield rows overwrite what is laid in their places
+        stacked = torch.index_select(x, 0, sources.to(x.device))
+        stacked.index_copy_(0, torch.argsort(A.order)[A.rows :].to(x.device), shield.to(x.device))
+        kronecker_rows(A.Q_a.to(x), A.Q_b.to(x), stacked, out)
+
+    def unmix(self, y: Tensor, A: RowMixing) -> tuple[Tensor, bool]:
+        """(Aᵀ y)[:n]."""
+        stacked = kronecker_rows(A.Q_a.T.to(y), A.Q_b.T.to(y), y)
+        x = torch.index_select(stacked, 0, torch.argsort(A.order)[: A.rows].to(y.device))
+        return x, bool(torch.isfinite(x).all())
+
+    def multiply(self, left: Tensor, right: Tensor, out: Tensor) -> None:
+        """Left right."""
+        torch.mm(left, right, out=out)
+
+    def sketch(self, W: Tensor, R: Tensor, L: Tensor) -> tuple[Tensor, Tensor, float]:
+        """W R, Wᵀ L and |W|."""
+        return W @ R, W.T @ L, float(torch.linalg.vector_norm(W, dtype=torch.float64))
+
+    def deviates(self, words: NDArray[np.uint32]) -> NDArray[np.float32]:
+        """24 bits of each word make a uniform number."""
+        return box_muller((words >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24))
+
+
+def box_muller(uniform: NDArray[Float]) -> NDArray[Float]:
+    """Uniform in [0, 1), as many bits as the significand holds, (2k,) -> normal (2k,) (Box and Muller, 1958).
+
+    numpy and not torch: a few hundred numbers are drawn for each request, and it starts no threads.
+    """
+    u, angle = uniform.reshape(2, -1)
+    radius = np.sqrt(-2 * np.log1p(-u))  # 1 - u is never 0
+    angle *= 2 * math.pi
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
+
+
+def _on_grid(x: Tensor, grid: Grid) -> Tensor:
+    covered = grid.Q_a.shape[0] * grid.Q_b.shape[0]
+    if covered == x.shape[1]:
+        return kronecker_columns(x, grid.Q_a, grid.Q_b)
+    stop = grid.start + covered
+    turned = kronecker_columns(x[:, grid.start : stop], grid.Q_a, grid.Q_b)
+    return torch.cat([x[:, : grid.start], turned, x[:, stop:]], dim=1)

@@ -1,0 +1,64 @@
+"""Every example runs as it is written, in a folder of its own, and does what its first line says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from obfuscatune.assets import tiny_model_path
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run(name: str, folder: Path) -> str:
+    """What the example prints, on stdout and stderr."""
+    command = [sys.executable, "-W", "ignore", str(EXAMPLES / name)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=290)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def adds_something(adapter: Path) -> bool:
+    """Whether an adapter loads into the plain model and was trained: its B factors begin as zeros."""
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model_path(), dtype="float32")
+    adapted = PeftModel.from_pretrained(plain, str(adapter))
+    factors = {name: parameter for name, parameter in adapted.named_parameters() if "lora_B" in name}
+    return len(factors) > 0 and all(factor.abs().max() > 0 for factor in factors.values())
+
+
+def test_trainer(tmp_path: Path) -> None:
+    assert "'loss'" in run("trainer.py", tmp_path)
+    assert adds_something(tmp_path / "adapter")
+
+
+@pytest.mark.skipif(find_spec("trl") is None, reason="the extra trl is not installed")
+def test_trl_sft(tmp_path: Path) -> None:
+    assert "'loss'" in run("trl_sft.py", tmp_path)
+    assert adds_something(tmp_path / "adapter")
+
+
+def test_remote_worker(tmp_path: Path) -> None:
+    assert "It was late in the evening when" in run("remote_worker.py", tmp_path)
+
+
+def test_evaluation(tmp_path: Path) -> None:
+    printed = run("evaluation.py", tmp_path)
+    assert "same answers 6 of 6" in printed
+    plain, protected = (float(line.split()[-1]) for line in printed.splitlines() if line.startswith("loss, "))
+    assert protected == pytest.approx(plain, abs=1e-4)  # nats: rounding of float32 products, as tests/contract has it
+
+
+def test_every_example_is_listed_and_tested() -> None:
+    names = {path.name for path in EXAMPLES.glob("*.py")}
+    listed = (EXAMPLES / "README.md").read_text("utf-8")
+    tests = Path(__file__).read_text("utf-8")
+    assert len(names) >= 4
+    for name in names:
+        assert f"[{name}]({name})" in listed
+        assert f'run("{name}"' in tests
