@@ -7,7 +7,7 @@
 #   make hooks        ruff and mypy before each commit
 #   make lock         requirements/*.txt anew: exact versions, by hash
 #   make reproduce-small   the paper's tables, scaled down (under 30 minutes on 2 cores); DATA=folder with the questions
-#   make reproduce-real    the same on SmolLM2-135M, which comes from the package registry (some hours on 2 cores)
+#   make reproduce-real    the same on SmolLM2-135M, which comes from the package registry (two hours on 2 cores)
 #   make benchmarks   the figures of docs/benchmarks.md; DATA=folder with sciq/ and openbookqa/
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)

@@ -15,8 +15,9 @@ from obfuscatune.worker.compute import Computer
 def test_without_units_for_it_a_product_is_rounded_once(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rows: int, transpose: bool
 ) -> None:
-    """The smaller matrix comes second, in the memory of the larger one."""
+    """Strip by strip; the smaller matrix comes second, in the memory of the larger one's strips."""
     monkeypatch.setattr(compute, "has_units_for", lambda asked: asked == torch.float32)
+    monkeypatch.setattr(compute, "WIDENED_ELEMENTS", 96 * 70)
     computer = Computer(torch.device("cpu"))
     for p, q in ((160, 96), (64, 96)):
         generator = torch.Generator().manual_seed(p)
@@ -27,3 +28,4 @@ def test_without_units_for_it_a_product_is_rounded_once(
         exact = x.double() @ factor.double()
         ulp = torch.finfo(dtype).eps * exact.abs() + 1e-5
         assert ((out.double() - exact).abs() <= 0.51 * ulp).all()
+        assert computer._wide.numel() <= 96 * 70, "no more than a strip is held in float32"

@@ -1,4 +1,4 @@
-"""A result held against the last one that was kept of the same work on the same kind of machine.
+"""Results that are kept, and one held against the last that was kept of the same work on the same kind of machine.
 
 Times change with a machine's mood, ratios of one run much less: ratios are what is compared.
 """
@@ -12,10 +12,27 @@ from pathlib import Path
 from typing import Any
 
 from obfuscatune.report.page import markdown_table
+from obfuscatune.tuning.storage import RunDirectory
 from obfuscatune.wire.errors import ConfigError
 
 _WORK = ("work", "shape", "layers", "batch", "length", "threads")
 _MACHINE = ("processor", "cores", "system")
+
+
+def keep(folder: Path, name: str, document: dict[str, Any], markdown: str, svg: str | None = None) -> Path:
+    """Write a file of each kind under one name; the JSON file's path.
+
+    Raises:
+        StorageError: the folder cannot be written to.
+    """
+    path = folder / f"{name}.json"
+    files = {".json": json.dumps(document, indent=1) + "\n", ".md": markdown}
+    if svg is not None:
+        files |= {".md": f"{markdown}\n![the same as a picture]({name}.svg)\n", ".svg": svg}
+    directory = RunDirectory(folder)
+    for suffix, text in files.items():
+        directory.write_file(path.with_suffix(suffix).name, text.encode())
+    return path
 
 
 @dataclass(frozen=True)

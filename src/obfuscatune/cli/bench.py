@@ -1,6 +1,5 @@
 """`obfuscatune bench`: protected work beside plain work, timed in turn on this machine."""
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -22,8 +21,8 @@ if TYPE_CHECKING:
 
 KEPT = Path("benchmarks/results")
 CALIBRATED_ON = "private"
-EXIT_WORSE = 1
-EXIT_GROWS = 1
+EXIT_FAILED = 1
+"""A ratio or a process has grown."""
 _SPEEDS = "Speeds other than the measured ones"
 
 bench = typer.Typer(
@@ -72,6 +71,8 @@ class Ending:
 
     def show(self, result: "Result", name: str, picture: "Bars | Chart | None" = None) -> None:
         """Write the files, if a folder was named, and print the result."""
+        from obfuscatune.bench.compare import keep
+
         if self.out is not None:
             svg = None if picture is None else picture.svg(alone=True) + "\n"
             notice(f"written: {keep(self.out, name, result.as_json(), result.as_markdown(), svg)}")
@@ -97,24 +98,6 @@ def result_name(what: str, shape: str | None = None, layers: int | None = None, 
     named = [] if shape is None else [shape]
     depth = [] if layers is None else [f"{layers}-layers"]
     return re.sub(r"[^\w.()-]+", "-", "-".join([day, what, *named, *depth, *parts]))
-
-
-def keep(folder: Path, name: str, document: dict[str, Any], markdown: str, svg: str | None = None) -> Path:
-    """Write a file of each kind under one name; the JSON file's path.
-
-    Raises:
-        StorageError: the folder cannot be written to.
-    """
-    from obfuscatune.tuning.storage import RunDirectory
-
-    path = folder / f"{name}.json"
-    files = {".json": json.dumps(document, indent=1) + "\n", ".md": markdown}
-    if svg is not None:
-        files |= {".md": f"{markdown}\n![the same as a picture]({name}.svg)\n", ".svg": svg}
-    directory = RunDirectory(folder)
-    for suffix, text in files.items():
-        directory.write_file(path.with_suffix(suffix).name, text.encode())
-    return path
 
 
 @dataclass(frozen=True)
@@ -322,7 +305,7 @@ def check(
     else:
         write_text(as_markdown(comparisons, margin))
     if any(one.is_worse(margin) for one in comparisons):
-        raise typer.Exit(EXIT_WORSE)
+        raise typer.Exit(EXIT_FAILED)
 
 
 @_command("obfuscatune bench memory --steps 1000 --profile private,guarded --out benchmarks/results")
@@ -362,7 +345,7 @@ def memory(
 
     ending.show(measured, result_name("memory", measured.bench["shape"], layers, *bench.profiles), measured.picture())
     if measured.grows:
-        raise typer.Exit(EXIT_GROWS)
+        raise typer.Exit(EXIT_FAILED)
 
 
 @_command(

@@ -11,6 +11,9 @@ import torch
 
 from obfuscatune.worker import few_rows
 
+WIDENED_ELEMENTS = 1 << 24
+"""Of a 16-bit matrix that are in float32 at a time: 64 MiB."""
+
 
 class Computer:
     """Multiplies on one device, one product at a time: two at once would share the same cores and both be late."""
@@ -48,9 +51,7 @@ class Computer:
         """
         with self._lock, torch.inference_mode():
             if matrix.device.type == "cpu" and not has_units_for(matrix.dtype):
-                wide = torch.empty(out.shape)
-                self._multiply(rows.float(), self._widened(matrix), wide, transpose=transpose)
-                out.copy_(wide)
+                self._multiply_widened(rows.float(), matrix, out, transpose=transpose)
             else:
                 self._multiply(rows, matrix, out, transpose=transpose)
 
@@ -65,11 +66,29 @@ class Computer:
             else:
                 out.copy_(torch.mm(rows, factor))
 
-    def _widened(self, matrix: torch.Tensor) -> torch.Tensor:
-        """A 16-bit matrix in float32, in memory that the next one takes: fresh pages take longer than the product."""
-        if self._wide.numel() < matrix.numel():
-            self._wide = torch.empty(matrix.numel())
-        return self._wide[: matrix.numel()].view(matrix.shape).copy_(matrix)
+    def _multiply_widened(
+        self, rows: torch.Tensor, matrix: torch.Tensor, out: torch.Tensor, *, transpose: bool
+    ) -> None:
+        """The product with a 16-bit matrix in float32, rounded once: a strip of the matrix's rows after the other.
+
+        All strips take the same memory, since fresh pages take longer than the product, and no more than that: a
+        matrix of any size must not have the worker hold twice as much again beside its quota.
+        """
+        total = torch.zeros(out.shape)
+        first = 0
+        for strip in matrix.split(max(1, WIDENED_ELEMENTS // matrix.shape[1])):
+            if self._wide.numel() < strip.numel():
+                self._wide = torch.empty(strip.numel())
+            wide = self._wide[: strip.numel()].view(strip.shape).copy_(strip)
+            last = first + strip.shape[0]
+            if transpose:
+                self._multiply(rows, wide, part := torch.empty(rows.shape[0], strip.shape[0]), transpose=True)
+                total[:, first:last] = part
+            else:
+                self._multiply(rows[:, first:last].contiguous(), wide, part := torch.empty(out.shape), transpose=False)
+                total += part
+            first = last
+        out.copy_(total)
 
 
 @functools.cache
