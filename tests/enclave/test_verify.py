@@ -158,7 +158,7 @@ def test_what_is_caught(tampering: object, name: str, size: float) -> None:
     changed = tampering(request.product, size * rms)  # type: ignore[operator]
     probe, _ = request.probe()
     tau = probe.tolerance(changed, request.scale, request.dtype)[3]
-    overlooked = min(1.0, float(0.8 * tau / (changed - request.product)[3].norm())) ** VECTORS
+    overlooked = min(1.0, float(0.8 * tau / (changed - request.product)[3].norm())) ** VECTORS[request.dtype]
     missed = sum(request.excess(changed) <= 1 for _ in range(300)) / 300
     assert missed <= overlooked + 3 * math.sqrt(overlooked / 300) + 0.01
 

@@ -12,7 +12,7 @@ from obfuscatune.wire.errors import ConfigError
 
 def resolve(**changed):
     asked = {"preset": "cpu", "parts": ["share"], "tasks": TASKS, "methods": None, "seeds": None, "model": None,
-             "data_root": None, "limit": None}  # fmt: skip
+             "data_root": None, "records": None, "limit": None}  # fmt: skip
     return Request.resolve(Path("out"), **{**asked, **changed})
 
 
@@ -30,11 +30,12 @@ def test_the_preset_is_kept_where_nothing_else_is_asked():
 
 
 def test_choices_replace_the_presets():
-    request = resolve(methods=["gaussian", "private", "conditioned(8)"], seeds=[3, 4, 3], limit=5)
+    request = resolve(methods=["gaussian", "private", "conditioned(8)"], seeds=[3, 4, 3], records=7, limit=5)
     assert request.preset.methods == ("plain", "private"), "plain is what all others are compared with"
     assert request.preset.ablations == ("gaussian", "conditioned(8)")
     assert request.preset.seeds == (3, 4)
     assert request.preset.questions == 5
+    assert request.preset.records == 7
 
 
 @pytest.mark.parametrize(
@@ -47,6 +48,7 @@ def test_choices_replace_the_presets():
         ({"methods": ["rot13"]}, "unknown method 'rot13'; known are plain"),
         ({"methods": ["conditioned(x)"]}, "unknown transform"),
         ({"seeds": [-1]}, "--seeds: expected 0 or more, found -1"),
+        ({"records": 0}, "--records: expected at least 1, found 0"),
         ({"limit": 0}, "--limit: expected at least 1, found 0"),
     ],
 )

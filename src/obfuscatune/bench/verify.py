@@ -197,7 +197,7 @@ class _Request:
         tau = self._verifier.probe(transpose=False).tolerance(changed, self._mixing.size, self._dtype)
         sizes = torch.linalg.vector_norm(changed - self.product, dim=1).double()
         missed = float((0.8 * tau / sizes).min())
-        return 1 - min(1.0, missed) ** VECTORS
+        return 1 - min(1.0, missed) ** VECTORS[self._dtype]
 
 
 def _one_element(product: Tensor, size: float) -> Tensor:

@@ -28,6 +28,7 @@ def reproduce(
     seeds: Annotated[str | None, Option("As in 0,1,2.", unset="the preset's")] = None,
     model: options.Model = None,
     data_root: Annotated[str | None, Option("Folder, or data set on the Hub, with the tasks' files.")] = None,
+    records: Annotated[int | None, Option("Training records of each task.", unset="the preset's")] = None,
     limit: Annotated[int | None, Option("Test questions of each task.", unset="the preset's")] = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -49,6 +50,7 @@ def reproduce(
             seeds=None if seeds is None else [_whole(seed) for seed in _names(seeds)],
             model=model,
             data_root=data_root,
+            records=records,
             limit=limit,
             watch=output.progress,
         )

@@ -36,8 +36,9 @@ from obfuscatune.wire.errors import WrongProduct
 
 BASIS = 8
 """K: vectors whose images are computed once. Each request is checked by fresh combinations of them."""
-VECTORS = 2
-"""k: combinations for one request."""
+VECTORS = {torch.float64: 2, torch.float32: 2, torch.bfloat16: 4, torch.float16: 4}
+"""k: combinations for one request. More where rounding explains much: of a row twice as large as it should be, two
+vectors overlook one in 500 in bfloat16, and four one in 200,000."""
 MARGIN = {torch.float64: 64.0, torch.float32: 64.0, torch.bfloat16: 4.0, torch.float16: 4.0}
 """tau over the unit roundoff times the size of the operands. More where the worker also accumulates in that precision;
 `bench verify` measures what honest workers need."""
@@ -122,6 +123,7 @@ class Verifier:
             share: of the requests that are checked, drawn by lot; above 0.
         """
         self._stream, self._share = stream, share
+        self._vectors = VECTORS[W_star.dtype]
         W = W_star.float() if W_star.dtype in (torch.bfloat16, torch.float16) else W_star
         p, q = W.shape
         self._R = stream.normal(q, BASIS, dtype=W.dtype)
@@ -131,7 +133,7 @@ class Verifier:
     def probe(self, *, transpose: bool) -> Probe:
         """Fresh vectors for one request."""
         vectors, images = (self._L, self._WtL) if transpose else (self._R, self._WR)
-        q, _ = np.linalg.qr(self._stream.normal(BASIS, VECTORS).numpy())
+        q, _ = np.linalg.qr(self._stream.normal(BASIS, self._vectors).numpy())
         c = torch.from_numpy(q).to(vectors)  # orthonormal: the columns of r are normal and independent
         return Probe(vectors @ c, images @ c, self._norm)
 

@@ -44,16 +44,18 @@ class Request:
         seeds: Sequence[int] | None,
         model: str | None,
         data_root: str | Path | None,
+        records: int | None,
         limit: int | None,
     ) -> Request:
         """Lay the user's choices over the preset.
 
         Args:
             methods: in place of the preset's; ablations among them are tuned with on the preset's ablation tasks only.
+            records: training records of each task, in place of the preset's.
             limit: test questions of each task, in place of the preset's.
 
         Raises:
-            ConfigError: an unknown preset, part, task or method; none of them; a seed or limit out of its range.
+            ConfigError: an unknown preset, part, task or method; none of them; a number out of its range.
         """
         chosen = find_preset(preset)
         for name, values in (("--parts", parts), ("--tasks", tasks), ("--methods", methods), ("--seeds", seeds)):
@@ -76,10 +78,10 @@ class Request:
             if min(seeds) < 0:
                 raise ConfigError(f"--seeds: expected 0 or more, found {min(seeds)}")
             chosen = replace(chosen, seeds=tuple(dict.fromkeys(seeds)))
-        if limit is not None:
-            if limit < 1:
-                raise ConfigError(f"--limit: expected at least 1, found {limit}")
-            chosen = replace(chosen, questions=limit)
+        for name, count in (("--records", records), ("--limit", limit)):
+            if count is not None and count < 1:
+                raise ConfigError(f"{name}: expected at least 1, found {count}")
+        chosen = replace(chosen, records=records or chosen.records, questions=limit or chosen.questions)
         ordered = tuple(part for part in PARTS if part in parts)
         return cls(out, chosen, ordered, tuple(dict.fromkeys(tasks)), model, data_root)
 

@@ -58,6 +58,7 @@ def reproduce(
     seeds: Sequence[int] | None = None,
     model: str | None = None,
     data_root: str | Path | None = None,
+    records: int | None = None,
     limit: int | None = None,
     watch: Watch = unwatched,
 ) -> Reproduction:
@@ -72,6 +73,7 @@ def reproduce(
         seeds: in place of the preset's.
         model: a directory or a hub id; the embedded model if None.
         data_root: a folder, or a data set on the hub, with the tasks' files (docs/reproduce.md).
+        records: training records of each task, in place of the preset's.
         limit: test questions of each task, in place of the preset's.
         watch: called with what is begun; gives a meter for as long as it lasts.
 
@@ -93,6 +95,7 @@ def reproduce(
         seeds=seeds,
         model=model,
         data_root=data_root,
+        records=records,
         limit=limit,
     )
     directory = RunDirectory(request.out)
