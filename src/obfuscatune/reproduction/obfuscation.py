@@ -7,11 +7,11 @@ from typing import Any
 
 from obfuscatune.bench.obfuscate import ObfuscateBench
 from obfuscatune.machine import cores
+from obfuscatune.reproduction.share import PROFILES
 from obfuscatune.reproduction.cells import Cell, Watch
 from obfuscatune.reproduction.methods import find_method
 from obfuscatune.reproduction.presets import ShapeDepth
 
-PROFILES = ("paper", "private")
 _ROUNDS = 1
 
 

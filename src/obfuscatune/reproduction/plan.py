@@ -13,7 +13,8 @@ from obfuscatune.reproduction.presets import ABLATIONS, Preset
 from obfuscatune.reproduction.questions import find_data
 from obfuscatune.reproduction.request import Request
 from obfuscatune.reproduction.share import SHAPES, share_cell
-from obfuscatune.reproduction.slowdown import PROFILES, slowdown_cell
+from obfuscatune.reproduction.share import PROFILES
+from obfuscatune.reproduction.slowdown import slowdown_cell
 from obfuscatune.tuning.storage import RunDirectory
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from obfuscatune.bench.step import StepBench
 from obfuscatune.machine import cores
+from obfuscatune.reproduction.share import PROFILES
 from obfuscatune.reproduction.cells import Cell, Watch
 from obfuscatune.reproduction.methods import find_method
 from obfuscatune.reproduction.presets import Preset, ShapeDepth
 
-PROFILES = ("paper", "private")
 
 
 def slowdown_cell(preset: Preset, shape: ShapeDepth, profile: str) -> Cell:
