@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from obfuscatune.evaluation.scoring import Metric, Verdict, compare
-from obfuscatune.report.environment import environment
+from obfuscatune.report.page import environment
 
 LOSS_TOLERANCE = 1e-4  # nats
 

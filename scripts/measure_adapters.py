@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from obfuscatune import local_worker, protect, settle_process
 from obfuscatune.assets import clinic_notes_path, tiny_model_path
-from obfuscatune.tuning.adapter import add_lora
+from obfuscatune.training.adapter import add_lora
 
 RATE = {"sgd": 0.05, "adamw": 1e-3}
 BATCH = 4

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import obfuscatune
-from obfuscatune.enclave.modules import ProtectedLayer
+from obfuscatune.enclave.layers import ProtectedLayer
 
 TEXT = (
     "The mitochondrion is an organelle found in the cells of most eukaryotes. It generates most of the cell's "

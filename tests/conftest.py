@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from obfuscatune.enclave.local import LocalWorker
+    from obfuscatune.enclave.local_worker import LocalWorker
 
 os.environ.update(
     OMP_NUM_THREADS="1",  # the models are tiny: threads that wait for each other cost ten times what they save

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from obfuscatune.enclave.local import LocalWorker
+from obfuscatune.enclave.local_worker import LocalWorker
 from scripts import what_works
 
 ROOT = Path(__file__).parents[1]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from obfuscatune.wire import errors
-from obfuscatune.wire.errors import ObfuscaTuneError
+from obfuscatune import errors
+from obfuscatune.errors import ObfuscaTuneError
 
 
 def tree(root: type[Exception]) -> dict[str, str]:

@@ -11,9 +11,9 @@ import pytest
 
 from obfuscatune import machine
 from obfuscatune.machine import Limits, container_limits
-from obfuscatune.wire.limits import GIB
+from obfuscatune.protocol.limits import GIB
 from obfuscatune.worker.options import WorkerOptions
-from obfuscatune.worker.run import DEFAULT_QUOTA, _quota
+from obfuscatune.worker.server import DEFAULT_QUOTA, _quota
 
 NONE = Limits(None, None)
 

@@ -19,7 +19,7 @@ sys.platform = "darwin"
 for name in ("sched_getaffinity", "sched_setaffinity", "memfd_create"):
     delattr(os, name)
 import obfuscatune
-from obfuscatune.enclave.link import WorkerLink
+from obfuscatune.enclave.client import WorkerLink
 from tests.worker.serving import serving
 with serving(pathlib.Path(sys.argv[1])) as worker, WorkerLink.open(str(worker.address)) as link:
     W = torch.arange(30.0).view(5, 6)

@@ -12,7 +12,7 @@ import click
 import pytest
 
 from obfuscatune.cli.app import make_app
-from obfuscatune.tuning.names import ALIASES
+from obfuscatune.training.recipe import ALIASES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")

@@ -11,30 +11,30 @@ from typing import TYPE_CHECKING, Any
 from obfuscatune.version import __version__
 
 if TYPE_CHECKING:
+    from obfuscatune.enclave.client import RetryPolicy, WorkerLink
     from obfuscatune.enclave.keys import RootKey
-    from obfuscatune.enclave.link import RetryPolicy, WorkerLink
-    from obfuscatune.enclave.load import load
-    from obfuscatune.enclave.local import local_worker
+    from obfuscatune.enclave.loading import load
+    from obfuscatune.enclave.local_worker import local_worker
     from obfuscatune.enclave.profiles import Profile
     from obfuscatune.enclave.protect import protect
     from obfuscatune.enclave.published import PublicBaseWarning
-    from obfuscatune.enclave.training import RekeyCallback
+    from obfuscatune.enclave.training_hooks import RekeyCallback
+    from obfuscatune.errors import ObfuscaTuneError
     from obfuscatune.process import settle_process
+    from obfuscatune.protocol.tls import TlsConfig
     from obfuscatune.reproduction.run import reproduce
-    from obfuscatune.wire.errors import ObfuscaTuneError
-    from obfuscatune.wire.tls import TlsConfig
 
 _HOMES = {
-    "ObfuscaTuneError": "wire.errors",
+    "ObfuscaTuneError": "errors",
     "Profile": "enclave.profiles",
     "PublicBaseWarning": "enclave.published",
-    "RekeyCallback": "enclave.training",
-    "RetryPolicy": "enclave.link",
+    "RekeyCallback": "enclave.training_hooks",
+    "RetryPolicy": "enclave.client",
     "RootKey": "enclave.keys",
-    "TlsConfig": "wire.tls",
-    "WorkerLink": "enclave.link",
-    "load": "enclave.load",
-    "local_worker": "enclave.local",
+    "TlsConfig": "protocol.tls",
+    "WorkerLink": "enclave.client",
+    "load": "enclave.loading",
+    "local_worker": "enclave.local_worker",
     "protect": "enclave.protect",
     "reproduce": "reproduction.run",
     "settle_process": "process",

@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from obfuscatune.audit import record
-from obfuscatune.audit.attackers import equip
+from obfuscatune.audit.attackers import equip, parse_variants
 from obfuscatune.audit.attacks.adapters import AdapterRecovery
 from obfuscatune.audit.attacks.base import Attacker, Finding, perform
 from obfuscatune.audit.attacks.replay import replay
 from obfuscatune.audit.scenario import Scenario
-from obfuscatune.audit.variants import parse_variants
 from tests.audit.test_record import SMALL
 from tests.audit.test_record import scenario as scenario
 

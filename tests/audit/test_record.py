@@ -10,13 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from obfuscatune.assets import tiny_model_path
-from obfuscatune.audit.attackers import equip
+from obfuscatune.audit.attackers import equip, parse_variants
 from obfuscatune.audit.attacks.base import Attacker, Finding, perform
 from obfuscatune.audit.attacks.linkage import DecodingLinkage
 from obfuscatune.audit.record import Recording, record_run
 from obfuscatune.audit.scenario import Scenario, Size, make_scenario, read_text
-from obfuscatune.audit.variants import parse_variants
-from obfuscatune.wire.errors import DataError
+from obfuscatune.errors import DataError
 
 SMALL = Size(length=16, examples=3, epochs=1, prompts=3, prompt=8, new_tokens=3, tuning_steps=2, public=20)
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from obfuscatune.audit.attacks.truth import Truth
+from obfuscatune.audit.attackers import parse_variants
+from obfuscatune.audit.attacks.scoring import Truth
 from obfuscatune.audit.record import record_run
 from obfuscatune.audit.scenario import Scenario
-from obfuscatune.audit.variants import parse_variants
 from tests.audit.test_record import scenario as scenario
 
 

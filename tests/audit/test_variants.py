@@ -2,8 +2,8 @@
 
 import pytest
 
-from obfuscatune.audit.variants import default_names, parse_variants
-from obfuscatune.wire.errors import ConfigError
+from obfuscatune.audit.attackers import default_names, parse_variants
+from obfuscatune.errors import ConfigError
 
 
 def test_a_preset_and_one_with_a_knob() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from obfuscatune.bench.compare import compare, read_result
 from obfuscatune.cli.app import run
-from obfuscatune.wire.errors import ConfigError
+from obfuscatune.errors import ConfigError
 
 
 def result(folder: Path, name: str, other: dict[str, Any] | None = None, **ratios: float) -> Path:

@@ -16,7 +16,7 @@ from obfuscatune.bench import obfuscate
 from obfuscatune.bench.kept_memory import AHEAD_BYTES, PART_BYTES, KeptMemory
 from obfuscatune.bench.measures import cpu_seconds, peak_bytes, settled_bytes
 from obfuscatune.bench.obfuscate import ObfuscateBench, ObfuscateResult, write_random_checkpoint
-from obfuscatune.wire.errors import ConfigError, StorageError
+from obfuscatune.errors import ConfigError, StorageError
 
 CONFIG = GPT2Config(n_embd=32, n_head=2, n_layer=2, vocab_size=64, n_positions=32)
 

@@ -12,7 +12,7 @@ from obfuscatune.bench.predict import Processor, Speeds, Work, calibrate, check,
 from obfuscatune.bench.step_result import LINK, WORKER
 from obfuscatune.cli.app import run
 from obfuscatune.enclave.profiles import resolve
-from obfuscatune.wire.errors import ConfigError
+from obfuscatune.errors import ConfigError
 
 WORK = Work(10e9, 2e9, 4e9, 6.6e9, 88, 0.5e9)
 SPEEDS = Speeds(Processor(100, 10), Processor(80, 8), 110, 2, 1e-4)

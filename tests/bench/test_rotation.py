@@ -6,7 +6,7 @@ import torch
 from obfuscatune.bench import rotation
 from obfuscatune.bench.rotation import RotationBench
 from obfuscatune.enclave import kernels
-from obfuscatune.wire.errors import ConfigError
+from obfuscatune.errors import ConfigError
 
 
 def test_every_operation_is_timed_by_torch_and_by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from obfuscatune.bench.step import OWN_WAITING, StepBench
 from obfuscatune.bench.step_result import LINK, WORKER, StepResult
 from obfuscatune.bench.workload import NAMES, config_of, shape_name
 from obfuscatune.enclave.profiles import resolve
-from obfuscatune.wire.errors import ConfigError
+from obfuscatune.errors import ConfigError
 
 
 @pytest.fixture(scope="module")

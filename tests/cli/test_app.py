@@ -8,9 +8,9 @@ import time
 
 import pytest
 
+from obfuscatune import errors
 from obfuscatune.cli import app, evaluate, finetune
 from obfuscatune.process import SPIN_COUNT
-from obfuscatune.wire import errors
 
 COMMANDS = list(app._COMMANDS)
 
@@ -37,7 +37,7 @@ def test_help_names_every_command_and_imports_none(obfuscatune):
 
 def test_the_worker_never_loads_transformers():
     code = (
-        "import sys; from obfuscatune.cli.app import run; run(['worker', '--help']); import obfuscatune.worker.run; "
+        "import sys; from obfuscatune.cli.app import run; run(['worker', '--help']); import obfuscatune.worker.server; "
         "heavy = {m for m in sys.modules if m.split('.')[0] in ('transformers', 'peft') or '.enclave' in m}; "
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )

@@ -11,8 +11,7 @@ import yaml
 
 from obfuscatune.cli.options import ENVIRONMENT, PROFILES
 from obfuscatune.enclave.profiles import PRESETS
-from obfuscatune.tuning.names import ALIASES
-from obfuscatune.tuning.recipe import Recipe
+from obfuscatune.training.recipe import ALIASES, Recipe
 
 VALUES = {
     "learning_rate": ("3e-4", "lr", 3e-4),

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from obfuscatune.cli import chat, output
-from obfuscatune.tuning.tasks import TASKS, load_questions
+from obfuscatune.training.tasks import TASKS, load_questions
 
 PLAIN = "PLAIN RUN: nothing is protected."
 START = "Once upon a time"

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from obfuscatune.cli import output, streams
-from obfuscatune.wire.errors import DataError
+from obfuscatune.cli import output
+from obfuscatune.errors import DataError
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def piped(monkeypatch):
 
     def pipe(content, encoding="utf-8"):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding=encoding))
-        streams.settle_streams()
+        output.settle_streams()
 
     return pipe
 
@@ -30,7 +30,7 @@ def terminal(monkeypatch):
     def use(encoding):
         written = io.BytesIO()
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding, write_through=True))
-        streams.settle_streams()
+        output.settle_streams()
         return written
 
     return use
@@ -39,40 +39,40 @@ def terminal(monkeypatch):
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_input_is_utf8_with_or_without_a_mark(piped, encoding):
     piped("café\n".encode(), encoding)
-    assert streams.read_input() == "café\n"
+    assert output.read_input() == "café\n"
     piped(b"\xef\xbb\xbfone\r\ntwo\0\r\n", encoding)
-    assert streams.read_input_line(1) == "one\n"
-    assert streams.read_input_line(2) == "two\0\n"
-    assert streams.read_input_line(3) == ""
+    assert output.read_input_line(1) == "one\n"
+    assert output.read_input_line(2) == "two\0\n"
+    assert output.read_input_line(3) == ""
 
 
 def test_input_that_is_no_text_is_refused(piped, monkeypatch):
     piped(b"caf\xe9\n")
     with pytest.raises(DataError, match=r"^standard input: not UTF-8: byte 0xe9 after 3 characters$"):
-        streams.read_input()
+        output.read_input()
     piped(b"fine\ncaf\xe9\n")
-    streams.read_input_line(1)
+    output.read_input_line(1)
     with pytest.raises(DataError, match=r"^standard input, line 2: not UTF-8: byte 0xe9"):
-        streams.read_input_line(2)
+        output.read_input_line(2)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xe9"), encoding="ascii"))
     with pytest.raises(DataError, match=r"^standard input: not ASCII: byte 0xe9"):
-        streams.read_input()
+        output.read_input()
 
 
 def test_input_without_end_is_refused(piped, monkeypatch):
-    monkeypatch.setattr(streams, "LONGEST_INPUT", 10)
+    monkeypatch.setattr(output, "LONGEST_INPUT", 10)
     piped(b"a" * 11)
     with pytest.raises(DataError, match="longer than 10 characters"):
-        streams.read_input()
+        output.read_input()
     piped(b"a" * 11)
     with pytest.raises(DataError, match="line 1: longer than 10 characters"):
-        streams.read_input_line(1)
+        output.read_input_line(1)
 
 
 @pytest.mark.parametrize(("text", "found"), [("caf\udce9", "byte 0xe9"), ("a\ud800", "half of a surrogate pair")])
 def test_an_argument_that_is_no_text_is_refused(text, found):
     with pytest.raises(DataError, match=f"^--prompt: not UTF-8: {found} after"):
-        streams.checked_text(text, "--prompt")
+        output.checked_text(text, "--prompt")
 
 
 def test_an_ascii_terminal_gets_lookalikes_and_escapes(terminal):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from obfuscatune.enclave.keys import RootKey, SecretStream
-from obfuscatune.enclave.local import LocalWorker
+from obfuscatune.enclave.local_worker import LocalWorker
 from tests.contract.architectures import ARCHITECTURES, Architecture
 from tests.contract.comparison import copy_of, float64_kept, protected
 

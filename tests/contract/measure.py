@@ -7,7 +7,7 @@ import sys
 import torch
 
 from obfuscatune import local_worker
-from obfuscatune.enclave.local import LocalWorker
+from obfuscatune.enclave.local_worker import LocalWorker
 from tests.contract.architectures import ARCHITECTURES, Architecture
 from tests.contract.comparison import (
     backward,

@@ -9,8 +9,8 @@ import pytest
 import torch
 from peft import C3AConfig, PeftModel, get_peft_model
 
-from obfuscatune.enclave.local import LocalWorker
-from obfuscatune.wire.errors import ProtectionError
+from obfuscatune.enclave.local_worker import LocalWorker
+from obfuscatune.errors import ProtectionError
 from tests.contract.architectures import ARCHITECTURES
 from tests.contract.comparison import (
     KEY,

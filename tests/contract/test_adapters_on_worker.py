@@ -15,8 +15,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from obfuscatune.enclave.local import LocalWorker
-from obfuscatune.wire.errors import ConfigError, ProtectionError
+from obfuscatune.enclave.local_worker import LocalWorker
+from obfuscatune.errors import ConfigError, ProtectionError
 from tests.contract.architectures import ARCHITECTURES, Architecture
 from tests.contract.comparison import backward, batch, copy_of, deviation, largest_deviation, protected, with_lora
 

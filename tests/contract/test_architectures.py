@@ -19,9 +19,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from obfuscatune import load, protect
 from obfuscatune.cli.app import run
-from obfuscatune.enclave.link import WorkerLink
-from obfuscatune.enclave.local import LocalWorker
-from obfuscatune.wire.errors import ObfuscaTuneError, ProtectionError
+from obfuscatune.enclave.client import WorkerLink
+from obfuscatune.enclave.local_worker import LocalWorker
+from obfuscatune.errors import ObfuscaTuneError, ProtectionError
 from tests.contract.architectures import Architecture
 from tests.contract.comparison import backward, batch, copy_of, deviation, largest_deviation, protected, with_lora
 

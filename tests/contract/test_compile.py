@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from obfuscatune.enclave.local import LocalWorker
+from obfuscatune.enclave.local_worker import LocalWorker
 from tests.contract.architectures import ARCHITECTURES
 from tests.contract.comparison import backward, batch, deviation, largest_deviation, protected, with_lora
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from obfuscatune.enclave.local import LocalWorker
+from obfuscatune.enclave.local_worker import LocalWorker
 from tests.contract.architectures import ARCHITECTURES, Architecture
 from tests.contract.comparison import (
     backward,

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from obfuscatune import load, protect
 from obfuscatune.enclave.experts import ProtectedExperts
-from obfuscatune.enclave.local import LocalWorker
-from obfuscatune.wire.errors import ProtectionError
+from obfuscatune.enclave.local_worker import LocalWorker
+from obfuscatune.errors import ProtectionError
 from tests.contract.architectures import Architecture
 from tests.contract.comparison import KEY, batch, copy_of, deviation, greedy, largest_deviation
 

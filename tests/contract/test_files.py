@@ -20,10 +20,10 @@ from transformers import (
 )
 
 from obfuscatune import load
-from obfuscatune.enclave.local import LocalWorker
+from obfuscatune.enclave.local_worker import LocalWorker
 from obfuscatune.enclave.protect import width_of
-from obfuscatune.tuning.tokens import context_window
-from obfuscatune.wire.errors import ConfigError, ModelFileError
+from obfuscatune.errors import ConfigError, ModelFileError
+from obfuscatune.training.tokens import context_window
 from tests.contract.architectures import ARCHITECTURES
 from tests.contract.comparison import batch, deviation
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from obfuscatune import load
-from obfuscatune.enclave.local import LocalWorker
+from obfuscatune.enclave.local_worker import LocalWorker
 from tests.contract.architectures import ARCHITECTURES, Architecture
 from tests.contract.comparison import KEY, batch, deviation, greedy
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from obfuscatune import protect
-from obfuscatune.enclave.local import LocalWorker
-from obfuscatune.wire.errors import ConfigError, ProtectionError
+from obfuscatune.enclave.local_worker import LocalWorker
+from obfuscatune.errors import ConfigError, ProtectionError
 from tests.contract.architectures import ARCHITECTURES, Architecture
 from tests.contract.comparison import KEY, backward, batch, copy_of, deviation, greedy, largest_deviation, protected
 from tests.contract.comparison import with_lora as adapted

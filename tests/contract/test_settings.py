@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from obfuscatune.enclave.awaited import AwaitedProduct
-from obfuscatune.enclave.link import WorkerLink
-from obfuscatune.enclave.local import LocalWorker
+from obfuscatune.enclave.client import WorkerLink
+from obfuscatune.enclave.lazy_tensor import AwaitedProduct
+from obfuscatune.enclave.local_worker import LocalWorker
 from tests.contract.architectures import ARCHITECTURES, Architecture
 from tests.contract.comparison import backward, batch, copy_of, deviation, largest_deviation, protected, with_lora
 
@@ -91,7 +91,7 @@ def apart(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return AwaitedProduct(shape, *rest)
 
     monkeypatch.setattr(WorkerLink, "computes_apart", True)
-    monkeypatch.setattr("obfuscatune.enclave.modules.AwaitedProduct", noted)
+    monkeypatch.setattr("obfuscatune.enclave.layers.AwaitedProduct", noted)
     yield
     assert awaited
 

@@ -13,8 +13,8 @@ from peft.utils import load_peft_weights
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from obfuscatune import RekeyCallback
-from obfuscatune.enclave.local import LocalWorker
-from obfuscatune.wire.errors import ProtectionError
+from obfuscatune.enclave.local_worker import LocalWorker
+from obfuscatune.errors import ProtectionError
 from tests.contract.architectures import ARCHITECTURES
 from tests.contract.comparison import batch, fine_tune, largest_deviation, protected, trained, with_lora
 

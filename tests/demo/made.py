@@ -4,12 +4,12 @@ import torch
 from safetensors.torch import save
 
 from obfuscatune.demo.result import Result, Shape, check, compare_sides
+from obfuscatune.demo.run import Seconds, Side
 from obfuscatune.demo.settings import Settings
-from obfuscatune.demo.side import Seconds, Side
 from obfuscatune.evaluation.scoring import Metric, Verdict
-from obfuscatune.tuning.adapter import WEIGHTS
-from obfuscatune.tuning.loop import StepEvent
-from obfuscatune.tuning.records import Completion
+from obfuscatune.training.adapter import WEIGHTS
+from obfuscatune.training.data_files import Completion
+from obfuscatune.training.loop import StepEvent
 
 LINK = {"crossings": 62, "bytes_sent": 1_000_000, "bytes_received": 2_000_000}
 

@@ -6,7 +6,7 @@ import pytest
 
 from obfuscatune.demo.result import check, compare_sides
 from obfuscatune.demo.settings import LAST_LOSS_TOLERANCE, LOSS_TOLERANCE, WEIGHT_TOLERANCE, Settings
-from obfuscatune.wire.errors import ModelFileError
+from obfuscatune.errors import ModelFileError
 from tests.demo.made import adapter, metric, side, step
 
 FULL = Settings(seed=0, quick=False)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from obfuscatune.demo.settings import claim
-from obfuscatune.wire.errors import ConfigError, StorageError
+from obfuscatune.errors import ConfigError, StorageError
 
 
 def test_a_new_folder_is_made(tmp_path):

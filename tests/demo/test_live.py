@@ -6,8 +6,8 @@ from rich.console import Console
 
 from obfuscatune.demo.terminal import live_curve
 from obfuscatune.report.braille import Curve
-from obfuscatune.tuning.journal import Started
-from obfuscatune.tuning.loop import StepEvent
+from obfuscatune.training.journal import Started
+from obfuscatune.training.loop import StepEvent
 
 
 def test_it_draws_while_training_and_fits_a_small_terminal():

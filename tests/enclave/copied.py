@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from obfuscatune.enclave.client import LinkStats
 from obfuscatune.enclave.keys import RootKey, SecretStream
-from obfuscatune.enclave.linear import Held, OffloadedProduct
-from obfuscatune.enclave.link import LinkStats
-from obfuscatune.enclave.mixer import KroneckerMixer
+from obfuscatune.enclave.mixing import KroneckerMixer
+from obfuscatune.enclave.product import Held, OffloadedProduct
 from obfuscatune.enclave.transforms.structured import StructuredTransform
 
 WIDTH = 512

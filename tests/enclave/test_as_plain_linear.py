@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from obfuscatune import protect
-from obfuscatune.enclave.local import LocalWorker
-from obfuscatune.wire.errors import ProtectionError
+from obfuscatune.enclave.local_worker import LocalWorker
+from obfuscatune.errors import ProtectionError
 
 WIDTHS = {"narrow": 6, "pairs": 96, "odd": 83}
 """Widths that are rotated in three ways: by one dense matrix, by a grid with pairs permuted, by two grids."""

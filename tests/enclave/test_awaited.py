@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from obfuscatune.enclave.awaited import AwaitedProduct
+from obfuscatune.enclave.lazy_tensor import AwaitedProduct
 
 VALUES = torch.arange(6.0).view(2, 3)
 

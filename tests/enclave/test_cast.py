@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import obfuscatune
-from obfuscatune.enclave.local import LocalWorker
+from obfuscatune.enclave.local_worker import LocalWorker
 from tests.contract.architectures import ARCHITECTURES
 from tests.contract.comparison import backward, batch, copy_of, deviation, largest_deviation, protected, with_lora
 

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import obfuscatune
-from obfuscatune.wire.errors import ConfigError, ProtectionError
+from obfuscatune.errors import ConfigError, ProtectionError
 
 IDS = torch.arange(3, 20)[None]
 CLOSED = "closed, .*: load or protect the model again"

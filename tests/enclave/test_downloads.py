@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub.utils import filter_repo_objects
 
 from obfuscatune.enclave.keywords import HubOptions
-from obfuscatune.enclave.load import find_directory
+from obfuscatune.enclave.loading import find_directory
 
 NEEDED = {
     "config.json",
@@ -49,7 +49,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             (tmp_path / name).write_text(index if name.endswith("index.json") else name)
         return str(tmp_path)
 
-    monkeypatch.setattr("obfuscatune.enclave.load.snapshot_download", snapshot_download)
+    monkeypatch.setattr("obfuscatune.enclave.loading.snapshot_download", snapshot_download)
     yield tmp_path
 
 

@@ -14,23 +14,22 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from obfuscatune import RootKey, native, protect
-from obfuscatune.enclave.call import OffloadedCall
+from obfuscatune.enclave.autograd import OffloadedCall
+from obfuscatune.enclave.client import LinkStats
 from obfuscatune.enclave.kernels import REFERENCE
 from obfuscatune.enclave.keys import SecretStream
-from obfuscatune.enclave.linear import Held, OffloadedProduct
-from obfuscatune.enclave.link import LinkStats
-from obfuscatune.enclave.local import LocalWorker
-from obfuscatune.enclave.mixer import KroneckerMixer
-from obfuscatune.enclave.mixing import FewMixing
+from obfuscatune.enclave.local_worker import LocalWorker
+from obfuscatune.enclave.mixing import FewMixing, KroneckerMixer
+from obfuscatune.enclave.product import Held, OffloadedProduct
 from obfuscatune.enclave.transforms.structured import StructuredTransform
-from obfuscatune.enclave.verify import Verifier
-from obfuscatune.wire.errors import BadReply, NonFiniteError, ProtectionError, WrongProduct
+from obfuscatune.enclave.verification import Verifier
+from obfuscatune.errors import BadReply, NonFiniteError, ProtectionError, WrongProduct
 
 if not native.are_there():
     pytest.skip("no native kernels here; torch computes", allow_module_level=True)
 
 from obfuscatune.enclave.kernels.native import RotationOfFew
-from obfuscatune.enclave.scaling import SIZE_OF_ROWS
+from obfuscatune.enclave.mixing import SIZE_OF_ROWS
 from tests.contract.comparison import float64_kept
 
 KEY = RootKey(b"f" * 32)

@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from obfuscatune.enclave.link import WorkerLink
-from obfuscatune.enclave.local import LocalWorker
-from obfuscatune.enclave.spool import Spool
-from obfuscatune.wire.address import parse_address
-from obfuscatune.wire.errors import ConfigError, ConnectionLost
-from obfuscatune.wire.tls import PinnedTls
+from obfuscatune.enclave.client import WorkerLink
+from obfuscatune.enclave.local_worker import LocalWorker
+from obfuscatune.enclave.spill_store import Spool
+from obfuscatune.errors import ConfigError, ConnectionLost
+from obfuscatune.protocol.endpoints import parse_address
+from obfuscatune.protocol.tls import PinnedTls
 from tests.contract.architectures import ARCHITECTURES
 from tests.contract.comparison import backward, batch, largest_deviation, protected, with_lora
-from tests.wire.peers import identity, make_identities
+from tests.protocol.peers import identity, make_identities
 from tests.worker.serving import serving
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from obfuscatune import RootKey
+from obfuscatune.enclave.client import RetryPolicy, WorkerLink
 from obfuscatune.enclave.keys import SecretStream
-from obfuscatune.enclave.linear import Held, OffloadedProduct
-from obfuscatune.enclave.link import RetryPolicy, WorkerLink
 from obfuscatune.enclave.mixing import DENSE_BELOW
+from obfuscatune.enclave.product import Held, OffloadedProduct
 from obfuscatune.enclave.profiles import resolve
 from obfuscatune.enclave.protection import Protection
 from obfuscatune.enclave.transforms.structured import StructuredTransform
-from obfuscatune.enclave.verify import Verifier
-from obfuscatune.wire.errors import BadReply, WrongProduct
-from tests.enclave.link.peers import MemoryWorker
+from obfuscatune.enclave.verification import Verifier
+from obfuscatune.errors import BadReply, WrongProduct
+from tests.enclave.client.peers import MemoryWorker
 
 KEY = RootKey(b"n" * 32)
 ID = b"1" * 16

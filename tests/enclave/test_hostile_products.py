@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from obfuscatune import protect
-from obfuscatune.wire.errors import BadReply, WrongProduct
-from obfuscatune.worker import answer, answer_adapters
+from obfuscatune.errors import BadReply, WrongProduct
+from obfuscatune.worker import adapter_handlers, handlers
 from obfuscatune.worker.replies import Request
 from tests.contract.architectures import ARCHITECTURES
 from tests.contract.comparison import backward, batch, with_lora
@@ -76,7 +76,7 @@ def test_without_verification_nothing_is_noticed(tmp_path: Path) -> None:
 
 def replied(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
     """From here on one element of every matrix that a worker replies with is this."""
-    for place in (answer, answer_adapters):
+    for place in (handlers, adapter_handlers):
         honest = place.product_of
 
         def product_of(request: Request, product: torch.Tensor, honest: Any = honest) -> Any:

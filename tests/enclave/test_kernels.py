@@ -18,10 +18,9 @@ from obfuscatune import RootKey, native
 from obfuscatune.enclave import kernels
 from obfuscatune.enclave.kernels import REFERENCE, Native
 from obfuscatune.enclave.kernels.interface import Rotation
-from obfuscatune.enclave.mixer import KroneckerMixer
-from obfuscatune.enclave.mixing import KroneckerMixing
+from obfuscatune.enclave.mixing import KroneckerMixer, KroneckerMixing
 from obfuscatune.enclave.transforms.structured import StructuredTransform
-from obfuscatune.wire.errors import BadReply
+from obfuscatune.errors import BadReply
 
 if not native.are_there():
     pytest.skip("no native kernels here; torch computes", allow_module_level=True)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from obfuscatune import RootKey
 from obfuscatune.enclave.keys import SecretStream
-from obfuscatune.wire.errors import ConfigError, StorageError
+from obfuscatune.errors import ConfigError, StorageError
 
 KEY = RootKey(bytes(range(32)))
 

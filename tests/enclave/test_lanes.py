@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from obfuscatune.enclave.lanes import in_lanes
+from obfuscatune.enclave.threads import in_lanes
 
 
 @pytest.mark.parametrize("places", [1, 2, 3])

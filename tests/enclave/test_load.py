@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from obfuscatune import load, protect
-from obfuscatune.enclave.link import MatrixSource, WorkerLink
-from obfuscatune.enclave.load import find_directory
-from obfuscatune.enclave.local import LocalWorker
-from obfuscatune.wire.errors import ModelFileError, ProtectionError, StorageError
+from obfuscatune.enclave.client import MatrixSource, WorkerLink
+from obfuscatune.enclave.loading import find_directory
+from obfuscatune.enclave.local_worker import LocalWorker
+from obfuscatune.errors import ModelFileError, ProtectionError, StorageError
 from tests.contract.architectures import ARCHITECTURES
 
 Damage = Callable[[Path], None]

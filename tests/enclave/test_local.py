@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from obfuscatune.enclave.link import WorkerLink
-from obfuscatune.enclave.local import local_worker
-from obfuscatune.wire.errors import StorageError
-from obfuscatune.wire.files import temporary_root
+from obfuscatune.enclave.client import WorkerLink
+from obfuscatune.enclave.local_worker import local_worker
+from obfuscatune.errors import StorageError
+from obfuscatune.protocol.files import temporary_root
 
 
 def folder_of(address: str) -> Path:
@@ -71,7 +71,7 @@ def test_no_folder_for_temporary_files(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
     with pytest.raises(StorageError, match=r"gone: set TMPDIR"):
         temporary_root()
-    monkeypatch.setattr("obfuscatune.wire.files._SHORT_FOLDERS", ())
+    monkeypatch.setattr("obfuscatune.protocol.files._SHORT_FOLDERS", ())
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
     with pytest.raises(StorageError, match="set TMPDIR to a shorter one"):
         local_worker(threads=1)

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from obfuscatune.enclave.client import Pending, RetryPolicy, WorkerLink
 from obfuscatune.enclave.keys import SecretStream
-from obfuscatune.enclave.linear import Held, OffloadedProduct
-from obfuscatune.enclave.link import Pending, RetryPolicy, WorkerLink
-from obfuscatune.enclave.mixer import KroneckerMixer
-from obfuscatune.enclave.verify import Verifier
-from obfuscatune.wire.errors import BadReply, WireError, WrongProduct
-from tests.enclave.link.peers import MemoryWorker
+from obfuscatune.enclave.mixing import KroneckerMixer
+from obfuscatune.enclave.product import Held, OffloadedProduct
+from obfuscatune.enclave.verification import Verifier
+from obfuscatune.errors import BadReply, WireError, WrongProduct
+from tests.enclave.client.peers import MemoryWorker
 from tests.enclave.test_hostile_numbers import ID, Offloaded, P, Q, protected
 from tests.worker.serving import SECONDS, serving
 

@@ -15,9 +15,7 @@ from torch import Tensor
 
 from obfuscatune import RootKey
 from obfuscatune.enclave.keys import SecretStream
-from obfuscatune.enclave.mixer import KroneckerMixer, NoMixer
-from obfuscatune.enclave.mixing import DENSE_BELOW, Mixing
-from obfuscatune.enclave.scaling import SIZE_OF_ROWS
+from obfuscatune.enclave.mixing import DENSE_BELOW, SIZE_OF_ROWS, KroneckerMixer, Mixing, NoMixer
 
 KEY = RootKey(b"m" * 32)
 ROWS = (1, 2, 3, 15, 16, 17, 32, 33, 47, 48, 97, 512, 1009, 4096)

@@ -15,8 +15,8 @@ import torch
 import obfuscatune
 from obfuscatune import load
 from obfuscatune.enclave.config import read_config
-from obfuscatune.enclave.local import LocalWorker
-from obfuscatune.wire.errors import ConfigError, ModelFileError
+from obfuscatune.enclave.local_worker import LocalWorker
+from obfuscatune.errors import ConfigError, ModelFileError
 from tests.contract.architectures import ARCHITECTURES
 
 SOURCE = Path(obfuscatune.__file__).parent

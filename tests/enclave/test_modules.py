@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from obfuscatune import protect
-from obfuscatune.enclave.local import LocalWorker
-from obfuscatune.enclave.modules import ProtectedConv1D, ProtectedLinear
-from obfuscatune.wire.errors import NonFiniteError, ProtectionError
+from obfuscatune.enclave.layers import ProtectedConv1D, ProtectedLinear
+from obfuscatune.enclave.local_worker import LocalWorker
+from obfuscatune.errors import NonFiniteError, ProtectionError
 
 
 class Block(nn.Module):

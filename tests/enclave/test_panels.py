@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from obfuscatune import RootKey
-from obfuscatune.enclave import kernels, panels
-from obfuscatune.enclave.panels import transform_in_place
+from obfuscatune.enclave import kernels, tiles
+from obfuscatune.enclave.tiles import transform_in_place
 from obfuscatune.enclave.transforms import Transform, TransformSpec
 
 KEY = RootKey(b"p" * 32)
@@ -22,7 +22,7 @@ ROUNDING = {torch.float64: 1e-14, torch.float32: 2e-7, torch.bfloat16: 8e-3, tor
 @pytest.fixture(autouse=True)
 def small_panels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several panels either way, the last of them narrower."""
-    monkeypatch.setattr(panels, "PANEL_ELEMENTS", 1 << 11)
+    monkeypatch.setattr(tiles, "PANEL_ELEMENTS", 1 << 11)
 
 
 def pair(spec: str, p: int, q: int) -> tuple[Transform, Transform]:

@@ -17,11 +17,11 @@ from transformers import (
     PretrainedConfig,
 )
 
-from obfuscatune.enclave.link import LinkStats, WorkerLink
+from obfuscatune.enclave.client import LinkStats, WorkerLink
 from obfuscatune.enclave.plan import Plan, make_plan, model_from_config
 from obfuscatune.enclave.profiles import resolve
 from obfuscatune.enclave.protect import protect
-from obfuscatune.wire.errors import ModelFileError, ProtectionError
+from obfuscatune.errors import ModelFileError, ProtectionError
 
 LLAMA_8B = LlamaConfig(
     hidden_size=4096,

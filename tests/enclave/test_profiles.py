@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from obfuscatune.enclave.profiles import PRESETS, Profile, resolve
-from obfuscatune.wire.errors import ConfigError
+from obfuscatune.errors import ConfigError
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "near miss": ({"sheild_rows": 3}, "did you mean 'shield_rows'"),

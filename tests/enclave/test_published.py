@@ -12,7 +12,7 @@ import obfuscatune
 from obfuscatune.assets import tiny_model_path
 from obfuscatune.enclave.profiles import resolve
 from obfuscatune.enclave.published import families, public_base_advice, sign_of_published
-from obfuscatune.wire.errors import ConfigError
+from obfuscatune.errors import ConfigError
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 CARD = "---\nlicense: apache-2.0\nbase_model: {}\n---\n\n# A model\n"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from obfuscatune.enclave.local import LocalWorker
+from obfuscatune.enclave.local_worker import LocalWorker
 from obfuscatune.enclave.profiles import resolve
-from obfuscatune.wire.errors import ConfigError
+from obfuscatune.errors import ConfigError
 from tests.contract.architectures import ARCHITECTURES
 from tests.contract.comparison import batch, copy_of, deviation, protected
 

@@ -10,14 +10,13 @@ from torch import Tensor
 
 import obfuscatune
 from obfuscatune import RootKey
+from obfuscatune.enclave.client import WorkerLink
 from obfuscatune.enclave.keys import SecretStream
-from obfuscatune.enclave.linear import Held, OffloadedProduct
-from obfuscatune.enclave.link import WorkerLink
-from obfuscatune.enclave.local import LocalWorker
-from obfuscatune.enclave.mixer import KroneckerMixer
-from obfuscatune.enclave.scaling import SIZE_OF_ROWS, RowScales
+from obfuscatune.enclave.local_worker import LocalWorker
+from obfuscatune.enclave.mixing import SIZE_OF_ROWS, KroneckerMixer, RowScales
+from obfuscatune.enclave.product import Held, OffloadedProduct
 from obfuscatune.enclave.transforms.structured import StructuredTransform
-from obfuscatune.wire.errors import NonFiniteError
+from obfuscatune.errors import NonFiniteError
 
 KEY = RootKey(b"s" * 32)
 ID = bytes(range(1, 17))

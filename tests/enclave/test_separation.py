@@ -27,9 +27,9 @@ import obfuscatune
 from obfuscatune import local_worker
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.profiles import resolve
-from obfuscatune.enclave.sites import SiteGroup, find_groups
-from obfuscatune.wire.messages import MessageType
-from obfuscatune.wire.transcript import FRAMES, INDEX, TranscriptEntry, read_transcript
+from obfuscatune.enclave.target_layers import SiteGroup, find_groups
+from obfuscatune.protocol.messages import MessageType
+from obfuscatune.protocol.transcript import FRAMES, INDEX, TranscriptEntry, read_transcript
 from tests.contract.architectures import ARCHITECTURES
 from tests.contract.comparison import KEY, protected, with_lora
 
@@ -265,7 +265,7 @@ def test_every_request_has_shield_rows(recorded: Recorded) -> None:
 
 UNTOUCHED = {
     "obfuscatune": ("torch", "transformers", "peft", "obfuscatune.enclave", "obfuscatune.worker"),
-    "obfuscatune.worker.run": ("transformers", "peft", "obfuscatune.enclave", "obfuscatune.tuning", "safetensors"),
+    "obfuscatune.worker.server": ("transformers", "peft", "obfuscatune.enclave", "obfuscatune.training", "safetensors"),
 }
 
 
@@ -282,7 +282,10 @@ def test_imports_stay_on_their_side(module: str, absent: tuple[str, ...]) -> Non
 def test_each_side_starts_without_the_files_of_the_other(absent: str, tmp_path: Path) -> None:
     source = Path(obfuscatune.__file__).parent
     shutil.copytree(source, tmp_path / "obfuscatune", ignore=shutil.ignore_patterns(absent, "assets", "__pycache__"))
-    starts = {"enclave": "obfuscatune.worker.run", "worker": "obfuscatune.enclave.load, obfuscatune.enclave.protect"}
+    starts = {
+        "enclave": "obfuscatune.worker.server",
+        "worker": "obfuscatune.enclave.loading, obfuscatune.enclave.protect",
+    }
     program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import {starts[absent]}; print(obfuscatune.__file__)"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == str(tmp_path / "obfuscatune" / "__init__.py")

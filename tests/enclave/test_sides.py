@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from obfuscatune.enclave.sides import residual_side
-from obfuscatune.wire.errors import ProtectionError
+from obfuscatune.enclave.target_layers import residual_side
+from obfuscatune.errors import ProtectionError
 
 NAMED = {
     "h.0.attn.c_attn": "reads",

@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from obfuscatune.enclave.sites import find_groups, find_sites
-from obfuscatune.wire.errors import ProtectionError
+from obfuscatune.enclave.target_layers import find_groups, find_sites
+from obfuscatune.errors import ProtectionError
 from tests.contract.architectures import ARCHITECTURES
 
 ATTENTION = "self_attn.q_proj+k_proj+v_proj"

@@ -8,8 +8,8 @@ import torch
 from obfuscatune import RootKey, native
 from obfuscatune.enclave import kernels
 from obfuscatune.enclave.kernels import REFERENCE, Kernels, Native
-from obfuscatune.enclave.verify import Verifier
-from obfuscatune.wire.errors import WrongProduct
+from obfuscatune.enclave.verification import Verifier
+from obfuscatune.errors import WrongProduct
 
 KEY = RootKey(b"i" * 32)
 CHUNK = 512  # rows that the kernel sums one after another

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from obfuscatune.enclave.spool import Spool
-from obfuscatune.wire.errors import ProtectionError, StorageError
+from obfuscatune.enclave.spill_store import Spool
+from obfuscatune.errors import ProtectionError, StorageError
 
 
 def matrix(dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -80,8 +80,8 @@ FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 import torch
-from obfuscatune.enclave.spool import Spool
-from obfuscatune.wire.errors import StorageError
+from obfuscatune.enclave.spill_store import Spool
+from obfuscatune.errors import StorageError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 spool = Spool(Path(sys.argv[1]))
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

@@ -13,8 +13,8 @@ from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
 
 from obfuscatune import load, protect
-from obfuscatune.enclave.local import LocalWorker
-from obfuscatune.wire.errors import ProtectionError
+from obfuscatune.enclave.local_worker import LocalWorker
+from obfuscatune.errors import ProtectionError
 from tests.contract.architectures import ARCHITECTURES
 
 IDS = torch.arange(3, 9)[None]

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from obfuscatune import RootKey
-from obfuscatune.enclave.obfuscate import Fingerprint, obfuscate
+from obfuscatune.enclave.obfuscation import Fingerprint, obfuscate
 from obfuscatune.enclave.orthogonal import covering_grid, haar, inner_grid, kronecker_columns, kronecker_rows
-from obfuscatune.enclave.panels import transform_in_place
+from obfuscatune.enclave.tiles import transform_in_place
 from obfuscatune.enclave.transforms import Transform, TransformSpec
-from obfuscatune.wire.errors import ConfigError, ProtectionError
+from obfuscatune.errors import ConfigError, ProtectionError
 
 KEY = RootKey(b"k" * 32)
 SPECS = ("structured", "haar", "gaussian", "conditioned(32)", "identity")
@@ -214,7 +214,7 @@ def test_transforms_share_no_secret() -> None:
 
 def test_one_element_makes_another_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of many: two W under the same secrets would show the worker in what they differ."""
-    monkeypatch.setattr("obfuscatune.enclave.obfuscate._HASHED_AT_ONCE", 1 << 20)
+    monkeypatch.setattr("obfuscatune.enclave.obfuscation._HASHED_AT_ONCE", 1 << 20)
     W = torch.zeros(1024, 1024)
     fingerprint = Fingerprint.of(W, KEY)
     assert fingerprint.is_of(W.clone())

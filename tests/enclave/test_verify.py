@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from obfuscatune import RootKey
-from obfuscatune.enclave.mixer import KroneckerMixer, NoMixer
+from obfuscatune.enclave.mixing import KroneckerMixer, NoMixer
 from obfuscatune.enclave.transforms.structured import StructuredTransform
-from obfuscatune.enclave.verify import MARGIN, VECTORS, Probe, Verifier
-from obfuscatune.wire.errors import WrongProduct
+from obfuscatune.enclave.verification import MARGIN, VECTORS, Probe, Verifier
+from obfuscatune.errors import WrongProduct
 
 KEY = RootKey(b"v" * 32)
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from obfuscatune.evaluation.choices import evaluate_task
+from obfuscatune.evaluation.questions import evaluate_task
 from obfuscatune.evaluation.scoring import Pair, score_pairs
-from obfuscatune.tuning.tasks import TASKS, Question, load_questions
-from obfuscatune.tuning.tokens import encode_pair
+from obfuscatune.training.tasks import TASKS, Question, load_questions
+from obfuscatune.training.tokens import encode_pair
 
 
 def scores_of(model, tokenizer, question):

@@ -16,10 +16,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from obfuscatune.assets import tiny_model_path
-from obfuscatune.evaluation.choices import evaluate_task
+from obfuscatune.evaluation.questions import evaluate_task
 from obfuscatune.evaluation.scoring import Pair, score_pairs
-from obfuscatune.tuning.tasks import TASKS, Question
-from obfuscatune.tuning.tokens import encode_pair, end_id
+from obfuscatune.training.tasks import TASKS, Question
+from obfuscatune.training.tokens import encode_pair, end_id
 
 needs_harness = pytest.mark.skipif(find_spec("lm_eval") is None, reason="the extra lm-eval is not installed")
 
@@ -117,8 +117,8 @@ def test_the_harness_finds_what_our_scorer_finds(with_adapter: bool, adapter: Pa
     ids=lambda value: str(value) if isinstance(value, str) else "",
 )
 def test_an_argument_that_cannot_be_used_is_refused(wrong: dict[str, Any], message: str) -> None:
+    from obfuscatune.errors import ConfigError
     from obfuscatune.evaluation.harness import ProtectedLM
-    from obfuscatune.wire.errors import ConfigError
 
     with pytest.raises(ConfigError, match=message):
         ProtectedLM(str(tiny_model_path()), **wrong)

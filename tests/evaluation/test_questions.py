@@ -6,10 +6,10 @@ import json
 import pytest
 import torch
 
+from obfuscatune.errors import DataError
 from obfuscatune.evaluation.questions import evaluate_completions, load_completions
-from obfuscatune.tuning.records import Completion
-from obfuscatune.tuning.tokens import encode_pair
-from obfuscatune.wire.errors import DataError
+from obfuscatune.training.data_files import Completion
+from obfuscatune.training.tokens import encode_pair
 
 STORY = "Once upon a time, there was a little girl named Lily. She loved to"
 ASKED = [

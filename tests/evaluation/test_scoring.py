@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from obfuscatune.errors import DataError
 from obfuscatune.evaluation.scoring import Pair, score_pairs
-from obfuscatune.tuning.tasks import TASKS, load_questions
-from obfuscatune.tuning.tokens import encode_pair
-from obfuscatune.wire.errors import DataError
+from obfuscatune.training.tasks import TASKS, load_questions
+from obfuscatune.training.tokens import encode_pair
 
 # float32; a batch's rows are multiplied in other blocks than a row alone, and up to 60 tokens are summed.
 TOLERANCE = 5e-4

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import obfuscatune
-from obfuscatune.enclave.local import LocalWorker
+from obfuscatune.enclave.local_worker import LocalWorker
 
 pytestmark = [
     pytest.mark.skipif(find_spec("trl") is None, reason="the extra trl is not installed"),

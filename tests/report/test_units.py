@@ -4,8 +4,7 @@ import socket
 
 import pytest
 
-from obfuscatune.report.environment import environment
-from obfuscatune.report.units import format_bytes, format_count, format_seconds, format_share, format_small
+from obfuscatune.report.page import environment, format_bytes, format_count, format_seconds, format_share, format_small
 
 
 @pytest.mark.parametrize(

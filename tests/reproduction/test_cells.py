@@ -2,10 +2,10 @@
 
 import pytest
 
+from obfuscatune.errors import StorageError
 from obfuscatune.reproduction.cells import Cell, CellStore
 from obfuscatune.reproduction.run import unwatched
-from obfuscatune.tuning.storage import RunDirectory
-from obfuscatune.wire.errors import StorageError
+from obfuscatune.training.storage import RunDirectory
 
 
 @pytest.fixture

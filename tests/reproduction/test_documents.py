@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from obfuscatune.reproduction.cells import Measured
-from obfuscatune.reproduction.checks import check
-from obfuscatune.reproduction.compared import pairings
+from obfuscatune.reproduction.compared import check, pairings
 from obfuscatune.reproduction.documents import to_csv, to_html, to_markdown
 from obfuscatune.reproduction.presets import PRESETS
 from obfuscatune.reproduction.request import Request

@@ -5,9 +5,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from obfuscatune.reproduction.error import ErrorStudy, logits_by_depth
-from obfuscatune.reproduction.methods import Method
 from obfuscatune.reproduction.opening import Opening, Subject
-from obfuscatune.reproduction.presets import ShapeDepth
+from obfuscatune.reproduction.presets import Method, ShapeDepth
 from obfuscatune.reproduction.run import unwatched
 from tests.reproduction import made
 

@@ -3,9 +3,9 @@
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from obfuscatune.reproduction import questions
-from obfuscatune.reproduction.questions import find_data
-from obfuscatune.wire.errors import ConfigError, DataError
+from obfuscatune.errors import ConfigError, DataError
+from obfuscatune.reproduction import request
+from obfuscatune.reproduction.request import find_data
 
 
 def test_a_folder_is_taken_as_it_is(data_root):
@@ -31,7 +31,7 @@ def test_from_the_hub_only_the_tasks_files_are_fetched(data_root, monkeypatch):
         asked.update(options, repository=repository)
         return str(data_root)
 
-    monkeypatch.setattr(questions, "snapshot_download", fetch)
+    monkeypatch.setattr(request, "snapshot_download", fetch)
     assert find_data("somebody/questions", ["sciq"]) == data_root
     assert asked == {
         "repository": "somebody/questions",
@@ -44,6 +44,6 @@ def test_a_hub_that_gives_nothing_is_one_error(monkeypatch):
     def fetch(*_arguments, **_options):
         raise LocalEntryNotFoundError("no network")
 
-    monkeypatch.setattr(questions, "snapshot_download", fetch)
+    monkeypatch.setattr(request, "snapshot_download", fetch)
     with pytest.raises(DataError, match="'somebody/questions' is neither a folder here nor a data set"):
         find_data("somebody/questions", ["sciq"])

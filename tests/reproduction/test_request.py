@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from obfuscatune.reproduction.methods import find_method
-from obfuscatune.reproduction.presets import PRESETS, TASKS
+from obfuscatune.errors import ConfigError
+from obfuscatune.reproduction.presets import PRESETS, TASKS, find_method
 from obfuscatune.reproduction.request import Request
-from obfuscatune.wire.errors import ConfigError
 
 
 def resolve(**changed):

@@ -7,11 +7,11 @@ import pytest
 
 import obfuscatune
 from obfuscatune.cli.app import run as command
+from obfuscatune.errors import ConfigError
 from obfuscatune.reproduction import presets
-from obfuscatune.reproduction.obfuscation import obfuscation_cell
+from obfuscatune.reproduction.costs import obfuscation_cell
 from obfuscatune.reproduction.presets import ShapeDepth
 from obfuscatune.reproduction.run import unwatched
-from obfuscatune.wire.errors import ConfigError
 from tests.reproduction import made
 
 TASKS = ["sciq", "webqs"]

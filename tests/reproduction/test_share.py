@@ -2,8 +2,8 @@
 
 import pytest
 
+from obfuscatune.reproduction.costs import share_cell
 from obfuscatune.reproduction.run import unwatched
-from obfuscatune.reproduction.share import share_cell
 
 VOCABULARY, POSITIONS = 50257, 1024
 

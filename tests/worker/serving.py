@@ -10,25 +10,22 @@ from types import TracebackType
 
 import torch
 
-from obfuscatune.wire.address import Address, UnixAddress
-from obfuscatune.wire.connect import connect
-from obfuscatune.wire.deadline import Deadline
-from obfuscatune.wire.framing import recv_body, recv_header, recv_payload, send_message
-from obfuscatune.wire.listen import Listener
-from obfuscatune.wire.messages import FORMS, REPLIES, Header, MessageType
-from obfuscatune.wire.payloads import Hello
-from obfuscatune.wire.tensors import bytes_of
-from obfuscatune.wire.tls import PinnedTls
-from obfuscatune.wire.transport import Buffer
-from obfuscatune.worker.answer import Answerer
-from obfuscatune.worker.compute import Computer
+from obfuscatune.protocol.endpoints import Address, UnixAddress, connect
+from obfuscatune.protocol.framing import recv_body, recv_header, recv_payload, send_message
+from obfuscatune.protocol.listen import Listener
+from obfuscatune.protocol.messages import FORMS, REPLIES, Header, MessageType
+from obfuscatune.protocol.payloads import Hello
+from obfuscatune.protocol.tensors import bytes_of
+from obfuscatune.protocol.tls import PinnedTls
+from obfuscatune.protocol.transport import Buffer, Deadline
+from obfuscatune.worker.backend import Computer
 from obfuscatune.worker.connection import Service
-from obfuscatune.worker.disk import ContentStore
+from obfuscatune.worker.handlers import Answerer
 from obfuscatune.worker.quota import Quota
 from obfuscatune.worker.recorder import Recorder
 from obfuscatune.worker.server import Server
 from obfuscatune.worker.sessions import Sessions
-from obfuscatune.worker.store import MatrixStore, WhenFull
+from obfuscatune.worker.store import ContentStore, MatrixStore, WhenFull
 
 SECONDS = 20.0
 """For anything here: far more than it takes, far less than for ever."""

@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from obfuscatune.wire.adapters import Attachment, Method, Part, Slice, Step
-from obfuscatune.wire.dtypes import DType
-from obfuscatune.wire.limits import MAX_KEPT_FORWARDS
-from obfuscatune.wire.messages import DROPOUT, NO_MATRIX, ErrorCode, Header, MessageType
-from obfuscatune.wire.tensors import bytes_of
+from obfuscatune.protocol.limits import MAX_KEPT_FORWARDS
+from obfuscatune.protocol.messages import DROPOUT, NO_MATRIX, ErrorCode, Header, MessageType
+from obfuscatune.protocol.payloads import Attachment, Method, Part, Slice, Step
+from obfuscatune.protocol.tensors import DType, bytes_of
 from tests.worker.serving import RawClient, Serving, serving
 
 ID, ADAPTER = bytes(range(1, 17)), bytes(range(2, 18))

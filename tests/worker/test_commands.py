@@ -12,9 +12,9 @@ import pytest
 from obfuscatune.cli.keygen import keygen
 from obfuscatune.cli.options import with_options
 from obfuscatune.cli.worker import worker
-from obfuscatune.wire.errors import ConfigError
-from obfuscatune.wire.limits import GIB, MIB
-from obfuscatune.wire.tls import PinnedTls, TlsConfig, fingerprint
+from obfuscatune.errors import ConfigError
+from obfuscatune.protocol.limits import GIB, MIB
+from obfuscatune.protocol.tls import PinnedTls, TlsConfig, fingerprint
 from obfuscatune.worker.options import WorkerOptions, parse_arguments, parse_size
 
 

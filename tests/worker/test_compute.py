@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from obfuscatune.worker import compute
-from obfuscatune.worker.compute import Computer
+from obfuscatune.worker import backend
+from obfuscatune.worker.backend import Computer
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -16,8 +16,8 @@ def test_without_units_for_it_a_product_is_rounded_once(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rows: int, transpose: bool
 ) -> None:
     """Strip by strip; the smaller matrix comes second, in the memory of the larger one's strips."""
-    monkeypatch.setattr(compute, "has_units_for", lambda asked: asked == torch.float32)
-    monkeypatch.setattr(compute, "WIDENED_ELEMENTS", 96 * 70)
+    monkeypatch.setattr(backend, "has_units_for", lambda asked: asked == torch.float32)
+    monkeypatch.setattr(backend, "WIDENED_ELEMENTS", 96 * 70)
     computer = Computer(torch.device("cpu"))
     for p, q in ((160, 96), (64, 96)):
         generator = torch.Generator().manual_seed(p)

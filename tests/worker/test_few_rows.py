@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obfuscatune import native
-from obfuscatune.worker import compute, few_rows
-from obfuscatune.worker.compute import Computer
+from obfuscatune.worker import backend
+from obfuscatune.worker.backend import Computer
 
 if not native.are_there():
     pytest.skip("no native kernels here; torch computes", allow_module_level=True)
@@ -28,7 +28,7 @@ def test_it_computes_the_product(m: int, p: int, q: int, dtype: torch.dtype, thr
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        few_rows.multiply(rows, matrix, out)
+        backend.multiply_few_rows(rows, matrix, out)
     finally:
         torch.set_num_threads(before)
     exact = rows.double() @ matrix.double()
@@ -40,7 +40,7 @@ def test_it_rounds_no_more_than_blas() -> None:
     """Less: sums of 16 before they are added up. With one sum after another it would be three times BLAS's."""
     rows, matrix, out = some(9, 3072), some(3072, 768), torch.empty(9, 768)
     exact = rows.double() @ matrix.double()
-    few_rows.multiply(rows, matrix, out)
+    backend.multiply_few_rows(rows, matrix, out)
     assert (out - exact).norm() <= 1.1 * (rows @ matrix - exact).norm()
 
 
@@ -48,7 +48,7 @@ def test_it_rounds_no_more_than_blas() -> None:
 def test_what_is_not_finite_shows(value: float) -> None:
     rows, matrix, out = some(3, 40), some(40, 97), torch.empty(3, 97)
     matrix[17, 96] = value
-    few_rows.multiply(rows, matrix, out)
+    backend.multiply_few_rows(rows, matrix, out)
     assert not torch.isfinite(out[:, 96]).any()
     assert torch.isfinite(out[:, :96]).all()
 
@@ -56,14 +56,14 @@ def test_what_is_not_finite_shows(value: float) -> None:
 def test_the_computer_uses_it_where_it_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not for one row, nor for many; not for the transpose, nor between dtypes, nor for a matrix with gaps."""
     used = []
-    monkeypatch.setattr(few_rows, "multiply", lambda rows, matrix, out: used.append(rows.shape[0]))
+    monkeypatch.setattr(backend, "multiply_few_rows", lambda rows, matrix, out: used.append(rows.shape[0]))
     computer, matrix = Computer(torch.device("cpu")), some(32, 64)
     for m in (1, 2, 9, 128, 129):
         computer.multiply(some(m, 32), matrix, torch.empty(m, 64), transpose=False)
     assert used == [2, 9, 128]
     computer.multiply(some(9, 64), matrix, torch.empty(9, 32), transpose=True)
     computer.multiply(some(9, 32).double(), matrix, torch.empty(9, 64), transpose=False)
-    monkeypatch.setattr(compute, "has_units_for", lambda dtype: True)  # else it is widened first, and wins
+    monkeypatch.setattr(backend, "has_units_for", lambda dtype: True)  # else it is widened first, and wins
     computer.multiply(some(9, 32).bfloat16(), matrix.bfloat16(), torch.empty(9, 64).bfloat16(), transpose=False)
     computer.multiply(some(9, 32), some(32, 128)[:, ::2], torch.empty(9, 64), transpose=False)
     computer.multiply(some(9, 32), some(32, 8), torch.empty(9, 8), transpose=False)
@@ -75,6 +75,6 @@ def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OBFUSCATUNE_KERNELS", "0")
     native.are_there.cache_clear()
     try:
-        assert not few_rows.applies_to(some(9, 32), some(32, 64), torch.empty(9, 64))
+        assert not backend.few_rows_apply(some(9, 32), some(32, 64), torch.empty(9, 64))
     finally:
         native.are_there.cache_clear()

@@ -14,16 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from obfuscatune.enclave.link import WorkerLink
-from obfuscatune.wire.address import TcpAddress
-from obfuscatune.wire.connect import connect
-from obfuscatune.wire.deadline import Deadline
-from obfuscatune.wire.errors import BadMagic, ConnectionLost, UntrustedPeer, WireError, WorkerRefused
-from obfuscatune.wire.limits import HANDSHAKE_SECONDS
-from obfuscatune.wire.messages import MessageType
-from obfuscatune.wire.tls import PinnedTls, TlsConfig
-from obfuscatune.wire.tls_transport import TlsTransport
-from tests.wire.peers import identity, make_identities
+from obfuscatune.enclave.client import WorkerLink
+from obfuscatune.errors import BadMagic, ConnectionLost, UntrustedPeer, WireError, WorkerRefused
+from obfuscatune.protocol.endpoints import TcpAddress, connect
+from obfuscatune.protocol.limits import HANDSHAKE_SECONDS
+from obfuscatune.protocol.messages import MessageType
+from obfuscatune.protocol.tls import PinnedTls, TlsConfig, TlsTransport
+from obfuscatune.protocol.transport import Deadline
+from tests.protocol.peers import identity, make_identities
 from tests.worker.serving import RawClient, Serving, serving
 
 OPTIONS = "--tls-cert, --tls-key and --peer"

@@ -8,24 +8,22 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from obfuscatune.wire.adapters import Attachment, Method, Part, Slice, Step
-from obfuscatune.wire.deadline import Deadline
-from obfuscatune.wire.dtypes import DType
-from obfuscatune.wire.errors import ConnectionLost, WireError
-from obfuscatune.wire.limits import MAX_WINDOW_BYTES
-from obfuscatune.wire.messages import DROPOUT, Header, MessageType
-from obfuscatune.wire.payloads import Hello
-from obfuscatune.wire.transport import Buffer
+from obfuscatune.errors import ConnectionLost, WireError
+from obfuscatune.protocol.limits import MAX_WINDOW_BYTES
+from obfuscatune.protocol.messages import DROPOUT, Header, MessageType
+from obfuscatune.protocol.payloads import Attachment, Hello, Method, Part, Slice, Step
+from obfuscatune.protocol.tensors import DType
+from obfuscatune.protocol.transport import Buffer, Deadline
 from obfuscatune.worker import buffers as buffers_module
-from obfuscatune.worker.answer import Answerer, Request
+from obfuscatune.worker.backend import Computer
 from obfuscatune.worker.buffers import Buffers
-from obfuscatune.worker.compute import Computer
 from obfuscatune.worker.connection import Connection, Service
-from obfuscatune.worker.intake import Intake
+from obfuscatune.worker.handlers import Answerer, Request
 from obfuscatune.worker.quota import Quota
+from obfuscatune.worker.request_reader import Intake
 from obfuscatune.worker.sessions import Sessions, session_key
 from obfuscatune.worker.store import MatrixStore
-from tests.wire.mutation import mutated
+from tests.protocol.mutation import mutated
 
 ID = bytes(range(1, 17))
 X = torch.arange(6, dtype=torch.float32).reshape(2, 3)

@@ -17,11 +17,11 @@ import pytest
 import torch
 
 import obfuscatune
-from obfuscatune.enclave.link import WorkerLink
-from obfuscatune.wire.errors import StorageError, UntrustedPeer, WorkerRefused
-from obfuscatune.wire.secret_files import write_new
-from obfuscatune.wire.tls import TlsConfig, make_identity
-from obfuscatune.wire.transcript import read_transcript
+from obfuscatune.enclave.client import WorkerLink
+from obfuscatune.errors import StorageError, UntrustedPeer, WorkerRefused
+from obfuscatune.protocol.files import write_new
+from obfuscatune.protocol.tls import TlsConfig, make_identity
+from obfuscatune.protocol.transcript import read_transcript
 
 PACKAGE = Path(obfuscatune.__file__).parent
 SECONDS = 60.0
@@ -86,7 +86,7 @@ def copy_without(folder: Path, *absent: str) -> Path:
 
 
 def test_it_serves_with_the_enclave_s_files_absent(tmp_path: Path) -> None:
-    others = [entry.name for entry in PACKAGE.iterdir() if entry.is_dir() and entry.name not in ("wire", "worker")]
+    others = [entry.name for entry in PACKAGE.iterdir() if entry.is_dir() and entry.name not in ("protocol", "worker")]
     assert "enclave" in others
     alone = copy_without(tmp_path, *others)
     with process(listen=f"unix:{tmp_path}/s", package_at=alone) as (_, address):
@@ -97,7 +97,7 @@ def test_the_enclave_s_link_works_with_the_worker_s_files_absent(tmp_path: Path)
     script = f"""
 import torch
 from importlib.util import find_spec
-from obfuscatune.enclave.link import WorkerLink
+from obfuscatune.enclave.client import WorkerLink
 assert find_spec("obfuscatune.worker") is None and find_spec("obfuscatune").origin.startswith({str(tmp_path)!r})
 with WorkerLink.open("unix:{tmp_path}/s") as link:
     W, X = torch.eye(3), torch.ones(2, 3)
@@ -114,9 +114,9 @@ def test_it_loads_nothing_that_it_does_not_need() -> None:
 import sys
 import obfuscatune.worker.__main__
 assert "torch" not in sys.modules  # or the process would be settled too late
-import obfuscatune.worker.run
+import obfuscatune.worker.server
 loaded = {name for name in sys.modules if name.startswith("obfuscatune.")}
-shared = {"wire", "native", "option", "version", "process", "machine"}
+shared = {"protocol", "errors", "native", "option", "version", "process", "machine"}
 assert {name.split(".")[1] for name in loaded} <= {"worker", *shared}, loaded
 assert not {"transformers", "peft", "typer", "pydantic"} & set(sys.modules)
 """

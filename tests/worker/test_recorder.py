@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from obfuscatune.enclave.link import WorkerLink
-from obfuscatune.wire.errors import ProtocolError, StorageError
-from obfuscatune.wire.messages import Header, MessageType
-from obfuscatune.wire.transcript import FRAMES, INDEX, TranscriptEntry, read_transcript
+from obfuscatune.enclave.client import WorkerLink
+from obfuscatune.errors import ProtocolError, StorageError
+from obfuscatune.protocol.messages import Header, MessageType
+from obfuscatune.protocol.transcript import FRAMES, INDEX, TranscriptEntry, read_transcript
 from obfuscatune.worker.recorder import Recorder
 from tests.worker.serving import RawClient, serving
 

@@ -10,18 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from obfuscatune.enclave.link import WorkerLink
-from obfuscatune.wire.deadline import Deadline
-from obfuscatune.wire.dtypes import DType
-from obfuscatune.wire.errors import QuotaExceeded, WorkerRefused
-from obfuscatune.wire.framing import recv_header, send_message
-from obfuscatune.wire.limits import MAX_IN_FLIGHT
-from obfuscatune.wire.messages import NO_MATRIX, REPLIES, SHARED, ErrorCode, Header, MessageType
-from obfuscatune.wire.payloads import Hello, Places, pack_number
-from obfuscatune.wire.shared_memory import SharedMemory
-from obfuscatune.wire.tensors import bytes_of
+from obfuscatune.enclave.client import WorkerLink
+from obfuscatune.errors import QuotaExceeded, WorkerRefused
+from obfuscatune.protocol.framing import recv_header, send_message
+from obfuscatune.protocol.limits import MAX_IN_FLIGHT
+from obfuscatune.protocol.messages import NO_MATRIX, REPLIES, SHARED, ErrorCode, Header, MessageType
+from obfuscatune.protocol.payloads import Hello, Places, pack_number
+from obfuscatune.protocol.shared_memory import SharedMemory
+from obfuscatune.protocol.tensors import DType, bytes_of
+from obfuscatune.protocol.transport import Deadline
 from obfuscatune.worker.connection import AT_ONCE_BYTES
-from obfuscatune.worker.intake import TooManyInFlight
+from obfuscatune.worker.request_reader import TooManyInFlight
 from tests.worker.serving import RawClient, Serving, serving
 
 ID = bytes(range(1, 17))
@@ -99,7 +98,7 @@ def test_more_in_flight_than_allowed_ends_the_connection(worker: Serving, monkey
         return answer(*arguments)
 
     monkeypatch.setattr("obfuscatune.worker.connection.AT_ONCE_BYTES", -1)  # all is read before anything is answered
-    monkeypatch.setattr("obfuscatune.worker.intake.TooManyInFlight", Seen)
+    monkeypatch.setattr("obfuscatune.worker.request_reader.TooManyInFlight", Seen)
     worker.service.answerer._answers[MessageType.FORGET] = once_one_was_too_many
     with RawClient(worker.address) as client:
         client.hello()
@@ -321,7 +320,7 @@ def test_damaged_content_is_uploaded_again(tmp_path: Path) -> None:
 
 def test_content_cannot_be_poisoned(tmp_path: Path) -> None:
     """Offer the digest of one matrix, store another: nobody else gets the other one for it."""
-    from obfuscatune.wire.tensors import content_digest
+    from obfuscatune.protocol.tensors import content_digest
 
     with serving(tmp_path, disk=tmp_path / "disk") as worker:
         with RawClient(worker.address, b"\x01" * 32) as client:

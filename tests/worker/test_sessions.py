@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from obfuscatune.wire.errors import WorkerRefused
-from obfuscatune.wire.limits import IDLE_SECONDS, REPLACED_AFTER_SECONDS
+from obfuscatune.errors import WorkerRefused
+from obfuscatune.protocol.limits import IDLE_SECONDS, REPLACED_AFTER_SECONDS
 from obfuscatune.worker import sessions as module
 from obfuscatune.worker.quota import SessionKey
 from obfuscatune.worker.sessions import Session, Sessions

@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from obfuscatune.wire.errors import QuotaExceeded, StorageError, UnknownMatrix
-from obfuscatune.wire.tensors import content_digest
-from obfuscatune.worker.disk import ContentStore
+from obfuscatune.errors import QuotaExceeded, StorageError, UnknownMatrix
+from obfuscatune.protocol.tensors import content_digest
 from obfuscatune.worker.quota import Quota, SessionKey
-from obfuscatune.worker.store import MatrixStore
+from obfuscatune.worker.store import ContentStore, MatrixStore
 
 A, B = (SessionKey("peer", name) for name in (b"session a", b"session b"))
 OTHER, THIRD = (SessionKey(name, b"session") for name in ("another peer", "a third"))

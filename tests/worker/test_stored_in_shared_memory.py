@@ -10,15 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from obfuscatune.wire.deadline import Deadline
-from obfuscatune.wire.dtypes import DType
-from obfuscatune.wire.framing import send_message
-from obfuscatune.wire.messages import SHARED, ErrorCode, Header, MessageType
-from obfuscatune.wire.payloads import pack_number
-from obfuscatune.wire.shared_memory import SharedMemory
-from obfuscatune.wire.tensors import bytes_of, content_digest
-from obfuscatune.wire.transcript import read_transcript
-from obfuscatune.worker.memory import HUGE_PAGE_BYTES, copy_of, matrix_memory
+from obfuscatune.protocol.framing import send_message
+from obfuscatune.protocol.messages import SHARED, ErrorCode, Header, MessageType
+from obfuscatune.protocol.payloads import pack_number
+from obfuscatune.protocol.shared_memory import SharedMemory
+from obfuscatune.protocol.tensors import DType, bytes_of, content_digest
+from obfuscatune.protocol.transcript import read_transcript
+from obfuscatune.protocol.transport import Deadline
+from obfuscatune.worker.buffers import HUGE_PAGE_BYTES, copy_of, matrix_memory
 from tests.worker.serving import SECONDS, RawClient, Serving, serving
 
 ID = bytes(range(1, 17))
@@ -108,7 +107,7 @@ def test_memory_that_the_system_refuses_is_an_error_and_ends_the_connection(
 
     with serving(tmp_path) as worker, RawClient(worker.address) as client:
         client.hello()
-        monkeypatch.setattr("obfuscatune.worker.memory.mmap.mmap", refused)
+        monkeypatch.setattr("obfuscatune.worker.buffers.mmap.mmap", refused)
         client.say(Header(MessageType.STORE, 2, ID, DType.FLOAT32, 1024, 1024, 2**22))
         reply, text = client.reply()
         assert (reply.code, text) == (ErrorCode.FAILED, b"no memory for this request: Cannot allocate memory")

@@ -12,15 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from obfuscatune.enclave.link import WorkerLink
-from obfuscatune.wire.adapters import Attachment, Slice
-from obfuscatune.wire.address import TcpAddress
-from obfuscatune.wire.dtypes import DType
-from obfuscatune.wire.limits import MAX_HANDSHAKES
-from obfuscatune.wire.messages import NO_MATRIX, ErrorCode, Header, MessageType
-from obfuscatune.wire.tensors import bytes_of, content_digest
-from obfuscatune.wire.tls import PinnedTls, TlsConfig, make_identity
-from obfuscatune.worker import intake as intake_module
+from obfuscatune.enclave.client import WorkerLink
+from obfuscatune.protocol.endpoints import TcpAddress
+from obfuscatune.protocol.limits import MAX_HANDSHAKES
+from obfuscatune.protocol.messages import NO_MATRIX, ErrorCode, Header, MessageType
+from obfuscatune.protocol.payloads import Attachment, Slice
+from obfuscatune.protocol.tensors import DType, bytes_of, content_digest
+from obfuscatune.protocol.tls import PinnedTls, TlsConfig, make_identity
+from obfuscatune.worker import request_reader as intake_module
 from tests.worker.serving import RawClient, Serving, serving
 
 ID, ADAPTER = bytes(range(1, 17)), bytes(range(2, 18))

@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from obfuscatune.wire.dtypes import DType
-from obfuscatune.wire.messages import Header, MessageType
-from obfuscatune.wire.tensors import bytes_of
-from obfuscatune.worker import answer as module
-from obfuscatune.worker import turns as turns_module
-from obfuscatune.worker.turns import Turns
+from obfuscatune.protocol.messages import Header, MessageType
+from obfuscatune.protocol.tensors import DType, bytes_of
+from obfuscatune.worker import handlers as module
+from obfuscatune.worker import sessions as turns_module
+from obfuscatune.worker.sessions import Turns
 from tests.worker.serving import RawClient, serving
 from tests.worker.test_server import ID, W, X, multiply
 

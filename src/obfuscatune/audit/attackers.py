@@ -1,20 +1,75 @@
-"""Gives each kind of attacker what it has: nothing, public text, the public base run on it, some plain rows."""
+"""Which profiles are audited: presets by name, single knobs changed, and controls that protect little or nothing.
+
+private                    the preset
+private:first_blocks=0     the same with a knob changed
+identity, rotation         unsafe controls, on which attacks must succeed
+
+Gives each kind of attacker what it has: nothing, public text, the public base run on it, some plain rows.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from obfuscatune.audit.architecture import architecture
 from obfuscatune.audit.attacks.base import Attacker
 from obfuscatune.audit.attacks.knowledge import Knowledge, KnownCall, PublicBase, PublicText, Scheme
-from obfuscatune.audit.attacks.truth import Truth
-from obfuscatune.audit.scenario import Scenario
-from obfuscatune.enclave.profiles import Profile
-from obfuscatune.enclave.sites import find_groups
+from obfuscatune.audit.attacks.scoring import Truth
+from obfuscatune.audit.scenario import Scenario, architecture
+from obfuscatune.enclave.profiles import PRESETS, Profile, resolve
+from obfuscatune.enclave.target_layers import find_groups
+from obfuscatune.errors import ConfigError
+
+_BARE = {"mixing": False, "shield_rows": 0, "first_blocks": 0}
+CONTROLS: dict[str, dict[str, Any]] = {
+    "identity": {**_BARE, "transform": "identity"},
+    "rotation": _BARE,
+}
+"""Of `private`: everything in the clear; one static rotation and nothing else."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A profile under the name that it was asked for by."""
+
+    name: str
+    profile: Profile
+
+
+def default_names() -> list[str]:
+    """Every preset that sends anything, and the controls."""
+    presets = [name for name, profile in PRESETS.items() if profile.offload]
+    return [*presets, "private:first_blocks=0", *CONTROLS]
+
+
+def parse_variants(text: str) -> list[Variant]:
+    """Read `NAME[:KNOB=VALUE]...[,NAME...]`.
+
+    Raises:
+        ConfigError: no such profile or knob, a value out of its range, or a profile that sends nothing.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise ConfigError("--profile: expected names of profiles with commas between them")
+    return [_parse(name) for name in names]
+
+
+def _parse(name: str) -> Variant:
+    preset, *settings = name.split(":")
+    if preset in CONTROLS:
+        knobs: dict[str, Any] = {**CONTROLS[preset], "allow_unsafe": True}
+        preset = "private"
+    else:
+        knobs = {"allow_unsafe": True} if settings else {}
+    profile = resolve(":".join([preset, *settings]), **knobs)
+    if not profile.offload:
+        raise ConfigError(f"--profile {name}: it sends nothing to a worker, there is nothing to audit")
+    return Variant(name, profile)
+
 
 KNOWN_TRAINING_CALLS = 24
 

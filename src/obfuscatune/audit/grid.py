@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
-from obfuscatune.audit.attackers import equip
+from obfuscatune.audit.attackers import Variant, equip
 from obfuscatune.audit.attacks.base import Attack, Attacker, Finding, NotRun, perform
 from obfuscatune.audit.attacks.knowledge import Knowledge
 from obfuscatune.audit.attacks.registry import ATTACKS
 from obfuscatune.audit.record import record_run
 from obfuscatune.audit.scenario import Scenario
-from obfuscatune.audit.variants import Variant
-from obfuscatune.wire.files import temporary_root
+from obfuscatune.protocol.files import temporary_root
 
 SIGMAS = 3.0
 """Standard errors from chance within which a figure is noise."""

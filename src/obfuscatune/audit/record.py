@@ -14,23 +14,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from obfuscatune.audit.architecture import Logits
 from obfuscatune.audit.attackers import base_weights
+from obfuscatune.audit.attacks.scoring import Phase, TrueCall, TrueLayer, Truth
 from obfuscatune.audit.attacks.stealing import losses
-from obfuscatune.audit.attacks.truth import Phase, TrueCall, TrueLayer, Truth
 from obfuscatune.audit.attacks.view import WorkerView
-from obfuscatune.audit.scenario import Scenario
-from obfuscatune.enclave.link import WorkerLink
-from obfuscatune.enclave.load import load
-from obfuscatune.enclave.local import local_worker
+from obfuscatune.audit.scenario import Logits, Scenario
+from obfuscatune.enclave.client import WorkerLink
+from obfuscatune.enclave.loading import load
+from obfuscatune.enclave.local_worker import local_worker
 from obfuscatune.enclave.profiles import Profile
-from obfuscatune.enclave.remote.adapter import RemoteAdapter
-from obfuscatune.tuning.adapter import add_lora
-from obfuscatune.tuning.batches import Plan
-from obfuscatune.tuning.data import Example
-from obfuscatune.tuning.loop import Descent, make_optimizer, train
-from obfuscatune.wire.errors import ConnectionLost
-from obfuscatune.wire.transcript import read_transcript
+from obfuscatune.enclave.remote_lora.adapter import RemoteAdapter
+from obfuscatune.errors import ConnectionLost
+from obfuscatune.protocol.transcript import read_transcript
+from obfuscatune.training.adapter import add_lora
+from obfuscatune.training.data import Example
+from obfuscatune.training.loop import Descent, Plan, make_optimizer, train
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -1,4 +1,6 @@
-"""What an audited run works on: a secret model, its public base, private text, and public text of the same kind.
+"""How the audited model is built, as an attacker may know it: by its configuration, with weights of its own.
+
+What an audited run works on: a secret model, its public base, private text, and public text of the same kind.
 
 text file  ->  windows of equal length  ->  private ones: trained on, prompted with;  public ones: the attacker's
 base       ->  tuned as a whole on private text  ->  the secret model
@@ -9,20 +11,61 @@ from __future__ import annotations
 import copy
 import hashlib
 import lzma
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from obfuscatune.assets import clinic_notes_path
-from obfuscatune.tuning.data import Source
-from obfuscatune.tuning.records import Completion, Conversation, Record, Text
-from obfuscatune.wire.errors import DataError
+from obfuscatune.audit.attacks.knowledge import Architecture
+from obfuscatune.enclave.target_layers import find_groups
+from obfuscatune.errors import DataError
+from obfuscatune.training.data import Source
+from obfuscatune.training.data_files import Completion, Conversation, Record, Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Logits(nn.Module):
+    """Token numbers (n, length) -> logits (n, length, V)."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model.float().eval()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Without a cache, without dropout."""
+        logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits
+
+
+@lru_cache(maxsize=8)
+def architecture(base: PreTrainedModel, first_blocks: int) -> Architecture:
+    """That of a model, and where the layers behind the first blocks have their weights in it."""
+    groups = find_groups(base, first_blocks)
+
+    def build(seed: int) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return Logits(AutoModelForCausalLM.from_config(base.config, trust_remote_code=False))
+
+    def place(weights: Sequence[Tensor]) -> dict[str, Tensor]:
+        placed: dict[str, Any] = {}
+        for group, W in zip(groups, weights, strict=True):
+            for site, part in zip(group.sites, W.split(list(group.widths), dim=1), strict=True):
+                placed[f"model.{site.path}.weight"] = part if isinstance(site.layer, Conv1D) else part.T
+        return placed
+
+    return Architecture(build, lambda: Logits(copy.deepcopy(base)), place)
+
 
 LARGEST_TEXT = 4_000_000
 """Bytes that are read of a file."""
@@ -165,7 +208,7 @@ def _tuned(base: PreTrainedModel, texts: tuple[tuple[int, ...], ...], steps: int
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for step in range(steps):
-            batch = torch.tensor(_drawn(texts, f"tuning/{step}", 8))
+            batch = torch.tensor(_drawn(texts, f"training/{step}", 8))
             loss = model(input_ids=batch, labels=batch, use_cache=False).loss
             loss.backward()
             optimizer.step()

@@ -23,7 +23,7 @@ import torch
 from obfuscatune.bench.clocked import ClockPage, clocked_worker
 from obfuscatune.bench.measures import ProductCounter, measure_limits, measured_spans, peak_bytes, settled_bytes
 from obfuscatune.bench.workload import WORKLOADS, Workload, config_of, random_model
-from obfuscatune.enclave.local import LocalWorker
+from obfuscatune.enclave.local_worker import LocalWorker
 from obfuscatune.enclave.protect import protect
 from obfuscatune.enclave.protection import Protection
 

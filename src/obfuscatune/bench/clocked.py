@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from obfuscatune.wire.files import temporary_root
+from obfuscatune.protocol.files import temporary_root
 
 if TYPE_CHECKING:
-    from obfuscatune.enclave.local import LocalWorker
+    from obfuscatune.enclave.local_worker import LocalWorker
 
 _TOTALS = struct.Struct("<dddd")
 _COUNTING_AT = 64
@@ -86,7 +86,7 @@ def clocked_worker(
     Raises:
         ConnectionLost: it did not start; the message holds the end of its stderr.
     """
-    from obfuscatune.enclave.local import LocalWorker
+    from obfuscatune.enclave.local_worker import LocalWorker
 
     with tempfile.TemporaryDirectory(prefix="obfuscatune-bench-", dir=temporary_root()) as folder:
         page = Path(folder) / "clock"

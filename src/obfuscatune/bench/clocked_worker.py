@@ -20,10 +20,10 @@ import torch
 
 from obfuscatune.bench.clocked import ClockPage, Totals
 from obfuscatune.bench.measures import ProductCounter
-from obfuscatune.worker import run
-from obfuscatune.worker.__main__ import main
-from obfuscatune.worker.compute import Computer
+from obfuscatune.process import settle_process
+from obfuscatune.worker.backend import Computer
 from obfuscatune.worker.options import parse_arguments
+from obfuscatune.worker.server import run
 
 _PAGE_ARGUMENT = 1
 
@@ -60,5 +60,5 @@ class ClockedComputer(Computer):
 
 if __name__ == "__main__":
     ClockedComputer.page = ClockPage(Path(sys.argv[_PAGE_ARGUMENT]))
-    setattr(run, Computer.__name__, ClockedComputer)  # where a worker takes its computer from
-    sys.exit(main(parse_arguments(sys.argv[_PAGE_ARGUMENT + 1 :])))
+    settle_process()
+    sys.exit(run(parse_arguments(sys.argv[_PAGE_ARGUMENT + 1 :]), ClockedComputer))

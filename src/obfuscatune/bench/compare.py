@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from obfuscatune.errors import ConfigError
 from obfuscatune.report.page import markdown_table
-from obfuscatune.tuning.storage import RunDirectory
-from obfuscatune.wire.errors import ConfigError
+from obfuscatune.training.storage import RunDirectory
 
 _WORK = ("work", "shape", "layers", "batch", "length", "threads")
 _MACHINE = ("processor", "cores", "system")

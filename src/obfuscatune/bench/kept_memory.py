@@ -17,7 +17,7 @@ import time
 from types import TracebackType
 from typing import Self
 
-from obfuscatune.wire.errors import ConfigError
+from obfuscatune.errors import ConfigError
 
 PART_BYTES = 128 << 20
 AHEAD_BYTES = 512 << 20

@@ -20,10 +20,10 @@ import torch
 
 from obfuscatune.bench.kept_memory import KeptMemory
 from obfuscatune.bench.measures import cpu_seconds, peak_bytes, settled_bytes
-from obfuscatune.enclave.load import load
-from obfuscatune.enclave.local import local_worker
+from obfuscatune.enclave.loading import load
+from obfuscatune.enclave.local_worker import local_worker
+from obfuscatune.enclave.observer import StageClock
 from obfuscatune.enclave.protect import Progress
-from obfuscatune.enclave.stages import StageClock
 
 
 def main() -> None:

@@ -17,9 +17,7 @@ from obfuscatune.assets import tiny_model_path
 from obfuscatune.bench.step import BenchProcess
 from obfuscatune.bench.workload import shape_name
 from obfuscatune.report.charts import Chart, Series
-from obfuscatune.report.environment import environment
-from obfuscatune.report.page import markdown_table
-from obfuscatune.report.units import format_bytes
+from obfuscatune.report.page import environment, format_bytes, markdown_table
 
 PROCESSES = ("enclave", "worker")
 ALLOWED_BYTES = 4 << 20

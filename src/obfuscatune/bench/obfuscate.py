@@ -24,11 +24,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from obfuscatune.bench.kept_memory import SAMPLE_BYTES, SPARE, seconds_for_a_new_byte
 from obfuscatune.bench.workload import config_of
 from obfuscatune.enclave.checkpoint import weights_names
-from obfuscatune.report.environment import environment
-from obfuscatune.report.page import markdown_table
-from obfuscatune.report.units import format_bytes, format_share
-from obfuscatune.wire.errors import ConfigError, StorageError
-from obfuscatune.wire.files import temporary_root
+from obfuscatune.errors import ConfigError, StorageError
+from obfuscatune.protocol.files import temporary_root
+from obfuscatune.report.page import environment, format_bytes, format_share, markdown_table
 
 SHARD_BYTES = 1_000_000_000
 """Most bytes of one file, and so of what the writer holds in memory; one tensor alone may exceed it."""

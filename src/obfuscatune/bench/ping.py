@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from obfuscatune.bench.pong import SIZES, receive
-from obfuscatune.wire.errors import ConnectionLost
+from obfuscatune.errors import ConnectionLost
 
 
 class PingPong:

@@ -26,12 +26,12 @@ from obfuscatune.bench.measures import CHECK, COPY, ENCLAVE, ProductCounter
 from obfuscatune.bench.step_result import LINK, WORKER
 from obfuscatune.bench.workload import LORA, NAMES, config_of
 from obfuscatune.enclave.keys import SecretStream
-from obfuscatune.enclave.mixer import KroneckerMixer
+from obfuscatune.enclave.mixing import KroneckerMixer
 from obfuscatune.enclave.plan import LayerPlan, make_plan
 from obfuscatune.enclave.profiles import Profile, resolve
+from obfuscatune.errors import ConfigError
 from obfuscatune.report.page import markdown_table
-from obfuscatune.tuning.adapter import without_peft_warnings
-from obfuscatune.wire.errors import ConfigError
+from obfuscatune.training.adapter import without_peft_warnings
 
 WORKS = ("step", "forward")
 

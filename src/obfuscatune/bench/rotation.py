@@ -14,12 +14,11 @@ from torch import Tensor
 from obfuscatune.bench.measures import measure_limits
 from obfuscatune.enclave import kernels
 from obfuscatune.enclave.keys import SecretStream
-from obfuscatune.enclave.mixer import KroneckerMixer
-from obfuscatune.enclave.mixing import KroneckerMixing
+from obfuscatune.enclave.mixing import KroneckerMixer, KroneckerMixing
 from obfuscatune.enclave.transforms.structured import StructuredTransform
+from obfuscatune.errors import ConfigError
 from obfuscatune.native import SWITCH
-from obfuscatune.report.environment import environment
-from obfuscatune.wire.errors import ConfigError
+from obfuscatune.report.page import environment
 
 DIMS = (768, 1024, 1280, 1600, 2304, 3072, 4800, 5120, 6400)
 """Widths of the layers of GPT-2 small to XL."""

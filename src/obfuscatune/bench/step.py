@@ -22,8 +22,8 @@ from typing import Any, Literal, Self
 from obfuscatune.bench.measures import Limits
 from obfuscatune.bench.step_result import PLAIN, Side, StepResult
 from obfuscatune.bench.workload import shape_name
-from obfuscatune.report.environment import environment
-from obfuscatune.wire.errors import ConfigError
+from obfuscatune.errors import ConfigError
+from obfuscatune.report.page import environment
 
 _WAITING_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 _SILENT = {"PYTHONWARNINGS": "ignore", "KINETO_LOG_LEVEL": "99", "TRANSFORMERS_VERBOSITY": "error"}

@@ -9,7 +9,7 @@ from typing import Any
 
 from obfuscatune.bench.measures import SEND, WAIT, Limits
 from obfuscatune.report.charts import Bar, Bars
-from obfuscatune.report.units import format_bytes
+from obfuscatune.report.page import format_bytes
 
 PLAIN = "plain"
 WORKER = "the worker computes"

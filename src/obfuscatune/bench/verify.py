@@ -20,17 +20,16 @@ from torch import Tensor
 from obfuscatune.audit.attacks.scoring import area_under_curve
 from obfuscatune.bench.clocked import clocked_worker
 from obfuscatune.bench.wire import free_port
+from obfuscatune.enclave.client import WorkerLink
 from obfuscatune.enclave.keys import SecretStream
-from obfuscatune.enclave.linear import Held, OffloadedProduct
-from obfuscatune.enclave.link import WorkerLink
-from obfuscatune.enclave.mixer import KroneckerMixer
+from obfuscatune.enclave.mixing import KroneckerMixer
+from obfuscatune.enclave.product import Held, OffloadedProduct
 from obfuscatune.enclave.transforms.structured import StructuredTransform
-from obfuscatune.enclave.verify import VECTORS, Verifier
-from obfuscatune.report.environment import environment
-from obfuscatune.report.page import markdown_table
-from obfuscatune.wire.files import temporary_root
-from obfuscatune.wire.messages import MessageType
-from obfuscatune.wire.transcript import read_transcript
+from obfuscatune.enclave.verification import VECTORS, Verifier
+from obfuscatune.protocol.files import temporary_root
+from obfuscatune.protocol.messages import MessageType
+from obfuscatune.protocol.transcript import read_transcript
+from obfuscatune.report.page import environment, markdown_table
 
 SIZES = ((1, 64, 192), (9, 256, 64), (64, 128, 96))
 """(n, p, q) of the honest calls."""

@@ -23,16 +23,13 @@ import torch
 
 from obfuscatune.bench.clocked import ClockPage, clocked_worker
 from obfuscatune.bench.ping import PingPong, ping_pong
-from obfuscatune.enclave.link import WorkerLink
+from obfuscatune.enclave.client import WorkerLink
+from obfuscatune.protocol.files import temporary_root, write_new
+from obfuscatune.protocol.messages import HEADER_BYTES
+from obfuscatune.protocol.payloads import Places
+from obfuscatune.protocol.tls import TlsConfig, make_identity
 from obfuscatune.report.charts import Chart, Series
-from obfuscatune.report.environment import environment
-from obfuscatune.report.page import markdown_table
-from obfuscatune.report.units import format_bytes
-from obfuscatune.wire.files import temporary_root
-from obfuscatune.wire.messages import HEADER_BYTES
-from obfuscatune.wire.payloads import Places
-from obfuscatune.wire.secret_files import write_new
-from obfuscatune.wire.tls import TlsConfig, make_identity
+from obfuscatune.report.page import environment, format_bytes, markdown_table
 
 ROWS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 WIDTH = 256

@@ -13,9 +13,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from obfuscatune.enclave.config import read_config
-from obfuscatune.tuning.adapter import without_peft_warnings
-from obfuscatune.tuning.elsewhere import after_step, moved_optimizer
-from obfuscatune.wire.errors import ConfigError, ModelFileError
+from obfuscatune.errors import ConfigError, ModelFileError
+from obfuscatune.training.adapter import after_step, moved_optimizer, without_peft_warnings
 
 _GPT2 = {  # width, heads, layers
     "gpt2": (768, 12, 12),

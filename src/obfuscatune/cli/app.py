@@ -11,11 +11,11 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from obfuscatune.cli.options import ENVIRONMENT, with_options
-from obfuscatune.cli.streams import settle_streams
+from obfuscatune.cli.output import settle_streams
+from obfuscatune.errors import ConfigError, ObfuscaTuneError
 from obfuscatune.machine import refusal
 from obfuscatune.process import settle_process
 from obfuscatune.version import __version__
-from obfuscatune.wire.errors import ConfigError, ObfuscaTuneError
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2

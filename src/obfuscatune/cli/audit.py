@@ -10,9 +10,9 @@ import typer
 
 from obfuscatune.cli import options, output
 from obfuscatune.cli.session import open_files
+from obfuscatune.errors import ConfigError
 from obfuscatune.option import Option
-from obfuscatune.wire.errors import ConfigError
-from obfuscatune.wire.files import temporary_root
+from obfuscatune.protocol.files import temporary_root
 
 if TYPE_CHECKING:
     from obfuscatune.audit.attacks.base import Attacker
@@ -59,8 +59,8 @@ def audit(
 
     Example: obfuscatune audit --profile private,guarded,identity --model embedded --model ./llama --data notes.jsonl
     """
+    from obfuscatune.audit.attackers import default_names, parse_variants
     from obfuscatune.audit.grid import attacks_of, run_grid
-    from obfuscatune.audit.variants import default_names, parse_variants
     from obfuscatune.audit.verdict import exceeding
 
     variants = parse_variants(profile or ",".join(default_names()))
@@ -123,7 +123,7 @@ def _scenario(model: str | None, data: Path | None, folder: Path) -> "Scenario":
 
     from obfuscatune.audit.scenario import make_scenario, read_text
     from obfuscatune.enclave.experts import has_experts
-    from obfuscatune.tuning.plain import load_plain
+    from obfuscatune.training.run import load_plain
 
     with output.progress("tuning the secret model"):
         base = load_plain(files.directory, files.config, torch.float32)
@@ -134,8 +134,8 @@ def _scenario(model: str | None, data: Path | None, folder: Path) -> "Scenario":
 
 def _write(grid: "Grid", out: Path) -> None:
     from obfuscatune.audit.report import as_json, as_markdown, render
-    from obfuscatune.report.environment import environment
-    from obfuscatune.tuning.storage import RunDirectory
+    from obfuscatune.report.page import environment
+    from obfuscatune.training.storage import RunDirectory
 
     facts = environment()
     texts = {

@@ -12,9 +12,9 @@ import typer
 from obfuscatune.cli import options
 from obfuscatune.cli.options import with_options
 from obfuscatune.cli.output import notice, write_json, write_text
+from obfuscatune.errors import ConfigError
 from obfuscatune.machine import cores
 from obfuscatune.option import Option
-from obfuscatune.wire.errors import ConfigError
 
 if TYPE_CHECKING:
     from obfuscatune.report.charts import Bars, Chart

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Annotated
 
-from obfuscatune.cli import options, output, streams
+from obfuscatune.cli import options, output
 from obfuscatune.cli.decoding import TEXT, Sampling, decode
 from obfuscatune.cli.session import ModelFiles, Protection, open_files, open_session
 from obfuscatune.option import Option
 
 if TYPE_CHECKING:
-    from obfuscatune.tuning.records import Message
+    from obfuscatune.training.data_files import Message
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ def chat(
     Ends with the input. /reset forgets what was said. When the model's window is full, the oldest turns are left out.
     With --json, reads all turns first and prints the whole conversation.
     """
-    from obfuscatune.tuning.records import Message
+    from obfuscatune.training.data_files import Message
 
     wanted = protection.unless_plain()
-    beginning = [] if system is None else [Message("system", streams.checked_text(system, "--system"))]
+    beginning = [] if system is None else [Message("system", output.checked_text(system, "--system"))]
     files = open_files(model)
     messages = list(beginning)
     with open_session(files, dtype=dtype, protection=wanted, adapter=adapter) as session:
@@ -65,7 +65,7 @@ def _lines() -> Iterator[str]:
     for number in count(1):
         if sys.stdin.isatty():
             output.ask("you> ")
-        line = streams.read_input_line(number)
+        line = output.read_input_line(number)
         if not line:
             return
         if line.strip():
@@ -94,7 +94,7 @@ def _fitting(messages: "Sequence[Message]", fixed: int, files: ModelFiles, sampl
     Raises:
         DataError: the last message alone is too long, or has a token that the model has no embedding for.
     """
-    from obfuscatune.tuning.tokens import render_prompt
+    from obfuscatune.training.tokens import render_prompt
 
     for first in range(fixed, len(messages), 2):  # a user's turn and the answer to it go together
         ids = render_prompt(files.tokenizer, [*messages[:fixed], *messages[first:]])

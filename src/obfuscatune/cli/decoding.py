@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from obfuscatune.cli.session import ModelFiles, Session
+from obfuscatune.errors import ConfigError, DataError
 from obfuscatune.option import Option
-from obfuscatune.wire.errors import ConfigError, DataError
 
 TEXT = "Text"
 """A heading of the help."""
@@ -37,7 +37,7 @@ class Sampling:
 
     def room(self, config: Any) -> int:
         """Tokens that a prompt may have, so that the answer fits the model's window too."""
-        from obfuscatune.tuning.tokens import context_window
+        from obfuscatune.training.tokens import context_window
 
         return context_window(config) - self.max_new_tokens
 
@@ -47,7 +47,7 @@ class Sampling:
         Raises:
             DataError: it is one.
         """
-        from obfuscatune.tuning.tokens import check_ids, embedding_rows
+        from obfuscatune.training.tokens import check_ids, embedding_rows
 
         config = files.config
         check_ids(files.tokenizer, ids, embedding_rows(config))
@@ -78,8 +78,8 @@ def decode(
     import torch
     from transformers.generation.streamers import BaseStreamer
 
-    from obfuscatune.tuning.detokenize import Detokenizer
-    from obfuscatune.tuning.tokens import end_id, stop_ids
+    from obfuscatune.training.detokenize import Detokenizer
+    from obfuscatune.training.tokens import end_id, stop_ids
 
     detokenizer = Detokenizer(files.tokenizer, ids)
     pieces: list[str] = []

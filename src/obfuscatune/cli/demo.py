@@ -13,12 +13,12 @@ from obfuscatune.cli import output
 from obfuscatune.cli.options import AsJson
 from obfuscatune.cli.session import Protection, Session, open_files, open_session
 from obfuscatune.option import Option
-from obfuscatune.report.units import format_seconds
+from obfuscatune.report.page import format_seconds
 
 if TYPE_CHECKING:
-    from obfuscatune.demo.side import Name
+    from obfuscatune.demo.result import Name
     from obfuscatune.report.braille import Curve
-    from obfuscatune.tuning.journal import Event
+    from obfuscatune.training.journal import Event
 
 EXIT_FAILED = 1
 
@@ -81,7 +81,7 @@ class _Screen:
     def training(self, name: "Name") -> Iterator[Callable[["Event"], None]]:
         from obfuscatune.demo.terminal import STYLES, live_curve
         from obfuscatune.report.braille import Curve
-        from obfuscatune.tuning.loop import StepEvent
+        from obfuscatune.training.loop import StepEvent
 
         console = output.stderr()
         losses: list[float] = []
@@ -103,8 +103,8 @@ class _Screen:
 @contextmanager
 def _lines(name: "Name") -> Iterator[Callable[["Event"], None]]:
     """For logs and pipes."""
-    from obfuscatune.tuning.journal import Started
-    from obfuscatune.tuning.loop import StepEvent
+    from obfuscatune.training.journal import Started
+    from obfuscatune.training.loop import StepEvent
 
     with output.progress(f"{name}: fine-tuning") as meter:
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from obfuscatune.cli import options, output
 from obfuscatune.cli.session import ModelFiles, Protection, Session, open_files, open_session
+from obfuscatune.errors import ConfigError
 from obfuscatune.option import Option
-from obfuscatune.wire.errors import ConfigError
 
 if TYPE_CHECKING:
     from obfuscatune.evaluation.scoring import Comparison, Metric
@@ -82,20 +82,20 @@ class _Result:
 def _load_questions(
     task: str | None, data_dir: Path | None, data: Path | None, limit: int | None, batch_size: int
 ) -> _Questions:
-    from obfuscatune.tuning.tasks import find_task, load_questions
+    from obfuscatune.training.tasks import find_task, load_questions
 
     if task is not None and data_dir is not None and data is None:
         questions = load_questions(find_task(task), data_dir, limit)
 
         def ask_task(session: Session, files: ModelFiles, advance: Callable[[int], None]) -> "Sequence[Metric]":
-            from obfuscatune.evaluation.choices import evaluate_task
+            from obfuscatune.evaluation.questions import evaluate_task
 
             return evaluate_task(
                 session.model, files.tokenizer, find_task(task), questions, batch_size=batch_size, advance=advance
             )
 
         def check_task(files: ModelFiles) -> None:
-            from obfuscatune.tuning.tokens import check_ids, embedding_rows, encode_open
+            from obfuscatune.training.tokens import check_ids, embedding_rows, encode_open
 
             rows = embedding_rows(files.config)
             for question in questions:

@@ -12,15 +12,14 @@ import typer
 
 from obfuscatune.cli import options, output
 from obfuscatune.cli.options import said_by_environment, told_default
-from obfuscatune.cli.session import Protection, empty_model, open_files, open_session
-from obfuscatune.cli.stop_signals import StopSignals, Terminated
+from obfuscatune.cli.session import Protection, StopSignals, Terminated, empty_model, open_files, open_session
+from obfuscatune.errors import RunStopped
 from obfuscatune.option import Option, split_annotation
-from obfuscatune.wire.errors import RunStopped
 
 if TYPE_CHECKING:
-    from obfuscatune.tuning.journal import Event, Started
-    from obfuscatune.tuning.recipe import Recipe
-    from obfuscatune.tuning.run import Outcome
+    from obfuscatune.training.journal import Event, Started
+    from obfuscatune.training.recipe import Recipe
+    from obfuscatune.training.run import Outcome
 
 
 class RecipeOptions(dict[str, Any]):
@@ -32,8 +31,7 @@ class RecipeOptions(dict[str, Any]):
     @staticmethod
     def option_parameters() -> Iterator[Parameter]:
         """An option for each field of `Recipe` that has an `Option`, and a hidden one for each of `names.ALIASES`."""
-        from obfuscatune.tuning.names import ALIASES
-        from obfuscatune.tuning.recipe import Recipe
+        from obfuscatune.training.recipe import ALIASES, Recipe
 
         for name, field in Recipe.model_fields.items():
             if told := next((it for it in field.metadata if isinstance(it, Option)), None):
@@ -98,7 +96,7 @@ def _recipe(config: Path | None, given: Mapping[str, Any], shared: Mapping[str, 
     Args:
         shared: values of options that other commands have too; those that are no fields of a recipe are left out.
     """
-    from obfuscatune.tuning.recipe import Recipe, load_recipe
+    from obfuscatune.training.recipe import Recipe, load_recipe
 
     fields = {name: None if value is False else value for name, value in shared.items() if name in Recipe.model_fields}
     said = {name: value for name, value in fields.items() if said_by_environment(name, value)}
@@ -106,10 +104,10 @@ def _recipe(config: Path | None, given: Mapping[str, Any], shared: Mapping[str, 
 
 
 def _run(recipe: "Recipe", protection: Protection | None, *, resume: bool, dry: bool, as_json: bool) -> None:
-    from obfuscatune.tuning.adapter import check_lora
-    from obfuscatune.tuning.identity import model_fingerprint
-    from obfuscatune.tuning.run import check_out, load_data, summary
-    from obfuscatune.tuning.run import finetune as run_recipe
+    from obfuscatune.training.adapter import check_lora
+    from obfuscatune.training.checkpoint import model_fingerprint
+    from obfuscatune.training.run import check_out, load_data, summary
+    from obfuscatune.training.run import finetune as run_recipe
 
     with _resumption_told(recipe) as signals:
         files = open_files(recipe.model)
@@ -122,7 +120,7 @@ def _run(recipe: "Recipe", protection: Protection | None, *, resume: bool, dry: 
             if dataset is not None:
                 output.notice(dataset.read_as)
         if dry:
-            from obfuscatune.cli.dry_run import show_dry_run
+            from obfuscatune.cli.preview import show_dry_run
 
             show_dry_run(recipe, files, data, protection, as_json=as_json)
             return
@@ -185,7 +183,7 @@ class _Watcher:
         self._losses: list[float] = []
 
     def see(self, event: "Event") -> None:
-        from obfuscatune.tuning.journal import Measured, Started
+        from obfuscatune.training.journal import Measured, Started
 
         match event:
             case Started():

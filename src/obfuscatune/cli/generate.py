@@ -4,11 +4,11 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-from obfuscatune.cli import options, output, streams
+from obfuscatune.cli import options, output
 from obfuscatune.cli.decoding import TEXT, Sampling, decode
 from obfuscatune.cli.session import Protection, open_files, open_session
+from obfuscatune.errors import ConfigError
 from obfuscatune.option import Option
-from obfuscatune.wire.errors import ConfigError
 
 
 def generate(
@@ -23,7 +23,7 @@ def generate(
     as_json: options.AsJson = False,
 ) -> None:
     """Continue a prompt, on a worker that learns neither the model nor the text."""
-    from obfuscatune.tuning.tokens import encode_open
+    from obfuscatune.training.tokens import encode_open
 
     text = _read_prompt(prompt, prompt_file)
     wanted = protection.unless_plain()
@@ -49,7 +49,7 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     if (prompt is None) == (prompt_file is None):
         raise ConfigError("give --prompt or --prompt-file, one of them")
     if prompt is not None:
-        return streams.read_input() if prompt == "-" else streams.checked_text(prompt, "--prompt")
-    from obfuscatune.tuning.jsonl import read_text
+        return output.read_input() if prompt == "-" else output.checked_text(prompt, "--prompt")
+    from obfuscatune.training.data_files import read_text
 
     return read_text(Path(str(prompt_file)))

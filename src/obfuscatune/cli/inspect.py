@@ -119,7 +119,7 @@ def _layers_table(plan: "Plan", full: bool) -> "RenderableType":
     from rich.table import Table
     from rich.text import Text
 
-    from obfuscatune.report.units import format_bytes, format_count
+    from obfuscatune.report.page import format_bytes, format_count
 
     dtype = str(plan.dtype).removeprefix("torch.")
     title = f"{plan.model}, {format_count(plan.parameters)} parameters, profile {plan.profile.name}, {dtype}"
@@ -159,7 +159,7 @@ def _layers_table(plan: "Plan", full: bool) -> "RenderableType":
 def _enclave_table(plan: "Plan") -> "RenderableType":
     from rich.table import Table
 
-    from obfuscatune.report.units import format_count, format_share
+    from obfuscatune.report.page import format_count, format_share
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("parameters")
@@ -178,7 +178,7 @@ def _enclave_table(plan: "Plan") -> "RenderableType":
 
 
 def _totals(plan: "Plan") -> list[str]:
-    from obfuscatune.report.units import format_bytes
+    from obfuscatune.report.page import format_bytes
 
     forward, backward = format_bytes(plan.forward_bytes), format_bytes(plan.backward_bytes)
     spared = "" if plan.profile.first_blocks else "; what feeds the first layer is not trained, so it needs none"
@@ -204,7 +204,7 @@ def _how_to_load(plan: "Plan") -> list[str]:
 
 
 def _warnings(plan: "Plan") -> list[str]:
-    from obfuscatune.report.units import format_count, format_share
+    from obfuscatune.report.page import format_count, format_share
 
     if not plan.unmoved:
         return []

@@ -5,9 +5,9 @@ from typing import Annotated
 
 from obfuscatune.cli import output
 from obfuscatune.cli.options import AsJson
+from obfuscatune.errors import ConfigError
 from obfuscatune.option import Option
-from obfuscatune.wire.errors import ConfigError
-from obfuscatune.wire.secret_files import write_new
+from obfuscatune.protocol.files import write_new
 
 CERTIFICATE, KEY = "cert.pem", "key.pem"
 
@@ -22,7 +22,7 @@ def keygen(
     Once for each side. Then give each side the other's cert.pem as --peer, over a channel you trust, and compare the
     fingerprints. key.pem stays where it is.
     """
-    from obfuscatune.wire.tls import fingerprint, make_identity
+    from obfuscatune.protocol.tls import fingerprint, make_identity
 
     if not 1 <= len(name) <= 64:
         raise ConfigError("--name has 1 to 64 characters")

@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from obfuscatune.wire.errors import ConfigError
+from obfuscatune.errors import ConfigError
 
 lm_eval = typer.Typer(name="lm-eval", add_completion=False)
 

@@ -10,8 +10,8 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from obfuscatune.errors import ConfigError
 from obfuscatune.option import Option, split_annotation
-from obfuscatune.wire.errors import ConfigError
 
 ENVIRONMENT = {
     "model": "OBFUSCATUNE_MODEL",

@@ -1,19 +1,25 @@
-"""`obfuscatune finetune --preview`: what the model will see of the records, and what of it is trained on."""
+"""`obfuscatune finetune --preview`: what the model will see of the records, and what of it is trained on.
+
+`obfuscatune finetune --dry-run`: everything checked and counted, nothing sent, nothing written.
+"""
 
 import unicodedata
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
 
 from obfuscatune.cli import output
-from obfuscatune.cli.session import ModelFiles
+from obfuscatune.cli.session import ModelFiles, Protection, resolved_profile
+from obfuscatune.report.page import format_bytes, format_count
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from obfuscatune.tuning.preview import Piece, Preview, PreviewedExample
-    from obfuscatune.tuning.recipe import Recipe
+    from obfuscatune.training.data import Data
+    from obfuscatune.training.preview import Piece, Preview, PreviewedExample
+    from obfuscatune.training.recipe import Recipe
+
 
 _TRAINED = "bold underline green"
 _MARKS = ("[[", "]]")
@@ -26,9 +32,9 @@ def show_preview(recipe: "Recipe", files: ModelFiles, *, count: int, as_json: bo
     Raises:
         DataError, ConfigError: as `finetune` would, but for records that are too long: those are counted.
     """
-    from obfuscatune.tuning.preview import Preview
-    from obfuscatune.tuning.run import longest_example, sources
-    from obfuscatune.tuning.tokens import embedding_rows
+    from obfuscatune.training.preview import Preview
+    from obfuscatune.training.run import longest_example, sources
+    from obfuscatune.training.tokens import embedding_rows
 
     longest = longest_example(recipe, files.config)
     documents = []
@@ -117,3 +123,111 @@ def _printable(text: str) -> str:
         char if char in "\n\t" or unicodedata.category(char) != "Cc" else char.encode("unicode_escape").decode()
         for char in text
     )
+
+
+_STATES = 4
+"""Numbers for each trained parameter: itself, its gradient, AdamW's two moments."""
+
+
+def show_dry_run(
+    recipe: "Recipe", files: ModelFiles, data: "Data", protection: Protection | None, *, as_json: bool
+) -> None:
+    """Print what a run would do. The data, the run directory and the options were checked before.
+
+    Raises:
+        ConfigError: LoRA cannot be put on this model as the recipe says, or a profile that there is not.
+        ModelFileError, ProtectionError: the model cannot be protected.
+    """
+    with output.progress("counting"):
+        document = _document(recipe, files, data, protection)
+    if as_json:
+        output.write_json(document)
+    else:
+        _tell(document)
+
+
+def _document(recipe: "Recipe", files: ModelFiles, data: "Data", protection: Protection | None) -> dict[str, Any]:
+    import torch
+
+    from obfuscatune.enclave.plan import make_plan, model_from_config
+    from obfuscatune.enclave.profiles import resolve
+    from obfuscatune.training.adapter import add_lora
+    from obfuscatune.training.loop import Cadence
+
+    dtype = getattr(torch, recipe.dtype)
+    skeleton = model_from_config(files.directory)
+    plan = make_plan(skeleton, resolve("enclave") if protection is None else resolved_profile(protection), dtype)
+    peft_model = add_lora(
+        skeleton,
+        r=recipe.lora_r,
+        alpha=recipe.lora_alpha,
+        dropout=recipe.lora_dropout,
+        targets=recipe.lora_targets,
+        seed=recipe.seed,
+    )
+    trained = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
+    cadence = Cadence.of(recipe, len(data.train.examples))
+    micro_batches = [batch for step in range(cadence.total_steps) for batch in cadence.plan.micro_batches(step)]
+    lengths = [len(example.input_ids) for example in data.train.examples]
+    tokens = sum(max(lengths[index] for index in batch) * len(batch) for batch in micro_batches)
+    measured = 0 if data.eval is None else sum(cadence.measures_at(step) for step in range(cadence.total_steps + 1))
+    return {
+        "model": str(files.directory),
+        "protected": protection is not None,
+        "profile": None if protection is None else plan.profile.name,
+        "dtype": recipe.dtype,
+        "data": {
+            "examples": len(lengths),
+            "tokens": sum(lengths),
+            "trained_tokens": sum(example.trained_tokens for example in data.train.examples),
+            "longest": max(lengths),
+            "eval_examples": 0 if data.eval is None else len(data.eval.examples),
+        },
+        "steps": cadence.total_steps,
+        "steps_per_epoch": cadence.plan.steps_per_epoch,
+        "forward_passes": len(micro_batches),
+        "padded_tokens": tokens,
+        "measurements": measured,
+        "adapter": {
+            "parameters": sum(parameter.numel() for parameter in trained),
+            "bytes_in_training": _STATES * sum(parameter.numel() * parameter.element_size() for parameter in trained),
+        },
+        "enclave": {"parameters": plan.enclave_parameters, "bytes": plan.enclave_parameters * dtype.itemsize},
+        "worker": {
+            "address": None if protection is None else protection.worker,
+            "parameters": plan.worker_parameters,
+            "bytes_sent_once": plan.upload_bytes,
+        },
+        "crossings": (plan.forward_crossings + plan.backward_crossings) * len(micro_batches),
+        "bytes_crossing": (plan.forward_bytes + plan.backward_bytes) * tokens,
+        "out": str(recipe.out),
+    }
+
+
+def _tell(it: dict[str, Any]) -> None:
+    data, adapter, enclave, worker = it["data"], it["adapter"], it["enclave"], it["worker"]
+    lines = [
+        f"data       {data['examples']} examples, {format_count(data['tokens'])} tokens an epoch, "
+        f"{format_count(data['trained_tokens'])} of them trained on; the longest has {data['longest']}",
+        f"steps      {it['steps']} ({it['steps_per_epoch']} an epoch), {it['forward_passes']} forward and backward "
+        f"passes over {format_count(it['padded_tokens'])} tokens with padding",
+        f"adapter    {format_count(adapter['parameters'])} parameters; with gradients and AdamW's moments "
+        f"{format_bytes(adapter['bytes_in_training'])}",
+        f"here       {format_count(enclave['parameters'])} parameters of the model, {format_bytes(enclave['bytes'])}; "
+        "activations come on top",
+    ]
+    if data["eval_examples"]:
+        lines.insert(2, f"measured   {it['measurements']} times on {data['eval_examples']} examples")
+    if it["protected"]:
+        lines += [
+            f"worker     {format_count(worker['parameters'])} parameters, {format_bytes(worker['bytes_sent_once'])} "
+            f"sent once to {worker['address'] or 'a worker that is started on this machine'}, profile {it['profile']}",
+            f"crossings  {format_count(it['crossings'])} while training, {format_bytes(it['bytes_crossing'])} both "
+            "ways, without shield rows",
+        ]
+    else:
+        lines.append("worker     none: a plain run")
+    lines.append(f"out        {it['out']}")
+    for line in lines:
+        output.write_text(line)
+    output.notice("a dry run: nothing was sent, nothing was written")

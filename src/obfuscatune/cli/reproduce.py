@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from obfuscatune.cli import options, output
+from obfuscatune.errors import ConfigError
 from obfuscatune.option import Option
-from obfuscatune.wire.errors import ConfigError
 
 if TYPE_CHECKING:
     from obfuscatune.reproduction.run import Reproduction

@@ -1,23 +1,78 @@
-"""A model made ready for a command, protected or plain, and its worker put away afterwards."""
+"""SIGTERM and SIGHUP: finish what must not be broken off, or end in good order at once.
 
+A model made ready for a command, protected or plain, and its worker put away afterwards.
+"""
+
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from obfuscatune.cli import options, output
 from obfuscatune.cli.options import ENVIRONMENT, PROTECTION
+from obfuscatune.errors import ConfigError, ModelFileError, WireError
 from obfuscatune.option import Option
-from obfuscatune.wire.errors import ConfigError, ModelFileError, WireError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from obfuscatune.enclave.link import WorkerLink
-    from obfuscatune.enclave.local import LocalWorker
+    from obfuscatune.enclave.client import WorkerLink
+    from obfuscatune.enclave.local_worker import LocalWorker
     from obfuscatune.enclave.profiles import Profile
+
+
+EXIT_SIGNALLED = 128
+"""Added to a signal's number, as shells report a process that it ended: 143 for SIGTERM."""
+
+
+class Terminated(BaseException):
+    """A signal asked this process to end; unwinds as Ctrl-C does, so that workers and links are closed."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.exit_code = EXIT_SIGNALLED + signum
+
+
+class StopSignals:
+    """While the `with` lasts, SIGTERM and SIGHUP raise `Terminated`, or are waited for where `patient` is set.
+
+    A signal that is ignored (`nohup`) stays so. Outside the main thread, where Python takes no handlers, this does
+    nothing.
+    """
+
+    def __init__(self) -> None:
+        self.patient = False
+        """Whether somebody asks `received` often enough, and wants no exception for the first signal."""
+        self.received: int | None = None
+        """The number of the signal that came."""
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(signum) is not signal.SIG_IGN:
+                    self._before[signum] = signal.signal(signum, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def asked(self) -> bool:
+        """Whether a signal came."""
+        return self.received is not None
+
+    def _handle(self, signum: int, _frame: FrameType | None) -> None:
+        first, self.received = self.received is None, signum
+        if not (first and self.patient):
+            raise Terminated(signum)
+
 
 _SECONDS_BETWEEN_LOOKS = 0.2
 
@@ -111,7 +166,7 @@ def open_files(model: str | None) -> ModelFiles:
 
         from obfuscatune.assets import tiny_model_path
         from obfuscatune.enclave.config import read_config
-        from obfuscatune.enclave.load import find_directory
+        from obfuscatune.enclave.loading import find_directory
 
         _quieten_transformers()
         directory = find_directory(model if model is not None else tiny_model_path())
@@ -131,7 +186,7 @@ def empty_model(files: ModelFiles) -> "PreTrainedModel":
     """
     from transformers import AutoModelForCausalLM
 
-    from obfuscatune.enclave.skeleton import empty_model as make
+    from obfuscatune.enclave.config import empty_model as make
 
     return make(files.config, AutoModelForCausalLM, None)
 
@@ -161,14 +216,14 @@ def open_session(
         if protection is None:
             output.warn_plain()
             with output.progress("reading the model"):
-                from obfuscatune.tuning.plain import load_plain
+                from obfuscatune.training.run import load_plain
 
                 model = load_plain(files.directory, files.config, torch_dtype)
         else:
             model = stack.enter_context(_protected(files, torch_dtype, protection))
         model.name_or_path = files.name
         if adapter is not None:
-            from obfuscatune.tuning.adapter import load_adapter
+            from obfuscatune.training.adapter import load_adapter
 
             model = load_adapter(model, adapter)
             if protection is not None and model.protection.lora_on_worker:
@@ -177,7 +232,7 @@ def open_session(
 
 
 def _check_adapter(files: ModelFiles, adapter: Path, protection: Protection | None) -> None:
-    from obfuscatune.tuning.adapter import check_adapter
+    from obfuscatune.training.adapter import check_adapter
 
     with output.progress("checking the adapter"):
         weights_at_hand = protection is None or not resolved_profile(protection).offload

@@ -1,11 +1,10 @@
 """The demo: the embedded model learns private notes, protected and plain, and both are laid side by side.
 
-    settings  seed, a path         -> both runs' recipes, what counts as success, an empty folder for them
-    side      a model              -> answers before, training, answers after
-    result    two sides            -> differences, whether they are within the tolerances, result.json
-    run       settings             -> both sides, compared
-    page      a result             -> report.html, and the table that the terminal shows too
-    terminal  losses, a result     -> a picture while it trains, and what is printed at the end
+    settings  seed, a path     -> both runs' recipes, what counts as success, an empty folder for them
+    run       settings         -> for each side: answers before, training, answers after; then both, compared
+    result    two sides        -> differences, whether they are within the tolerances, result.json
+    page      a result         -> report.html, and the table that the terminal shows too
+    terminal  losses, a result -> a picture while it trains, and what is printed at the end
 
-run.py is all but the writing; the command that calls it is cli/demo.py.
+The command that calls it is cli/demo.py.
 """

@@ -2,11 +2,23 @@
 
 from typing import NamedTuple
 
-from obfuscatune.demo.result import Result
-from obfuscatune.demo.side import Side
+from obfuscatune.demo.result import Result, Side
 from obfuscatune.report.charts import Chart, Series
-from obfuscatune.report.page import Beside, Facts, Figure, KeyFigures, Section, Table, Verdict, render_page
-from obfuscatune.report.units import format_bytes, format_count, format_seconds, format_share, format_small
+from obfuscatune.report.page import (
+    Beside,
+    Facts,
+    Figure,
+    KeyFigures,
+    Section,
+    Table,
+    Verdict,
+    format_bytes,
+    format_count,
+    format_seconds,
+    format_share,
+    format_small,
+    render_page,
+)
 
 COLUMNS = ("", "protected", "plain", "difference")
 

@@ -4,15 +4,47 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from safetensors.torch import load as load_tensors
 
 from obfuscatune.demo.settings import LAST_LOSS_TOLERANCE, LOSS_TOLERANCE, WEIGHT_TOLERANCE, Settings
-from obfuscatune.demo.side import Side
-from obfuscatune.evaluation.scoring import Comparison, compare
-from obfuscatune.tuning.adapter import WEIGHTS
-from obfuscatune.tuning.records import Completion
-from obfuscatune.wire.errors import ModelFileError
+from obfuscatune.errors import ModelFileError
+from obfuscatune.evaluation.scoring import Comparison, Metric, compare
+from obfuscatune.training.adapter import WEIGHTS
+from obfuscatune.training.data_files import Completion
+from obfuscatune.training.loop import StepEvent
+
+Name = Literal["protected", "plain"]
+Link = Mapping[str, int | float]
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Wall time: to make the model ready (a worker's start included), to answer, to train."""
+
+    ready: float
+    before: float
+    training: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Side:
+    """What came of one side. `link` counts what crossed while training, None without protection."""
+
+    name: Name
+    before: Metric
+    after: Metric
+    steps: tuple[StepEvent, ...]
+    adapter: Path
+    seconds: Seconds
+    link: Link | None
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """Of every step, in nats per token."""
+        return tuple(event.loss for event in self.steps)
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,94 @@
-"""The whole demo, from its settings to its result."""
+"""One side of the demo, protected or plain: ask, fine-tune, ask again.
+
+The whole demo, from its settings to its result.
+"""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from obfuscatune.demo.result import Result, Shape, check, compare_sides
-from obfuscatune.demo.settings import Settings, held_out
-from obfuscatune.demo.side import Name, Opened, Screen, Side, Task, run_side
+from obfuscatune.demo.result import Link, Name, Result, Seconds, Shape, Side, check, compare_sides
+from obfuscatune.demo.settings import QUESTIONS_AT_ONCE, Settings, held_out
 from obfuscatune.enclave.plan import make_plan, model_from_config
 from obfuscatune.enclave.profiles import resolve
-from obfuscatune.evaluation.questions import load_completions
-from obfuscatune.report.environment import environment
-from obfuscatune.tuning.identity import model_fingerprint
+from obfuscatune.evaluation.questions import evaluate_completions, load_completions
+from obfuscatune.evaluation.scoring import Metric
+from obfuscatune.report.page import environment
+from obfuscatune.training.checkpoint import model_fingerprint
+from obfuscatune.training.data_files import Completion
+from obfuscatune.training.journal import Event
+from obfuscatune.training.recipe import Recipe
+from obfuscatune.training.run import finetune, load_data
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Opened(Protocol):
+    """A model that is ready."""
+
+    @property
+    def model(self) -> "PreTrainedModel":
+        """Protected or plain."""
+
+    def link(self) -> Link | None:
+        """What has crossed so far (`LinkStats` by name); None without protection."""
+
+
+class Screen(Protocol):
+    """Whoever watches."""
+
+    def asking(self, name: Name, *, tuned: bool, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """While questions are answered; what it yields is called with the number answered since the last call."""
+
+    def training(self, name: Name) -> AbstractContextManager[Callable[[Event], None]]:
+        """While the model is fine-tuned; what it yields is called with each event."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What both sides are given. `fingerprint` tells the model from others."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    questions: Sequence[Completion]
+    fingerprint: str
+
+
+def run_side(name: Name, opening: AbstractContextManager[Opened], task: Task, recipe: Recipe, screen: Screen) -> Side:
+    """Open a model, ask, fine-tune it as the recipe says, ask again, close it.
+
+    Raises:
+        ObfuscaTuneError: as `open_session`, `evaluate_completions` and `finetune` do.
+    """
+    began = time.perf_counter()
+    with opening as opened:
+        ready = time.perf_counter() - began
+        data = load_data(recipe, task.tokenizer, opened.model.config)
+        before, before_seconds = _ask(name, opened.model, task, screen, tuned=False)
+        crossed_before = opened.link()
+        with screen.training(name) as see:
+            outcome = finetune(opened.model, task.tokenizer, recipe, data, fingerprint=task.fingerprint, report=see)
+        crossed_after = opened.link()
+        after, after_seconds = _ask(name, outcome.model, task, screen, tuned=True)
+    steps = outcome.progress.steps
+    training = sum(event.seconds for event in steps)
+    link = None
+    if crossed_before is not None and crossed_after is not None:
+        link = {key: value - crossed_before[key] for key, value in crossed_after.items()}
+    seconds = Seconds(ready, before_seconds, training, after_seconds)
+    return Side(name, before, after, steps, outcome.adapter, seconds, link)
+
+
+def _ask(name: Name, model: "PreTrainedModel", task: Task, screen: Screen, *, tuned: bool) -> tuple[Metric, float]:
+    began = time.perf_counter()
+    with screen.asking(name, tuned=tuned, total=len(task.questions)) as advance:
+        metric = evaluate_completions(
+            model, task.tokenizer, task.questions, batch_size=QUESTIONS_AT_ONCE, advance=advance
+        )
+    return metric, time.perf_counter() - began
 
 
 def run_demo(

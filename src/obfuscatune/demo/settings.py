@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from obfuscatune.assets import clinic_notes_path
-from obfuscatune.tuning.recipe import Recipe
-from obfuscatune.tuning.storage import RunDirectory
-from obfuscatune.wire.errors import ConfigError, StorageError
+from obfuscatune.errors import ConfigError, StorageError
+from obfuscatune.training.recipe import Recipe
+from obfuscatune.training.storage import RunDirectory
 
 ACCURACY = 0.8
 """Least share of held-out questions answered right after fine-tuning."""

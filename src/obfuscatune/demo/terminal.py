@@ -15,7 +15,7 @@ from obfuscatune.demo.page import COLUMNS, table_rows
 from obfuscatune.demo.result import Result
 from obfuscatune.demo.settings import REPORT
 from obfuscatune.report.braille import Curve, draw, legend
-from obfuscatune.tuning.journal import Event, Measured, Started
+from obfuscatune.training.journal import Event, Measured, Started
 
 STYLES = {"protected": "cyan", "plain": "yellow"}
 _ROWS = 9

@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from obfuscatune.wire.errors import ModelFileError
-from obfuscatune.wire.tensors import bytes_of
+from obfuscatune.errors import ModelFileError
+from obfuscatune.protocol.tensors import bytes_of
 
 PANEL_BYTES = 1 << 20
 """Of the rows that are read at a time, as far as one row is not longer: they stay in the cache until they are used."""

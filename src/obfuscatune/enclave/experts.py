@@ -20,10 +20,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from obfuscatune.enclave.call import outside_autocast
-from obfuscatune.enclave.modules import AbsentWeight, SharedCrossing, no_elements, refuse_weight
-from obfuscatune.enclave.sites import experts_matrices
-from obfuscatune.wire.errors import ProtectionError
+from obfuscatune.enclave.autograd import outside_autocast
+from obfuscatune.enclave.layers import AbsentWeight, SharedCrossing, no_elements, refuse_weight
+from obfuscatune.enclave.target_layers import experts_matrices
+from obfuscatune.errors import ProtectionError
 
 AT_ONCE = 32
 """Requests of one module that are under way at a time: their rows and products are in memory together."""

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from obfuscatune.enclave import kernels
 from obfuscatune.enclave.kernels.reference import box_muller
-from obfuscatune.wire.errors import ConfigError, StorageError
-from obfuscatune.wire.secret_files import read_secret, write_new
+from obfuscatune.errors import ConfigError, StorageError
+from obfuscatune.protocol.files import read_secret, write_new
 
 KEY_BYTES = 32
 LABEL = b"obfuscatune/keys/v1"

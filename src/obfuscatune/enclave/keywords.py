@@ -14,7 +14,7 @@ import torch
 from transformers import PretrainedConfig
 
 from obfuscatune.enclave.config import ATTENTION, EXPERTS, refuse_kernels
-from obfuscatune.wire.errors import ConfigError
+from obfuscatune.errors import ConfigError
 
 HEAD = ("num_labels", "id2label", "label2id", "problem_type")
 """What a new head needs to know; each overrides the configuration's attribute of that name."""

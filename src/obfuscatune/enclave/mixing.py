@@ -1,4 +1,17 @@
-"""Fresh mixing of a call's rows: A [D x; N], and back.
+"""Rows scaled to one size before they are mixed, and their products scaled back.
+
+Mixing spreads the rounding error of each row over all: beside a row that is a thousand times as large as the others, as
+the first token's often is, the others would lose three digits. So each row is multiplied by a power of two of its own
+
+    D = diag(2^-e)    root mean square of each row of D x in (1/2, 1]
+    x -> D x  ->  mixed, multiplied, unmixed  ->  D x W  ->  D⁻¹ (D x W) = x W
+
+Powers of two round nothing. Rows of 16-bit numbers are brought to one size exactly, so that the rounding of what is
+sent costs each the same; float32, which they are scaled in, is rounded far beyond their digits.
+
+The scales stay in the enclave: of the size of a row nothing is sent.
+
+Fresh mixing of a call's rows: A [D x; N], and back.
 
     m = n + s rows, s >= the profile's shield rows; of many rows, rounded up so that m = a·b is near-square
     D                        brings each row to a root mean square in (1/2, 1], or to 3/4 (`scaling`)
@@ -8,24 +21,102 @@
 
 Both are dense: each row that the worker sees is a combination of *all* rows of the call. N is isotropic,
 so it is drawn in the worker's basis directly: N and N R are alike for orthogonal R.
+
+Who draws the secrets of each request, at the moment when its rows are there: A, and the shield rows N.
+
+Nothing is drawn ahead. A copy of the enclave (a fork, a virtual machine that is resumed twice from one snapshot) would
+send what was drawn ahead as its original does, and the difference of the two requests would show the text's.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from obfuscatune.enclave import kernels
+from obfuscatune.enclave.client.requests import NOT_FINITE, check_finite, check_product
 from obfuscatune.enclave.kernels.interface import MixingOfFew, RowMixing
 from obfuscatune.enclave.keys import SecretStream
-from obfuscatune.enclave.link.pending import NOT_FINITE, check_finite, check_product
-from obfuscatune.enclave.scaling import RowScales
-from obfuscatune.enclave.sums import product_in_parts
-from obfuscatune.wire.errors import BadReply
+from obfuscatune.enclave.orthogonal import covering_grid, haar, haar_from
+from obfuscatune.enclave.verification import product_in_parts
+from obfuscatune.errors import BadReply
+
+SIZE_OF_ROWS = 0.75
+"""Root mean square of scaled 16-bit rows, and the middle of what others have; that of shield rows."""
+LARGEST_EXPONENT = {torch.float32: 126, torch.float64: 1022}
+"""Of a scale: beyond, it or its inverse is no normal number. Rows beyond stay smaller or larger than the others."""
+_SQUARES = {torch.float32: 2.0**50, torch.float64: 2.0**450}
+"""Sizes up to which, and of whose inverse on, the sum of a row's squares neither overflows nor vanishes."""
+
+
+@dataclass(frozen=True)
+class RowScales:
+    """One factor for each row of x (n, p), in float64 where x is, and in float32 otherwise.
+
+    A power of two, unless x has 16 bits: see above.
+    """
+
+    down: Tensor
+    """(n, 1)."""
+    up: Tensor
+    """1 / down (n, 1); 0 for a row of zeros, whose product is nothing but the others' rounding errors."""
+    mean_square: float
+    """Of all elements of D x."""
+
+    @classmethod
+    def of(cls, x: Tensor) -> RowScales:
+        """The scales of x (n, p), of any floating dtype, on any device. A row of zeros stays one.
+
+        Raises:
+            NonFiniteError: some element is NaN or infinite.
+        """
+        x = x.detach()
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norms = torch.linalg.vector_norm(x, dim=1, dtype=wide)
+        sizes = norms.double().cpu().numpy() / math.sqrt(x.shape[1])
+        doubtful = ~((sizes > 1 / _SQUARES[wide]) & (sizes < _SQUARES[wide]))
+        is_ordinary = not doubtful.any()
+        if not is_ordinary:
+            sizes[doubtful] = _sizes_by_peaks(x[torch.from_numpy(doubtful).to(x.device)].to(wide))
+        if x.itemsize == 2:
+            up = np.where(sizes > 0, sizes / SIZE_OF_ROWS, 1.0)
+        else:
+            mantissas, exponents = np.frexp(sizes)
+            up = np.ldexp(1.0, exponents - (mantissas == 0.5))
+        if not is_ordinary:
+            np.clip(up, 2.0 ** -LARGEST_EXPONENT[wide], 2.0 ** LARGEST_EXPONENT[wide], out=up)
+        down = 1 / up
+        if not is_ordinary:
+            up[sizes == 0] = 0
+        scaled = sizes * down
+        column_down, column_up = (torch.from_numpy(powers).to(x.device, wide).unsqueeze(-1) for powers in (down, up))
+        return cls(column_down, column_up, float(scaled @ scaled) / len(scaled))
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """D x (n, p) in the dtype of the scales, contiguous, in memory of its own."""
+        return torch.mul(x.detach(), self.down, out=self.down.new_empty(x.shape))
+
+    def undo(self, y: Tensor) -> Tensor:
+        """D⁻¹ y in the place of y (n, q)."""
+        return y.mul_(self.up)
+
+
+def _sizes_by_peaks(rows: Tensor) -> NDArray[np.float64]:
+    """The root mean squares (k,) of rows (k, p) whose squares may overflow or vanish."""
+    check_finite(rows)
+    peaks = torch.linalg.vector_norm(rows, ord=math.inf, dim=1)
+    peaks = torch.where(peaks == 0, 1.0, peaks)
+    norms = torch.linalg.vector_norm(rows / peaks.unsqueeze(1), dim=1)  # from 1 on, or 0
+    sizes: NDArray[np.float64] = (peaks.double() * norms.double() / math.sqrt(rows.shape[1])).cpu().numpy()
+    return sizes
+
 
 DENSE_BELOW = 32  # rows; up to here one dense factor costs no more than two small ones
 
@@ -208,3 +299,64 @@ class NoMixing:
     def scaled_back(self, y: Tensor) -> Tensor:
         """y."""
         return y
+
+
+class Mixer(Protocol):
+    """Draws the mixing of each request."""
+
+    def draw_few(self, rows: int, width: int, dtype: torch.dtype) -> FewMixing | None:
+        """The mixing for a request of few rows, as kernels take it; None where `draw` is to be asked."""
+
+    def draw(self, rows: int, width: int) -> Mixing:
+        """The mixing for one request of ``rows`` rows of ``width`` elements."""
+
+
+class KroneckerMixer:
+    """Draws a fresh ``A`` and fresh shield rows for every request."""
+
+    def __init__(
+        self, shield_rows: int, stream: SecretStream, *, shield_scale: float = 1.0, full_rank: bool = False
+    ) -> None:
+        """
+        Args:
+            shield_rows: random rows beside those of the request, at least.
+            stream: `SecretStream.fresh()`, but in tests.
+            shield_scale: size of the shield rows over that of the scaled rows beside them.
+            full_rank: whether a request has at least as many rows as they have elements.
+        """
+        self._shield_rows, self._shield_size = shield_rows, shield_scale * SIZE_OF_ROWS
+        self._full_rank = full_rank
+        self._stream = stream
+
+    def draw_few(self, rows: int, width: int, dtype: torch.dtype) -> FewMixing | None:
+        """Secrets for one request of ``rows`` >= 1 rows, if A is dense."""
+        m = rows + self._shield_rows
+        if self._full_rank or m > DENSE_BELOW:
+            return None
+        drawn = self._stream.normal(m * m + (m - rows) * width, dtype=dtype)  # at once: most of it is calls
+        A, stack = haar_from(drawn[: m * m].view(m, m).double()).to(dtype), torch.empty(m, width, dtype=dtype)
+        torch.mul(drawn[m * m :].view(m - rows, width), self._shield_size, out=stack[rows:])
+        return FewMixing(MixingOfFew(A, A.T.contiguous(), stack), self._shield_size)
+
+    def draw(self, rows: int, width: int) -> Mixing:
+        """Secrets for one request of ``rows`` >= 1 rows of ``width`` elements."""
+        wanted = rows + self._shield_rows
+        if self._full_rank:
+            wanted = max(wanted, width)
+        if wanted <= DENSE_BELOW:
+            return DenseMixing(rows, haar(self._stream, wanted), self._stream, self._shield_size)
+        a, b = covering_grid(wanted)
+        Q_a, Q_b = haar(self._stream, a), haar(self._stream, b)
+        A = RowMixing(self._stream.permutation(a * b), rows, Q_a, Q_b)
+        return KroneckerMixing(A, self._stream, self._shield_size)
+
+
+class NoMixer:
+    """Draws nothing."""
+
+    def draw(self, rows: int, width: int) -> NoMixing:
+        """A = 1."""
+        return NoMixing(rows)
+
+    def draw_few(self, rows: int, width: int, dtype: torch.dtype) -> None:
+        """Nothing that a kernel takes."""

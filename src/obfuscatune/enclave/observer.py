@@ -2,11 +2,17 @@
 
 span       names the parts of a request, which `torch.profiler` shows and `obfuscatune bench` adds up
 Observer   sees secrets and plain rows; handed to `load` or `protect`
+
+Where the time of `load` went: seconds spent in each of its stages. Two matrices pass through them at a time.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -31,3 +37,29 @@ class Observer(Protocol):
 def span(name: str) -> AbstractContextManager[object]:
     """What is done within is `name` to a profiler; where none runs, asking costs a tenth of torch's own span."""
     return record_function(name) if profiler._is_profiler_enabled else _NOTHING
+
+
+@dataclass
+class StageClock:
+    """Seconds, of both lanes together: up to twice as many as passed. Safe from any thread."""
+
+    reading: float = 0.0
+    """The weights from the files, those that stay in the enclave too."""
+    transforming: float = 0.0
+    """W to W_star, drawing its secrets included."""
+    sending: float = 0.0
+    """Until the worker has confirmed each matrix; what its products are to be checked by is computed then, too."""
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()  # no field: as a dictionary, this is seconds alone
+
+    @contextmanager
+    def measure(self, stage: str) -> Iterator[None]:
+        """Add what passes inside the `with` to that stage."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            passed = time.monotonic() - started
+            with self._lock:
+                setattr(self, stage, getattr(self, stage) + passed)

@@ -19,11 +19,10 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from obfuscatune.enclave.checkpoint import Checkpoint, shard_names
-from obfuscatune.enclave.config import read_config
-from obfuscatune.enclave.load import find_config
+from obfuscatune.enclave.config import empty_model, read_config
+from obfuscatune.enclave.loading import find_config
 from obfuscatune.enclave.profiles import Profile
-from obfuscatune.enclave.sites import Expert, Kept, SiteGroup, find_groups, find_kept, find_sites, group_sites
-from obfuscatune.enclave.skeleton import empty_model
+from obfuscatune.enclave.target_layers import Expert, Kept, SiteGroup, find_groups, find_kept, find_sites, group_sites
 from obfuscatune.enclave.weights import StoredWeights
 
 Place = Literal["enclave", "worker"]

@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from obfuscatune.enclave.transforms import TransformSpec
-from obfuscatune.wire.errors import ConfigError
+from obfuscatune.errors import ConfigError
 
 Sides = Literal["both", "paper"]
 LoraOn = Literal["enclave", "worker"]

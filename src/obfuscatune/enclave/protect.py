@@ -15,23 +15,21 @@ from peft import PeftModel
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from obfuscatune.enclave.client import RetryPolicy, WorkerLink
 from obfuscatune.enclave.experts import ProtectedExperts
 from obfuscatune.enclave.keys import RootKey
-from obfuscatune.enclave.link import RetryPolicy, WorkerLink
-from obfuscatune.enclave.local import local_worker
-from obfuscatune.enclave.modules import ProtectedLayer
+from obfuscatune.enclave.layers import ProtectedLayer
+from obfuscatune.enclave.local_worker import local_worker
 from obfuscatune.enclave.observer import Observer
-from obfuscatune.enclave.offloaded import SPOOLED_AT_LEAST_IN, WeightFromSpool
 from obfuscatune.enclave.profiles import Profile, resolve
 from obfuscatune.enclave.protected_model import Closable, ProtectedModel, extend, has_adapter
 from obfuscatune.enclave.protection import Protection, place
 from obfuscatune.enclave.published import Base, warn_of_public_base
-from obfuscatune.enclave.sites import find_groups, refuse_absent_weights
-from obfuscatune.enclave.spool import Spool
-from obfuscatune.enclave.targets import watch_targets
-from obfuscatune.enclave.training import TrainingWatch
-from obfuscatune.wire.errors import ConfigError, ProtectionError
-from obfuscatune.wire.tls import TlsConfig
+from obfuscatune.enclave.spill_store import SPOOLED_AT_LEAST_IN, Spool, WeightFromSpool
+from obfuscatune.enclave.target_layers import find_groups, refuse_absent_weights
+from obfuscatune.enclave.training_hooks import TrainingWatch, watch_targets
+from obfuscatune.errors import ConfigError, ProtectionError
+from obfuscatune.protocol.tls import TlsConfig
 
 Model = TypeVar("Model", bound=nn.Module)
 Progress = Callable[[int, int, str], None]

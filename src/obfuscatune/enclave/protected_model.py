@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Self
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from obfuscatune.enclave.modules import elements_on_worker
-from obfuscatune.wire.errors import ProtectionError
+from obfuscatune.enclave.layers import elements_on_worker
+from obfuscatune.errors import ProtectionError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as _Model

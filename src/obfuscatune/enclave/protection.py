@@ -13,22 +13,21 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from obfuscatune.enclave.call import outside_autocast
+from obfuscatune.enclave.autograd import outside_autocast
+from obfuscatune.enclave.client import LinkStats, WorkerLink
 from obfuscatune.enclave.experts import ProtectedExperts, add, protected
 from obfuscatune.enclave.keys import RootKey, SecretStream
-from obfuscatune.enclave.linear import Held, Observe, OffloadedProduct
-from obfuscatune.enclave.link import LinkStats, WorkerLink
-from obfuscatune.enclave.mixer import KroneckerMixer, Mixer, NoMixer
-from obfuscatune.enclave.modules import ProtectedConv1D, ProtectedLayer, ProtectedLinear, SharedCrossing
-from obfuscatune.enclave.obfuscate import Obfuscated, in_range, is_finer, obfuscate
+from obfuscatune.enclave.layers import ProtectedConv1D, ProtectedLayer, ProtectedLinear, SharedCrossing
+from obfuscatune.enclave.mixing import KroneckerMixer, Mixer, NoMixer
+from obfuscatune.enclave.obfuscation import Obfuscated, in_range, is_finer, obfuscate
 from obfuscatune.enclave.observer import Observer
-from obfuscatune.enclave.offloaded import Offloaded, WeightSource
+from obfuscatune.enclave.product import Held, Observe, OffloadedProduct
 from obfuscatune.enclave.profiles import Profile
-from obfuscatune.enclave.remote.adapters import RemoteAdapters
-from obfuscatune.enclave.sides import residual_side
-from obfuscatune.enclave.sites import Expert, SiteGroup, experts_matrices
-from obfuscatune.enclave.verify import Verifier
-from obfuscatune.wire.errors import ConfigError, ProtectionError
+from obfuscatune.enclave.remote_lora.adapters import RemoteAdapters
+from obfuscatune.enclave.spill_store import Offloaded, WeightSource
+from obfuscatune.enclave.target_layers import Expert, SiteGroup, experts_matrices, residual_side
+from obfuscatune.enclave.verification import Verifier
+from obfuscatune.errors import ConfigError, ProtectionError
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import yaml
 
 from obfuscatune.enclave.profiles import Profile
-from obfuscatune.wire.errors import ConfigError
+from obfuscatune.errors import ConfigError
 
 Base = Literal["closed", "public"]
 _FAMILIES = Path(__file__).with_name("published_families.toml")

@@ -32,10 +32,9 @@ from transformers.core_model_loading import (
 from transformers.pytorch_utils import Conv1D
 
 from obfuscatune.enclave.checkpoint import Checkpoint
-from obfuscatune.enclave.config import blamed_on
-from obfuscatune.enclave.sites import Expert, SiteGroup
-from obfuscatune.enclave.skeleton import initialize, put
-from obfuscatune.wire.errors import ModelFileError
+from obfuscatune.enclave.config import blamed_on, initialize, put
+from obfuscatune.enclave.target_layers import Expert, SiteGroup
+from obfuscatune.errors import ModelFileError
 
 
 @dataclass

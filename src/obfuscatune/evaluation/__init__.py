@@ -2,9 +2,9 @@
 
 Data passes through the files in this order:
 
-    scoring    prompts, continuations   -> log-likelihoods; answers -> a number with its error; two runs compared
-    choices    a task's questions       -> accuracy, with an answer and its margin for every question
-    questions  prompts, completions     -> greedy text, exact match, an answer for every question
+    questions  prompts, completions, a task's questions -> greedy text, choices, an answer and its margin for each
+    scoring    answers                                  -> a number with its error; two runs compared
+    harness    a task of lm-evaluation-harness          -> its own scores
 
-The question sets are in tuning/tasks.py: what is asked is also what may be trained on.
+The question sets are in training/tasks.py: what is asked is also what may be trained on.
 """

@@ -16,15 +16,15 @@ import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
+from obfuscatune.enclave.client import WorkerLink
 from obfuscatune.enclave.keys import RootKey
-from obfuscatune.enclave.link import WorkerLink
-from obfuscatune.enclave.load import find_directory, load
-from obfuscatune.enclave.local import local_worker
+from obfuscatune.enclave.loading import find_directory, load
+from obfuscatune.enclave.local_worker import local_worker
 from obfuscatune.enclave.profiles import Profile, resolve
 from obfuscatune.enclave.published import Base
-from obfuscatune.tuning.adapter import load_adapter
-from obfuscatune.wire.errors import ConfigError
-from obfuscatune.wire.tls import TlsConfig
+from obfuscatune.errors import ConfigError
+from obfuscatune.protocol.tls import TlsConfig
+from obfuscatune.training.adapter import load_adapter
 
 NAME = "obfuscatune"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "auto": None}

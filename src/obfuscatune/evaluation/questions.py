@@ -1,4 +1,7 @@
-"""Prompts answered in the model's own words: greedy text up to the end of its first line, matched exactly."""
+"""Prompts answered in the model's own words: greedy text up to the end of its first line, matched exactly.
+
+A task's questions, answered by likelihood: `process_results` of lm-evaluation-harness for its choices.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from obfuscatune.evaluation.scoring import Metric, Verdict
-from obfuscatune.tuning.data import Source
-from obfuscatune.tuning.records import Completion
-from obfuscatune.tuning.tokens import (
+from obfuscatune.errors import DataError
+from obfuscatune.evaluation.scoring import Metric, Pair, Score, Verdict, score_pairs
+from obfuscatune.training.data import Source
+from obfuscatune.training.data_files import Completion
+from obfuscatune.training.tasks import Question, Task
+from obfuscatune.training.tokens import (
     check_ids,
     context_window,
     embedding_rows,
@@ -19,10 +24,10 @@ from obfuscatune.tuning.tokens import (
     end_id,
     stop_ids,
 )
-from obfuscatune.wire.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 _SPARE_TOKENS = 4
 """Written beyond the longest expected answer, so that one which goes on is seen to."""
@@ -169,3 +174,71 @@ def _answer(
         text = first_line(written[:count])
         answers.append((text.split("\n")[0].strip(), leads[row, :count].min().item()))
     return answers
+
+
+def evaluate_task(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    task: Task,
+    questions: Sequence[Question],
+    *,
+    batch_size: int,
+    advance: Callable[[int], None] = lambda _: None,
+) -> tuple[Metric, ...]:
+    """Score every choice of every question, and judge as the task says.
+
+    Args:
+        batch_size: Choices in one forward pass.
+        advance: Called with the number of choices scored since the last call.
+
+    Returns:
+        `acc` and `acc_norm` (log-likelihood per character of the choice), or `exact_match` of a task that asks
+        whether a right answer is what the model would write greedily.
+
+    Raises:
+        DataError: a choice is longer than the model's window.
+    """
+    pairs = [
+        Pair(tuple(context), tuple(continuation))
+        for question in questions
+        for context, continuation in (encode_pair(tokenizer, question.prompt, f" {c}") for c in question.choices)
+    ]
+    scores = iter(
+        score_pairs(
+            model,
+            pairs,
+            window=context_window(model.config),
+            batch_size=batch_size,
+            pad_id=end_id(tokenizer),
+            advance=advance,
+        )
+    )
+    scored = [(question, [next(scores) for _ in question.choices]) for question in questions]
+    if task.metric == "greedy":
+        return (Metric("exact_match", tuple(_judge_greedy(question, own) for question, own in scored)),)
+    return (
+        Metric("acc", tuple(_judge_choice(question, _plain(own)) for question, own in scored)),
+        Metric("acc_norm", tuple(_judge_choice(question, _per_character(question, own)) for question, own in scored)),
+    )
+
+
+def _plain(scores: Sequence[Score]) -> list[float]:
+    return [score.loglikelihood for score in scores]
+
+
+def _per_character(question: Question, scores: Sequence[Score]) -> list[float]:
+    return [score.loglikelihood / len(choice) for score, choice in zip(scores, question.choices, strict=True)]
+
+
+def _judge_choice(question: Question, values: Sequence[float]) -> Verdict:
+    """The first of the largest values is the answer, as `numpy.argmax` has it."""
+    best = max(range(len(values)), key=lambda index: values[index])
+    rest = [value for index, value in enumerate(values) if index != best]
+    return Verdict(best, best in question.gold, values[best] - max(rest, default=-float("inf")))
+
+
+def _judge_greedy(question: Question, scores: Sequence[Score]) -> Verdict:
+    """Right if greedy decoding would write any right answer. To lose that, every such answer must be lost."""
+    gold = [scores[index] for index in question.gold]
+    hits = [score.margin for score in gold if score.greedy]
+    return Verdict(bool(hits), bool(hits), max(hits) if hits else min(score.margin for score in gold))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from obfuscatune.wire.errors import DataError
+from obfuscatune.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

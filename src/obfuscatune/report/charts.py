@@ -1,14 +1,93 @@
-"""Line and bar charts as SVG, for a page or as files of their own: coloured by style sheets for light and dark."""
+"""Where an axis has its marks, and what they say.
+
+Line and bar charts as SVG, for a page or as files of their own: coloured by style sheets for light and dark.
+"""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby
 from typing import ClassVar, Literal, NamedTuple
 
 from obfuscatune.report.page import templates
-from obfuscatune.report.ticks import Axis, linear_axis, log_axis, named_axis
+
+_MOST_DECADES = 7
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A range of values that holds all of them and begins and ends at a tick or close to one.
+
+    Attributes:
+        low, high: the range; positive on a logarithmic axis.
+        ticks: positions of the marks, within the range, and their labels.
+        named: whether the labels are names, one for each whole number.
+    """
+
+    low: float
+    high: float
+    ticks: tuple[tuple[float, str], ...]
+    log: bool
+    named: bool = False
+
+    def place(self, value: float) -> float:
+        """Where a value lies between low (0) and high (1)."""
+        if self.log:
+            return math.log(value / self.low) / math.log(self.high / self.low)
+        return (value - self.low) / (self.high - self.low)
+
+
+def linear_axis(values: Iterable[float], *, wanted: int = 5, whole: bool = False, tight: bool = False) -> Axis:
+    """Ticks at multiples of 1, 2 or 5 times a power of ten.
+
+    Args:
+        wanted: about how many ticks.
+        whole: no ticks between whole numbers.
+        tight: end at the last value instead of at the tick beyond it.
+    """
+    low, high = _bounds(values)
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    step = _round_step((high - low) / wanted)
+    if whole:
+        step = max(1.0, step)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    positions = [index * step for index in range(first, last + 1)]
+    if tight:
+        positions = [position for position in positions if low <= position <= high]
+    else:
+        low, high = positions[0], positions[-1]
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    return Axis(low, high, tuple((position, f"{position:,.{decimals}f}") for position in positions), log=False)
+
+
+def log_axis(values: Iterable[float]) -> Axis:
+    """Ticks at powers of ten, or at every second or third of them; values of zero are left to the caller."""
+    low, high = _bounds(value for value in values if value > 0)
+    first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
+    last = max(last, first + 1)
+    stride = -(-(last - first) // _MOST_DECADES)
+    exponents = range(first, last + 1, stride)
+    return Axis(10.0**first, 10.0**last, tuple((10.0**e, f"1e{e:d}") for e in exponents), log=True)
+
+
+def named_axis(names: Sequence[str]) -> Axis:
+    """A name at 0, 1, 2, …, with half a step of room on either side."""
+    return Axis(-0.5, len(names) - 0.5, tuple(enumerate(names)), log=False, named=True)
+
+
+def _bounds(values: Iterable[float]) -> tuple[float, float]:
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return 0.1, 1.0  # an empty chart still has axes
+    return min(finite), max(finite)
+
+
+def _round_step(rough: float) -> float:
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(factor * power for factor in (1, 2, 5, 10) if rough <= factor * power * (1 + 1e-9))
+
 
 WIDTH, HEIGHT = 540, 290
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 18, 48, 48

@@ -1,15 +1,95 @@
-"""The document of every report, rendered by one template (templates/).
+"""Numbers as people read them. Decimal prefixes: 1 kB is 1000 bytes.
+
+What a run's times depend on: versions, processor, threads. No host name, and nothing of the user's.
+
+The document of every report, rendered by one template (templates/).
 
 A section is what a command has to show; the template knows how it looks and not what it means.
 """
 
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+
+
+def format_bytes(count: float) -> str:
+    """`1.23 MB`: three significant digits."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{_three_digits(count)} {unit}"
+        count /= 1000
+    return f"{_three_digits(count)} TB"
+
+
+def format_count(count: int) -> str:
+    """`1,557,611,200`."""
+    return f"{count:,}"
+
+
+def format_share(share: float) -> str:
+    """`5.3 %` of a share between 0 and 1."""
+    return f"{100 * share:.1f} %"
+
+
+def format_seconds(seconds: float) -> str:
+    """`4.2 s` or `1 min 32 s`."""
+    if seconds < 99.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    return f"{whole // 60} min {whole % 60:02d} s"
+
+
+def format_small(value: float) -> str:
+    """A difference: `0` where it is exactly that, else `1.2e-06`."""
+    return "0" if value == 0 else f"{value:.1e}"
+
+
+def _three_digits(value: float) -> str:
+    digits = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
+    return f"{value:.{digits}f}"
+
+
+_PACKAGES = ("torch", "transformers", "peft")
+
+
+def environment(threads: int | None = None) -> dict[str, str]:
+    """Names and values, in the order in which they are shown.
+
+    Args:
+        threads: torch's, where other processes computed; those of this one if None.
+    """
+    import torch
+
+    from obfuscatune.machine import cores
+    from obfuscatune.version import __version__
+
+    return {
+        "obfuscatune": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in _PACKAGES},
+        "processor": _processor(),
+        "cores": str(cores()),
+        "torch threads": str(threads or torch.get_num_threads()),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _processor() -> str:
+    """The kernel's name for it, which `platform.processor()` does not give on Linux."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
 
 Tone = Literal["plain", "good", "bad"]
 _LIGHTEST, _DARKEST = 8, 70

@@ -15,20 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from obfuscatune.evaluation.choices import evaluate_task
+from obfuscatune.evaluation.questions import evaluate_task
 from obfuscatune.evaluation.scoring import Metric
 from obfuscatune.reproduction.cells import Cell, Meter, Watch
-from obfuscatune.reproduction.methods import Method, find_method
 from obfuscatune.reproduction.opening import Opening, Subject
-from obfuscatune.reproduction.presets import Preset
-from obfuscatune.tuning.adapter import load_adapter
-from obfuscatune.tuning.data import Data, Dataset
-from obfuscatune.tuning.journal import Event, Started
-from obfuscatune.tuning.loop import StepEvent
-from obfuscatune.tuning.recipe import Recipe
-from obfuscatune.tuning.run import Outcome, finetune, load_data
-from obfuscatune.tuning.storage import RunDirectory
-from obfuscatune.tuning.tasks import Question, Task, find_task, load_questions
+from obfuscatune.reproduction.presets import Method, Preset, find_method
+from obfuscatune.training.adapter import load_adapter
+from obfuscatune.training.data import Data, Dataset
+from obfuscatune.training.journal import Event, Started
+from obfuscatune.training.loop import StepEvent
+from obfuscatune.training.recipe import Recipe
+from obfuscatune.training.run import Outcome, finetune, load_data
+from obfuscatune.training.storage import RunDirectory
+from obfuscatune.training.tasks import Question, Task, find_task, load_questions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

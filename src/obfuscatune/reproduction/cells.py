@@ -14,9 +14,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from obfuscatune.report.environment import environment
-from obfuscatune.tuning.storage import RunDirectory
-from obfuscatune.wire.errors import StorageError
+from obfuscatune.errors import StorageError
+from obfuscatune.report.page import environment
+from obfuscatune.training.storage import RunDirectory
 
 _FOLDER = "cells"
 _DIGEST_LETTERS = 16

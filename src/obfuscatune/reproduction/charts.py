@@ -8,7 +8,7 @@ from statistics import fmean
 from obfuscatune.report.charts import Band, Bar, Bars, Chart, Line, Series
 from obfuscatune.reproduction.cells import Measured
 from obfuscatune.reproduction.compared import deviation, pairings
-from obfuscatune.reproduction.methods import find_method
+from obfuscatune.reproduction.presets import find_method
 
 _LINES: tuple[Line, ...] = ("solid", "dashed", "dotted", "thin")
 

@@ -14,7 +14,7 @@ from typing import Any
 from obfuscatune.report.page import Facts, Section, Verdict, render_page
 from obfuscatune.reproduction.cells import Measured
 from obfuscatune.reproduction.charts import make_charts
-from obfuscatune.reproduction.checks import Check
+from obfuscatune.reproduction.compared import Check
 from obfuscatune.reproduction.request import Request
 from obfuscatune.reproduction.tables import check_table, make_tables
 

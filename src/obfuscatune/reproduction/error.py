@@ -21,10 +21,9 @@ from obfuscatune.assets import clinic_notes_path
 from obfuscatune.bench.workload import config_of, random_model
 from obfuscatune.evaluation.questions import load_completions
 from obfuscatune.reproduction.cells import Cell, Watch
-from obfuscatune.reproduction.methods import find_method
 from obfuscatune.reproduction.opening import Opening, Subject
-from obfuscatune.reproduction.presets import Preset, ShapeDepth
-from obfuscatune.tuning.plain import load_plain
+from obfuscatune.reproduction.presets import Preset, ShapeDepth, find_method
+from obfuscatune.training.run import load_plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

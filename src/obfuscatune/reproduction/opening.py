@@ -13,15 +13,15 @@ import torch
 
 from obfuscatune.assets import tiny_model_path
 from obfuscatune.enclave.config import read_config
-from obfuscatune.enclave.load import find_directory, load
-from obfuscatune.enclave.local import local_worker
+from obfuscatune.enclave.loading import find_directory, load
+from obfuscatune.enclave.local_worker import local_worker
 from obfuscatune.enclave.profiles import resolve
 from obfuscatune.enclave.protect import protect
 from obfuscatune.enclave.published import Base
-from obfuscatune.reproduction.methods import Method
-from obfuscatune.tuning.identity import model_fingerprint
-from obfuscatune.tuning.plain import load_plain
-from obfuscatune.wire.errors import ModelFileError
+from obfuscatune.errors import ModelFileError
+from obfuscatune.reproduction.presets import Method
+from obfuscatune.training.checkpoint import model_fingerprint
+from obfuscatune.training.run import load_plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

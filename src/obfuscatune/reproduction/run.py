@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from obfuscatune.reproduction.cells import CellStore, Measured, Meter, Watch
-from obfuscatune.reproduction.checks import Check, check
+from obfuscatune.reproduction.compared import Check, check
 from obfuscatune.reproduction.documents import to_csv, to_html, to_markdown
 from obfuscatune.reproduction.opening import Opening
-from obfuscatune.reproduction.plan import plan_cells
 from obfuscatune.reproduction.presets import TASKS
-from obfuscatune.reproduction.request import Request
-from obfuscatune.tuning.storage import RunDirectory
+from obfuscatune.reproduction.request import Request, plan_cells
+from obfuscatune.training.storage import RunDirectory
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
-from obfuscatune.report.page import Table
-from obfuscatune.report.units import format_bytes, format_count, format_seconds, format_share, format_small
+from obfuscatune.report.page import Table, format_bytes, format_count, format_seconds, format_share, format_small
 from obfuscatune.reproduction.accuracy import headline
 from obfuscatune.reproduction.cells import Measured
-from obfuscatune.reproduction.checks import Check
-from obfuscatune.reproduction.compared import Gain, Pairing, deviation, gains, pairings
-from obfuscatune.reproduction.methods import find_method
+from obfuscatune.reproduction.compared import Check, Gain, Pairing, deviation, gains, pairings
+from obfuscatune.reproduction.presets import find_method
 
 _SIZES = ("enclave_peak_bytes", "worker_peak_bytes", "bytes_uploaded")
 

@@ -1,8 +1,16 @@
-"""The untrusted half: holds matrices it knows nothing about and multiplies by them. Imports what is shared alone.
+"""UNTRUSTED. Holds matrices it knows nothing about and multiplies by them. Imports what is shared alone.
 
-In the order in which a request passes through: `server` (accepts), `greeting` (learns who is there), `connection`
-with `intake` (reads requests, sends replies) and `buffers` (its memory), `answer` (decides), `store` with `disk`
-(holds), `turns` and `compute` (multiply), `recorder` (writes down all of it). `memory` is what a matrix that stays
-lies in. `sessions` keeps those who are connected apart, and `quota` divides what they share; `__main__`, `options` and
-`run` start it.
+In the order in which a request passes through:
+
+    server          accepts connections; from options to a running worker
+    connection      who is there; one thread reads requests and sends replies
+    request_reader  the next request, within the limits that were announced; `buffers`, its memory
+    handlers        decides what is done; `adapter_handlers`, the same for LoRA on the worker
+    store           holds matrices in memory and on disk
+    backend         multiplies; `adapters` and `lora`, beside a product
+    replies         a result or a refusal
+    recorder        writes down all that passed, where it is asked to
+
+`sessions` keeps those who are connected apart and whose turn it is, and `quota` divides what they share. `__main__` and
+`options` start a worker.
 """

@@ -2,9 +2,9 @@
 
 import sys
 
+from obfuscatune.errors import ObfuscaTuneError
 from obfuscatune.machine import refusal
 from obfuscatune.process import settle_process
-from obfuscatune.wire.errors import ObfuscaTuneError
 from obfuscatune.worker.options import WorkerOptions, parse_arguments
 
 
@@ -14,7 +14,7 @@ def main(options: WorkerOptions) -> int:
         sys.stderr.write(f"error: {line}\n")
         return 2
     settle_process()
-    from obfuscatune.worker.run import run  # imports torch, which reads the environment then
+    from obfuscatune.worker.server import run  # imports torch, which reads the environment then
 
     try:
         return run(options)

@@ -8,14 +8,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from obfuscatune.wire.adapters import PARTS, Attachment, Part, Slice, Step
-from obfuscatune.wire.errors import AdapterLost
-from obfuscatune.wire.limits import MAX_ADAPTERS, MAX_KEPT_FORWARDS
-from obfuscatune.wire.messages import ErrorCode
-from obfuscatune.worker.declined import Declined
-from obfuscatune.worker.descent import descend
-from obfuscatune.worker.lora import Factors, Kept, kept_bytes
+from obfuscatune.errors import AdapterLost
+from obfuscatune.protocol.limits import MAX_ADAPTERS, MAX_KEPT_FORWARDS
+from obfuscatune.protocol.messages import ErrorCode
+from obfuscatune.protocol.payloads import PARTS, Attachment, Part, Slice, Step
+from obfuscatune.worker.lora import Factors, Kept, descend, kept_bytes
 from obfuscatune.worker.quota import Claim, SessionKey
+from obfuscatune.worker.replies import Declined
 from obfuscatune.worker.store import Key, MatrixStore
 
 

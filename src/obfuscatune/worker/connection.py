@@ -1,4 +1,6 @@
-"""One connection of an enclave: its thread reads a request, answers it, and reads the next.
+"""HELLO and WELCOME: who is there, and what it may send.
+
+One connection of an enclave: its thread reads a request, answers it, and reads the next.
 
 A second thread answers, in order, what would keep the first from reading: large requests, whose successors are read
 meanwhile, and replies that the socket does not take at once. It is started when it is first needed. So the reader
@@ -12,22 +14,68 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from obfuscatune.wire.deadline import Deadline, transfer_seconds
-from obfuscatune.wire.errors import StorageError, WireError
-from obfuscatune.wire.framing import send_message
-from obfuscatune.wire.limits import CHUNK_BYTES, HANDSHAKE_SECONDS, KIB, LINGER_SECONDS, STALL_SECONDS
-from obfuscatune.wire.messages import WITH_ROWS, ErrorCode, Header, MessageType
-from obfuscatune.wire.payloads import SHARED_MEMORY, Hello
-from obfuscatune.wire.tensors import bytes_of
-from obfuscatune.wire.transcript import Direction
-from obfuscatune.wire.transport import Buffer, Transport
-from obfuscatune.worker.answer import Answerer
+from obfuscatune.errors import LimitExceeded, ProtocolError, StorageError, UnsupportedVersion, WireError, WorkerRefused
+from obfuscatune.protocol.framing import recv_body, recv_header, send_message
+from obfuscatune.protocol.limits import (
+    CHUNK_BYTES,
+    HANDSHAKE_SECONDS,
+    KIB,
+    LINGER_SECONDS,
+    MAX_IN_FLIGHT,
+    MAX_MATRIX_BYTES,
+    MAX_WINDOW_BYTES,
+    STALL_SECONDS,
+    VERSION,
+)
+from obfuscatune.protocol.messages import WITH_ROWS, ErrorCode, Header, MessageType
+from obfuscatune.protocol.payloads import SHARED_MEMORY, Hello, Welcome
+from obfuscatune.protocol.tensors import bytes_of
+from obfuscatune.protocol.transcript import Direction
+from obfuscatune.protocol.transport import Buffer, Deadline, Transport, transfer_seconds
 from obfuscatune.worker.buffers import Buffers
-from obfuscatune.worker.greeting import farewell, read_hello, welcome
-from obfuscatune.worker.intake import Intake
+from obfuscatune.worker.handlers import Answerer
+from obfuscatune.worker.quota import SessionKey
 from obfuscatune.worker.recorder import Recorder
 from obfuscatune.worker.replies import Reply, Request, refusal
-from obfuscatune.worker.sessions import Session, Sessions, session_label
+from obfuscatune.worker.request_reader import Intake
+from obfuscatune.worker.sessions import Session, Sessions, session_key, session_label
+
+HELLO = frozenset({MessageType.HELLO})
+
+
+def read_hello(transport: Transport, peer: str, deadline: Deadline) -> SessionKey:
+    """Read HELLO of that peer; the key of the session that it opens or goes on with.
+
+    Raises:
+        UnsupportedVersion: no version that both sides speak.
+        WireError: anything else but a HELLO came, or nothing.
+    """
+    header = recv_header(transport, HELLO, deadline=deadline)
+    hello = Hello.unpack(recv_body(transport, header, deadline))
+    if not hello.oldest <= VERSION <= hello.newest:
+        raise UnsupportedVersion(f"versions {hello.oldest} to {hello.newest} offered, {VERSION} spoken here")
+    return session_key(peer, hello.session_id)
+
+
+def welcome(quota_bytes: int, features: int) -> Reply:
+    """What this worker takes."""
+    largest = min(MAX_MATRIX_BYTES, quota_bytes)
+    body = Welcome(VERSION, MAX_IN_FLIGHT, features, MAX_WINDOW_BYTES, largest, quota_bytes).pack()
+    return Reply(Header(MessageType.WELCOME, payload_bytes=len(body)), body)
+
+
+def farewell(error: WireError) -> Reply | None:
+    """What to say before hanging up because of `error`; None where nobody is left to hear it."""
+    if isinstance(error, UnsupportedVersion):
+        return refusal(ErrorCode.VERSION, str(error), last=True)
+    if isinstance(error, LimitExceeded):
+        return refusal(ErrorCode.LIMIT, str(error), last=True)
+    if isinstance(error, ProtocolError):
+        return refusal(ErrorCode.MALFORMED, str(error), last=True)
+    if isinstance(error, WorkerRefused):
+        return refusal(ErrorCode.BUSY, str(error), last=True)
+    return None
+
 
 log = logging.getLogger(__name__)
 AT_ONCE_BYTES = 256 * KIB

@@ -1,16 +1,18 @@
-"""LoRA's arithmetic beside a product, forward and backward. Dropout is the worker's own: nobody else knows its draws.
+"""LoRA's arithmetic beside a product: forward, backward, and a step of the factors.
 
     forward    h = drop(x) A       y = x W + s · h B
     backward   dB += s · hᵀ g      dh = s · g Bᵀ      dA += drop(x)ᵀ dh      dx = g Wᵀ + drop'(dh Aᵀ)
 
-All in the basis that the worker sees. Sums are made in the factors' dtype and rounded to the matrix's once.
+All of it is in the basis that the worker sees. Dropout is the worker's own: nobody else knows its draws. Sums are
+made in the factors' dtype and rounded to the matrix's once. Steps are those of PyTorch's optimizers.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 
-from obfuscatune.wire.adapters import Part, Slice
+from obfuscatune.protocol.payloads import Method, Part, Slice, Step
 
 
 @dataclass(frozen=True)
@@ -119,3 +121,20 @@ def add_backward(g: torch.Tensor, dx: torch.Tensor, slices: tuple[Factors, ...],
 def _drop(x: torch.Tensor, through: torch.Tensor | None, chance: float) -> torch.Tensor:
     """What passes, made larger so that its mean stays."""
     return x if through is None else (x * through).div_(1.0 - chance)
+
+
+def descend(factor: Moved, step: Step) -> None:
+    """Change a factor in place, as `torch.optim.SGD` without momentum or `torch.optim.AdamW` does."""
+    gradient = factor.gradient if step.gradient_scale == 1.0 else factor.gradient * step.gradient_scale
+    if step.method is Method.SGD:
+        if step.weight_decay:
+            gradient = gradient.add(factor.value, alpha=step.weight_decay)
+        factor.value.add_(gradient, alpha=-step.lr)
+        return
+    factor.value.mul_(1.0 - step.lr * step.weight_decay)
+    factor.first.lerp_(gradient, 1.0 - step.beta1)
+    factor.second.mul_(step.beta2).addcmul_(gradient, gradient, value=1.0 - step.beta2)
+    first_share = 1.0 - step.beta1**step.number
+    second_share = 1.0 - step.beta2**step.number
+    size = factor.second.sqrt().div_(math.sqrt(second_share)).add_(step.eps)
+    factor.value.addcdiv_(factor.first, size, value=-step.lr / first_share)

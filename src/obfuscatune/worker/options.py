@@ -6,9 +6,9 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, get_args, get_type_hints
 
+from obfuscatune.errors import ConfigError
 from obfuscatune.option import Option, split_annotation
-from obfuscatune.wire.errors import ConfigError
-from obfuscatune.wire.limits import GIB, KIB, MAX_SESSIONS, MIB
+from obfuscatune.protocol.limits import GIB, KIB, MAX_SESSIONS, MIB
 
 UNITS = {"KiB": KIB, "MiB": MIB, "GiB": GIB, "TiB": 1024 * GIB, "": 1}
 _COMPUTE, _MEMORY, _TLS = "Computing", "Memory and disk", "Over the network"

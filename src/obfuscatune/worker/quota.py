@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import NamedTuple, Self, TypeVar
 
-from obfuscatune.wire.errors import QuotaExceeded
+from obfuscatune.errors import QuotaExceeded
 
 GRAIN = 64
 """What other peers take is rounded up to this part of the whole before it counts, so that sizes that are refused do not

@@ -1,4 +1,4 @@
-"""Writes down all that a worker sees. `wire/transcript.py` has the format, and reads it back."""
+"""Writes down all that a worker sees. `protocol/transcript.py` has the format, and reads it back."""
 
 import errno
 import json
@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from obfuscatune.wire.errors import StorageError
-from obfuscatune.wire.messages import HEADER_BYTES, Header
-from obfuscatune.wire.transcript import FRAMES, INDEX, VERSION, Direction
-from obfuscatune.wire.transport import Buffer
+from obfuscatune.errors import StorageError
+from obfuscatune.protocol.messages import HEADER_BYTES, Header
+from obfuscatune.protocol.transcript import FRAMES, INDEX, VERSION, Direction
+from obfuscatune.protocol.transport import Buffer
 
 
 class Recorder:

@@ -4,15 +4,21 @@ from dataclasses import dataclass
 
 import torch
 
-from obfuscatune.wire.dtypes import DType
-from obfuscatune.wire.errors import MalformedMessage
-from obfuscatune.wire.limits import MAX_ERROR_BYTES, MAX_WINDOW_BYTES
-from obfuscatune.wire.messages import NO_MATRIX, SHARED, ErrorCode, Header, MessageType
-from obfuscatune.wire.tensors import bytes_of
-from obfuscatune.wire.transport import Buffer
+from obfuscatune.errors import MalformedMessage, WorkerRefused
+from obfuscatune.protocol.limits import MAX_ERROR_BYTES, MAX_WINDOW_BYTES
+from obfuscatune.protocol.messages import NO_MATRIX, SHARED, ErrorCode, Header, MessageType
+from obfuscatune.protocol.tensors import DType, bytes_of
+from obfuscatune.protocol.transport import Buffer
 from obfuscatune.worker.buffers import Buffers
-from obfuscatune.worker.declined import Declined
 from obfuscatune.worker.quota import Claim
+
+
+class Declined(WorkerRefused):
+    """One request is refused; the connection goes on."""
+
+    def __init__(self, code: ErrorCode, text: str) -> None:
+        super().__init__(text)
+        self.code = code
 
 
 @dataclass(frozen=True, slots=True)

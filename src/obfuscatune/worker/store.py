@@ -1,16 +1,185 @@
-"""The matrices that a worker holds, each session's apart from every other's."""
+"""Matrices on disk by their content, so that a second run need not upload them again.
 
+A file bears the SHA-256 of dtype, shape and elements as its name, with dtype and shape beside it, and holds the
+elements alone. It is checked whenever it is read, so the folder need not be trusted; whoever names a digest had the
+matrix, or was told by someone who had. Who names it with another shape asks for another file, so that nobody can have
+one taken for damaged. All files together keep to a quota: those that were not used for longest are removed, of peers
+that have more than their share (`Quota.giving_way`).
+
+The matrices that a worker holds, each session's apart from every other's.
+"""
+
+import contextlib
+import errno
+import logging
+import os
+import secrets
 import threading
+import time
 from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from io import FileIO
+from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
 
-from obfuscatune.wire.errors import QuotaExceeded, UnknownMatrix
-from obfuscatune.wire.limits import MAX_MATRICES
-from obfuscatune.wire.messages import ErrorCode
-from obfuscatune.worker.declined import Declined
-from obfuscatune.worker.quota import Claim, Quota, SessionKey
+from obfuscatune.errors import QuotaExceeded, StorageError, UnknownMatrix
+from obfuscatune.protocol.files import sync
+from obfuscatune.protocol.limits import MAX_MATRICES
+from obfuscatune.protocol.messages import ErrorCode
+from obfuscatune.protocol.tensors import DType, bytes_of, content_digest
+from obfuscatune.worker.quota import NOBODY, Claim, Quota, SessionKey
+from obfuscatune.worker.replies import Declined
+
+log = logging.getLogger(__name__)
+
+
+DRAFT_SECONDS = 3600.0
+"""A draft that is older was left by a worker that was killed; a younger one may be another worker's."""
+
+
+class ContentStore:
+    """A folder of matrices, which may be emptied at any time. Safe from any thread."""
+
+    def __init__(self, folder: Path, quota: Quota) -> None:
+        """Raises StorageError: the folder cannot be made, or cannot be cleared of what is too much."""
+        self._folder = folder
+        self._quota = quota
+        self._kept: OrderedDict[Path, Claim] = OrderedDict()  # least recently used first
+        self._lock = threading.Lock()
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            self._take_stock()
+        except OSError as error:
+            raise StorageError(f"cannot use --store {folder}: {error.strerror}") from error
+
+    def load(
+        self, session: SessionKey, digest: bytes, shape: tuple[int, int], dtype: torch.dtype
+    ) -> torch.Tensor | None:
+        """The matrix (p, q) with that digest; None where it is not here, or damaged (then it is removed)."""
+        path = self._path(digest, shape, dtype)
+        matrix = torch.empty(shape, dtype=dtype)
+        try:
+            size = path.stat().st_size
+            with path.open("rb", buffering=0) as file:
+                whole = size == matrix.nbytes and _fill(file, bytes_of(matrix))
+        except FileNotFoundError:
+            self._forget(path)
+            return None
+        except OSError as error:
+            log.warning("cannot read %s: %s; it is asked for again", path, error.strerror)
+            return None
+        if whole and content_digest(matrix) == digest:
+            self._used(path, session)
+            return matrix
+        log.warning("%s is damaged: removed, and asked for again", path)
+        self._remove(path)
+        return None
+
+    def holds(self, digest: bytes, shape: tuple[int, int], dtype: torch.dtype) -> bool:
+        """Whether there is a file of that name; what is in it, `load` tells."""
+        return self._path(digest, shape, dtype).exists()
+
+    def save(self, session: SessionKey, matrix: torch.Tensor) -> None:
+        """Keep a matrix; the file appears whole or not at all.
+
+        Raises:
+            StorageError: the disk refused.
+            QuotaExceeded: it is larger than all that the session's peer may keep.
+        """
+        rows, cols = matrix.shape
+        path = self._path(content_digest(matrix), (rows, cols), matrix.dtype)
+        if path.exists():
+            self._used(path, session)
+            return
+        claim = self._claim(session, matrix.nbytes)
+        draft = self._folder / f".{path.name}.{secrets.token_hex(8)}"
+        try:
+            descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            with os.fdopen(descriptor, "wb", buffering=0) as file:
+                view = bytes_of(matrix)
+                while view:
+                    view = view[file.write(view) :]
+                sync(file.fileno())
+            draft.replace(path)
+        except BaseException as error:
+            draft.unlink(missing_ok=True)
+            claim.release()
+            if isinstance(error, OSError):
+                raise StorageError(f"cannot keep a matrix in {self._folder}: {error.strerror}") from error
+            raise
+        self._keep(path, claim)
+
+    def _claim(self, session: SessionKey, size: int) -> Claim:
+        with self._lock:
+            for path in self._quota.giving_way(session, size, self._kept.items()):
+                path.unlink(missing_ok=True)
+                self._kept.pop(path).release()
+            return self._quota.claim(session, size)
+
+    def _keep(self, path: Path, claim: Claim) -> None:
+        with self._lock:
+            before = self._kept.pop(path, None)
+            self._kept[path] = claim
+        if before is not None:  # two sessions saved the same
+            before.release()
+
+    def _used(self, path: Path, session: SessionKey) -> None:
+        """The most recently used, from here on; what was nobody's is the session's."""
+        with self._lock:
+            claim = self._kept.get(path)
+            if claim is None:
+                return
+            self._kept.move_to_end(path)
+            if claim.session is NOBODY:
+                self._quota.hand_over(claim, session)
+        with contextlib.suppress(OSError):  # so that the next worker knows
+            os.utime(path)
+
+    def _remove(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+        self._forget(path)
+
+    def _forget(self, path: Path) -> None:
+        with self._lock:
+            claim = self._kept.pop(path, None)
+        if claim is not None:
+            claim.release()
+
+    def _take_stock(self) -> None:
+        """Count what an earlier worker left, and remove drafts, and what is too much."""
+        for draft, status in self._files(".*.matrix.*"):
+            if time.time() - status.st_mtime > DRAFT_SECONDS:
+                draft.unlink(missing_ok=True)
+        found = sorted((status.st_mtime, status.st_size, path) for path, status in self._files("*.matrix"))
+        for _, size, path in found:
+            try:
+                self._kept[path] = self._claim(NOBODY, size)
+            except QuotaExceeded:
+                path.unlink(missing_ok=True)
+
+    def _files(self, pattern: str) -> Iterator[tuple[Path, os.stat_result]]:
+        for path in self._folder.glob(pattern):
+            with contextlib.suppress(FileNotFoundError):
+                yield path, path.lstat()
+
+    def _path(self, digest: bytes, shape: tuple[int, int], dtype: torch.dtype) -> Path:
+        rows, cols = shape
+        return self._folder / f"{digest.hex()}-{rows}x{cols}-{DType.of(dtype).name.lower()}.matrix"
+
+
+def _fill(file: FileIO, view: memoryview) -> bool:
+    """Read until `view` is full; False where the file ends before."""
+    while view:
+        came = file.readinto(view)
+        if not came:
+            return False
+        view = view[came:]
+    return True
+
 
 WhenFull = Literal["refuse", "evict"]
 Key = tuple[SessionKey, bytes]

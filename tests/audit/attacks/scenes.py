@@ -15,12 +15,12 @@ from torch import Tensor
 
 from obfuscatune.audit.attacks.base import Attacker
 from obfuscatune.audit.attacks.knowledge import Architecture, Knowledge, KnownCall, PublicBase, PublicText, Scheme
+from obfuscatune.audit.attacks.scoring import TrueCall, TrueLayer, Truth
 from obfuscatune.audit.attacks.stealing import losses
-from obfuscatune.audit.attacks.truth import TrueCall, TrueLayer, Truth
 from obfuscatune.audit.attacks.view import Factors, HeldAdapter, HeldStep, SeenCall, SeenMatrix, WorkerView
 from obfuscatune.enclave.keys import RootKey
 from obfuscatune.enclave.transforms import TransformSpec
-from obfuscatune.wire.adapters import Method, Part, Slice, Step
+from obfuscatune.protocol.payloads import Method, Part, Slice, Step
 
 P = 72  # the smallest width at which a structured transform has a grid: 8 x 9
 VOCABULARY = 40

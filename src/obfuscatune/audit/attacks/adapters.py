@@ -14,13 +14,11 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from obfuscatune.audit.attacks.alignment import Aligned, align_one_sided
 from obfuscatune.audit.attacks.base import Attacker, CannotRun, Finding, Recovered, Target
-from obfuscatune.audit.attacks.geometry import orthonormal_rows
+from obfuscatune.audit.attacks.geometry import Aligned, align_one_sided, orthonormal_rows
 from obfuscatune.audit.attacks.knowledge import Knowledge, PublicBase
 from obfuscatune.audit.attacks.replay import StepGradients, replay
-from obfuscatune.audit.attacks.scoring import SHOWN_TEXTS, cosine, score_pairs
-from obfuscatune.audit.attacks.truth import Truth
+from obfuscatune.audit.attacks.scoring import SHOWN_TEXTS, Truth, cosine, score_pairs
 from obfuscatune.audit.attacks.view import WorkerView
 
 LEAST = 1e-9

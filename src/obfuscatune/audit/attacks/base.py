@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from obfuscatune.audit.attacks.knowledge import Knowledge
-    from obfuscatune.audit.attacks.truth import Truth
+    from obfuscatune.audit.attacks.scoring import Truth
     from obfuscatune.audit.attacks.view import WorkerView
 
 

@@ -13,12 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from obfuscatune.audit.attacks.alignment import align
 from obfuscatune.audit.attacks.base import Attacker, CannotRun, Finding, Target
-from obfuscatune.audit.attacks.geometry import orthonormal_rows
+from obfuscatune.audit.attacks.geometry import align, orthonormal_rows
 from obfuscatune.audit.attacks.knowledge import Knowledge, PublicBase
-from obfuscatune.audit.attacks.scoring import TokenGuess, score_tokens
-from obfuscatune.audit.attacks.truth import Truth
+from obfuscatune.audit.attacks.scoring import TokenGuess, Truth, score_tokens
 from obfuscatune.audit.attacks.view import SeenCall, WorkerView
 
 MOST_EXEMPLARS = 8000

@@ -15,8 +15,7 @@ from obfuscatune.audit.attacks.base import Attacker, CannotRun, Finding, Target
 from obfuscatune.audit.attacks.geometry import similarities
 from obfuscatune.audit.attacks.knowledge import Knowledge, PublicText
 from obfuscatune.audit.attacks.linkage import EXACT, MOST_CALLS
-from obfuscatune.audit.attacks.scoring import TokenGuess, pairs_of, score_tokens
-from obfuscatune.audit.attacks.truth import Truth
+from obfuscatune.audit.attacks.scoring import TokenGuess, Truth, pairs_of, score_tokens
 from obfuscatune.audit.attacks.view import SeenCall, WorkerView
 
 COMMONEST = 200

@@ -1,14 +1,26 @@
-"""What calls show of themselves whatever mixed their rows: row spaces and second moments."""
+"""What calls show of themselves whatever mixed their rows: row spaces and second moments.
+
+Where a relative of W is public: the secret bases in which W* and the traffic are written.
+
+    W*  W*ᵀ  =  R_inᵀ (W Wᵀ) R_in          known on both sides but for R_in, as W ≈ W_0
+    traffic  =  R_inᵀ (C) R_in + noise     C: what public text brings to the same layer
+    W*       =  R_inᵀ W R_out
+
+The eigenvectors of the Gram matrices are matched by rank, their signs by the traffic's covariance. (Climbing all three
+equations together from there made it worse on every layer that was tried: public text is not the private one.)
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from obfuscatune.audit.attacks.knowledge import PublicBase
 from obfuscatune.audit.attacks.scoring import pairs_of
-from obfuscatune.audit.attacks.view import SeenCall
+from obfuscatune.audit.attacks.view import SeenCall, WorkerView
 
 _PAIRS_AT_ONCE = 4096
 
@@ -69,3 +81,72 @@ def overlaps(calls: Sequence[SeenCall]) -> Tensor:
         cosines = torch.linalg.svdvals(bases[a] @ bases[b].T)
         weights.append(-torch.log1p(1e-6 - cosines.square().clamp_max(1.0)).sum())
     return torch.stack(weights)
+
+
+MOST_ROWS = 30_000
+"""Of the traffic; more would take minutes where calls are filled up to a wide layer's rank."""
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """Estimates for one layer: W_star ≈ R_inᵀ W R_out. The wider one of the two is known on the range of W alone."""
+
+    R_in: Tensor
+    R_out: Tensor
+
+
+def polar(matrix: Tensor) -> Tensor:
+    """The nearest orthogonal matrix."""
+    U, _, Vh = torch.linalg.svd(matrix)
+    nearest: Tensor = U @ Vh
+    return nearest
+
+
+def observed_covariance(calls: Sequence[SeenCall]) -> Tensor:
+    """Second moment of forward calls by one matrix, each call counted alike, without its isotropic part."""
+    looked_at = calls[: max(1, MOST_ROWS // calls[0].count)]
+    rows = torch.cat([call.rows / call.rows.norm() for call in looked_at])
+    mean: Tensor = rows.T @ rows / len(rows)
+    isotropic = torch.linalg.eigvalsh(mean).median() * torch.eye(len(mean), dtype=mean.dtype)
+    return torch.sub(mean, isotropic)
+
+
+def align(view: WorkerView, base: PublicBase, layer: int) -> Aligned:
+    """R_in and R_out of a layer, as well as the public base tells; of its newest, where it was re-keyed."""
+    calls = view.of_newest_matrix(layer)
+    W_star = view.matrices[calls[0].matrix].W_star
+    W = base.weights[layer]
+    expected = base.inputs[layer].T @ base.inputs[layer]
+    expected = expected / torch.trace(expected)
+    return align_two_sided(W, W_star, expected, observed_covariance(calls))
+
+
+def align_two_sided(W: Tensor, W_star: Tensor, expected: Tensor, observed: Tensor) -> Aligned:
+    """R_in (p, p) and R_out (q, q) from W (p, q) and covariances (p, p) of the inputs on both sides."""
+    U, _, Vh = torch.linalg.svd(W, full_matrices=False)
+    U_star, _, Vh_star = torch.linalg.svd(W_star, full_matrices=False)
+    signs = _signs(U.T @ expected @ U, U_star.T @ observed @ U_star)
+    # W = U S Vh and W* = R_inᵀ W R_out: a right singular vector has the sign of its left one.
+    return Aligned((U * signs) @ U_star.T, (Vh.T * signs) @ Vh_star)
+
+
+def align_one_sided(W: Tensor, W_star: Tensor) -> Aligned:
+    """R_in (p, p) and R_out (q, q), one of which is 1: the one without which W* fits W (p, q) better."""
+    left = Aligned(polar(W @ W_star.T), torch.eye(W.shape[1], dtype=W.dtype))
+    right = Aligned(torch.eye(W.shape[0], dtype=W.dtype), polar(W.T @ W_star))
+    return min((left, right), key=lambda it: float((it.R_in @ W_star @ it.R_out.T - W).norm()))
+
+
+def _signs(expected: Tensor, observed: Tensor) -> Tensor:
+    """d in {-1, 1}^p such that d_i d_j observed_ij agrees with expected_ij: spectral start, then single flips."""
+    agreement = expected * observed
+    agreement = agreement - torch.diag(agreement.diagonal())
+    _, vectors = torch.linalg.eigh(agreement)
+    signs = torch.where(vectors[:, -1] < 0, -1.0, 1.0).to(expected.dtype)
+    for _ in range(4 * len(signs)):
+        gains = signs * (agreement @ signs)
+        worst = int(gains.argmin())
+        if gains[worst] >= 0:
+            break
+        signs[worst] = -signs[worst]
+    return signs

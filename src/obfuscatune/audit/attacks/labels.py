@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from obfuscatune.audit.attacks.alignment import align
 from obfuscatune.audit.attacks.base import Attacker, CannotRun, Finding, Target
+from obfuscatune.audit.attacks.geometry import align
 from obfuscatune.audit.attacks.knowledge import Knowledge
-from obfuscatune.audit.attacks.scoring import TokenGuess, score_tokens
-from obfuscatune.audit.attacks.truth import Truth
+from obfuscatune.audit.attacks.scoring import TokenGuess, Truth, score_tokens
 from obfuscatune.audit.attacks.view import WorkerView
 
 

@@ -14,8 +14,7 @@ from torch import Tensor
 from obfuscatune.audit.attacks.base import Attacker, CannotRun, Finding, Target
 from obfuscatune.audit.attacks.geometry import overlaps, similarities
 from obfuscatune.audit.attacks.knowledge import Knowledge
-from obfuscatune.audit.attacks.scoring import pairs_of, same, score_pairs
-from obfuscatune.audit.attacks.truth import Phase, Truth
+from obfuscatune.audit.attacks.scoring import Phase, Truth, pairs_of, same, score_pairs
 from obfuscatune.audit.attacks.view import WorkerView
 
 EXACT = 1 - 1e-4

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from obfuscatune.audit.attacks.alignment import polar
 from obfuscatune.audit.attacks.base import Attacker, CannotRun, Finding, Target
-from obfuscatune.audit.attacks.geometry import orthonormal_rows
+from obfuscatune.audit.attacks.geometry import orthonormal_rows, polar
 from obfuscatune.audit.attacks.knowledge import Knowledge
-from obfuscatune.audit.attacks.truth import Truth
+from obfuscatune.audit.attacks.scoring import Truth
 from obfuscatune.audit.attacks.view import SeenCall, WorkerView
 
 WORK = 2.5e10

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from obfuscatune.audit.attacks.base import CannotRun
 from obfuscatune.audit.attacks.view import Factors, HeldAdapter, SeenCall, WorkerView
-from obfuscatune.wire.adapters import Method, Part, Step
+from obfuscatune.protocol.payloads import Method, Part, Step
 
 
 @dataclass(frozen=True)

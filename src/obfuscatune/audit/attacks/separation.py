@@ -14,7 +14,7 @@ from torch import Tensor
 from obfuscatune.audit.attacks.base import Attacker, CannotRun, Finding, Target
 from obfuscatune.audit.attacks.geometry import orthonormal_rows
 from obfuscatune.audit.attacks.knowledge import Knowledge
-from obfuscatune.audit.attacks.truth import Truth
+from obfuscatune.audit.attacks.scoring import Truth
 from obfuscatune.audit.attacks.view import WorkerView
 
 STEPS = 200

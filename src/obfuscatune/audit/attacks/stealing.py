@@ -17,10 +17,10 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from obfuscatune.audit.attacks.alignment import align, align_one_sided
 from obfuscatune.audit.attacks.base import Attacker, CannotRun, Finding, Target
+from obfuscatune.audit.attacks.geometry import align, align_one_sided
 from obfuscatune.audit.attacks.knowledge import Architecture, Knowledge, PublicBase
-from obfuscatune.audit.attacks.truth import Truth
+from obfuscatune.audit.attacks.scoring import Truth
 from obfuscatune.audit.attacks.view import WorkerView
 
 STEPS_ON_BASE = 40

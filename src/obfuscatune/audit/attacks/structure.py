@@ -17,12 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from obfuscatune.audit.attacks.alignment import align, polar
 from obfuscatune.audit.attacks.base import Attacker, CannotRun, Finding, Target
-from obfuscatune.audit.attacks.geometry import orthonormal_rows
+from obfuscatune.audit.attacks.geometry import align, orthonormal_rows, polar
 from obfuscatune.audit.attacks.knowledge import Knowledge
-from obfuscatune.audit.attacks.scoring import pairs_of, score_pairs
-from obfuscatune.audit.attacks.truth import Truth
+from obfuscatune.audit.attacks.scoring import Truth, pairs_of, score_pairs
 from obfuscatune.audit.attacks.view import SeenCall, WorkerView
 
 MOST_CALLS = 40

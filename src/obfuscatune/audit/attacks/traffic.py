@@ -13,8 +13,7 @@ from torch import Tensor
 
 from obfuscatune.audit.attacks.base import Attacker, CannotRun, Finding, Target
 from obfuscatune.audit.attacks.knowledge import Knowledge
-from obfuscatune.audit.attacks.scoring import area_under_curve
-from obfuscatune.audit.attacks.truth import Phase, Truth
+from obfuscatune.audit.attacks.scoring import Phase, Truth, area_under_curve
 from obfuscatune.audit.attacks.view import WorkerView
 
 PHASES: tuple[Phase, ...] = ("training", "prompt", "decoding")

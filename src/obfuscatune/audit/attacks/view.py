@@ -15,9 +15,9 @@ from functools import cached_property
 from torch import Tensor
 
 from obfuscatune.audit.attacks.base import CannotRun
-from obfuscatune.wire.adapters import Attachment, Part, Slice, Step
-from obfuscatune.wire.messages import MessageType
-from obfuscatune.wire.transcript import TranscriptEntry
+from obfuscatune.protocol.messages import MessageType
+from obfuscatune.protocol.payloads import Attachment, Part, Slice, Step
+from obfuscatune.protocol.transcript import TranscriptEntry
 
 
 @dataclass(frozen=True)

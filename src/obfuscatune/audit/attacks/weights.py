@@ -14,11 +14,10 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from obfuscatune.audit.attacks.alignment import align, align_one_sided
 from obfuscatune.audit.attacks.base import Attacker, Finding, Target
+from obfuscatune.audit.attacks.geometry import align, align_one_sided
 from obfuscatune.audit.attacks.knowledge import Knowledge
-from obfuscatune.audit.attacks.scoring import cosine
-from obfuscatune.audit.attacks.truth import Truth
+from obfuscatune.audit.attacks.scoring import Truth, cosine
 from obfuscatune.audit.attacks.view import WorkerView
 
 MOST_LAYERS = 4

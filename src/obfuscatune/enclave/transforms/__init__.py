@@ -17,7 +17,7 @@ from obfuscatune.enclave.transforms.dense import (
     UnsafeIdentity,
 )
 from obfuscatune.enclave.transforms.structured import StructuredTransform
-from obfuscatune.wire.errors import ConfigError
+from obfuscatune.errors import ConfigError
 
 NAMES = ("structured", "haar", "gaussian", "conditioned(KAPPA)", "identity")
 

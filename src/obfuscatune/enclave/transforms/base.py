@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from obfuscatune.wire.errors import ProtectionError
+from obfuscatune.errors import ProtectionError
 
 if TYPE_CHECKING:
     from obfuscatune.enclave.kernels.native import RotationOfFew

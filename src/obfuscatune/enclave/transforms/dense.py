@@ -12,7 +12,7 @@ from torch import Tensor
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.orthogonal import haar
 from obfuscatune.enclave.transforms.base import OrthogonalTransform, Transform
-from obfuscatune.wire.errors import ConfigError
+from obfuscatune.errors import ConfigError
 
 
 class HaarTransform(OrthogonalTransform):

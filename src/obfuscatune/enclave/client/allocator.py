@@ -1,0 +1,79 @@
+"""The enclave's end of shared memory: which parts of it are in use."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from obfuscatune.protocol.shared_memory import ALIGNMENT, SharedMemory
+
+
+class Arena:
+    """Lends matrices in shared memory; each comes back by itself when nothing refers to it any more.
+
+    First fit from the start, and what came back is lent again for the same size, so that few pages are ever touched,
+    and those again and again.
+    """
+
+    def __init__(self, memory: SharedMemory) -> None:
+        self._memory = memory
+        self._start = torch.frombuffer(memory.buffer, dtype=torch.uint8).data_ptr()
+        self._blocks: dict[int, int] = {}  # offset -> bytes, in the order of the offsets; lent or kept
+        self._kept: dict[int, list[int]] = {}  # bytes -> offsets of blocks that came back
+        self._lent: dict[int, weakref.ref[NDArray[np.uint8]]] = {}
+        self._back: deque[int] = deque()
+        """Offsets of blocks that nothing refers to any more; they come from wherever the last reference is dropped."""
+        self._lock = threading.Lock()
+
+    def begin_in_child(self) -> None:
+        """In a forked child, where nothing is lent any more: only what was comes back."""
+        self._lock = threading.Lock()  # the parent's may have been held by a thread that is not here
+
+    def lend(self, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """A (rows, cols) matrix with arbitrary elements, or None where no room is left."""
+        size = rows * cols * dtype.itemsize
+        room = -(-size // ALIGNMENT) * ALIGNMENT
+        with self._lock:
+            while self._back:
+                self._take_back(self._back.popleft())
+            kept = self._kept.get(room)
+            offset = kept.pop() if kept else self._new(room)
+            if offset is None:
+                return None
+            block: NDArray[np.uint8] = np.frombuffer(self._memory.buffer, np.uint8, size, offset)
+            place, came_back = offset, self._back.append
+            self._lent[place] = weakref.ref(block, lambda _: came_back(place))
+        return torch.frombuffer(block, dtype=dtype).view(rows, cols)
+
+    def offset_of(self, matrix: torch.Tensor) -> int | None:
+        """Where a matrix lies in this arena; None where it does not."""
+        offset = matrix.data_ptr() - self._start
+        return offset if offset in self._lent else None
+
+    def _new(self, room: int) -> int | None:
+        """The offset of a new block; where there is no gap, what came back is made one."""
+        offset = self._gap(room)
+        if offset is None and len(self._blocks) > len(self._lent):
+            self._kept.clear()
+            self._blocks = {offset: size for offset, size in self._blocks.items() if offset in self._lent}
+            offset = self._gap(room)
+        if offset is not None:
+            self._blocks = dict(sorted({**self._blocks, offset: room}.items()))
+        return offset
+
+    def _gap(self, room: int) -> int | None:
+        start = 0
+        for offset, size in self._blocks.items():
+            if offset - start >= room:
+                return start
+            start = offset + size
+        return start if self._memory.size - start >= room else None
+
+    def _take_back(self, offset: int) -> None:
+        del self._lent[offset]
+        self._kept.setdefault(self._blocks[offset], []).append(offset)

@@ -1,0 +1,299 @@
+"""What the rest of the enclave sees of a worker: store a matrix, multiply by it, forget it."""
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from obfuscatune.enclave.client.requests import MatrixSource, Order, Pending, Request, StoredMatrix, check_finite
+from obfuscatune.enclave.client.retry import LinkStats, RetryPolicy
+from obfuscatune.enclave.client.scheduler import LinkDriver
+from obfuscatune.errors import BadReply, ConfigError, ProtectionError, WrongProduct
+from obfuscatune.process import begin_anew_in_children
+from obfuscatune.protocol.endpoints import check_tls, connect, parse_address
+from obfuscatune.protocol.tls import PinnedTls, TlsConfig
+from obfuscatune.protocol.transport import Deadline, Transport
+
+OPENING_SECONDS = 5.0
+"""How long `open` waits for a worker that has never been seen: it may just be starting, or the address is wrong."""
+
+
+class WorkerLink:
+    """A worker, as the enclave sees it. Safe from any thread, which take turns.
+
+    A connection belongs to one process: a forked child that uses the link connects anew, in a session of its own, and
+    has the matrices sent again that it multiplies by. What had been asked for before the fork is the parent's.
+    """
+
+    def __init__(
+        self, connect: Callable[[], Transport], *, deadline_s: float = 120.0, retry: RetryPolicy | None = None
+    ) -> None:
+        """Nothing is connected before the first request.
+
+        Args:
+            connect: makes a fresh transport each time it is called.
+            deadline_s: seconds from sending a request to the last byte of its reply.
+            retry: bounds of insistence.
+        """
+        self._driver = LinkDriver(connect, deadline_s, retry or RetryPolicy())
+        self._lock = threading.RLock()
+        self._closed = False
+        self._owned: list[Callable[[], None]] = []
+        self._end = weakref.finalize(self, _end, self._driver, self._owned)
+        begin_anew_in_children(self)
+
+    def begin_in_child(self) -> None:
+        """See `forks.Forkable`."""
+        self._lock = threading.RLock()  # the parent's may have been held by a thread that is not here
+        self._driver.begin_in_child()
+
+    @property
+    def stats(self) -> LinkStats:
+        """What went over the link so far; it goes on counting."""
+        return self._driver.stats
+
+    @property
+    def computes_apart(self) -> bool:
+        """Whether the worker computes on other cores than this process's, so that both can work at the same time."""
+        return self._driver.computes_apart
+
+    @classmethod
+    def open(
+        cls,
+        address: str,
+        *,
+        tls: TlsConfig | None = None,
+        deadline_s: float = 120.0,
+        retry: RetryPolicy | None = None,
+        allow_plain_tcp: bool = False,
+    ) -> Self:
+        """A link to a worker, connected.
+
+        Args:
+            address: unix:/path or tcp:host:port.
+            tls: our certificate and the worker's, for tcp that leaves this machine.
+            deadline_s: seconds from sending a request to the last byte of its reply.
+            retry: bounds of insistence.
+            allow_plain_tcp: leave this machine without TLS. Unsafe: whoever is on the way reads and changes what
+                passes.
+
+        Raises:
+            ConfigError: the address cannot be used, or leaves this machine without TLS.
+            WireError: nobody answers there, or not as a worker.
+        """
+        parsed = parse_address(address)
+        check_tls(parsed, tls=tls is not None, plain_tcp=allow_plain_tcp)
+        pinned = None if tls is None else PinnedTls(tls, server=False)
+        policy = retry or RetryPolicy()
+        link = cls(lambda: connect(parsed, Deadline(deadline_s), pinned), deadline_s=deadline_s, retry=policy)
+        opening = replace(policy, patience_s=min(policy.patience_s, OPENING_SECONDS))
+        link._driver.drive(lambda: link._driver.connected, opening)
+        return link
+
+    def store(
+        self,
+        matrix_id: bytes,
+        source: MatrixSource,
+        *,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        tensor: torch.Tensor | None = None,
+    ) -> None:
+        """Have the worker hold W_star under `matrix_id`.
+
+        Args:
+            matrix_id: 16 bytes that mean nothing to the worker.
+            source: makes W_star again, should the worker lose it.
+            shape: (p, q) of W_star.
+            dtype: of W_star.
+            tensor: W_star where it is at hand: uploaded now, and not kept.
+
+        Raises:
+            QuotaExceeded: the worker has no room.
+            ProtectionError: the link is closed.
+            WireError: see `multiply`.
+        """
+        matrix = StoredMatrix(matrix_id, source, shape, dtype, at_hand=tensor)
+        driver = self._driver
+        driver.refusal.check()
+        with self._lock:
+            self._refuse_if_closed()
+            driver.matrices[matrix_id] = driver.missing[matrix_id] = matrix
+            driver.leaving.pop(matrix_id, None)
+            try:
+                driver.drive(lambda: matrix_id not in driver.missing)
+            finally:
+                matrix.at_hand = None
+                driver.missing.pop(matrix_id, None)
+            if matrix.refused is not None:
+                raise matrix.refused
+
+    def lend(self, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
+        """Memory for rows that are to be multiplied: shared with the worker where that can be, then nothing is copied.
+
+        A contiguous (rows, cols) matrix on the CPU with arbitrary elements. It is the worker's to read and to change
+        from now on: only what it may know may be laid there, and nothing may be read back.
+        """
+        arena = self._driver.arena
+        lent = None if arena is None else arena.lend(rows, cols, dtype)
+        return torch.empty(rows, cols, dtype=dtype) if lent is None else lent
+
+    def multiply(
+        self, matrix_id: bytes, rows: torch.Tensor, *, transpose: bool, reply_dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """rows @ W_star, or rows @ W_star^T.
+
+        Args:
+            matrix_id: as it was stored.
+            rows: (m, p), or (m, q) when `transpose`; contiguous, on the CPU.
+            transpose: multiply by the transpose.
+            reply_dtype: of the product; None for that of `rows`.
+
+        Returns:
+            (m, q), or (m, p) when `transpose`; on the CPU, contiguous, the caller's own.
+
+        Raises:
+            NonFiniteError: `rows` contain NaN or infinity; nothing was sent.
+            ConfigError: no such matrix was stored, or the shapes do not fit.
+            ProtectionError: the link is closed.
+            WorkerRefused: the worker answered with an error that asking again does not mend.
+            WireError: the worker failed more often, or was gone longer, than the retry policy bears.
+        """
+        return self.submit(matrix_id, rows, transpose=transpose, reply_dtype=reply_dtype).result()
+
+    def submit(
+        self,
+        matrix_id: bytes,
+        rows: torch.Tensor,
+        *,
+        transpose: bool,
+        reply_dtype: torch.dtype | None = None,
+        known_finite: bool = False,
+        product_unchecked: bool = False,
+    ) -> Pending:
+        """As `multiply`, but return once it is sent; `Pending.result` waits. `rows` must not change until then.
+
+        Args:
+            known_finite: the caller has made sure that `rows` contain neither NaN nor infinity.
+            product_unchecked: it will make sure of the product, once that lies in memory of its own.
+        """
+        driver = self._driver
+        driver.refusal.check()
+        with self._lock:
+            self._refuse_if_closed()
+            matrix = driver.matrices.get(matrix_id)
+            if matrix is None:
+                raise ConfigError("no matrix was stored under this id: store it first")
+            if not known_finite:
+                check_finite(rows)
+            pending = Pending(
+                matrix, rows.detach(), transpose, reply_dtype or rows.dtype, self._finish, product_unchecked
+            )
+            driver.waiting.append(pending)
+            self._drive_for(pending, lambda: pending not in driver.waiting)
+            return pending
+
+    def order(self, order: Order) -> torch.Tensor | None:
+        """Ask for something else than a product of a stored matrix, and wait: `adapters.py` says what there is.
+
+        Returns:
+            The matrix that was asked for, on the CPU, the caller's own; None where none was.
+
+        Raises:
+            AdapterLost: the worker lost what it alone had.
+            WireError: see `multiply`.
+        """
+        self._driver.refusal.check()
+        with self._lock:
+            self._refuse_if_closed()
+            self._driver.waiting.append(order)
+            self._drive_for(order, lambda: order.done)
+        if order.error is not None:
+            raise order.error
+        return order.product
+
+    def forget(self, matrix_id: bytes) -> None:
+        """Have the worker drop a matrix, now or when it is next connected. One that was never stored is fine."""
+        driver = self._driver
+        driver.refusal.check()
+        with self._lock:
+            if driver.matrices.pop(matrix_id, None) is None or self._closed:
+                return
+            driver.leaving[matrix_id] = None
+            if driver.connected:
+                driver.drive(lambda: matrix_id not in driver.leaving)
+
+    @contextmanager
+    def broken_off(self) -> Iterator[None]:
+        """Within it, what waits for the worker in other threads fails at once; afterwards the link connects anew."""
+        self._driver.break_off()
+        try:
+            yield
+        finally:
+            self._driver.broken_off = False
+
+    @contextmanager
+    def refusing(self) -> Iterator[None]:
+        """Within it products are judged: after one that is refused, the worker is asked nothing any more.
+
+        Every request of any thread, those under way among them, raises an error of the same type from then on. Else a
+        worker could ask, product by product, what the enclave's secret vectors do not see.
+        """
+        try:
+            yield
+        except (BadReply, WrongProduct) as error:
+            self._driver.refuse(error)
+            self._driver.refusal.check()
+            raise
+
+    def own(self, close: Callable[[], None]) -> None:
+        """Have `close` called once the link is closed: it ends the worker that was started for it."""
+        self._owned.append(close)
+
+    def close(self) -> None:
+        """Have the worker forget all of this session, where it can still be reached, and disconnect. Twice is once.
+
+        Nothing can be asked afterwards. A link that nothing refers to any more closes by itself.
+        """
+        with self._lock:
+            self._closed = True
+            self._end()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise ProtectionError(
+                "this model's link to its worker is closed, as close() and the end of a `with` leave it: "
+                "load or protect the model again"
+            )
+
+    def _finish(self, pending: Pending) -> None:
+        """Called by `Pending.result`: drive until this one is done."""
+        self._driver.refusal.check()
+        with self._lock:
+            self._drive_for(pending, lambda: pending.done)
+
+    def _drive_for(self, request: Request, done: Callable[[], bool]) -> None:
+        try:
+            self._driver.drive(done)
+        except BaseException:
+            self._driver.give_up(request)
+            raise
+
+
+def _end(driver: LinkDriver, owned: list[Callable[[], None]]) -> None:
+    driver.farewell()
+    for close in owned:
+        close()

@@ -1,0 +1,309 @@
+"""One connection to a worker: says what is asked, and takes nothing for a reply that does not answer it.
+
+No retries here: whatever goes wrong is raised, and the connection is not used again.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from obfuscatune.enclave.client.allocator import Arena
+from obfuscatune.enclave.client.requests import Request, StoredMatrix
+from obfuscatune.enclave.client.retry import LinkStats
+from obfuscatune.errors import (
+    AdapterLost,
+    BadReply,
+    LimitExceeded,
+    MalformedMessage,
+    ProtocolError,
+    QuotaExceeded,
+    UnknownMatrix,
+    UnsupportedVersion,
+    WireError,
+    WorkerRefused,
+)
+from obfuscatune.protocol.framing import recv_body, recv_header, recv_payload, send_message
+from obfuscatune.protocol.limits import IDLE_CHECK_SECONDS
+from obfuscatune.protocol.messages import NO_DIGEST, NO_MATRIX, REPLIES, ErrorCode, Header, MessageType
+from obfuscatune.protocol.payloads import (
+    ACCELERATOR,
+    CONTENT_STORE,
+    SHARED_MEMORY,
+    Hello,
+    Places,
+    Welcome,
+    error_text,
+    pack_number,
+)
+from obfuscatune.protocol.shared_memory import SharedMemory
+from obfuscatune.protocol.tensors import DType, bytes_of, content_digest
+from obfuscatune.protocol.transport import Buffer, Deadline, Transport, transfer_seconds
+
+REFUSALS: dict[ErrorCode, type[WireError]] = {
+    ErrorCode.MALFORMED: ProtocolError,
+    ErrorCode.VERSION: UnsupportedVersion,
+    ErrorCode.LIMIT: LimitExceeded,
+    ErrorCode.UNKNOWN_MATRIX: UnknownMatrix,
+    ErrorCode.QUOTA: QuotaExceeded,
+    ErrorCode.SHAPE: WorkerRefused,
+    ErrorCode.BUSY: WorkerRefused,
+    ErrorCode.FAILED: WorkerRefused,
+    ErrorCode.UNKNOWN_ADAPTER: AdapterLost,
+}
+CONNECTS_ANEW = frozenset({ErrorCode.MALFORMED})
+"""After these an enclave connects again and asks again, a bounded number of times; any other is final, but that a
+matrix which the worker does not hold is stored again (docs/spec/wire.md, Errors)."""
+
+_NOBODYS = b"\xff" * 16
+"""An id that no matrix has: a worker is asked to forget it for the sake of its answer."""
+
+
+class Refused(WireError):
+    """The worker answered one request, or all, with an error that is final; `error` is for the caller."""
+
+    def __init__(self, error: WireError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+@dataclass(frozen=True)
+class LaidOut:
+    """A matrix in shared memory, for as long as this is kept."""
+
+    matrix: torch.Tensor
+    offset: int
+
+
+class LinkConnection:
+    """A transport on which the greeting is done. Closes the transport when the greeting fails."""
+
+    def __init__(self, transport: Transport, session_id: bytes, stats: LinkStats, deadline: Deadline) -> None:
+        self._transport = transport
+        self._stats = stats
+        self._heard_at = time.monotonic()
+        self.arena: Arena | None = None
+        """Memory shared with the worker, after `share`."""
+        try:
+            body = Hello(session_id).pack()
+            self.send(Header(MessageType.HELLO, payload_bytes=len(body)), body, deadline)
+            header = self.receive(deadline)
+            if header.type is MessageType.ERROR:
+                raise self.refusal(header, deadline)
+            if header.type is not MessageType.WELCOME:
+                raise MalformedMessage(f"expected WELCOME, got {header.type.name}")
+            self.welcome = Welcome.unpack(self.body(header, deadline))
+        except BaseException:
+            transport.close()
+            raise
+
+    @property
+    def wants_digests(self) -> bool:
+        """Whether the worker keeps matrices by their content."""
+        return bool(self.welcome.features & CONTENT_STORE)
+
+    @property
+    def computes_apart(self) -> bool:
+        """Whether the worker computes on other cores than this process's: on a device, or on another host."""
+        return bool(self.welcome.features & ACCELERATOR) or not self._transport.shares_memory
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing came for so long that the worker, or something on the way, may have given it up."""
+        return time.monotonic() - self._heard_at > IDLE_CHECK_SECONDS
+
+    def is_alive(self, request_id: int) -> bool:
+        """Look whether the worker has closed it; over a network, also ask for a sign of life. Nothing is in flight.
+
+        What is on the way (a NAT, a proxy, a firewall) may have forgotten the connection and swallow all that is sent.
+        """
+        if self.has_news():
+            return False
+        if self._transport.shares_memory:
+            self._heard_at = time.monotonic()  # on one host nothing is lost on the way
+            return True
+        header = Header(MessageType.FORGET, request_id, _NOBODYS)
+        try:
+            self.exchange(header, b"", {MessageType.DONE}, Deadline(IDLE_CHECK_SECONDS))
+        except WireError:
+            return False
+        return True
+
+    def share(self, request_id: int, size: int, deadline: Deadline) -> None:
+        """Share memory with the worker, where it is on this host and there is some; else this does nothing."""
+        if not self.welcome.features & SHARED_MEMORY or not self._transport.shares_memory:
+            return
+        try:
+            memory, descriptor = SharedMemory.create(size)
+        except OSError:
+            return  # rows are sent through the socket then
+        try:
+            header = Header(MessageType.SHARE, request_id, payload_bytes=8)
+            self.exchange(header, pack_number(size), {MessageType.DONE}, deadline, descriptor)
+        except Refused:
+            return  # the same
+        finally:
+            os.close(descriptor)
+        self.arena = Arena(memory)
+
+    def lay_out(self, elements: torch.Tensor) -> LaidOut | None:
+        """A copy of a matrix in the memory that is shared; None where there is none, or no room."""
+        rows, cols = elements.shape
+        copy = None if self.arena is None else self.arena.lend(rows, cols, elements.dtype)
+        offset = None if self.arena is None or copy is None else self.arena.offset_of(copy)
+        return None if copy is None or offset is None else LaidOut(copy.copy_(elements), offset)
+
+    def places(self, request: Request) -> Places | None:
+        """Where rows and product lie in the memory of this connection; None where the rows do not, or it is full."""
+        request.landing = None
+        arena = self.arena
+        offset = None if arena is None else arena.offset_of(request.rows)
+        if arena is None or offset is None:
+            return None
+        landing = arena.lend(*request.shape, request.dtype)
+        landing_offset = None if landing is None else arena.offset_of(landing)
+        if landing_offset is None:
+            return None
+        request.landing = landing
+        return Places(offset, landing_offset)
+
+    def send(self, header: Header, payload: Buffer, deadline: Deadline, descriptor: int | None = None) -> None:
+        """Send one request."""
+        send_message(self._transport, header, payload, deadline=deadline, descriptor=descriptor)
+        self._stats.bytes_sent += header.message_bytes
+
+    def receive(self, deadline: Deadline) -> Header:
+        """The header of the next reply; its payload is to be taken next, by `body`, `refusal` or `product`."""
+        started = time.monotonic()
+        try:
+            header = recv_header(self._transport, REPLIES, deadline=deadline)
+        finally:
+            self._stats.seconds_waiting += time.monotonic() - started
+        self._heard_at = time.monotonic()
+        self._stats.bytes_received += header.message_bytes
+        return header
+
+    def has_news(self) -> bool:
+        """Whether a reply is there, or the connection's end."""
+        return self._transport.has_news()
+
+    def body(self, header: Header, deadline: Deadline) -> bytes:
+        """The payload of a reply that carries no matrix."""
+        return recv_body(self._transport, header, deadline)
+
+    def refusal(self, header: Header, deadline: Deadline) -> WireError:
+        """The error that an ERROR stands for; one that is final comes as `Refused`."""
+        text = error_text(self.body(header, deadline))
+        code = ErrorCode(header.code)
+        error = REFUSALS[code](f"the worker answered: {text}")
+        return error if code in CONNECTS_ANEW else Refused(error)
+
+    def exchange(
+        self,
+        header: Header,
+        payload: Buffer,
+        allowed: set[MessageType],
+        deadline: Deadline,
+        descriptor: int | None = None,
+    ) -> MessageType:
+        """Send one request that carries no product, and take its reply. Nothing else may be in flight.
+
+        Raises:
+            Refused: the worker answered this request with an error that is final.
+            ProtocolError: it says that the request broke the protocol.
+            MalformedMessage: the reply is not of an `allowed` type, or answers something else.
+        """
+        self.send(header, payload, deadline, descriptor)
+        reply = self.receive(deadline)
+        if reply.type is MessageType.ERROR and reply.request_id in (0, header.request_id):
+            raise self.refusal(reply, deadline)
+        if reply.type not in allowed or (reply.request_id, reply.matrix_id) != (header.request_id, header.matrix_id):
+            raise MalformedMessage(f"{reply.type.name} came, which does not answer {header.type.name}")
+        return reply.type
+
+    def product(
+        self,
+        header: Header,
+        matrix_id: bytes,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        landing: torch.Tensor | None,
+        deadline: Deadline,
+    ) -> torch.Tensor:
+        """The matrix of a PRODUCT: in `landing`, or received into a fresh tensor of the `shape` and `dtype` asked for.
+
+        Raises:
+            BadReply: another matrix, shape or dtype came, or in another way.
+        """
+        came = (header.matrix_id, header.rows, header.cols, header.dtype)
+        if came != (matrix_id, *shape, DType.of(dtype)):
+            raise BadReply(
+                f"expected a product of {shape[0]} x {shape[1]} {DType.of(dtype).name}, the worker sent "
+                f"{header.rows} x {header.cols} {header.dtype.name}"
+                + ("" if header.matrix_id == matrix_id else " of another matrix")
+            )
+        if header.shared != (landing is not None):
+            raise BadReply("the product was to come through shared memory, or was not, and came the other way")
+        product = torch.empty(shape, dtype=dtype) if landing is None else landing
+        if landing is None:
+            started = time.monotonic()
+            try:
+                recv_payload(self._transport, bytes_of(product), deadline)
+            finally:
+                self._stats.seconds_waiting += time.monotonic() - started
+        return product
+
+    def begin_in_child(self) -> None:
+        """In a forked child: leave the connection to the parent."""
+        if self.arena is not None:
+            self.arena.begin_in_child()
+        self._transport.close()
+
+    def close(self) -> None:
+        """Close the transport."""
+        self._transport.close()
+
+
+FAREWELL_SECONDS = 5.0
+"""How long `forget_all` waits for the worker to confirm that it has forgotten everything."""
+_ANSWERS = {
+    MessageType.OFFER: {MessageType.HAVE, MessageType.WANT},
+    MessageType.STORE: {MessageType.STORED},
+    MessageType.FORGET: {MessageType.DONE},
+}
+
+
+class Uploads:
+    """Asks for one thing at a time, and waits. Everything here raises as `LinkConnection.exchange` does."""
+
+    def __init__(self, stats: LinkStats, next_id: Callable[[], int], deadline_s: float) -> None:
+        self._stats, self._next_id, self._deadline_s = stats, next_id, deadline_s
+
+    def upload(self, connection: LinkConnection, matrix: StoredMatrix) -> None:
+        """Offer a matrix, and send it if the worker has not got it."""
+        if connection.wants_digests and matrix.digest == NO_DIGEST:
+            matrix.digest = content_digest(matrix.elements())
+        if self._ask(connection, matrix.offer(self._next_id()), matrix.digest) is not MessageType.WANT:
+            return
+        elements = matrix.elements()
+        laid = connection.lay_out(elements)
+        payload = bytes_of(elements) if laid is None else pack_number(laid.offset)
+        self._ask(connection, matrix.store(self._next_id(), shared=laid is not None), payload)
+        self._stats.uploads += 1
+        self._stats.bytes_uploaded += matrix.nbytes
+
+    def forget(self, connection: LinkConnection, matrix_id: bytes) -> None:
+        """Have the worker drop one matrix."""
+        self._ask(connection, Header(MessageType.FORGET, self._next_id(), matrix_id))
+
+    def forget_all(self, connection: LinkConnection) -> None:
+        """Have the worker drop all of the session."""
+        self._ask(connection, Header(MessageType.FORGET, self._next_id(), NO_MATRIX), seconds=FAREWELL_SECONDS)
+
+    def _ask(
+        self, connection: LinkConnection, header: Header, payload: Buffer = b"", seconds: float | None = None
+    ) -> MessageType:
+        deadline = Deadline(seconds or self._deadline_s + transfer_seconds(header.message_bytes))
+        return connection.exchange(header, payload, _ANSWERS[header.type], deadline)

@@ -1,0 +1,348 @@
+"""What a link keeps in mind while it waits: the products asked for, and how to make again what the worker lacks.
+
+A request that works on an adapter, where `pending` has those that leave no trace on the worker.
+
+What adds to a gradient, or takes a step, must not be done twice: such a request is sent once. Should the connection
+break before its reply is there, nobody knows whether it was done, and the one way on is back to the last checkpoint.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from obfuscatune.errors import (
+    AdapterLost,
+    BadReply,
+    ConfigError,
+    LimitExceeded,
+    MalformedMessage,
+    NonFiniteError,
+    WireError,
+)
+from obfuscatune.protocol.limits import MAX_DIM, MAX_MATRIX_BYTES, MAX_WINDOW_BYTES
+from obfuscatune.protocol.messages import NO_DIGEST, NO_MATRIX, SHARED, TRANSPOSED, Header, MessageType
+from obfuscatune.protocol.payloads import NUMBER_BYTES, Places
+from obfuscatune.protocol.tensors import DType, is_finite
+from obfuscatune.protocol.transport import NEVER
+
+MatrixSource = Callable[[], torch.Tensor]
+"""Makes W_star (p, q) again, contiguous, on the CPU. Called only when the worker lacks it."""
+
+NOT_FINITE = "the worker's product contains NaN or infinity, although all that was sent is finite"
+
+
+@dataclass
+class StoredMatrix:
+    """W_star as the link remembers it: not its elements, but how to have them again."""
+
+    matrix_id: bytes
+    source: MatrixSource
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    at_hand: torch.Tensor | None = None
+    """W_star itself, until it is uploaded."""
+    digest: bytes = NO_DIGEST
+    refused: WireError | None = None
+    """Why the worker would not take it."""
+
+    def __post_init__(self) -> None:
+        size = self.nbytes
+        if len(self.matrix_id) != 16 or not any(self.matrix_id):
+            raise ConfigError("a matrix id has 16 bytes, not all of them zero")
+        if min(self.shape) < 1 or max(self.shape) > MAX_DIM or size > MAX_MATRIX_BYTES:
+            raise LimitExceeded(
+                f"a matrix of {self.shape[0]} x {self.shape[1]} ({size} bytes): 1 to {MAX_DIM} either way and "
+                f"{MAX_MATRIX_BYTES} bytes go over the wire"
+            )
+
+    def offer(self, request_id: int) -> Header:
+        """The OFFER of this matrix."""
+        return Header(
+            MessageType.OFFER, request_id, self.matrix_id, DType.of(self.dtype), *self.shape, payload_bytes=32
+        )
+
+    def store(self, request_id: int, *, shared: bool) -> Header:
+        """The STORE of this matrix, with its elements as payload or in shared memory."""
+        size = NUMBER_BYTES if shared else self.nbytes
+        flags = SHARED if shared else 0
+        dtype = DType.of(self.dtype)
+        return Header(
+            MessageType.STORE, request_id, self.matrix_id, dtype, *self.shape, payload_bytes=size, flags=flags
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Of W_star."""
+        return self.shape[0] * self.shape[1] * DType.of(self.dtype).itemsize
+
+    def elements(self) -> torch.Tensor:
+        """W_star (p, q), contiguous, on the CPU.
+
+        Raises:
+            ConfigError: its source made something else.
+            NonFiniteError: it contains NaN or infinity.
+        """
+        tensor = self.source() if self.at_hand is None else self.at_hand
+        if tuple(tensor.shape) != self.shape or tensor.dtype != self.dtype:
+            raise ConfigError(
+                f"a matrix of {self.shape} {self.dtype} was announced, "
+                f"its source made {tuple(tensor.shape)} {tensor.dtype}"
+            )
+        if not is_finite(tensor):
+            raise NonFiniteError(f"a protected matrix of {self.shape} contains NaN or infinity; it was not sent")
+        return tensor
+
+
+class Request:
+    """What a link sends and waits for; the link fills in what became of it.
+
+    A subclass says how it is put, and what answers it beside a matrix or an error.
+    """
+
+    def __init__(
+        self,
+        matrix_id: bytes,
+        needs: bytes,
+        rows: torch.Tensor,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        *,
+        product_unchecked: bool,
+    ) -> None:
+        """A request that was not sent yet.
+
+        Args:
+            matrix_id: what it is about: a matrix, or an adapter.
+            needs: the matrix that the worker must hold for it.
+            rows: what is sent; contiguous, on the CPU.
+            shape: of the matrix that is to come back.
+            dtype: of that.
+            product_unchecked: the caller looks for NaN and infinity itself.
+        """
+        self.matrix_id, self.needs = matrix_id, needs
+        self.rows = rows
+        self.shape, self.dtype = shape, dtype
+        self.product_unchecked = product_unchecked
+        self.deadline = NEVER
+        """Of the sending that is under way."""
+        self.times_sent = self.times_unknown = 0
+        self.landing: torch.Tensor | None = None
+        """Where in shared memory the product is to lie, for the sending that is under way."""
+        self.product: torch.Tensor | None = None
+        self.error: WireError | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether it was answered, one way or the other."""
+        return self.product is not None or self.error is not None
+
+    def header(self, request_id: int, *, shared: bool = False) -> Header:
+        """The message that asks for it, with `rows` as payload or in shared memory."""
+        raise NotImplementedError
+
+    def interrupted(self) -> None:
+        """The connection that it was sent on is lost: as it stands, it may be sent again."""
+
+    def acknowledged(self, header: Header) -> None:
+        """DONE came for it.
+
+        Raises:
+            MalformedMessage: a matrix was asked for.
+        """
+        raise MalformedMessage(f"{header.type.name} came, which does not answer MULTIPLY")
+
+
+class Pending(Request):
+    """A product of a stored matrix; `result` waits for it."""
+
+    def __init__(
+        self,
+        matrix: StoredMatrix,
+        rows: torch.Tensor,
+        transpose: bool,
+        dtype: torch.dtype,
+        wait: Callable[["Pending"], None],
+        product_unchecked: bool = False,
+    ) -> None:
+        inner, outer = matrix.shape[::-1] if transpose else matrix.shape
+        _check_rows(rows, inner)
+        matrix_id, shape = matrix.matrix_id, (rows.shape[0], outer)
+        super().__init__(matrix_id, matrix_id, rows, shape, dtype, product_unchecked=product_unchecked)
+        self.transpose = transpose
+        self._wait = wait
+
+    def header(self, request_id: int, *, shared: bool = False) -> Header:
+        """See `Request`: MULTIPLY."""
+        return Header(
+            MessageType.MULTIPLY,
+            request_id,
+            self.matrix_id,
+            DType.of(self.rows.dtype),
+            rows=self.rows.shape[0],
+            cols=self.rows.shape[1],
+            payload_bytes=Places.BYTES if shared else self.rows.nbytes,
+            reply_dtype=DType.of(self.dtype),
+            flags=(TRANSPOSED if self.transpose else 0) | (SHARED if shared else 0),
+        )
+
+    def result(self) -> torch.Tensor:
+        """Wait for the product: (m, q), or (m, p) when transposed; on the CPU, contiguous.
+
+        The caller's own; but where the rows came from `WorkerLink.lend`, it may lie in memory that the worker can still
+        write to: compute from it once, into memory of one's own.
+
+        Raises:
+            WireError: see `WorkerLink.multiply`.
+        """
+        self._wait(self)
+        if self.error is not None:
+            raise self.error
+        if self.product is None:
+            raise ConfigError("this request was given up; submit it again")
+        return self.product
+
+    def own(self, product: torch.Tensor) -> torch.Tensor:
+        """What `result` returned, where the worker cannot write to it: a copy, where it lies in shared memory."""
+        return product.clone() if product is self.landing else product
+
+
+def _check_rows(rows: torch.Tensor, inner: int) -> None:
+    if rows.dim() != 2 or rows.shape[0] < 1 or rows.shape[1] != inner:
+        raise ConfigError(f"expected rows of (m, {inner}), got {tuple(rows.shape)}")
+    if rows.device.type != "cpu" or not rows.is_contiguous():
+        raise ConfigError("rows must be contiguous and on the CPU: they are sent from where they lie")
+    if rows.shape[0] > MAX_DIM or rows.nbytes > MAX_WINDOW_BYTES:
+        raise LimitExceeded(
+            f"{rows.shape[0]} rows ({rows.nbytes} bytes) in one call: split it, the wire takes {MAX_WINDOW_BYTES} bytes"
+        )
+
+
+def check_product(product: torch.Tensor) -> torch.Tensor:
+    """The product, where it is finite.
+
+    Raises:
+        BadReply: it contains NaN or infinity.
+    """
+    if not is_finite(product):
+        raise BadReply(NOT_FINITE)
+    return product
+
+
+def check_finite(rows: torch.Tensor) -> None:
+    """Nothing that is not finite crosses.
+
+    Raises:
+        NonFiniteError: `rows` contain NaN or infinity.
+    """
+    if not is_finite(rows):
+        raise NonFiniteError(
+            "the rows to be multiplied contain NaN or infinity; they were not sent. "
+            "Lower the learning rate, or compute in a wider dtype"
+        )
+
+
+RESUME = "it exists nowhere else: resume from the last checkpoint"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The matrix that a reply is to bring."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+
+class Order(Request):
+    """One such request. `WorkerLink.order` sends it and waits."""
+
+    def __init__(
+        self,
+        kind: MessageType,
+        adapter_id: bytes = NO_MATRIX,
+        *,
+        rows: torch.Tensor | None = None,
+        body: bytes = b"",
+        like: tuple[torch.dtype, int, int] | None = None,
+        needs: bytes = NO_MATRIX,
+        number: int = 0,
+        flags: int = 0,
+        wanted: Wanted | None = None,
+        once: bool = False,
+        known_finite: bool = False,
+        product_unchecked: bool = False,
+    ) -> None:
+        """What to ask.
+
+        Args:
+            kind: one of `wire.messages.ON_ADAPTERS`.
+            adapter_id: which adapter; zeros for all.
+            rows: the matrix to send, contiguous and on the CPU.
+            body: what to send where it is no matrix.
+            like: dtype and shape that the header states where no matrix is sent.
+            needs: the matrix that the worker must hold, to be uploaded again should it lack it.
+            number: of a part, or of a forward pass.
+            flags: of the header.
+            wanted: what comes back; None for no more than that it was done.
+            once: it must not be done twice.
+            known_finite: the caller has made sure that `rows` contain neither NaN nor infinity.
+            product_unchecked: it will make sure of what comes back.
+
+        Raises:
+            NonFiniteError: `rows` contain NaN or infinity.
+        """
+        if rows is not None and not known_finite and not is_finite(rows):
+            raise NonFiniteError(
+                f"what {kind.name} was to send contains NaN or infinity; it was not sent. "
+                "Lower the learning rate, or compute in a wider dtype"
+            )
+        if rows is None:
+            rows = torch.frombuffer(bytearray(body), dtype=torch.uint8) if body else torch.empty(0, dtype=torch.uint8)
+        else:
+            like = rows.dtype, rows.shape[0], rows.shape[1]
+        shape, dtype = ((0, 0), torch.float64) if wanted is None else (wanted.shape, wanted.dtype)
+        super().__init__(adapter_id, needs, rows, shape, dtype, product_unchecked=product_unchecked)
+        self._kind, self._like = kind, like
+        self._number, self._flags = number, flags
+        self._wanted, self._once = wanted, once
+        self._is_done = False
+
+    @property
+    def done(self) -> bool:
+        """Whether it was answered, one way or the other."""
+        return self._is_done or super().done
+
+    def header(self, request_id: int, *, shared: bool = False) -> Header:
+        """The message that asks for it, with what it sends as payload or in shared memory."""
+        dtype, rows, cols = (DType.NONE, 0, 0) if self._like is None else (DType.of(self._like[0]), *self._like[1:])
+        multiplies = self._kind in (MessageType.FORWARD, MessageType.BACKWARD)
+        return Header(
+            self._kind,
+            request_id,
+            self.matrix_id,
+            dtype,
+            rows=rows,
+            cols=cols,
+            payload_bytes=Places.BYTES if shared else self.rows.nbytes,
+            reply_dtype=DType.of(self.dtype) if multiplies else DType.NONE,
+            flags=self._flags | (SHARED if shared else 0),
+            code=self._number,
+        )
+
+    def interrupted(self) -> None:
+        """The connection that it was sent on is lost: what must not be done twice is given up."""
+        if self._once and not self.done:
+            self.error = AdapterLost(
+                f"the connection broke before the worker had answered {self._kind.name}; whether the adapter that it "
+                f"holds was changed is not known, and {RESUME}"
+            )
+
+    def acknowledged(self, header: Header) -> None:
+        """DONE came for it.
+
+        Raises:
+            BadReply: a matrix was asked for, or it is about another adapter.
+        """
+        if self._wanted is not None or header.matrix_id != self.matrix_id:
+            raise BadReply(f"{header.type.name} came, which does not answer {self._kind.name}")
+        self._is_done = True

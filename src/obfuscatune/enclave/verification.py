@@ -1,0 +1,212 @@
+"""Products by a few columns whose sums are long: they are to err no more than their rounding at the end would.
+
+Is a product the product? Freivalds' check (1977), for rounded arithmetic.
+
+    at the upload     R (q, K) normal, secret;  V = W* R           (p, K)   once for each matrix, and for its transpose
+    for a request     c (K, k), orthonormal: r = R c, v = V c                fresh
+                      u = X* v = A [x R_in v; N v]                 (m, k)   from what the enclave sent, not read back
+    for its reply     |Y* r - u| <= tau, in every row                       one pass over a private copy of Y*
+
+Y* = X* W* + E differs by E r, and whatever the worker makes of a row e of E, e·r is normal with the standard
+deviation |e|: a worker that does not know r is overlooked with
+
+    P <= (0.8 tau / |e|)^k
+
+whichever elements it changed, by how much and in what pattern. tau follows from rounding: both sides of the
+comparison are sums of products, whose rounding errors grow with |x*| |W*| and |y*| in the precision of the reply.
+The reply can lower tau and not raise it above what |X*| |W*|, which the enclave knows before, allows for |y*|.
+
+Where only a share of the requests is checked, the lot is drawn when the product is in memory of our own, and nothing
+of the check is computed before: a worker that could tell from the time that passes would spare the checked ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from obfuscatune.enclave import kernels
+from obfuscatune.enclave.client.requests import check_product
+from obfuscatune.enclave.keys import SecretStream
+from obfuscatune.errors import WrongProduct
+
+PART = 256
+"""Elements that are summed in their own dtype before the sum goes on in float64."""
+
+
+def product_in_parts(x: Tensor, v: Tensor) -> Tensor:
+    """x v (n, k) in float64 for x (n, p) and v (p, k) of one dtype, on one device; k a few.
+
+    What a sum in float32 errs by grows with its length: over a few thousand elements, by as much as a check of the
+    result tolerates.
+    """
+    total = torch.zeros(x.shape[0], v.shape[1], dtype=torch.float64, device=x.device)
+    for start in range(0, x.shape[1], PART):
+        total += x[:, start : start + PART] @ v[start : start + PART]
+    return total
+
+
+BASIS = 8
+"""K: vectors whose images are computed once. Each request is checked by fresh combinations of them."""
+VECTORS = {torch.float64: 2, torch.float32: 2, torch.bfloat16: 4, torch.float16: 4}
+"""k: combinations for one request. More where rounding explains much: of a row twice as large as it should be, two
+vectors overlook one in 500 in bfloat16, and four one in 200,000."""
+MARGIN = {torch.float64: 64.0, torch.float32: 64.0, torch.bfloat16: 4.0, torch.float16: 4.0}
+"""tau over the unit roundoff times the size of the operands. More where the worker also accumulates in that precision;
+`bench verify` measures what honest workers need."""
+SCATTER = 2.0
+"""Shield rows are random: how much larger than expected all rows together may be. Of 64 random numbers, the root mean
+square exceeds it once in 10^22 requests."""
+
+
+Check = Callable[[Tensor], bool]
+"""Holds a product, in memory of our own, against what it must be, if the lot falls on it: whether it did. Raises
+`BadReply` where it is not finite, and `WrongProduct` where it is not the product."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The secret vectors of one request, and what W* makes of them."""
+
+    r: Tensor
+    """(q, k), normal of unit variance."""
+    v: Tensor
+    """W* r (p, k)."""
+    norm: float
+    """|W*|, the root of the sum of all squares."""
+
+    def check(self, product: Tensor, u: Tensor, scale: float, dtype: torch.dtype) -> None:
+        """Hold a product (m, q), in memory of our own, against u (m, k), float64.
+
+        Args:
+            scale: root mean square of the elements of all rows that were sent, shield rows among them.
+            dtype: in which rows and product travelled.
+
+        Raises:
+            WrongProduct: it is not the product of the rows and the matrix.
+        """
+        excess = float(self.excess(product, u, scale, dtype))
+        if not excess <= 1:  # NaN is not, either
+            raise WrongProduct(
+                f"the worker's product is wrong: a check by secret vectors is off by {excess:.3g} times what rounding "
+                "explains. The worker is hostile, broken, or computes in a lower precision than the model (its "
+                "--dtype); nothing was done with the product"
+            )
+
+    def excess(self, product: Tensor, u: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+        """The largest deviation of any row, over that row's tau; infinite or NaN where either is not finite."""
+        deviation = (product_in_parts(product, self.r) - u).abs().amax(dim=1)
+        tau = self.tolerance(product, scale, dtype)
+        return torch.where(tau.isfinite(), deviation / tau, math.inf).max()
+
+    def tolerance(self, product: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+        """tau for each row (m,), float64.
+
+        A row may be small because large ones cancelled in mixing, and then errs as they do: so the average counts too.
+        No row of the true product is larger than |X*| |W|, so a row that came counts for no more than that.
+        """
+        rounding = torch.finfo(dtype)
+        expected = scale * self.norm  # the size of a row, for a matrix that amplifies all directions alike
+        largest = _largest(product.shape[0], self.v.shape[0], scale, self.norm)
+        norms = torch.linalg.vector_norm(product, dim=1, dtype=torch.float64).clamp(max=largest)
+        subnormal = rounding.tiny * (math.sqrt(product.shape[1]) + self.norm)  # elements below tiny err by eps tiny / 2
+        size: Tensor = expected + norms + norms.square().mean().sqrt() + subnormal
+        return MARGIN[dtype] * rounding.eps / 2 * size
+
+
+def _largest(m: int, p: int, scale: float, norm: float) -> float:
+    """2 |X*| |W|: the product of m rows of p elements has no larger norm, nor any part of it."""
+    return SCATTER * math.sqrt(m * p) * scale * norm
+
+
+def _images(W: Tensor, R: Tensor, L: Tensor) -> tuple[Tensor, Tensor, float]:
+    """W R (p, K), Wᵀ L (q, K) and |W| for R (q, K) and L (p, K)."""
+    return kernels.kernels_for(W).sketch(W, R, L)
+
+
+class Verifier:
+    """Checks products of one matrix."""
+
+    def __init__(self, W_star: Tensor, stream: SecretStream, share: float) -> None:
+        """Computes the images of `BASIS` vectors, both ways, and the norm, from W_star (p, q).
+
+        Args:
+            stream: nothing that a worker knows or can repeat.
+            share: of the requests that are checked, drawn by lot; above 0.
+        """
+        self._stream, self._share = stream, share
+        self._vectors = VECTORS[W_star.dtype]
+        W = W_star.float() if W_star.dtype in (torch.bfloat16, torch.float16) else W_star
+        p, q = W.shape
+        self._R = stream.normal(q, BASIS, dtype=W.dtype)
+        self._L = stream.normal(p, BASIS, dtype=W.dtype)
+        self._WR, self._WtL, self._norm = _images(W, self._R, self._L)
+
+    def probe(self, *, transpose: bool) -> Probe:
+        """Fresh vectors for one request."""
+        vectors, images = (self._L, self._WtL) if transpose else (self._R, self._WR)
+        q, _ = np.linalg.qr(self._stream.normal(BASIS, self._vectors).numpy())
+        c = torch.from_numpy(q).to(vectors)  # orthonormal: the columns of r are normal and independent
+        return Probe(vectors @ c, images @ c, self._norm)
+
+    def check_for(
+        self, image: Callable[[Tensor], Tensor], rows: torch.dtype, scale: float, dtype: torch.dtype, transpose: bool
+    ) -> Check:
+        """The check of one request. To be called once it is sent, and what comes of it once the product is here.
+
+        Args:
+            image: makes X* v, float64, of v in the dtype `rows`.
+            rows: see `image`.
+            scale: see `Probe.check`.
+            dtype: in which rows and product travel.
+            transpose: whether the rows are multiplied by W*ᵀ.
+        """
+
+        def prepare() -> tuple[Probe, Tensor]:
+            probe = self.probe(transpose=transpose)
+            return probe, image(probe.v.to(rows)).to(probe.v.device)
+
+        prepared = prepare() if self._share >= 1 else None  # there is no lot to be kept secret: while it is computed
+
+        def check(product: Tensor) -> bool:
+            if prepared is None and not self._is_drawn():
+                return False
+            probe, u = prepared or prepare()
+            probe.check(check_product(product), u, scale, dtype)
+            return True
+
+        return check
+
+    def bound(self, y: Tensor, m: int, scale: float, dtype: torch.dtype, *, transpose: bool) -> None:
+        """Hold every product, drawn or not, against what no product exceeds: one pass, nothing secret in it.
+
+        Args:
+            y: the unmixed rows (n, q), rotated back or not, before they are scaled back.
+            m: how many rows were sent.
+            scale: see `Probe.check`.
+            dtype: in which rows and product travelled.
+            transpose: whether the rows were multiplied by W*ᵀ.
+
+        Raises:
+            WrongProduct: it is larger, or not finite: worse than what the check by lot would have found.
+        """
+        vectors = self._R if transpose else self._L
+        subnormal = torch.finfo(dtype).tiny * math.sqrt(
+            y.numel()
+        )  # to whose multiples the smallest products are rounded
+        largest = _largest(m, vectors.shape[0], scale, self._norm) + subnormal
+        if not float(torch.linalg.vector_norm(y)) <= largest:  # it overflows before y does
+            norm = float(torch.linalg.vector_norm(y, dtype=torch.float64))
+            if not norm <= largest:
+                raise WrongProduct(
+                    f"the worker's product is wrong: it is {norm / largest:.3g} times as large as the rows and the "
+                    "matrix can make it. The worker is hostile or broken; nothing was done with the product"
+                )
+
+    def _is_drawn(self) -> bool:
+        return int.from_bytes(self._stream.random_bytes(4)) < self._share * 2**32

@@ -1,0 +1,17 @@
+"""The language that enclave and worker share. Imports neither.
+
+In the order in which a message passes through:
+
+    limits         every number, with its unit and its reason
+    tensors        a matrix as bytes, without a copy
+    payloads       what a message carries besides a matrix, as bytes
+    messages       a header as bytes; who speaks another protocol
+    framing        messages over a transport
+    transport      a stream that carries bytes within a deadline; `tls`, the same encrypted
+    shared_memory  rows and products that need not cross a stream on one host
+    endpoints      an address, and the enclave's end of a connection to it; `listen`, the worker's
+    files          secrets and temporary folders
+    transcript     what a worker recorded, read back
+
+The format is written down in docs/spec/wire.md.
+"""

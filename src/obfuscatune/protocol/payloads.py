@@ -1,0 +1,300 @@
+"""What messages carry that is no matrix, as bytes and back. Pure, as `messages`; bodies about adapters: `adapters`.
+
+What is said of an adapter that lies on the worker: its shape, the step that it takes. Pure, as `messages`.
+
+    y* = x* W* + s · drop(x*) A* B*       on the columns first .. first + width of W* (p, q), for each slice
+
+Everything is in the transformed basis: A* (p, r), B* (r, width).
+"""
+
+import math
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import ClassVar
+
+from obfuscatune.errors import LimitExceeded, MalformedMessage, UnsupportedVersion
+from obfuscatune.protocol.limits import MAX_IN_FLIGHT, MAX_MATRIX_BYTES, MAX_RANK, MAX_SLICES, MAX_WINDOW_BYTES, VERSION
+
+CONTENT_STORE = 1
+"""Feature of a worker: it keeps matrices on disk by their content, and so wants the digest in an OFFER."""
+SHARED_MEMORY = 2
+"""Feature of a connection: SHARE is welcome on it."""
+ACCELERATOR = 4
+"""Feature of a worker: it computes on a device of its own, not on its host's processor."""
+RETIRED = 8
+"""Feature of workers before 2026-11-29, which nothing is made of."""
+FEATURES = CONTENT_STORE | SHARED_MEMORY | ACCELERATOR | RETIRED
+_HELLO = struct.Struct("<32sHH")
+_WELCOME = struct.Struct("<HHIQQQ")
+_PLACES = struct.Struct("<QQ")
+_NUMBER = struct.Struct("<Q")
+NUMBER_BYTES = _NUMBER.size
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """Payload of HELLO (36 bytes): who speaks, and which versions it speaks."""
+
+    BYTES: ClassVar[int] = _HELLO.size
+    session_id: bytes
+    oldest: int = VERSION
+    newest: int = VERSION
+
+    def __repr__(self) -> str:
+        return f"Hello(session_id=<secret>, oldest={self.oldest}, newest={self.newest})"
+
+    def pack(self) -> bytes:
+        """The payload as bytes."""
+        return _HELLO.pack(self.session_id, self.oldest, self.newest)
+
+    @classmethod
+    def unpack(cls, body: bytes) -> "Hello":
+        """Read 36 bytes.
+
+        Raises:
+            MalformedMessage: another length, or an empty range of versions.
+        """
+        if len(body) != cls.BYTES:
+            raise MalformedMessage(f"the payload of HELLO has {cls.BYTES} bytes, {len(body)} came")
+        hello = cls(*_HELLO.unpack(body))
+        if hello.oldest > hello.newest:
+            raise MalformedMessage(f"HELLO offers versions {hello.oldest} to {hello.newest}: an empty range")
+        return hello
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """Payload of WELCOME (32 bytes): the version that both speak, and what the worker takes."""
+
+    BYTES: ClassVar[int] = _WELCOME.size
+    version: int
+    max_in_flight: int
+    features: int
+    window_bytes: int
+    """Most payload of all MULTIPLY requests that await their reply."""
+    matrix_bytes: int
+    """Largest single matrix."""
+    quota_bytes: int
+    """Memory for the matrices of all sessions."""
+
+    def pack(self) -> bytes:
+        """The payload as bytes."""
+        return _WELCOME.pack(
+            self.version,
+            self.max_in_flight,
+            self.features,
+            self.window_bytes,
+            self.matrix_bytes,
+            self.quota_bytes,
+        )
+
+    @classmethod
+    def unpack(cls, body: bytes) -> "Welcome":
+        """Read 32 bytes.
+
+        Raises:
+            UnsupportedVersion: the worker chose a version that was not offered.
+            MalformedMessage: another length, unknown features, or limits that let nothing through or exceed the spec.
+        """
+        if len(body) != cls.BYTES:
+            raise MalformedMessage(f"the payload of WELCOME has {cls.BYTES} bytes, {len(body)} came")
+        welcome = cls(*_WELCOME.unpack(body))
+        if welcome.version != VERSION:
+            raise UnsupportedVersion(f"the worker chose version {welcome.version}, offered was {VERSION}")
+        if welcome.features & ~FEATURES:
+            raise MalformedMessage(f"WELCOME names unknown features {welcome.features:#x}")
+        if not 1 <= welcome.max_in_flight <= MAX_IN_FLIGHT:
+            raise MalformedMessage(f"WELCOME allows {welcome.max_in_flight} in flight: 1 to {MAX_IN_FLIGHT} may be")
+        if not 1 <= welcome.window_bytes <= MAX_WINDOW_BYTES or not 1 <= welcome.matrix_bytes <= MAX_MATRIX_BYTES:
+            raise MalformedMessage("WELCOME states a window or a matrix size outside the limits of the protocol")
+        return welcome
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Payload of a MULTIPLY in shared memory (16 bytes): where its rows lie, and where the product is to be laid."""
+
+    BYTES: ClassVar[int] = _PLACES.size
+    rows: int
+    product: int
+
+    def pack(self) -> bytes:
+        """The payload as bytes."""
+        return _PLACES.pack(self.rows, self.product)
+
+    @classmethod
+    def unpack(cls, body: bytes) -> "Places":
+        """Read 16 bytes; that they lie within the memory is for whoever has it to check."""
+        return cls(*_PLACES.unpack(body))
+
+
+def pack_number(number: int) -> bytes:
+    """Payload of SHARE: bytes of the memory whose descriptor comes with it. Of a STORE in it: where the matrix lies."""
+    return _NUMBER.pack(number)
+
+
+def unpack_number(body: bytes) -> int:
+    """Read 8 bytes."""
+    return int(_NUMBER.unpack(body)[0])
+
+
+def error_text(body: bytes) -> str:
+    """The text of an ERROR: printable ASCII and nothing else, for it ends up on a terminal.
+
+    Raises:
+        MalformedMessage: any other byte.
+    """
+    if not all(0x20 <= byte < 0x7F for byte in body):
+        raise MalformedMessage("the text of an ERROR is printable ASCII; other bytes came")
+    return body.decode("ascii")
+
+
+_SLICE = struct.Struct("<IIIdd")
+_STEP = struct.Struct("<IIdddddd")
+_MATRIX_ID_BYTES = 16
+
+
+class Part(IntEnum):
+    """A matrix that belongs to one slice of an adapter. (p, r) for those of A*, (r, width) for those of B*."""
+
+    A = 0
+    B = 1
+    A_FIRST = 2
+    B_FIRST = 3
+    A_SECOND = 4
+    B_SECOND = 5
+
+    def number(self, index: int) -> int:
+        """What names this part of the slice of that index (from 0) in a header; never zero."""
+        return 1 + PARTS * index + self
+
+    @staticmethod
+    def named(number: int) -> "tuple[int, Part]":
+        """The index of the slice, and which part.
+
+        Raises:
+            MalformedMessage: zero, which names none.
+        """
+        if number == 0:
+            raise MalformedMessage("which part of the adapter is meant? 0 names none")
+        index, part = divmod(number - 1, PARTS)
+        return index, Part(part)
+
+
+PARTS = len(Part)
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """The adapter of one layer: which columns of the matrix are that layer's, and LoRA's settings."""
+
+    first: int
+    width: int
+    rank: int
+    scale: float
+    dropout: float
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """Payload of ATTACH (16 + 28 bytes for each slice): the matrix that an adapter belongs to, and its slices."""
+
+    matrix_id: bytes
+    slices: tuple[Slice, ...]
+
+    def pack(self) -> bytes:
+        """The payload as bytes."""
+        parts = [_SLICE.pack(it.first, it.width, it.rank, it.scale, it.dropout) for it in self.slices]
+        return self.matrix_id + b"".join(parts)
+
+    @classmethod
+    def unpack(cls, body: bytes, cols: int) -> "Attachment":
+        """Read it, for a matrix of `cols` columns.
+
+        Raises:
+            MalformedMessage: another length, columns outside the matrix or in two slices, or a setting out of range.
+            LimitExceeded: a rank above MAX_RANK.
+        """
+        rest = body[_MATRIX_ID_BYTES:]
+        if not rest or len(rest) % _SLICE.size:
+            raise MalformedMessage(f"ATTACH has {_SLICE.size} bytes for each slice, {len(rest)} came")
+        slices = tuple(Slice(*fields) for fields in _SLICE.iter_unpack(rest))
+        end = 0
+        for it in slices:
+            if it.first < end or it.width == 0 or it.first + it.width > cols:
+                raise MalformedMessage(
+                    f"a slice of columns {it.first} to {it.first + it.width}: slices follow each other within {cols}"
+                )
+            end = it.first + it.width
+            if it.rank == 0 or not math.isfinite(it.scale) or not 0.0 <= it.dropout < 1.0:
+                raise MalformedMessage(
+                    f"a slice of rank {it.rank}, scale {it.scale} and dropout {it.dropout}: "
+                    "expected a rank of 1 or more, a finite scale, and 0 <= dropout < 1"
+                )
+            if it.rank > MAX_RANK:
+                raise LimitExceeded(f"a slice of rank {it.rank}: at most {MAX_RANK}")
+        return cls(body[:_MATRIX_ID_BYTES], slices)
+
+
+def attachment_bytes(fewest: int, most: int = MAX_SLICES) -> tuple[int, int]:
+    """Bytes of an ATTACH of so many slices."""
+    return _MATRIX_ID_BYTES + fewest * _SLICE.size, _MATRIX_ID_BYTES + most * _SLICE.size
+
+
+class Method(IntEnum):
+    """How a step follows from a gradient."""
+
+    SGD = 1
+    ADAMW = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Payload of STEP (56 bytes): one update of the factors, from the gradients times `gradient_scale`.
+
+    `number` counts the updates, this one included; AdamW's bias correction goes by it. SGD uses neither betas nor
+    `eps`.
+    """
+
+    BYTES: ClassVar[int] = _STEP.size
+    method: Method
+    number: int
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    gradient_scale: float
+
+    def pack(self) -> bytes:
+        """The payload as bytes."""
+        return _STEP.pack(
+            self.method,
+            self.number,
+            self.lr,
+            self.beta1,
+            self.beta2,
+            self.eps,
+            self.weight_decay,
+            self.gradient_scale,
+        )
+
+    @classmethod
+    def unpack(cls, body: bytes) -> "Step":
+        """Read 56 bytes.
+
+        Raises:
+            MalformedMessage: another length, an unknown method, or a setting out of range.
+        """
+        if len(body) != _STEP.size:
+            raise MalformedMessage(f"the payload of STEP has {_STEP.size} bytes, {len(body)} came")
+        method, number, *settings = _STEP.unpack(body)
+        if method not in set(Method):
+            raise MalformedMessage(f"STEP by method {method}: 1 to {max(Method)} exist")
+        step = cls(Method(method), number, *settings)
+        if not all(math.isfinite(value) and value >= 0 for value in settings) or number == 0:
+            raise MalformedMessage("STEP has settings that are negative or not finite, or the number 0")
+        if step.beta1 >= 1 or step.beta2 >= 1 or (step.method is Method.ADAMW and step.eps == 0):
+            raise MalformedMessage("STEP needs betas below 1 and, for AdamW, an eps above 0")
+        return step

@@ -1,0 +1,106 @@
+"""The four element types that may cross the wire.
+
+A matrix as the bytes that cross the wire: the tensor's own memory, never a copy.
+"""
+
+import hashlib
+import math
+import sys
+from enum import IntEnum
+
+import numpy as np
+import torch
+
+from obfuscatune.errors import ConfigError
+
+
+class DType(IntEnum):
+    """Code of an element type in a header. NONE stands in messages that carry no matrix."""
+
+    NONE = 0
+    FLOAT64 = 1
+    FLOAT32 = 2
+    BFLOAT16 = 3
+    FLOAT16 = 4
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return ITEMSIZE[self]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The same type as torch names it. KeyError for NONE, which is no type."""
+        return _TORCH[self]
+
+    @classmethod
+    def of(cls, dtype: torch.dtype) -> "DType":
+        """The code of a torch dtype.
+
+        Raises:
+            ConfigError: it is not one of the four.
+        """
+        try:
+            return _CODE[dtype]
+        except KeyError:
+            known = ", ".join(str(t).removeprefix("torch.") for t in _CODE)
+            raise ConfigError(f"the wire carries {known}; {dtype} came: convert it first") from None
+
+
+ITEMSIZE = {DType.NONE: 0, DType.FLOAT64: 8, DType.FLOAT32: 4, DType.BFLOAT16: 2, DType.FLOAT16: 2}
+"""Bytes of one element."""
+_TORCH = {
+    DType.FLOAT64: torch.float64,
+    DType.FLOAT32: torch.float32,
+    DType.BFLOAT16: torch.bfloat16,
+    DType.FLOAT16: torch.float16,
+}
+_CODE = {dtype: code for code, dtype in _TORCH.items()}
+
+
+_FEW = 4096
+"""Elements that torch sums up on one thread, sooner than numpy has been told what to ignore."""
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor as writable bytes, row-major and little-endian.
+
+    Raises:
+        ConfigError: the tensor is not contiguous, not on the CPU, or this machine is big-endian.
+    """
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise ConfigError(f"expected a contiguous tensor on the CPU, got stride {tensor.stride()} on {tensor.device}")
+    if sys.byteorder != "little":
+        raise ConfigError("the wire is little-endian and does not convert; this machine is big-endian")
+    if tensor.numel() == 0:
+        return memoryview(bytearray())
+    elements = tensor.detach()
+    if tensor.dtype == torch.bfloat16:  # which numpy does not know
+        elements = elements.view(torch.int16)
+    return memoryview(elements.numpy()).cast("B")  # type: ignore[arg-type]  # a buffer since PEP 688
+
+
+def content_digest(tensor: torch.Tensor) -> bytes:
+    """SHA-256 (32 bytes) over dtype code (u8), rows (u32), columns (u32) and the elements of a (p, q) matrix."""
+    digest = hashlib.sha256(bytes([DType.of(tensor.dtype)]))
+    for dim in tensor.shape:
+        digest.update(dim.to_bytes(4, "little"))
+    digest.update(bytes_of(tensor))
+    return digest.digest()
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite.
+
+    One pass for the sum, at memory speed: a NaN or an infinity never leaves a sum finite. A sum may overflow although
+        every element is finite, so only then each is looked at.
+    """
+    if tensor.numel() <= _FEW:
+        total = float(tensor.detach().sum())
+    elif tensor.device.type == "cpu" and tensor.dtype in (torch.float64, torch.float32):
+        # numpy and not torch: as fast on one core, and it wakes no OpenMP threads that spin next to the worker's
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = float(np.add.reduce(tensor.detach().numpy(), axis=None))
+    else:
+        total = float(tensor.sum(dtype=torch.float32))
+    return math.isfinite(total) or bool(torch.isfinite(tensor).all())

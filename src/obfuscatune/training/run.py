@@ -1,0 +1,285 @@
+"""A model in its plain form, for the runs that protection is compared with.
+
+One run from its recipe to its adapter, resumable whenever it ends.
+
+<out>/recipe.yaml     the resolved recipe
+<out>/metrics.jsonl   a line for every step and every measurement on the eval records
+<out>/checkpoints/    the newest, and the best (checkpoint.py)
+<out>/tensorboard/    the same as metrics.jsonl, where asked for (tensorboard.py)
+<out>/adapter/        the result, in PEFT's format
+<out>/run.json        what came out, once the run is complete
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from obfuscatune.errors import ConfigError, ModelFileError, RunStopped
+from obfuscatune.training.adapter import adapter_files, add_lora
+from obfuscatune.training.checkpoint import Progress, ingredients, load_best, refuse_other_run, resume, save_checkpoint
+from obfuscatune.training.data import Data, Dataset, Source, load_dataset
+from obfuscatune.training.journal import Event, Journal, Started, also_on_board
+from obfuscatune.training.loop import Cadence, make_optimizer, mean_loss, train
+from obfuscatune.training.recipe import Recipe
+from obfuscatune.training.storage import RunDirectory
+from obfuscatune.training.tokens import check_ids, context_window, embedding_rows, end_id
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_plain(directory: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Read a model as it is, all of it in this process. `config`: of the directory, as `read_config` gives it.
+
+    Raises:
+        ModelFileError: the directory cannot be read as a model in safetensors.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            directory, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelFileError(f"{directory} cannot be read as a model in safetensors: {error}") from error
+    return model
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A complete run. `model` is the wrapped model, ready to answer; `adapter` its directory.
+
+    `best_step` is the step whose factors both have, where these are not the last one's; `stopped_early` says whether
+    patience ended the run before its last step.
+    """
+
+    model: PeftModel
+    progress: Progress
+    adapter: Path
+    best_step: int | None = None
+    stopped_early: bool = False
+
+
+def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Any) -> Data:
+    """Read a recipe's records; it needs no more of the model than its configuration.
+
+    Raises:
+        ConfigError: a length beyond the model's window, or no such task.
+        DataError: the records cannot be used.
+    """
+    longest = longest_example(recipe, config)
+    check_ids(tokenizer, [end_id(tokenizer)], embedding_rows(config))
+
+    def load(source: Source) -> Dataset:
+        return load_dataset(
+            source,
+            tokenizer,
+            longest,
+            recipe.too_long,
+            split=recipe.split_turns,
+            vocabulary=embedding_rows(config),
+        )
+
+    train_source, eval_source = sources(recipe)
+    return Data(load(train_source), None if eval_source is None else load(eval_source))
+
+
+def longest_example(recipe: Recipe, config: Any) -> int:
+    """The most tokens that an example may have.
+
+    Raises:
+        ConfigError: the recipe asks for more than the model's window.
+    """
+    window = context_window(config)
+    if recipe.max_length is not None and recipe.max_length > window:
+        raise ConfigError(f"--max-length: {recipe.max_length} tokens, and the model's window is {window}")
+    return recipe.max_length or window
+
+
+def sources(recipe: Recipe) -> tuple[Source, Source | None]:
+    """Where a recipe's records are: those to train on, and those to measure on, if any.
+
+    Raises:
+        ConfigError, DataError: as `Source.of`.
+    """
+    train = Source.of(recipe.data, recipe.task, "train", recipe.fields)
+    return train, None if recipe.eval is None else Source.of(recipe.eval, recipe.task, "test", recipe.fields)
+
+
+def check_out(recipe: Recipe, data: Data, *, fingerprint: str, resume_run: bool) -> None:
+    """Refuse a run directory that `finetune` would refuse, before a model is loaded for it.
+
+    Args:
+        data, fingerprint, resume_run: As for `finetune`.
+
+    Raises:
+        ConfigError: it holds a run that is not to be resumed, or another one than this.
+        StorageError: it is no directory, or its newest checkpoint is damaged.
+    """
+    if recipe.out.exists():
+        directory = RunDirectory(recipe.out)
+        _refuse_accident(directory, resume_run)
+        refuse_other_run(directory, _made_of(recipe, data, fingerprint), load_best=recipe.load_best)
+
+
+def finetune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    data: Data,
+    *,
+    fingerprint: str,
+    report: Callable[[Event], None],
+    resume_run: bool = False,
+    stop_asked: Callable[[], bool] = lambda: False,
+) -> Outcome:
+    """Fine-tune a model, protected or plain, as the recipe says, and write the run directory.
+
+    Args:
+        model: A Hugging Face causal language model; it is wrapped in place.
+        data: What `load_data` read.
+        fingerprint: What tells this model from others (`identity.model_fingerprint`).
+        report: Called with each event as it happens.
+        resume_run: Go on from the newest checkpoint in `recipe.out`; without one, begin. With more epochs or steps
+            than the run had, it becomes longer: the learning rate then follows the schedule of the longer run from
+            the next step on.
+        stop_asked: Asked after each step, and while measuring: whether to end early.
+
+    Raises:
+        ConfigError: the recipe does not fit the model; `out` holds a run that is not to be resumed, or
+            another one than this; TensorBoard is asked for and not installed.
+        NonFiniteError: a loss or gradient is NaN or infinite.
+        RunStopped: `stop_asked` said so; a checkpoint is written, and to resume from it is never to have stopped.
+        StorageError: the disk refused, or a checkpoint is damaged.
+    """
+    cadence = Cadence.of(recipe, len(data.train.examples))
+    made_of = _made_of(recipe, data, fingerprint)
+    directory = RunDirectory(recipe.out)
+    with directory.locked(), ExitStack() as stack:
+        _refuse_accident(directory, resume_run)
+        directory.clean()
+        before = refuse_other_run(directory, made_of, load_best=recipe.load_best)
+        peft_model = _with_lora(model, recipe)
+        optimizer = make_optimizer(peft_model, weight_decay=recipe.weight_decay)
+        progress = saved = resume(directory, peft_model, optimizer, made_of)
+        directory.write_file("recipe.yaml", recipe.to_yaml().encode())
+        if recipe.tensorboard:
+            report = stack.enter_context(also_on_board(report, directory, progress, recipe.logging_steps))
+        journal = Journal(directory, progress, report)
+        report(Started(progress.step, cadence.total_steps, data, cadence.planned_before(before)))
+        pad_id = end_id(tokenizer)
+
+        def measure() -> None:
+            """Measure what is due; a measurement that is broken off is made when the run goes on."""
+            if data.eval is None or journal.progress.is_measured or not cadence.measures_at(journal.progress.step):
+                return
+            with suppress(_StopAskedError):
+                loss = mean_loss(
+                    peft_model,
+                    data.eval.examples,
+                    batch_size=recipe.batch_size,
+                    pad_id=pad_id,
+                    before_batch=partial(_raise_if, stop_asked),
+                )
+                journal.measured(loss)
+
+        def settle() -> bool:
+            """What is due after the steps so far: measure, save, end where asked to. Whether the run is complete."""
+            nonlocal saved
+            measure()
+            now = journal.progress
+            complete = now.step == cadence.total_steps or now.is_stopped(recipe.patience)
+            stopping = not complete and stop_asked()
+            is_best = recipe.keeps_best and now.best is not None and now.best[0] == now.step
+            due = complete or stopping or is_best or cadence.saves_at(now.step)
+            if due and now.step and now != saved:
+                save_checkpoint(
+                    directory,
+                    peft_model,
+                    optimizer,
+                    now,
+                    made_of,
+                    kept=recipe.checkpoints_kept,
+                    keep_best=recipe.keeps_best,
+                )
+                saved = now
+            if stopping:
+                written = "a checkpoint is written" if now.step else "there is nothing to save yet"
+                raise RunStopped(f"stopped after step {now.step} of {cadence.total_steps}: {written}")
+            return complete
+
+        complete = settle()
+        if not complete:
+            directory.remove_file("run.json")  # of the shorter run that this one goes on from
+        steps = train(
+            *(peft_model, optimizer, data.train.examples, cadence.plan, cadence.descent),
+            pad_id=pad_id,
+            first_step=progress.step,
+        )
+        while not complete:
+            journal.stepped(next(steps))
+            complete = settle()
+
+        stopped_early = journal.progress.step < cadence.total_steps
+        best_step = load_best(directory, peft_model, journal.progress) if recipe.load_best else None
+        directory.write_directory("adapter", adapter_files(peft_model))
+        directory.write_file("run.json", json.dumps(summary(journal.progress), indent=2).encode() + b"\n")
+    return Outcome(peft_model.eval(), journal.progress, recipe.out / "adapter", best_step, stopped_early)
+
+
+def summary(progress: Progress) -> dict[str, object]:
+    """A complete run in numbers: losses in nats per token, seconds of all its steps, trained tokens."""
+    best = progress.best
+    return {
+        "steps": progress.step,
+        "first_loss": progress.steps[0].loss,
+        "last_loss": progress.steps[-1].loss,
+        "eval_losses": [{"step": step, "loss": loss} for step, loss in progress.evals],
+        "best_eval": None if best is None else {"step": best[0], "loss": best[1]},
+        "tokens": sum(event.tokens for event in progress.steps),
+        "seconds": sum(event.seconds for event in progress.steps),
+    }
+
+
+class _StopAskedError(Exception):
+    """Ends a measurement."""
+
+
+def _raise_if(asked: Callable[[], bool]) -> None:
+    if asked():
+        raise _StopAskedError
+
+
+def _made_of(recipe: Recipe, data: Data, fingerprint: str) -> Mapping[str, Any]:
+    evaluation = None if data.eval is None else data.eval.digest
+    return ingredients(recipe, model=fingerprint, data=data.train.digest, evaluation=evaluation)
+
+
+def _with_lora(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
+    peft_model = add_lora(
+        model,
+        r=recipe.lora_r,
+        alpha=recipe.lora_alpha,
+        dropout=recipe.lora_dropout,
+        targets=recipe.lora_targets,
+        seed=recipe.seed,
+    )
+    if recipe.gradient_checkpointing:
+        # Transformers 5 renamed it in its course. Not reentrant: the embeddings are frozen and need no gradient.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    return peft_model
+
+
+def _refuse_accident(directory: RunDirectory, resume_run: bool) -> None:
+    if not resume_run and (directory.root / "recipe.yaml").exists():
+        raise ConfigError(f"{directory.root}: holds a run; go on with it by --resume, or choose another --out")
