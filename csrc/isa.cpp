@@ -1,7 +1,7 @@
 // All kernels for one instruction set, ISA, whose flags the compiler is given: see hatch_build.py.
 #include "deviates.hpp"
 #include "few_rows.hpp"
-#include "panels.hpp"
+#include "tiles.hpp"
 #include "sketches.hpp"
 
 #define NAME_(isa) kernels_##isa
@@ -12,7 +12,7 @@
 namespace {
 
 template <class T> constexpr Kernels table() {
-    // A strip of few rows may be wider than a row of a panel.
+    // A strip of few rows may be wider than a row of a tile.
     constexpr int64_t bytes = STRIP_BYTES > Simd<T>::row_bytes ? STRIP_BYTES : Simd<T>::row_bytes;
     return {TEXT(ISA), sizeof(T), Simd<T>::width, Simd<T>::lanes, bytes / (int64_t)sizeof(T),
             rotate<T>, mix<T>, multiply<T>, multiply_few_rows<T>, sketch<T>, make_deviates};

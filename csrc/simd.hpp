@@ -37,13 +37,13 @@ extern "C" void GOMP_parallel(void (*function)(void *), void *data, unsigned thr
 
 namespace {
 
-constexpr int VECTORS = 2;  // side by side in a row of a panel
+constexpr int VECTORS = 2;  // side by side in a row of a tile
 constexpr int64_t CACHE_LINE = 64;
 
 template <class T> struct Simd {
     typedef T V __attribute__((vector_size(VECTOR_BYTES)));
     static constexpr int width = VECTOR_BYTES / sizeof(T);
-    static constexpr int lanes = VECTORS * width;  // numbers in a row of a panel
+    static constexpr int lanes = VECTORS * width;  // numbers in a row of a tile
     static constexpr int64_t row_bytes = VECTORS * VECTOR_BYTES;
 };
 template <class T> using V = typename Simd<T>::V;

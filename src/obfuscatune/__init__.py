@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from obfuscatune.version import __version__
 
 if TYPE_CHECKING:
-    from obfuscatune.enclave.client import RetryPolicy, WorkerLink
+    from obfuscatune.enclave.client import RetryPolicy, WorkerClient
     from obfuscatune.enclave.keys import RootKey
     from obfuscatune.enclave.loading import load
     from obfuscatune.enclave.local_worker import local_worker
@@ -32,7 +32,7 @@ _HOMES = {
     "RetryPolicy": "enclave.client",
     "RootKey": "enclave.keys",
     "TlsConfig": "protocol.tls",
-    "WorkerLink": "enclave.client",
+    "WorkerClient": "enclave.client",
     "load": "enclave.loading",
     "local_worker": "enclave.local_worker",
     "protect": "enclave.protect",
@@ -63,7 +63,7 @@ __all__ = [
     "RetryPolicy",
     "RootKey",
     "TlsConfig",
-    "WorkerLink",
+    "WorkerClient",
     "__version__",
     "load",
     "local_worker",

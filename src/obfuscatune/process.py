@@ -58,7 +58,7 @@ def _keep_freed_memory() -> None:
         mallopt(_M_MMAP_THRESHOLD, _KEEP_BELOW)
         mallopt(_M_TRIM_THRESHOLD, _KEEP_FREE)
         mallopt(_M_TOP_PAD, _GROW_BY)
-        mallopt(_M_ARENA_MAX, 1)  # a thread's own arena could not hold a large block
+        mallopt(_M_ARENA_MAX, 1)  # a thread's own allocator could not hold a large block
 
 
 class Forkable(Protocol):

@@ -83,7 +83,7 @@ def test_the_enclave_holds_two_large_matrices_beside_its_own(tmp_path: Path) -> 
     write_random_checkpoint(config, tmp_path, lambda line: None)
     best = ObfuscateBench(model=tmp_path, threads=2, rounds=1, first_blocks=0).run(lambda line: None).best("structured")
     large = 4 * 3072 * 12288
-    other = 110_000_000  # the model's classes, imported late; panels; what the allocator keeps
+    other = 110_000_000  # the model's classes, imported late; tiles; what the allocator keeps
     assert best["enclave_bytes"] < other
     assert best["enclave_peak_bytes"] - best["before_bytes"] < 2 * large + other
 

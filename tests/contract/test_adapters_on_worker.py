@@ -31,7 +31,7 @@ def factors(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items() if "lora_" in name}
 
 
-def descend(model: Any, optimizer: Any, vocabulary: int, *, steps: int = 10, rekey_after: int = 0) -> list[float]:
+def take_step(model: Any, optimizer: Any, vocabulary: int, *, steps: int = 10, rekey_after: int = 0) -> list[float]:
     """Two passes accumulated for each step; every loss."""
     model.train()
     losses = []
@@ -58,11 +58,11 @@ def test_ten_steps_of_sgd(architecture: Architecture, plain: Any, worker: LocalW
     vocabulary = plain.config.vocab_size
     reference = with_lora(copy_of(plain), architecture)
     before = factors(reference)
-    expected = descend(reference, plain_sgd(reference), vocabulary)
+    expected = take_step(reference, plain_sgd(reference), vocabulary)
     with protected(copy_of(plain), worker, profile="paper") as model:
         adapted = with_lora(model, architecture)
         optimizer = model.protection.move_adapter(adapted).optimizer("sgd", lr=LR)
-        found = descend(adapted, optimizer, vocabulary, rekey_after=rekey_after)
+        found = take_step(adapted, optimizer, vocabulary, rekey_after=rekey_after)
         moved = factors(adapted)
     assert largest_deviation(before, factors(reference)) > 1e-3
     assert found == pytest.approx(expected, rel=1e-9, abs=0)
@@ -91,10 +91,10 @@ def test_settings_of_sgd(worker: LocalWorker, settings: dict[str, float]) -> Non
     if "clip" in settings:
         parameters = sgd.param_groups[0]["params"]
         sgd.register_step_pre_hook(lambda *_: torch.nn.utils.clip_grad_norm_(parameters, settings["clip"]) and None)
-    expected = descend(reference, sgd, 97, steps=3)
+    expected = take_step(reference, sgd, 97, steps=3)
     with protected(LLAMA.build(torch.float64), worker, profile="paper") as model:
         adapted = with_lora(model)
-        found = descend(
+        found = take_step(
             adapted, model.protection.move_adapter(adapted).optimizer("sgd", lr=LR, **settings), 97, steps=3
         )
         assert largest_deviation(factors(reference), factors(adapted)) < 1e-9
@@ -106,13 +106,13 @@ def test_adamw_where_nothing_is_rotated(worker: LocalWorker) -> None:
     reference = with_lora(LLAMA.build(torch.float64))
     settings = {"lr": LR, "weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-6}
     adamw = torch.optim.AdamW([p for p in reference.parameters() if p.requires_grad], **settings)
-    expected = descend(reference, adamw, 97)
+    expected = take_step(reference, adamw, 97)
     with protected(
         LLAMA.build(torch.float64), worker, profile="paper", transform="identity", allow_unsafe=True
     ) as model:
         adapted = with_lora(model)
         optimizer = model.protection.move_adapter(adapted).optimizer("adamw", **settings)
-        found = descend(adapted, optimizer, 97)
+        found = take_step(adapted, optimizer, 97)
         assert largest_deviation(factors(reference), factors(adapted)) < 1e-9
         optimizer.fetch_state()
         for name, parameter in adapted.named_parameters():
@@ -131,13 +131,13 @@ def test_state_fetched_and_stored_is_the_same_run(worker: LocalWorker) -> None:
         ) as model:
             adapted = with_lora(model)
             optimizer = model.protection.move_adapter(adapted).optimizer("adamw", lr=LR)
-            descend(adapted, optimizer, 97, steps=2)
+            take_step(adapted, optimizer, 97, steps=2)
             if interrupted:
                 saved, moments = factors(adapted), optimizer.state_dict()
-                descend(adapted, optimizer, 97, steps=2)
+                take_step(adapted, optimizer, 97, steps=2)
                 adapted.load_state_dict(saved, strict=False)
                 optimizer.load_state_dict(moments)
-            results.append(descend(adapted, optimizer, 97, steps=2))
+            results.append(take_step(adapted, optimizer, 97, steps=2))
     assert results[0] == pytest.approx(results[1], rel=1e-12, abs=0)
 
 
@@ -145,7 +145,7 @@ def test_first_moments_are_carried_exactly(worker: LocalWorker) -> None:
     with protected(LLAMA.build(torch.float64), worker, profile="paper") as model:
         adapted = with_lora(model)
         optimizer = model.protection.move_adapter(adapted).optimizer("adamw", lr=LR)
-        descend(adapted, optimizer, 97, steps=2)
+        take_step(adapted, optimizer, 97, steps=2)
         seen = []
         for _ in range(2):
             optimizer.fetch_state()
@@ -165,7 +165,7 @@ def test_the_saved_adapter_is_peft_s_own(worker: LocalWorker, tmp_path: Path) ->
     with protected(copy_of(plain), worker, profile="paper") as model:
         adapted = with_lora(model)
         optimizer = model.protection.move_adapter(adapted).optimizer("adamw", lr=LR)
-        descend(adapted, optimizer, 97, steps=3)
+        take_step(adapted, optimizer, 97, steps=3)
         adapted.eval().save_pretrained(tmp_path)
         with torch.no_grad():
             inside = adapted(**inputs).logits

@@ -19,7 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from obfuscatune import load, protect
 from obfuscatune.cli.app import run
-from obfuscatune.enclave.client import WorkerLink
+from obfuscatune.enclave.client import WorkerClient
 from obfuscatune.enclave.local_worker import LocalWorker
 from obfuscatune.errors import ObfuscaTuneError, ProtectionError
 from tests.contract.architectures import Architecture
@@ -88,24 +88,24 @@ def written(model_type: str, directory: Path) -> Any:
 
 
 @contextmanager
-def linked(worker: LocalWorker) -> Iterator[WorkerLink]:
+def linked(worker: LocalWorker) -> Iterator[WorkerClient]:
     """A link that is closed at the end."""
-    link = WorkerLink.open(worker.address)
+    client = WorkerClient.open(worker.address)
     try:
-        yield link
+        yield client
     finally:
-        link.close()
+        client.close()
 
 
 def verdicts(directory: Path, worker: LocalWorker, capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
     """What `inspect` and `load` say: "" for fine, and the refusal otherwise."""
     failed = run(["inspect", "--json", "--model", str(directory), "--first-blocks", "0"])
     inspected = capsys.readouterr().err if failed else ""
-    with linked(worker) as link:
+    with linked(worker) as client:
         try:
-            load(directory, link, first_blocks=0, dtype=torch.float32)
+            load(directory, client, first_blocks=0, dtype=torch.float32)
         except ObfuscaTuneError as error:
-            assert not link.stats.uploads, "refused after something had been sent"
+            assert not client.stats.uploads, "refused after something had been sent"
             return inspected, str(error)
         return inspected, ""
 
@@ -133,8 +133,8 @@ def test_inspect_and_load_agree(
         return
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     ids = batch((7,), 97).input_ids
-    with linked(worker) as link, torch.no_grad():
-        found = load(tmp_path, link, first_blocks=0, dtype=torch.float32)(ids).logits
+    with linked(worker) as client, torch.no_grad():
+        found = load(tmp_path, client, first_blocks=0, dtype=torch.float32)(ids).logits
         assert deviation(plain(ids).logits, found) < 1e-3
 
 
@@ -151,10 +151,10 @@ def test_what_cannot_go_to_a_worker_is_refused_by_name(
     model_type: str, named: str, worker: LocalWorker, tmp_path: Path
 ) -> None:
     model = written(model_type, tmp_path)
-    with linked(worker) as link:
+    with linked(worker) as client:
         with pytest.raises(ProtectionError, match=named):
-            protect(model, link, first_blocks=0)
-        assert not link.stats.uploads
+            protect(model, client, first_blocks=0)
+        assert not client.stats.uploads
 
 
 def test_falcon_is_protected(worker: LocalWorker, tmp_path: Path) -> None:
@@ -165,8 +165,8 @@ def test_falcon_is_protected(worker: LocalWorker, tmp_path: Path) -> None:
     plain = AutoModelForCausalLM.from_config(config).eval()
     plain.save_pretrained(tmp_path)
     ids = batch((9,), 97).input_ids
-    with linked(worker) as link, torch.no_grad():
-        model = load(tmp_path, link, first_blocks=0)
+    with linked(worker) as client, torch.no_grad():
+        model = load(tmp_path, client, first_blocks=0)
         assert deviation(plain(ids).logits, model(ids).logits) < 1e-4
         left = sum(it.numel() for it in model.parameters())
         assert left < 0.2 * sum(it.numel() for it in plain.parameters())
@@ -184,10 +184,10 @@ class Reads(transformers.LlamaForCausalLM):  # type: ignore[misc]
 
 def test_a_weight_that_the_models_own_code_reads_is_found(worker: LocalWorker) -> None:
     config = AutoConfig.for_model("llama", **{name: it for name, it in SMALL.items() if "head_dim" not in name})
-    with linked(worker) as link:
+    with linked(worker) as client:
         with pytest.raises(ProtectionError, match=r"down_proj\.weight.*the code of Reads reads the weight"):
-            protect(Reads(config), link)
-        assert not link.stats.uploads
+            protect(Reads(config), client)
+        assert not client.stats.uploads
 
 
 def test_inspect_looks_through_the_files_too(

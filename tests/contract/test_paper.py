@@ -80,7 +80,7 @@ def test_rekeying(worker: LocalWorker, profile: str) -> None:
             assert (layer.R_in is not R_in) and (layer.R_out is not R_out)
             rows = torch.ones(1, layer.R_in.dim, dtype=torch.float64)
             with pytest.raises(ConfigError, match="no matrix was stored"):
-                protection.link.multiply(matrix_id, rows, transpose=False)
+                protection.client.multiply(matrix_id, rows, transpose=False)
 
 
 @torch.no_grad()

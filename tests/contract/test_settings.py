@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from obfuscatune.enclave.client import WorkerLink
+from obfuscatune.enclave.client import WorkerClient
 from obfuscatune.enclave.lazy_tensor import AwaitedProduct
 from obfuscatune.enclave.local_worker import LocalWorker
 from tests.contract.architectures import ARCHITECTURES, Architecture
@@ -90,7 +90,7 @@ def apart(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         awaited.append(shape)
         return AwaitedProduct(shape, *rest)
 
-    monkeypatch.setattr(WorkerLink, "computes_apart", True)
+    monkeypatch.setattr(WorkerClient, "computes_apart", True)
     monkeypatch.setattr("obfuscatune.enclave.layers.AwaitedProduct", noted)
     yield
     assert awaited

@@ -3,8 +3,8 @@
 import torch
 from safetensors.torch import save
 
-from obfuscatune.demo.result import Result, Shape, check, compare_sides
-from obfuscatune.demo.run import Seconds, Side
+from obfuscatune.demo.result import Result, Shape, check, compare_runs
+from obfuscatune.demo.run import DemoRun, Seconds
 from obfuscatune.demo.settings import Settings
 from obfuscatune.evaluation.scoring import Metric, Verdict
 from obfuscatune.training.adapter import WEIGHTS
@@ -33,13 +33,13 @@ def side(name, folder, right=9):
     steps = (step(1, 7.0), step(2, 1.0))
     link = LINK if name == "protected" else None
     weights = adapter(folder / name, a=[0.5, -2.0])
-    return Side(name, metric(0), metric(right), steps, weights, Seconds(1.0, 1.0, 1.0, 1.0), link)
+    return DemoRun(name, metric(0), metric(right), steps, weights, Seconds(1.0, 1.0, 1.0, 1.0), link)
 
 
 def result(protected, plain):
     """A whole demo of ten questions."""
     settings = Settings(seed=0, quick=False)
-    differences = compare_sides(protected, plain)
+    differences = compare_runs(protected, plain)
     questions = [Completion(f"Question: {index} <b>?\nAnswer:", " x") for index in range(10)]
     return Result(
         settings,

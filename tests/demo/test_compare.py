@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from obfuscatune.demo.result import check, compare_sides
+from obfuscatune.demo.result import check, compare_runs
 from obfuscatune.demo.settings import LAST_LOSS_TOLERANCE, LOSS_TOLERANCE, WEIGHT_TOLERANCE, Settings
 from obfuscatune.errors import ModelFileError
 from tests.demo.made import adapter, metric, side, step
@@ -18,12 +18,12 @@ def sides(tmp_path):
 
 
 def failed(protected, plain, settings=FULL):
-    return [it.name for it in check(settings, protected, plain, compare_sides(protected, plain)) if not it.passed]
+    return [it.name for it in check(settings, protected, plain, compare_runs(protected, plain)) if not it.passed]
 
 
 def test_equal_sides_pass(sides):
     assert failed(*sides) == []
-    differences = compare_sides(*sides)
+    differences = compare_runs(*sides)
     assert (differences.loss, differences.weight, differences.largest_weight) == (0.0, 0.0, 2.0)
 
 
@@ -81,4 +81,4 @@ def test_nan_weights_pass_nothing(sides, tmp_path):
 def test_adapters_of_other_layers_are_refused(sides, tmp_path):
     protected, plain = sides
     with pytest.raises(ModelFileError, match="not adapters of the same layers"):
-        compare_sides(replace(protected, adapter=adapter(tmp_path / "other", b=[0.5, -2.0])), plain)
+        compare_runs(replace(protected, adapter=adapter(tmp_path / "other", b=[0.5, -2.0])), plain)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from obfuscatune.enclave.client import LinkStats
+from obfuscatune.enclave.client import ClientStats
 from obfuscatune.enclave.keys import RootKey, SecretStream
 from obfuscatune.enclave.mixing import KroneckerMixer
 from obfuscatune.enclave.product import Held, OffloadedProduct
@@ -32,9 +32,9 @@ class Recorder:
 
     def __init__(self) -> None:
         self.sent: list[Tensor] = []
-        self.stats = LinkStats()
+        self.stats = ClientStats()
 
-    def lend(self, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+    def allocate(self, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
         """Memory to send from."""
         return torch.empty(rows, cols, dtype=dtype)
 
@@ -48,7 +48,7 @@ class Recorder:
         return nullcontext()
 
 
-def next_requests(product: OffloadedProduct, link: Recorder, x: Tensor) -> tuple[Tensor, Tensor]:
+def next_requests(product: OffloadedProduct, client: Recorder, x: Tensor) -> tuple[Tensor, Tensor]:
     """What the original and its copy send for the same rows, after requests before."""
     for _ in range(3):
         product.finish_forward(product.start_forward(x))
@@ -56,7 +56,7 @@ def next_requests(product: OffloadedProduct, link: Recorder, x: Tensor) -> tuple
         file = Path(folder, "sent")
         copy = ctypes.PyDLL(None).fork()  # with Python's lock held: the child goes on in this thread
         product.start_forward(x)
-        sent = link.sent[-1]
+        sent = client.sent[-1]
         if not copy:
             file.write_bytes(sent.float().numpy().tobytes())
             os._exit(0)
@@ -67,9 +67,9 @@ def next_requests(product: OffloadedProduct, link: Recorder, x: Tensor) -> tuple
 
 def related(rows: int, dtype: torch.dtype) -> int:
     """Directions that the rows of both requests share beyond the text's own, and that their difference lacks."""
-    link, R = Recorder(), StructuredTransform(WIDTH, RootKey.generate().stream("transform"))
-    product = OffloadedProduct(link, Held(b""), R, R, KroneckerMixer(8, SecretStream.fresh()))  # type: ignore[arg-type]
-    first, second = next_requests(product, link, torch.randn(rows, WIDTH, dtype=dtype))
+    client, R = Recorder(), StructuredTransform(WIDTH, RootKey.generate().stream("transform"))
+    product = OffloadedProduct(client, Held(b""), R, R, KroneckerMixer(8, SecretStream.fresh()))  # type: ignore[arg-type]
+    first, second = next_requests(product, client, torch.randn(rows, WIDTH, dtype=dtype))
     spaces = [torch.linalg.qr(sent.double().T).Q for sent in (first, second)]
     shared = int((torch.linalg.svdvals(spaces[0].T @ spaces[1]) > 0.999).sum())
     apart = int(torch.linalg.matrix_rank((first - second).double(), rtol=1e-4))

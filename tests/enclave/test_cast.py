@@ -52,7 +52,7 @@ def uploads_of(model: Any, matrices: int) -> Iterator[None]:
     before = model.protection.stats.uploads
     yield
     assert model.protection.stats.uploads - before == matrices
-    assert len(model.protection.link._driver.matrices) == len(model.protection.offloaded)
+    assert len(model.protection.client._driver.matrices) == len(model.protection.offloaded)
 
 
 @pytest.mark.parametrize("to", BOUND)
@@ -102,7 +102,7 @@ def test_a_worker_that_lost_it_is_sent_the_finer_one(made: Way) -> None:
     model.float()
     expected = plain.float()(**INPUTS.inputs()).logits
     model(**INPUTS.inputs())
-    model.protection.link._driver.begin_in_child()  # connects anew, in a session that has no matrices
+    model.protection.client._driver.begin_in_child()  # connects anew, in a session that has no matrices
     assert deviation(expected, model(**INPUTS.inputs()).logits) < BOUND[torch.float32]
 
 

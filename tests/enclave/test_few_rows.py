@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from obfuscatune import RootKey, native, protect
 from obfuscatune.enclave.autograd import OffloadedCall
-from obfuscatune.enclave.client import LinkStats
+from obfuscatune.enclave.client import ClientStats
 from obfuscatune.enclave.kernels import REFERENCE
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.local_worker import LocalWorker
@@ -56,7 +56,7 @@ def most_rows(dtype: torch.dtype) -> int:
     """With more of them, another kernel rotates."""
     table = native.kernels(dtype.itemsize)
     assert table is not None
-    return table.lanes // 2 - 1
+    return table.threads // 2 - 1
 
 
 def of_few(R: StructuredTransform, rows: int, dtype: torch.dtype, *, undo: bool = False) -> RotationOfFew:
@@ -175,11 +175,11 @@ class Worker:
     """A link to one that multiplies at once."""
 
     def __init__(self, W_star: Tensor) -> None:
-        self.W_star, self.stats = W_star, LinkStats()
+        self.W_star, self.stats = W_star, ClientStats()
         self.seen: list[Tensor] = []
         self.tamper: Any = lambda product: product
 
-    def lend(self, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+    def allocate(self, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(rows, cols, dtype=dtype)
 
     def submit(self, matrix_id: bytes, rows: Tensor, *, transpose: bool, **_: object) -> Any:

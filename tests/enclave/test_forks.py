@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from obfuscatune.enclave.client import WorkerLink
+from obfuscatune.enclave.client import WorkerClient
 from obfuscatune.enclave.local_worker import LocalWorker
-from obfuscatune.enclave.spill_store import Spool
+from obfuscatune.enclave.spill_store import SpillStore
 from obfuscatune.errors import ConfigError, ConnectionLost
 from obfuscatune.protocol.endpoints import parse_address
 from obfuscatune.protocol.tls import PinnedTls
@@ -34,15 +34,15 @@ X = torch.arange(40 * 600, dtype=torch.float64).remainder(13).view(40, 600)
 SECONDS = 60
 
 
-def stored(link: WorkerLink) -> WorkerLink:
-    link.store(ID, lambda: W, shape=(600, 500), dtype=W.dtype)
-    return link
+def stored(client: WorkerClient) -> WorkerClient:
+    client.store(ID, lambda: W, shape=(600, 500), dtype=W.dtype)
+    return client
 
 
-def product(link: WorkerLink, factor: float) -> torch.Tensor:
+def product(client: WorkerClient, factor: float) -> torch.Tensor:
     """By shared memory where there is some."""
-    rows = link.lend(*X.shape, X.dtype).copy_(X * factor)
-    return link.multiply(ID, rows, transpose=False).clone()
+    rows = client.allocate(*X.shape, X.dtype).copy_(X * factor)
+    return client.multiply(ID, rows, transpose=False).clone()
 
 
 def fork(child: Callable[[], object]) -> int:
@@ -69,19 +69,19 @@ def run(script: str, *arguments: object) -> str:
 
 
 def test_parent_and_child_multiply_at_the_same_time(worker: LocalWorker) -> None:
-    with stored(WorkerLink.open(worker.address)) as link:
-        assert torch.equal(product(link, 1), X @ W)
+    with stored(WorkerClient.open(worker.address)) as client:
+        assert torch.equal(product(client, 1), X @ W)
 
         def multiply(first: int) -> None:
             for factor in range(first, first + 40):
-                if not torch.equal(product(link, factor), X @ W * factor):
+                if not torch.equal(product(client, factor), X @ W * factor):
                     raise AssertionError(f"another's product came, in turn {factor}")
 
         child = fork(lambda: multiply(1000))
         multiply(2)
         assert exit_code(child) == 0
-        assert torch.equal(product(link, 3), X @ W * 3)
-        assert link.stats.reconnects == 0
+        assert torch.equal(product(client, 3), X @ W * 3)
+        assert client.stats.reconnects == 0
 
 
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float64, 1e-9), (torch.float32, 1e-3)])
@@ -115,16 +115,16 @@ def test_over_tls_too(tmp_path: Path) -> None:
     ours = identity(tmp_path, "enclave", "worker")
     with (
         serving(tmp_path, listen=parse_address("tcp:127.0.0.1:0"), tls=pinned) as there,
-        stored(WorkerLink.open(str(there.address), tls=ours)) as link,
+        stored(WorkerClient.open(str(there.address), tls=ours)) as client,
     ):
-        assert exit_code(fork(lambda: (product(link, 2), link.close()))) == 0
-        assert torch.equal(product(link, 3), X @ W * 3)
-        assert (link.stats.reconnects, link.stats.uploads) == (0, 1)
+        assert exit_code(fork(lambda: (product(client, 2), client.close()))) == 0
+        assert torch.equal(product(client, 3), X @ W * 3)
+        assert (client.stats.reconnects, client.stats.uploads) == (0, 1)
 
 
 def test_what_the_parent_asked_for_is_refused_in_the_child(worker: LocalWorker) -> None:
-    with stored(WorkerLink.open(worker.address)) as link:
-        pending = link.submit(ID, X, transpose=False)
+    with stored(WorkerClient.open(worker.address)) as client:
+        pending = client.submit(ID, X, transpose=False)
 
         def wait() -> None:
             with pytest.raises(ConnectionLost, match="forked"):
@@ -135,31 +135,31 @@ def test_what_the_parent_asked_for_is_refused_in_the_child(worker: LocalWorker) 
 
 
 def test_a_lock_that_another_thread_holds_is_free_in_the_child(worker: LocalWorker) -> None:
-    with stored(WorkerLink.open(worker.address)) as link:
-        product(link, 1)
+    with stored(WorkerClient.open(worker.address)) as client:
+        product(client, 1)
         held, over = threading.Event(), threading.Event()
 
         def hold() -> None:
-            arena = link._driver.arena
-            assert arena is not None
-            with link._lock, arena._lock:
+            allocator = client._driver.allocator
+            assert allocator is not None
+            with client._lock, allocator._lock:
                 held.set()
                 over.wait(SECONDS)
 
         thread = threading.Thread(target=hold)
         thread.start()
         assert held.wait(SECONDS)
-        child = fork(lambda: (product(link, 2), link.close()))
+        child = fork(lambda: (product(client, 2), client.close()))
         over.set()
         thread.join()
         assert exit_code(child) == 0
 
 
 def test_a_child_that_closes_the_link_closes_its_own(worker: LocalWorker) -> None:
-    with stored(WorkerLink.open(worker.address)) as link:
-        assert exit_code(fork(link.close)) == 0
-        assert torch.equal(product(link, 2), X @ W * 2)
-        assert (link.stats.reconnects, link.stats.uploads) == (0, 1)
+    with stored(WorkerClient.open(worker.address)) as client:
+        assert exit_code(fork(client.close)) == 0
+        assert torch.equal(product(client, 2), X @ W * 2)
+        assert (client.stats.reconnects, client.stats.uploads) == (0, 1)
 
 
 SYS_EXIT = """
@@ -214,12 +214,12 @@ def test_the_worker_ends_with_the_process_that_started_it_though_a_child_lives()
 
 
 def test_matrices_on_disk_outlive_a_child(tmp_path: Path) -> None:
-    spool = [Spool(tmp_path)]
-    kept = [spool[0].keep(W)]
+    spill_store = [SpillStore(tmp_path)]
+    kept = [spill_store[0].keep(W)]
 
     def forget() -> None:
         kept.clear()
-        spool.clear()
+        spill_store.clear()
 
     assert exit_code(fork(forget)) == 0
     assert torch.equal(kept[0](), W)

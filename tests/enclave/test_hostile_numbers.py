@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from obfuscatune import RootKey
-from obfuscatune.enclave.client import RetryPolicy, WorkerLink
+from obfuscatune.enclave.client import RetryPolicy, WorkerClient
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.mixing import DENSE_BELOW
 from obfuscatune.enclave.product import Held, OffloadedProduct
@@ -77,13 +77,13 @@ class Offloaded:
 
     def __init__(self, profile: str, dtype: torch.dtype, tamper: Tampering | None = None) -> None:
         self.worker = MemoryWorker(quota_bytes=2**22)
-        self.link = WorkerLink(self.worker, retry=RetryPolicy(attempts=2, backoff_s=0.0))
+        self.client = WorkerClient(self.worker, retry=RetryPolicy(attempts=2, backoff_s=0.0))
         R_in, R_out, W_star = protected(dtype)
-        self.link.store(ID, lambda: W_star, shape=(P, Q), dtype=dtype)
+        self.client.store(ID, lambda: W_star, shape=(P, Q), dtype=dtype)
         resolved = resolve(profile)
-        mixer = Protection.start(self.link, resolved, KEY).mixer
+        mixer = Protection.start(self.client, resolved, KEY).mixer
         self.verifier = Verifier(W_star, SecretStream.fresh(), resolved.verify)
-        self.product = OffloadedProduct(self.link, Held(ID, verifier=self.verifier), R_in, R_out, mixer)
+        self.product = OffloadedProduct(self.client, Held(ID, verifier=self.verifier), R_in, R_out, mixer)
         self.dtype = dtype
         if tamper is not None:
             self.tamper(tamper)
@@ -117,8 +117,8 @@ def test_it_is_refused_at_its_first_product(kind: str, profile: str, name: str) 
             offloaded = Offloaded(profile, DTYPES[name], TAMPERING[kind])
             with pytest.raises((WrongProduct, BadReply)):
                 offloaded.ask(rows, backward=backward)
-            assert offloaded.link.stats.verified == 0
-            assert offloaded.link.stats.retries == 0, "a product that is refused is not asked for again"
+            assert offloaded.client.stats.verified == 0
+            assert offloaded.client.stats.retries == 0, "a product that is refused is not asked for again"
 
 
 @pytest.mark.parametrize("name", DTYPES)
@@ -134,4 +134,4 @@ def test_an_honest_product_of_any_size_is_not(profile: str, name: str) -> None:
                 way = ("backward", x) if transpose else ("forward", x)
                 started = getattr(offloaded.product, f"start_{way[0]}")(x)
                 getattr(offloaded.product, f"finish_{way[0]}")(started)
-    assert offloaded.link.stats.verified == offloaded.link.stats.crossings == 2 * len(ROWS) * len(sizes)
+    assert offloaded.client.stats.verified == offloaded.client.stats.crossings == 2 * len(ROWS) * len(sizes)

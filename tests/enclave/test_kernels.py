@@ -26,7 +26,7 @@ if not native.are_there():
     pytest.skip("no native kernels here; torch computes", allow_module_level=True)
 
 KEY = RootKey(b"k" * 32)
-DIMS = (65, 96, 97, 768, 1021, 1600)  # one grid and two, primes, multiples of a panel and not
+DIMS = (65, 96, 97, 768, 1021, 1600)  # one grid and two, primes, multiples of a tile and not
 ROWS = (1, 2, 7, 17, 32, 33, 70)
 MANY_ROWS = tuple(rows for rows in ROWS if rows > 24)
 DTYPES = (torch.float32, torch.float64)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from obfuscatune.enclave.client import WorkerLink
+from obfuscatune.enclave.client import WorkerClient
 from obfuscatune.enclave.local_worker import local_worker
 from obfuscatune.errors import StorageError
 from obfuscatune.protocol.files import temporary_root
@@ -24,7 +24,7 @@ def folder_of(address: str) -> Path:
 
 def test_it_serves_without_a_with_until_it_is_closed() -> None:
     worker = local_worker(threads=1)
-    WorkerLink.open(worker.address).close()
+    WorkerClient.open(worker.address).close()
     folder = folder_of(worker.address)
     worker.close()
     worker.close()
@@ -61,7 +61,7 @@ def test_a_long_tmpdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     deep = tmp_path / ("d" * 120)
     deep.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(deep))
-    with local_worker(threads=1) as worker, WorkerLink.open(worker.address):
+    with local_worker(threads=1) as worker, WorkerClient.open(worker.address):
         assert stat.S_IMODE(folder_of(worker.address).stat().st_mode) == 0o700
     assert not list(deep.iterdir())
 

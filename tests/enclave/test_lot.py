@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from obfuscatune.enclave.client import Pending, RetryPolicy, WorkerLink
+from obfuscatune.enclave.client import ProductRequest, RetryPolicy, WorkerClient
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.mixing import KroneckerMixer
 from obfuscatune.enclave.product import Held, OffloadedProduct
@@ -24,16 +24,16 @@ OTHER = b"2" * 16
 F32 = torch.float32
 
 
-def product_over(link: WorkerLink, share: float) -> OffloadedProduct:
+def product_over(client: WorkerClient, share: float) -> OffloadedProduct:
     R_in, R_out, W_star = protected(F32)
-    link.store(ID, lambda: W_star, shape=(P, Q), dtype=F32)
+    client.store(ID, lambda: W_star, shape=(P, Q), dtype=F32)
     verifier = Verifier(W_star, SecretStream.fresh(), share)
-    return OffloadedProduct(link, Held(ID, verifier=verifier), R_in, R_out, KroneckerMixer(8, SecretStream.fresh()))
+    return OffloadedProduct(client, Held(ID, verifier=verifier), R_in, R_out, KroneckerMixer(8, SecretStream.fresh()))
 
 
 def noted(monkeypatch: pytest.MonkeyPatch, events: list[str]) -> None:
     """Write down in which order requests are sent, products come, and checks are drawn and prepared."""
-    for kind, name in ((WorkerLink, "submit"), (Pending, "result"), (Pending, "own")):
+    for kind, name in ((WorkerClient, "submit"), (ProductRequest, "result"), (ProductRequest, "own")):
         _note(monkeypatch, events, kind, name)
     for name in ("_is_drawn", "probe"):
         _note(monkeypatch, events, Verifier, name)
@@ -55,8 +55,8 @@ def _note(monkeypatch: pytest.MonkeyPatch, events: list[str], kind: type, name: 
 def test_nothing_of_a_check_by_lot_is_computed_before_the_product_is_ours(
     monkeypatch: pytest.MonkeyPatch, rows: int, backward: bool
 ) -> None:
-    link = WorkerLink(MemoryWorker())
-    product = product_over(link, 0.5)
+    client = WorkerClient(MemoryWorker())
+    product = product_over(client, 0.5)
     events: list[str] = []
     noted(monkeypatch, events)
     width = Q if backward else P
@@ -73,7 +73,7 @@ def test_nothing_of_a_check_by_lot_is_computed_before_the_product_is_ours(
 
 
 def test_where_all_are_checked_the_image_is_made_while_the_worker_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    product = product_over(WorkerLink(MemoryWorker()), 1.0)
+    product = product_over(WorkerClient(MemoryWorker()), 1.0)
     events: list[str] = []
     noted(monkeypatch, events)
     product.finish_forward(product.start_forward(torch.randn(3, P)))
@@ -86,9 +86,9 @@ def test_a_worker_that_changes_the_product_after_the_lot_changes_nothing(
 ) -> None:
     """Over shared memory, which it can write to as long as it likes."""
     landed: list[Tensor] = []
-    honest_result, honest_lot = Pending.result, Verifier._is_drawn
+    honest_result, honest_lot = ProductRequest.result, Verifier._is_drawn
 
-    def result(self: Pending) -> Tensor:
+    def result(self: ProductRequest) -> Tensor:
         landed.append(honest_result(self))
         return landed[-1]
 
@@ -96,28 +96,28 @@ def test_a_worker_that_changes_the_product_after_the_lot_changes_nothing(
         landed[-1].fill_(3.0)
         return honest_lot(self)
 
-    monkeypatch.setattr(Pending, "result", result)
+    monkeypatch.setattr(ProductRequest, "result", result)
     monkeypatch.setattr(Verifier, "_is_drawn", lot)
     R_in, R_out, W_star = protected(F32)
-    with serving(tmp_path) as worker, WorkerLink.open(str(worker.address)) as link:
-        product = product_over(link, 0.5)
+    with serving(tmp_path) as worker, WorkerClient.open(str(worker.address)) as client:
+        product = product_over(client, 0.5)
         for _ in range(20):
             x = torch.randn(rows, P)
             found = product.finish_forward(product.start_forward(x))
             expected = R_out.inverse(R_in.apply(x) @ W_star)
             assert torch.allclose(found, expected, atol=1e-4)
-        assert 0 < link.stats.verified < link.stats.crossings == 20
+        assert 0 < client.stats.verified < client.stats.crossings == 20
 
 
 def test_a_reply_of_another_form_is_no_second_guess(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is asked for again, the same bytes; but nothing was drawn for it, and what is wrong in the end is refused."""
     worker = MemoryWorker(mischief=lambda data: b"?" + data[1:], times=2)
-    link = WorkerLink(worker, retry=RetryPolicy(attempts=4, backoff_s=0.0))
-    product = product_over(link, 1.0)
+    client = WorkerClient(worker, retry=RetryPolicy(attempts=4, backoff_s=0.0))
+    product = product_over(client, 1.0)
     events: list[str] = []
     noted(monkeypatch, events)
     product.finish_forward(product.start_forward(torch.randn(3, P)))
-    assert link.stats.retries == 2
+    assert client.stats.retries == 2
     assert events == ["submit", "probe", "result", "own"]
 
 
@@ -127,8 +127,8 @@ TEXT = r"a check by secret vectors is off by .* The worker is asked nothing any 
 def test_after_a_wrong_product_the_worker_is_asked_nothing_more() -> None:
     """Not for other rows, nor by another matrix, nor to hold or forget one, nor for what was under way."""
     offloaded = Offloaded("private:verify=1", F32)
-    link, worker = offloaded.link, offloaded.worker
-    link.store(OTHER, lambda: torch.eye(4), shape=(4, 4), dtype=F32)
+    client, worker = offloaded.client, offloaded.worker
+    client.store(OTHER, lambda: torch.eye(4), shape=(4, 4), dtype=F32)
     offloaded.ask(3)
     answered, under_way = (offloaded.product.start_forward(torch.randn(3, P)) for _ in range(2))
     assert answered.pending is not None
@@ -136,22 +136,22 @@ def test_after_a_wrong_product_the_worker_is_asked_nothing_more() -> None:
     offloaded.tamper(lambda out: out.zero_())
     with pytest.raises(WrongProduct, match=TEXT) as first:
         offloaded.ask(3)
-    seen, sent = len(worker.seen), link.stats.bytes_sent
+    seen, sent = len(worker.seen), client.stats.bytes_sent
     for ask in (
         lambda: offloaded.ask(3),
         lambda: offloaded.ask(300),
         lambda: offloaded.ask(3, backward=True),
         lambda: offloaded.product.finish_forward(answered),
         lambda: offloaded.product.finish_forward(under_way),
-        lambda: link.multiply(OTHER, torch.ones(2, 4), transpose=False),
-        lambda: link.store(b"3" * 16, lambda: torch.eye(4), shape=(4, 4), dtype=F32),
-        lambda: link.forget(OTHER),
+        lambda: client.multiply(OTHER, torch.ones(2, 4), transpose=False),
+        lambda: client.store(b"3" * 16, lambda: torch.eye(4), shape=(4, 4), dtype=F32),
+        lambda: client.forget(OTHER),
     ):
         with pytest.raises(WrongProduct, match=TEXT) as later:
             ask()
         assert str(later.value) == str(first.value)
-    link.close()
-    assert (len(worker.seen), link.stats.bytes_sent) == (seen, sent)
+    client.close()
+    assert (len(worker.seen), client.stats.bytes_sent) == (seen, sent)
 
 
 def test_after_numbers_that_are_not_finite_too() -> None:
@@ -160,7 +160,7 @@ def test_after_numbers_that_are_not_finite_too() -> None:
     for _ in range(2):
         with pytest.raises(BadReply, match=r"NaN or infinity.*asked nothing any more"):
             offloaded.ask(3)
-    assert offloaded.link.stats.crossings == 1
+    assert offloaded.client.stats.crossings == 1
 
 
 def test_whoever_waits_in_another_thread_hears_of_it_at_once(tmp_path: Path) -> None:
@@ -168,8 +168,8 @@ def test_whoever_waits_in_another_thread_hears_of_it_at_once(tmp_path: Path) -> 
     asked, go_on = threading.Event(), threading.Event()
     errors: list[Exception] = []
     with serving(tmp_path) as worker:
-        link = WorkerLink.open(str(worker.address), deadline_s=10 * SECONDS)
-        link.store(ID, lambda: torch.eye(4), shape=(4, 4), dtype=F32)
+        client = WorkerClient.open(str(worker.address), deadline_s=10 * SECONDS)
+        client.store(ID, lambda: torch.eye(4), shape=(4, 4), dtype=F32)
         computer = worker.service.answerer.computer
 
         def multiply(*_: Any, **__: Any) -> None:
@@ -180,14 +180,14 @@ def test_whoever_waits_in_another_thread_hears_of_it_at_once(tmp_path: Path) -> 
 
         def wait() -> None:
             try:
-                link.multiply(ID, torch.ones(2, 4), transpose=False)
+                client.multiply(ID, torch.ones(2, 4), transpose=False)
             except WireError as error:
                 errors.append(error)
 
         waiting = threading.Thread(target=wait)
         waiting.start()
         assert asked.wait(SECONDS)
-        with pytest.raises(WrongProduct, match="it lies"), link.refusing():
+        with pytest.raises(WrongProduct, match="it lies"), client.refusing():
             raise WrongProduct("it lies")
         waiting.join(SECONDS)
         assert not waiting.is_alive()

@@ -17,7 +17,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from obfuscatune.enclave.client import LinkStats, WorkerLink
+from obfuscatune.enclave.client import ClientStats, WorkerClient
 from obfuscatune.enclave.plan import Plan, make_plan, model_from_config
 from obfuscatune.enclave.profiles import resolve
 from obfuscatune.enclave.protect import protect
@@ -43,7 +43,7 @@ TINY_LLAMA = LlamaConfig(
 )
 
 
-class CountingLink(WorkerLink):
+class CountingClient(WorkerClient):
     """Multiplies here, and counts what would have crossed."""
 
     def __init__(self) -> None:
@@ -55,9 +55,9 @@ class CountingLink(WorkerLink):
         self.matrices[matrix_id] = tensor
 
     computes_apart = False
-    stats = LinkStats()
+    stats = ClientStats()
 
-    def lend(self, rows, cols, dtype):
+    def allocate(self, rows, cols, dtype):
         return torch.empty(rows, cols, dtype=dtype)
 
     def submit(self, matrix_id, rows, *, transpose, reply_dtype=None, known_finite=False, product_unchecked=False):
@@ -122,20 +122,20 @@ def test_the_plan_is_what_protect_does(config, first_blocks):
     knobs = {"first_blocks": first_blocks, "mixing": False, "allow_unsafe": True}
     plan = make_plan(model, resolve("private", **knobs))
     total = sum(parameter.numel() for parameter in model.parameters())
-    link = CountingLink()
+    client = CountingClient()
     lora = LoraConfig(r=2, target_modules="all-linear", fan_in_fan_out=config is TINY_GPT2)
-    protected = get_peft_model(protect(model, link, **knobs), lora)
+    protected = get_peft_model(protect(model, client, **knobs), lora)
 
     in_enclave = sum(it.numel() for name, it in protected.named_parameters() if "lora_" not in name)
     assert (plan.parameters, plan.enclave_parameters) == (total, in_enclave)
-    assert plan.worker_parameters == sum(it.numel() for it in link.matrices.values())
-    assert plan.upload_bytes == sum(it.nbytes for it in link.matrices.values())
+    assert plan.worker_parameters == sum(it.numel() for it in client.matrices.values())
+    assert plan.upload_bytes == sum(it.nbytes for it in client.matrices.values())
 
     tokens = torch.randint(config.vocab_size, (2, 7))
     loss = protected(input_ids=tokens, labels=tokens).loss
-    assert link.taken() == (plan.forward_crossings, plan.forward_bytes * tokens.numel())
+    assert client.taken() == (plan.forward_crossings, plan.forward_bytes * tokens.numel())
     loss.backward()
-    assert link.taken() == (plan.backward_crossings, plan.backward_bytes * tokens.numel())
+    assert client.taken() == (plan.backward_crossings, plan.backward_bytes * tokens.numel())
 
 
 def test_kinds_are_counted_apart():

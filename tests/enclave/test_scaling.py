@@ -10,7 +10,7 @@ from torch import Tensor
 
 import obfuscatune
 from obfuscatune import RootKey
-from obfuscatune.enclave.client import WorkerLink
+from obfuscatune.enclave.client import WorkerClient
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.local_worker import LocalWorker
 from obfuscatune.enclave.mixing import SIZE_OF_ROWS, KroneckerMixer, RowScales
@@ -84,17 +84,17 @@ def test_rows_that_are_not_finite_are_refused(value: float, dtype: torch.dtype) 
 
 
 @pytest.fixture
-def link(worker: LocalWorker) -> Iterator[WorkerLink]:
-    with WorkerLink.open(worker.address) as opened:
+def client(worker: LocalWorker) -> Iterator[WorkerClient]:
+    with WorkerClient.open(worker.address) as opened:
         yield opened
 
 
-def offloaded(link: WorkerLink, W: Tensor, dtype: torch.dtype | None = None) -> OffloadedProduct:
+def offloaded(client: WorkerClient, W: Tensor, dtype: torch.dtype | None = None) -> OffloadedProduct:
     """W (p, q) of the model on a worker, in its own dtype or in another."""
     R_in, R_out = (StructuredTransform(dim, KEY.stream("transform", dim)) for dim in W.shape)
     W_star = R_out.weight_right(R_in.weight_left(W.double())).to(dtype or W.dtype)
-    link.store(ID, lambda: W_star, shape=(W.shape[0], W.shape[1]), dtype=W_star.dtype)
-    return OffloadedProduct(link, Held(ID, dtype), R_in, R_out, KroneckerMixer(8, SecretStream.fresh()))
+    client.store(ID, lambda: W_star, shape=(W.shape[0], W.shape[1]), dtype=W_star.dtype)
+    return OffloadedProduct(client, Held(ID, dtype), R_in, R_out, KroneckerMixer(8, SecretStream.fresh()))
 
 
 def errors(found: Tensor, exact: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def errors(found: Tensor, exact: Tensor) -> Tensor:
 @pytest.mark.parametrize("rows", [1, 4, 40, 300])
 @pytest.mark.parametrize("massive", [1, 1_000, 10_000])
 def test_no_row_errs_much_more_than_in_plain_16_bits(
-    link: WorkerLink, massive: int, rows: int, dtype: torch.dtype
+    client: WorkerClient, massive: int, rows: int, dtype: torch.dtype
 ) -> None:
     """Forward and backward, row by row, beside a token that has a massive activation; for few rows too, as in decoding.
 
@@ -116,7 +116,7 @@ def test_no_row_errs_much_more_than_in_plain_16_bits(
     x[0, 7] *= massive
     g[0, 5] *= massive
     x, g = x.to(dtype), g.to(dtype)
-    product = offloaded(link, W)
+    product = offloaded(client, W)
     y, dx = product.finish_forward(product.start_forward(x)), product.finish_backward(product.start_backward(g))
     for found, plain, exact in (
         (y, x @ W, x.double() @ W.double()),
@@ -159,13 +159,13 @@ def test_what_a_bfloat16_matrix_makes_small_keeps_its_precision(worker: LocalWor
 )
 @pytest.mark.parametrize("rows", [3, 60])
 def test_rows_of_any_size_keep_their_precision(
-    link: WorkerLink, rows: int, dtype: torch.dtype, on_the_wire: torch.dtype | None
+    client: WorkerClient, rows: int, dtype: torch.dtype, on_the_wire: torch.dtype | None
 ) -> None:
     """From the largest to the smallest that float32 has, side by side, with a row of zeros among them."""
     W, x = (some(P, Q) / P**0.5).to(dtype), some(rows, P)
     ends = torch.logspace(-35, 35, rows, dtype=torch.float64).unsqueeze(1)
     x = (x * ends).index_fill(0, torch.tensor([1]), 0).to(dtype)
-    product = offloaded(link, W, on_the_wire)
+    product = offloaded(client, W, on_the_wire)
     y = product.finish_forward(product.start_forward(x))
     others = torch.arange(rows) != 1
     assert (errors(y, x.double() @ W.double())[others] < 16 * torch.finfo(on_the_wire or dtype).eps).all()

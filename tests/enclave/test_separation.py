@@ -27,7 +27,7 @@ import obfuscatune
 from obfuscatune import local_worker
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.profiles import resolve
-from obfuscatune.enclave.target_layers import SiteGroup, find_groups
+from obfuscatune.enclave.target_layers import LayerGroup, find_groups
 from obfuscatune.protocol.messages import MessageType
 from obfuscatune.protocol.transcript import FRAMES, INDEX, TranscriptEntry, read_transcript
 from tests.contract.architectures import ARCHITECTURES
@@ -88,7 +88,7 @@ class Plain:
         watched = [Watch(group) for group in groups]
         train(model)
         for watch, group in zip(watched, groups, strict=True):
-            W = torch.cat([site.layer.weight.T for site in group.sites], dim=1)
+            W = torch.cat([target.layer.weight.T for target in group.targets], dim=1)
             watch.captured.rows |= {"weight rows": [W.detach()], "weight columns": [W.detach().T]}
         return cls(model, {group.name: watch.captured for group, watch in zip(groups, watched, strict=True)})
 
@@ -96,14 +96,14 @@ class Plain:
 class Watch:
     """Hooks on the layers of one group, which see what the one crossing in their place would carry."""
 
-    def __init__(self, group: SiteGroup) -> None:
+    def __init__(self, group: LayerGroup) -> None:
         self.captured = Captured()
         self._outputs: list[Tensor] = []
         self._gradients: dict[int, tuple[Tensor | None, Tensor]] = {}
-        self._count = len(group.sites)
-        for slot, site in enumerate(group.sites):
-            site.layer.register_forward_hook(self._forward)
-            site.layer.register_full_backward_hook(partial(self._backward, slot))
+        self._count = len(group.targets)
+        for slot, target in enumerate(group.targets):
+            target.layer.register_forward_hook(self._forward)
+            target.layer.register_full_backward_hook(partial(self._backward, slot))
 
     def _forward(self, _layer: Any, inputs: tuple[Tensor], output: Tensor) -> None:
         self._outputs.append(output.detach())

@@ -12,7 +12,7 @@ from obfuscatune.errors import ConfigError, StorageError
 from obfuscatune.training.adapter import CONFIG, WEIGHTS, add_lora
 from obfuscatune.training.checkpoint import OPTIMIZER, STATE, Progress, resume, save_checkpoint
 from obfuscatune.training.data import Example
-from obfuscatune.training.loop import Descent, Plan, make_optimizer, train
+from obfuscatune.training.loop import OptimizerSettings, Plan, make_optimizer, train
 from obfuscatune.training.storage import RunDirectory
 
 EXAMPLES = [Example(tuple(range(i, i + 6)), tuple(range(i, i + 6))) for i in range(8)]
@@ -25,9 +25,9 @@ def fresh(model):
 
 
 def advance(wrapped, optimizer, progress, steps):
-    descent = Descent(0.01, "cosine", 2, 1.0, total_steps=progress.step + steps)
+    optimizer_settings = OptimizerSettings(0.01, "cosine", 2, 1.0, total_steps=progress.step + steps)
     plan = Plan(len(EXAMPLES), 2, 1, seed=0)
-    events = train(wrapped, optimizer, EXAMPLES, plan, descent, pad_id=0, first_step=progress.step)
+    events = train(wrapped, optimizer, EXAMPLES, plan, optimizer_settings, pad_id=0, first_step=progress.step)
     return Progress((*progress.steps, *events), ((0, 5.5),))
 
 

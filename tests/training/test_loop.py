@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 from obfuscatune.errors import NonFiniteError
 from obfuscatune.training.adapter import add_lora
 from obfuscatune.training.data import IGNORED, Example
-from obfuscatune.training.loop import Descent, Plan, collate, make_optimizer, mean_loss, train
+from obfuscatune.training.loop import OptimizerSettings, Plan, collate, make_optimizer, mean_loss, train
 
 PAD = 256
 
@@ -25,17 +25,17 @@ def example(index: int) -> Example:
 
 EXAMPLES = [example(index) for index in range(12)]
 PLAN = Plan(len(EXAMPLES), batch_size=2, accumulation=3, seed=4)
-DESCENT = Descent(lr=0.01, schedule="linear", warmup_steps=1, clip=0.5, total_steps=4)
+SETTINGS = OptimizerSettings(lr=0.01, schedule="linear", warmup_steps=1, clip=0.5, total_steps=4)
 
 
 def with_lora(model, dropout=0.0):
     return add_lora(model, r=4, alpha=8.0, dropout=dropout, targets="all-linear", seed=3)
 
 
-def run(model, *, dropout=0.0, weight_decay=0.01, plan=PLAN, descent=DESCENT, examples=EXAMPLES):
+def run(model, *, dropout=0.0, weight_decay=0.01, plan=PLAN, optimizer_settings=SETTINGS, examples=EXAMPLES):
     wrapped = with_lora(copy.deepcopy(model), dropout)
     optimizer = make_optimizer(wrapped, weight_decay=weight_decay)
-    return wrapped, list(train(wrapped, optimizer, examples, plan, descent, pad_id=PAD))
+    return wrapped, list(train(wrapped, optimizer, examples, plan, optimizer_settings, pad_id=PAD))
 
 
 def factors(model):
@@ -70,11 +70,11 @@ def test_losses_and_factors_are_those_of_trainer(still, tmp_path):
             output_dir=str(tmp_path),
             per_device_train_batch_size=PLAN.batch_size,
             gradient_accumulation_steps=PLAN.accumulation,
-            max_steps=DESCENT.total_steps,
-            learning_rate=DESCENT.lr,
-            lr_scheduler_type=DESCENT.schedule,
-            warmup_steps=DESCENT.warmup_steps,
-            max_grad_norm=DESCENT.clip,
+            max_steps=SETTINGS.total_steps,
+            learning_rate=SETTINGS.lr,
+            lr_scheduler_type=SETTINGS.schedule,
+            warmup_steps=SETTINGS.warmup_steps,
+            max_grad_norm=SETTINGS.clip,
             weight_decay=0.01,
             logging_steps=1,
             save_strategy="no",
@@ -140,7 +140,9 @@ def test_a_run_depends_on_its_seed_and_on_no_generator(model):
 
 def test_every_pass_drops_other_units(model):
     alike = Plan(1, batch_size=1, accumulation=1, seed=4)
-    _, events = run(model, plan=alike, examples=EXAMPLES[:1], descent=Descent(1e-30, "constant", 0, 1.0, 3))
+    _, events = run(
+        model, plan=alike, examples=EXAMPLES[:1], optimizer_settings=OptimizerSettings(1e-30, "constant", 0, 1.0, 3)
+    )
     assert len({event.loss for event in events}) == 3
 
 
@@ -149,7 +151,7 @@ def test_weights_that_are_not_finite_stop_the_run_before_the_step(model):
     before = {name: p.clone() for name, p in factors(wrapped).items()}
     with torch.no_grad():
         model.lm_head.weight[0, 0] = math.nan
-    steps = train(wrapped, make_optimizer(wrapped, weight_decay=0.1), EXAMPLES, PLAN, DESCENT, pad_id=PAD)
+    steps = train(wrapped, make_optimizer(wrapped, weight_decay=0.1), EXAMPLES, PLAN, SETTINGS, pad_id=PAD)
     with pytest.raises(NonFiniteError, match="the loss is nan at step 1; nothing of this step was kept"):
         next(steps)
     assert all(torch.equal(p, before[name]) for name, p in factors(wrapped).items())
@@ -157,4 +159,4 @@ def test_weights_that_are_not_finite_stop_the_run_before_the_step(model):
 
 def test_a_rate_that_is_far_too_high_is_reported(model):
     with pytest.raises(NonFiniteError, match=r"the (loss|gradient norm) is (nan|inf) at step"):
-        run(model, descent=Descent(1e30, "constant", 0, 1.0, 50))
+        run(model, optimizer_settings=OptimizerSettings(1e30, "constant", 0, 1.0, 50))

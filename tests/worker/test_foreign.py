@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from obfuscatune.enclave.client import WorkerLink
+from obfuscatune.enclave.client import WorkerClient
 from obfuscatune.errors import BadMagic, ConnectionLost, UntrustedPeer, WireError, WorkerRefused
 from obfuscatune.protocol.endpoints import TcpAddress, connect
 from obfuscatune.protocol.limits import HANDSHAKE_SECONDS
@@ -43,7 +43,7 @@ def refused(address: str, tls: TlsConfig | None, error: type[WireError]) -> str:
     """What an enclave says that connects there: one line, at the first try."""
     started = time.monotonic()
     with pytest.raises(error) as caught:
-        WorkerLink.open(address, tls=tls)
+        WorkerClient.open(address, tls=tls)
     assert time.monotonic() - started < HANDSHAKE_SECONDS
     text = str(caught.value)
     assert "\n" not in text
@@ -56,7 +56,9 @@ def logged(worker: Serving, caplog: pytest.LogCaptureFixture) -> str:
     for thread in list(worker.server._open):
         thread.join(20)
     (line,) = (
-        record.getMessage() for record in caplog.records if "not greeted" in record.msg or "refused" in record.msg
+        record.getMessage()
+        for record in caplog.records
+        if "did not finish its handshake" in record.msg or "refused" in record.msg
     )
     assert "\n" not in line
     return line
@@ -166,7 +168,7 @@ def test_a_server_that_is_no_worker(said: bytes, named: str, tls: bool, identiti
 
 
 def test_a_server_that_speaks_tls_and_is_no_worker(identities: Path) -> None:
-    """An alert is all that one says which was not greeted by TLS."""
+    """An alert is all that one says which was not spoken to in TLS."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:

@@ -20,7 +20,7 @@ from obfuscatune.worker.buffers import Buffers
 from obfuscatune.worker.connection import Connection, Service
 from obfuscatune.worker.handlers import Answerer, Request
 from obfuscatune.worker.quota import Quota
-from obfuscatune.worker.request_reader import Intake
+from obfuscatune.worker.request_reader import RequestReader
 from obfuscatune.worker.sessions import Sessions, session_key
 from obfuscatune.worker.store import MatrixStore
 from tests.protocol.mutation import mutated
@@ -105,10 +105,10 @@ def test_the_intake(asked: list[int]) -> None:
     for _ in range(10_000):
         asked.clear()
         store = MatrixStore(Quota(QUOTA))
-        intake = Intake(Tape(mutated(dice.choice(REQUESTS), dice)), session_key("peer", ID), store, Buffers())
+        reader = RequestReader(Tape(mutated(dice.choice(REQUESTS), dice)), session_key("peer", ID), store, Buffers())
         try:
             for _ in range(10):
-                item = intake.next()
+                item = reader.next()
                 if isinstance(item, Request) and item.claim is not None:
                     item.claim.release()
         except WireError:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import obfuscatune
-from obfuscatune.enclave.client import WorkerLink
+from obfuscatune.enclave.client import WorkerClient
 from obfuscatune.errors import StorageError, UntrustedPeer, WorkerRefused
 from obfuscatune.protocol.files import write_new
 from obfuscatune.protocol.tls import TlsConfig, make_identity
@@ -71,9 +71,9 @@ def process(
             started.kill()
 
 
-def exercise(address: str, **options: object) -> WorkerLink:
+def exercise(address: str, **options: object) -> WorkerClient:
     """A link that has done one product, right."""
-    link = WorkerLink.open(address, **options)
+    link = WorkerClient.open(address, **options)
     link.store(ID, lambda: W, shape=(3, 4), dtype=W.dtype)
     assert torch.equal(link.multiply(ID, X, transpose=False), X @ W)
     return link
@@ -97,9 +97,9 @@ def test_the_enclave_s_link_works_with_the_worker_s_files_absent(tmp_path: Path)
     script = f"""
 import torch
 from importlib.util import find_spec
-from obfuscatune.enclave.client import WorkerLink
+from obfuscatune.enclave.client import WorkerClient
 assert find_spec("obfuscatune.worker") is None and find_spec("obfuscatune").origin.startswith({str(tmp_path)!r})
-with WorkerLink.open("unix:{tmp_path}/s") as link:
+with WorkerClient.open("unix:{tmp_path}/s") as link:
     W, X = torch.eye(3), torch.ones(2, 3)
     link.store(b"1" * 16, lambda: W, shape=(3, 3), dtype=W.dtype)
     assert torch.equal(link.multiply(b"1" * 16, X, transpose=False), X)

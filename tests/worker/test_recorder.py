@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from obfuscatune.enclave.client import WorkerLink
+from obfuscatune.enclave.client import WorkerClient
 from obfuscatune.errors import ProtocolError, StorageError
 from obfuscatune.protocol.messages import Header, MessageType
 from obfuscatune.protocol.transcript import FRAMES, INDEX, TranscriptEntry, read_transcript
@@ -39,9 +39,9 @@ ONE_MULTIPLY = [
 def recorded(folder: Path, record: Path, rows: torch.Tensor = X, *, shared: bool = False) -> None:
     """One session that stores W, multiplies `rows`, in shared memory or not, and closes."""
     folder.mkdir()
-    with serving(folder, record=record) as worker, WorkerLink.open(str(worker.address)) as link:
+    with serving(folder, record=record) as worker, WorkerClient.open(str(worker.address)) as link:
         link.store(ID, lambda: W, shape=(3, 4), dtype=W.dtype)
-        link.multiply(ID, link.lend(*rows.shape, rows.dtype).copy_(rows) if shared else rows, transpose=False)
+        link.multiply(ID, link.allocate(*rows.shape, rows.dtype).copy_(rows) if shared else rows, transpose=False)
 
 
 def types(entries: list[TranscriptEntry]) -> list[str]:

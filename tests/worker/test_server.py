@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from obfuscatune.enclave.client import WorkerLink
+from obfuscatune.enclave.client import WorkerClient
 from obfuscatune.errors import QuotaExceeded, WorkerRefused
 from obfuscatune.protocol.framing import recv_header, send_message
 from obfuscatune.protocol.limits import MAX_IN_FLIGHT
@@ -39,8 +39,8 @@ def assert_near(product: torch.Tensor, expected: torch.Tensor) -> None:
     assert float((product - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
 
 
-def link_to(worker: Serving, matrix_id: bytes = ID, matrix: torch.Tensor = W) -> WorkerLink:
-    link = WorkerLink.open(str(worker.address))
+def link_to(worker: Serving, matrix_id: bytes = ID, matrix: torch.Tensor = W) -> WorkerClient:
+    link = WorkerClient.open(str(worker.address))
     link.store(matrix_id, lambda: matrix, shape=tuple(matrix.shape), dtype=matrix.dtype)
     return link
 
@@ -161,7 +161,7 @@ def test_no_more_sessions_than_allowed(tmp_path: Path) -> None:
     with serving(tmp_path, max_sessions=1) as worker, RawClient(worker.address) as first:
         first.hello()
         with pytest.raises(WorkerRefused, match="max-sessions"):
-            WorkerLink.open(str(worker.address))
+            WorkerClient.open(str(worker.address))
         with RawClient(worker.address) as again:  # the same session: no new one
             assert again.hello().type is MessageType.WELCOME
 
@@ -186,7 +186,10 @@ def test_quota_refuses_a_matrix_that_comes_unoffered_and_reads_on(tmp_path: Path
 
 def test_eviction_costs_an_upload_and_nothing_else(tmp_path: Path) -> None:
     ids = [bytes(15) + bytes([i]) for i in (1, 2, 3)]
-    with serving(tmp_path, quota_bytes=100, when_full="evict") as worker, WorkerLink.open(str(worker.address)) as link:
+    with (
+        serving(tmp_path, quota_bytes=100, when_full="evict") as worker,
+        WorkerClient.open(str(worker.address)) as link,
+    ):
         for i, matrix_id in enumerate(ids):
             link.store(matrix_id, lambda i=i: W * i, shape=(3, 4), dtype=W.dtype)
         for _ in range(2):
@@ -416,12 +419,12 @@ def test_descriptors_that_nobody_asked_for_are_closed(worker: Serving) -> None:
 
 def test_a_full_arena_sends_through_the_socket(worker: Serving) -> None:
     with link_to(worker) as link:
-        rows = link.lend(2, 3, torch.float32).copy_(X)
-        full = link.lend(1, 256 * 2**20 - 64, torch.uint8)
+        rows = link.allocate(2, 3, torch.float32).copy_(X)
+        full = link.allocate(1, 256 * 2**20 - 64, torch.uint8)
         assert torch.equal(link.multiply(ID, rows, transpose=False), X @ W)
-        assert torch.equal(link.multiply(ID, link.lend(2, 3, torch.float32).copy_(X), transpose=False), X @ W)
+        assert torch.equal(link.multiply(ID, link.allocate(2, 3, torch.float32).copy_(X), transpose=False), X @ W)
         del full
-        assert torch.equal(link.multiply(ID, link.lend(2, 3, torch.float32).copy_(X), transpose=False), X @ W)
+        assert torch.equal(link.multiply(ID, link.allocate(2, 3, torch.float32).copy_(X), transpose=False), X @ W)
 
 
 def test_few_bytes_are_answered_by_the_thread_that_reads_them(worker: Serving) -> None:

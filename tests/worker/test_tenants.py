@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from obfuscatune.enclave.client import WorkerLink
+from obfuscatune.enclave.client import WorkerClient
 from obfuscatune.protocol.endpoints import TcpAddress
 from obfuscatune.protocol.limits import MAX_HANDSHAKES
 from obfuscatune.protocol.messages import NO_MATRIX, ErrorCode, Header, MessageType
@@ -76,7 +76,7 @@ def multiply(client: RawClient, number: int = 1) -> Header:
 def welcomed(worker: Serving, keys: Path | None = None) -> bool:
     """Whether another enclave gets a product, at once."""
     tls = None if keys is None else config(keys, "ours")
-    with WorkerLink.open(str(worker.address), tls=tls) as link:
+    with WorkerClient.open(str(worker.address), tls=tls) as link:
         link.store(ID, lambda: W, shape=(3, 4), dtype=W.dtype)
         return torch.equal(link.multiply(ID, X, transpose=False), X @ W)
 

@@ -105,7 +105,7 @@ def public_base(scenario: Scenario, first_blocks: int) -> PublicBase:
         def note(_module: Any, args: tuple[Tensor, ...], into: list[Tensor] = seen[index]) -> None:
             into.append(args[0].reshape(-1, args[0].shape[-1]).double())
 
-        hooks.append(model.get_submodule(group.sites[0].path).register_forward_pre_hook(note))
+        hooks.append(model.get_submodule(group.targets[0].path).register_forward_pre_hook(note))
     batch = torch.tensor(scenario.public)
     try:
         with torch.no_grad():

@@ -19,7 +19,7 @@ from obfuscatune.audit.attacks.scoring import Phase, TrueCall, TrueLayer, Truth
 from obfuscatune.audit.attacks.stealing import losses
 from obfuscatune.audit.attacks.view import WorkerView
 from obfuscatune.audit.scenario import Logits, Scenario
-from obfuscatune.enclave.client import WorkerLink
+from obfuscatune.enclave.client import WorkerClient
 from obfuscatune.enclave.loading import load
 from obfuscatune.enclave.local_worker import local_worker
 from obfuscatune.enclave.profiles import Profile
@@ -28,7 +28,7 @@ from obfuscatune.errors import ConnectionLost
 from obfuscatune.protocol.transcript import read_transcript
 from obfuscatune.training.adapter import add_lora
 from obfuscatune.training.data import Example
-from obfuscatune.training.loop import Descent, Plan, make_optimizer, train
+from obfuscatune.training.loop import OptimizerSettings, Plan, make_optimizer, train
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -59,11 +59,11 @@ def record_run(scenario: Scenario, profile: Profile, seed: int, folder: Path) ->
         ObfuscaTuneError: as loading, training and the link do.
     """
     with local_worker(record=folder, threads=1) as worker:
-        link = WorkerLink.open(worker.address)
+        client = WorkerClient.open(worker.address)
         try:
-            truth = run_under_watch(scenario, profile, seed, link)
+            truth = run_under_watch(scenario, profile, seed, client)
         finally:
-            link.close()
+            client.close()
     view = WorkerView.from_entries(read_transcript(folder, mapped=True))
     if len(view.calls) != len(truth.calls):
         raise ConnectionLost(
@@ -73,7 +73,7 @@ def record_run(scenario: Scenario, profile: Profile, seed: int, folder: Path) ->
     return Recording(view, truth)
 
 
-def run_under_watch(scenario: Scenario, profile: Profile, seed: int, link: WorkerLink) -> Truth:
+def run_under_watch(scenario: Scenario, profile: Profile, seed: int, client: WorkerClient) -> Truth:
     """The run itself, over any link; what was true of each crossing, in order.
 
     An adapter on the worker is fetched in the end, as any run does to keep it.
@@ -81,7 +81,7 @@ def run_under_watch(scenario: Scenario, profile: Profile, seed: int, link: Worke
     witness = _Witness()
     model = load(
         scenario.directory,
-        link,
+        client,
         profile=profile,
         dtype=torch.float32,
         base="closed",  # the audit says more
@@ -165,7 +165,7 @@ def _finetune(model: PreTrainedModel, scenario: Scenario, seed: int, witness: _W
         optimizer,
         examples,
         plan,
-        Descent(LEARNING_RATE, "constant", warmup_steps=0, clip=1.0, total_steps=total),
+        OptimizerSettings(LEARNING_RATE, "constant", warmup_steps=0, clip=1.0, total_steps=total),
         pad_id=0,
     )
     witness.phase = "training"

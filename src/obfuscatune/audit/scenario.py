@@ -60,8 +60,8 @@ def architecture(base: PreTrainedModel, first_blocks: int) -> Architecture:
     def place(weights: Sequence[Tensor]) -> dict[str, Tensor]:
         placed: dict[str, Any] = {}
         for group, W in zip(groups, weights, strict=True):
-            for site, part in zip(group.sites, W.split(list(group.widths), dim=1), strict=True):
-                placed[f"model.{site.path}.weight"] = part if isinstance(site.layer, Conv1D) else part.T
+            for target, part in zip(group.targets, W.split(list(group.widths), dim=1), strict=True):
+                placed[f"model.{target.path}.weight"] = part if isinstance(target.layer, Conv1D) else part.T
         return placed
 
     return Architecture(build, lambda: Logits(copy.deepcopy(base)), place)

@@ -20,7 +20,7 @@ from torch import Tensor
 from obfuscatune.audit.attacks.scoring import area_under_curve
 from obfuscatune.bench.clocked import clocked_worker
 from obfuscatune.bench.wire import free_port
-from obfuscatune.enclave.client import WorkerLink
+from obfuscatune.enclave.client import WorkerClient
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.mixing import KroneckerMixer
 from obfuscatune.enclave.product import Held, OffloadedProduct
@@ -274,7 +274,7 @@ class LotBench:
             listen = f"tcp:127.0.0.1:{free_port()}" if name == "tcp" else None
             with (
                 clocked_worker(1, listen, ("--record", folder)) as (worker, _),
-                WorkerLink.open(worker.address) as link,
+                WorkerClient.open(worker.address) as link,
             ):
                 checked = torch.tensor(self._asked(link, rows))
             pauses = torch.tensor(_pauses(Path(folder)))
@@ -282,7 +282,7 @@ class LotBench:
         medians = (statistics.median(pauses[chosen].tolist()) / 1000 for chosen in (checked, ~checked))
         return LotRow(name, rows, len(pauses), area, error, *medians)
 
-    def _asked(self, link: WorkerLink, rows: int) -> list[bool]:
+    def _asked(self, link: WorkerClient, rows: int) -> list[bool]:
         """Which of the requests were checked; the first is left out, for nothing was answered before it."""
         stream = SecretStream.fresh()
         R_in, R_out = (StructuredTransform(self.width, stream) for _ in range(2))

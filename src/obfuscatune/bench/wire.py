@@ -23,7 +23,7 @@ import torch
 
 from obfuscatune.bench.clocked import ClockPage, clocked_worker
 from obfuscatune.bench.ping import PingPong, ping_pong
-from obfuscatune.enclave.client import WorkerLink
+from obfuscatune.enclave.client import WorkerClient
 from obfuscatune.protocol.files import temporary_root, write_new
 from obfuscatune.protocol.messages import HEADER_BYTES
 from obfuscatune.protocol.payloads import Places
@@ -116,11 +116,13 @@ class WireBench:
                 yield row
 
     def _timed(
-        self, link: WorkerLink, count: int, clock: ClockPage, name: str, play: Callable[[], float]
+        self, link: WorkerClient, count: int, clock: ClockPage, name: str, play: Callable[[], float]
     ) -> tuple[list[float], float, list[float]]:
         """Seconds of each round without the worker's computing; the mean of that; and of each bare ping-pong."""
         rows = (
-            link.lend(count, self.width, torch.float32) if name == "shared memory" else torch.empty(count, self.width)
+            link.allocate(count, self.width, torch.float32)
+            if name == "shared memory"
+            else torch.empty(count, self.width)
         )
         rows.normal_()
         link.multiply(_MATRIX_ID, rows, transpose=False)
@@ -224,7 +226,7 @@ def _cell(row: WireRow | None) -> str:
 
 
 @contextmanager
-def _opened(name: str, threads: int) -> Iterator[tuple[WorkerLink, ClockPage, PingPong]]:
+def _opened(name: str, threads: int) -> Iterator[tuple[WorkerClient, ClockPage, PingPong]]:
     """A link of that kind, its worker's clock, and a process for a bare ping-pong."""
     with tempfile.TemporaryDirectory(
         prefix="obfuscatune-bench-", dir=temporary_root()
@@ -239,7 +241,7 @@ def _opened(name: str, threads: int) -> Iterator[tuple[WorkerLink, ClockPage, Pi
         with (
             ping_pong(beside, None if theirs is None else (theirs.certificate, theirs.private_key)) as bare,
             clocked_worker(threads, listen, extra) as (worker, clock),
-            WorkerLink.open(worker.address, tls=ours) as link,
+            WorkerClient.open(worker.address, tls=ours) as link,
         ):
             yield link, clock, bare
 

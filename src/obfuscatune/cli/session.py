@@ -20,7 +20,7 @@ from obfuscatune.option import Option
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from obfuscatune.enclave.client import WorkerLink
+    from obfuscatune.enclave.client import WorkerClient
     from obfuscatune.enclave.local_worker import LocalWorker
     from obfuscatune.enclave.profiles import Profile
 
@@ -288,7 +288,7 @@ def resolved_profile(protection: Protection) -> "Profile":
 
 
 @contextmanager
-def _opened_link(protection: Protection) -> Iterator["WorkerLink"]:
+def _opened_link(protection: Protection) -> Iterator["WorkerClient"]:
     """A link to the worker that was named, or to one started for as long as the `with` lasts."""
     import obfuscatune
 
@@ -304,7 +304,7 @@ def _opened_link(protection: Protection) -> Iterator["WorkerLink"]:
         else:
             address = protection.worker
             output.notice(f"connecting to the worker at {address}")  # it may be waited for
-        link = obfuscatune.WorkerLink.open(address, tls=tls)
+        link = obfuscatune.WorkerClient.open(address, tls=tls)
         stack.callback(link.close)
         yield link
 

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from obfuscatune.demo.result import Result, Side
+from obfuscatune.demo.result import DemoRun, Result
 from obfuscatune.report.charts import Chart, Series
 from obfuscatune.report.page import (
     Beside,
@@ -58,13 +58,13 @@ def table_rows(result: Result) -> list[Row]:
     return lines
 
 
-def _right(side: Side, *, tuned: bool) -> str:
+def _right(side: DemoRun, *, tuned: bool) -> str:
     metric = side.after if tuned else side.before
     right = sum(verdict.right for verdict in metric.verdicts)
     return f"{right}/{len(metric.verdicts)} ({format_share(metric.value)})"
 
 
-def _times(protected: Side, plain: Side) -> str:
+def _times(protected: DemoRun, plain: DemoRun) -> str:
     return f"{protected.seconds.training / plain.seconds.training:.2f} times as long"
 
 

@@ -30,7 +30,7 @@ class Seconds:
 
 
 @dataclass(frozen=True)
-class Side:
+class DemoRun:
     """What came of one side. `link` counts what crossed while training, None without protection."""
 
     name: Name
@@ -77,7 +77,7 @@ class Differences:
         return _largest(self.losses)
 
 
-def compare_sides(protected: Side, plain: Side) -> Differences:
+def compare_runs(protected: DemoRun, plain: DemoRun) -> Differences:
     """Lay the protected run beside the plain one.
 
     Raises:
@@ -90,7 +90,7 @@ def compare_sides(protected: Side, plain: Side) -> Differences:
     )
 
 
-def check(settings: Settings, protected: Side, plain: Side, differences: Differences) -> Sequence[Check]:
+def check(settings: Settings, protected: DemoRun, plain: DemoRun, differences: Differences) -> Sequence[Check]:
     """Everything that must hold for the demo to have shown what it is to show."""
     beyond_ties = len(differences.after.differing) - len(differences.after.ties)
     checks = [
@@ -156,8 +156,8 @@ class Result:
 
     settings: Settings
     shape: Shape
-    protected: Side
-    plain: Side
+    protected: DemoRun
+    plain: DemoRun
     differences: Differences
     checks: Sequence[Check]
     questions: Sequence[Completion]
@@ -222,7 +222,7 @@ def document(result: Result) -> dict[str, object]:
     }
 
 
-def _side_document(side: Side) -> dict[str, object]:
+def _side_document(side: DemoRun) -> dict[str, object]:
     return {
         "accuracy": {"before": side.before.value, "after": side.after.value},
         "loss": {"first": side.losses[0], "last": side.losses[-1], "steps": side.losses},

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from obfuscatune.demo.result import Link, Name, Result, Seconds, Shape, Side, check, compare_sides
+from obfuscatune.demo.result import DemoRun, Link, Name, Result, Seconds, Shape, check, compare_runs
 from obfuscatune.demo.settings import QUESTIONS_AT_ONCE, Settings, held_out
 from obfuscatune.enclave.plan import make_plan, model_from_config
 from obfuscatune.enclave.profiles import resolve
@@ -35,7 +35,7 @@ class Opened(Protocol):
         """Protected or plain."""
 
     def link(self) -> Link | None:
-        """What has crossed so far (`LinkStats` by name); None without protection."""
+        """What has crossed so far (`ClientStats` by name); None without protection."""
 
 
 class Screen(Protocol):
@@ -57,7 +57,9 @@ class Task:
     fingerprint: str
 
 
-def run_side(name: Name, opening: AbstractContextManager[Opened], task: Task, recipe: Recipe, screen: Screen) -> Side:
+def run_side(
+    name: Name, opening: AbstractContextManager[Opened], task: Task, recipe: Recipe, screen: Screen
+) -> DemoRun:
     """Open a model, ask, fine-tune it as the recipe says, ask again, close it.
 
     Raises:
@@ -79,7 +81,7 @@ def run_side(name: Name, opening: AbstractContextManager[Opened], task: Task, re
     if crossed_before is not None and crossed_after is not None:
         link = {key: value - crossed_before[key] for key, value in crossed_after.items()}
     seconds = Seconds(ready, before_seconds, training, after_seconds)
-    return Side(name, before, after, steps, outcome.adapter, seconds, link)
+    return DemoRun(name, before, after, steps, outcome.adapter, seconds, link)
 
 
 def _ask(name: Name, model: "PreTrainedModel", task: Task, screen: Screen, *, tuned: bool) -> tuple[Metric, float]:
@@ -114,12 +116,12 @@ def run_demo(
     began = time.perf_counter()
     task = Task(tokenizer, load_completions(held_out(), settings.questions), model_fingerprint(model))
 
-    def run(name: Name) -> Side:
+    def run(name: Name) -> DemoRun:
         recipe = settings.recipe(folder / name, plain=name == "plain")
         return run_side(name, opening(name), task, recipe, screen)
 
     protected, plain = run("protected"), run("plain")
-    differences = compare_sides(protected, plain)
+    differences = compare_runs(protected, plain)
     counted = make_plan(model_from_config(model), resolve(settings.recipe(folder, plain=False).profile))
     return Result(
         settings,

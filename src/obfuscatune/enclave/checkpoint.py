@@ -19,7 +19,7 @@ from torch import Tensor
 from obfuscatune.errors import ModelFileError
 from obfuscatune.protocol.tensors import bytes_of
 
-PANEL_BYTES = 1 << 20
+TILE_BYTES = 1 << 20
 """Of the rows that are read at a time, as far as one row is not longer: they stay in the cache until they are used."""
 _LENGTH_BYTES = 8
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -131,9 +131,9 @@ class Checkpoint:
             entry.shard.fill(bytes_of(target), entry.begin)
             return
         rows, columns = target.shape
-        panel = torch.empty(min(rows, max(PANEL_BYTES // (columns * stored.itemsize), 1)), columns, dtype=stored)
-        for start in range(0, rows, len(panel)):
-            part = panel[: min(len(panel), rows - start)]
+        tile = torch.empty(min(rows, max(TILE_BYTES // (columns * stored.itemsize), 1)), columns, dtype=stored)
+        for start in range(0, rows, len(tile)):
+            part = tile[: min(len(tile), rows - start)]
             entry.shard.fill(bytes_of(part), entry.begin + start * columns * stored.itemsize)
             target[start : start + len(part)] = part
 

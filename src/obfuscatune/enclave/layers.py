@@ -87,22 +87,22 @@ class _Visit:
     waiting: set[int]
     parts: tuple[Tensor, ...] | None = None
 
-    def serves(self, x: Tensor, slot: int, dtype: torch.dtype, product: OffloadedProduct) -> bool:
+    def serves(self, x: Tensor, member: int, dtype: torch.dtype, product: OffloadedProduct) -> bool:
         return (
             self.x is x
             and self.grad_mode == torch.is_grad_enabled()
-            and slot in self.waiting
+            and member in self.waiting
             and self.dtype == dtype
             and self.product is product
             and self._is_unchanged()
         )
 
-    def part(self, slot: int) -> Tensor:
+    def part(self, member: int) -> Tensor:
         """That layer's x W + b; waits where it has not come yet."""
         if self.parts is None:
             with torch.set_grad_enabled(self.grad_mode):
                 self.parts = self.call.finish(*biases_in(self.dtype, self.members))
-        return self.parts[slot]
+        return self.parts[member]
 
     def _is_unchanged(self) -> bool:
         if isinstance(self.state, Tensor):
@@ -149,7 +149,7 @@ class SharedCrossing:
         return self._product.held.matrix_id
 
     def join(self, member: ProtectedLayer) -> int:
-        """Add a layer; returns its slot, the position of its columns."""
+        """Add a layer; returns its member, the position of its columns."""
         self._members.append(member)
         return len(self._members) - 1
 
@@ -175,8 +175,8 @@ class SharedCrossing:
         call.start(x)
         return call
 
-    def output_for(self, slot: int, x: Tensor, dtype: torch.dtype, works_on: Callable[[], bool]) -> Tensor:
-        """That layer's x W + b (..., q_slot) for x (..., p), an ordinary tensor; outside autocast.
+    def output_for(self, member: int, x: Tensor, dtype: torch.dtype, works_on: Callable[[], bool]) -> Tensor:
+        """That layer's x W + b (..., q_member) for x (..., p), an ordinary tensor; outside autocast.
 
         Args:
             dtype: that the product is asked for in, and comes in.
@@ -184,19 +184,19 @@ class SharedCrossing:
                 `AwaitedProduct`, if that helps.
         """
         visit = self._visit
-        if visit is None or not visit.serves(x, slot, dtype, self._product):
+        if visit is None or not visit.serves(x, member, dtype, self._product):
             call = self.begin(x.to(dtype))
             waiting = set(range(len(self._members)))
             grad_mode, members = torch.is_grad_enabled(), self._members
             visit = _Visit(x, _state(x), grad_mode, dtype, self._product, call, members, waiting)
             self._visit = visit
-        visit.waiting.remove(slot)
+        visit.waiting.remove(member)
         if not visit.waiting:
             self._visit = None  # all have come: let go of the input
         if visit.parts is None and self._product.is_computed_apart and works_on():
-            shape = (*x.shape[:-1], self._widths[slot])
-            return AwaitedProduct(shape, x.new_empty((), dtype=dtype), lambda: visit.part(slot))
-        return visit.part(slot)
+            shape = (*x.shape[:-1], self._widths[member])
+            return AwaitedProduct(shape, x.new_empty((), dtype=dtype), lambda: visit.part(member))
+        return visit.part(member)
 
     @property
     def _visit(self) -> _Visit | None:
@@ -216,7 +216,7 @@ class ProtectedLayer(nn.Module):
     """Called with this layer and x, before anything is sent; of a model's first layer, once in each forward pass."""
 
     def _set_up(self, crossing: SharedCrossing, weight: Tensor, bias: nn.Parameter | None) -> None:
-        self._crossing, self._slot = crossing, crossing.join(self)
+        self._crossing, self._member = crossing, crossing.join(self)
         self._weight_shape = weight.shape
         device = "cpu" if weight.is_meta else weight.device
         self.register_parameter("_on_worker", no_elements(weight.numel(), weight.dtype, device))
@@ -268,7 +268,7 @@ class ProtectedLayer(nn.Module):
         with outside_autocast(x.device):
             if self.before_request is not None:
                 self.before_request(self, x)
-            return self._crossing.output_for(self._slot, x, dtype, works_on)
+            return self._crossing.output_for(self._member, x, dtype, works_on)
 
     def _dtype_for(self, x: Tensor) -> torch.dtype:
         """In which the plain layer would multiply x; what it would refuse is refused in its words.

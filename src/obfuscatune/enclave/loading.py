@@ -21,23 +21,23 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from obfuscatune.enclave.checkpoint import Checkpoint, shard_names, weights_names
-from obfuscatune.enclave.client import RetryPolicy, WorkerLink
+from obfuscatune.enclave.client import RetryPolicy, WorkerClient
 from obfuscatune.enclave.config import changed, empty_model, read_config, read_generation_config
 from obfuscatune.enclave.keys import RootKey
 from obfuscatune.enclave.keywords import HubOptions, Keywords
 from obfuscatune.enclave.observer import Observer, StageClock
 from obfuscatune.enclave.profiles import Profile, resolve
-from obfuscatune.enclave.protect import Progress, adopt, open_link, released_on_failure, width_of
+from obfuscatune.enclave.protect import Progress, adopt, open_client, released_on_failure, width_of
 from obfuscatune.enclave.protection import Protection, place
 from obfuscatune.enclave.published import Base, warn_of_public_base
 from obfuscatune.enclave.spill_store import Offloaded, WeightFromFiles
-from obfuscatune.enclave.target_layers import SiteGroup, find_groups
-from obfuscatune.enclave.threads import in_lanes
+from obfuscatune.enclave.target_layers import LayerGroup, find_groups
+from obfuscatune.enclave.threads import map_in_threads
 from obfuscatune.enclave.weights import StoredWeights
 from obfuscatune.errors import ModelFileError
 from obfuscatune.protocol.tls import TlsConfig
 
-LANES = 2
+AT_A_TIME = 2
 """Groups that are on their way at a time: while one is read or sent, the other is transformed."""
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "README.md")
 """Configuration, tokenizer, templates, the index of the weights, and the card, which may name a base model."""
@@ -52,7 +52,7 @@ _HUB_REASONS = (
 
 def load(
     model: str | Path,
-    workers: str | WorkerLink | None = None,
+    workers: str | WorkerClient | None = None,
     profile: str | Profile = "private",
     *,
     dtype: torch.dtype | str | None = None,
@@ -106,14 +106,14 @@ def load(
     generation = read_generation_config(directory)
     groups = find_groups(skeleton, resolved.first_blocks) if resolved.offload else []
     weights = StoredWeights(checkpoint, skeleton)
-    link = open_link(workers, resolved, tls, deadline_s, retry)
-    protection = Protection.start(link, resolved, key, width_of(skeleton), observer)
+    client = open_client(workers, resolved, tls, deadline_s, retry)
+    protection = Protection.start(client, resolved, key, width_of(skeleton), observer)
     clock = clock or StageClock()
     with released_on_failure(protection, workers):
         work = partial(_offload, weights=weights, protection=protection, clock=clock)
         size = max((group.weight_bytes for group in groups), default=0)
-        places = [torch.empty(size, dtype=torch.uint8) for _ in groups[:LANES]]
-        with in_lanes(work, groups, places, protection.broken_off) as offloaded:
+        places = [torch.empty(size, dtype=torch.uint8) for _ in groups[:AT_A_TIME]]
+        with map_in_threads(work, groups, places, protection.broken_off) as offloaded:
             with clock.measure("reading"):
                 weights.fill(groups)
             for done, (group, layer) in enumerate(zip(groups, offloaded, strict=True), start=1):
@@ -178,7 +178,7 @@ def _from_hub(model: str | Path, sought: str) -> Iterator[None]:
 
 
 def _offload(
-    group: SiteGroup,
+    group: LayerGroup,
     memory: Tensor,
     in_turn: Callable[[], None],
     *,

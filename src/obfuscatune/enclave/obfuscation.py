@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
 from obfuscatune.enclave.keys import KEY_BYTES, RootKey
-from obfuscatune.enclave.target_layers import ResidualSide
+from obfuscatune.enclave.target_layers import ResidualRole
 from obfuscatune.enclave.tiles import transform_in_place
 from obfuscatune.enclave.transforms import Transform, TransformSpec
 from obfuscatune.protocol.tensors import bytes_of
@@ -71,7 +71,7 @@ class Obfuscated:
     """Of that W; W_star may be in a finer one."""
     wide: torch.dtype
     """What W_star was computed in, where that is wider than W."""
-    only: ResidualSide | None = None
+    only: ResidualRole | None = None
     """The one side that is rotated, None for both."""
 
 
@@ -81,7 +81,7 @@ def obfuscate(
     spec: TransformSpec,
     name: str,
     epoch: int = 0,
-    only: ResidualSide | None = None,
+    only: ResidualRole | None = None,
     dtype: torch.dtype | None = None,
 ) -> Obfuscated:
     """W_star = R_in⁻¹ W R_out for W (p, q) contiguous, in whose place it is made, unless in a finer `dtype`.
@@ -100,7 +100,7 @@ def obfuscate(
     fingerprint = Fingerprint.of(W, key)
     wide = torch.float32 if epoch == 0 else torch.float64
 
-    def draw(dim: int, side: str, rotates: ResidualSide) -> Transform:
+    def draw(dim: int, side: str, rotates: ResidualRole) -> Transform:
         if only not in (None, rotates):
             return PLAIN.make(dim, key.stream("plain"))
         return spec.make(dim, key.stream("transform", str(spec), fingerprint.tag.hex(), epoch, name, only or side))

@@ -41,7 +41,7 @@ def span(name: str) -> AbstractContextManager[object]:
 
 @dataclass
 class StageClock:
-    """Seconds, of both lanes together: up to twice as many as passed. Safe from any thread."""
+    """Seconds, of both threads together: up to twice as many as passed. Safe from any thread."""
 
     reading: float = 0.0
     """The weights from the files, those that stay in the enclave too."""

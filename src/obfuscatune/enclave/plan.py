@@ -22,7 +22,15 @@ from obfuscatune.enclave.checkpoint import Checkpoint, shard_names
 from obfuscatune.enclave.config import empty_model, read_config
 from obfuscatune.enclave.loading import find_config
 from obfuscatune.enclave.profiles import Profile
-from obfuscatune.enclave.target_layers import Expert, Kept, SiteGroup, find_groups, find_kept, find_sites, group_sites
+from obfuscatune.enclave.target_layers import (
+    Expert,
+    Kept,
+    LayerGroup,
+    find_groups,
+    find_kept,
+    find_target_layers,
+    group_layers,
+)
 from obfuscatune.enclave.weights import StoredWeights
 
 Place = Literal["enclave", "worker"]
@@ -219,9 +227,9 @@ def make_plan(model: nn.Module, profile: Profile, dtype: torch.dtype = torch.flo
     Raises:
         ProtectionError: there would be nothing to protect.
     """
-    found = list(find_sites(model))
+    found = list(find_target_layers(model))
     moved = {group.name for group in find_groups(model, profile.first_blocks)} if profile.offload else set()
-    groups = group_sites(found)
+    groups = group_layers(found)
     if not groups:
         find_groups(model, 0)  # says what was expected
     layers = tuple(_plan_layers(model, groups, moved, dtype.itemsize))
@@ -236,11 +244,13 @@ def is_causal(model: nn.Module) -> bool:
     return type(config) in AutoModelForCausalLM._model_mapping
 
 
-def _plan_layers(model: nn.Module, groups: list[SiteGroup], moved: set[str], element_bytes: int) -> Iterator[LayerPlan]:
+def _plan_layers(
+    model: nn.Module, groups: list[LayerGroup], moved: set[str], element_bytes: int
+) -> Iterator[LayerPlan]:
     """One for each group; experts of one stack are one."""
-    for (first, _), alike in groupby(groups, key=lambda group: (group.sites[0].parameter, group.widths)):
+    for (first, _), alike in groupby(groups, key=lambda group: (group.targets[0].parameter, group.widths)):
         same = list(alike)
-        group, is_expert = same[0], isinstance(same[0].sites[0].layer, Expert)
+        group, is_expert = same[0], isinstance(same[0].targets[0].layer, Expert)
         name = first if is_expert else group.name
         stem, _, leaf = name.partition(f".{group.block}.")
         place: Place = "worker" if group.name in moved else "enclave"
@@ -255,9 +265,9 @@ def _experts_per_token(model: nn.Module) -> int:
     return int(next((value for name in names if isinstance(value := getattr(config, name, None), int)), 1))
 
 
-def _what_stays(model: nn.Module, groups: list[SiteGroup], moved: set[str]) -> dict[Kind, int]:
+def _what_stays(model: nn.Module, groups: list[LayerGroup], moved: set[str]) -> dict[Kind, int]:
     """Parameters that stay, by kind."""
-    in_enclave = {site.parameter: group.name not in moved for group in groups for site in group.sites}
+    in_enclave = {target.parameter: group.name not in moved for group in groups for target in group.targets}
     stems = tuple({f"{_stem(group)}." for group in groups})
     counts: dict[Kind, int] = dict.fromkeys(KINDS, 0)
     for name, parameter in model.named_parameters():  # each once, though it be tied to others
@@ -288,7 +298,7 @@ def _kind(owner: nn.Module, leaf: str, in_block: bool) -> Kind:
     return "other"
 
 
-def _stem(group: SiteGroup) -> str:
+def _stem(group: LayerGroup) -> str:
     return group.name.partition(f".{group.block}.")[0]
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from obfuscatune.enclave.client import Pending, WorkerLink
+from obfuscatune.enclave.client import ProductRequest, WorkerClient
 from obfuscatune.enclave.client.requests import NOT_FINITE
 from obfuscatune.enclave.mixing import DENSE_BELOW, FewMixing, Mixer, Mixing
 from obfuscatune.enclave.obfuscation import is_finer
@@ -66,7 +66,7 @@ class InFlight:
     like: Tensor
     """Of the dtype and on the device of what was asked; of few rows, these themselves."""
     mixing: Mixing | FewMixing | None = None
-    pending: Pending | None = None
+    pending: ProductRequest | None = None
     check: Check | None = None
     """Decides whether the product, in memory of our own, is verified, and does it; None where none is."""
     few: FewWay | None = None
@@ -94,7 +94,7 @@ class OffloadedProduct:
 
     def __init__(
         self,
-        link: WorkerLink,
+        client: WorkerClient,
         held: Held,
         R_in: Transform,
         R_out: Transform,
@@ -109,7 +109,7 @@ class OffloadedProduct:
             send_in: sends W_star once more, in another dtype; None where rows always travel in the one of `held`.
             observe: called with the plain rows of each request, and whether they are for W's transpose.
         """
-        self._link, self._held = link, held
+        self._client, self._held = client, held
         self._R_in, self._R_out = R_in, R_out
         self._mixer, self._send_in, self._observe = mixer, send_in, observe
         self._sending_again = threading.Lock()
@@ -136,7 +136,7 @@ class OffloadedProduct:
                 return  # another thread was first
             outdated = self._held
             self._held = self._send_in(torch.promote_types(dtype, outdated.dtype or dtype))
-            self._link.forget(outdated.matrix_id)
+            self._client.forget(outdated.matrix_id)
 
     def is_coarser_than(self, dtype: torch.dtype) -> bool:
         """Whether `be_as_fine_as` of that dtype sends anything."""
@@ -145,7 +145,7 @@ class OffloadedProduct:
     @property
     def is_computed_apart(self) -> bool:
         """Whether there is anything to be had from working on while a product is computed."""
-        return self._link.computes_apart
+        return self._client.computes_apart
 
     def start_forward(self, x: Tensor) -> InFlight:
         """Send x (n, p)."""
@@ -161,7 +161,7 @@ class OffloadedProduct:
         Raises:
             BadReply: the product is not finite. The link asks this worker nothing any more, as after the next.
             WrongProduct: it is not the product.
-            WireError: see `WorkerLink.multiply`.
+            WireError: see `WorkerClient.multiply`.
         """
         if crossing.few is not None:
             y = self._receive_few(crossing, crossing.few, transpose=False)
@@ -205,14 +205,14 @@ class OffloadedProduct:
         with span("obfuscatune.rotate"):
             rotated = rotate(scaled)  # (n, p)
         with span("obfuscatune.mix"):
-            X_star = self._link.lend(A.rows, rotated.shape[1], dtype)  # (m, p)
+            X_star = self._client.allocate(A.rows, rotated.shape[1], dtype)  # (m, p)
             as_sent = rotated.dtype == dtype and rotated.device.type == "cpu"
             mixed = X_star if as_sent else rotated.new_empty(X_star.shape)
             A.mix(rotated, mixed)
             if not as_sent:
                 X_star.copy_(mixed)
         with span("obfuscatune.send"):
-            pending = self._link.submit(
+            pending = self._client.submit(
                 held.matrix_id, X_star, transpose=transpose, known_finite=as_sent, product_unchecked=True
             )
         check = _check(held.verifier, lambda v: A.image(rotated, v), rotated.dtype, A.size, dtype, transpose)
@@ -231,10 +231,10 @@ class OffloadedProduct:
             return None
         with span("obfuscatune.mix"):
             scaled = mixing.scaled(x)
-            X_star = self._link.lend(mixing.rows, way.turn.dim, x.dtype)
+            X_star = self._client.allocate(mixing.rows, way.turn.dim, x.dtype)
             way.turn.send(scaled, mixing.secrets, X_star)
         with span("obfuscatune.send"):
-            pending = self._link.submit(
+            pending = self._client.submit(
                 held.matrix_id, X_star, transpose=transpose, known_finite=True, product_unchecked=True
             )
         check = _check(held.verifier, mixing.image, x.dtype, mixing.size, x.dtype, transpose)
@@ -246,7 +246,7 @@ class OffloadedProduct:
         if not isinstance(mixing, FewMixing) or pending is None:
             raise ProtectionError("a crossing of few rows was finished without what it was begun with")
         Y_star = self._awaited(pending, crossing.check)  # (m, q)
-        with span("obfuscatune.mix"), self._link.refusing():
+        with span("obfuscatune.mix"), self._client.refusing():
             y = x.new_empty(x.shape[0], way.back.dim)
             if not way.back.receive(Y_star, mixing.secrets, y):
                 raise BadReply(NOT_FINITE)
@@ -268,11 +268,11 @@ class OffloadedProduct:
         if crossing.mixing is None or crossing.pending is None or isinstance(crossing.mixing, FewMixing):
             return _widen(like).new_zeros(0, width)
         Y_star = self._awaited(crossing.pending, crossing.check)  # (m, width)
-        with span("obfuscatune.mix"), self._link.refusing():
+        with span("obfuscatune.mix"), self._client.refusing():
             y = crossing.mixing.unmix(_widen(Y_star.to(like.device)))
             return crossing.scaled_back(y, crossing.pending.dtype, transpose=transpose)
 
-    def _awaited(self, pending: Pending, check: Check | None) -> Tensor:
+    def _awaited(self, pending: ProductRequest, check: Check | None) -> Tensor:
         """Wait for the product Y* (m, q), and verify it where it is to be verified.
 
         Where some products are verified every one is copied out of the worker's reach, and only then the lot is drawn:
@@ -282,9 +282,9 @@ class OffloadedProduct:
             Y_star = pending.result()
         if check is None:
             return Y_star
-        with span("obfuscatune.verify"), self._link.refusing():
+        with span("obfuscatune.verify"), self._client.refusing():
             own = _widen(pending.own(Y_star))
-            self._link.stats.verified += check(own)
+            self._client.stats.verified += check(own)
         return own
 
 

@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from obfuscatune.enclave.client import RetryPolicy, WorkerLink
+from obfuscatune.enclave.client import RetryPolicy, WorkerClient
 from obfuscatune.enclave.experts import ProtectedExperts
 from obfuscatune.enclave.keys import RootKey
 from obfuscatune.enclave.layers import ProtectedLayer
@@ -25,7 +25,7 @@ from obfuscatune.enclave.profiles import Profile, resolve
 from obfuscatune.enclave.protected_model import Closable, ProtectedModel, extend, has_adapter
 from obfuscatune.enclave.protection import Protection, place
 from obfuscatune.enclave.published import Base, warn_of_public_base
-from obfuscatune.enclave.spill_store import SPOOLED_AT_LEAST_IN, Spool, WeightFromSpool
+from obfuscatune.enclave.spill_store import SPILLED_AT_LEAST_IN, SpillStore, WeightFromSpillStore
 from obfuscatune.enclave.target_layers import find_groups, refuse_absent_weights
 from obfuscatune.enclave.training_hooks import TrainingWatch, watch_targets
 from obfuscatune.errors import ConfigError, ProtectionError
@@ -38,7 +38,7 @@ Progress = Callable[[int, int, str], None]
 
 def protect(
     model: Model,
-    workers: str | WorkerLink | None = None,
+    workers: str | WorkerClient | None = None,
     profile: str | Profile = "private",
     *,
     key: RootKey | None = None,
@@ -91,15 +91,15 @@ def protect(
         warn_of_public_base(base, resolved, config, _directory_of(config), stacklevel=2)
     groups = find_groups(model, resolved.first_blocks) if resolved.offload else []
     refuse_absent_weights(model, groups)
-    link = open_link(workers, resolved, tls, deadline_s, retry)
-    protection = Protection.start(link, resolved, key, width_of(model), observer)
+    client = open_client(workers, resolved, tls, deadline_s, retry)
+    protection = Protection.start(client, resolved, key, width_of(model), observer)
     layers: dict[str, ProtectedLayer | ProtectedExperts] = {}
     with released_on_failure(protection, workers):
-        spool = Spool()
+        spill_store = SpillStore()
         for done, group in enumerate(groups, start=1):
             with torch.no_grad():
-                obfuscated = protection.obfuscate(group, group.joint_weight(), SPOOLED_AT_LEAST_IN)
-                sent = protection.send(group, obfuscated, WeightFromSpool(spool))
+                obfuscated = protection.obfuscate(group, group.joint_weight(), SPILLED_AT_LEAST_IN)
+                sent = protection.send(group, obfuscated, WeightFromSpillStore(spill_store))
                 layers |= protection.layers(group, sent)
             if progress is not None:
                 progress(done, len(groups), group.name)
@@ -124,13 +124,13 @@ def width_of(model: nn.Module) -> int | None:
     return width if isinstance(width, int) else None
 
 
-def open_link(
-    workers: str | WorkerLink | None,
+def open_client(
+    workers: str | WorkerClient | None,
     profile: Profile,
     tls: TlsConfig | None,
     deadline_s: float,
     retry: RetryPolicy | None,
-) -> WorkerLink | None:
+) -> WorkerClient | None:
     """The link itself, or a new one to that address, or to a worker that is started for it and ends with it.
 
     None where the profile offloads nothing.
@@ -143,26 +143,26 @@ def open_link(
         if workers is not None:
             raise ConfigError(f"profile {profile.name!r} runs without a worker: name none")
         return None
-    if isinstance(workers, WorkerLink):
+    if isinstance(workers, WorkerClient):
         return workers
     policy = retry or RetryPolicy()
     if workers is not None:
-        return WorkerLink.open(workers, tls=tls, deadline_s=deadline_s, retry=policy)
+        return WorkerClient.open(workers, tls=tls, deadline_s=deadline_s, retry=policy)
     if tls is not None:
         raise ConfigError("certificates are for a worker across a network: give its address, tcp:HOST:PORT")
     worker = local_worker()  # ends when nothing refers to it: should the link not open, at once
-    link = WorkerLink.open(worker.address, deadline_s=deadline_s, retry=policy)
-    link.own(worker.close)
-    return link
+    client = WorkerClient.open(worker.address, deadline_s=deadline_s, retry=policy)
+    client.own(worker.close)
+    return client
 
 
 @contextmanager
-def released_on_failure(protection: Protection, workers: str | WorkerLink | None) -> Iterator[None]:
+def released_on_failure(protection: Protection, workers: str | WorkerClient | None) -> Iterator[None]:
     """Should what follows fail, have the worker forget and hang up; a link that was handed in stays open."""
     try:
         yield
     except BaseException:
-        if not isinstance(workers, WorkerLink):
+        if not isinstance(workers, WorkerClient):
             protection.close()
         raise
 
@@ -179,7 +179,7 @@ def adopt(model: nn.Module, protection: Protection) -> None:
     if not (has_adapter(base) or isinstance(model, PeftModel)):
         model.requires_grad_(False)
     watch_targets(base)
-    if protection.link is not None:
+    if protection.client is not None:
         watch = TrainingWatch(base, protection)
         first = next((module for module in base.modules() if isinstance(module, ProtectedLayer)), None)
         if first is not None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from obfuscatune.enclave.autograd import outside_autocast
-from obfuscatune.enclave.client import LinkStats, WorkerLink
+from obfuscatune.enclave.client import ClientStats, WorkerClient
 from obfuscatune.enclave.experts import ProtectedExperts, add, protected
 from obfuscatune.enclave.keys import RootKey, SecretStream
 from obfuscatune.enclave.layers import ProtectedConv1D, ProtectedLayer, ProtectedLinear, SharedCrossing
@@ -25,7 +25,7 @@ from obfuscatune.enclave.product import Held, Observe, OffloadedProduct
 from obfuscatune.enclave.profiles import Profile
 from obfuscatune.enclave.remote_lora.adapters import RemoteAdapters
 from obfuscatune.enclave.spill_store import Offloaded, WeightSource
-from obfuscatune.enclave.target_layers import Expert, SiteGroup, experts_matrices, residual_side
+from obfuscatune.enclave.target_layers import Expert, LayerGroup, experts_matrices, residual_role
 from obfuscatune.enclave.verification import Verifier
 from obfuscatune.errors import ConfigError, ProtectionError
 
@@ -38,7 +38,7 @@ MATRIX_ID_BYTES = 16
 class Protection:
     """Everything that a protected model needs besides itself; `model.protection`."""
 
-    link: WorkerLink | None
+    client: WorkerClient | None
     """None where nothing is offloaded."""
     profile: Profile
     key: RootKey
@@ -61,7 +61,7 @@ class Protection:
     @classmethod
     def start(
         cls,
-        link: WorkerLink | None,
+        client: WorkerClient | None,
         profile: Profile,
         key: RootKey | None,
         width: int | None = None,
@@ -74,14 +74,14 @@ class Protection:
             mixer = KroneckerMixer(
                 profile.shield_rows, stream, shield_scale=profile.shield_scale, full_rank=profile.full_rank
             )
-        return cls(link, profile, key or RootKey.generate(), mixer, width, observer)
+        return cls(client, profile, key or RootKey.generate(), mixer, width, observer)
 
     @property
-    def stats(self) -> LinkStats:
+    def stats(self) -> ClientStats:
         """Crossings, bytes, seconds of waiting, uploads, retries; since the link was opened."""
-        return LinkStats() if self.link is None else self.link.stats
+        return ClientStats() if self.client is None else self.client.stats
 
-    def obfuscate(self, group: SiteGroup, W: Tensor, dtype: torch.dtype | None = None) -> Obfuscated:
+    def obfuscate(self, group: LayerGroup, W: Tensor, dtype: torch.dtype | None = None) -> Obfuscated:
         """W (p, q) of a group as W_star, and the transforms that undo it.
 
         W_star takes W's place in memory, unless `dtype`, or what it crosses in, is finer than W's: then it is in that.
@@ -91,29 +91,29 @@ class Protection:
             dtype = torch.promote_types(crossing, torch.float32)  # to be scaled before it is rounded
         side = None
         if self.profile.sides == "paper":
-            first = group.sites[0]
-            side = residual_side(first.name, first.in_features, first.out_features, self.width)
+            first = group.targets[0]
+            side = residual_role(first.name, first.in_features, first.out_features, self.width)
         with outside_autocast(W.device):
             return obfuscate(W, self.key, self.profile.transform_spec, group.name, only=side, dtype=dtype)
 
-    def send(self, group: SiteGroup, obfuscated: Obfuscated, weights: WeightSource) -> Offloaded:
+    def send(self, group: LayerGroup, obfuscated: Obfuscated, weights: WeightSource) -> Offloaded:
         """Have the worker hold W_star, which may be overwritten afterwards. From any thread."""
         dtype, observe = self.profile.crossing_dtype(obfuscated.dtype), self._observe(group.name)
         crossing = SharedCrossing(self._send(obfuscated, weights, dtype, observe), group.widths)
         R_in, R_out = obfuscated.R_in, obfuscated.R_out
         return Offloaded(group.name, obfuscated.only, weights, crossing, R_in, R_out, observe=observe)
 
-    def layers(self, group: SiteGroup, offloaded: Offloaded) -> dict[str, ProtectedLayer | ProtectedExperts]:
+    def layers(self, group: LayerGroup, offloaded: Offloaded) -> dict[str, ProtectedLayer | ProtectedExperts]:
         """The layers that are to take the plain ones' places, by path, once a group was sent; group after group."""
         self.offloaded.append(offloaded)
         self._keyed(offloaded)
         layers: dict[str, ProtectedLayer | ProtectedExperts] = {}
-        for site in group.sites:
-            if isinstance(site.layer, Expert):
-                layers[site.path] = self._with_expert(site.path, site.layer, offloaded)
+        for target in group.targets:
+            if isinstance(target.layer, Expert):
+                layers[target.path] = self._with_expert(target.path, target.layer, offloaded)
                 continue
-            kind = ProtectedConv1D if isinstance(site.layer, Conv1D) else ProtectedLinear
-            layers[site.path] = kind(offloaded.crossing, site.layer).train(site.layer.training)
+            kind = ProtectedConv1D if isinstance(target.layer, Conv1D) else ProtectedLinear
+            layers[target.path] = kind(offloaded.crossing, target.layer).train(target.layer.training)
         return layers
 
     def _with_expert(self, path: str, expert: Expert, offloaded: Offloaded) -> ProtectedExperts:
@@ -124,8 +124,8 @@ class Protection:
         return self.experts[path]
 
     def broken_off(self) -> AbstractContextManager[None]:
-        """Within it, what waits for the worker in other threads fails; see `WorkerLink.broken_off`."""
-        return nullcontext() if self.link is None else self.link.broken_off()
+        """Within it, what waits for the worker in other threads fails; see `WorkerClient.broken_off`."""
+        return nullcontext() if self.client is None else self.client.broken_off()
 
     @property
     def lora_on_worker(self) -> bool:
@@ -221,10 +221,10 @@ class Protection:
             self._worker.forget(outdated)
 
     @property
-    def _worker(self) -> WorkerLink:
-        if self.link is None:
+    def _worker(self) -> WorkerClient:
+        if self.client is None:
             raise ProtectionError("this profile offloads nothing: there is no worker")
-        return self.link
+        return self.client
 
     def _keyed(self, layer: Offloaded) -> None:
         if self.observer is not None:
@@ -240,7 +240,7 @@ class Protection:
         self, obfuscated: Obfuscated, weights: WeightSource, dtype: torch.dtype, observe: Observe | None
     ) -> OffloadedProduct:
         """Have the worker hold W_star in that dtype; the product with it."""
-        link, share = self._worker, self.profile.verify
+        client, share = self._worker, self.profile.verify
         shape = obfuscated.R_in.dim, obfuscated.R_out.dim
         again = weights.keep(obfuscated)
 
@@ -251,18 +251,18 @@ class Protection:
             def make_again() -> Tensor:
                 return _rounded(again(torch.promote_types(dtype, torch.float32)), scale, dtype)
 
-            link.store(matrix_id, make_again, shape=shape, dtype=dtype, tensor=W_star)
+            client.store(matrix_id, make_again, shape=shape, dtype=dtype, tensor=W_star)
             return Held(matrix_id, dtype, Verifier(W_star, SecretStream.fresh(), share) if share else None, scale)
 
         with outside_autocast():
             held = send(obfuscated.W_star, dtype)
         send_in = (lambda finer: send(again(finer), finer)) if self.profile.wire_dtype == "model" else None
-        return OffloadedProduct(link, held, obfuscated.R_in, obfuscated.R_out, self.mixer, send_in, observe)
+        return OffloadedProduct(client, held, obfuscated.R_in, obfuscated.R_out, self.mixer, send_in, observe)
 
     def close(self) -> None:
         """Let the worker forget, and close the connection."""
-        if self.link is not None:
-            self.link.close()
+        if self.client is not None:
+            self.client.close()
 
     def __repr__(self) -> str:
         return f"Protection(profile={self.profile.name!r}, {self.stats})"

@@ -25,7 +25,7 @@ from torch import Tensor
 from obfuscatune.enclave.client import MatrixSource
 from obfuscatune.enclave.layers import SharedCrossing
 from obfuscatune.enclave.obfuscation import Obfuscated, as_fine_as, is_finer, restored
-from obfuscatune.enclave.target_layers import ResidualSide
+from obfuscatune.enclave.target_layers import ResidualRole
 from obfuscatune.enclave.tiles import transform_in_place
 from obfuscatune.enclave.transforms import Transform
 from obfuscatune.errors import ModelFileError, ProtectionError, StorageError
@@ -33,14 +33,14 @@ from obfuscatune.protocol.files import temporary_root
 from obfuscatune.protocol.tensors import bytes_of, content_digest
 
 
-class Spool:
+class SpillStore:
     """A directory of matrices; removed when neither it nor any of its matrices is in use."""
 
     def __init__(self, parent: Path | None = None) -> None:
         try:
-            self._directory = Path(tempfile.mkdtemp(prefix="obfuscatune-spool-", dir=parent or temporary_root()))
+            self._directory = Path(tempfile.mkdtemp(prefix="obfuscatune-spill-", dir=parent or temporary_root()))
         except OSError as error:
-            raise StorageError(f"cannot make a spool directory: {error}") from error
+            raise StorageError(f"cannot make a folder for matrices: {error}") from error
         weakref.finalize(self, _unless_forked, os.getpid(), shutil.rmtree, self._directory, ignore_errors=True)
         self._count = 0
 
@@ -56,19 +56,19 @@ class Spool:
             path.write_bytes(bytes_of(W_star))
         except OSError as error:
             raise StorageError(
-                f"cannot spool a matrix to {path}: {error.strerror}; point TMPDIR to a disk with room for the model"
+                f"cannot keep a matrix to {path}: {error.strerror}; point TMPDIR to a disk with room for the model"
             ) from error
-        kept = _SpooledMatrix(self, path, content_digest(W_star), W_star.shape, W_star.dtype)
+        kept = _SpilledMatrix(self, path, content_digest(W_star), W_star.shape, W_star.dtype)
         # Re-keyed, another matrix has taken its place.
         weakref.finalize(kept, _unless_forked, os.getpid(), path.unlink, missing_ok=True)
         return kept
 
 
 @dataclass(frozen=True)
-class _SpooledMatrix:
+class _SpilledMatrix:
     """Reads one matrix back, and sees that it is the one that was written."""
 
-    spool: Spool  # keeps the directory alive
+    spill_store: SpillStore  # keeps the directory alive
     path: Path
     digest: bytes
     shape: torch.Size
@@ -80,9 +80,9 @@ class _SpooledMatrix:
             with self.path.open("rb") as file:
                 complete = file.readinto(bytes_of(W_star)) == W_star.nbytes
         except OSError as error:
-            raise StorageError(f"cannot read the spooled matrix {self.path}: {error.strerror}") from error
+            raise StorageError(f"cannot read the kept matrix {self.path}: {error.strerror}") from error
         if not complete or content_digest(W_star) != self.digest:
-            raise ProtectionError(f"the spooled matrix {self.path} is not what was written: somebody changed it")
+            raise ProtectionError(f"the kept matrix {self.path} is not what was written: somebody changed it")
         return W_star
 
 
@@ -92,8 +92,8 @@ def _unless_forked(owner: int, remove: Callable[..., None], *args: Any, **kwargs
         remove(*args, **kwargs)
 
 
-SPOOLED_AT_LEAST_IN = torch.float32
-"""W_star of a 16-bit W is spooled in it: W then follows from it as it was, and so does W_star in float32."""
+SPILLED_AT_LEAST_IN = torch.float32
+"""W_star of a 16-bit W is spilled in it: W then follows from it as it was, and so does W_star in float32."""
 
 SourceInDtype = Callable[[torch.dtype], Tensor]
 """Makes a W_star again, under the same transforms, in the dtype that is asked for."""
@@ -138,7 +138,7 @@ class WeightFromFiles:
         return make_again
 
 
-class WeightFromSpool:
+class WeightFromSpillStore:
     """The first W_star lies on the enclave's disk, and W follows from it: rounded twice more.
 
     A 16-bit W comes back as it was, but for elements so small that float32 does not hold them beside the others.
@@ -146,19 +146,19 @@ class WeightFromSpool:
     Every later W_star follows from that W, so that however often the model is re-keyed, it does not drift.
     """
 
-    def __init__(self, spool: Spool) -> None:
-        self._spool = spool
+    def __init__(self, spill_store: SpillStore) -> None:
+        self._spill_store = spill_store
         self._kept: tuple[MatrixSource, Transform, Transform, torch.dtype] | None = None
 
     def weight(self) -> Tensor:
         """W (p, q), from what was first kept."""
         if self._kept is None:
-            raise ProtectionError("nothing was spooled yet")
+            raise ProtectionError("nothing is kept yet")
         source, R_in, R_out, dtype = self._kept
         return restored(source(), R_in, R_out, dtype)
 
     def keep(self, obfuscated: Obfuscated) -> SourceInDtype:
-        """Writes W_star to the spool, the first time; then makes it again from what lies there."""
+        """Writes W_star to the spill store, the first time; then makes it again from what lies there."""
         R_in, R_out, wide = obfuscated.R_in, obfuscated.R_out, obfuscated.wide
 
         def make_again(dtype: torch.dtype) -> Tensor:
@@ -166,10 +166,10 @@ class WeightFromSpool:
 
         if self._kept is not None:
             return make_again
-        spooled_in = obfuscated.W_star.dtype
-        source = self._spool.keep(obfuscated.W_star)
+        spilled_in = obfuscated.W_star.dtype
+        source = self._spill_store.keep(obfuscated.W_star)
         self._kept = source, R_in, R_out, obfuscated.dtype
-        return lambda dtype: make_again(dtype) if is_finer(dtype, spooled_in) else source().to(dtype)
+        return lambda dtype: make_again(dtype) if is_finer(dtype, spilled_in) else source().to(dtype)
 
 
 @dataclass
@@ -177,7 +177,7 @@ class Offloaded:
     """One group on the worker: W_star (p, q)."""
 
     name: str
-    side: ResidualSide | None
+    side: ResidualRole | None
     """The one side that is rotated, None for both."""
     weights: WeightSource
     crossing: SharedCrossing

@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from obfuscatune.enclave.weight_reads import find_weight_reads
 from obfuscatune.errors import ProtectionError
 
-ResidualSide = Literal["reads", "writes"]
+ResidualRole = Literal["reads", "writes"]
 
 _LEAF = r"(?:^|\.)(?:{})$"
 READS = re.compile(
@@ -46,7 +46,7 @@ WRITES = re.compile(
 )
 
 
-def residual_side(name: str, p: int, q: int, width: int | None) -> ResidualSide:
+def residual_role(name: str, p: int, q: int, width: int | None) -> ResidualRole:
     """Whether a layer W (p, q) reads the residual stream or writes to it.
 
     Args:
@@ -103,7 +103,7 @@ class Expert:
 
 
 @dataclass(frozen=True)
-class Site:
+class TargetLayer:
     """One linear layer, or one expert's matrix, inside a block.
 
     Attributes:
@@ -157,31 +157,31 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class SiteGroup:
-    """Sites that multiply the same input and cross as one: W (p, q_1 + q_2 + ...)."""
+class LayerGroup:
+    """Target layers that multiply the same input and cross as one: W (p, q_1 + q_2 + ...)."""
 
-    sites: tuple[Site, ...]
+    targets: tuple[TargetLayer, ...]
 
     @property
     def name(self) -> str:
         """`model.layers.0.self_attn.q_proj+k_proj+v_proj`."""
-        first, *others = (site.name for site in self.sites)
+        first, *others = (target.name for target in self.targets)
         return "+".join([first, *(name.rpartition(".")[2] for name in others)])
 
     @property
     def block(self) -> int:
         """Index of the block."""
-        return self.sites[0].block
+        return self.targets[0].block
 
     @property
     def in_features(self) -> int:
         """p."""
-        return self.sites[0].in_features
+        return self.targets[0].in_features
 
     @property
     def widths(self) -> tuple[int, ...]:
         """q_1, q_2, ..."""
-        return tuple(site.out_features for site in self.sites)
+        return tuple(target.out_features for target in self.targets)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -190,14 +190,14 @@ class SiteGroup:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of W, which all sites share."""
-        return self.sites[0].weight.dtype
+        """Of W, which all target layers share."""
+        return self.targets[0].weight.dtype
 
     def joint_weight(self) -> Tensor:
         """W (p, q), on the CPU and contiguous: the layers' weights side by side; memory of its own."""
         W = torch.empty(self.shape, dtype=self.dtype)
-        for site, own in zip(self.sites, W.split(list(self.widths), dim=1), strict=True):
-            own.copy_(site.weight)
+        for target, own in zip(self.targets, W.split(list(self.widths), dim=1), strict=True):
+            own.copy_(target.weight)
         return W
 
     @property
@@ -207,38 +207,38 @@ class SiteGroup:
         return p * q * self.dtype.itemsize
 
 
-def find_groups(model: nn.Module, first_blocks: int) -> list[SiteGroup]:
+def find_groups(model: nn.Module, first_blocks: int) -> list[LayerGroup]:
     """All groups beyond the first `first_blocks` blocks, in the model's order.
 
     Raises:
         ProtectionError: nothing is found to protect, or much would stay in the enclave that protection is meant for.
     """
-    found = list(find_sites(model))
-    sites = [site for site in found if site.block >= first_blocks]
+    found = list(find_target_layers(model))
+    targets = [target for target in found if target.block >= first_blocks]
     refuse_what_stays(found, find_kept(model, found))
-    if not sites:
+    if not targets:
         raise ProtectionError(
             f"no linear layers to offload in {type(model).__name__} beyond the first {first_blocks} blocks; "
             "expected a transformer whose blocks are a ModuleList of Linear or Conv1D layers"
         )
-    return group_sites(sites)
+    return group_layers(targets)
 
 
-def group_sites(sites: list[Site]) -> list[SiteGroup]:
-    """Sites that multiply the same input together, in the order of each group's first."""
-    by_name = {site.name: site for site in sites}
-    groups: list[SiteGroup] = []
+def group_layers(targets: list[TargetLayer]) -> list[LayerGroup]:
+    """Target layers that multiply the same input together, in the order of each group's first."""
+    by_name = {target.name: target for target in targets}
+    groups: list[LayerGroup] = []
     taken: set[str] = set()
-    for site in sites:
-        if site.name not in taken:
-            members = tuple(by_name[name] for name in _siblings(site.name) if name in by_name)
-            members = tuple(member for member in members if member.in_features == site.in_features)
+    for target in targets:
+        if target.name not in taken:
+            members = tuple(by_name[name] for name in _siblings(target.name) if name in by_name)
+            members = tuple(member for member in members if member.in_features == target.in_features)
             taken |= {member.name for member in members}
-            groups.append(SiteGroup(members))
+            groups.append(LayerGroup(members))
     return groups
 
 
-def find_sites(model: nn.Module) -> Iterator[Site]:
+def find_target_layers(model: nn.Module) -> Iterator[TargetLayer]:
     """Every linear layer and every expert inside a block, in the model's order; what PEFT added is left out.
 
     Raises:
@@ -250,15 +250,15 @@ def find_sites(model: nn.Module) -> Iterator[Site]:
         if block is None or name in read:
             continue
         if is_linear(module):
-            yield Site(name, path, module, block)
+            yield TargetLayer(name, path, module, block)
         for parameter in experts_matrices(module):
             for index in range(len(getattr(module, parameter))):
-                yield Site(f"{name}.{parameter}.{index}", path, Expert(module, parameter, index), block)
+                yield TargetLayer(f"{name}.{parameter}.{index}", path, Expert(module, parameter, index), block)
 
 
-def find_kept(model: nn.Module, sites: list[Site]) -> list[Kept]:
-    """The matrices inside blocks that are none of the `sites`; norms and embeddings are not counted."""
-    moved, read = {site.parameter for site in sites}, find_weight_reads(model)
+def find_kept(model: nn.Module, targets: list[TargetLayer]) -> list[Kept]:
+    """The matrices inside blocks that are none of the `targets`; norms and embeddings are not counted."""
+    moved, read = {target.parameter for target in targets}, find_weight_reads(model)
     kept = []
     for path, module in _without_adapters(model):
         if isinstance(module, nn.Embedding) or _block_index(model, path) is None:
@@ -273,14 +273,14 @@ def find_kept(model: nn.Module, sites: list[Site]) -> list[Kept]:
     return kept
 
 
-def refuse_what_stays(sites: list[Site], kept: list[Kept]) -> None:
+def refuse_what_stays(targets: list[TargetLayer], kept: list[Kept]) -> None:
     """Refuse a model of whose blocks much would stay in the enclave.
 
     Raises:
         ProtectionError: names the largest matrix that would, and the reason.
     """
     staying = sum(it.parameters for it in kept)
-    moving = sum(site.in_features * site.out_features for site in sites)
+    moving = sum(target.in_features * target.out_features for target in targets)
     if kept and staying > MOST_KEPT * (staying + moving):
         largest = max(kept, key=lambda it: it.parameters)
         raise ProtectionError(
@@ -290,7 +290,7 @@ def refuse_what_stays(sites: list[Site], kept: list[Kept]) -> None:
         )
 
 
-def refuse_absent_weights(model: nn.Module, groups: list[SiteGroup]) -> None:
+def refuse_absent_weights(model: nn.Module, groups: list[LayerGroup]) -> None:
     """Refuse a model in memory whose weights are not all there.
 
     Raises:
@@ -303,10 +303,10 @@ def refuse_absent_weights(model: nn.Module, groups: list[SiteGroup]) -> None:
                 f"the values of {name} are not in memory: it is on the meta device, where accelerate keeps what it has "
                 "offloaded; load the model without device_map, cpu_offload or disk_offload, or use obfuscatune.load"
             )
-    for site in (site for group in groups for site in group.sites):
-        if not isinstance(site.layer, Expert) and hasattr(site.layer, "_hf_hook"):
+    for target in (target for group in groups for target in group.targets):
+        if not isinstance(target.layer, Expert) and hasattr(target.layer, "_hf_hook"):
             raise ProtectionError(
-                f"{site.name} is called through a hook of accelerate's, which moves its input and weights: load the "
+                f"{target.name} is called through a hook of accelerate's, which moves its input and weights: load the "
                 "model without device_map, or call accelerate.hooks.remove_hook_from_module(model, recurse=True)"
             )
 

@@ -1,4 +1,4 @@
-"""Several at a time: each lane is a thread that takes the next item when it is done with the one before."""
+"""Several at a time: each thread takes the next item when it is done with the one before."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class _Turns:
 
 
 @contextmanager
-def in_lanes(
+def map_in_threads(
     work: Callable[[Item, Place, Callable[[], None]], T],
     items: Iterable[Item],
     places: Sequence[Place],
@@ -56,7 +56,7 @@ def in_lanes(
     comes. Who leaves early waits for what runs, and what has not begun is let go. Should whoever waits be interrupted
     (Ctrl-C), what runs is waited for within `broken_off()`, which is to have it end soon.
 
-    Lanes share torch's threads. Two that compute on one core each wait for nobody, where two threads on one matrix wait
+    They share torch's threads. Two that compute on one core each wait for nobody, where two threads on one matrix wait
     for each other at the end of every operation.
     """
     free: SimpleQueue[Place] = SimpleQueue()
@@ -73,8 +73,8 @@ def in_lanes(
             free.put(place)
             turns.end(number)
 
-    lanes, threads = max(len(places), 1), torch.get_num_threads()
-    pool = ThreadPoolExecutor(lanes, "obfuscatune-lane", torch.set_num_threads, (max(threads // lanes, 1),))
+    workers, threads = max(len(places), 1), torch.get_num_threads()
+    pool = ThreadPoolExecutor(workers, "obfuscatune-load", torch.set_num_threads, (max(threads // workers, 1),))
     leaving: AbstractContextManager[None] = nullcontext()
     try:
         results = [pool.submit(run, number, item) for number, item in enumerate(items)]

@@ -2,7 +2,7 @@
 
     W (p, q)  ->  R_in⁻¹ from the left  ->  R_out from the right  ->  W_star
 
-Each side by the compiled kernels, where they apply; else panel by panel, each small enough for a core's cache and
+Each side by the compiled kernels, where they apply; else tile by tile, each small enough for a core's cache and
 worked on by one thread alone: columns from the left, rows from the right. Where W has 16 bits there is one float32
 matrix in between. Either way the number of threads changes no bit of the result.
 """
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from obfuscatune.enclave.transforms import Transform
 
-PANEL_ELEMENTS = 1 << 18
-"""Of a panel: 2 MiB in float64, what a core's second cache holds."""
-_LANES = 16
-"""Columns of a panel are a multiple of it: 64 bytes of float32, a line of the cache."""
+TILE_ELEMENTS = 1 << 18
+"""Of a tile: 2 MiB in float64, what a core's second cache holds."""
+_THREADS = 16
+"""Columns of a tile are a multiple of it: 64 bytes of float32, a line of the cache."""
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
@@ -30,16 +30,16 @@ def transform_in_place(W: Tensor, R_in: Transform, R_out: Transform, *, wide: to
     Args:
         W: (p, q), contiguous, on the CPU, in any dtype that crosses the wire. It is overwritten.
         R_in, R_out: of dimension p and q. One that is 1 is passed over.
-        wide: dtype of a panel while it is worked on, W's own where that is wider. Each of both sides rounds once,
+        wide: dtype of a tile while it is worked on, W's own where that is wider. Each of both sides rounds once,
             to W's dtype or, where that has 16 bits, to float32 and at last to W's.
     """
     W_star = W.float() if W.dtype in _SIXTEEN_BITS else W
     wide = torch.promote_types(wide, W_star.dtype)
     with torch.no_grad():
         if not R_in.left_in_place(W_star, wide=wide):
-            _by_columns(W_star, lambda panel: R_in.weight_left(panel, wide=wide))
+            _by_columns(W_star, lambda tile: R_in.weight_left(tile, wide=wide))
         if not R_out.right_in_place(W_star, wide=wide):
-            _by_rows(W_star, lambda panel: R_out.weight_right(panel, wide=wide))
+            _by_rows(W_star, lambda tile: R_out.weight_right(tile, wide=wide))
         return W if W_star is W else W.copy_(W_star)
 
 
@@ -49,7 +49,7 @@ def _by_columns(W: Tensor, act: Callable[[Tensor], Tensor]) -> None:
     def work(start: int, stop: int) -> None:
         W[:, start:stop] = act(W[:, start:stop])
 
-    _all(work, q, max(PANEL_ELEMENTS // p // _LANES, 1) * _LANES)
+    _all(work, q, max(TILE_ELEMENTS // p // _THREADS, 1) * _THREADS)
 
 
 def _by_rows(W: Tensor, act: Callable[[Tensor], Tensor]) -> None:
@@ -58,26 +58,26 @@ def _by_rows(W: Tensor, act: Callable[[Tensor], Tensor]) -> None:
     def work(start: int, stop: int) -> None:
         W[start:stop] = act(W[start:stop])
 
-    _all(work, p, max(PANEL_ELEMENTS // q, 1))
+    _all(work, p, max(TILE_ELEMENTS // q, 1))
 
 
 def _all(work: Callable[[int, int], None], size: int, width: int) -> None:
-    """`work` on every panel of that width; raises what one of them raised."""
+    """`work` on every tile of that width; raises what one of them raised."""
     threads = torch.get_num_threads()
     try:
-        with ThreadPoolExecutor(threads, "obfuscatune-panel", _one_core) as pool:
-            for done in [pool.submit(work, start, stop) for start, stop in _panels(size, width)]:
+        with ThreadPoolExecutor(threads, "obfuscatune-tile", _one_core) as pool:
+            for done in [pool.submit(work, start, stop) for start, stop in _tiles(size, width)]:
                 done.result()
     finally:
         torch.set_num_threads(threads)  # of threads to come: the pool's have set it to one
 
 
-def _panels(size: int, width: int) -> Iterator[tuple[int, int]]:
+def _tiles(size: int, width: int) -> Iterator[tuple[int, int]]:
     for start in range(0, size, width):
         yield start, min(start + width, size)
 
 
 def _one_core() -> None:
-    """Products inside a panel are not split further, and no gradient is recorded: both are told to each thread."""
+    """Products inside a tile are not split further, and no gradient is recorded: both are told to each thread."""
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)

@@ -33,7 +33,7 @@ from transformers.pytorch_utils import Conv1D
 
 from obfuscatune.enclave.checkpoint import Checkpoint
 from obfuscatune.enclave.config import blamed_on, initialize, put
-from obfuscatune.enclave.target_layers import Expert, SiteGroup
+from obfuscatune.enclave.target_layers import Expert, LayerGroup
 from obfuscatune.errors import ModelFileError
 
 
@@ -90,7 +90,7 @@ class StoredWeights:
             raise ModelFileError("the model whose weights are to be read again is gone")
         return model
 
-    def joint_weight(self, group: SiteGroup, memory: Tensor | None = None) -> Tensor:
+    def joint_weight(self, group: LayerGroup, memory: Tensor | None = None) -> Tensor:
         """W (p, q) of a group: the weights of layers that share an input side by side, y = x W.
 
         Args:
@@ -101,17 +101,17 @@ class StoredWeights:
             W = torch.empty(p, q, dtype=group.dtype)
         else:
             W = memory[: group.weight_bytes].view(group.dtype).view(p, q)
-        for site, own in zip(group.sites, W.split(list(group.widths), dim=1), strict=True):
-            if isinstance(site.layer, Expert):
-                own.copy_(site.layer.oriented(self._one_of(site.parameter, site.layer.index)))
+        for target, own in zip(group.targets, W.split(list(group.widths), dim=1), strict=True):
+            if isinstance(target.layer, Expert):
+                own.copy_(target.layer.oriented(self._one_of(target.parameter, target.layer.index)))
             else:
-                self._read_into(f"{site.name}.weight", own if isinstance(site.layer, Conv1D) else own.T)
+                self._read_into(f"{target.name}.weight", own if isinstance(target.layer, Conv1D) else own.T)
         return W
 
-    def fill(self, offloaded: list[SiteGroup]) -> None:
+    def fill(self, offloaded: list[LayerGroup]) -> None:
         """Read all of the model but the offloaded weights, tie what is tied, and initialise a head that is new."""
         model = self._model
-        away = {site.parameter for group in offloaded for site in group.sites}
+        away = {target.parameter for group in offloaded for target in group.targets}
         missing = set(self._new)
         for name in self._new:
             put(model, name, torch.empty_like(self._expected[name], device="cpu"))

@@ -16,7 +16,7 @@ import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from obfuscatune.enclave.client import WorkerLink
+from obfuscatune.enclave.client import WorkerClient
 from obfuscatune.enclave.keys import RootKey
 from obfuscatune.enclave.loading import find_directory, load
 from obfuscatune.enclave.local_worker import local_worker
@@ -101,7 +101,7 @@ class ProtectedLM(HFLM):  # type: ignore[misc]  # the harness is not annotated f
             """Forget the matrices and end a worker that was started here; done at exit, if not before."""
 
 
-def _open_link(profile: Profile, worker: str | None, tls: TlsConfig | None, stack: ExitStack) -> WorkerLink | None:
+def _open_link(profile: Profile, worker: str | None, tls: TlsConfig | None, stack: ExitStack) -> WorkerClient | None:
     if not profile.offload:
         if worker is not None:
             raise ConfigError(f"profile {profile.name!r} runs without a worker: leave out worker=")
@@ -110,4 +110,4 @@ def _open_link(profile: Profile, worker: str | None, tls: TlsConfig | None, stac
         if tls is not None:
             raise ConfigError("certificates are for a worker across a network: name it by worker=tcp:HOST:PORT")
         worker = stack.enter_context(local_worker()).address
-    return stack.enter_context(WorkerLink.open(worker, tls=tls))
+    return stack.enter_context(WorkerClient.open(worker, tls=tls))

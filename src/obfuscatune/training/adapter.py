@@ -253,7 +253,7 @@ def _jsonable(value: object) -> object:
 
 
 @runtime_checkable
-class TrainsElsewhere(Protocol):
+class RemotelyOptimized(Protocol):
     """An optimizer whose gradients and moments are not in this process."""
 
     def clip_grad_norm(self, largest: float) -> float:
@@ -284,7 +284,7 @@ def after_step(model: torch.nn.Module) -> None:
 
 def clip_gradients(optimizer: torch.optim.Optimizer, largest: float) -> float:
     """Scale all gradients together so that their norm is no larger; returns the norm before."""
-    if isinstance(optimizer, TrainsElsewhere):
+    if isinstance(optimizer, RemotelyOptimized):
         return optimizer.clip_grad_norm(largest)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return torch.nn.utils.clip_grad_norm_(parameters, largest).item()

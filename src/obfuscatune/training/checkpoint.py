@@ -27,7 +27,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from obfuscatune.errors import ConfigError, ModelFileError, StorageError
-from obfuscatune.training.adapter import WEIGHTS, TrainsElsewhere, adapter_files, set_adapter_weights
+from obfuscatune.training.adapter import WEIGHTS, RemotelyOptimized, adapter_files, set_adapter_weights
 from obfuscatune.training.loop import StepEvent
 from obfuscatune.training.recipe import Recipe
 from obfuscatune.training.storage import RunDirectory
@@ -293,7 +293,7 @@ def _read_files(directory: RunDirectory, folder: str, state: _State) -> dict[str
 
 
 def _optimizer_bytes(peft_model: "PeftModel", optimizer: torch.optim.Optimizer) -> bytes:
-    if isinstance(optimizer, TrainsElsewhere):
+    if isinstance(optimizer, RemotelyOptimized):
         optimizer.fetch_state()
     moments = {}
     for name, parameter in peft_model.named_parameters():
@@ -316,5 +316,5 @@ def _load_optimizer(peft_model: "PeftModel", optimizer: torch.optim.Optimizer, c
         # AdamW counts its steps on the CPU and keeps the moments beside the parameter.
         device = value.device if moment == "step" else parameters[name].device
         optimizer.state[parameters[name]][moment] = value.to(device)
-    if isinstance(optimizer, TrainsElsewhere):
+    if isinstance(optimizer, RemotelyOptimized):
         optimizer.store_state()

@@ -116,7 +116,7 @@ class StepEvent:
 
 
 @dataclass(frozen=True)
-class Descent:
+class OptimizerSettings:
     """How a step follows from a gradient."""
 
     lr: float
@@ -143,7 +143,7 @@ def train(
     optimizer: torch.optim.Optimizer,
     examples: Sequence[Example],
     plan: Plan,
-    descent: Descent,
+    optimizer_settings: OptimizerSettings,
     *,
     pad_id: int,
     first_step: int = 0,
@@ -155,14 +155,20 @@ def train(
     Raises:
         NonFiniteError: a loss or gradient is NaN or infinite; the factors are still those before the step.
     """
-    for step in range(first_step, descent.total_steps):
+    for step in range(first_step, optimizer_settings.total_steps):
         began = time.perf_counter()
         chosen = [[examples[index] for index in indices] for indices in plan.micro_batches(step)]
         batches = [collate(micro, pad_id, peft_model.device) for micro in chosen]
-        rate = learning_rate(descent.lr, descent.schedule, descent.warmup_steps, descent.total_steps, step)
+        rate = learning_rate(
+            optimizer_settings.lr,
+            optimizer_settings.schedule,
+            optimizer_settings.warmup_steps,
+            optimizer_settings.total_steps,
+            step,
+        )
         peft_model.train()
         loss = _accumulate(peft_model, batches, f"{plan.seed}/{step}")
-        norm = clip_gradients(optimizer, descent.clip)
+        norm = clip_gradients(optimizer, optimizer_settings.clip)
         _refuse_non_finite(step, loss, norm)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -260,7 +266,7 @@ class Cadence:
     """A recipe over so many examples. Steps are counted once taken: 0 is before the first."""
 
     plan: Plan
-    descent: Descent
+    optimizer_settings: OptimizerSettings
     eval_every: Interval | None
     checkpoint_every: Interval
 
@@ -272,13 +278,13 @@ class Cadence:
         warmup = recipe.warmup_steps
         if recipe.warmup_ratio is not None:
             warmup = math.ceil(total * recipe.warmup_ratio)
-        descent = Descent(recipe.lr, recipe.schedule, warmup, recipe.clip, total)
-        return cls(plan, descent, recipe.eval_every, recipe.checkpoint_every)
+        optimizer_settings = OptimizerSettings(recipe.lr, recipe.schedule, warmup, recipe.clip, total)
+        return cls(plan, optimizer_settings, recipe.eval_every, recipe.checkpoint_every)
 
     @property
     def total_steps(self) -> int:
         """Steps of the whole run, unless it is stopped early."""
-        return self.descent.total_steps
+        return self.optimizer_settings.total_steps
 
     def measures_at(self, step: int) -> bool:
         """Whether the loss on the eval records is measured after a step; at the run's two ends it always is."""

@@ -221,7 +221,7 @@ def finetune(
         if not complete:
             directory.remove_file("run.json")  # of the shorter run that this one goes on from
         steps = train(
-            *(peft_model, optimizer, data.train.examples, cadence.plan, cadence.descent),
+            *(peft_model, optimizer, data.train.examples, cadence.plan, cadence.optimizer_settings),
             pad_id=pad_id,
             first_step=progress.step,
         )

@@ -12,7 +12,7 @@ from obfuscatune.worker.backend import Computer
 from obfuscatune.worker.buffers import Buffers
 from obfuscatune.worker.lora import Kept, add_backward, add_forward
 from obfuscatune.worker.quota import SessionKey
-from obfuscatune.worker.replies import Declined, Reply, Request, product_of, room_for, short
+from obfuscatune.worker.replies import Reply, Request, RequestError, product_of, room_for, short
 from obfuscatune.worker.sessions import Turns
 from obfuscatune.worker.store import MatrixStore
 
@@ -45,7 +45,7 @@ class AdapterAnswerer:
         attachment = Attachment.unpack(request.body, header.cols)
         matrix = self._store.get((session, attachment.matrix_id))
         if tuple(matrix.shape) != (header.rows, header.cols):
-            raise Declined(
+            raise RequestError(
                 ErrorCode.SHAPE,
                 f"the matrix is {matrix.shape[0]} x {matrix.shape[1]}, not {header.rows} x {header.cols}",
             )
@@ -57,7 +57,7 @@ class AdapterAnswerer:
         adapter = self._adapter(session, request)
         part, given = adapter.part(request.header.code), request.matrix()
         if part.shape != given.shape or part.dtype != given.dtype:
-            raise Declined(
+            raise RequestError(
                 ErrorCode.SHAPE,
                 f"this part is {tuple(part.shape)} {part.dtype}, {tuple(given.shape)} {given.dtype} came",
             )
@@ -68,7 +68,7 @@ class AdapterAnswerer:
     def _fetch(self, session: SessionKey, request: Request, buffers: Buffers) -> Reply:
         adapter = self._adapter(session, request)
         part = adapter.part(request.header.code)
-        out = buffers.lend(part.shape[0], part.shape[1], part.dtype)
+        out = buffers.allocate(part.shape[0], part.shape[1], part.dtype)
         with adapter.lock:
             out.copy_(part)
         return product_of(request, out)
@@ -96,7 +96,7 @@ class AdapterAnswerer:
         out = self._room(request, adapter, buffers, transpose=True)
         kept = adapter.take(header.code)
         if kept.x.shape[0] != header.rows:
-            raise Declined(
+            raise RequestError(
                 ErrorCode.SHAPE, f"that forward pass had {kept.x.shape[0]} rows, its gradient has {header.rows}"
             )
         with self._turns.of(session.peer), self._computer.turn() as device, adapter.lock:
@@ -120,7 +120,7 @@ class AdapterAnswerer:
 
     def _norm(self, session: SessionKey, request: Request, buffers: Buffers) -> Reply:
         total = sum(adapter.squared_norm() for adapter in self._named(session, request))
-        out = buffers.lend(1, 1, torch.float64)
+        out = buffers.allocate(1, 1, torch.float64)
         out.fill_(total if total < float("inf") else NOT_FINITE)
         return product_of(request, out)
 
@@ -135,5 +135,5 @@ class AdapterAnswerer:
         """Memory for a product, once it is known that the rows fit and the product may be sent."""
         inner, outer = adapter.shape[::-1] if transpose else adapter.shape
         if request.header.cols != inner:
-            raise Declined(ErrorCode.SHAPE, f"rows have {request.header.cols} columns, the matrix takes {inner}")
+            raise RequestError(ErrorCode.SHAPE, f"rows have {request.header.cols} columns, the matrix takes {inner}")
         return room_for(request, outer, buffers)

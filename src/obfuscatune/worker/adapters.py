@@ -12,9 +12,9 @@ from obfuscatune.errors import AdapterLost
 from obfuscatune.protocol.limits import MAX_ADAPTERS, MAX_KEPT_FORWARDS
 from obfuscatune.protocol.messages import ErrorCode
 from obfuscatune.protocol.payloads import PARTS, Attachment, Part, Slice, Step
-from obfuscatune.worker.lora import Factors, Kept, descend, kept_bytes
+from obfuscatune.worker.lora import Factors, Kept, kept_bytes, take_step
 from obfuscatune.worker.quota import Claim, SessionKey
-from obfuscatune.worker.replies import Declined
+from obfuscatune.worker.replies import RequestError
 from obfuscatune.worker.store import Key, MatrixStore
 
 
@@ -36,11 +36,13 @@ class Adapter:
         """The matrix that a header names.
 
         Raises:
-            Declined: the adapter has no such slice.
+            RequestError: the adapter has no such slice.
         """
         index, part = Part.named(number)
         if index >= len(self.factors):
-            raise Declined(ErrorCode.SHAPE, f"this adapter has {len(self.factors)} slices, slice {index} was asked for")
+            raise RequestError(
+                ErrorCode.SHAPE, f"this adapter has {len(self.factors)} slices, slice {index} was asked for"
+            )
         return self.factors[index].part(part)
 
     def remember(self, number: int, kept: Kept) -> None:
@@ -79,7 +81,7 @@ class Adapter:
         with self.lock, torch.inference_mode():
             for factors in self.factors:
                 for moved in factors.moved():
-                    descend(moved, settings)
+                    take_step(moved, settings)
 
     def zero(self) -> None:
         """Gradients to zero; forward passes without their backward pass are let go."""
@@ -130,7 +132,7 @@ class AdapterStore:
 
         Raises:
             QuotaExceeded: there is no room.
-            Declined: the session has too many.
+            RequestError: the session has too many.
         """
         self.forget(key)
         size = sum(_bytes_of(it, shape[0], dtype) for it in attachment.slices)
@@ -149,7 +151,7 @@ class AdapterStore:
         with self._lock:
             before = self._held.get(key)
             if before is None and sum(held[0] == key[0] for held in self._held) >= MAX_ADAPTERS:
-                raise Declined(ErrorCode.LIMIT, f"a session has at most {MAX_ADAPTERS} adapters")
+                raise RequestError(ErrorCode.LIMIT, f"a session has at most {MAX_ADAPTERS} adapters")
             self._held[key] = adapter
             return before
 

@@ -71,7 +71,7 @@ class Buffers:
         self._free: list[torch.Tensor] = []
         self._lock = threading.Lock()
 
-    def lend(self, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
+    def allocate(self, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
         """A contiguous (rows, cols) matrix on the CPU with arbitrary elements."""
         size = rows * cols * dtype.itemsize
         if size < KEPT_FROM_BYTES and not self._pinned:
@@ -79,7 +79,7 @@ class Buffers:
         return self._take(size)[:size].view(dtype).view(rows, cols)
 
     def give_back(self, matrix: torch.Tensor) -> None:
-        """What `lend` lent; nobody may read or write it from here on."""
+        """What `allocate` lent; nobody may read or write it from here on."""
         if matrix.nbytes < KEPT_FROM_BYTES and not self._pinned:
             return
         memory = torch.empty(0, dtype=torch.uint8).set_(matrix.untyped_storage())

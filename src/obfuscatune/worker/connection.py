@@ -37,7 +37,7 @@ from obfuscatune.worker.handlers import Answerer
 from obfuscatune.worker.quota import SessionKey
 from obfuscatune.worker.recorder import Recorder
 from obfuscatune.worker.replies import Reply, Request, refusal
-from obfuscatune.worker.request_reader import Intake
+from obfuscatune.worker.request_reader import RequestReader
 from obfuscatune.worker.sessions import Session, Sessions, session_key, session_label
 
 HELLO = frozenset({MessageType.HELLO})
@@ -112,27 +112,27 @@ class Connection:
     """Serves one transport until either side ends it, then closes it."""
 
     def __init__(
-        self, transport: Transport, peer: str, service: Service, on_greeted: Callable[[], None] = lambda: None
+        self, transport: Transport, peer: str, service: Service, on_handshake: Callable[[], None] = lambda: None
     ) -> None:
-        """A connection of that peer (see `quota`); `on_greeted` is called once it has a session."""
+        """A connection of that peer (see `quota`); `on_handshake` is called once it has a session."""
         self._transport = transport
         self._peer = peer
         self._service = service
-        self._on_greeted = on_greeted
+        self._on_handshake = on_handshake
         self._store = service.answerer.store
         self._buffers = Buffers(pinned=service.answerer.computer.device.type == "cuda")
         self._inbox: queue.SimpleQueue[Request | Reply | Unsent | None] = queue.SimpleQueue()
         self._answering: threading.Thread | None = None
         self._handed_over = 0
         self._lock = threading.Lock()
-        self._label = "not yet greeted"
+        self._label = "before its handshake"
 
     def serve(self) -> None:
-        """Greet, then read requests until the end; returns when the last reply is sent."""
+        """Shake hands, then read requests until the end; returns when the last reply is sent."""
         try:
-            session = self._greet()
+            session = self._shake_hands()
         except WireError as error:
-            log.info("a connection was not greeted: %s", error)
+            log.info("a connection did not finish its handshake: %s", error)
             self._send_last(farewell(error))
             self._transport.close()
             return
@@ -144,23 +144,23 @@ class Connection:
         log.info("session %s: connection closed", self._label)
 
     def _serve(self, session: Session) -> None:
-        intake = Intake(self._transport, session.key, self._store, self._buffers)
+        reader = RequestReader(self._transport, session.key, self._store, self._buffers)
         try:
-            last = self._read_all(session, intake)
+            last = self._read_all(session, reader)
             if last is not None or self._answering is not None:
-                self._hand_over(session, intake, last).join()
+                self._hand_over(session, reader, last).join()
             self._linger()
         finally:
             self._give_up_claims()
 
-    def _greet(self) -> Session:
+    def _shake_hands(self) -> Session:
         deadline = Deadline(HANDSHAKE_SECONDS)
         key = read_hello(self._transport, self._peer, deadline)
         session = self._service.sessions.enter(key, self._transport.shutdown)
         self._label = session_label(key)
         log.info("session %s: connected (%s)", self._label, self._peer)
         try:
-            self._on_greeted()
+            self._on_handshake()
             body = Hello(bytes(32)).pack()  # without the session id, which is a key and is not kept
             self._record("request", Header(MessageType.HELLO, payload_bytes=len(body)), body)
             reply = welcome(self._store.quota.of_one_peer, self._features)
@@ -176,17 +176,17 @@ class Connection:
         features = self._service.answerer.features
         return features | SHARED_MEMORY if self._transport.shares_memory else features
 
-    def _read_all(self, session: Session, intake: Intake) -> Reply | None:
+    def _read_all(self, session: Session, reader: RequestReader) -> Reply | None:
         """Read requests until the end; answer them, or hand them over. Returns what to say last, None for nothing."""
         item: Request | Reply | None = None
         try:
             while True:
-                item = intake.next()
+                item = reader.next()
                 session.touch()
                 if not self._is_for_this_thread(item):
-                    self._hand_over(session, intake, item)
-                elif (unsent := self._respond(session, intake, item)) is not None:
-                    self._hand_over(session, intake, unsent)
+                    self._hand_over(session, reader, item)
+                elif (unsent := self._respond(session, reader, item)) is not None:
+                    self._hand_over(session, reader, unsent)
         except StorageError as error:
             log.error("%s", error)  # noqa: TRY400 - one line, no traceback
             self._service.on_failure()
@@ -205,26 +205,28 @@ class Connection:
         with self._lock:
             return self._handed_over == 0
 
-    def _hand_over(self, session: Session, intake: Intake, item: Request | Reply | Unsent | None) -> threading.Thread:
+    def _hand_over(
+        self, session: Session, reader: RequestReader, item: Request | Reply | Unsent | None
+    ) -> threading.Thread:
         """Have the other thread answer that, or send it; None is the end. Returns that thread."""
         with self._lock:
             self._handed_over += 1
         self._inbox.put(item)
         if self._answering is None:
             answering = threading.Thread(
-                target=self._answer_all, args=(session, intake), name=f"answer-{self._label}", daemon=True
+                target=self._answer_all, args=(session, reader), name=f"answer-{self._label}", daemon=True
             )
             answering.start()
             self._answering = answering
         return self._answering
 
-    def _answer_all(self, session: Session, intake: Intake) -> None:
+    def _answer_all(self, session: Session, reader: RequestReader) -> None:
         """Answer what is in the inbox, in order, until its end or the first reply that cannot be sent."""
         finished = False
         item: Request | Reply | Unsent | None = None
         try:
             while (item := self._inbox.get()) is not None:
-                unsent = item if isinstance(item, Unsent) else self._respond(session, intake, item)
+                unsent = item if isinstance(item, Unsent) else self._respond(session, reader, item)
                 if unsent is not None:
                     size = sum(len(view) for view in unsent.rest)
                     self._transport.send(unsent.rest, Deadline(STALL_SECONDS + transfer_seconds(size)))
@@ -244,10 +246,10 @@ class Connection:
             if not finished:
                 self._transport.shutdown()  # so that the reader ends too
 
-    def _respond(self, session: Session, intake: Intake, item: Request | Reply) -> Unsent | None:
+    def _respond(self, session: Session, reader: RequestReader, item: Request | Reply) -> Unsent | None:
         """Answer one request, or say what the reader had to say itself; what cannot be sent at once is left."""
         reply = self._answer(session, item) if isinstance(item, Request) else item
-        intake.settle(item.header)
+        reader.settle(item.header)
         self._record_reply(reply)
         rest = self._transport.send_now((reply.header.pack(), reply.payload))
         if rest:

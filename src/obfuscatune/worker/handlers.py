@@ -12,7 +12,7 @@ from obfuscatune.worker.adapter_handlers import AdapterAnswerer
 from obfuscatune.worker.backend import Computer
 from obfuscatune.worker.buffers import Buffers
 from obfuscatune.worker.quota import SessionKey
-from obfuscatune.worker.replies import Declined, Reply, Request, product_of, refusal, room_for, short
+from obfuscatune.worker.replies import Reply, Request, RequestError, product_of, refusal, room_for, short
 from obfuscatune.worker.sessions import MOST_PRODUCTS, Turns
 from obfuscatune.worker.store import ContentStore, MatrixStore
 
@@ -56,7 +56,7 @@ class Answerer:
             return refusal(ErrorCode.UNKNOWN_MATRIX, str(error), header)
         except AdapterLost as error:
             return refusal(ErrorCode.UNKNOWN_ADAPTER, str(error), header)
-        except Declined as error:
+        except RequestError as error:
             return refusal(error.code, str(error), header)
         except QuotaExceeded as error:
             return refusal(ErrorCode.QUOTA, str(error), header)

@@ -123,7 +123,7 @@ def _drop(x: torch.Tensor, through: torch.Tensor | None, chance: float) -> torch
     return x if through is None else (x * through).div_(1.0 - chance)
 
 
-def descend(factor: Moved, step: Step) -> None:
+def take_step(factor: Moved, step: Step) -> None:
     """Change a factor in place, as `torch.optim.SGD` without momentum or `torch.optim.AdamW` does."""
     gradient = factor.gradient if step.gradient_scale == 1.0 else factor.gradient * step.gradient_scale
     if step.method is Method.SGD:

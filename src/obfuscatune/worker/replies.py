@@ -13,7 +13,7 @@ from obfuscatune.worker.buffers import Buffers
 from obfuscatune.worker.quota import Claim
 
 
-class Declined(WorkerRefused):
+class RequestError(WorkerRefused):
     """One request is refused; the connection goes on."""
 
     def __init__(self, code: ErrorCode, text: str) -> None:
@@ -28,7 +28,7 @@ class Request:
     header: Header
     body: bytes = b""
     tensor: torch.Tensor | None = None
-    landing: torch.Tensor | None = None
+    output: torch.Tensor | None = None
     """Where in shared memory the product is to be laid, as bytes; None where it goes back as a payload."""
     claim: Claim | None = None
     """Of a STORE: the room that was claimed for its matrix."""
@@ -65,23 +65,23 @@ def room_for(request: Request, cols: int, buffers: Buffers) -> torch.Tensor:
     """Memory for the product of a request, one row for each of its rows: where it says, or lent by the buffers.
 
     Raises:
-        Declined: it is too large to be sent, or for its place.
+        RequestError: it is too large to be sent, or for its place.
     """
     header = request.header
-    dtype, landing = header.reply_dtype.torch_dtype, request.landing
+    dtype, output = header.reply_dtype.torch_dtype, request.output
     size = header.rows * cols * dtype.itemsize
     if size > MAX_WINDOW_BYTES:
-        raise Declined(ErrorCode.LIMIT, f"the product would have {size} bytes; split the rows")
-    if landing is None:
-        return buffers.lend(header.rows, cols, dtype)
-    if landing.nbytes < size:
-        raise Declined(ErrorCode.LIMIT, f"the product has {size} bytes, there is room for {landing.nbytes}")
-    return landing[:size].view(dtype).view(header.rows, cols)
+        raise RequestError(ErrorCode.LIMIT, f"the product would have {size} bytes; split the rows")
+    if output is None:
+        return buffers.allocate(header.rows, cols, dtype)
+    if output.nbytes < size:
+        raise RequestError(ErrorCode.LIMIT, f"the product has {size} bytes, there is room for {output.nbytes}")
+    return output[:size].view(dtype).view(header.rows, cols)
 
 
 def product_of(request: Request, out: torch.Tensor) -> Reply:
     """The PRODUCT that brings `out`, from `room_for` or the buffers."""
-    shared = request.landing is not None
+    shared = request.output is not None
     header = Header(
         MessageType.PRODUCT,
         request.header.request_id,

@@ -19,7 +19,7 @@ from obfuscatune.protocol.tensors import bytes_of
 from obfuscatune.protocol.transport import Deadline, Transport, transfer_seconds
 from obfuscatune.worker.buffers import Buffers, copy_of, matrix_memory
 from obfuscatune.worker.quota import SessionKey
-from obfuscatune.worker.replies import Declined, Reply, Request, refusal
+from obfuscatune.worker.replies import Reply, Request, RequestError, refusal
 from obfuscatune.worker.store import MatrixStore
 
 
@@ -27,7 +27,7 @@ class TooManyInFlight(LimitExceeded):
     """More requests await their reply than WELCOME allowed."""
 
 
-class Intake:
+class RequestReader:
     """Reads the requests of one connection, by one thread; another one reports what was answered."""
 
     def __init__(self, transport: Transport, session: SessionKey, store: MatrixStore, buffers: Buffers) -> None:
@@ -59,7 +59,7 @@ class Intake:
         if header.shared:
             return self._in_shared_memory(header, deadline)
         if header.type in WITH_ROWS:
-            rows = self._buffers.lend(header.rows, header.cols, header.dtype.torch_dtype)
+            rows = self._buffers.allocate(header.rows, header.cols, header.dtype.torch_dtype)
             recv_payload(self._transport, bytes_of(rows), deadline)
             return Request(header, tensor=rows)
         body = recv_body(self._transport, header, deadline)
@@ -96,7 +96,7 @@ class Intake:
         """A request whose rows are read, and whose product is written, where the enclave says."""
         places = Places.unpack(recv_body(self._transport, header, deadline))
         rows = self._memory.matrix(places.rows, header.rows, header.cols, header.dtype.torch_dtype)
-        return Request(header, tensor=rows, landing=self._memory.rest(places.product))
+        return Request(header, tensor=rows, output=self._memory.rest(places.product))
 
     @property
     def _memory(self) -> SharedMemory:
@@ -117,9 +117,9 @@ class Intake:
         """
         try:
             claim = self._store.reserve(self._session, header.matrix_bytes)
-        except (QuotaExceeded, Declined) as error:
+        except (QuotaExceeded, RequestError) as error:
             self._discard(header.payload_bytes, deadline)
-            return refusal(error.code if isinstance(error, Declined) else ErrorCode.QUOTA, str(error), header)
+            return refusal(error.code if isinstance(error, RequestError) else ErrorCode.QUOTA, str(error), header)
         shape = header.rows, header.cols, header.dtype.torch_dtype
         try:
             if header.shared:

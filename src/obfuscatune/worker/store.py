@@ -30,7 +30,7 @@ from obfuscatune.protocol.limits import MAX_MATRICES
 from obfuscatune.protocol.messages import ErrorCode
 from obfuscatune.protocol.tensors import DType, bytes_of, content_digest
 from obfuscatune.worker.quota import NOBODY, Claim, Quota, SessionKey
-from obfuscatune.worker.replies import Declined
+from obfuscatune.worker.replies import RequestError
 
 log = logging.getLogger(__name__)
 
@@ -214,7 +214,7 @@ class MatrixStore:
 
         Raises:
             QuotaExceeded: it would not.
-            Declined: the session has too many matrices.
+            RequestError: the session has too many matrices.
         """
         with self._lock:
             self._giving_way(session, size)
@@ -224,7 +224,7 @@ class MatrixStore:
 
         Raises:
             QuotaExceeded: there is none.
-            Declined: the session has too many matrices.
+            RequestError: the session has too many matrices.
         """
         with self._lock:
             return self._claim(session, size)
@@ -283,7 +283,7 @@ class MatrixStore:
 
     def _giving_way(self, session: SessionKey, size: int) -> list[Key]:
         if self._numbers[session] >= MAX_MATRICES:
-            raise Declined(ErrorCode.LIMIT, f"a session has at most {MAX_MATRICES} matrices: forget some")
+            raise RequestError(ErrorCode.LIMIT, f"a session has at most {MAX_MATRICES} matrices: forget some")
         evictable = self._held.items() if self._when_full == "evict" else ()
         try:
             return self.quota.giving_way(session, size, [(key, claim) for key, (_, claim) in evictable])

@@ -24,7 +24,7 @@ Mischief = Callable[[bytes], bytes | None]
 
 
 class MemoryWorker:
-    """What a worker holds. Call it for a connection, as `WorkerLink` does."""
+    """What a worker holds. Call it for a connection, as `WorkerClient` does."""
 
     def __init__(self, *, quota_bytes: int = 2**20, mischief: Mischief | None = None, times: int = 10**9) -> None:
         """`mischief` befalls the first `times` products."""
@@ -34,7 +34,7 @@ class MemoryWorker:
         self.times = times
         self.connections: list[MemoryTransport] = []
         self.seen: list[Header] = []
-        self.greeting: Mischief | None = None
+        self.handshake: Mischief | None = None
         self.last_words = b""
         """The last product that was sent as it should be."""
 
@@ -112,7 +112,7 @@ class MemoryTransport:
         if request.header.type is MessageType.HELLO:
             self._session = session_key("peer", Hello.unpack(request.body).session_id)
             reply = welcome(worker.store.quota.total, worker.answerer.features)
-            self._say(reply.header.pack() + bytes(reply.payload), worker.greeting)
+            self._say(reply.header.pack() + bytes(reply.payload), worker.handshake)
             return
         if request.header.type is MessageType.STORE:
             claim = worker.store.reserve(self._session, request.header.payload_bytes)

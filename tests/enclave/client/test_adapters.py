@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from obfuscatune.enclave.client import AdapterLink, RetryPolicy, WorkerLink
+from obfuscatune.enclave.client import AdapterClient, RetryPolicy, WorkerClient
 from obfuscatune.enclave.client.adapters import gradient_norm, step_all, zero_all
 from obfuscatune.errors import AdapterLost, BadReply, ConnectionLost, NonFiniteError
 from obfuscatune.protocol.messages import MessageType
@@ -23,13 +23,13 @@ X, G = torch.ones(1, 2), torch.ones(1, 3)
 STEP = Step(Method.SGD, 1, 0.5, 0.9, 0.999, 1e-8, 0.0, 1.0)
 
 
-def connected(worker: MemoryWorker) -> tuple[WorkerLink, AdapterLink]:
-    link = WorkerLink(worker, deadline_s=0.5, retry=RetryPolicy(attempts=2, patience_s=1.0, backoff_s=0.001))
-    link.store(ID, lambda: W, shape=(2, 3), dtype=W.dtype)
-    adapter = AdapterLink(link, Attachment(ID, (Slice(0, 3, 1, 1.0, 0.0),)), (2, 3), torch.float32)
+def connected(worker: MemoryWorker) -> tuple[WorkerClient, AdapterClient]:
+    client = WorkerClient(worker, deadline_s=0.5, retry=RetryPolicy(attempts=2, patience_s=1.0, backoff_s=0.001))
+    client.store(ID, lambda: W, shape=(2, 3), dtype=W.dtype)
+    adapter = AdapterClient(client, Attachment(ID, (Slice(0, 3, 1, 1.0, 0.0),)), (2, 3), torch.float32)
     adapter.put(0, Part.A, torch.ones(2, 1))
     adapter.put(0, Part.B, torch.ones(1, 3))
-    return link, adapter
+    return client, adapter
 
 
 def restarted(worker: MemoryWorker) -> None:
@@ -39,29 +39,29 @@ def restarted(worker: MemoryWorker) -> None:
 
 
 def test_a_step() -> None:
-    link, adapter = connected(MemoryWorker())
+    client, adapter = connected(MemoryWorker())
     assert torch.equal(adapter.forward(X, number=1, dropout=False), X @ W + 2)
     adapter.backward(G, number=1)
-    assert gradient_norm(link) == pytest.approx((2 * 3**2 + 3 * 2**2) ** 0.5)
-    step_all(link, STEP)
+    assert gradient_norm(client) == pytest.approx((2 * 3**2 + 3 * 2**2) ** 0.5)
+    step_all(client, STEP)
     assert torch.equal(adapter.fetch(0, Part.A), torch.full((2, 1), 1 - 0.5 * 3))
-    zero_all(link)
-    assert gradient_norm(link) == 0
+    zero_all(client)
+    assert gradient_norm(client) == 0
 
 
 @pytest.mark.parametrize("asked", ["forward", "backward", "fetch", "step", "norm"])
 def test_a_worker_that_was_restarted(asked: str) -> None:
     """W* could be sent again; the factors cannot, and are not made up."""
     worker = MemoryWorker()
-    link, adapter = connected(worker)
+    client, adapter = connected(worker)
     adapter.forward(X, number=1, dropout=False)
     restarted(worker)
     calls: dict[str, Any] = {
         "forward": lambda: adapter.forward(X, number=2, dropout=False),
         "backward": lambda: adapter.backward(G, number=1),
         "fetch": lambda: adapter.fetch(0, Part.A),
-        "step": lambda: step_all(link, STEP),
-        "norm": lambda: gradient_norm(link),
+        "step": lambda: step_all(client, STEP),
+        "norm": lambda: gradient_norm(client),
     }
     with pytest.raises(AdapterLost, match="exists nowhere else: resume from the last checkpoint"):
         calls[asked]()
@@ -94,11 +94,11 @@ def test_what_must_not_be_done_twice_is_not_sent_twice(kind: MessageType) -> Non
     worker = MemoryWorker()
     breaking = type("Once", (Breaking,), {"kind": kind})
     worker.__class__ = type("W", (MemoryWorker,), {"__call__": lambda self: breaking(self)})
-    link, adapter = connected(worker)
+    client, adapter = connected(worker)
     adapter.forward(X, number=1, dropout=False)
     with pytest.raises(AdapterLost, match=f"before the worker had answered {kind.name}"):
         adapter.backward(G, number=1)
-        step_all(link, STEP)
+        step_all(client, STEP)
     assert [header.type for header in worker.seen].count(kind) == 1
 
 
@@ -107,10 +107,10 @@ def test_what_may_be_done_twice_is_asked_again(kind: MessageType) -> None:
     worker = MemoryWorker()
     breaking = type("Once", (Breaking,), {"kind": kind})
     worker.__class__ = type("W", (MemoryWorker,), {"__call__": lambda self: breaking(self)})
-    link, adapter = connected(worker)
+    client, adapter = connected(worker)
     assert torch.equal(adapter.forward(X, number=1, dropout=False), X @ W + 2)
     assert torch.equal(adapter.fetch(0, Part.A), torch.ones(2, 1))
-    zero_all(link)
+    zero_all(client)
     assert [header.type for header in worker.seen].count(kind) == 2
 
 

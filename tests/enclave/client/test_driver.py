@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from obfuscatune.enclave.client import RetryPolicy
-from obfuscatune.enclave.client.requests import Pending, StoredMatrix
-from obfuscatune.enclave.client.scheduler import LinkDriver, State
+from obfuscatune.enclave.client.requests import ProductRequest, StoredMatrix
+from obfuscatune.enclave.client.scheduler import Scheduler, State
 from obfuscatune.errors import DeadlineExceeded
 from obfuscatune.protocol.limits import MAX_IN_FLIGHT
 from tests.enclave.client.peers import MemoryTransport, MemoryWorker
@@ -39,9 +39,9 @@ def worker() -> Worker:
 
 
 @pytest.fixture
-def driver(worker: Worker) -> LinkDriver:
+def driver(worker: Worker) -> Scheduler:
     """One that is connected, to a worker that holds a matrix."""
-    driver = LinkDriver(worker, 10.0, RetryPolicy(attempts=2, backoff_s=0))
+    driver = Scheduler(worker, 10.0, RetryPolicy(attempts=2, backoff_s=0))
     matrix = StoredMatrix(ID, lambda: W, (3, 3), W.dtype)
     driver.matrices[ID] = driver.missing[ID] = matrix
     driver.step()
@@ -49,13 +49,13 @@ def driver(worker: Worker) -> LinkDriver:
     return driver
 
 
-def asked(driver: LinkDriver, matrix_id: bytes = ID) -> Pending:
-    pending = Pending(driver.matrices[matrix_id], torch.ones(1, 3), False, W.dtype, lambda _: None)
+def asked(driver: Scheduler, matrix_id: bytes = ID) -> ProductRequest:
+    pending = ProductRequest(driver.matrices[matrix_id], torch.ones(1, 3), False, W.dtype, lambda _: None)
     driver.waiting.append(pending)
     return pending
 
 
-def walked(driver: LinkDriver, *states: State) -> State:
+def walked(driver: Scheduler, *states: State) -> State:
     """Take these steps; the state afterwards."""
     for state in states:
         assert driver.state is state
@@ -64,7 +64,7 @@ def walked(driver: LinkDriver, *states: State) -> State:
 
 
 def test_connect_then_upload_then_send() -> None:
-    driver = LinkDriver(MemoryWorker(), 10.0, RetryPolicy())
+    driver = Scheduler(MemoryWorker(), 10.0, RetryPolicy())
     driver.matrices[ID] = driver.missing[ID] = StoredMatrix(ID, lambda: W, (3, 3), W.dtype)
     pending = asked(driver)
     walked(driver, State.CONNECT, State.UPLOAD, State.SEND, State.RECEIVE)
@@ -72,13 +72,13 @@ def test_connect_then_upload_then_send() -> None:
     assert driver.stats.uploads == driver.stats.crossings == 1
 
 
-def test_requests_are_sent_while_there_is_room_and_received_then(driver: LinkDriver) -> None:
+def test_requests_are_sent_while_there_is_room_and_received_then(driver: Scheduler) -> None:
     pendings = [asked(driver) for _ in range(MAX_IN_FLIGHT + 1)]
     walked(driver, *[State.SEND] * MAX_IN_FLIGHT, State.RECEIVE, State.SEND, *[State.RECEIVE] * MAX_IN_FLIGHT)
     assert all(pending.done for pending in pendings)
 
 
-def test_an_upload_waits_for_what_is_in_flight_and_what_waits_for_the_upload(driver: LinkDriver) -> None:
+def test_an_upload_waits_for_what_is_in_flight_and_what_waits_for_the_upload(driver: Scheduler) -> None:
     first = asked(driver)
     walked(driver, State.SEND)
     driver.matrices[OTHER] = driver.missing[OTHER] = StoredMatrix(OTHER, lambda: 2 * W, (3, 3), W.dtype)
@@ -89,7 +89,7 @@ def test_an_upload_waits_for_what_is_in_flight_and_what_waits_for_the_upload(dri
     assert torch.equal(second.product, torch.full((1, 3), 2.0))
 
 
-def test_forget_comes_after_what_is_in_flight_and_before_what_waits(driver: LinkDriver) -> None:
+def test_forget_comes_after_what_is_in_flight_and_before_what_waits(driver: Scheduler) -> None:
     asked(driver)
     walked(driver, State.SEND)
     driver.leaving[OTHER] = None
@@ -98,7 +98,7 @@ def test_forget_comes_after_what_is_in_flight_and_before_what_waits(driver: Link
     assert not driver.leaving
 
 
-def test_a_matrix_that_the_worker_lacks_is_uploaded_and_asked_for_again(driver: LinkDriver, worker: Worker) -> None:
+def test_a_matrix_that_the_worker_lacks_is_uploaded_and_asked_for_again(driver: Scheduler, worker: Worker) -> None:
     worker.store.forget_session(worker.connections[0]._session)
     pending = asked(driver)
     walked(driver, State.SEND, State.RECEIVE, State.UPLOAD, State.SEND, State.RECEIVE)
@@ -107,7 +107,7 @@ def test_a_matrix_that_the_worker_lacks_is_uploaded_and_asked_for_again(driver: 
 
 
 @pytest.mark.parametrize("dead", [False, True])
-def test_what_was_idle_is_looked_at_first(driver: LinkDriver, worker: Worker, dead: bool) -> None:
+def test_what_was_idle_is_looked_at_first(driver: Scheduler, worker: Worker, dead: bool) -> None:
     pending = asked(driver)
     assert driver._connection is not None
     driver._connection._heard_at -= 3600
@@ -127,7 +127,7 @@ def _hang_up(worker: Worker) -> None:
 
 @pytest.mark.parametrize(("fail", "again"), [(_silence, 1), (_hang_up, 2)])
 def test_after_a_failure_all_begins_anew(
-    driver: LinkDriver, worker: Worker, fail: Callable[[Worker], None], again: int
+    driver: Scheduler, worker: Worker, fail: Callable[[Worker], None], again: int
 ) -> None:
     """What was sent and not answered goes out again, under a new id: the second request, or both."""
     first = asked(driver)
@@ -143,7 +143,7 @@ def test_after_a_failure_all_begins_anew(
     assert len(set(ids) - {0}) == len([number for number in ids if number])
 
 
-def test_a_failure_too_many_fails_all_that_waits(driver: LinkDriver, worker: Worker) -> None:
+def test_a_failure_too_many_fails_all_that_waits(driver: Scheduler, worker: Worker) -> None:
     worker.mischief = lambda _: None
     pendings = [asked(driver), asked(driver)]
     with pytest.raises(DeadlineExceeded, match="gave up after 2 attempts"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from obfuscatune.enclave.client import WorkerLink
+from obfuscatune.enclave.client import WorkerClient
 from obfuscatune.enclave.client.connection import REFUSALS
 from obfuscatune.errors import (
     AdapterLost,
@@ -82,42 +82,42 @@ def test_what_has_the_connection_to_itself(code: ErrorCode, kind: MessageType, a
     """A matrix that is refused is refused once: to send gigabytes again would not make room for them."""
     worker = RefusingWorker(MessageType.HELLO, code, answers=answers)
     worker.kind = MessageType.NORM  # none, at first
-    link = linked(worker)
+    client = linked(worker)
     worker.kind = kind
     with pytest.raises(ERRORS[code], match="the worker answered: no"):
         if kind is MessageType.FORGET:
-            link.forget(ID)
+            client.forget(ID)
         else:
-            link.store(OTHER, lambda: W, shape=(3, 4), dtype=W.dtype)
+            client.store(OTHER, lambda: W, shape=(3, 4), dtype=W.dtype)
     tries = QUICK.attempts if code in ANEW else 1
     assert len(worker.connections) == tries
     assert [header.type for header in worker.seen].count(kind) == tries + (kind is not MessageType.FORGET)
-    assert_usable(worker, link)
+    assert_usable(worker, client)
 
 
 @pytest.mark.parametrize("answers", [True, False], ids=["to the request", "to all"])
 @pytest.mark.parametrize("code", ErrorCode)
 def test_multiply(code: ErrorCode, answers: bool) -> None:
     worker = RefusingWorker(MessageType.MULTIPLY, code, answers=answers)
-    link = linked(worker)
+    client = linked(worker)
     with pytest.raises(ERRORS[code], match="the worker answered: no"):
-        link.multiply(ID, X, transpose=False)
+        client.multiply(ID, X, transpose=False)
     again = code in STORED_AGAIN and answers
     assert len(worker.connections) == (QUICK.attempts if code in ANEW else 1)
-    assert link.stats.uploads == 1 + (QUICK.attempts if again else 0)
-    assert_usable(worker, link)
+    assert client.stats.uploads == 1 + (QUICK.attempts if again else 0)
+    assert_usable(worker, client)
 
 
 @pytest.mark.parametrize("code", ErrorCode)
 def test_hello(code: ErrorCode) -> None:
     worker = RefusingWorker(MessageType.HELLO, code, answers=False)
-    link = WorkerLink(worker, deadline_s=0.05, retry=QUICK)
+    client = WorkerClient(worker, deadline_s=0.05, retry=QUICK)
     with pytest.raises(ERRORS[code], match="the worker answered: no"):
-        link.store(ID, lambda: W, shape=(3, 4), dtype=W.dtype)
+        client.store(ID, lambda: W, shape=(3, 4), dtype=W.dtype)
     assert len(worker.connections) == (QUICK.attempts if code in ANEW else 1)
 
 
-def assert_usable(worker: RefusingWorker, link: WorkerLink) -> None:
+def assert_usable(worker: RefusingWorker, client: WorkerClient) -> None:
     worker.kind = MessageType.NORM
-    link.store(ID, lambda: W, shape=(3, 4), dtype=W.dtype)
-    assert torch.equal(link.multiply(ID, X, transpose=False), X @ W)
+    client.store(ID, lambda: W, shape=(3, 4), dtype=W.dtype)
+    assert torch.equal(client.multiply(ID, X, transpose=False), X @ W)

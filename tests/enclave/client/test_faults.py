@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from obfuscatune.enclave.client import RetryPolicy, WorkerLink
+from obfuscatune.enclave.client import RetryPolicy, WorkerClient
 from obfuscatune.enclave.local_worker import local_worker
 from obfuscatune.errors import ConnectionLost, DeadlineExceeded
 
@@ -38,22 +38,22 @@ def test_killed_ten_times_and_every_product_is_exact() -> None:
             over.set()
 
     retry = RetryPolicy(longest_backoff_s=0.1)  # only to be quicker: the worker is back after seconds
-    with local_worker(threads=1) as worker, WorkerLink.open(worker.address, retry=retry) as link:
-        link.store(ID, lambda: W, shape=(300, 400), dtype=W.dtype)
+    with local_worker(threads=1) as worker, WorkerClient.open(worker.address, retry=retry) as client:
+        client.store(ID, lambda: W, shape=(300, 400), dtype=W.dtype)
         killer = threading.Thread(target=kill)
         killer.start()
         number = 0
         while not over.is_set():
-            pendings = [(factor, link.submit(ID, rows * factor, transpose=False)) for factor in (1, 2, 3)]
+            pendings = [(factor, client.submit(ID, rows * factor, transpose=False)) for factor in (1, 2, 3)]
             for factor, pending in pendings:
                 assert torch.equal(pending.result(), expected * factor)
                 number += 1
                 served.set()
         killer.join()
-        assert torch.equal(link.multiply(ID, rows, transpose=False), expected)
-        assert link.stats.crossings == number + 1
-        assert link.stats.reconnects >= KILLS
-        assert link.stats.uploads >= KILLS
+        assert torch.equal(client.multiply(ID, rows, transpose=False), expected)
+        assert client.stats.crossings == number + 1
+        assert client.stats.reconnects >= KILLS
+        assert client.stats.uploads >= KILLS
 
 
 def test_a_worker_that_hangs() -> None:
@@ -61,18 +61,18 @@ def test_a_worker_that_hangs() -> None:
     rows = torch.ones(500, 300)
     W = torch.eye(300)
     retry = RetryPolicy(attempts=2, backoff_s=0.001)
-    with local_worker(threads=1) as worker, WorkerLink.open(worker.address, deadline_s=0.5, retry=retry) as link:
-        link.store(ID, lambda: W, shape=(300, 300), dtype=W.dtype)
+    with local_worker(threads=1) as worker, WorkerClient.open(worker.address, deadline_s=0.5, retry=retry) as client:
+        client.store(ID, lambda: W, shape=(300, 300), dtype=W.dtype)
         os.kill(worker.pid, signal.SIGSTOP)
         os.waitpid(worker.pid, os.WUNTRACED)  # until all its threads stand still
         try:
             with pytest.raises(DeadlineExceeded, match=r"within 0\.5 s, none came; gave up after 2 attempts"):
-                link.multiply(ID, rows, transpose=False)
+                client.multiply(ID, rows, transpose=False)
             with pytest.raises(KeyboardInterrupt), interrupted_in(0.1):
-                link.multiply(ID, rows, transpose=False)
+                client.multiply(ID, rows, transpose=False)
         finally:
             os.kill(worker.pid, signal.SIGCONT)
-        assert torch.equal(link.multiply(ID, rows, transpose=False), rows)
+        assert torch.equal(client.multiply(ID, rows, transpose=False), rows)
 
 
 @contextmanager
@@ -106,7 +106,7 @@ def test_a_local_worker_leaves_nothing_behind() -> None:
         address = parse_address(worker.address)
         assert isinstance(address, UnixAddress)
         assert address.path.parent.stat().st_mode & 0o777 == 0o700
-        with WorkerLink.open(worker.address, retry=RetryPolicy(patience_s=1)):
+        with WorkerClient.open(worker.address, retry=RetryPolicy(patience_s=1)):
             pass
     assert worker.process.returncode == 0
     assert not address.path.parent.exists()

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from obfuscatune.enclave.client import RetryPolicy, WorkerLink
+from obfuscatune.enclave.client import RetryPolicy, WorkerClient
 from obfuscatune.errors import (
     BadMagic,
     BadReply,
@@ -107,18 +107,18 @@ MISCHIEF: dict[str, tuple[Mischief, type[WireError]]] = {
 @pytest.mark.parametrize("name", MISCHIEF)
 def test_once_and_the_product_is_right_all_the_same(name: str) -> None:
     worker = MemoryWorker(mischief=MISCHIEF[name][0], times=1)
-    with linked(worker) as link:
-        assert torch.equal(link.multiply(ID, X, transpose=False), X @ W)
-        assert (link.stats.reconnects, link.stats.retries) == (1, 1)
+    with linked(worker) as client:
+        assert torch.equal(client.multiply(ID, X, transpose=False), X @ W)
+        assert (client.stats.reconnects, client.stats.retries) == (1, 1)
 
 
 @pytest.mark.parametrize("name", MISCHIEF)
 def test_always_and_one_typed_error_says_so(name: str) -> None:
     mischief, error = MISCHIEF[name]
     worker = MemoryWorker(mischief=mischief)
-    link = linked(worker)
+    client = linked(worker)
     with pytest.raises(error) as caught:
-        link.multiply(ID, X, transpose=False)
+        client.multiply(ID, X, transpose=False)
     assert "\n" not in str(caught.value)
     assert len(worker.connections) <= QUICK.attempts
     assert all(connection.closed for connection in worker.connections)
@@ -126,28 +126,28 @@ def test_always_and_one_typed_error_says_so(name: str) -> None:
 
 @pytest.mark.parametrize("name", MISCHIEF)
 def test_several_in_flight_survive_it_too(name: str) -> None:
-    link = linked(MemoryWorker(mischief=MISCHIEF[name][0], times=1))
-    pendings = [link.submit(ID, X + i, transpose=False) for i in range(6)]
+    client = linked(MemoryWorker(mischief=MISCHIEF[name][0], times=1))
+    pendings = [client.submit(ID, X + i, transpose=False) for i in range(6)]
     assert all(torch.equal(pending.result(), (X + i) @ W) for i, pending in enumerate(pendings))
 
 
 def test_a_reply_played_again_is_not_taken() -> None:
     """The old product, for the same matrix and shape, as the answer to a new request."""
     worker = MemoryWorker()
-    link = linked(worker)
-    link.multiply(ID, X, transpose=False)
+    client = linked(worker)
+    client.multiply(ID, X, transpose=False)
     old = worker.last_words
     worker.mischief, worker.times = (lambda data: old), 1
-    assert torch.equal(link.multiply(ID, 2 * X, transpose=False), 2 * X @ W)
-    assert link.stats.reconnects == 1
+    assert torch.equal(client.multiply(ID, 2 * X, transpose=False), 2 * X @ W)
+    assert client.stats.reconnects == 1
 
 
 def test_two_replies_to_one_request() -> None:
     worker = MemoryWorker(mischief=lambda data: data + data, times=1)
-    link = linked(worker)
-    assert torch.equal(link.multiply(ID, X, transpose=False), X @ W)
-    assert torch.equal(link.multiply(ID, 2 * X, transpose=False), 2 * X @ W)
-    assert link.stats.reconnects == 1
+    client = linked(worker)
+    assert torch.equal(client.multiply(ID, X, transpose=False), X @ W)
+    assert torch.equal(client.multiply(ID, 2 * X, transpose=False), 2 * X @ W)
+    assert client.stats.reconnects == 1
 
 
 def test_swapped_replies_are_put_right() -> None:
@@ -163,18 +163,18 @@ def test_swapped_replies_are_put_right() -> None:
             self._replies += data if mischief is None else mischief(data) or b""
 
     worker = MemoryWorker(mischief=swap, times=2)
-    link = WorkerLink(lambda: Patient(worker), deadline_s=0.05, retry=QUICK)
-    link.store(ID, lambda: W, shape=(3, 4), dtype=W.dtype)
-    first, second = (link.submit(ID, X * i, transpose=False) for i in (1, 2))
+    client = WorkerClient(lambda: Patient(worker), deadline_s=0.05, retry=QUICK)
+    client.store(ID, lambda: W, shape=(3, 4), dtype=W.dtype)
+    first, second = (client.submit(ID, X * i, transpose=False) for i in (1, 2))
     assert torch.equal(first.result(), X @ W)
     assert torch.equal(second.result(), 2 * X @ W)
-    assert link.stats.reconnects == 0
+    assert client.stats.reconnects == 0
 
 
 def test_swapped_ids_are_not_ours_to_find() -> None:
     """A worker that answers each with the other's product lies about values: that is what Freivalds' check is for."""
     worker = MemoryWorker()
-    link = linked(worker)
+    client = linked(worker)
     products: list[bytes] = []
 
     def cross(data: bytes) -> bytes:
@@ -182,7 +182,7 @@ def test_swapped_ids_are_not_ours_to_find() -> None:
         return data[:HEADER_BYTES] + products[0][HEADER_BYTES:]
 
     worker.mischief = cross
-    first, second = (link.submit(ID, X * i, transpose=False) for i in (1, 2))
+    first, second = (client.submit(ID, X * i, transpose=False) for i in (1, 2))
     assert torch.equal(first.result(), second.result())
 
 
@@ -199,12 +199,12 @@ def test_swapped_ids_are_not_ours_to_find() -> None:
         (lambda data: Header(MessageType.DONE, 1, ID).pack() + bytes(32), MalformedMessage),
     ],
 )
-def test_a_greeting_that_is_none(greeting: Mischief, error: type[WireError]) -> None:
+def test_a_greeting_that_is_none(handshake: Mischief, error: type[WireError]) -> None:
     worker = MemoryWorker()
-    worker.greeting = greeting
-    link = WorkerLink(worker, deadline_s=0.05, retry=QUICK)
+    worker.handshake = handshake
+    client = WorkerClient(worker, deadline_s=0.05, retry=QUICK)
     with pytest.raises(error):
-        link.store(ID, lambda: W, shape=(3, 4), dtype=W.dtype)
+        client.store(ID, lambda: W, shape=(3, 4), dtype=W.dtype)
     assert all(connection.closed for connection in worker.connections)
 
 
@@ -215,21 +215,21 @@ def test_refusals_are_final() -> None:
         (ErrorCode.LIMIT, LimitExceeded),
     ):
         worker = MemoryWorker(mischief=_error(code))
-        link = linked(worker)
+        client = linked(worker)
         with pytest.raises(error, match="the worker answered: no"):
-            link.multiply(ID, X, transpose=False)
+            client.multiply(ID, X, transpose=False)
         assert len(worker.connections) == 1
         worker.mischief = None
-        assert torch.equal(link.multiply(ID, X, transpose=False), X @ W)
+        assert torch.equal(client.multiply(ID, X, transpose=False), X @ W)
 
 
 def test_a_worker_that_never_finds_the_matrix() -> None:
     """It takes the upload each time and then denies it: bounded all the same."""
     worker = MemoryWorker(mischief=_error(ErrorCode.UNKNOWN_MATRIX))
-    link = linked(worker)
+    client = linked(worker)
     with pytest.raises(UnknownMatrix):
-        link.multiply(ID, X, transpose=False)
-    assert link.stats.uploads == 1 + QUICK.attempts
+        client.multiply(ID, X, transpose=False)
+    assert client.stats.uploads == 1 + QUICK.attempts
 
 
 def test_no_memory_is_asked_for_on_a_worker_s_word(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,9 +239,9 @@ def test_no_memory_is_asked_for_on_a_worker_s_word(monkeypatch: pytest.MonkeyPat
     asked: list[object] = []
     monkeypatch.setattr(module, "torch", SimpleNamespace(empty=lambda *shape, **_: asked.append(shape)))
     worker = MemoryWorker(mischief=_with_header(rows=2**20, cols=2**8, payload_bytes=2**31))
-    link = linked(worker)
+    client = linked(worker)
     with pytest.raises(BadReply):
-        link.multiply(ID, X, transpose=False)
+        client.multiply(ID, X, transpose=False)
     assert not asked
 
 
@@ -249,13 +249,13 @@ def test_ten_thousand_mutated_products() -> None:
     """Each is refused with a typed error, or is a finite product of the right shape."""
     dice = random.Random(20261123)
     worker = MemoryWorker(mischief=lambda data: mutated(data, dice))
-    link = WorkerLink(worker, retry=RetryPolicy(attempts=1, patience_s=0, backoff_s=0))
-    link.store(ID, lambda: W, shape=(3, 4), dtype=W.dtype)
+    client = WorkerClient(worker, retry=RetryPolicy(attempts=1, patience_s=0, backoff_s=0))
+    client.store(ID, lambda: W, shape=(3, 4), dtype=W.dtype)
     refused = 0
     for _ in range(10_000):
         worker.connections.clear()
         try:
-            product = link.multiply(ID, X, transpose=False)
+            product = client.multiply(ID, X, transpose=False)
         except WireError:
             refused += 1
         else:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from obfuscatune.enclave.client import AdapterLink, WorkerLink
+from obfuscatune.enclave.client import AdapterClient, WorkerClient
 from obfuscatune.enclave.client import connection as module
 from obfuscatune.protocol.endpoints import TcpAddress, UnixAddress, connect
 from obfuscatune.protocol.limits import IDLE_CHECK_SECONDS, KEEPALIVE_SECONDS, STALL_SECONDS, UNREACHABLE_SECONDS
@@ -30,8 +30,8 @@ def soon_idle(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "IDLE_CHECK_SECONDS", SHORT)
 
 
-def until_idle(link: WorkerLink) -> None:
-    while link._driver._connection is not None and not link._driver._connection.is_idle:
+def until_idle(client: WorkerClient) -> None:
+    while client._driver._connection is not None and not client._driver._connection.is_idle:
         time.sleep(SHORT / 10)
 
 
@@ -45,42 +45,45 @@ def test_a_nat_that_forgets_an_idle_connection(tmp_path: Path, soon_idle: None) 
     with (
         serving(tmp_path, listen=TcpAddress("127.0.0.1", 0)) as worker,
         ForgetfulProxy((worker.address.host, worker.address.port)) as proxy,
-        WorkerLink.open(proxy.address) as link,
+        WorkerClient.open(proxy.address) as client,
     ):
-        link.store(ID, lambda: W, shape=(3, 4), dtype=W.dtype)
-        adapter = AdapterLink(link, Attachment(ID, (Slice(0, 4, 1, 1.0, 0.0),)), (3, 4), W.dtype)
+        client.store(ID, lambda: W, shape=(3, 4), dtype=W.dtype)
+        adapter = AdapterClient(client, Attachment(ID, (Slice(0, 4, 1, 1.0, 0.0),)), (3, 4), W.dtype)
         adapter.put(0, Part.A, torch.ones(3, 1))
         adapter.forward(X, number=1, dropout=False)
         for asked in (
-            lambda: link.multiply(ID, X, transpose=False),
+            lambda: client.multiply(ID, X, transpose=False),
             lambda: adapter.backward(torch.ones(2, 4), number=1),
         ):
-            until_idle(link)
+            until_idle(client)
             proxy.forget()
             started = time.monotonic()
             asked()
             assert time.monotonic() - started < 60  # half of what a reply may take; SHORT and a little is right
-        assert (link.stats.reconnects, link.stats.uploads, link.stats.retries) == (2, 1, 0)
+        assert (client.stats.reconnects, client.stats.uploads, client.stats.retries) == (2, 1, 0)
 
 
 def test_a_connection_that_is_alive_is_kept(tmp_path: Path, soon_idle: None) -> None:
-    with serving(tmp_path, listen=TcpAddress("127.0.0.1", 0)) as worker, WorkerLink.open(str(worker.address)) as link:
-        link.store(ID, lambda: W, shape=(3, 4), dtype=W.dtype)
-        until_idle(link)
-        assert torch.equal(link.multiply(ID, X, transpose=False), X @ W)
-        assert link.stats.reconnects == 0
+    with (
+        serving(tmp_path, listen=TcpAddress("127.0.0.1", 0)) as worker,
+        WorkerClient.open(str(worker.address)) as client,
+    ):
+        client.store(ID, lambda: W, shape=(3, 4), dtype=W.dtype)
+        until_idle(client)
+        assert torch.equal(client.multiply(ID, X, transpose=False), X @ W)
+        assert client.stats.reconnects == 0
 
 
 def test_a_worker_that_closed_an_idle_connection(tmp_path: Path, soon_idle: None) -> None:
     """On one host, too: what is sent once at most is sent on a connection that is there."""
-    with serving(tmp_path) as worker, WorkerLink.open(str(worker.address)) as link:
-        link.store(ID, lambda: W, shape=(3, 4), dtype=W.dtype)
+    with serving(tmp_path) as worker, WorkerClient.open(str(worker.address)) as client:
+        client.store(ID, lambda: W, shape=(3, 4), dtype=W.dtype)
         (open_now,) = worker.server._open.items()
         open_now[1].shutdown()
         open_now[0].join()
-        until_idle(link)
-        assert torch.equal(link.multiply(ID, X, transpose=False), X @ W)
-        assert (link.stats.reconnects, link.stats.uploads, link.stats.retries) == (1, 1, 0)
+        until_idle(client)
+        assert torch.equal(client.multiply(ID, X, transpose=False), X @ W)
+        assert (client.stats.reconnects, client.stats.uploads, client.stats.retries) == (1, 1, 0)
 
 
 @pytest.mark.parametrize(("side", "unreachable_s"), [("enclave", UNREACHABLE_SECONDS), ("worker", STALL_SECONDS)])

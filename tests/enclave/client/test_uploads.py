@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from obfuscatune.enclave.client import RetryPolicy, WorkerLink
-from obfuscatune.enclave.client.connection import LinkConnection
+from obfuscatune.enclave.client import RetryPolicy, WorkerClient
+from obfuscatune.enclave.client.connection import ClientConnection
 from obfuscatune.errors import ConnectionLost, NonFiniteError, QuotaExceeded
 from obfuscatune.protocol.endpoints import UnixAddress, connect
 from obfuscatune.protocol.framing import recv_body, recv_header, send_message
@@ -37,50 +37,50 @@ def worker(tmp_path: Path) -> Iterator[Serving]:
 def stored(monkeypatch: pytest.MonkeyPatch) -> list[Header]:
     """The header of every STORE that is sent."""
     headers: list[Header] = []
-    send = LinkConnection.send
+    send = ClientConnection.send
 
     def noted(
-        self: LinkConnection, header: Header, payload: Buffer, deadline: Deadline, descriptor: int | None = None
+        self: ClientConnection, header: Header, payload: Buffer, deadline: Deadline, descriptor: int | None = None
     ) -> None:
         if header.type is MessageType.STORE:
             headers.append(header)
         send(self, header, payload, deadline, descriptor)
 
-    monkeypatch.setattr(LinkConnection, "send", noted)
+    monkeypatch.setattr(ClientConnection, "send", noted)
     return headers
 
 
-def store(link: WorkerLink, matrix: torch.Tensor = W) -> None:
+def store(client: WorkerClient, matrix: torch.Tensor = W) -> None:
     rows, cols = matrix.shape
-    link.store(ID, lambda: matrix, shape=(rows, cols), dtype=matrix.dtype, tensor=matrix)
+    client.store(ID, lambda: matrix, shape=(rows, cols), dtype=matrix.dtype, tensor=matrix)
 
 
 def test_on_one_host_it_is_laid_out(worker: Serving, stored: list[Header]) -> None:
-    with WorkerLink.open(str(worker.address)) as link:
+    with WorkerClient.open(str(worker.address)) as client:
         for _ in range(SHARED_BYTES // (16 << 20) * 2):  # more than there is room for: its place is used again
-            store(link, torch.ones(16, 1 << 18))
+            store(client, torch.ones(16, 1 << 18))
         assert {(header.shared, header.payload_bytes) for header in stored} == {(True, 8)}
-        store(link)
-        assert torch.equal(link.multiply(ID, X, transpose=False), X @ W)
-        assert link.stats.bytes_uploaded == W.nbytes + SHARED_BYTES * 2
+        store(client)
+        assert torch.equal(client.multiply(ID, X, transpose=False), X @ W)
+        assert client.stats.bytes_uploaded == W.nbytes + SHARED_BYTES * 2
 
 
 def test_a_lost_matrix_is_laid_out_again(worker: Serving, stored: list[Header]) -> None:
-    with WorkerLink.open(str(worker.address)) as link:
-        store(link)
+    with WorkerClient.open(str(worker.address)) as client:
+        store(client)
         worker.store.forget_session(next(iter(worker.store._held))[0])
-        assert torch.equal(link.multiply(ID, X, transpose=False), X @ W)
+        assert torch.equal(client.multiply(ID, X, transpose=False), X @ W)
         assert [header.shared for header in stored] == [True, True]
 
 
 def test_without_room_in_shared_memory_its_bytes_are_sent(worker: Serving, stored: list[Header]) -> None:
-    with WorkerLink.open(str(worker.address)) as link:
-        full = link.lend(1, SHARED_BYTES, torch.uint8)
-        store(link)
+    with WorkerClient.open(str(worker.address)) as client:
+        full = client.allocate(1, SHARED_BYTES, torch.uint8)
+        store(client)
         del full
-        store(link)
+        store(client)
         assert [(header.shared, header.payload_bytes) for header in stored] == [(False, W.nbytes), (True, 8)]
-        assert torch.equal(link.multiply(ID, X, transpose=False), X @ W)
+        assert torch.equal(client.multiply(ID, X, transpose=False), X @ W)
 
 
 def test_what_is_larger_than_shared_memory_is_sent(
@@ -88,11 +88,11 @@ def test_what_is_larger_than_shared_memory_is_sent(
 ) -> None:
     monkeypatch.setattr("obfuscatune.enclave.client.scheduler.SHARED_BYTES", 1 << 16)
     large = torch.ones(128, 129)
-    with WorkerLink.open(str(worker.address)) as link:
-        store(link, large)
-        store(link, large[:, :128].contiguous())  # fills it
+    with WorkerClient.open(str(worker.address)) as client:
+        store(client, large)
+        store(client, large[:, :128].contiguous())  # fills it
         assert [header.shared for header in stored] == [False, True]
-        assert torch.equal(link.multiply(ID, torch.ones(1, 128), transpose=False), torch.full((1, 128), 128.0))
+        assert torch.equal(client.multiply(ID, torch.ones(1, 128), transpose=False), torch.full((1, 128), 128.0))
 
 
 def test_the_place_of_what_is_refused_comes_back(worker: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,28 +100,28 @@ def test_the_place_of_what_is_refused_comes_back(worker: Serving, monkeypatch: p
         raise QuotaExceeded("taken by another session since the offer")
 
     monkeypatch.setattr("obfuscatune.enclave.client.scheduler.SHARED_BYTES", 1 << 16)
-    with WorkerLink.open(str(worker.address)) as link:
+    with WorkerClient.open(str(worker.address)) as client:
         monkeypatch.setitem(worker.service.answerer._answers, MessageType.STORE, full)
         with pytest.raises(QuotaExceeded):
-            store(link, torch.ones(128, 128))
-        arena = link._driver.arena
-        assert arena is not None
-        assert arena.lend(1, 1 << 16, torch.uint8) is not None
+            store(client, torch.ones(128, 128))
+        allocator = client._driver.allocator
+        assert allocator is not None
+        assert allocator.allocate(1, 1 << 16, torch.uint8) is not None
 
 
 def test_without_shared_memory_its_bytes_are_sent(
     worker: Serving, stored: list[Header], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(LinkConnection, "share", lambda *_: None)
-    with WorkerLink.open(str(worker.address)) as link:
-        store(link)
+    monkeypatch.setattr(ClientConnection, "share", lambda *_: None)
+    with WorkerClient.open(str(worker.address)) as client:
+        store(client)
         assert [header.shared for header in stored] == [False]
-        assert torch.equal(link.multiply(ID, X, transpose=False), X @ W)
+        assert torch.equal(client.multiply(ID, X, transpose=False), X @ W)
 
 
 def test_what_is_not_finite_is_not_laid_out(worker: Serving, stored: list[Header]) -> None:
-    with WorkerLink.open(str(worker.address)) as link, pytest.raises(NonFiniteError):
-        store(link, W / 0)
+    with WorkerClient.open(str(worker.address)) as client, pytest.raises(NonFiniteError):
+        store(client, W / 0)
     assert stored == []
 
 
@@ -162,15 +162,15 @@ class Silent:
 class Storing(threading.Thread):
     """Another thread that stores by a link; what it was refused with."""
 
-    def __init__(self, link: WorkerLink) -> None:
+    def __init__(self, client: WorkerClient) -> None:
         super().__init__(daemon=True)
-        self._link = link
+        self._client = client
         self.error: BaseException | None = None
         self.start()
 
     def run(self) -> None:
         try:
-            store(self._link)
+            store(self._client)
         except ConnectionLost as error:
             self.error = error
 
@@ -179,19 +179,19 @@ class Storing(threading.Thread):
 def test_what_waits_in_another_thread_is_broken_off(tmp_path: Path, greets: bool) -> None:
     silent = Silent(tmp_path, greets=greets)
     later = 2 * SECONDS  # than is waited here
-    link = WorkerLink(
+    client = WorkerClient(
         lambda: connect(silent.address, Deadline(SECONDS)), deadline_s=later, retry=RetryPolicy(backoff_s=later)
     )
     for _ in range(2):  # afterwards it connects anew
-        waiting = Storing(link)
+        waiting = Storing(client)
         assert silent.asked.acquire(timeout=SECONDS)
-        with link.broken_off():
+        with client.broken_off():
             waiting.join(SECONDS)
             assert not waiting.is_alive()
             assert isinstance(waiting.error, ConnectionLost)
             with pytest.raises(ConnectionLost, match="broken off on this side"):
-                store(link)
-    link.close()
+                store(client)
+    client.close()
     silent.close()
 
 
@@ -199,22 +199,22 @@ def test_a_connection_that_was_made_too_late_is_broken_off_too(worker: Serving) 
     """It could not be shut down when it was broken off, for it was not there yet."""
 
     def connected() -> Transport:
-        stack.enter_context(link.broken_off())
+        stack.enter_context(client.broken_off())
         return connect(worker.address, Deadline(SECONDS))
 
-    with WorkerLink(connected) as link, ExitStack() as stack:
+    with WorkerClient(connected) as client, ExitStack() as stack:
         with pytest.raises(ConnectionLost):
-            store(link)
-        assert not link._driver.connected
+            store(client)
+        assert not client._driver.connected
 
 
 def test_what_was_broken_off_while_nothing_waited_works_afterwards(worker: Serving, stored: list[Header]) -> None:
-    with WorkerLink.open(str(worker.address)) as link:
-        store(link)
-        with link.broken_off(), pytest.raises(ConnectionLost):
-            link.multiply(ID, X, transpose=False)
-        assert torch.equal(link.multiply(ID, X, transpose=False), X @ W)
-        store(link, -W)
-        assert torch.equal(link.multiply(ID, X, transpose=False), X @ -W)
-        assert link.stats.reconnects == 1
+    with WorkerClient.open(str(worker.address)) as client:
+        store(client)
+        with client.broken_off(), pytest.raises(ConnectionLost):
+            client.multiply(ID, X, transpose=False)
+        assert torch.equal(client.multiply(ID, X, transpose=False), X @ W)
+        store(client, -W)
+        assert torch.equal(client.multiply(ID, X, transpose=False), X @ -W)
+        assert client.stats.reconnects == 1
         assert [header.shared for header in stored] == [True, True]

@@ -112,7 +112,7 @@ MOST_ROWS = 8000
 
 
 @dataclass(frozen=True)
-class BasisLink:
+class BasisClient:
     """T (p, p), thought to be R_firstᵀ R_second."""
 
     first: int
@@ -129,7 +129,7 @@ class BasisStitching:
     measure = "overlap |tr(Tᵀ R_1ᵀ R_2)| / p of the guessed change of basis with the true one"
     source = "ours; generalised power iteration (Journée et al. 2010)"
 
-    def run(self, view: WorkerView, knowledge: Knowledge, seed: int) -> BasisLink:
+    def run(self, view: WorkerView, knowledge: Knowledge, seed: int) -> BasisClient:
         """The best of a few starts, the first of which matches the mean moments."""
         if view.layers < 3:
             raise CannotRun("needs two layers on the residual stream")
@@ -145,9 +145,9 @@ class BasisStitching:
         starts += [polar(torch.randn(p, p, dtype=torch.float64, generator=generator)) for _ in range(STARTS - 1)]
         climbed = [_climb(P, Q, T) for T in starts]
         best = max(climbed, key=lambda it: it[0])
-        return BasisLink(0, 2, best[1])
+        return BasisClient(0, 2, best[1])
 
-    def score(self, guess: BasisLink, truth: Truth) -> Finding:
+    def score(self, guess: BasisClient, truth: Truth) -> Finding:
         """Against the true change of basis; that of a random one is about 1/p."""
         R_1, R_2 = truth.layers[guess.first].R_in[-1], truth.layers[guess.second].R_in[-1]
         p = R_1.shape[0]

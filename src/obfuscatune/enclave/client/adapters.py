@@ -8,19 +8,21 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
-from obfuscatune.enclave.client.client import WorkerLink
-from obfuscatune.enclave.client.requests import RESUME, Order, Wanted
+from obfuscatune.enclave.client.client import WorkerClient
+from obfuscatune.enclave.client.requests import RESUME, AdapterRequest, ExpectedTensor
 from obfuscatune.errors import AdapterLost, BadReply
 from obfuscatune.protocol.messages import DROPOUT, LAST_NUMBER, MessageType
 from obfuscatune.protocol.payloads import Attachment, Part, Step
 
 
-class AdapterLink:
+class AdapterClient:
     """One adapter on the worker: of the matrix (p, q) that it is attached to, with one slice or more."""
 
     _numbers = itertools.count(1)
 
-    def __init__(self, link: WorkerLink, attachment: Attachment, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    def __init__(
+        self, client: WorkerClient, attachment: Attachment, shape: tuple[int, int], dtype: torch.dtype
+    ) -> None:
         """Have the worker make room for it; factors and moments are zero until `put`.
 
         Args:
@@ -31,13 +33,13 @@ class AdapterLink:
 
         Raises:
             QuotaExceeded: the worker has no room.
-            WireError: see `WorkerLink.multiply`.
+            WireError: see `WorkerClient.multiply`.
         """
-        self._link, self._attachment = link, attachment
+        self._client, self._attachment = client, attachment
         self._shape, self._dtype = shape, dtype
         self.adapter_id = secrets.token_bytes(16)
         self._ask(
-            Order(
+            AdapterRequest(
                 MessageType.ATTACH,
                 self.adapter_id,
                 body=attachment.pack(),
@@ -49,19 +51,21 @@ class AdapterLink:
     def put(self, index: int, part: Part, value: torch.Tensor) -> None:
         """Set one matrix of slice `index`."""
         value = value.to("cpu", self._dtype).contiguous()
-        self._ask(Order(MessageType.PUT, self.adapter_id, rows=value, number=part.number(index)))
+        self._ask(AdapterRequest(MessageType.PUT, self.adapter_id, rows=value, number=part.number(index)))
 
     def fetch(self, index: int, part: Part) -> torch.Tensor:
         """One matrix of slice `index`."""
         it = self._attachment.slices[index]
         of_A = part in (Part.A, Part.A_FIRST, Part.A_SECOND)
         shape = (self._shape[0], it.rank) if of_A else (it.rank, it.width)
-        wanted = Wanted(shape, self._dtype)
-        return self._matrix(Order(MessageType.FETCH, self.adapter_id, number=part.number(index), wanted=wanted))
+        wanted = ExpectedTensor(shape, self._dtype)
+        return self._matrix(
+            AdapterRequest(MessageType.FETCH, self.adapter_id, number=part.number(index), wanted=wanted)
+        )
 
-    def lend(self, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
-        """Memory for rows that are to be sent; see `WorkerLink.lend`."""
-        return self._link.lend(rows, cols, dtype)
+    def allocate(self, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
+        """Memory for rows that are to be sent; see `WorkerClient.allocate`."""
+        return self._client.allocate(rows, cols, dtype)
 
     def forward(self, rows: torch.Tensor, *, number: int, dropout: bool, known_finite: bool = False) -> torch.Tensor:
         """rows W* plus the adapter's part: (m, p) -> (m, q), see `Pending.result` for whose memory that is.
@@ -76,14 +80,14 @@ class AdapterLink:
             known_finite: the caller has made sure that `rows` contain neither NaN nor infinity.
         """
         return self._matrix(
-            Order(
+            AdapterRequest(
                 MessageType.FORWARD,
                 self.adapter_id,
                 rows=rows,
                 needs=self._attachment.matrix_id,
                 number=number,
                 flags=DROPOUT if dropout else 0,
-                wanted=Wanted((rows.shape[0], self._shape[1]), rows.dtype),
+                wanted=ExpectedTensor((rows.shape[0], self._shape[1]), rows.dtype),
                 known_finite=known_finite,
                 product_unchecked=True,
             )
@@ -92,13 +96,13 @@ class AdapterLink:
     def backward(self, rows: torch.Tensor, *, number: int, known_finite: bool = False) -> torch.Tensor:
         """Gradients (m, q) of forward pass `number` -> those of its rows (m, p); the factors' are added up there."""
         return self._matrix(
-            Order(
+            AdapterRequest(
                 MessageType.BACKWARD,
                 self.adapter_id,
                 rows=rows,
                 needs=self._attachment.matrix_id,
                 number=number,
-                wanted=Wanted((rows.shape[0], self._shape[0]), rows.dtype),
+                wanted=ExpectedTensor((rows.shape[0], self._shape[0]), rows.dtype),
                 once=True,
                 known_finite=known_finite,
                 product_unchecked=True,
@@ -106,46 +110,46 @@ class AdapterLink:
         )
 
     def refusing(self) -> AbstractContextManager[None]:
-        """Within it what came is judged; see `WorkerLink.refusing`."""
-        return self._link.refusing()
+        """Within it what came is judged; see `WorkerClient.refusing`."""
+        return self._client.refusing()
 
     def forget(self) -> None:
         """Have the worker drop it."""
-        self._ask(Order(MessageType.FORGET, self.adapter_id))
+        self._ask(AdapterRequest(MessageType.FORGET, self.adapter_id))
 
     @classmethod
     def new_number(cls) -> int:
         """For a forward pass; not used before in this process, nor soon again."""
         return next(cls._numbers) % LAST_NUMBER + 1
 
-    def _ask(self, order: Order) -> None:
+    def _ask(self, order: AdapterRequest) -> None:
         with _told():
-            self._link.order(order)
+            self._client.order(order)
 
-    def _matrix(self, order: Order) -> torch.Tensor:
+    def _matrix(self, order: AdapterRequest) -> torch.Tensor:
         with _told():
-            matrix = self._link.order(order)
+            matrix = self._client.order(order)
         if matrix is None:
             raise BadReply("the worker answered without the matrix that was asked for")
         return matrix
 
 
-def step_all(link: WorkerLink, step: Step) -> None:
+def step_all(client: WorkerClient, step: Step) -> None:
     """Have every adapter of the session take one step."""
     with _told():
-        link.order(Order(MessageType.STEP, body=step.pack(), once=True))
+        client.order(AdapterRequest(MessageType.STEP, body=step.pack(), once=True))
 
 
-def zero_all(link: WorkerLink) -> None:
+def zero_all(client: WorkerClient) -> None:
     """Set every gradient of the session's adapters to zero."""
     with _told():
-        link.order(Order(MessageType.ZERO))
+        client.order(AdapterRequest(MessageType.ZERO))
 
 
-def gradient_norm(link: WorkerLink) -> float:
+def gradient_norm(client: WorkerClient) -> float:
     """Of all gradients of the session's adapters together; NaN where one is not finite."""
     with _told():
-        answer = link.order(Order(MessageType.NORM, wanted=Wanted((1, 1), torch.float64)))
+        answer = client.order(AdapterRequest(MessageType.NORM, wanted=ExpectedTensor((1, 1), torch.float64)))
     squared = math.nan if answer is None else float(answer)
     return math.sqrt(squared) if squared >= 0 else math.nan
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from obfuscatune.protocol.shared_memory import ALIGNMENT, SharedMemory
 
 
-class Arena:
+class Allocator:
     """Lends matrices in shared memory; each comes back by itself when nothing refers to it any more.
 
     First fit from the start, and what came back is lent again for the same size, so that few pages are ever touched,
@@ -25,7 +25,7 @@ class Arena:
         self._start = torch.frombuffer(memory.buffer, dtype=torch.uint8).data_ptr()
         self._blocks: dict[int, int] = {}  # offset -> bytes, in the order of the offsets; lent or kept
         self._kept: dict[int, list[int]] = {}  # bytes -> offsets of blocks that came back
-        self._lent: dict[int, weakref.ref[NDArray[np.uint8]]] = {}
+        self._allocated: dict[int, weakref.ref[NDArray[np.uint8]]] = {}
         self._back: deque[int] = deque()
         """Offsets of blocks that nothing refers to any more; they come from wherever the last reference is dropped."""
         self._lock = threading.Lock()
@@ -34,7 +34,7 @@ class Arena:
         """In a forked child, where nothing is lent any more: only what was comes back."""
         self._lock = threading.Lock()  # the parent's may have been held by a thread that is not here
 
-    def lend(self, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor | None:
+    def allocate(self, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor | None:
         """A (rows, cols) matrix with arbitrary elements, or None where no room is left."""
         size = rows * cols * dtype.itemsize
         room = -(-size // ALIGNMENT) * ALIGNMENT
@@ -47,20 +47,20 @@ class Arena:
                 return None
             block: NDArray[np.uint8] = np.frombuffer(self._memory.buffer, np.uint8, size, offset)
             place, came_back = offset, self._back.append
-            self._lent[place] = weakref.ref(block, lambda _: came_back(place))
+            self._allocated[place] = weakref.ref(block, lambda _: came_back(place))
         return torch.frombuffer(block, dtype=dtype).view(rows, cols)
 
     def offset_of(self, matrix: torch.Tensor) -> int | None:
-        """Where a matrix lies in this arena; None where it does not."""
+        """Where a matrix lies in this allocator; None where it does not."""
         offset = matrix.data_ptr() - self._start
-        return offset if offset in self._lent else None
+        return offset if offset in self._allocated else None
 
     def _new(self, room: int) -> int | None:
         """The offset of a new block; where there is no gap, what came back is made one."""
         offset = self._gap(room)
-        if offset is None and len(self._blocks) > len(self._lent):
+        if offset is None and len(self._blocks) > len(self._allocated):
             self._kept.clear()
-            self._blocks = {offset: size for offset, size in self._blocks.items() if offset in self._lent}
+            self._blocks = {offset: size for offset, size in self._blocks.items() if offset in self._allocated}
             offset = self._gap(room)
         if offset is not None:
             self._blocks = dict(sorted({**self._blocks, offset: room}.items()))
@@ -75,5 +75,5 @@ class Arena:
         return start if self._memory.size - start >= room else None
 
     def _take_back(self, offset: int) -> None:
-        del self._lent[offset]
+        del self._allocated[offset]
         self._kept.setdefault(self._blocks[offset], []).append(offset)

@@ -10,9 +10,16 @@ from typing import Self
 
 import torch
 
-from obfuscatune.enclave.client.requests import MatrixSource, Order, Pending, Request, StoredMatrix, check_finite
-from obfuscatune.enclave.client.retry import LinkStats, RetryPolicy
-from obfuscatune.enclave.client.scheduler import LinkDriver
+from obfuscatune.enclave.client.requests import (
+    AdapterRequest,
+    MatrixSource,
+    ProductRequest,
+    Request,
+    StoredMatrix,
+    check_finite,
+)
+from obfuscatune.enclave.client.retry import ClientStats, RetryPolicy
+from obfuscatune.enclave.client.scheduler import Scheduler
 from obfuscatune.errors import BadReply, ConfigError, ProtectionError, WrongProduct
 from obfuscatune.process import begin_anew_in_children
 from obfuscatune.protocol.endpoints import check_tls, connect, parse_address
@@ -23,7 +30,7 @@ OPENING_SECONDS = 5.0
 """How long `open` waits for a worker that has never been seen: it may just be starting, or the address is wrong."""
 
 
-class WorkerLink:
+class WorkerClient:
     """A worker, as the enclave sees it. Safe from any thread, which take turns.
 
     A connection belongs to one process: a forked child that uses the link connects anew, in a session of its own, and
@@ -40,7 +47,7 @@ class WorkerLink:
             deadline_s: seconds from sending a request to the last byte of its reply.
             retry: bounds of insistence.
         """
-        self._driver = LinkDriver(connect, deadline_s, retry or RetryPolicy())
+        self._driver = Scheduler(connect, deadline_s, retry or RetryPolicy())
         self._lock = threading.RLock()
         self._closed = False
         self._owned: list[Callable[[], None]] = []
@@ -53,7 +60,7 @@ class WorkerLink:
         self._driver.begin_in_child()
 
     @property
-    def stats(self) -> LinkStats:
+    def stats(self) -> ClientStats:
         """What went over the link so far; it goes on counting."""
         return self._driver.stats
 
@@ -90,10 +97,10 @@ class WorkerLink:
         check_tls(parsed, tls=tls is not None, plain_tcp=allow_plain_tcp)
         pinned = None if tls is None else PinnedTls(tls, server=False)
         policy = retry or RetryPolicy()
-        link = cls(lambda: connect(parsed, Deadline(deadline_s), pinned), deadline_s=deadline_s, retry=policy)
+        client = cls(lambda: connect(parsed, Deadline(deadline_s), pinned), deadline_s=deadline_s, retry=policy)
         opening = replace(policy, patience_s=min(policy.patience_s, OPENING_SECONDS))
-        link._driver.drive(lambda: link._driver.connected, opening)
-        return link
+        client._driver.drive(lambda: client._driver.connected, opening)
+        return client
 
     def store(
         self,
@@ -133,15 +140,15 @@ class WorkerLink:
             if matrix.refused is not None:
                 raise matrix.refused
 
-    def lend(self, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
+    def allocate(self, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
         """Memory for rows that are to be multiplied: shared with the worker where that can be, then nothing is copied.
 
         A contiguous (rows, cols) matrix on the CPU with arbitrary elements. It is the worker's to read and to change
         from now on: only what it may know may be laid there, and nothing may be read back.
         """
-        arena = self._driver.arena
-        lent = None if arena is None else arena.lend(rows, cols, dtype)
-        return torch.empty(rows, cols, dtype=dtype) if lent is None else lent
+        allocator = self._driver.allocator
+        allocated = None if allocator is None else allocator.allocate(rows, cols, dtype)
+        return torch.empty(rows, cols, dtype=dtype) if allocated is None else allocated
 
     def multiply(
         self, matrix_id: bytes, rows: torch.Tensor, *, transpose: bool, reply_dtype: torch.dtype | None = None
@@ -175,7 +182,7 @@ class WorkerLink:
         reply_dtype: torch.dtype | None = None,
         known_finite: bool = False,
         product_unchecked: bool = False,
-    ) -> Pending:
+    ) -> ProductRequest:
         """As `multiply`, but return once it is sent; `Pending.result` waits. `rows` must not change until then.
 
         Args:
@@ -191,14 +198,14 @@ class WorkerLink:
                 raise ConfigError("no matrix was stored under this id: store it first")
             if not known_finite:
                 check_finite(rows)
-            pending = Pending(
+            pending = ProductRequest(
                 matrix, rows.detach(), transpose, reply_dtype or rows.dtype, self._finish, product_unchecked
             )
             driver.waiting.append(pending)
             self._drive_for(pending, lambda: pending not in driver.waiting)
             return pending
 
-    def order(self, order: Order) -> torch.Tensor | None:
+    def order(self, order: AdapterRequest) -> torch.Tensor | None:
         """Ask for something else than a product of a stored matrix, and wait: `adapters.py` says what there is.
 
         Returns:
@@ -279,7 +286,7 @@ class WorkerLink:
                 "load or protect the model again"
             )
 
-    def _finish(self, pending: Pending) -> None:
+    def _finish(self, pending: ProductRequest) -> None:
         """Called by `Pending.result`: drive until this one is done."""
         self._driver.refusal.check()
         with self._lock:
@@ -293,7 +300,7 @@ class WorkerLink:
             raise
 
 
-def _end(driver: LinkDriver, owned: list[Callable[[], None]]) -> None:
+def _end(driver: Scheduler, owned: list[Callable[[], None]]) -> None:
     driver.farewell()
     for close in owned:
         close()

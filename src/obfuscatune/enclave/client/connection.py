@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from obfuscatune.enclave.client.allocator import Arena
+from obfuscatune.enclave.client.allocator import Allocator
 from obfuscatune.enclave.client.requests import Request, StoredMatrix
-from obfuscatune.enclave.client.retry import LinkStats
+from obfuscatune.enclave.client.retry import ClientStats
 from obfuscatune.errors import (
     AdapterLost,
     BadReply,
@@ -77,14 +77,14 @@ class LaidOut:
     offset: int
 
 
-class LinkConnection:
-    """A transport on which the greeting is done. Closes the transport when the greeting fails."""
+class ClientConnection:
+    """A transport on which the handshake is done. Closes the transport when the handshake fails."""
 
-    def __init__(self, transport: Transport, session_id: bytes, stats: LinkStats, deadline: Deadline) -> None:
+    def __init__(self, transport: Transport, session_id: bytes, stats: ClientStats, deadline: Deadline) -> None:
         self._transport = transport
         self._stats = stats
         self._heard_at = time.monotonic()
-        self.arena: Arena | None = None
+        self.allocator: Allocator | None = None
         """Memory shared with the worker, after `share`."""
         try:
             body = Hello(session_id).pack()
@@ -146,28 +146,28 @@ class LinkConnection:
             return  # the same
         finally:
             os.close(descriptor)
-        self.arena = Arena(memory)
+        self.allocator = Allocator(memory)
 
     def lay_out(self, elements: torch.Tensor) -> LaidOut | None:
         """A copy of a matrix in the memory that is shared; None where there is none, or no room."""
         rows, cols = elements.shape
-        copy = None if self.arena is None else self.arena.lend(rows, cols, elements.dtype)
-        offset = None if self.arena is None or copy is None else self.arena.offset_of(copy)
+        copy = None if self.allocator is None else self.allocator.allocate(rows, cols, elements.dtype)
+        offset = None if self.allocator is None or copy is None else self.allocator.offset_of(copy)
         return None if copy is None or offset is None else LaidOut(copy.copy_(elements), offset)
 
     def places(self, request: Request) -> Places | None:
         """Where rows and product lie in the memory of this connection; None where the rows do not, or it is full."""
-        request.landing = None
-        arena = self.arena
-        offset = None if arena is None else arena.offset_of(request.rows)
-        if arena is None or offset is None:
+        request.output = None
+        allocator = self.allocator
+        offset = None if allocator is None else allocator.offset_of(request.rows)
+        if allocator is None or offset is None:
             return None
-        landing = arena.lend(*request.shape, request.dtype)
-        landing_offset = None if landing is None else arena.offset_of(landing)
-        if landing_offset is None:
+        output = allocator.allocate(*request.shape, request.dtype)
+        output_offset = None if output is None else allocator.offset_of(output)
+        if output_offset is None:
             return None
-        request.landing = landing
-        return Places(offset, landing_offset)
+        request.output = output
+        return Places(offset, output_offset)
 
     def send(self, header: Header, payload: Buffer, deadline: Deadline, descriptor: int | None = None) -> None:
         """Send one request."""
@@ -229,10 +229,10 @@ class LinkConnection:
         matrix_id: bytes,
         shape: tuple[int, int],
         dtype: torch.dtype,
-        landing: torch.Tensor | None,
+        output: torch.Tensor | None,
         deadline: Deadline,
     ) -> torch.Tensor:
-        """The matrix of a PRODUCT: in `landing`, or received into a fresh tensor of the `shape` and `dtype` asked for.
+        """The matrix of a PRODUCT: in `output`, or received into a fresh tensor of the `shape` and `dtype` asked for.
 
         Raises:
             BadReply: another matrix, shape or dtype came, or in another way.
@@ -244,10 +244,10 @@ class LinkConnection:
                 f"{header.rows} x {header.cols} {header.dtype.name}"
                 + ("" if header.matrix_id == matrix_id else " of another matrix")
             )
-        if header.shared != (landing is not None):
+        if header.shared != (output is not None):
             raise BadReply("the product was to come through shared memory, or was not, and came the other way")
-        product = torch.empty(shape, dtype=dtype) if landing is None else landing
-        if landing is None:
+        product = torch.empty(shape, dtype=dtype) if output is None else output
+        if output is None:
             started = time.monotonic()
             try:
                 recv_payload(self._transport, bytes_of(product), deadline)
@@ -257,8 +257,8 @@ class LinkConnection:
 
     def begin_in_child(self) -> None:
         """In a forked child: leave the connection to the parent."""
-        if self.arena is not None:
-            self.arena.begin_in_child()
+        if self.allocator is not None:
+            self.allocator.begin_in_child()
         self._transport.close()
 
     def close(self) -> None:
@@ -276,12 +276,12 @@ _ANSWERS = {
 
 
 class Uploads:
-    """Asks for one thing at a time, and waits. Everything here raises as `LinkConnection.exchange` does."""
+    """Asks for one thing at a time, and waits. Everything here raises as `ClientConnection.exchange` does."""
 
-    def __init__(self, stats: LinkStats, next_id: Callable[[], int], deadline_s: float) -> None:
+    def __init__(self, stats: ClientStats, next_id: Callable[[], int], deadline_s: float) -> None:
         self._stats, self._next_id, self._deadline_s = stats, next_id, deadline_s
 
-    def upload(self, connection: LinkConnection, matrix: StoredMatrix) -> None:
+    def upload(self, connection: ClientConnection, matrix: StoredMatrix) -> None:
         """Offer a matrix, and send it if the worker has not got it."""
         if connection.wants_digests and matrix.digest == NO_DIGEST:
             matrix.digest = content_digest(matrix.elements())
@@ -294,16 +294,16 @@ class Uploads:
         self._stats.uploads += 1
         self._stats.bytes_uploaded += matrix.nbytes
 
-    def forget(self, connection: LinkConnection, matrix_id: bytes) -> None:
+    def forget(self, connection: ClientConnection, matrix_id: bytes) -> None:
         """Have the worker drop one matrix."""
         self._ask(connection, Header(MessageType.FORGET, self._next_id(), matrix_id))
 
-    def forget_all(self, connection: LinkConnection) -> None:
+    def forget_all(self, connection: ClientConnection) -> None:
         """Have the worker drop all of the session."""
         self._ask(connection, Header(MessageType.FORGET, self._next_id(), NO_MATRIX), seconds=FAREWELL_SECONDS)
 
     def _ask(
-        self, connection: LinkConnection, header: Header, payload: Buffer = b"", seconds: float | None = None
+        self, connection: ClientConnection, header: Header, payload: Buffer = b"", seconds: float | None = None
     ) -> MessageType:
         deadline = Deadline(seconds or self._deadline_s + transfer_seconds(header.message_bytes))
         return connection.exchange(header, payload, _ANSWERS[header.type], deadline)

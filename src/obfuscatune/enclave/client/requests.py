@@ -127,7 +127,7 @@ class Request:
         self.deadline = NEVER
         """Of the sending that is under way."""
         self.times_sent = self.times_unknown = 0
-        self.landing: torch.Tensor | None = None
+        self.output: torch.Tensor | None = None
         """Where in shared memory the product is to lie, for the sending that is under way."""
         self.product: torch.Tensor | None = None
         self.error: WireError | None = None
@@ -153,7 +153,7 @@ class Request:
         raise MalformedMessage(f"{header.type.name} came, which does not answer MULTIPLY")
 
 
-class Pending(Request):
+class ProductRequest(Request):
     """A product of a stored matrix; `result` waits for it."""
 
     def __init__(
@@ -162,7 +162,7 @@ class Pending(Request):
         rows: torch.Tensor,
         transpose: bool,
         dtype: torch.dtype,
-        wait: Callable[["Pending"], None],
+        wait: Callable[["ProductRequest"], None],
         product_unchecked: bool = False,
     ) -> None:
         inner, outer = matrix.shape[::-1] if transpose else matrix.shape
@@ -189,11 +189,11 @@ class Pending(Request):
     def result(self) -> torch.Tensor:
         """Wait for the product: (m, q), or (m, p) when transposed; on the CPU, contiguous.
 
-        The caller's own; but where the rows came from `WorkerLink.lend`, it may lie in memory that the worker can still
-        write to: compute from it once, into memory of one's own.
+        The caller's own; but where the rows came from `WorkerClient.allocate`, it may lie in memory that the worker can
+        still write to: compute from it once, into memory of one's own.
 
         Raises:
-            WireError: see `WorkerLink.multiply`.
+            WireError: see `WorkerClient.multiply`.
         """
         self._wait(self)
         if self.error is not None:
@@ -204,7 +204,7 @@ class Pending(Request):
 
     def own(self, product: torch.Tensor) -> torch.Tensor:
         """What `result` returned, where the worker cannot write to it: a copy, where it lies in shared memory."""
-        return product.clone() if product is self.landing else product
+        return product.clone() if product is self.output else product
 
 
 def _check_rows(rows: torch.Tensor, inner: int) -> None:
@@ -246,15 +246,15 @@ RESUME = "it exists nowhere else: resume from the last checkpoint"
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ExpectedTensor:
     """The matrix that a reply is to bring."""
 
     shape: tuple[int, int]
     dtype: torch.dtype
 
 
-class Order(Request):
-    """One such request. `WorkerLink.order` sends it and waits."""
+class AdapterRequest(Request):
+    """One such request. `WorkerClient.order` sends it and waits."""
 
     def __init__(
         self,
@@ -267,7 +267,7 @@ class Order(Request):
         needs: bytes = NO_MATRIX,
         number: int = 0,
         flags: int = 0,
-        wanted: Wanted | None = None,
+        wanted: ExpectedTensor | None = None,
         once: bool = False,
         known_finite: bool = False,
         product_unchecked: bool = False,

@@ -96,7 +96,7 @@ class Insistence:
 
 
 @dataclass
-class LinkStats:
+class ClientStats:
     """Totals since the link was opened."""
 
     crossings: int = 0
@@ -118,11 +118,11 @@ class LinkStats:
     retries: int = 0
     """Requests to multiply that were sent again."""
 
-    def snapshot(self) -> "LinkStats":
+    def snapshot(self) -> "ClientStats":
         """A copy that stands still."""
         return replace(self)
 
-    def since(self, earlier: "LinkStats") -> "LinkStats":
+    def since(self, earlier: "ClientStats") -> "ClientStats":
         """What was added since the snapshot `earlier`."""
         before = asdict(earlier)
-        return LinkStats(**{name: value - before[name] for name, value in asdict(self).items()})
+        return ClientStats(**{name: value - before[name] for name, value in asdict(self).items()})

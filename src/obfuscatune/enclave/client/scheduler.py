@@ -1,6 +1,6 @@
 """Schedules the requests of one link, and sends them again after a connection is lost.
 
-`LinkDriver` is a state machine that whoever waits for an answer drives, one step at a time: it has no thread of its
+`Scheduler` is a state machine that whoever waits for an answer drives, one step at a time: it has no thread of its
 own, so a request that is answered at once passes no other thread on its way. All that a step changes survives the loss
 of the connection: requests that were sent go back to those that wait, and get a new id when they are sent again, so
 that no reply of an earlier connection, nor a reply played a second time, is ever taken for an answer.
@@ -11,10 +11,10 @@ from collections import OrderedDict
 from collections.abc import Callable
 from enum import Enum
 
-from obfuscatune.enclave.client.allocator import Arena
-from obfuscatune.enclave.client.connection import LinkConnection, Refused, Uploads
+from obfuscatune.enclave.client.allocator import Allocator
+from obfuscatune.enclave.client.connection import ClientConnection, Refused, Uploads
 from obfuscatune.enclave.client.requests import Request, StoredMatrix, check_product
-from obfuscatune.enclave.client.retry import Insistence, LinkStats, Refusal, RetryPolicy
+from obfuscatune.enclave.client.retry import ClientStats, Insistence, Refusal, RetryPolicy
 from obfuscatune.errors import (
     BadReply,
     ConnectionLost,
@@ -34,7 +34,7 @@ RETRIED = (ConnectionLost, DeadlineExceeded, ProtocolError, BadReply)
 
 
 class State(Enum):
-    """What a link does next; see `LinkDriver`."""
+    """What a link does next; see `Scheduler`."""
 
     CONNECT = "connect"
     CHECK = "check"
@@ -44,8 +44,8 @@ class State(Enum):
     FORGET = "forget"
 
 
-class LinkDriver:
-    """The state of a link. Not safe from several threads: `WorkerLink` lets one in at a time.
+class Scheduler:
+    """The state of a link. Not safe from several threads: `WorkerClient` lets one in at a time.
 
     The state follows from what is connected, in flight and waiting; the first line that applies counts:
 
@@ -66,7 +66,7 @@ class LinkDriver:
     """
 
     def __init__(self, connect: Callable[[], Transport], deadline_s: float, retry: RetryPolicy) -> None:
-        self.stats = LinkStats()
+        self.stats = ClientStats()
         self.missing: dict[bytes, StoredMatrix] = {}
         """To be uploaded."""
         self.leaving: dict[bytes, None] = {}
@@ -78,9 +78,9 @@ class LinkDriver:
         self._deadline_s = deadline_s
         self._retry = retry
         self._session_id = secrets.token_bytes(32)
-        self._connection: LinkConnection | None = None
+        self._connection: ClientConnection | None = None
         self._transport: Transport | None = None
-        """Of the connection, or of the greeting that is to make it one."""
+        """Of the connection, or of the handshake that is to make it one."""
         self._connected_before = False
         self.broken_off = False
         """Whether nothing is to be driven on; set by another thread."""
@@ -90,9 +90,9 @@ class LinkDriver:
         self._in_flight: OrderedDict[int, Request] = OrderedDict()
 
     @property
-    def arena(self) -> Arena | None:
+    def allocator(self) -> Allocator | None:
         """The memory shared with the worker that is connected now."""
-        return None if self._connection is None else self._connection.arena
+        return None if self._connection is None else self._connection.allocator
 
     @property
     def computes_apart(self) -> bool:
@@ -222,7 +222,7 @@ class LinkDriver:
         """
         state, connection = self.state, self._connection
         if connection is None:
-            self._greet()
+            self._shake_hands()
         elif state is State.SEND:
             self._send(connection, self.waiting[0])
         elif state is State.RECEIVE:
@@ -236,12 +236,12 @@ class LinkDriver:
             self._uploads.forget(connection, matrix_id := next(iter(self.leaving)))
             del self.leaving[matrix_id]
 
-    def _greet(self) -> None:
+    def _shake_hands(self) -> None:
         deadline = Deadline(self._deadline_s)
         transport = self._transport = self._connect()
         if self.broken_off or self.refusal.is_declared:  # by whoever did not find it there yet
             transport.shutdown()
-        connection = LinkConnection(transport, self._session_id, self.stats, deadline)
+        connection = ClientConnection(transport, self._session_id, self.stats, deadline)
         try:
             connection.share(self._next_id(), SHARED_BYTES, deadline)
         except BaseException:
@@ -251,13 +251,13 @@ class LinkDriver:
         self.stats.reconnects += self._connected_before
         self._connected_before = True
 
-    def _room_for(self, connection: LinkConnection, request: Request) -> bool:
+    def _room_for(self, connection: ClientConnection, request: Request) -> bool:
         """Whether the worker reads one more request before it has answered those in flight."""
         welcome = connection.welcome
         size = sum(other.rows.nbytes for other in self._in_flight.values()) + request.rows.nbytes
         return len(self._in_flight) < welcome.max_in_flight and size <= welcome.window_bytes
 
-    def _send(self, connection: LinkConnection, request: Request) -> None:
+    def _send(self, connection: ClientConnection, request: Request) -> None:
         size, window = request.rows.nbytes, connection.welcome.window_bytes
         if size > window:
             self._fail([request], LimitExceeded(f"the worker takes {window} bytes in one call: split the rows"))
@@ -274,7 +274,7 @@ class LinkDriver:
         self.waiting.remove(request)
         self._in_flight[request_id] = request
 
-    def _receive(self, connection: LinkConnection) -> None:
+    def _receive(self, connection: ClientConnection) -> None:
         """Take one reply, in whatever order the worker gives them."""
         deadline = next(iter(self._in_flight.values())).deadline
         header = connection.receive(deadline)
@@ -285,7 +285,7 @@ class LinkDriver:
             raise MalformedMessage(f"{header.type.name} came for a request that is not in flight")
         if header.type is MessageType.PRODUCT:
             product = connection.product(
-                header, request.matrix_id, request.shape, request.dtype, request.landing, deadline
+                header, request.matrix_id, request.shape, request.dtype, request.output, deadline
             )
             request.product = product if request.product_unchecked else check_product(product)
             self.stats.crossings += 1
@@ -313,12 +313,14 @@ class LinkDriver:
         else:
             request.error = error
 
-    def _upload(self, connection: LinkConnection, matrix: StoredMatrix) -> None:
+    def _upload(self, connection: ClientConnection, matrix: StoredMatrix) -> None:
         """Have the worker hold a matrix; where it will not, what waited for that matrix has failed."""
         try:
             self._uploads.upload(connection, matrix)
         except Refused as refused:
-            matrix.refused = refused.error  # not with a traceback: it would keep the matrix, and its place in the arena
+            matrix.refused = (
+                refused.error
+            )  # not with a traceback: it would keep the matrix, and its place in the allocator
             self._fail([request for request in self.waiting if request.needs == matrix.matrix_id], refused.error)
         del self.missing[matrix.matrix_id]
 

@@ -32,7 +32,7 @@ def kernels_for(x: Tensor) -> Kernels:
 def native_for(x: Tensor) -> Native | None:
     """The native kernels where they apply to x, else None.
 
-    They take float32 and float64 on the CPU, rows that are contiguous and at least as long as a panel's, and nothing
+    They take float32 and float64 on the CPU, rows that are contiguous and at least as long as a tile's, and nothing
     that autograd is to differentiate.
     """
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):

@@ -48,8 +48,8 @@ class Native:
         if not y.is_contiguous():
             return _REFERENCE.unmix(y, A)
         result = y.new_empty(A.rows + 1, y.shape[1])  # the last row takes what comes back for shield rows
-        Q_a, Q_b, _, landing = self._prepared(A, y.dtype)
-        targets = (landing * (y.shape[1] * y.itemsize)).add_(result.data_ptr())
+        Q_a, Q_b, _, output = self._prepared(A, y.dtype)
+        targets = (output * (y.shape[1] * y.itemsize)).add_(result.data_ptr())
         finite = self._mix(_rows_of(y), targets, y.shape[1], Q_a, Q_b, transposed=True)
         return result[:-1], finite
 
@@ -62,7 +62,7 @@ class Native:
         """
         lanes = self.table.lanes
         own = W.shape[1] // lanes * lanes
-        last = W[:, -lanes:].clone()  # of columns that fill no panel, one with others: done twice, it would be wrong
+        last = W[:, -lanes:].clone()  # of columns that fill no tile, one with others: done twice, it would be wrong
         for part in (W[:, :own], last) if own < W.shape[1] else (W,):
             step, start = part.stride(0) * part.itemsize, part.data_ptr()
             self._mix(picked * step + start, placed * step + start, part.shape[1], Q_a, Q_b)

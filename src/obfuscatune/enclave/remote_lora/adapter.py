@@ -14,7 +14,7 @@ from peft.tuners import lora
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from obfuscatune.enclave.client import AdapterLink, WorkerLink
+from obfuscatune.enclave.client import AdapterClient, WorkerClient
 from obfuscatune.enclave.layers import ProtectedConv1D, ProtectedLinear, SharedCrossing
 from obfuscatune.enclave.spill_store import Offloaded
 from obfuscatune.enclave.transforms import Transform
@@ -32,7 +32,7 @@ class RemoteAdapter:
     """The adapters of the layers that share one matrix."""
 
     def __init__(
-        self, link: WorkerLink, offloaded: Offloaded, layers: list[AdaptedLayer], widths: tuple[int, ...]
+        self, client: WorkerClient, offloaded: Offloaded, layers: list[AdaptedLayer], widths: tuple[int, ...]
     ) -> None:
         """Nothing is sent before `attach`."""
         if len(widths) > 1 and offloaded.R_out.name != "identity":
@@ -40,11 +40,11 @@ class RemoteAdapter:
                 f"{offloaded.name}: a transform mixes the outputs of several layers, so none of them can have an "
                 "adapter of its own on the worker; use sides='paper'"
             )
-        self._link, self.offloaded, self.layers, self.widths = link, offloaded, layers, widths
-        self._remote: AdapterLink | None = None
+        self._client, self.offloaded, self.layers, self.widths = client, offloaded, layers, widths
+        self._remote: AdapterClient | None = None
 
     @property
-    def remote(self) -> AdapterLink:
+    def remote(self) -> AdapterClient:
         """What it is on the worker."""
         if self._remote is None:
             raise ProtectionError("this adapter was not moved to the worker yet")
@@ -54,11 +54,11 @@ class RemoteAdapter:
         """Have the worker make room for it beside the matrix as it is now, and put the factors there."""
         slices = []
         for it in self.layers:
-            first = sum(self.widths[: it.slot])
-            slices.append(Slice(first, self.widths[it.slot], it.rank, it.scale, it.dropout))
+            first = sum(self.widths[: it.member])
+            slices.append(Slice(first, self.widths[it.member], it.rank, it.scale, it.dropout))
         shape = self.offloaded.R_in.dim, sum(self.widths)
         attachment = Attachment(self.offloaded.matrix_id, tuple(slices))
-        self._remote = AdapterLink(self._link, attachment, shape, self.layers[0].lora_a.dtype)
+        self._remote = AdapterClient(self._client, attachment, shape, self.layers[0].lora_a.dtype)
         self.put_factors()
 
     def put_factors(self) -> None:
@@ -121,7 +121,7 @@ class RemoteAdapter:
         return self._basis(index).inward(part, self.remote.fetch(index, part)).T.contiguous()
 
     def _basis(self, index: int) -> Basis:
-        return Basis(self.offloaded.R_in, self.offloaded.R_out, self.widths[self.layers[index].slot])
+        return Basis(self.offloaded.R_in, self.offloaded.R_out, self.widths[self.layers[index].member])
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class AdaptedLayer:
     """PEFT's `lora.Linear`."""
     name: str
     """Of the adapter."""
-    slot: int
+    member: int
     """Which of the crossing's layers it is."""
 
     @property
@@ -178,7 +178,7 @@ class AdaptedLayer:
 
 
 def find_adapted(model: nn.Module) -> dict[SharedCrossing, list[AdaptedLayer]]:
-    """The adapted layers of each crossing, by slot.
+    """The adapted layers of each crossing, by member.
 
     Raises:
         ProtectionError: no adapter, or one that the worker cannot hold.
@@ -197,7 +197,7 @@ def find_adapted(model: nn.Module) -> dict[SharedCrossing, list[AdaptedLayer]]:
             "gradient checkpointing computes a block twice, and the worker would draw another dropout: "
             "switch it off, or use lora_on='enclave'"
         )
-    return {crossing: sorted(layers, key=lambda it: it.slot) for crossing, layers in found.items()}
+    return {crossing: sorted(layers, key=lambda it: it.member) for crossing, layers in found.items()}
 
 
 def _adapted(path: str, module: Any) -> AdaptedLayer | None:
@@ -210,7 +210,7 @@ def _adapted(path: str, module: Any) -> AdaptedLayer | None:
     (name,) = names
     if module.lora_variant or module.lora_bias[name] or module.merged:
         raise ProtectionError(f"{path} has a variant of LoRA, a bias or a merged adapter: plain LoRA can be moved")
-    return AdaptedLayer(module, name, base._slot)
+    return AdaptedLayer(module, name, base._member)
 
 
 def walk(found: dict[SharedCrossing, list[AdaptedLayer]]) -> Iterator[AdaptedLayer]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from obfuscatune.enclave.client import WorkerLink
+from obfuscatune.enclave.client import WorkerClient
 from obfuscatune.enclave.client.adapters import zero_all
 from obfuscatune.enclave.protected_model import extend
 from obfuscatune.enclave.remote_lora.adapter import AdaptedLayer, RemoteAdapter, find_adapted, walk
@@ -28,18 +28,18 @@ class RemoteAdapters:
     `load_state_dict` puts what it read.
     """
 
-    def __init__(self, link: WorkerLink, offloaded: list[Offloaded], model: nn.Module) -> None:
+    def __init__(self, client: WorkerClient, offloaded: list[Offloaded], model: nn.Module) -> None:
         """Move the one adapter of a PEFT model.
 
         Raises:
             ProtectionError: the model has none, or more than the worker can hold.
             WireError: the worker cannot be reached, or has no room.
         """
-        self.link = link
+        self.client = client
         found = find_adapted(model)
         by_crossing = {layer.crossing: layer for layer in offloaded}
         self._adapters = [
-            RemoteAdapter(link, by_crossing[crossing], layers, crossing.widths) for crossing, layers in found.items()
+            RemoteAdapter(client, by_crossing[crossing], layers, crossing.widths) for crossing, layers in found.items()
         ]
         self._optimizers: list[RemoteOptimizer] = []
         for adapter in self._adapters:
@@ -101,7 +101,7 @@ class _TrainsOnWorker(_Module):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
-        zero_all(self.protection.link)
+        zero_all(self.protection.client)
 
 
 class _LeftToWorker(_Module):

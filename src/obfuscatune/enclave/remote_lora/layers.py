@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from obfuscatune.enclave.autograd import as_parts, as_rows, outside_autocast
-from obfuscatune.enclave.client import AdapterLink, check_finite, check_product
+from obfuscatune.enclave.client import AdapterClient, check_finite, check_product
 from obfuscatune.enclave.layers import SharedCrossing, _state, biases_in
 from obfuscatune.enclave.remote_lora.adapter import RemoteAdapter
 from obfuscatune.errors import ProtectionError
@@ -32,23 +32,23 @@ class AdaptedCrossing:
         self._served: Any = None
         self._parts: dict[int, Tensor] = {}
 
-    def output_for(self, slot: int, x: Tensor, dtype: torch.dtype, works_on: Callable[[], bool]) -> Tensor:
+    def output_for(self, member: int, x: Tensor, dtype: torch.dtype, works_on: Callable[[], bool]) -> Tensor:
         """As `SharedCrossing`'s; the worker's product has the adapter's part in it, and is waited for at once."""
         if not self._is_active():
-            return self._plain.output_for(slot, x, dtype, works_on)
+            return self._plain.output_for(member, x, dtype, works_on)
         served = torch.is_grad_enabled(), self._is_training()
         if self._plain.is_coarser_than(dtype):
             carried = self._adapter.take_down()
             self._plain.be_as_fine_as(dtype)
             self._adapter.put_up(carried)
         state = (*served, dtype, _version(x))
-        if self._x is not x or self._served != state or slot not in self._parts:
+        if self._x is not x or self._served != state or member not in self._parts:
             biases = biases_in(dtype, self._plain._members)
             parts = _Adapted.apply(  # type: ignore[no-untyped-call]
                 x.to(dtype), self._anchor, self._adapter, *served, *biases
             )
             self._x, self._served, self._parts = x, state, dict(enumerate(parts))
-        y = self._parts.pop(slot)
+        y = self._parts.pop(member)
         if not self._parts:
             self._x = self._served = None
         return y
@@ -87,7 +87,7 @@ class _Adapted(torch.autograd.Function):
         *biases: Tensor | None,
     ) -> tuple[Tensor, ...]:
         """x (..., p) -> one (..., q_i) for each layer."""
-        number = AdapterLink.new_number() if keep else 0
+        number = AdapterClient.new_number() if keep else 0
         offloaded, remote = adapter.offloaded, adapter.remote
         dtype = offloaded.crossing.dtype or x.dtype
         ctx.saved = offloaded, offloaded.R_in, offloaded.R_out, remote, number, dtype  # type: ignore[attr-defined]
@@ -128,14 +128,14 @@ class _Adapted(torch.autograd.Function):
         return (dx if ctx.needs_input_grad[0] else None, *nothing)  # type: ignore[attr-defined]
 
 
-def _laid_out(remote: AdapterLink, rotated: Tensor, dtype: torch.dtype) -> Tensor:
+def _laid_out(remote: AdapterClient, rotated: Tensor, dtype: torch.dtype) -> Tensor:
     """The rows where they are sent from, in the dtype that they travel in. Looked at before: there they can change."""
     rows = rotated.to("cpu", dtype)
     check_finite(rows)
-    return remote.lend(rows.shape[0], rows.shape[1], dtype).copy_(rows)
+    return remote.allocate(rows.shape[0], rows.shape[1], dtype).copy_(rows)
 
 
-def _own(result: Tensor, received: Tensor, remote: AdapterLink) -> Tensor:
+def _own(result: Tensor, received: Tensor, remote: AdapterClient) -> Tensor:
     """The result, finite, in memory of our own: what was received may lie where the worker can change it, and a
     transform that is 1 gives it back as it is."""
     shared = result.untyped_storage().data_ptr() == received.untyped_storage().data_ptr()

@@ -60,7 +60,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     def clip_grad_norm(self, largest: float) -> float:
         """Have the next step take gradients no larger than that, all together; returns their norm, unclipped."""
-        norm = gradient_norm(self._adapters.link)
+        norm = gradient_norm(self._adapters.client)
         if self._local is not None:
             gradients = [it.grad for it in self._adapters.here if it.grad is not None]
             norm = math.hypot(norm, float(torch.nn.utils.get_total_norm(gradients)))
@@ -88,13 +88,13 @@ class RemoteOptimizer(torch.optim.Optimizer):
         )
         if self._local is not None:
             self._step_local(group)
-        step_all(self._adapters.link, step)
+        step_all(self._adapters.client, step)
         self.steps += 1
         self._gradient_scale = 1.0
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Gradients to zero."""
-        zero_all(self._adapters.link)
+        zero_all(self._adapters.client)
         if self._local is not None:
             self._local.zero_grad(set_to_none)
         self._gradient_scale = 1.0

@@ -64,7 +64,7 @@ class Transform(ABC):
         """W (dim, q), contiguous, becomes `weight_left(W)`, by all of torch's threads and without memory for another W.
 
         Returns:
-            False, with W as it was, where there is no such way: the caller goes panel by panel then.
+            False, with W as it was, where there is no such way: the caller goes tile by tile then.
         """
         return False
 

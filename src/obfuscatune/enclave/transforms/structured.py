@@ -90,7 +90,7 @@ class StructuredTransform(OrthogonalTransform):
         return True
 
     def right_in_place(self, W: Tensor, *, wide: torch.dtype) -> bool:
-        """By native kernels, row by row or panel by panel of rows."""
+        """By native kernels, row by row or tile by tile of rows."""
         native = kernels.native_for(W) if W.dtype == wide and W.is_contiguous() else None
         if native is None:
             return False

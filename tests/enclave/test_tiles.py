@@ -20,9 +20,9 @@ ROUNDING = {torch.float64: 1e-14, torch.float32: 2e-7, torch.bfloat16: 8e-3, tor
 
 
 @pytest.fixture(autouse=True)
-def small_panels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several panels either way, the last of them narrower."""
-    monkeypatch.setattr(tiles, "PANEL_ELEMENTS", 1 << 11)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles either way, the last of them narrower."""
+    monkeypatch.setattr(tiles, "TILE_ELEMENTS", 1 << 11)
 
 
 def pair(spec: str, p: int, q: int) -> tuple[Transform, Transform]:
@@ -52,7 +52,7 @@ def test_it_is_the_product_of_dense_matrices(spec: str, p: int, q: int, dtype: t
 @pytest.mark.parametrize("by", ["kernels", "panels"])
 @pytest.mark.parametrize(("p", "q"), [*SHAPES, (520, 333), (70, 1031)])
 def test_in_its_own_dtype_too(monkeypatch: pytest.MonkeyPatch, by: str, p: int, q: int) -> None:
-    """Many panels of the kernels, the last of them not full."""
+    """Many tiles of the kernels, the last of them not full."""
     if by == "panels":
         monkeypatch.setattr(kernels, "native_for", lambda x: None)
     (R_in, R_out), W = pair("structured", p, q), matrix(p, q, torch.float32)

@@ -1,10 +1,10 @@
-// (Q_a ⊗ Q_b) on panels: columns of x (mixing) or, transposed on the way in and out, rows of x (rotation). A row of a
-// panel is `lanes` numbers, and a core's cache holds the panel.
+// (Q_a ⊗ Q_b) on tiles: columns of x (mixing) or, transposed on the way in and out, rows of x (rotation). A row of a
+// tile is `lanes` numbers, and a core's cache holds the tile.
 //
 //     tile      (H, k) times (k, lanes), sums in registers: the inner loop of everything
-//     times     Q (s, s) times s rows of a panel
-//     rotate    a panel of rows of x: transposed in, one or two grids, transposed out
-//     mix       panels of columns of x: straight from x's rows to the result's
+//     times     Q (s, s) times s rows of a tile
+//     rotate    a tile of rows of x: transposed in, one or two grids, transposed out
+//     mix       tiles of columns of x: straight from x's rows to the result's
 #pragma once
 
 #include "few.hpp"
@@ -100,7 +100,7 @@ template <class T> struct Factors {
     char *staged;
 };
 
-// One panel of rows of x on one grid, in its place.
+// One tile of rows of x on one grid, in its place.
 template <class T> void on_grid(const Factors<T> &grid, Strided rows) {
     for (int64_t i = 0; i < grid.a; ++i) {
         Strided group = rows.from(i * grid.b);
@@ -117,9 +117,9 @@ template <class T> INLINE int64_t block_of_columns(int64_t block, int64_t width)
     return least(block, width - Simd<T>::width);
 }
 
-// Row places[j] of the panel = column j of the rows.
+// Row places[j] of the tile = column j of the rows.
 template <class T>
-void transpose_in(const T *const *rows, int64_t width, const int64_t *places, char *panel, V<T> &seen) {
+void transpose_in(const T *const *rows, int64_t width, const int64_t *places, char *tile, V<T> &seen) {
     constexpr int W = Simd<T>::width;
     for (int64_t block = 0; block < width; block += W) {
         const int64_t column = block_of_columns<T>(block, width);
@@ -129,14 +129,14 @@ void transpose_in(const T *const *rows, int64_t width, const int64_t *places, ch
             UNROLL for (int i = 0; i < W; ++i) look_at<T>(square[i], seen);
             transpose<T>(square);
             UNROLL for (int j = 0; j < W; ++j)
-                store<T>(panel + places[column + j] * Simd<T>::row_bytes + v * VECTOR_BYTES, square[j]);
+                store<T>(tile + places[column + j] * Simd<T>::row_bytes + v * VECTOR_BYTES, square[j]);
         }
     }
 }
 
-// Column j of the rows = row places[j] of the panel, plus number j of `bias`, if any.
+// Column j of the rows = row places[j] of the tile, plus number j of `bias`, if any.
 template <class T>
-void transpose_out(const char *panel, const int64_t *places, const T *bias, T *const *rows, int64_t width) {
+void transpose_out(const char *tile, const int64_t *places, const T *bias, T *const *rows, int64_t width) {
     constexpr int W = Simd<T>::width;
     for (int64_t block = 0; block < width; block += W) {
         const int64_t column = block_of_columns<T>(block, width);
@@ -144,70 +144,70 @@ void transpose_out(const char *panel, const int64_t *places, const T *bias, T *c
         for (int v = 0; v < VECTORS; ++v) {
             V<T> square[W];
             UNROLL for (int j = 0; j < W; ++j)
-                square[j] = load<T>(panel + places[column + j] * Simd<T>::row_bytes + v * VECTOR_BYTES);
+                square[j] = load<T>(tile + places[column + j] * Simd<T>::row_bytes + v * VECTOR_BYTES);
             transpose<T>(square);
             UNROLL for (int i = 0; i < W; ++i) store<T>(rows[v * W + i] + column, square[i] + added);
         }
     }
 }
 
-template <class T> void rotate_panels(Rotation &job, Pieces &pieces) {
+template <class T> void rotate_tiles(Rotation &job, Pieces &pieces) {
     constexpr int64_t row_bytes = Simd<T>::row_bytes, lanes = Simd<T>::lanes;
     const bool two = job.between != nullptr;
     const Grid &g = job.grids[0], &h = two ? job.grids[1] : Grid{};
     struct Area {
         Factors<T> first, second;
-        char *panel, *other;
+        char *tile, *other;
         T *zeros, *unused;
     };
     Area area = laid_out([&](Layout &layout) {
         Factors<T> first(layout, g.a, g.b), second(layout, h.a, h.b);
-        char *panel = layout.take<char>(job.width * row_bytes);
+        char *tile = layout.take<char>(job.width * row_bytes);
         char *other = layout.take<char>(two ? job.width * row_bytes : 0);
-        return Area{first, second, panel, other, layout.take<T>(job.width), layout.take<T>(job.width)};
+        return Area{first, second, tile, other, layout.take<T>(job.width), layout.take<T>(job.width)};
     });
     area.first.fill(g.q_a, g.q_b, true);
     area.second.fill(h.q_a, h.q_b, true);
     memset(area.zeros, 0, (size_t)job.width * sizeof(T));
     V<T> seen = {};
-    for (int64_t panel, stop; pieces.take(panel, stop);) {
+    for (int64_t tile, stop; pieces.take(tile, stop);) {
         const T *from[lanes];
         T *to[lanes];
         for (int64_t lane = 0; lane < lanes; ++lane) {
-            const int64_t row = panel * lanes + lane;
+            const int64_t row = tile * lanes + lane;
             const bool beyond = row >= job.rows;
             from[lane] = beyond ? area.zeros : static_cast<const T *>(job.x) + row * job.x_stride;
             to[lane] = beyond ? area.unused : static_cast<T *>(job.y) + row * job.width;
         }
-        transpose_in<T>(from, job.width, job.first_inverse, area.panel, seen);
-        on_grid<T>(area.first, {area.panel + g.start * row_bytes, row_bytes});
+        transpose_in<T>(from, job.width, job.first_inverse, area.tile, seen);
+        on_grid<T>(area.first, {area.tile + g.start * row_bytes, row_bytes});
         if (two) {
             for (int64_t k = 0; k < job.width; ++k)
-                memcpy(area.other + k * row_bytes, area.panel + job.between[k] * row_bytes, row_bytes);
+                memcpy(area.other + k * row_bytes, area.tile + job.between[k] * row_bytes, row_bytes);
             on_grid<T>(area.second, {area.other + h.start * row_bytes, row_bytes});
         }
-        transpose_out<T>(two ? area.other : area.panel, job.last, static_cast<const T *>(job.bias), to, job.width);
+        transpose_out<T>(two ? area.other : area.tile, job.last, static_cast<const T *>(job.bias), to, job.width);
     }
     if (!is_clean<T>(seen)) forget_finite(job.finite);
 }
 
-// Few rows would leave most of a panel empty; those of a grid that is narrower than a vector must go that way all the
+// Few rows would leave most of a tile empty; those of a grid that is narrower than a vector must go that way all the
 // same.
 template <class T> void rotate(Rotation *job) {
     constexpr int64_t lanes = Simd<T>::lanes;
     const int64_t narrowest = job->between ? least(job->grids[0].b, job->grids[1].b) : job->grids[0].b;
     job->finite = 1;
     if (job->rows < lanes / 2 && narrowest >= Simd<T>::width) return rotate_few<T>(*job);
-    const int64_t panels = parts(job->rows, lanes);
-    Pieces pieces(panels, 1);
-    auto work = [&] { rotate_panels<T>(*job, pieces); };
-    on_threads(threads_for(job->threads, panels, job->rows * job->width), work);
+    const int64_t tiles = parts(job->rows, lanes);
+    Pieces pieces(tiles, 1);
+    auto work = [&] { rotate_tiles<T>(*job, pieces); };
+    on_threads(threads_for(job->threads, tiles, job->rows * job->width), work);
 }
 
-template <class T> void mix_panels(Mixing &job, Pieces &pieces, int64_t together) {
+template <class T> void mix_tiles(Mixing &job, Pieces &pieces, int64_t together) {
     constexpr int64_t row_bytes = Simd<T>::row_bytes;
     const int64_t a = job.a, b = job.b, step = together * row_bytes;
-    const int64_t last = job.columns * (int64_t)sizeof(T) - row_bytes;  // the last panel overlaps the one before
+    const int64_t last = job.columns * (int64_t)sizeof(T) - row_bytes;  // the last tile overlaps the one before
     struct Area {
         Factors<T> factors;
         char *between;
@@ -221,22 +221,22 @@ template <class T> void mix_panels(Mixing &job, Pieces &pieces, int64_t together
     const Tabled sources{job.sources, 1, 0}, targets{job.targets, 1, 0};
     V<T> seen = {};
     for (int64_t first, stop; pieces.take(first, stop);) {
-        // Panels inmost, so that few rows are read and written at a time, and long pieces of each.
+        // Tiles inmost, so that few rows are read and written at a time, and long pieces of each.
         for (int64_t i = 0; i < a; ++i)
-            for (int64_t panel = first; panel < stop; ++panel) {
-                const int64_t shift = least(panel * row_bytes, last);
+            for (int64_t tile = first; tile < stop; ++tile) {
+                const int64_t shift = least(tile * row_bytes, last);
                 const Tabled from = sources.from(i * b).shifted(shift), next = from.shifted(row_bytes);
                 if (a == 1) {
                     times<T>(b, grid.q_b, from, targets.shifted(shift), grid.staged, &seen, next);
                 } else {
-                    const Strided to{area.between + (panel - first) * row_bytes + i * b * step, step};
+                    const Strided to{area.between + (tile - first) * row_bytes + i * b * step, step};
                     times<T>(b, grid.q_b, from, to, grid.staged, &seen, next);
                 }
             }
         for (int64_t j = 0; a > 1 && j < b; ++j)
-            for (int64_t panel = first; panel < stop; ++panel) {
-                const Strided from{area.between + (panel - first) * row_bytes + j * step, b * step};
-                const Tabled to = targets.from(j, b).shifted(least(panel * row_bytes, last));
+            for (int64_t tile = first; tile < stop; ++tile) {
+                const Strided from{area.between + (tile - first) * row_bytes + j * step, b * step};
+                const Tabled to = targets.from(j, b).shifted(least(tile * row_bytes, last));
                 times<T>(a, grid.q_a, from, to, grid.staged, nullptr, to.shifted(row_bytes));
             }
     }
@@ -245,13 +245,13 @@ template <class T> void mix_panels(Mixing &job, Pieces &pieces, int64_t together
 
 template <class T> void mix(Mixing *job) {
     constexpr int64_t TOGETHER_BYTES = 1 << 20, TOGETHER = 8;
-    const int64_t cells = job->a * job->b, panels = parts(job->columns, Simd<T>::lanes);
-    const int64_t fitting = least(TOGETHER_BYTES / (cells * Simd<T>::row_bytes), panels / (2 * job->threads));
+    const int64_t cells = job->a * job->b, tiles = parts(job->columns, Simd<T>::lanes);
+    const int64_t fitting = least(TOGETHER_BYTES / (cells * Simd<T>::row_bytes), tiles / (2 * job->threads));
     const int64_t together = most(least(fitting, TOGETHER), 1);
     job->finite = 1;
-    Pieces pieces(panels, together);
-    auto work = [&] { mix_panels<T>(*job, pieces, together); };
-    on_threads(threads_for(job->threads, panels, cells * job->columns), work);
+    Pieces pieces(tiles, together);
+    auto work = [&] { mix_tiles<T>(*job, pieces, together); };
+    on_threads(threads_for(job->threads, tiles, cells * job->columns), work);
 }
 
 }  // namespace

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from obfuscatune import load, protect
-from obfuscatune.enclave.client import MatrixSource, WorkerLink
+from obfuscatune.enclave.client import MatrixSource, WorkerClient
 from obfuscatune.enclave.loading import find_directory
 from obfuscatune.enclave.local_worker import LocalWorker
 from obfuscatune.errors import ModelFileError, ProtectionError, StorageError
@@ -166,7 +166,7 @@ def test_a_protected_model_is_not_saved(directory: Path, worker: LocalWorker, tm
     assert not (tmp_path / "copy").exists()
 
 
-class KeepingLink(WorkerLink):
+class KeepingClient(WorkerClient):
     """Keeps what would make each matrix again, and whether it was closed."""
 
     def __init__(self) -> None:
@@ -182,15 +182,15 @@ class KeepingLink(WorkerLink):
 
 def test_files_that_change_under_a_run_are_noticed(directory: Path) -> None:
     """W_star of other weights, under other secrets, would give wrong numbers and no error."""
-    link = KeepingLink()
-    load(directory, link)
-    before = [source() for source in link.sources]
+    client = KeepingClient()
+    load(directory, client)
+    before = [source() for source in client.sources]
     with (directory / "model.safetensors").open("r+b") as file:  # in place: the file stays open
         header_bytes = int.from_bytes(file.read(8), "little")
         begin, _ = json.loads(file.read(header_bytes))[DOWN]["data_offsets"]
         file.seek(8 + header_bytes + begin)
         file.write(bytes(4))
-    *others, last = link.sources
+    *others, last = client.sources
     with pytest.raises(ModelFileError, match=r"other weights for model.layers.1.mlp.down_proj"):
         last()
     for source, W_star in zip(others, before, strict=False):
@@ -200,12 +200,12 @@ def test_files_that_change_under_a_run_are_noticed(directory: Path) -> None:
 def test_no_place_to_spool_leaves_no_link_open(
     directory: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    link = KeepingLink()
-    monkeypatch.setattr("obfuscatune.enclave.protect.open_link", lambda *_: link)
+    client = KeepingClient()
+    monkeypatch.setattr("obfuscatune.enclave.protect.open_client", lambda *_: client)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "absent"))
     with pytest.raises(StorageError, match="cannot write temporary files"):
         protect(AutoModelForCausalLM.from_pretrained(directory), "unix:/nowhere")
-    assert link.closed
+    assert client.closed
 
 
 def test_a_failed_protect_changes_nothing(directory: Path, worker: LocalWorker) -> None:

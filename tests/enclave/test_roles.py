@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from obfuscatune.enclave.target_layers import residual_side
+from obfuscatune.enclave.target_layers import residual_role
 from obfuscatune.errors import ProtectionError
 
 NAMED = {
@@ -22,15 +22,15 @@ NAMED = {
 
 @pytest.mark.parametrize(("name", "side"), NAMED.items())
 def test_names(name: str, side: str) -> None:
-    assert residual_side(name, 8, 8, None) == side
+    assert residual_role(name, 8, 8, None) == side
 
 
 def test_shapes_where_names_are_new() -> None:
-    assert residual_side("h.0.expand", 8, 20, 8) == "reads"
-    assert residual_side("h.0.shrink", 20, 8, 8) == "writes"
+    assert residual_role("h.0.expand", 8, 20, 8) == "reads"
+    assert residual_role("h.0.shrink", 20, 8, 8) == "writes"
 
 
 @pytest.mark.parametrize(("p", "q", "width"), [(8, 8, 8), (5, 7, 8), (8, 20, None)])
 def test_nothing_is_guessed(p: int, q: int, width: int | None) -> None:
     with pytest.raises(ProtectionError, match=r"h\.0\.mystery .* neither its name nor its shape"):
-        residual_side("h.0.mystery", p, q, width)
+        residual_role("h.0.mystery", p, q, width)

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from obfuscatune.enclave.target_layers import find_groups, find_sites
+from obfuscatune.enclave.target_layers import find_groups, find_target_layers
 from obfuscatune.errors import ProtectionError
 from tests.contract.architectures import ARCHITECTURES
 
@@ -66,15 +66,15 @@ def test_groups_of_every_architecture(case: Any) -> None:
 def test_groups_cover_the_blocks_and_nothing_else(case: Any) -> None:
     model, _, _ = case
     groups = find_groups(model, 0)
-    sites = [site for group in groups for site in group.sites]
-    assert [(site.in_features, site.out_features) for site in sites]
-    assert all(site.layer is model.get_submodule(site.path) for site in sites)
-    assert len({site.path for site in sites}) == len(sites) == len(list(find_sites(model)))
+    targets = [target for group in groups for target in group.targets]
+    assert [(target.in_features, target.out_features) for target in targets]
+    assert all(target.layer is model.get_submodule(target.path) for target in targets)
+    assert len({target.path for target in targets}) == len(targets) == len(list(find_target_layers(model)))
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    assert not any(site.layer in (head, embeddings) for site in sites)
+    assert not any(target.layer in (head, embeddings) for target in targets)
     for group in groups:
-        assert group.widths == tuple(site.out_features for site in group.sites)
-        assert {site.in_features for site in group.sites} == {group.in_features}
+        assert group.widths == tuple(target.out_features for target in group.targets)
+        assert {target.in_features for target in group.targets} == {group.in_features}
 
 
 def test_adapters_are_no_sites(case: Any) -> None:
@@ -83,7 +83,9 @@ def test_adapters_are_no_sites(case: Any) -> None:
     adapted = get_peft_model(model, LoraConfig(target_modules="all-linear", **lora))
     try:
         assert names(adapted) == [f"base_model.model.{name}" for name in plain]
-        assert all(".base_layer" in site.path and ".base_layer" not in site.name for site in find_sites(adapted))
+        assert all(
+            ".base_layer" in target.path and ".base_layer" not in target.name for target in find_target_layers(adapted)
+        )
     finally:
         adapted.unload()
 

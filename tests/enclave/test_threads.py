@@ -9,13 +9,13 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from obfuscatune.enclave.threads import in_lanes
+from obfuscatune.enclave.threads import map_in_threads
 
 
 @pytest.mark.parametrize("places", [1, 2, 3])
 @pytest.mark.parametrize("count", [0, 1, 2, 5])
 def test_results_come_in_order(count: int, places: int) -> None:
-    with in_lanes(lambda item, place, in_turn: item, range(count), range(places)) as results:
+    with map_in_threads(lambda item, place, in_turn: item, range(count), range(places)) as results:
         assert list(results) == list(range(count))
 
 
@@ -30,7 +30,7 @@ def test_there_are_as_many_at_a_time_as_places_and_no_two_have_one() -> None:
         taken.remove(place)
         return item
 
-    with in_lanes(work, range(6), ["here", "there"]) as results:
+    with map_in_threads(work, range(6), ["here", "there"]) as results:
         assert list(results) == list(range(6))
 
 
@@ -38,7 +38,7 @@ def test_they_share_the_threads() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        with in_lanes(lambda item, place, in_turn: torch.get_num_threads(), range(4), range(2)) as results:
+        with map_in_threads(lambda item, place, in_turn: torch.get_num_threads(), range(4), range(2)) as results:
             assert list(results) == [1] * 4
         found: list[int] = []
         later = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
@@ -55,7 +55,7 @@ def test_what_one_raises_is_raised_in_its_turn() -> None:
             raise ValueError("the second")
         return item
 
-    with pytest.raises(ValueError, match="the second"), in_lanes(work, range(3), range(2)) as results:
+    with pytest.raises(ValueError, match="the second"), map_in_threads(work, range(3), range(2)) as results:
         assert next(results) == 0
         next(results)
 
@@ -85,7 +85,7 @@ def test_who_leaves_early_waits_for_what_runs(reason: type[BaseException], break
         broken_off.append("ended")
         assert sorted(finished) == [0, 1, 2]
 
-    with pytest.raises(reason), in_lanes(work, range(5), range(2), break_off) as results:
+    with pytest.raises(reason), map_in_threads(work, range(5), range(2), break_off) as results:
         next(results)
         begun[1].wait(30), begun[2].wait(30)
         if not breaks_off:
@@ -111,7 +111,7 @@ def test_what_is_done_in_turn_is_done_in_order() -> None:
         done.append(item)
         return item
 
-    with in_lanes(work, range(5), range(2)) as results:
+    with map_in_threads(work, range(5), range(2)) as results:
         assert [next(results), next(results)] == [0, 1]
         with pytest.raises(ValueError):
             next(results)
