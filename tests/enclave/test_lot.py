@@ -131,8 +131,8 @@ def test_after_a_wrong_product_the_worker_is_asked_nothing_more() -> None:
     client.store(OTHER, lambda: torch.eye(4), shape=(4, 4), dtype=F32)
     offloaded.ask(3)
     answered, under_way = (offloaded.product.start_forward(torch.randn(3, P)) for _ in range(2))
-    assert answered.pending is not None
-    answered.pending.result()
+    assert answered.sent is not None
+    answered.sent.request.result()
     offloaded.tamper(lambda out: out.zero_())
     with pytest.raises(WrongProduct, match=TEXT) as first:
         offloaded.ask(3)

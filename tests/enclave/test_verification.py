@@ -182,7 +182,7 @@ def test_vectors_are_fresh_and_some_requests_are_spared() -> None:
     W = torch.randn(20, 30)
     verifier = Verifier(W, KEY.stream("share"), 0.25)
     x = torch.randn(3, 20)
-    drawn = [verifier.check_for(lambda v: (x @ v).double(), x.dtype, 1.0, x.dtype, False) for _ in range(400)]
+    drawn = [verifier.check_for(lambda v: (x @ v).double(), 1.0, x.dtype, transpose=False) for _ in range(400)]
     assert 60 < sum(check(x @ W) for check in drawn) < 140
     probes = [verifier.probe(transpose=False) for _ in range(100)]
     assert not torch.allclose(probes[0].r, probes[1].r, atol=0.1)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from obfuscatune.enclave.obfuscation import is_finer
 from obfuscatune.enclave.observer import span
 from obfuscatune.enclave.transforms import Transform
 from obfuscatune.enclave.verification import Check, Verifier
-from obfuscatune.errors import BadReply, ProtectionError
+from obfuscatune.errors import BadReply
 
 if TYPE_CHECKING:
     from obfuscatune.enclave.kernels.native import RotationOfFew
@@ -36,14 +36,8 @@ if TYPE_CHECKING:
 
 Observe = Callable[[Tensor, bool], None]
 """See `Observer.requested`."""
-
-
-@dataclass(frozen=True)
-class FewWay:
-    """How few rows go through a product, one way: turned by `turn`, and what came by `back`."""
-
-    turn: RotationOfFew
-    back: RotationOfFew
+TurnBack = Callable[[Tensor, Tensor | None, torch.dtype], Tensor]
+"""Of an unmixed product, a bias or None, and the dtype that is asked for: the product, rotated back, plus the bias."""
 
 
 @dataclass(frozen=True)
@@ -59,34 +53,129 @@ class Held:
     """The power of two that it was multiplied by, to be in the range of its dtype (`obfuscate.in_range`)."""
 
 
-@dataclass(frozen=True)
-class InFlight:
-    """A crossing that was started: what undoes its mixing, and the reply to come; both None where no row crosses."""
+class Passage(Protocol):
+    """How the rows of one request are laid down where they are sent from, and what comes of their product.
 
-    like: Tensor
-    """Of the dtype and on the device of what was asked; of few rows, these themselves."""
-    mixing: Mixing | FewMixing | None = None
-    pending: ProductRequest | None = None
-    check: Check | None = None
-    """Decides whether the product, in memory of our own, is verified, and does it; None where none is."""
-    few: FewWay | None = None
-    """Where few rows cross: the mixing is a `FewMixing` then."""
-    held: Held | None = None
-    """The matrix that the rows were sent for."""
+    There is one for few rows, a kernel each way, and one for many. Both are driven by the same steps.
+    """
 
-    def scaled_back(self, y: Tensor, dtype: torch.dtype, *, transpose: bool) -> Tensor:
-        """The unmixed product y (n, q) of rows that travelled in `dtype`, without the scales of rows and matrix.
+    @property
+    def mixing(self) -> Mixing | FewMixing:
+        """The secrets of this request."""
+
+    def lay_down(self, X_star: Tensor) -> bool:
+        """Rotate and mix the rows into X* (m, p); whether all of it is known to be finite.
 
         Raises:
-            WrongProduct: it is larger than rows and matrix can make it, whatever the lot says; see `Verifier.bound`.
+            NonFiniteError: the rows contain NaN or infinity.
         """
-        if self.held is None or self.mixing is None:
-            raise ProtectionError("a crossing was finished without what it was begun with")
-        if self.held.verifier is not None:
-            self.held.verifier.bound(y, self.mixing.rows, self.mixing.size, dtype, transpose=transpose)
-        if self.held.scale != 1:
-            y.mul_(1 / self.held.scale)
-        return self.mixing.scaled_back(y)
+
+    def image(self, v: Tensor) -> Tensor:
+        """X* v (m, k), float64, for v (p, k), of the rows that were laid down, without reading X* back."""
+
+    def take_up(self, Y_star: Tensor) -> Tensor:
+        """Y* (m, q) -> (n, q) without the shield rows, still scaled; memory of its own.
+
+        Raises:
+            BadReply: the product contains NaN or infinity.
+        """
+
+    def turn_back(self, y: Tensor, bias: Tensor | None) -> Tensor:
+        """(n, q) -> the rows that were asked for, in the dtype of what was asked, plus the bias (q,), if any."""
+
+
+@dataclass(frozen=True)
+class FewWay:
+    """How few rows go through a product, one way: turned by `turn`, and what came by `back`."""
+
+    turn: RotationOfFew
+    back: RotationOfFew
+
+
+class FewRows:
+    """The passage of few rows on the CPU: a kernel lays them down; one takes up their product and turns it back."""
+
+    def __init__(self, x: Tensor, way: FewWay, mixing: FewMixing) -> None:
+        self.mixing = mixing
+        self._way, self._n, self._dtype = way, x.shape[0], x.dtype
+        self._scaled = mixing.scaled(x)
+
+    def lay_down(self, X_star: Tensor) -> bool:
+        """See `Passage`."""
+        self._way.turn.send(self._scaled, self.mixing.secrets, X_star)
+        return True
+
+    def image(self, v: Tensor) -> Tensor:
+        """See `Passage`."""
+        return self.mixing.image(v.to(self._dtype))
+
+    def take_up(self, Y_star: Tensor) -> Tensor:
+        """See `Passage`."""
+        y = torch.empty(self._n, self._way.back.dim, dtype=self._dtype)
+        if not self._way.back.receive(Y_star, self.mixing.secrets, y):
+            raise BadReply(NOT_FINITE)
+        return y
+
+    def turn_back(self, y: Tensor, bias: Tensor | None) -> Tensor:
+        """See `Passage`: it has been turned back."""
+        return y if bias is None else y.add_(bias)
+
+
+class ManyRows:
+    """The passage of any number of rows, on any device, in any dtype: rotated and mixed; unmixed and rotated back."""
+
+    def __init__(self, x: Tensor, rotate: Callable[[Tensor], Tensor], turn_back: TurnBack, mixing: Mixing) -> None:
+        self.mixing = mixing
+        self._dtype, self._device, self._turn_back = x.dtype, x.device, turn_back
+        with span("obfuscatune.mix"):
+            scaled = mixing.scaled(x)
+        with span("obfuscatune.rotate"):
+            self._rotated = rotate(scaled)  # (n, p)
+
+    def lay_down(self, X_star: Tensor) -> bool:
+        """See `Passage`. Rows are rounded once, to the dtype that they travel in."""
+        rotated = self._rotated
+        as_sent = rotated.dtype == X_star.dtype and rotated.device.type == "cpu"
+        mixed = X_star if as_sent else rotated.new_empty(X_star.shape)
+        self.mixing.mix(rotated, mixed)
+        if not as_sent:
+            X_star.copy_(mixed)
+        return as_sent
+
+    def image(self, v: Tensor) -> Tensor:
+        """See `Passage`."""
+        return self.mixing.image(self._rotated, v.to(self._rotated.dtype))
+
+    def take_up(self, Y_star: Tensor) -> Tensor:
+        """See `Passage`."""
+        return self.mixing.unmix(_widen(Y_star.to(self._device)))
+
+    def turn_back(self, y: Tensor, bias: Tensor | None) -> Tensor:
+        """See `Passage`."""
+        with span("obfuscatune.rotate"):
+            return self._turn_back(y, bias, self._dtype)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Rows that were sent, the reply to come, and what undoes what was done to them."""
+
+    passage: Passage
+    request: ProductRequest
+    held: Held
+    """The matrix that the rows were sent for."""
+    check: Check | None
+    """Decides whether the product, in memory of our own, is verified, and does it; None where none is."""
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """A crossing that was started."""
+
+    like: Tensor
+    """(0, width) of the answer, of the dtype and on the device of what was asked: the answer where no row crosses."""
+    sent: Sent | None = None
+    """None where no row crosses."""
 
 
 class OffloadedProduct:
@@ -105,7 +194,7 @@ class OffloadedProduct:
         """A product with a matrix that the worker holds.
 
         Args:
-            link, held, R_in, R_out, mixer: the worker, W_star there, and the secrets around it.
+            client, held, R_in, R_out, mixer: the worker, W_star there, and the secrets around it.
             send_in: sends W_star once more, in another dtype; None where rows always travel in the one of `held`.
             observe: called with the plain rows of each request, and whether they are for W's transpose.
         """
@@ -149,108 +238,63 @@ class OffloadedProduct:
 
     def start_forward(self, x: Tensor) -> InFlight:
         """Send x (n, p)."""
-        self._tell(x, transposed=False)
-        few = self._send_few(x, transpose=False)
-        if few is not None:
-            return few
-        return self._send(x, self._R_in.apply, transpose=False)
+        return self._start(x, transpose=False)
 
     def finish_forward(self, crossing: InFlight, bias: Tensor | None = None) -> Tensor:
         """y = x W + b (n, q), in x's dtype and on its device; memory of its own. `bias`: b (q,), likewise.
 
         Raises:
-            BadReply: the product is not finite. The link asks this worker nothing any more, as after the next.
+            BadReply: the product is not finite. The client asks this worker nothing any more, as after the next.
             WrongProduct: it is not the product.
             WireError: see `WorkerClient.multiply`.
         """
-        if crossing.few is not None:
-            y = self._receive_few(crossing, crossing.few, transpose=False)
-            return y if bias is None else y.add_(bias)
-        unmixed = self._receive(crossing, transpose=False)  # (n, q)
-        with span("obfuscatune.rotate"):
-            if bias is not None and bias.dtype == unmixed.dtype == crossing.like.dtype:
-                return self._R_out.inverse_plus(unmixed, bias)
-            y = self._R_out.inverse(unmixed).to(crossing.like.dtype)
-            return y if bias is None else y.add_(bias)
+        return self._finish(crossing, bias, transpose=False)
 
     def start_backward(self, g: Tensor) -> InFlight:
         """Send g (n, q)."""
-        self._tell(g, transposed=True)
-        few = self._send_few(g, transpose=True)
-        if few is not None:
-            return few
-        return self._send(g, self._R_out.inverse_transpose, transpose=True)
+        return self._start(g, transpose=True)
 
     def finish_backward(self, crossing: InFlight) -> Tensor:
         """dx = g Wᵀ (n, p), in g's dtype and on its device; memory of its own. Raises as `finish_forward` does."""
-        if crossing.few is not None:
-            return self._receive_few(crossing, crossing.few, transpose=True)
-        unmixed = self._receive(crossing, transpose=True)  # (n, p)
-        with span("obfuscatune.rotate"):
-            return self._R_in.apply_transpose(unmixed).to(crossing.like.dtype)
+        return self._finish(crossing, None, transpose=True)
 
-    def _tell(self, rows: Tensor, *, transposed: bool) -> None:
-        if self._observe is not None and rows.shape[0]:
-            self._observe(rows, transposed)
-
-    def _send(self, x: Tensor, rotate: Callable[[Tensor], Tensor], *, transpose: bool) -> InFlight:
-        """Scale, rotate, mix and send rows; they are rounded once, to the dtype that they travel in."""
-        like, held = x.new_empty(0), self._held
-        dtype = held.dtype or like.dtype
+    def _start(self, x: Tensor, *, transpose: bool) -> InFlight:
+        """Lay rows down and send them."""
+        there, back = (self._R_out, self._R_in) if transpose else (self._R_in, self._R_out)
+        like, held = x.new_empty(0, back.dim), self._held
         if x.shape[0] == 0:
             return InFlight(like)
+        if self._observe is not None:
+            self._observe(x, transpose)
+        dtype = held.dtype or x.dtype
+        passage = self._passage(x, dtype, transpose=transpose)
+        mixing = passage.mixing
         with span("obfuscatune.mix"):
-            A = self._mixer.draw(*x.shape)
-            scaled = A.scaled(x)
-        with span("obfuscatune.rotate"):
-            rotated = rotate(scaled)  # (n, p)
-        with span("obfuscatune.mix"):
-            X_star = self._client.allocate(A.rows, rotated.shape[1], dtype)  # (m, p)
-            as_sent = rotated.dtype == dtype and rotated.device.type == "cpu"
-            mixed = X_star if as_sent else rotated.new_empty(X_star.shape)
-            A.mix(rotated, mixed)
-            if not as_sent:
-                X_star.copy_(mixed)
+            X_star = self._client.allocate(mixing.rows, there.dim, dtype)  # (m, p)
+            finite = passage.lay_down(X_star)
         with span("obfuscatune.send"):
-            pending = self._client.submit(
-                held.matrix_id, X_star, transpose=transpose, known_finite=as_sent, product_unchecked=True
+            request = self._client.submit(
+                held.matrix_id, X_star, transpose=transpose, known_finite=finite, product_unchecked=True
             )
-        check = _check(held.verifier, lambda v: A.image(rotated, v), rotated.dtype, A.size, dtype, transpose)
-        return InFlight(like, A, pending, check, held=held)
+        check = None
+        if held.verifier is not None:
+            with span("obfuscatune.verify"):
+                check = held.verifier.check_for(passage.image, mixing.size, dtype, transpose=transpose)
+        return InFlight(like, Sent(passage, request, held, check))
 
-    def _send_few(self, x: Tensor, *, transpose: bool) -> InFlight | None:
-        """Send few rows x (n, p), or (n, q): turned, mixed and laid where they are sent from by one kernel.
-
-        None where there is no such kernel.
-        """
-        n, held = x.shape[0], self._held
-        is_few = 0 < n <= DENSE_BELOW and x.device.type == "cpu" and held.dtype in (None, x.dtype)
-        way = self._way(x, transpose=transpose) if is_few else None
-        mixing = None if way is None else self._mixer.draw_few(n, way.turn.dim, x.dtype)
-        if way is None or mixing is None:
-            return None
+    def _passage(self, x: Tensor, dtype: torch.dtype, *, transpose: bool) -> Passage:
+        """That for few rows, where there are few and kernels for them; else that for many."""
+        if x.shape[0] <= DENSE_BELOW and x.device.type == "cpu" and x.dtype == dtype:
+            way = self._way(x, transpose=transpose)
+            few = None if way is None else self._mixer.draw_few(x.shape[0], way.turn.dim, x.dtype)
+            if way is not None and few is not None:
+                with span("obfuscatune.mix"):
+                    return FewRows(x, way, few)
         with span("obfuscatune.mix"):
-            scaled = mixing.scaled(x)
-            X_star = self._client.allocate(mixing.rows, way.turn.dim, x.dtype)
-            way.turn.send(scaled, mixing.secrets, X_star)
-        with span("obfuscatune.send"):
-            pending = self._client.submit(
-                held.matrix_id, X_star, transpose=transpose, known_finite=True, product_unchecked=True
-            )
-        check = _check(held.verifier, mixing.image, x.dtype, mixing.size, x.dtype, transpose)
-        return InFlight(x, mixing, pending, check, way, held)
-
-    def _receive_few(self, crossing: InFlight, way: FewWay, *, transpose: bool) -> Tensor:
-        """Wait for the product; unmixed and turned back by one kernel: (n, q), or (n, p)."""
-        x, mixing, pending = crossing.like, crossing.mixing, crossing.pending
-        if not isinstance(mixing, FewMixing) or pending is None:
-            raise ProtectionError("a crossing of few rows was finished without what it was begun with")
-        Y_star = self._awaited(pending, crossing.check)  # (m, q)
-        with span("obfuscatune.mix"), self._client.refusing():
-            y = x.new_empty(x.shape[0], way.back.dim)
-            if not way.back.receive(Y_star, mixing.secrets, y):
-                raise BadReply(NOT_FINITE)
-            return crossing.scaled_back(y, x.dtype, transpose=transpose)
+            mixing = self._mixer.draw(*x.shape)
+        if transpose:
+            return ManyRows(x, self._R_out.inverse_transpose, self._turn_back_gradient, mixing)
+        return ManyRows(x, self._R_in.apply, self._turn_back_product, mixing)
 
     def _way(self, x: Tensor, *, transpose: bool) -> FewWay | None:
         key = x.shape[0], x.dtype, transpose
@@ -261,46 +305,48 @@ class OffloadedProduct:
             self._ways[key] = None if turn is None or turn_back is None else FewWay(turn, turn_back)
         return self._ways[key]
 
-    def _receive(self, crossing: InFlight, *, transpose: bool) -> Tensor:
-        """Wait for the product and unmix it: (n, q), or (n, p)."""
-        width = (self._R_in if transpose else self._R_out).dim
-        like = crossing.like
-        if crossing.mixing is None or crossing.pending is None or isinstance(crossing.mixing, FewMixing):
-            return _widen(like).new_zeros(0, width)
-        Y_star = self._awaited(crossing.pending, crossing.check)  # (m, width)
-        with span("obfuscatune.mix"), self._client.refusing():
-            y = crossing.mixing.unmix(_widen(Y_star.to(like.device)))
-            return crossing.scaled_back(y, crossing.pending.dtype, transpose=transpose)
+    def _finish(self, crossing: InFlight, bias: Tensor | None, *, transpose: bool) -> Tensor:
+        """Wait for the product, verify it where it is to be verified, take it up and turn it back.
 
-    def _awaited(self, pending: ProductRequest, check: Check | None) -> Tensor:
+        Whatever the lot says, no product passes that is larger than rows and matrix can make it (`Verifier.bound`).
+        """
+        if crossing.sent is None:
+            return crossing.like
+        passage, request, held = crossing.sent.passage, crossing.sent.request, crossing.sent.held
+        Y_star = self._awaited(request, crossing.sent.check)  # (m, q)
+        with span("obfuscatune.mix"), self._client.refusing():
+            y = passage.take_up(Y_star)  # (n, q)
+            if held.verifier is not None:
+                mixing = passage.mixing
+                held.verifier.bound(y, mixing.rows, mixing.size, request.dtype, transpose=transpose)
+            if held.scale != 1:
+                y.mul_(1 / held.scale)
+            y = passage.mixing.scaled_back(y)
+        return passage.turn_back(y, bias)
+
+    def _awaited(self, request: ProductRequest, check: Check | None) -> Tensor:
         """Wait for the product Y* (m, q), and verify it where it is to be verified.
 
         Where some products are verified every one is copied out of the worker's reach, and only then the lot is drawn:
         a check of what the worker can still change would be none, and a copy of the checked ones alone would show.
         """
         with span("obfuscatune.wait"):
-            Y_star = pending.result()
+            Y_star = request.result()
         if check is None:
             return Y_star
         with span("obfuscatune.verify"), self._client.refusing():
-            own = _widen(pending.own(Y_star))
+            own = _widen(request.own(Y_star))
             self._client.stats.verified += check(own)
         return own
 
+    def _turn_back_product(self, y: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        if bias is not None and bias.dtype == y.dtype == dtype:
+            return self._R_out.inverse_plus(y, bias)
+        y = self._R_out.inverse(y).to(dtype)
+        return y if bias is None else y.add_(bias)
 
-def _check(
-    verifier: Verifier | None,
-    image: Callable[[Tensor], Tensor],
-    rows: torch.dtype,
-    scale: float,
-    dtype: torch.dtype,
-    transpose: bool,
-) -> Check | None:
-    """See `Verifier.check_for`; None where no product is verified. To be called once the rows are sent."""
-    if verifier is None:
-        return None
-    with span("obfuscatune.verify"):
-        return verifier.check_for(image, rows, scale, dtype, transpose)
+    def _turn_back_gradient(self, y: Tensor, _bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return self._R_in.apply_transpose(y).to(dtype)
 
 
 def _widen(x: Tensor) -> Tensor:

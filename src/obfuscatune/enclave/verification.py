@@ -155,13 +155,12 @@ class Verifier:
         return Probe(vectors @ c, images @ c, self._norm)
 
     def check_for(
-        self, image: Callable[[Tensor], Tensor], rows: torch.dtype, scale: float, dtype: torch.dtype, transpose: bool
+        self, image: Callable[[Tensor], Tensor], scale: float, dtype: torch.dtype, *, transpose: bool
     ) -> Check:
         """The check of one request. To be called once it is sent, and what comes of it once the product is here.
 
         Args:
-            image: makes X* v, float64, of v in the dtype `rows`.
-            rows: see `image`.
+            image: makes X* v, float64, of v.
             scale: see `Probe.check`.
             dtype: in which rows and product travel.
             transpose: whether the rows are multiplied by W*ᵀ.
@@ -169,7 +168,7 @@ class Verifier:
 
         def prepare() -> tuple[Probe, Tensor]:
             probe = self.probe(transpose=transpose)
-            return probe, image(probe.v.to(rows)).to(probe.v.device)
+            return probe, image(probe.v).to(probe.v.device)
 
         prepared = prepare() if self._share >= 1 else None  # there is no lot to be kept secret: while it is computed
 
