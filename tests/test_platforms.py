@@ -24,7 +24,7 @@ from tests.worker.serving import serving
 with serving(pathlib.Path(sys.argv[1])) as worker, WorkerClient.open(str(worker.address)) as link:
     W = torch.arange(30.0).view(5, 6)
     link.store(b"1" * 16, lambda: W, shape=(5, 6), dtype=W.dtype)
-    rows = link.lend(3, 5, W.dtype).fill_(2)
+    rows = link.allocate(3, 5, W.dtype).fill_(2)
     assert torch.equal(link.multiply(b"1" * 16, rows, transpose=False), rows @ W)
     assert link._driver.allocator is None
     assert worker.address.path.stat().st_mode & 0o777 == 0o600

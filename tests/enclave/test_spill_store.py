@@ -83,10 +83,10 @@ import torch
 from obfuscatune.enclave.spill_store import SpillStore
 from obfuscatune.errors import StorageError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-spill store = SpillStore(Path(sys.argv[1]))
+spill_store = SpillStore(Path(sys.argv[1]))
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
-    spill store.keep(torch.zeros(1000, 1000))
+    spill_store.keep(torch.zeros(1000, 1000))
 except StorageError as error:
     print(error)
 """

@@ -22,7 +22,7 @@ from obfuscatune.errors import (
 )
 from obfuscatune.protocol.messages import REPLIES, ErrorCode, Header, MessageType
 from tests.enclave.client.peers import MemoryTransport, MemoryWorker, Mischief
-from tests.enclave.client.test_worker_link import ID, OTHER, QUICK, W, X, linked
+from tests.enclave.client.test_client import ID, OTHER, QUICK, W, X, linked
 
 SPEC = (Path(__file__).parents[3] / "docs" / "spec" / "wire.md").read_text()
 REMEDIES = dict(re.findall(r"^\| \d \| ([A-Z_]+) \| .* \| ([^|]+?) \|$", SPEC.split("\n## Errors")[1], re.MULTILINE))

@@ -26,7 +26,7 @@ from obfuscatune.errors import (
 from obfuscatune.protocol.messages import HEADER_BYTES, REPLIES, ErrorCode, Header, MessageType
 from obfuscatune.protocol.tensors import DType
 from tests.enclave.client.peers import MemoryTransport, MemoryWorker, Mischief
-from tests.enclave.client.test_worker_link import ID, QUICK, W, X, linked
+from tests.enclave.client.test_client import ID, QUICK, W, X, linked
 from tests.protocol.mutation import mutated
 
 
