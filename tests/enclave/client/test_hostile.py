@@ -187,7 +187,7 @@ def test_swapped_ids_are_not_ours_to_find() -> None:
 
 
 @pytest.mark.parametrize(
-    ("greeting", "error"),
+    ("handshake", "error"),
     [
         (lambda data: None, DeadlineExceeded),
         (lambda data: data[:60], Truncated),
