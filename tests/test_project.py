@@ -68,4 +68,6 @@ def test_the_version_stands_where_releases_are_told_of() -> None:
 def test_the_reference_has_every_public_name() -> None:
     page = (ROOT / "docs/reference/api.md").read_text("utf-8")
     shown = re.findall(r"^::: obfuscatune\.(\w+)$", page, re.MULTILINE)
-    assert sorted([*shown, "ObfuscaTuneError", "__version__"]) == sorted(obfuscatune.__all__)  # errors have their page
+    assert sorted([*shown, "ObfuscaTuneError", "__version__", "errors"]) == sorted(
+        obfuscatune.__all__
+    )  # errors have their page

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from obfuscatune.version import __version__
 
 if TYPE_CHECKING:
+    from obfuscatune import errors as errors
     from obfuscatune.enclave.client import RetryPolicy, WorkerClient
     from obfuscatune.enclave.keys import RootKey
     from obfuscatune.enclave.loading import load
@@ -42,6 +43,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return import_module(f"{__name__}.errors")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if line := import_module(f"{__name__}.machine").refusal():
@@ -65,6 +68,7 @@ __all__ = [
     "TlsConfig",
     "WorkerClient",
     "__version__",
+    "errors",
     "load",
     "local_worker",
     "protect",
