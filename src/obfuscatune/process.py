@@ -9,7 +9,8 @@ Two defaults cost a protected run dearly, because enclave and worker take turns 
 
 And OpenMP starts as many threads as the host has cores, where the process is in a container that is given fewer.
 
-What a forked child must not share with its parent: a connection, a lock that a thread held, another process.
+`begin_anew_in_children` is for what a forked child must not share with its parent: a connection, a lock that a thread
+held, another process.
 
 Of the parent's threads a child has only the one that forked, so a lock that another one held stays held for ever; and
 bytes that both send on one connection, or write into one shared memory, would be taken for each other's.

@@ -1,10 +1,10 @@
-"""Which profiles are audited: presets by name, single knobs changed, and controls that protect little or nothing.
+"""Which profiles are audited, and what each kind of attacker is given.
 
-private                    the preset
-private:first_blocks=0     the same with a knob changed
-identity, rotation         unsafe controls, on which attacks must succeed
+    private                    the preset
+    private:first_blocks=0     the same with a knob changed
+    identity, rotation         unsafe controls, on which attacks must succeed
 
-Gives each kind of attacker what it has: nothing, public text, the public base run on it, some plain rows.
+An attacker has nothing, public text, the public base run on it, or some plain rows.
 """
 
 from __future__ import annotations

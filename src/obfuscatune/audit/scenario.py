@@ -1,9 +1,9 @@
-"""How the audited model is built, as an attacker may know it: by its configuration, with weights of its own.
-
-What an audited run works on: a secret model, its public base, private text, and public text of the same kind.
+"""What an audited run works on: a secret model, its public base, private text, and public text of the same kind.
 
 text file  ->  windows of equal length  ->  private ones: trained on, prompted with;  public ones: the attacker's
 base       ->  tuned as a whole on private text  ->  the secret model
+
+An attacker knows how the audited model is built: its configuration, with weights of its own.
 """
 
 from __future__ import annotations

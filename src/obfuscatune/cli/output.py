@@ -1,6 +1,6 @@
-"""Text into and out of the process, whatever bytes come in and whatever the terminal can show.
+"""What users see: progress and notices on stderr, results on stdout, with `--json` one document and nothing else.
 
-What users see: progress and notices on stderr, results on stdout, with `--json` one document and nothing else.
+Text goes in and out whatever bytes come and whatever the terminal can show.
 """
 
 import codecs

@@ -1,6 +1,7 @@
-"""`obfuscatune finetune --preview`: what the model will see of the records, and what of it is trained on.
+"""What `obfuscatune finetune` shows instead of running.
 
-`obfuscatune finetune --dry-run`: everything checked and counted, nothing sent, nothing written.
+--preview   what the model will see of the records, and what of it is trained on
+--dry-run   everything checked and counted, nothing sent, nothing written
 """
 
 import unicodedata

@@ -1,6 +1,6 @@
-"""SIGTERM and SIGHUP: finish what must not be broken off, or end in good order at once.
+"""A model made ready for a command, protected or plain, and its worker put away afterwards.
 
-A model made ready for a command, protected or plain, and its worker put away afterwards.
+SIGTERM and SIGHUP finish what must not be broken off, or end the command in good order at once.
 """
 
 import signal

@@ -1,7 +1,4 @@
-"""One side of the demo, protected or plain: ask, fine-tune, ask again.
-
-The whole demo, from its settings to its result.
-"""
+"""The whole demo, from its settings to its result: for each side, ask, fine-tune, ask again."""
 
 import time
 from collections.abc import Callable, Sequence

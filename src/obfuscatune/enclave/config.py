@@ -1,12 +1,10 @@
-"""What a model's configuration files say: `config.json`, `generation_config.json`.
+"""What a model's configuration files say, and the model that they describe, without weights.
+
+    config.json  ->  the class built on the meta device  ->  dtypes as `from_pretrained` has them  ->  buffers filled in
 
 The files are the provider's word, and no code of theirs is run: `auto_map` is dropped, `trust_remote_code` is False in
 every call, and an attention or experts implementation that would fetch a kernel from the hub is refused. Nothing here
 reads standard input.
-
-The model that a configuration describes, without weights: parameters on the meta device, other buffers as they are.
-
-configuration  ->  the class built on the meta device  ->  dtypes as `from_pretrained` has them  ->  buffers filled in
 
 Nothing of torch or transformers is patched and no default of the process is set, so that several threads may build
 models at once: a mode of the building thread alone says where and in which dtype tensors are made.

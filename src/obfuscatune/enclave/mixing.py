@@ -1,31 +1,23 @@
-"""Rows scaled to one size before they are mixed, and their products scaled back.
-
-Mixing spreads the rounding error of each row over all: beside a row that is a thousand times as large as the others, as
-the first token's often is, the others would lose three digits. So each row is multiplied by a power of two of its own
-
-    D = diag(2^-e)    root mean square of each row of D x in (1/2, 1]
-    x -> D x  ->  mixed, multiplied, unmixed  ->  D x W  ->  D⁻¹ (D x W) = x W
-
-Powers of two round nothing. Rows of 16-bit numbers are brought to one size exactly, so that the rounding of what is
-sent costs each the same; float32, which they are scaled in, is rounded far beyond their digits.
-
-The scales stay in the enclave: of the size of a row nothing is sent.
-
-Fresh mixing of a call's rows: A [D x; N], and back.
+"""Fresh mixing of a call's rows: A [D x; N], and back.
 
     m = n + s rows, s >= the profile's shield rows; of many rows, rounded up so that m = a·b is near-square
-    D                        brings each row to a root mean square in (1/2, 1], or to 3/4 (`scaling`)
+    D = diag(2^-e)           brings each row to a root mean square in (1/2, 1], or to 3/4
     A = Q                    up to 32 rows
     A = (Q_a ⊗ Q_b) P        of more; P a permutation, Q Haar; all anew for every request
     N (s, p)                 normal, of the size of the scaled rows
 
-Both are dense: each row that the worker sees is a combination of *all* rows of the call. N is isotropic,
-so it is drawn in the worker's basis directly: N and N R are alike for orthogonal R.
+Both are dense: each row that the worker sees is a combination of *all* rows of the call. N is isotropic, so it is drawn
+in the worker's basis directly: N and N R are alike for orthogonal R.
 
-Who draws the secrets of each request, at the moment when its rows are there: A, and the shield rows N.
+**Scales.** Mixing spreads the rounding error of each row over all: beside a row that is a thousand times as large as
+the others, as the first token's often is, the others would lose three digits. So each row is multiplied by a power of
+two of its own, and its product back: D⁻¹ (D x W) = x W. Powers of two round nothing. Rows of 16-bit numbers are brought
+to one size exactly, so that the rounding of what is sent costs each the same. The scales stay in the enclave: of the
+size of a row nothing is sent.
 
-Nothing is drawn ahead. A copy of the enclave (a fork, a virtual machine that is resumed twice from one snapshot) would
-send what was drawn ahead as its original does, and the difference of the two requests would show the text's.
+**Secrets.** A and N are drawn when the rows are there, and nothing is drawn ahead. A copy of the enclave (a fork, a
+virtual machine that is resumed twice from one snapshot) would send what was drawn ahead as its original does, and the
+difference of the two requests would show the text's.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """What audits and measurements are told of a protected model: nothing is patched, and nothing changes for it.
 
-span       names the parts of a request, which `torch.profiler` shows and `obfuscatune bench` adds up
-Observer   sees secrets and plain rows; handed to `load` or `protect`
-
-Where the time of `load` went: seconds spent in each of its stages. Two matrices pass through them at a time.
+span        names the parts of a request, which `torch.profiler` shows and `obfuscatune bench` adds up
+Observer    sees secrets and plain rows; handed to `load` or `protect`
+StageClock  adds up the seconds that `load` spends in each of its stages
 """
 
 from __future__ import annotations

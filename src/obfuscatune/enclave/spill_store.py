@@ -1,11 +1,9 @@
-"""W_star on the enclave's disk, for a worker that has lost it.
+"""A group of layers on the worker, as the enclave remembers it: enough to send it again, or under new secrets.
 
-W_star is no secret from the cloud: it is what the worker holds. So it may lie on a disk that the cloud
-reads; that the cloud has not changed it is checked against a SHA-256 kept in the enclave's memory.
+    W  ->  obfuscate  ->  W_star, sent once  ->  WeightSource: W_star again for a worker that lost it; W to re-key
 
-A group of layers on the worker, as the enclave remembers it: enough to send it again, or under new secrets.
-
-W  ->  obfuscate  ->  W_star, sent once  ->  WeightSource: W_star again for a worker that lost it; W to re-key
+Where the model's files do not have W any more, W_star is kept on the enclave's disk. It is no secret from the cloud: it
+is what the worker holds. That the cloud has not changed it is checked against a SHA-256 in the enclave's memory.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""Which side of a layer the paper's scheme rotates: does it read the residual stream, or write to it?
+"""Which layers of a model go to the worker, which of them share an input, and what their role is.
+
+A layer goes if it is a linear layer inside one of the model's blocks: the children of the outermost `ModuleList` on its
+path. So does each matrix of a stack of experts. Embeddings, norms, biases, head and adapters stay in the enclave, and
+whatever else a block has of matrices: where that is much, the model is refused by name.
+
+The paper's scheme rotates one side of a layer, by its role:
 
     reads     q, k, v; gate, up, fc1     X* = X R_a, W* = R_a⁻¹ W       outputs plain outside
     writes    attention output, fc2      W* = W R_b                     inputs plain outside, O = O* R_b⁻¹
 
-Hugging Face's names tell. A name that is not known here goes by its shape: from the model's width to another
+Hugging Face's names tell the role. A name that is not known here goes by its shape: from the model's width to another
 it reads, from another to that width it writes. Where neither tells, nothing is guessed.
-
-Which layers of a model go to the worker, and which of them share an input.
-
-A layer goes if it is a linear layer inside one of the model's blocks: the children of the outermost
-`ModuleList` on its path. So does each matrix of a stack of experts. Embeddings, norms, biases, head and adapters stay
-in the enclave, and whatever else a block has of matrices: where that is much, the model is refused by name.
 """
 
 from __future__ import annotations

@@ -6,10 +6,9 @@
 Nobody has to tell it: whichever loop or optimizer trains the model, it changes parameters. (Their versions do not tell:
 fused optimizers leave them as they are.)
 
-LoRA on parameters by name (`target_parameters`): refused where a parameter lies on the worker.
-
-PEFT passes over a name that it does not find. In a protected model that would leave out, without a word, every layer
-whose weight is not in this process. So the model checks its adapters before it computes.
+LoRA on parameters by name (`target_parameters`) is refused where a parameter lies on the worker: PEFT passes over a
+name that it does not find. In a protected model that would leave out, without a word, every layer whose weight is not
+in this process. So the model checks its adapters before it computes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""Products by a few columns whose sums are long: they are to err no more than their rounding at the end would.
-
-Is a product the product? Freivalds' check (1977), for rounded arithmetic.
+"""Is a product the product? Freivalds' check (1977), for rounded arithmetic.
 
     at the upload     R (q, K) normal, secret;  V = W* R           (p, K)   once for each matrix, and for its transpose
     for a request     c (K, k), orthonormal: r = R c, v = V c                fresh
@@ -18,6 +16,8 @@ The reply can lower tau and not raise it above what |X*| |W*|, which the enclave
 
 Where only a share of the requests is checked, the lot is drawn when the product is in memory of our own, and nothing
 of the check is computed before: a worker that could tell from the time that passes would spare the checked ones.
+
+Sums of the enclave's own are made in parts (`product_in_parts`): they err no more than rounding at the end would.
 """
 
 from __future__ import annotations

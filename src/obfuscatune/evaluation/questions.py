@@ -1,6 +1,7 @@
-"""Prompts answered in the model's own words: greedy text up to the end of its first line, matched exactly.
+"""Questions put to a model: answered in its own words, or by the likelihood of given choices.
 
-A task's questions, answered by likelihood: `process_results` of lm-evaluation-harness for its choices.
+Its own words are greedy text up to the end of the first line, matched exactly. Choices are scored as `process_results`
+of lm-evaluation-harness does.
 """
 
 from collections.abc import Callable, Mapping, Sequence

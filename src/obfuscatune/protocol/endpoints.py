@@ -1,7 +1,4 @@
-"""Where a worker listens, as one writes it on a command line.
-
-The enclave's end: from an address to a connected transport.
-"""
+"""An address, as one writes it on a command line, and the enclave's end of a connection to it."""
 
 import ipaddress
 import os

@@ -1,6 +1,6 @@
-"""What not every disk offers: a folder for temporary files that can be written to, and `fsync`.
+"""Files that hold a key, or say whose key to trust: read only where nobody else could, written whole or not at all.
 
-Files that hold a key, or say whose key to trust: read only where nobody else could, written whole or not at all.
+Also what not every disk offers: a folder for temporary files that can be written to, and `fsync`.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """Messages as bytes and back. Pure: no socket, no file, no allocation beyond the message itself.
 
-Every message is a header of 56 bytes and a payload, whose length the header states: a matrix, or what `payloads` and
-`adapters` describe. `FORMS` says for each type what it may carry; `Header.unpack` holds a header against its form and
+Every message is a header of 56 bytes and a payload, whose length the header states: a matrix, or what `payloads`
+describes. `FORMS` says for each type what it may carry; `Header.unpack` holds a header against its form and
 refuses everything else. docs/spec/wire.md has the same in words.
 """
 

@@ -1,10 +1,10 @@
-"""What messages carry that is no matrix, as bytes and back. Pure, as `messages`; bodies about adapters: `adapters`.
+"""What messages carry that is no matrix, as bytes and back. Pure, as `messages`.
 
-What is said of an adapter that lies on the worker: its shape, the step that it takes. Pure, as `messages`.
+Where an adapter lies on the worker, its shape and its steps are among it. It adds
 
     y* = x* W* + s · drop(x*) A* B*       on the columns first .. first + width of W* (p, q), for each slice
 
-Everything is in the transformed basis: A* (p, r), B* (r, width).
+all in the transformed basis: A* (p, r), B* (r, width).
 """
 
 import math

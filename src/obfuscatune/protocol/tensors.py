@@ -1,7 +1,4 @@
-"""The four element types that may cross the wire.
-
-A matrix as the bytes that cross the wire: the tensor's own memory, never a copy.
-"""
+"""A matrix as the bytes that cross the wire: the tensor's own memory, never a copy. Four dtypes may cross."""
 
 import hashlib
 import math

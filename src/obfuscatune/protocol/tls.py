@@ -4,10 +4,9 @@ Two checks, either of which would do. OpenSSL verifies the chain with the pinned
 anchors; and after the handshake the SHA-256 of the peer's public key is compared with theirs, so that a pinned
 certificate that could sign others gains nothing by it.
 
-A TLS connection as a transport that one thread may read while another writes.
-
-OpenSSL forbids two threads in one connection at a time, and Python does not keep them apart. So each call into it is
-short (the socket never blocks) and made under a lock; the waiting is done outside of it.
+`TlsTransport` may be read by one thread while another writes. OpenSSL forbids two threads in one connection at a time,
+and Python does not keep them apart. So each call into it is short (the socket never blocks) and made under a lock; the
+waiting is done outside of it.
 """
 
 import contextlib

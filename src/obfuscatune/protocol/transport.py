@@ -1,9 +1,7 @@
-"""One deadline for a whole request, however many system calls it takes.
+"""A stream that carries bytes between two processes: unix socket, TCP, or TLS 1.3 over TCP.
 
-A stream that carries bytes between two processes: unix socket, TCP, or TLS 1.3 over TCP.
-
-Everything above sees only `Transport`; a test puts an adversary there. Each call waits under the deadline of
-its own request, and in its own way, so that one thread may read while another writes.
+Everything above sees only `Transport`; a test puts an adversary there. Each call waits under the deadline of its own
+request, one `Deadline` however many system calls it takes, so that one thread may read while another writes.
 """
 
 import errno

@@ -1,6 +1,6 @@
-"""Where an axis has its marks, and what they say.
+"""Line and bar charts as SVG, for a page or as files of their own: coloured by style sheets for light and dark.
 
-Line and bar charts as SVG, for a page or as files of their own: coloured by style sheets for light and dark.
+Axes have their marks at round numbers.
 """
 
 import math

@@ -1,10 +1,8 @@
-"""Numbers as people read them. Decimal prefixes: 1 kB is 1000 bytes.
+"""The document of every report, rendered by one template (templates/).
 
-What a run's times depend on: versions, processor, threads. No host name, and nothing of the user's.
-
-The document of every report, rendered by one template (templates/).
-
-A section is what a command has to show; the template knows how it looks and not what it means.
+A section is what a command has to show; the template knows how it looks and not what it means. Numbers are shown as
+people read them, with decimal prefixes: 1 kB is 1000 bytes. `environment` says what times depend on: versions,
+processor, threads; no host name, and nothing of the user's.
 """
 
 import platform

@@ -1,7 +1,4 @@
-"""Tuned cells beside the plain ones of the same task and seeds: the numbers of table 1, and whether they agree.
-
-What the reproduction must show, and whether it did.
-"""
+"""Tuned cells beside the plain ones of the same task and seeds: the numbers of table 1, and what they bear out."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""Which part of a model's parameters stays in the enclave: counted from its configuration, exactly.
+"""What protection costs: the enclave's share of the parameters, the slowdown of a step, the time to obfuscate.
 
-A protected LoRA step over a plain one, by size: `bench step` with the preset's shapes.
-
-How long a model takes from its files to under protection: `bench obfuscate` with the preset's shapes.
+The share is counted from a configuration, exactly; the others are `bench step` and `bench obfuscate` with the preset's
+shapes.
 """
 
 from __future__ import annotations

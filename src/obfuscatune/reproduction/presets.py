@@ -1,15 +1,14 @@
-"""How a model is protected in a row of a table: a profile, and the knobs that make an ablation of it.
+"""How much is measured, and how a model is protected in a row of a table: a profile and the knobs of an ablation.
 
-plain              no protection
-enclave            everything in the enclave: nothing crosses
-paper              the paper's scheme: orthogonal matrices, condition number 1
-private            our default: both sides, mixing, LoRA in the enclave
-gaussian           the paper's scheme with naive random matrices
-conditioned(8)     the paper's scheme with matrices of that condition number
+    plain              no protection
+    enclave            everything in the enclave: nothing crosses
+    paper              the paper's scheme: orthogonal matrices, condition number 1
+    private            our default: both sides, mixing, LoRA in the enclave
+    gaussian           the paper's scheme with naive random matrices
+    conditioned(8)     the paper's scheme with matrices of that condition number
 
-How much is measured. `paper` is the paper's own recipe; the others are scaled down, and named as such.
-
-`real` is for a pre-trained model of some hundred million parameters on two cores: `make reproduce-real`.
+The preset `paper` is the paper's own recipe; the others are scaled down, and named as such. `real` is for a pre-trained
+model of some hundred million parameters on two cores: `make reproduce-real`.
 """
 
 from __future__ import annotations

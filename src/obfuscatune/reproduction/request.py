@@ -1,8 +1,7 @@
-"""Where the tasks' files are: a local folder, or a data set on the hub that has the same layout.
+"""What is asked for: a preset, and what the user would have otherwise. Checked before anything is computed.
 
-What is asked for: a preset, and what the user would have otherwise. Checked before anything is computed.
-
-Every cell that a request takes, in the order in which they are done: a cell comes after those that it builds on.
+Then every cell that it takes, in the order in which they are done: a cell comes after those that it builds on. The
+tasks' files are in a local folder, or in a data set on the hub that has the same layout.
 """
 
 from __future__ import annotations

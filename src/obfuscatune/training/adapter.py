@@ -1,6 +1,4 @@
-"""LoRA factors: put on a model, and kept in files of PEFT's own format.
-
-What the loop and the checkpoints need to know of a protected model: its adapter may be elsewhere.
+"""LoRA factors: put on a model, kept in files of PEFT's own format, and stepped where they are.
 
 Whoever protects a model may move its adapter away (`protection.lora_on_worker`). It then gives an optimizer that steps
 there; gradients are clipped and moments fetched there too. Nothing else in this package asks where anything is.

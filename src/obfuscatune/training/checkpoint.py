@@ -1,6 +1,4 @@
-"""What a run is made of: to resume it, all of this must be the same.
-
-Checkpoints: the state after a step, in a directory that is whole or absent.
+"""Checkpoints: the state after a step, in a directory that is whole or absent.
 
     checkpoints/step-000050/
         adapter_model.safetensors   the factors, with adapter_config.json PEFT's own format
@@ -8,9 +6,10 @@ Checkpoints: the state after a step, in a directory that is whole or absent.
         optimizer.safetensors       AdamW's moments, `<parameter name>/<moment>`
         state.json                  step, losses so far, what the run is made of, SHA-256 of the other files
 
-The learning rate, the order of the data and the dropout's seeds are functions of the step (loop.py,
-batches.py), so no scheduler and no random state need be kept. Nothing is ever unpickled: a disk may be in other
-hands.
+The learning rate, the order of the data and the dropout's seeds are functions of the step (loop.py), so no scheduler
+and no random state need be kept. Nothing is ever unpickled: a disk may be in other hands.
+
+A run is resumed only if what it is made of is the same: recipe, data, model.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
-"""What one record of training data is: text, a prompt with its completion, or a conversation.
+"""JSON Lines and JSON arrays, read strictly: every fault is a DataError that names file and line.
 
-JSON Lines and JSON arrays, read strictly: every fault is a DataError that names file and line.
+And what a record is: text, a prompt with its completion, or a conversation.
 """
 
 import hashlib

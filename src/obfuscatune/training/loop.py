@@ -1,10 +1,9 @@
-"""Which examples go into which step, and their tensors. Both are functions of the seed and the step alone.
+"""The training loop: AdamW on the LoRA factors, the loss weighted by tokens, one event a step.
 
-The training loop: AdamW on the LoRA factors, the loss weighted by tokens, one event a step.
-
-The factors after a step depend on the factors and moments before it, the examples, the seed and the step's
-number, and on nothing else: dropout is seeded anew for every forward pass. So a run that is resumed needs no
-saved generator, and a protected and a plain run of one seed drop the same units.
+Which examples go into which step is a function of the seed and the step alone. The factors after a step depend on the
+factors and moments before it, the examples, the seed and the step's number, and on nothing else: dropout is seeded anew
+for every forward pass. So a run that is resumed needs no saved generator, and a protected and a plain run of one seed
+drop the same units.
 """
 
 import hashlib

@@ -1,9 +1,8 @@
-"""Names that users know from Hugging Face, and the recipe's fields that they mean: one table for all ways in.
+"""Everything that determines a run, from a YAML file and the command line, checked once.
 
-The same names are accepted on the command line (`--learning-rate`, `--learning_rate`), in run files and in
-`Recipe(learning_rate=...)`. docs/finetune.md shows the table, and a test compares it with this one.
-
-Everything that determines a run, from a YAML file and the command line, checked once.
+Hugging Face's names are accepted beside our own on the command line (`--learning-rate`, `--learning_rate`), in run
+files and in `Recipe(learning_rate=...)`: one table for all ways in. docs/finetune.md shows it, and a test compares the
+two.
 """
 
 from collections.abc import Hashable, Mapping

@@ -1,11 +1,9 @@
-"""A model in its plain form, for the runs that protection is compared with.
-
-One run from its recipe to its adapter, resumable whenever it ends.
+"""One run from its recipe to its adapter, resumable whenever it ends.
 
 <out>/recipe.yaml     the resolved recipe
 <out>/metrics.jsonl   a line for every step and every measurement on the eval records
 <out>/checkpoints/    the newest, and the best (checkpoint.py)
-<out>/tensorboard/    the same as metrics.jsonl, where asked for (tensorboard.py)
+<out>/tensorboard/    the same as metrics.jsonl, where asked for (journal.py)
 <out>/adapter/        the result, in PEFT's format
 <out>/run.json        what came out, once the run is complete
 """

@@ -1,9 +1,7 @@
-"""X W for few rows X and a large W, in one pass over W: what decoding asks for.
+"""All that a worker computes: rows @ W*, or rows @ W*ᵀ; and whose turn it is to compute.
 
-A BLAS copies the matrix into another order first, which pays with many rows; with few it takes several times as long as
-reading it (docs/adr/0011).
-
-All that a worker computes: rows @ W*, or rows @ W*^T; and whose turn it is to compute.
+Few rows, as decoding has them, go through a kernel that reads W* once. A BLAS copies the matrix into another order
+first, which pays with many rows; with few it takes several times as long as reading it (docs/adr/0011).
 """
 
 from __future__ import annotations

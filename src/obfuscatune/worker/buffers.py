@@ -1,12 +1,8 @@
-"""Memory for a matrix that stays: in huge pages, where the system has them.
+"""Memory for matrices that stay, and memory that a connection uses over and over.
 
-Each product reads all of W*. In pages of 4 KiB that takes some percent longer, and to touch them for the first time,
-when the matrix comes, takes longer than to receive it.
-
-Memory that a connection uses over and over.
-
-A fresh buffer of 33 MB costs 8,000 page faults, which take longer than to receive 33 MB into one that has been used
-before.
+Each product reads all of W*. Matrices lie in huge pages, where the system has them: in pages of 4 KiB a product takes
+some percent longer, and to touch them for the first time takes longer than to receive the matrix. For the same reason a
+connection keeps its buffers: a fresh one of 33 MB costs 8,000 page faults.
 """
 
 import contextlib

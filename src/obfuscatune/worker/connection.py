@@ -1,6 +1,4 @@
-"""HELLO and WELCOME: who is there, and what it may send.
-
-One connection of an enclave: its thread reads a request, answers it, and reads the next.
+"""One connection of an enclave: HELLO and WELCOME, then its thread reads a request, answers it, and reads the next.
 
 A second thread answers, in order, what would keep the first from reading: large requests, whose successors are read
 meanwhile, and replies that the socket does not take at once. It is started when it is first needed. So the reader

@@ -1,7 +1,4 @@
-"""Accepts enclaves and gives each connection its thread.
-
-From options to a running worker.
-"""
+"""From options to a running worker: accepts enclaves and gives each connection its thread."""
 
 import contextlib
 import functools

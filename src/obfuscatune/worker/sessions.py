@@ -1,6 +1,7 @@
-"""Who is connected. A session outlives its connections by a while: an enclave that comes back finds its matrices.
+"""Who is connected, and whose turn it is to compute.
 
-Whose turn it is to compute: one at a time, and of those that wait the peer that has computed least.
+A session outlives its connections by a while: an enclave that comes back finds its matrices. One session computes at a
+time; of those that wait, one of the peer that has computed least.
 """
 
 import contextlib

@@ -1,12 +1,10 @@
-"""Matrices on disk by their content, so that a second run need not upload them again.
+"""The matrices that a worker holds, each session's apart from every other's; and, on disk, by their content.
 
-A file bears the SHA-256 of dtype, shape and elements as its name, with dtype and shape beside it, and holds the
-elements alone. It is checked whenever it is read, so the folder need not be trusted; whoever names a digest had the
-matrix, or was told by someone who had. Who names it with another shape asks for another file, so that nobody can have
-one taken for damaged. All files together keep to a quota: those that were not used for longest are removed, of peers
-that have more than their share (`Quota.giving_way`).
-
-The matrices that a worker holds, each session's apart from every other's.
+On disk a second run finds what an earlier one uploaded. A file bears the SHA-256 of dtype, shape and elements as its
+name, with dtype and shape beside it, and holds the elements alone. It is checked whenever it is read, so the folder
+need not be trusted; whoever names a digest had the matrix, or was told by someone who had. Who names it with another
+shape asks for another file, so that nobody can have one taken for damaged. All files together keep to a quota: those
+that were not used for longest are removed, of peers that have more than their share (`Quota.giving_way`).
 """
 
 import contextlib

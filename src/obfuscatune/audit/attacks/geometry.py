@@ -1,6 +1,6 @@
 """What calls show of themselves whatever mixed their rows: row spaces and second moments.
 
-Where a relative of W is public: the secret bases in which W* and the traffic are written.
+Where a relative W_0 of W is public, the secret bases in which W* and the traffic are written can be found:
 
     W*  W*ᵀ  =  R_inᵀ (W Wᵀ) R_in          known on both sides but for R_in, as W ≈ W_0
     traffic  =  R_inᵀ (C) R_in + noise     C: what public text brings to the same layer

@@ -1,7 +1,4 @@
-"""What really crossed: written down on the enclave's side of an audited run, to score guesses against.
-
-Measures that several attacks share, each with its chance level and standard error.
-"""
+"""What really crossed, and measures that hold guesses against it, each with its chance level and standard error."""
 
 from __future__ import annotations
 

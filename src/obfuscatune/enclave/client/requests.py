@@ -1,9 +1,8 @@
-"""What a link keeps in mind while it waits: the products asked for, and how to make again what the worker lacks.
+"""What was asked of a worker and has no answer yet, and how to make again what it lacks.
 
-A request that works on an adapter, where `pending` has those that leave no trace on the worker.
-
-What adds to a gradient, or takes a step, must not be done twice: such a request is sent once. Should the connection
-break before its reply is there, nobody knows whether it was done, and the one way on is back to the last checkpoint.
+A `ProductRequest` leaves no trace on the worker and is sent again after a failure. An `AdapterRequest` adds to a
+gradient or takes a step, which must not be done twice: it is sent once. Should the connection break before its reply is
+there, nobody knows whether it was done, and the one way on is back to the last checkpoint.
 """
 
 from collections.abc import Callable

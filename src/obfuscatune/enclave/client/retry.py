@@ -1,7 +1,4 @@
-"""How long to insist on a worker that fails, what to say when that is over, and when not to ask it again at all.
-
-What went over the link, counted.
-"""
+"""How long to insist on a worker that fails, what to say when that is over, when not to ask it again; and counts."""
 
 import time
 from dataclasses import asdict, dataclass, replace
