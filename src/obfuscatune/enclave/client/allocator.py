@@ -14,24 +14,24 @@ from obfuscatune.protocol.shared_memory import ALIGNMENT, SharedMemory
 
 
 class Allocator:
-    """Lends matrices in shared memory; each comes back by itself when nothing refers to it any more.
+    """Allocates matrices in shared memory; each is freed by itself when nothing refers to it any more.
 
-    First fit from the start, and what came back is lent again for the same size, so that few pages are ever touched,
-    and those again and again.
+    First fit from the start. A block that was freed is used again for the same size, so that few pages are ever
+    touched, and those again and again.
     """
 
     def __init__(self, memory: SharedMemory) -> None:
         self._memory = memory
         self._start = torch.frombuffer(memory.buffer, dtype=torch.uint8).data_ptr()
-        self._blocks: dict[int, int] = {}  # offset -> bytes, in the order of the offsets; lent or kept
-        self._kept: dict[int, list[int]] = {}  # bytes -> offsets of blocks that came back
+        self._blocks: dict[int, int] = {}  # offset -> bytes, in the order of the offsets; allocated or free
+        self._unused: dict[int, list[int]] = {}  # bytes -> offsets of blocks that were freed
         self._allocated: dict[int, weakref.ref[NDArray[np.uint8]]] = {}
-        self._back: deque[int] = deque()
+        self._freed: deque[int] = deque()
         """Offsets of blocks that nothing refers to any more; they come from wherever the last reference is dropped."""
         self._lock = threading.Lock()
 
     def begin_in_child(self) -> None:
-        """In a forked child, where nothing is lent any more: only what was comes back."""
+        """In a forked child, where nothing is allocated any more: what was is only freed."""
         self._lock = threading.Lock()  # the parent's may have been held by a thread that is not here
 
     def allocate(self, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor | None:
@@ -39,15 +39,15 @@ class Allocator:
         size = rows * cols * dtype.itemsize
         room = -(-size // ALIGNMENT) * ALIGNMENT
         with self._lock:
-            while self._back:
-                self._take_back(self._back.popleft())
-            kept = self._kept.get(room)
-            offset = kept.pop() if kept else self._new(room)
+            while self._freed:
+                self._free(self._freed.popleft())
+            unused = self._unused.get(room)
+            offset = unused.pop() if unused else self._new(room)
             if offset is None:
                 return None
             block: NDArray[np.uint8] = np.frombuffer(self._memory.buffer, np.uint8, size, offset)
-            place, came_back = offset, self._back.append
-            self._allocated[place] = weakref.ref(block, lambda _: came_back(place))
+            place, freed = offset, self._freed.append
+            self._allocated[place] = weakref.ref(block, lambda _: freed(place))
         return torch.frombuffer(block, dtype=dtype).view(rows, cols)
 
     def offset_of(self, matrix: torch.Tensor) -> int | None:
@@ -56,10 +56,10 @@ class Allocator:
         return offset if offset in self._allocated else None
 
     def _new(self, room: int) -> int | None:
-        """The offset of a new block; where there is no gap, what came back is made one."""
+        """The offset of a new block; where there is no gap, free blocks are made one."""
         offset = self._gap(room)
         if offset is None and len(self._blocks) > len(self._allocated):
-            self._kept.clear()
+            self._unused.clear()
             self._blocks = {offset: size for offset, size in self._blocks.items() if offset in self._allocated}
             offset = self._gap(room)
         if offset is not None:
@@ -74,6 +74,6 @@ class Allocator:
             start = offset + size
         return start if self._memory.size - start >= room else None
 
-    def _take_back(self, offset: int) -> None:
+    def _free(self, offset: int) -> None:
         del self._allocated[offset]
-        self._kept.setdefault(self._blocks[offset], []).append(offset)
+        self._unused.setdefault(self._blocks[offset], []).append(offset)
