@@ -4,7 +4,7 @@
     forward           X* = A [D x R_in; N]     ->  Y* = X* W*    ->  y  = D⁻¹ (Aᵀ Y*)[:n] R_out⁻¹
     backward          G* = A' [D' g R_out⁻ᵀ; N'] -> D* = G* W*ᵀ  ->  dx = D'⁻¹ (A'ᵀ D*)[:n] R_inᵀ
 
-D brings all rows to one size before they are mixed (`scaling`). Exact up to rounding for any invertible R; for
+D brings all rows to one size before they are mixed (`mixing`). Exact up to rounding for any invertible R; for
 orthogonal R the inverse is the transpose and nothing is amplified. W is frozen, so there is no gradient for it and
 nothing of the activations is kept.
 
@@ -50,7 +50,7 @@ class Held:
     verifier: Verifier | None = None
     """Of the matrix as it was sent, scaled."""
     scale: float = 1.0
-    """The power of two that it was multiplied by, to be in the range of its dtype (`obfuscate.in_range`)."""
+    """The power of two that it was multiplied by, to be in the range of its dtype (`obfuscation.in_range`)."""
 
 
 class Passage(Protocol):
