@@ -61,6 +61,13 @@ def test_a_group_that_is_mounted_from_within(tmp_path: Path, own: str, mounted: 
     assert container_limits(root) == Limits(1.0, None)
 
 
+def test_a_group_that_a_sandbox_shows_without_naming_its_kind(tmp_path: Path) -> None:
+    root = system(tmp_path, own="/", cpu_max="100000 100000", memory_max=str(GIB))
+    table = root / "proc/self/mountinfo"
+    table.write_text(table.read_text().replace("cgroup2", "tmpfs"))
+    assert container_limits(root) == Limits(1.0, GIB)
+
+
 @pytest.mark.parametrize("cpu", ["max 100000", "", "junk", "100 0", "-1 100000"])
 def test_no_limit(tmp_path: Path, cpu: str) -> None:
     assert container_limits(system(tmp_path, own="/", cpu_max=cpu, memory_max="max")) == NONE

@@ -62,18 +62,18 @@ def _quota(text: str) -> float | None:
 
 def _groups(root: Path) -> Iterator[Path]:
     """Folders of this process's control group and of those around it, as far as they can be seen from here."""
+    mounts = {"/sys/fs/cgroup": "/"}  # also where mountinfo does not say so: a sandbox may show one by a bind mount
     for line in _lines(root / "proc/self/mountinfo"):
         fields, _, kind = line.partition(" - ")
         if kind.split()[:1] == ["cgroup2"]:
             mounted, mount = fields.split()[3:5]
-            break
-    else:
-        return
+            mounts[mount] = mounted
     own = [line.removeprefix("0::") for line in _lines(root / "proc/self/cgroup") if line.startswith("0::")]
     below = PurePosixPath(own[0] if own else "/")
-    inside = below.relative_to(mounted) if below.is_relative_to(mounted) else PurePosixPath()
-    for group in (inside, *inside.parents):
-        yield root / mount.lstrip("/") / group
+    for mount, mounted in mounts.items():
+        inside = below.relative_to(mounted) if below.is_relative_to(mounted) else PurePosixPath()
+        for group in (inside, *inside.parents):
+            yield root / mount.lstrip("/") / group
 
 
 def _contents(groups: list[Path], name: str) -> list[str]:

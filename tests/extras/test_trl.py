@@ -22,7 +22,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*pin_memory.*"),
 ]
 
-ROUNDING = 0.02  # of a loss: bfloat16 rounds each layer's output by 0.4 %, and the two runs round differently
+ROUNDING = {("SFT", True): 0.02, ("DPO", True): 0.06, ("SFT", False): 1e-4, ("DPO", False): 1e-4}
+"""How far a loss may be off, by trainer and whether in bfloat16. There each layer's output is rounded by 0.4 %, and the
+two runs round differently: plain DPO's losses in bfloat16 are up to 0.05 off its own in float32 on this data, and up to
+0.025 off those of the same model with weights changed by 0.1 %."""
 STORIES = [
     f"Once upon a time, there was a girl named {name}. She liked to play" for name in ("Lily", "Mia", "Ann", "Eve")
 ]
@@ -33,16 +36,18 @@ def lora() -> LoraConfig:
     return LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def losses(kind: str, model: Any, source: Path, directory: Path, wrapped: bool) -> list[float]:
-    """What the trainer logs in three steps, everything but output and pace left at its default."""
+def losses(kind: str, model: Any, source: Path, directory: Path, wrapped: bool, bf16: bool) -> list[float]:
+    """What the trainer logs in three steps, everything but output, pace and, if asked, bf16 left at its default."""
     import trl
     from datasets import Dataset
 
     examples = [{"text": story} for story in STORIES] if kind == "SFT" else PAIRS
     pace = {"max_steps": 3, "logging_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-4}
     quiet = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "dataloader_pin_memory": False}
+    if not bf16:
+        quiet["bf16"] = False
     args = getattr(trl, f"{kind}Config")(str(directory), **pace, **quiet)
-    assert args.bf16 and args.gradient_checkpointing
+    assert args.bf16 == bf16 and args.gradient_checkpointing
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     with torch.random.fork_rng():
@@ -63,15 +68,16 @@ def losses(kind: str, model: Any, source: Path, directory: Path, wrapped: bool) 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["peft_config", "PeftModel"])
 @pytest.mark.parametrize("kind", ["SFT", "DPO"])
+@pytest.mark.parametrize("bf16", [True, False], ids=["default", "float32"])
 def test_losses_are_those_of_plain(
-    worker: LocalWorker, stories260k: Path, tmp_path: Path, kind: str, wrapped: bool
+    worker: LocalWorker, stories260k: Path, tmp_path: Path, kind: str, wrapped: bool, bf16: bool
 ) -> None:
     plain = AutoModelForCausalLM.from_pretrained(stories260k)
-    expected = losses(kind, plain, stories260k, tmp_path / "plain", wrapped)
+    expected = losses(kind, plain, stories260k, tmp_path / "plain", wrapped, bf16)
     model = obfuscatune.load(stories260k, worker.address)
     try:
-        found = losses(kind, model, stories260k, tmp_path / "protected", wrapped)
+        found = losses(kind, model, stories260k, tmp_path / "protected", wrapped, bf16)
     finally:
         model.protection.close()
     assert len(expected) == 3
-    assert found == pytest.approx(expected, abs=ROUNDING)
+    assert found == pytest.approx(expected, abs=ROUNDING[kind, bf16])
