@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from obfuscatune.enclave.local_worker import local_worker
     from obfuscatune.enclave.profiles import Profile
     from obfuscatune.enclave.protect import protect
+    from obfuscatune.enclave.protection import Masking
     from obfuscatune.enclave.published import PublicBaseWarning
     from obfuscatune.enclave.training_hooks import RekeyCallback
     from obfuscatune.errors import ObfuscaTuneError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from obfuscatune.reproduction.run import reproduce
 
 _HOMES = {
+    "Masking": "enclave.protection",
     "ObfuscaTuneError": "errors",
     "Profile": "enclave.profiles",
     "PublicBaseWarning": "enclave.published",
@@ -59,6 +61,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "Masking",
     "ObfuscaTuneError",
     "Profile",
     "PublicBaseWarning",

@@ -7,6 +7,7 @@
     ├── StorageError              the disk refused: full, read-only, gone
     ├── RunStopped                a run of fine-tuning ended early because it was asked to; a checkpoint is written
     ├── ProtectionError           the enclave cannot keep its promise and stops
+    │   ├── BudgetExceeded        one more request would show more than the mask budget allows
     │   └── NonFiniteError        NaN or infinity arose inside the enclave, before anything was sent
     └── WireError                 between enclave and worker
         ├── ConnectionLost        the peer closed, died or could not be reached
@@ -85,6 +86,15 @@ class ProtectionError(ObfuscaTuneError):
     What to do:
         The message says which layer or setting. `obfuscatune inspect` shows what of a model can be
         protected.
+    """
+
+
+class BudgetExceeded(ProtectionError):
+    """One more request under masks could show the compute worker more than the mask budget allows.
+
+    What to do:
+        Save the adapter. Raise `--mask-budget` only if your data protection allows it: docs/guarded.md says what the
+        number means.
     """
 
 
@@ -188,6 +198,8 @@ class BadReply(WireError):
 
 class WrongProduct(WireError):
     """The worker's product is of the right form, finite, and not the product.
+
+    Where there are two workers, the message begins with the one that it came from.
 
     What to do:
         Do not use this worker any more. The run stopped before the product was used; resume it elsewhere.

@@ -94,7 +94,7 @@ def _widths_sent(layer: LayerPlan, *, backward: bool) -> list[int]:
 
 def _row_counter(profile: Profile) -> Callable[[int, int], int]:
     """How many rows cross for (rows, width): what the profile's mixing makes of them."""
-    mixer = KroneckerMixer(profile.shield_rows, SecretStream.fresh(), full_rank=profile.full_rank)
+    mixer = KroneckerMixer(profile.shield_rows, SecretStream.fresh(), in_buckets=profile.buckets == "ladder")
 
     @cache
     def count(rows: int, width: int) -> int:

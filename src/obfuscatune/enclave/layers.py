@@ -144,6 +144,11 @@ class SharedCrossing:
         return self._product.held.dtype
 
     @property
+    def product(self) -> OffloadedProduct:
+        """The product that layers are served by at present."""
+        return self._product
+
+    @property
     def matrix_id(self) -> bytes:
         """Under which the worker holds W_star at present."""
         return self._product.held.matrix_id

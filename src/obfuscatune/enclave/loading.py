@@ -27,8 +27,8 @@ from obfuscatune.enclave.keys import RootKey
 from obfuscatune.enclave.keywords import HubOptions, Keywords
 from obfuscatune.enclave.observer import Observer, StageClock
 from obfuscatune.enclave.profiles import Profile, resolve
-from obfuscatune.enclave.protect import Progress, adopt, open_client, released_on_failure, width_of
-from obfuscatune.enclave.protection import Protection, place
+from obfuscatune.enclave.protect import Progress, adopt, open_clients, released_on_failure, width_of
+from obfuscatune.enclave.protection import Masking, Protection, place
 from obfuscatune.enclave.published import Base, warn_of_public_base
 from obfuscatune.enclave.spill_store import Offloaded, WeightFromFiles
 from obfuscatune.enclave.target_layers import LayerGroup, find_groups
@@ -66,6 +66,8 @@ def load(
     clock: StageClock | None = None,
     base: Base | None = None,
     observer: Observer | None = None,
+    mask_worker: str | WorkerClient | None = None,
+    masking: Masking | None = None,
     **keywords: Any,
 ) -> PreTrainedModel:
     """A protected model from a local directory or from the Hugging Face hub.
@@ -84,6 +86,7 @@ def load(
         base: "closed" where the base model's weights were never public, "public" where they are; None looks for signs,
             and warns with PublicBaseWarning.
         observer: told of the secrets and of every request's plain rows, by an audit.
+        mask_worker, masking: as in `protect`.
         keywords: knobs of the profile, as in `protect`, and what `from_pretrained` takes: token, cache_dir, subfolder,
             variant, local_files_only, force_download, attn_implementation, num_labels, config, ... (keywords.py); what
             cannot be followed is refused by name.
@@ -106,10 +109,11 @@ def load(
     generation = read_generation_config(directory)
     groups = find_groups(skeleton, resolved.first_blocks) if resolved.offload else []
     weights = StoredWeights(checkpoint, skeleton)
-    client = open_client(workers, resolved, tls, deadline_s, retry)
-    protection = Protection.start(client, resolved, key, width_of(skeleton), observer)
+    masking = masking or Masking()
+    clients = open_clients(workers, mask_worker, resolved, tls, masking, deadline_s, retry)
+    protection = Protection.start(clients, resolved, key, width_of(skeleton), observer, masking)
     clock = clock or StageClock()
-    with released_on_failure(protection, workers):
+    with released_on_failure(protection, clients):
         work = partial(_offload, weights=weights, protection=protection, clock=clock)
         size = max((group.weight_bytes for group in groups), default=0)
         places = [torch.empty(size, dtype=torch.uint8) for _ in groups[:AT_A_TIME]]

@@ -157,14 +157,13 @@ class Mixing(Protocol):
 class _Scaled(ABC):
     """A mixing before which rows are scaled, and after which their products are scaled back."""
 
-    _shield_size: float
     _scales: RowScales
 
     @property
     def size(self) -> float:
         """As `Mixing.size`."""
         n = self._scales.up.shape[0]
-        shield = (self.rows - n) * self._shield_size**2
+        shield = (self.rows - n) * SIZE_OF_ROWS**2
         return math.sqrt((n * self._scales.mean_square + shield) / self.rows)
 
     @property
@@ -185,8 +184,8 @@ class _Scaled(ABC):
 class FewMixing(_Scaled):
     """The secrets of one request of few rows, as the kernels take them."""
 
-    def __init__(self, secrets: MixingOfFew, shield_size: float) -> None:
-        self.secrets, self._shield_size = secrets, shield_size
+    def __init__(self, secrets: MixingOfFew) -> None:
+        self.secrets = secrets
 
     @property
     def rows(self) -> int:
@@ -201,9 +200,8 @@ class FewMixing(_Scaled):
 class DenseMixing(_Scaled):
     """A = Q (m, m) for one request of few rows, and the source of its shield rows."""
 
-    def __init__(self, rows: int, Q: Tensor, stream: SecretStream, shield_size: float) -> None:
-        self._rows, self._Q = rows, Q
-        self._stream, self._shield_size = stream, shield_size
+    def __init__(self, rows: int, Q: Tensor, stream: SecretStream) -> None:
+        self._rows, self._Q, self._stream = rows, Q, stream
 
     @property
     def rows(self) -> int:
@@ -213,7 +211,7 @@ class DenseMixing(_Scaled):
     def mix(self, x: Tensor, out: Tensor) -> None:
         """Q [x; N] for x (n, p)."""
         shield = self._stream.normal(self.rows - self._rows, x.shape[1], dtype=x.dtype).to(x.device)
-        self._shield = shield.mul_(self._shield_size)
+        self._shield = shield.mul_(SIZE_OF_ROWS)
         rows = torch.cat([x, shield])
         kernels.kernels_for(rows).multiply(self._Q.to(x), rows, out)
 
@@ -232,8 +230,8 @@ class DenseMixing(_Scaled):
 class KroneckerMixing(_Scaled):
     """One crossing's A (m, m) for many rows, and the source of its shield rows."""
 
-    def __init__(self, A: RowMixing, stream: SecretStream, shield_size: float) -> None:
-        self._A, self._stream, self._shield_size = A, stream, shield_size
+    def __init__(self, A: RowMixing, stream: SecretStream) -> None:
+        self._A, self._stream = A, stream
         self.shield = A.Q_a.new_empty(0, 0)
         """N (s, p), once it is mixed."""
 
@@ -245,7 +243,7 @@ class KroneckerMixing(_Scaled):
     def mix(self, x: Tensor, out: Tensor) -> None:
         """A [x; N] for x (n, p)."""
         shield = self._stream.normal(self.rows - self._A.rows, x.shape[1], dtype=x.dtype)
-        self.shield = shield.mul_(self._shield_size)
+        self.shield = shield.mul_(SIZE_OF_ROWS)
         kernels.kernels_for(x).mix(x, self.shield, self._A, out)
 
     def image(self, x: Tensor, v: Tensor) -> Tensor:
@@ -303,44 +301,49 @@ class Mixer(Protocol):
         """The mixing for one request of ``rows`` rows of ``width`` elements."""
 
 
+def bucket(rows: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ...: powers of two, and three halves of them."""
+    power = 1 << max(rows - 1, 0).bit_length()
+    three_quarters = power * 3 // 4
+    return three_quarters if power >= 4 and rows <= three_quarters else power
+
+
 class KroneckerMixer:
     """Draws a fresh ``A`` and fresh shield rows for every request."""
 
-    def __init__(
-        self, shield_rows: int, stream: SecretStream, *, shield_scale: float = 1.0, full_rank: bool = False
-    ) -> None:
+    def __init__(self, shield_rows: int, stream: SecretStream, *, in_buckets: bool = False) -> None:
         """
         Args:
             shield_rows: random rows beside those of the request, at least.
             stream: `SecretStream.fresh()`, but in tests.
-            shield_scale: size of the shield rows over that of the scaled rows beside them.
-            full_rank: whether a request has at least as many rows as they have elements.
+            in_buckets: whether a request is filled up with more of them, to the next number of `bucket`.
         """
-        self._shield_rows, self._shield_size = shield_rows, shield_scale * SIZE_OF_ROWS
-        self._full_rank = full_rank
+        self._shield_rows, self._in_buckets = shield_rows, in_buckets
         self._stream = stream
+
+    def _wanted(self, rows: int) -> int:
+        m = rows + self._shield_rows
+        return bucket(m) if self._in_buckets else m
 
     def draw_few(self, rows: int, width: int, dtype: torch.dtype) -> FewMixing | None:
         """Secrets for one request of ``rows`` >= 1 rows, if A is dense."""
-        m = rows + self._shield_rows
-        if self._full_rank or m > DENSE_BELOW:
+        m = self._wanted(rows)
+        if m > DENSE_BELOW:
             return None
         drawn = self._stream.normal(m * m + (m - rows) * width, dtype=dtype)  # at once: most of it is calls
         A, stack = haar_from(drawn[: m * m].view(m, m).double()).to(dtype), torch.empty(m, width, dtype=dtype)
-        torch.mul(drawn[m * m :].view(m - rows, width), self._shield_size, out=stack[rows:])
-        return FewMixing(MixingOfFew(A, A.T.contiguous(), stack), self._shield_size)
+        torch.mul(drawn[m * m :].view(m - rows, width), SIZE_OF_ROWS, out=stack[rows:])
+        return FewMixing(MixingOfFew(A, A.T.contiguous(), stack))
 
     def draw(self, rows: int, width: int) -> Mixing:
         """Secrets for one request of ``rows`` >= 1 rows of ``width`` elements."""
-        wanted = rows + self._shield_rows
-        if self._full_rank:
-            wanted = max(wanted, width)
+        wanted = self._wanted(rows)
         if wanted <= DENSE_BELOW:
-            return DenseMixing(rows, haar(self._stream, wanted), self._stream, self._shield_size)
+            return DenseMixing(rows, haar(self._stream, wanted), self._stream)
         a, b = covering_grid(wanted)
         Q_a, Q_b = haar(self._stream, a), haar(self._stream, b)
         A = RowMixing(self._stream.permutation(a * b), rows, Q_a, Q_b)
-        return KroneckerMixing(A, self._stream, self._shield_size)
+        return KroneckerMixing(A, self._stream)
 
 
 class NoMixer:

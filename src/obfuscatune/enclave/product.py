@@ -4,6 +4,10 @@
     forward           X* = A [D x R_in; N]     ->  Y* = X* W*    ->  y  = D⁻¹ (Aᵀ Y*)[:n] R_out⁻¹
     backward          G* = A' [D' g R_out⁻ᵀ; N'] -> D* = G* W*ᵀ  ->  dx = D'⁻¹ (A'ᵀ D*)[:n] R_inᵀ
 
+Under `guarded` the worker sees X* under a one-time mask, and another party makes the mask's product (`masks`):
+
+    X' = round(X*) + r   ->   X' W*   ->   Y* = X' W* - r W*
+
 D brings all rows to one size before they are mixed (`mixing`). Exact up to rounding for any invertible R; for
 orthogonal R the inverse is the transpose and nothing is amplified. W is frozen, so there is no gradient for it and
 nothing of the activations is kept.
@@ -23,12 +27,13 @@ from torch import Tensor
 
 from obfuscatune.enclave.client import ProductRequest, WorkerClient
 from obfuscatune.enclave.client.requests import NOT_FINITE
+from obfuscatune.enclave.masks import DEVIATION, Mask, Masked, Masks
 from obfuscatune.enclave.mixing import DENSE_BELOW, FewMixing, Mixer, Mixing
 from obfuscatune.enclave.obfuscation import is_finer
 from obfuscatune.enclave.observer import span
 from obfuscatune.enclave.transforms import Transform
 from obfuscatune.enclave.verification import Check, Verifier
-from obfuscatune.errors import BadReply
+from obfuscatune.errors import BadReply, ProtectionError
 
 if TYPE_CHECKING:
     from obfuscatune.enclave.kernels.native import RotationOfFew
@@ -51,6 +56,8 @@ class Held:
     """Of the matrix as it was sent, scaled."""
     scale: float = 1.0
     """The power of two that it was multiplied by, to be in the range of its dtype (`obfuscation.in_range`)."""
+    masked: Masked | None = None
+    """The same matrix at the mask worker, under another id; None without masks."""
 
 
 class Passage(Protocol):
@@ -166,6 +173,8 @@ class Sent:
     """The matrix that the rows were sent for."""
     check: Check | None
     """Decides whether the product, in memory of our own, is verified, and does it; None where none is."""
+    mask: Mask | None = None
+    """What the rows were hidden under; None without masks."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +199,7 @@ class OffloadedProduct:
         mixer: Mixer,
         send_in: Callable[[torch.dtype], Held] | None = None,
         observe: Observe | None = None,
+        masks: LayerMasks | None = None,
     ) -> None:
         """A product with a matrix that the worker holds.
 
@@ -197,10 +207,11 @@ class OffloadedProduct:
             client, held, R_in, R_out, mixer: the worker, W_star there, and the secrets around it.
             send_in: sends W_star once more, in another dtype; None where rows always travel in the one of `held`.
             observe: called with the plain rows of each request, and whether they are for W's transpose.
+            masks: what rows are hidden under; None for nothing.
         """
         self._client, self._held = client, held
         self._R_in, self._R_out = R_in, R_out
-        self._mixer, self._send_in, self._observe = mixer, send_in, observe
+        self._mixer, self._send_in, self._observe, self._masks = mixer, send_in, observe, masks
         self._sending_again = threading.Lock()
         self._ways: dict[tuple[int, torch.dtype, bool], FewWay | None] = {}
 
@@ -225,7 +236,16 @@ class OffloadedProduct:
                 return  # another thread was first
             outdated = self._held
             self._held = self._send_in(torch.promote_types(dtype, outdated.dtype or dtype))
-            self._client.forget(outdated.matrix_id)
+            self._forget(outdated)
+
+    def drop(self) -> None:
+        """Have whoever holds the matrix forget it: nothing is multiplied by it any more."""
+        self._forget(self._held)
+
+    def _forget(self, held: Held) -> None:
+        self._client.forget(held.matrix_id)
+        if self._masks is not None and held.masked is not None:
+            self._masks.masks.forget(held.masked.matrix_id)
 
     def is_coarser_than(self, dtype: torch.dtype) -> bool:
         """Whether `be_as_fine_as` of that dtype sends anything."""
@@ -268,10 +288,17 @@ class OffloadedProduct:
             self._observe(x, transpose)
         dtype = held.dtype or x.dtype
         passage = self._passage(x, dtype, transpose=transpose)
-        mixing = passage.mixing
+        mixing, mask, size = passage.mixing, None, passage.mixing.size
+        if self._masks is not None:
+            with span("obfuscatune.mask"):
+                mask = self._masks.take(held, x.shape[0], mixing.rows, transpose=transpose)
         with span("obfuscatune.mix"):
-            X_star = self._client.allocate(mixing.rows, there.dim, dtype)  # (m, p)
+            X_star = self._memory(mixing.rows, there.dim, dtype, is_sent=mask is None)  # (m, p)
             finite = passage.lay_down(X_star)
+        if mask is not None:
+            with span("obfuscatune.mask"):
+                dtype, size = torch.float64, DEVIATION
+                X_star = mask.hide(X_star, self._memory(mixing.rows, there.dim, dtype, is_sent=True))
         with span("obfuscatune.send"):
             request = self._client.submit(
                 held.matrix_id, X_star, transpose=transpose, known_finite=finite, product_unchecked=True
@@ -279,8 +306,13 @@ class OffloadedProduct:
         check = None
         if held.verifier is not None:
             with span("obfuscatune.verify"):
-                check = held.verifier.check_for(passage.image, mixing.size, dtype, transpose=transpose)
-        return InFlight(like, Sent(passage, request, held, check))
+                party = "worker" if mask is None else "compute worker"
+                check = held.verifier.check_for(passage.image, size, dtype, transpose=transpose, party=party)
+        return InFlight(like, Sent(passage, request, held, check, mask))
+
+    def _memory(self, rows: int, cols: int, dtype: torch.dtype, *, is_sent: bool) -> Tensor:
+        """For rows: that of the client where they are sent as they lie there, else the enclave's own."""
+        return self._client.allocate(rows, cols, dtype) if is_sent else torch.empty(rows, cols, dtype=dtype)
 
     def _passage(self, x: Tensor, dtype: torch.dtype, *, transpose: bool) -> Passage:
         """That for few rows, where there are few and kernels for them; else that for many."""
@@ -313,7 +345,7 @@ class OffloadedProduct:
         if crossing.sent is None:
             return crossing.like
         passage, request, held = crossing.sent.passage, crossing.sent.request, crossing.sent.held
-        Y_star = self._awaited(request, crossing.sent.check)  # (m, q)
+        Y_star = self._awaited(crossing.sent)  # (m, q)
         with span("obfuscatune.mix"), self._client.refusing():
             y = passage.take_up(Y_star)  # (n, q)
             if held.verifier is not None:
@@ -324,20 +356,25 @@ class OffloadedProduct:
             y = passage.mixing.scaled_back(y)
         return passage.turn_back(y, bias)
 
-    def _awaited(self, request: ProductRequest, check: Check | None) -> Tensor:
-        """Wait for the product Y* (m, q), and verify it where it is to be verified.
+    def _awaited(self, sent: Sent) -> Tensor:
+        """Wait for the product Y* (m, q), take the mask away, and verify it where it is to be verified.
 
         Where some products are verified every one is copied out of the worker's reach, and only then the lot is drawn:
         a check of what the worker can still change would be none, and a copy of the checked ones alone would show.
         """
+        request, check, mask = sent.request, sent.check, sent.mask
         with span("obfuscatune.wait"):
             Y_star = request.result()
-        if check is None:
+        if check is None and mask is None:
             return Y_star
-        with span("obfuscatune.verify"), self._client.refusing():
-            own = _widen(request.own(Y_star))
-            self._client.stats.verified += check(own)
-        return own
+        own = _widen(request.own(Y_star))
+        if mask is not None and self._masks is not None:
+            with span("obfuscatune.mask"):
+                self._masks.masks.reveal(mask, own)
+        if check is not None:
+            with span("obfuscatune.verify"), self._client.refusing():
+                self._client.stats.verified += check(own)
+        return own if mask is None else own.to(sent.held.dtype)
 
     def _turn_back_product(self, y: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         if bias is not None and bias.dtype == y.dtype == dtype:
@@ -347,6 +384,27 @@ class OffloadedProduct:
 
     def _turn_back_gradient(self, y: Tensor, _bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         return self._R_in.apply_transpose(y).to(dtype)
+
+
+@dataclass(frozen=True)
+class LayerMasks:
+    """The masks of a model, as one layer takes them."""
+
+    masks: Masks
+    layer: str
+
+    def take(self, held: Held, n: int, m: int, *, transpose: bool) -> Mask:
+        """A mask for a request of n rows that is sent as m, once it is accounted for.
+
+        Raises:
+            BudgetExceeded: the request must not be sent.
+            WireError: the mask worker failed.
+        """
+        masked = held.masked
+        if masked is None:
+            raise ProtectionError(f"the mask worker does not hold the matrix of {self.layer}")
+        self.masks.accountant.spend(self.layer, n, masked.shape[1 if transpose else 0])
+        return self.masks.take(masked, m, transpose=transpose)
 
 
 def _widen(x: Tensor) -> Tensor:

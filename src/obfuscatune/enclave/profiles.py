@@ -4,8 +4,8 @@
     profile="private:first_blocks=2:verify=1"        the same in one word, wherever the name of a profile may stand
 
     private   the default: rows mixed afresh, both sides rotated, LoRA in the enclave
-    guarded   the same, every product verified, secrets renewed while training goes on; its loud shield rows and full
-              rank hide no more than private does (docs/threat-model.md)
+    guarded   the same under one-time masks, whose products another worker makes that does not collude with the first:
+              activations are hidden with a proven bound, and every product is verified (docs/guarded.md)
     paper     ObfuscaTune as published: one static rotation on one side, LoRA on the worker; weaker (docs/paper.md)
     enclave   nothing leaves: what the others are measured against
 
@@ -23,6 +23,7 @@ import torch
 from obfuscatune.enclave.transforms import TransformSpec
 from obfuscatune.errors import ConfigError
 
+Buckets = Literal["ladder", "none"]
 Sides = Literal["both", "paper"]
 LoraOn = Literal["enclave", "worker"]
 WireDtype = Literal["model", "bfloat16"]
@@ -37,10 +38,9 @@ class Profile:
         transform: kind of R_in and R_out: structured, haar, gaussian, conditioned(KAPPA), identity.
         mixing: whether rows are mixed afresh at each crossing.
         shield_rows: random rows mixed in at each crossing, at least; ignored without mixing.
-        shield_scale: size of the shield rows over that of the scaled rows beside them; costs precision in proportion.
-            Louder rows hide nothing more: they are the largest singular directions of a call and can be taken away.
-        full_rank: whether a crossing has at least as many rows as they have elements. Costs much where few tokens
-            cross: a decoding step then carries hundreds of rows.
+        masks: whether rows are hidden under one-time masks, whose products a second worker makes.
+        buckets: to how many rows requests are filled up: `ladder`, to the next power of two or three halves of one, so
+            that a worker sees a bucket of lengths and no length; `none`, not at all.
         first_blocks: how many of the first blocks stay in the enclave. In the first, rows follow from single tokens,
             and a worker sees which of them are equal (docs/threat-model.md).
         sides: which sides of a matrix are rotated: `both`, or as in the `paper`: the input of layers that read the
@@ -60,8 +60,8 @@ class Profile:
     transform: str = "structured"
     mixing: bool = True
     shield_rows: int = 8
-    shield_scale: float = 1.0
-    full_rank: bool = False
+    masks: bool = False
+    buckets: Buckets = "none"
     first_blocks: int = 0
     sides: Sides = "both"
     lora_on: LoraOn = "enclave"
@@ -74,20 +74,23 @@ class Profile:
     def __post_init__(self) -> None:
         if self.shield_rows < 0 or self.shield_rows > 65536:
             raise ConfigError(f"shield_rows must be between 0 and 65536, got {self.shield_rows}")
-        if not 0 < self.shield_scale <= 1024:
-            raise ConfigError(f"shield_scale must be above 0 and at most 1024, got {self.shield_scale}")
         if self.first_blocks < 0:
             raise ConfigError(f"first_blocks must not be negative, got {self.first_blocks}")
         if self.rekey_every < 0:
             raise ConfigError(f"rekey_every is a number of steps, 0 for never; got {self.rekey_every}")
         if not 0 <= self.verify <= 1:
             raise ConfigError(f"verify is a share between 0 and 1, got {self.verify}")
-        for knob, known in (("sides", Sides), ("lora_on", LoraOn), ("wire_dtype", WireDtype)):
+        for knob, known in (("sides", Sides), ("buckets", Buckets), ("lora_on", LoraOn), ("wire_dtype", WireDtype)):
             value = getattr(self, knob)
             if value not in get_args(known):
                 raise ConfigError(f"{knob} is one of {', '.join(get_args(known))}, not {value!r}")
         if self.lora_on == "worker" and self.wire_dtype != "model":
             raise ConfigError("wire_dtype='bfloat16' needs lora_on='enclave': what trains keeps its precision")
+        if self.masks and not (self.mixing and self.verify == 1 and self.wire_dtype == "model" and self.offload):
+            raise ConfigError(
+                "masks=True needs mixing=True, verify=1 and wire_dtype='model': without mixing two workers that "
+                "collude see every row, an unverified product of either would pass, and masked rows take float64"
+            )
         if self.lora_on == "worker" and (self.mixing or self.sides != "paper"):
             raise ConfigError(
                 "lora_on='worker' needs mixing=False and sides='paper': a factor's gradient is a product of rows that "
@@ -121,7 +124,9 @@ class Profile:
             )
 
     def crossing_dtype(self, model: torch.dtype) -> torch.dtype:
-        """In which tensors of a model of that dtype cross."""
+        """In which matrices of a model of that dtype cross, and rows that no mask hides; masked rows have float64."""
+        if self.masks:
+            return torch.promote_types(model, torch.float32)
         if self.wire_dtype == "bfloat16":
             return torch.bfloat16
         return torch.float16 if model == torch.bfloat16 and self.mixing else model
@@ -137,7 +142,7 @@ PRESETS = {
     profile.name: profile
     for profile in (
         Profile("private", first_blocks=1, verify=1 / 16),
-        Profile("guarded", first_blocks=1, shield_scale=8.0, full_rank=True, verify=1.0, rekey_every=100),
+        Profile("guarded", masks=True, buckets="ladder", first_blocks=1, verify=1.0),
         Profile(AS_PUBLISHED, transform="haar", mixing=False, shield_rows=0, sides="paper", lora_on="worker"),
         Profile("enclave", offload=False),
     )

@@ -23,13 +23,13 @@ from obfuscatune.enclave.local_worker import local_worker
 from obfuscatune.enclave.observer import Observer
 from obfuscatune.enclave.profiles import Profile, resolve
 from obfuscatune.enclave.protected_model import Closable, ProtectedModel, extend, has_adapter
-from obfuscatune.enclave.protection import Protection, place
+from obfuscatune.enclave.protection import Clients, Masking, Protection, place
 from obfuscatune.enclave.published import Base, warn_of_public_base
 from obfuscatune.enclave.spill_store import SPILLED_AT_LEAST_IN, SpillStore, WeightFromSpillStore
 from obfuscatune.enclave.target_layers import find_groups, refuse_absent_weights
 from obfuscatune.enclave.training_hooks import TrainingWatch, watch_targets
 from obfuscatune.errors import ConfigError, ProtectionError
-from obfuscatune.protocol.tls import TlsConfig
+from obfuscatune.protocol.tls import TlsConfig, pins
 
 Model = TypeVar("Model", bound=nn.Module)
 Progress = Callable[[int, int, str], None]
@@ -48,6 +48,8 @@ def protect(
     progress: Progress | None = None,
     base: Base | None = None,
     observer: Observer | None = None,
+    mask_worker: str | WorkerClient | None = None,
+    masking: Masking | None = None,
     **knobs: Any,
 ) -> Model:
     """Move a model's large linear layers, transformed, to a worker.
@@ -72,6 +74,9 @@ def protect(
         base: "closed" where the base model's weights were never public, "public" where they are; None looks for signs,
             and warns with PublicBaseWarning.
         observer: told of the secrets and of every request's plain rows, by an audit.
+        mask_worker: under profile `guarded`, the worker that multiplies the masks, as `workers`: one that does not
+            collude with the other. None, with no `workers`, starts both on this machine, in one hand.
+        masking: how the mask worker is reached, the memory of masks that are drawn ahead, and their budget.
         knobs: single settings of the profile: `shield_rows=32`, `first_blocks=1`, `transform="haar"`.
 
     Raises:
@@ -91,10 +96,11 @@ def protect(
         warn_of_public_base(base, resolved, config, _directory_of(config), stacklevel=2)
     groups = find_groups(model, resolved.first_blocks) if resolved.offload else []
     refuse_absent_weights(model, groups)
-    client = open_client(workers, resolved, tls, deadline_s, retry)
-    protection = Protection.start(client, resolved, key, width_of(model), observer)
+    masking = masking or Masking()
+    clients = open_clients(workers, mask_worker, resolved, tls, masking, deadline_s, retry)
+    protection = Protection.start(clients, resolved, key, width_of(model), observer, masking)
     layers: dict[str, ProtectedLayer | ProtectedExperts] = {}
-    with released_on_failure(protection, workers):
+    with released_on_failure(protection, clients):
         spill_store = SpillStore()
         for done, group in enumerate(groups, start=1):
             with torch.no_grad():
@@ -106,7 +112,7 @@ def protect(
     place(model, layers)
     adopt(model, protection)
     if protection.lora_on_worker and isinstance(model, PeftModel):
-        with released_on_failure(protection, workers):
+        with released_on_failure(protection, clients):
             protection.move_adapter(model)
     return model
 
@@ -124,46 +130,93 @@ def width_of(model: nn.Module) -> int | None:
     return width if isinstance(width, int) else None
 
 
-def open_client(
+def open_clients(
     workers: str | WorkerClient | None,
+    mask_worker: str | WorkerClient | None,
     profile: Profile,
     tls: TlsConfig | None,
+    masking: Masking,
     deadline_s: float,
     retry: RetryPolicy | None,
-) -> WorkerClient | None:
-    """The link itself, or a new one to that address, or to a worker that is started for it and ends with it.
-
-    None where the profile offloads nothing.
+) -> Clients:
+    """The workers' clients: those that are given, or connected to an address, or to workers started for the model.
 
     Raises:
-        ConfigError: a worker is named that is not needed; certificates are given for one on this machine.
-        WireError: it cannot be reached, or did not start.
+        ConfigError: a worker is named that is not needed, or missing, or named twice; certificates are given for one on
+            this machine.
+        WireError: one cannot be reached, or did not start.
     """
+    _refuse_unfit(workers, mask_worker, profile, tls, masking)
     if not profile.offload:
-        if workers is not None:
-            raise ConfigError(f"profile {profile.name!r} runs without a worker: name none")
-        return None
-    if isinstance(workers, WorkerClient):
-        return workers
-    policy = retry or RetryPolicy()
-    if workers is not None:
-        return WorkerClient.open(workers, tls=tls, deadline_s=deadline_s, retry=policy)
+        return Clients(None)
+    opened: list[WorkerClient] = []
+
+    def client(worker: str | WorkerClient | None, tls: TlsConfig | None) -> WorkerClient:
+        if isinstance(worker, WorkerClient):
+            return worker
+        opened.append(_opened(worker, tls, deadline_s, retry or RetryPolicy()))
+        return opened[-1]
+
+    try:
+        compute = client(workers, tls)
+        return Clients(compute, client(mask_worker, masking.tls) if profile.masks else None, tuple(opened))
+    except BaseException:
+        for one in opened:
+            one.close()
+        raise
+
+
+def _refuse_unfit(
+    workers: str | WorkerClient | None,
+    mask_worker: str | WorkerClient | None,
+    profile: Profile,
+    tls: TlsConfig | None,
+    masking: Masking,
+) -> None:
+    """Raises ConfigError: workers that do not fit the profile, or each other."""
+    if not profile.offload and (workers is not None or mask_worker is not None):
+        raise ConfigError(f"profile {profile.name!r} runs without a worker: name none")
+    for worker in (workers, mask_worker):
+        if not isinstance(worker, str | WorkerClient | None):
+            raise ConfigError(f"expected a worker's address, found a {type(worker).__name__}: pass its .address")
+    if not profile.masks:
+        if mask_worker is not None or masking.tls is not None:
+            raise ConfigError(f"profile {profile.name!r} has no masks: a mask worker is for profile 'guarded'")
+        return
+    if (workers is None) != (mask_worker is None):
+        raise ConfigError(
+            f"profile {profile.name!r} takes two workers in different hands: name both, by --worker and --mask-worker "
+            "(workers= and mask_worker=), or neither, to try it out with two on this machine"
+        )
+    if workers is not None and workers == mask_worker:
+        raise ConfigError("the mask worker is the worker: whoever holds both sees through the masks; name two")
+    if tls is not None and masking.tls is not None and pins(tls) & pins(masking.tls):
+        raise ConfigError(
+            "worker and mask worker are pinned by the same key: whoever has it sees through the masks; have each make "
+            "its own by `obfuscatune keygen`"
+        )
+
+
+def _opened(worker: str | None, tls: TlsConfig | None, deadline_s: float, retry: RetryPolicy) -> WorkerClient:
+    """Connected to an address, or to a worker on this machine that is started for the client and ends with it."""
+    if worker is not None:
+        return WorkerClient.open(worker, tls=tls, deadline_s=deadline_s, retry=retry)
     if tls is not None:
         raise ConfigError("certificates are for a worker across a network: give its address, tcp:HOST:PORT")
-    worker = local_worker()  # ends when nothing refers to it: should the link not open, at once
-    client = WorkerClient.open(worker.address, deadline_s=deadline_s, retry=policy)
-    client.own(worker.close)
+    started = local_worker()  # ends when nothing refers to it: should the client not connect, at once
+    client = WorkerClient.open(started.address, deadline_s=deadline_s, retry=retry)
+    client.own(started.close)
     return client
 
 
 @contextmanager
-def released_on_failure(protection: Protection, workers: str | WorkerClient | None) -> Iterator[None]:
-    """Should what follows fail, have the worker forget and hang up; a link that was handed in stays open."""
+def released_on_failure(protection: Protection, clients: Clients) -> Iterator[None]:
+    """Should what follows fail, have the workers forget and hang up; clients that were handed in stay open."""
     try:
         yield
     except BaseException:
-        if not isinstance(workers, WorkerClient):
-            protection.close()
+        for client in clients.opened:
+            client.close()
         raise
 
 

@@ -5,33 +5,66 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from obfuscatune.enclave.accountant import DEFAULT_BUDGET, Accountant
 from obfuscatune.enclave.autograd import outside_autocast
 from obfuscatune.enclave.client import ClientStats, WorkerClient
 from obfuscatune.enclave.experts import ProtectedExperts, add, protected
 from obfuscatune.enclave.keys import RootKey, SecretStream
 from obfuscatune.enclave.layers import ProtectedConv1D, ProtectedLayer, ProtectedLinear, SharedCrossing
+from obfuscatune.enclave.masks import DEFAULT_MEMORY_BYTES, DEVIATION, Masked, Masks
 from obfuscatune.enclave.mixing import KroneckerMixer, Mixer, NoMixer
 from obfuscatune.enclave.obfuscation import Obfuscated, in_range, is_finer, obfuscate
 from obfuscatune.enclave.observer import Observer
-from obfuscatune.enclave.product import Held, Observe, OffloadedProduct
+from obfuscatune.enclave.product import Held, LayerMasks, Observe, OffloadedProduct
 from obfuscatune.enclave.profiles import Profile
 from obfuscatune.enclave.remote_lora.adapters import RemoteAdapters
 from obfuscatune.enclave.spill_store import Offloaded, WeightSource
 from obfuscatune.enclave.target_layers import Expert, LayerGroup, experts_matrices, residual_role
 from obfuscatune.enclave.verification import Verifier
 from obfuscatune.errors import ConfigError, ProtectionError
+from obfuscatune.protocol.tls import TlsConfig
 
 log = logging.getLogger(__name__)
 
 MATRIX_ID_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Clients:
+    """Who computes for a model."""
+
+    compute: WorkerClient | None
+    """Holds the matrices and multiplies; None where nothing is offloaded."""
+    mask: WorkerClient | None = None
+    """Multiplies the masks, where the profile has any."""
+    opened: tuple[WorkerClient, ...] = ()
+    """Those that were connected for this model, and end with it should it not come about."""
+
+
+@dataclass(frozen=True)
+class Masking:
+    """How the mask worker is reached, and how masks are kept and accounted for.
+
+    Attributes:
+        tls: identity and pinned peer, for a mask worker across a network.
+        memory_bytes: of masks that are drawn ahead, with their products; 0 has none drawn ahead.
+        budget: the largest advantage with which the compute worker may tell two inputs apart.
+    """
+
+    tls: TlsConfig | None = None
+    memory_bytes: int = DEFAULT_MEMORY_BYTES
+    budget: float = DEFAULT_BUDGET
+
+
+DEFAULT_MASKING = Masking()
 
 
 @dataclass
@@ -43,6 +76,8 @@ class Protection:
     profile: Profile
     key: RootKey
     mixer: Mixer
+    masks: Masks | None = None
+    """What rows are hidden under; None without masks."""
     width: int | None = None
     """Of the residual stream, where the model's configuration tells."""
     observer: Observer | None = None
@@ -61,20 +96,29 @@ class Protection:
     @classmethod
     def start(
         cls,
-        client: WorkerClient | None,
+        clients: Clients,
         profile: Profile,
         key: RootKey | None,
         width: int | None = None,
         observer: Observer | None = None,
+        masking: Masking = DEFAULT_MASKING,
     ) -> Protection:
         """The parts that a profile composes; a fresh root key where none is given."""
+        client = clients.compute
         stream = SecretStream.fresh()
         mixer: Mixer = NoMixer()
         if profile.mixing:
-            mixer = KroneckerMixer(
-                profile.shield_rows, stream, shield_scale=profile.shield_scale, full_rank=profile.full_rank
+            mixer = KroneckerMixer(profile.shield_rows, stream, in_buckets=profile.buckets == "ladder")
+        masks = None
+        if client is not None and clients.mask is not None:
+            stats, accountant = client.stats, Accountant(DEVIATION, masking.budget)
+            masks = Masks(
+                clients.mask,
+                accountant,
+                memory_bytes=masking.memory_bytes,
+                connection=lambda: stats.reconnects,
             )
-        return cls(client, profile, key or RootKey.generate(), mixer, width, observer)
+        return cls(client, profile, key or RootKey.generate(), mixer, masks, width, observer)
 
     @property
     def stats(self) -> ClientStats:
@@ -99,7 +143,7 @@ class Protection:
     def send(self, group: LayerGroup, obfuscated: Obfuscated, weights: WeightSource) -> Offloaded:
         """Have the worker hold W_star, which may be overwritten afterwards. From any thread."""
         dtype, observe = self.profile.crossing_dtype(obfuscated.dtype), self._observe(group.name)
-        crossing = SharedCrossing(self._send(obfuscated, weights, dtype, observe), group.widths)
+        crossing = SharedCrossing(self._send(group.name, obfuscated, weights, dtype, observe), group.widths)
         R_in, R_out = obfuscated.R_in, obfuscated.R_out
         return Offloaded(group.name, obfuscated.only, weights, crossing, R_in, R_out, observe=observe)
 
@@ -123,9 +167,14 @@ class Protection:
         add(self.experts[path], expert.parameter, expert.index, offloaded.crossing)
         return self.experts[path]
 
-    def broken_off(self) -> AbstractContextManager[None]:
-        """Within it, what waits for the worker in other threads fails; see `WorkerClient.broken_off`."""
-        return nullcontext() if self.client is None else self.client.broken_off()
+    @contextmanager
+    def broken_off(self) -> Iterator[None]:
+        """Within it, what waits for the workers in other threads fails; see `WorkerClient.broken_off`."""
+        with ExitStack() as stack:
+            for client in (self.client, None if self.masks is None else self.masks.client):
+                if client is not None:
+                    stack.enter_context(client.broken_off())
+            yield
 
     @property
     def lora_on_worker(self) -> bool:
@@ -206,19 +255,19 @@ class Protection:
     def _rekey_one(self, layer: Offloaded) -> None:
         with outside_autocast():
             layer.epoch += 1
-            outdated, W = layer.crossing.matrix_id, layer.weights.weight()
+            outdated, W = layer.crossing.product, layer.weights.weight()
             dtype = layer.crossing.dtype or W.dtype
             spec, wide = self.profile.transform_spec, torch.promote_types(dtype, torch.float32)
             fresh = obfuscate(W, self.key, spec, layer.name, layer.epoch, layer.side, wide)
             adapter = None if self.adapters is None else self.adapters.of(layer)
             carried = None if adapter is None else adapter.take_down()
-            product = self._send(fresh, layer.weights, dtype, layer.observe)
+            product = self._send(layer.name, fresh, layer.weights, dtype, layer.observe)
             layer.R_in, layer.R_out = fresh.R_in, fresh.R_out
             self._keyed(layer)
             layer.crossing.multiply_by(product)
             if adapter is not None and carried is not None:
                 adapter.put_up(carried)
-            self._worker.forget(outdated)
+            outdated.drop()
 
     @property
     def _worker(self) -> WorkerClient:
@@ -237,10 +286,15 @@ class Protection:
         return lambda rows, transposed: observer.requested(layer, rows, transposed=transposed)
 
     def _send(
-        self, obfuscated: Obfuscated, weights: WeightSource, dtype: torch.dtype, observe: Observe | None
+        self,
+        layer: str,
+        obfuscated: Obfuscated,
+        weights: WeightSource,
+        dtype: torch.dtype,
+        observe: Observe | None,
     ) -> OffloadedProduct:
-        """Have the worker hold W_star in that dtype; the product with it."""
-        client, share = self._worker, self.profile.verify
+        """Have the worker, and the mask worker if there is one, hold W_star in that dtype; the product with it."""
+        client, share, masks = self._worker, self.profile.verify, self.masks
         shape = obfuscated.R_in.dim, obfuscated.R_out.dim
         again = weights.keep(obfuscated)
 
@@ -252,15 +306,24 @@ class Protection:
                 return _rounded(again(torch.promote_types(dtype, torch.float32)), scale, dtype)
 
             client.store(matrix_id, make_again, shape=shape, dtype=dtype, tensor=W_star)
-            return Held(matrix_id, dtype, Verifier(W_star, SecretStream.fresh(), share) if share else None, scale)
+            if masks is None:
+                return Held(matrix_id, dtype, Verifier(W_star, SecretStream.fresh(), share) if share else None, scale)
+            masked_id = secrets.token_bytes(MATRIX_ID_BYTES)
+            masks.client.store(masked_id, make_again, shape=shape, dtype=dtype, tensor=W_star)
+            verifier = Verifier(W_star.double(), SecretStream.fresh(), share)  # as fine as masks and their products
+            return Held(matrix_id, dtype, verifier, scale, Masked(masked_id, shape, verifier))
 
         with outside_autocast():
             held = send(obfuscated.W_star, dtype)
         send_in = (lambda finer: send(again(finer), finer)) if self.profile.wire_dtype == "model" else None
-        return OffloadedProduct(client, held, obfuscated.R_in, obfuscated.R_out, self.mixer, send_in, observe)
+        R_in, R_out = obfuscated.R_in, obfuscated.R_out
+        of_layer = None if masks is None else LayerMasks(masks, layer)
+        return OffloadedProduct(client, held, R_in, R_out, self.mixer, send_in, observe, of_layer)
 
     def close(self) -> None:
-        """Let the worker forget, and close the connection."""
+        """Let the workers forget, and close the connections."""
+        if self.masks is not None:
+            self.masks.close()
         if self.client is not None:
             self.client.close()
 

@@ -79,6 +79,8 @@ class Probe:
     """W* r (p, k)."""
     norm: float
     """|W*|, the root of the sum of all squares."""
+    party: str = "worker"
+    """Whose products it checks, as an error calls it."""
 
     def check(self, product: Tensor, u: Tensor, scale: float, dtype: torch.dtype) -> None:
         """Hold a product (m, q), in memory of our own, against u (m, k), float64.
@@ -93,9 +95,9 @@ class Probe:
         excess = float(self.excess(product, u, scale, dtype))
         if not excess <= 1:  # NaN is not, either
             raise WrongProduct(
-                f"the worker's product is wrong: a check by secret vectors is off by {excess:.3g} times what rounding "
-                "explains. The worker is hostile, broken, or computes in a lower precision than the model (its "
-                "--dtype); nothing was done with the product"
+                f"the {self.party}'s product is wrong: a check by secret vectors is off by {excess:.3g} times what "
+                f"rounding explains. The {self.party} is hostile, broken, or computes in a lower precision than the "
+                "model (its --dtype); nothing was done with the product"
             )
 
     def excess(self, product: Tensor, u: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
@@ -147,15 +149,21 @@ class Verifier:
         self._L = stream.normal(p, BASIS, dtype=W.dtype)
         self._WR, self._WtL, self._norm = _images(W, self._R, self._L)
 
-    def probe(self, *, transpose: bool) -> Probe:
-        """Fresh vectors for one request."""
+    def probe(self, *, transpose: bool, party: str = "worker") -> Probe:
+        """Fresh vectors for one request to that party."""
         vectors, images = (self._L, self._WtL) if transpose else (self._R, self._WR)
         q, _ = np.linalg.qr(self._stream.normal(BASIS, self._vectors).numpy())
         c = torch.from_numpy(q).to(vectors)  # orthonormal: the columns of r are normal and independent
-        return Probe(vectors @ c, images @ c, self._norm)
+        return Probe(vectors @ c, images @ c, self._norm, party)
 
     def check_for(
-        self, image: Callable[[Tensor], Tensor], scale: float, dtype: torch.dtype, *, transpose: bool
+        self,
+        image: Callable[[Tensor], Tensor],
+        scale: float,
+        dtype: torch.dtype,
+        *,
+        transpose: bool,
+        party: str = "worker",
     ) -> Check:
         """The check of one request. To be called once it is sent, and what comes of it once the product is here.
 
@@ -164,10 +172,11 @@ class Verifier:
             scale: see `Probe.check`.
             dtype: in which rows and product travel.
             transpose: whether the rows are multiplied by W*ᵀ.
+            party: who multiplies them, as an error calls it.
         """
 
         def prepare() -> tuple[Probe, Tensor]:
-            probe = self.probe(transpose=transpose)
+            probe = self.probe(transpose=transpose, party=party)
             return probe, image(probe.v).to(probe.v.device)
 
         prepared = prepare() if self._share >= 1 else None  # there is no lot to be kept secret: while it is computed

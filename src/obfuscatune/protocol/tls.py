@@ -144,6 +144,19 @@ def fingerprint(certificate_pem: bytes) -> str:
     return _pin(x509.load_pem_x509_certificate(certificate_pem)).hex()
 
 
+def pins(config: TlsConfig) -> frozenset[str]:
+    """The SHA-256 of the public keys that are pinned, in hex.
+
+    Raises:
+        ConfigError: the file of the peers is missing or not what it should be.
+    """
+    try:
+        peers = x509.load_pem_x509_certificates(read_trusted(config.peers, "peer certificate"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the peer certificate {config.peers}: {error}") from error
+    return frozenset(_pin(peer).hex() for peer in peers)
+
+
 def _context(config: TlsConfig, peers_pem: str, *, server: bool) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3

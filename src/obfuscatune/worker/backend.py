@@ -91,8 +91,9 @@ class Computer:
             multiply_few_rows(rows, matrix, out)
         else:
             factor = matrix.t() if transpose else matrix
-            rows = rows.to(device=self.device, dtype=matrix.dtype)
-            if self.device.type == "cpu" and out.dtype == matrix.dtype:
+            rows, factor = rows.to(device=self.device), factor.to(torch.promote_types(rows.dtype, matrix.dtype))
+            rows = rows.to(factor.dtype)
+            if self.device.type == "cpu" and out.dtype == factor.dtype:
                 torch.mm(rows, factor, out=out)
             else:
                 out.copy_(torch.mm(rows, factor))

@@ -1,0 +1,92 @@
+"""The accountant of the masks: what the compute worker can have learned so far, at the most.
+
+A request under a one-time mask is a Gaussian mechanism: rows x, scaled so that |x|² <= p, and noise of the standard
+deviation L. Whichever two inputs are to be told apart, the rows of one request differ by |x - x'|² <= 4 n p, so
+
+    mu² of a request      4 n p / L²
+    mu² of a run          the sum: Gaussian mechanisms compose so, adaptively (Dong, Roth, Su 2019, corollary 3.3)
+    advantage             2 Phi(mu / 2) - 1     of any test on all that was sent
+
+docs/guarded.md has the theorem, its proof and what it assumes.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import defaultdict
+from dataclasses import dataclass
+
+from obfuscatune.errors import BudgetExceeded, ConfigError
+
+DEFAULT_BUDGET = 0.01
+"""Advantage. 2.7 · 10⁹ rows of 4,096 elements pass."""
+SLACK = 1.01
+"""Of mu²: rows are rounded to the grid, and rotated and mixed in float32, before they are masked; both lengthen the
+difference of two inputs by less than one part in 10⁴."""
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What was sent under masks, and what can be learned of it."""
+
+    rows: int
+    mu: float
+    by_layer: dict[str, float]
+    """mu of each layer's requests alone."""
+
+    @property
+    def advantage(self) -> float:
+        """The most that any test tells two inputs apart by, on all traffic: 0 is a guess, 1 is certainty."""
+        return advantage(self.mu)
+
+
+def advantage(mu: float) -> float:
+    """2 Phi(mu / 2) - 1."""
+    return math.erf(mu / math.sqrt(8))
+
+
+class Accountant:
+    """Adds up mu² as requests are sent, and refuses what would pass the budget. Safe from any thread."""
+
+    def __init__(self, deviation: float, budget: float = DEFAULT_BUDGET) -> None:
+        """
+        Args:
+            deviation: L, the standard deviation of a mask's elements.
+            budget: largest advantage, between 0 and 1.
+
+        Raises:
+            ConfigError: the budget is none.
+        """
+        if not 0 < budget < 1:
+            raise ConfigError(f"a mask budget is an advantage above 0 and below 1, got {budget}")
+        self.deviation, self.budget = deviation, budget
+        self._squares: defaultdict[str, float] = defaultdict(float)
+        self._total = 0.0
+        self._rows = 0
+        self._lock = threading.Lock()
+
+    def spend(self, layer: str, rows: int, width: int) -> None:
+        """Count one request of `rows` rows of `width` elements, before it is sent.
+
+        Raises:
+            BudgetExceeded: it would pass the budget; it must not be sent, and is not counted.
+        """
+        square = SLACK * 4 * rows * width / self.deviation**2
+        with self._lock:
+            if advantage(math.sqrt(self._total + square)) > self.budget:
+                raise BudgetExceeded(
+                    f"one more request would let the compute worker tell two inputs apart with an advantage above "
+                    f"{self.budget:g}, the mask budget; {self._rows:,} rows were sent. Save the adapter and load the "
+                    "model anew only if your policy allows to add up what both runs show, or raise the budget"
+                )
+            self._total += square
+            self._squares[layer] += square
+            self._rows += rows
+
+    @property
+    def spent(self) -> Spent:
+        """The account at this moment."""
+        with self._lock:
+            by_layer = {layer: math.sqrt(square) for layer, square in self._squares.items()}
+            return Spent(self._rows, math.sqrt(self._total), by_layer)

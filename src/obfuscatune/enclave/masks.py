@@ -1,0 +1,347 @@
+"""One-time masks: to the compute worker, rows under a mask are noise.
+
+    ahead of time   r (m, p), fresh          ->  mask worker: r W*, verified, kept until it is used, once
+    request         X' = round(X*) + r       ->  compute worker: X' W*
+    reply           Y* = X' W* - r W*
+
+**Numbers.** X* is rounded to multiples of the grid u = 2^-22. r is normal with the standard deviation L = 2^28, rounded
+to the same grid. Both are float64, whose integers are exact up to 2^53 units: X' is their exact sum. Where a mask is
+larger than that, once in 10^15 elements, the sum is rounded, which is a function of the sum and shows nothing of X*.
+What the products lose is L 2^-53 per element, as much as float32 loses without masks.
+
+**Once.** A mask hides one set of rows: `hide` empties it, and then overwrites r. A mask that was drawn ahead belongs to
+this process, to this boot of the machine, and to the connection to the compute worker that it was drawn under. In a
+forked child, in a process that is restored from a checkpoint on another boot, and after a reconnection, masks that were
+drawn before are dropped. docs/guarded.md says what that leaves open.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import threading
+import time
+import weakref
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from obfuscatune.enclave.accountant import Accountant
+from obfuscatune.enclave.client import ProductRequest, WorkerClient
+from obfuscatune.enclave.keys import SecretStream
+from obfuscatune.enclave.verification import Check, Verifier, product_in_parts
+from obfuscatune.errors import ProtectionError, WireError
+from obfuscatune.process import begin_anew_in_children
+
+GRID = 2.0**-22
+"""u: masked rows are multiples of it."""
+DEVIATION = 2.0**28
+"""L: standard deviation of a mask's elements, beside which those of a scaled row are about 1."""
+DEFAULT_MEMORY_BYTES = 1 << 30
+"""Of masks that are drawn ahead, with their products."""
+AHEAD = 2
+"""Masks of one shape for one matrix that are ready or being drawn."""
+STALE_SECONDS = 30.0
+"""Masks of a shape that was not asked for during so long give way to others."""
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Mask:
+    """r (m, p) and, once the mask worker has answered, r W* (m, q). Hides one set of rows, and no other."""
+
+    def __init__(self, r: Tensor, request: ProductRequest, check: Check, client: WorkerClient) -> None:
+        """A mask whose product was asked for.
+
+        Args:
+            r: float64, multiples of `GRID`; this object's own from here on.
+            request: for r W*.
+            check: holds the product against secret vectors.
+            client: the mask worker's.
+        """
+        self._r: Tensor | None = r
+        self._request: ProductRequest | None = request
+        self._check, self._client = check, client
+        self._product: Tensor | None = None
+        self.nbytes = r.nbytes + 8 * request.shape[0] * request.shape[1]
+
+    def settle(self) -> None:
+        """Wait for r W*, copy it out of the mask worker's reach, and verify it there. Twice is once.
+
+        Raises:
+            WrongProduct: it is not the product. The mask worker is asked nothing any more.
+            WireError: see `WorkerClient.multiply`.
+        """
+        request, self._request = self._request, None
+        if request is None:
+            return
+        product = request.result()
+        with self._client.refusing():
+            product = request.own(product)
+            self._check(product)
+        self._product = product
+
+    def hide(self, X_star: Tensor, out: Tensor) -> Tensor:
+        """round(X*) + r in `out` (m, p), float64, for X* (m, p) float64 or float32; then r is overwritten.
+
+        Raises:
+            ProtectionError: this mask has hidden rows before.
+        """
+        r, self._r = self._r, None
+        if r is None:
+            raise ProtectionError("this mask has hidden rows before, and hides no others")
+        rounded = X_star.to(torch.float64, copy=True).mul_(1 / GRID).round_().mul_(GRID)
+        torch.add(rounded, r, out=out)
+        r.zero_()
+        return out
+
+    def reveal(self, Y_masked: Tensor) -> Tensor:
+        """X* W* (m, q) in the place of X' W* (m, q), float64, in memory of our own; then r W* is overwritten.
+
+        Raises:
+            ProtectionError: no rows were hidden, or their product has been revealed before.
+            WireError: see `settle`.
+        """
+        self.settle()
+        product, self._product = self._product, None
+        if product is None or self._r is not None:
+            raise ProtectionError("this mask hides no product, or has revealed it before")
+        Y_masked.sub_(product)
+        product.zero_()
+        return Y_masked
+
+    def __repr__(self) -> str:
+        return "Mask(<redacted>)"
+
+
+class MaskKey(NamedTuple):
+    """Which masks can stand for each other."""
+
+    matrix_id: bytes
+    """Of the matrix, as the mask worker has it."""
+    rows: int
+    transpose: bool
+
+
+@dataclass(frozen=True)
+class Masked:
+    """One matrix as the mask worker holds it, and what verifies its products."""
+
+    matrix_id: bytes
+    shape: tuple[int, int]
+    verifier: Verifier
+
+
+@dataclass
+class MaskStats:
+    """Totals of the masks of one model."""
+
+    ahead: int = 0
+    """Masks that were ready when rows came."""
+    awaited: int = 0
+    """Masks that were drawn when rows came, because none was ready."""
+    dropped: int = 0
+    """Masks that were drawn ahead and may not be used any more."""
+    seconds_waiting: float = 0.0
+    """Time that rows waited for a mask, or products for the mask's product."""
+
+
+@dataclass
+class _Store:
+    """Masks that are ready, by what they fit."""
+
+    ready: dict[MaskKey, deque[Mask]] = field(default_factory=lambda: defaultdict(deque))
+    asked_at: OrderedDict[MaskKey, float] = field(default_factory=OrderedDict)
+    """When a mask was last taken, the oldest first."""
+    nbytes: int = 0
+    drawing: Counter[MaskKey] = field(default_factory=Counter)
+    """Masks that were asked for and are not ready."""
+
+    def take(self, key: MaskKey) -> Mask | None:
+        self.asked_at[key] = time.monotonic()
+        self.asked_at.move_to_end(key)
+        masks = self.ready.get(key)
+        if not masks:
+            return None
+        mask = masks.popleft()
+        self.nbytes -= mask.nbytes
+        return mask
+
+    def wants(self, key: MaskKey) -> bool:
+        """Whether one more is to be drawn; it counts as being drawn from here on."""
+        wanted = self.drawing[key] + len(self.ready.get(key, ())) < AHEAD
+        self.drawing[key] += wanted
+        return wanted
+
+    def put(self, key: MaskKey, mask: Mask) -> None:
+        self.ready[key].append(mask)
+        self.nbytes += mask.nbytes
+
+    def make_room(self, nbytes: int, memory_bytes: int) -> bool:
+        """Drop masks of shapes that are not asked for any more; whether `nbytes` more have room."""
+        stale = time.monotonic() - STALE_SECONDS
+        while self.nbytes + nbytes > memory_bytes and self.asked_at:
+            key, asked_at = next(iter(self.asked_at.items()))
+            if asked_at > stale:
+                break
+            del self.asked_at[key]
+            self.nbytes -= sum(mask.nbytes for mask in self.ready.pop(key, ()))
+        return self.nbytes + nbytes <= memory_bytes
+
+    def __len__(self) -> int:
+        return sum(len(masks) for masks in self.ready.values())
+
+
+class Masks:
+    """Draws the masks of one model, ahead of time where memory allows. Safe from any thread.
+
+    Each mask that is taken has another of its shape drawn by a thread of our own: what comes once mostly comes again.
+    """
+
+    def __init__(
+        self,
+        client: WorkerClient,
+        accountant: Accountant,
+        *,
+        memory_bytes: int = DEFAULT_MEMORY_BYTES,
+        connection: Callable[[], object] = lambda: None,
+    ) -> None:
+        """
+        Args:
+            client: the mask worker's.
+            accountant: counts what is sent under the masks.
+            memory_bytes: of masks that are drawn ahead; 0 has none drawn ahead.
+            connection: something that changes when the compute worker is connected anew.
+        """
+        self.client, self.accountant, self.stats = client, accountant, MaskStats()
+        self._memory_bytes, self._connection = memory_bytes, connection
+        self._stream = SecretStream.fresh()
+        self._lock = threading.Lock()
+        self._begin()
+        begin_anew_in_children(self)
+
+    def _begin(self) -> None:
+        self._store, self._origin = _Store(), self._present()
+        self._wanted: queue.SimpleQueue[tuple[MaskKey, Masked] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._end = weakref.finalize(self, self._wanted.put, None)
+
+    def begin_in_child(self) -> None:
+        """See `process.Forkable`: what the parent drew is the parent's."""
+        self._end.detach()
+        self._lock = threading.Lock()
+        self._begin()
+
+    def take(self, masked: Masked, rows: int, *, transpose: bool) -> Mask:
+        """A mask for `rows` rows; its product may still be on its way.
+
+        Raises:
+            WireError: the mask worker failed.
+        """
+        key = MaskKey(masked.matrix_id, rows, transpose)
+        with self._lock:
+            self._drop_what_is_not_ours()
+            mask = self._store.take(key)
+            self.stats.ahead += mask is not None
+            self.stats.awaited += mask is None
+        if mask is None:
+            started = time.perf_counter()
+            mask = self._drawn(key, masked)
+            self.stats.seconds_waiting += time.perf_counter() - started
+        if self._memory_bytes:
+            self._ask_for_another(key, masked)
+        return mask
+
+    def reveal(self, mask: Mask, Y_masked: Tensor) -> Tensor:
+        """See `Mask.reveal`; what it waits for the mask worker is counted."""
+        started = time.perf_counter()
+        mask.settle()
+        self.stats.seconds_waiting += time.perf_counter() - started
+        return mask.reveal(Y_masked)
+
+    def forget(self, matrix_id: bytes) -> None:
+        """Have the mask worker drop a matrix; masks that are ready for it are dropped when their shape is stale."""
+        self.client.forget(matrix_id)
+
+    def close(self) -> None:
+        """Draw no more, let the mask worker forget, and close its connection."""
+        self._end()
+        self.client.close()
+
+    def _drawn(self, key: MaskKey, masked: Masked) -> Mask:
+        """A fresh mask, whose product the mask worker was asked for."""
+        width = masked.shape[1] if key.transpose else masked.shape[0]
+        r = self._stream.normal(key.rows, width).mul_(DEVIATION / GRID).round_().mul_(GRID)
+        sent = self.client.allocate(key.rows, width, torch.float64).copy_(r)
+        request = self.client.submit(
+            key.matrix_id, sent, transpose=key.transpose, known_finite=True, product_unchecked=True
+        )
+        check = masked.verifier.check_for(
+            lambda v: product_in_parts(r, v), DEVIATION, torch.float64, transpose=key.transpose, party="mask worker"
+        )
+        return Mask(r, request, check, self.client)
+
+    def _drop_what_is_not_ours(self) -> None:
+        present = self._present()
+        if present != self._origin:
+            self.stats.dropped += len(self._store)
+            self._store, self._origin = _Store(), present
+
+    def _present(self) -> tuple[object, ...]:
+        """What a mask is bound to."""
+        return os.getpid(), _boot_id(), self._connection()
+
+    def _ask_for_another(self, key: MaskKey, masked: Masked) -> None:
+        with self._lock:
+            if not self._store.wants(key):
+                return
+            self._wanted.put((key, masked))
+            if self._thread is None:
+                reference = weakref.ref(self)
+                self._thread = threading.Thread(
+                    target=_draw_ahead, args=(reference, self._wanted), name="masks", daemon=True
+                )
+                self._thread.start()
+
+    def draw_ahead(self, key: MaskKey, masked: Masked) -> None:
+        """Draw one mask and keep it, where there is room for it.
+
+        Raises:
+            WireError: the mask worker failed.
+        """
+        nbytes = 8 * key.rows * sum(masked.shape)
+        with self._lock:
+            self._drop_what_is_not_ours()
+            origin, store = self._origin, self._store
+            store.drawing[key] = max(0, store.drawing[key] - 1)
+            if not store.make_room(nbytes, self._memory_bytes):
+                return
+        mask = self._drawn(key, masked)
+        mask.settle()
+        with self._lock:
+            if origin == self._origin == self._present():
+                store.put(key, mask)
+
+
+def _draw_ahead(reference: weakref.ref[Masks], wanted: queue.SimpleQueue[tuple[MaskKey, Masked] | None]) -> None:
+    """The thread: it keeps neither the masks nor their model alive while it waits."""
+    while (item := wanted.get()) is not None:
+        masks = reference()
+        if masks is None:
+            return
+        with contextlib.suppress(WireError, ProtectionError):  # whoever needs a mask meets the same, and can say so
+            masks.draw_ahead(*item)
+        del masks, item
+
+
+def _boot_id() -> str:
+    """Of this boot of the machine; nothing where the system has none."""
+    try:
+        return _BOOT_ID.read_text("ascii")
+    except OSError:
+        return ""
