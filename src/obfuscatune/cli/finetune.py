@@ -85,7 +85,7 @@ def finetune(
         return
     wanted = replace(protection, plain=recipe.plain).unless_plain()
     if wanted is not None:
-        of_recipe = ("worker", "profile", "first_blocks", "base")
+        of_recipe = ("worker", "mask_worker", "mask_memory", "mask_budget", "profile", "first_blocks", "base")
         wanted = replace(wanted, **{name: getattr(recipe, name) for name in of_recipe})
     _run(recipe, wanted, resume=resume, dry=dry_run, as_json=as_json)
 
@@ -139,12 +139,12 @@ def _run(recipe: "Recipe", protection: Protection | None, *, resume: bool, dry: 
                 resume_run=resume,
                 stop_asked=signals.asked,
             )
-            link = session.link()
+            link, masks = session.link(), session.masks()
     if as_json:
         made = {"protected": session.protected, "model": str(files.directory), "adapter": str(outcome.adapter)}
-        output.write_json({**made, **summary(outcome.progress), "link": link})
+        output.write_json({**made, **summary(outcome.progress), "link": link, "masks": masks})
     else:
-        _tell(outcome, link)
+        _tell(outcome, link, masks)
 
 
 @contextmanager
@@ -210,7 +210,7 @@ class _Watcher:
         self._meter.advance(event.first_step)
 
 
-def _tell(outcome: "Outcome", link: Mapping[str, int | float] | None) -> None:
+def _tell(outcome: "Outcome", link: Mapping[str, int | float] | None, masks: Mapping[str, Any] | None) -> None:
     steps = outcome.progress.steps
     losses = [event.loss for event in steps]
     seconds = sum(event.seconds for event in steps)
@@ -226,4 +226,6 @@ def _tell(outcome: "Outcome", link: Mapping[str, int | float] | None) -> None:
         output.write_text(f"the adapter is that of step {outcome.best_step}")
     if link is not None:
         output.write_text(output.readable_link(link))
+    if masks is not None:
+        output.write_text(output.readable_masks(masks))
     output.write_text(f"adapter: {outcome.adapter}")

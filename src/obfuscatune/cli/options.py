@@ -23,6 +23,8 @@ ENVIRONMENT = {
     "tls_cert": "OBFUSCATUNE_TLS_CERT",
     "tls_key": "OBFUSCATUNE_TLS_KEY",
     "peer": "OBFUSCATUNE_PEER",
+    "mask_worker": "OBFUSCATUNE_MASK_WORKER",
+    "mask_peer": "OBFUSCATUNE_MASK_PEER",
 }
 """Options whose value, where the command line has none, is taken from a variable of the environment."""
 

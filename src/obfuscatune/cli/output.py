@@ -251,6 +251,15 @@ def readable_link(link: Mapping[str, int | float]) -> str:
     )
 
 
+def readable_masks(masks: Mapping[str, Any]) -> str:
+    """What was sent under masks, and what it can have shown, in one line."""
+    return (
+        f"{masks['rows']:,} rows under masks: whoever has all that the worker saw tells two texts apart with an "
+        f"advantage of at most {masks['advantage']:.2g} over guessing (budget {masks['budget']:g}); "
+        f"{masks['ahead']:,} masks ready, {masks['awaited']:,} awaited, {masks['seconds_waiting']:.1f} s waited"
+    )
+
+
 def sparkline(values: Sequence[float], width: int = 30) -> str:
     """A curve of the last values in one line: each bar the mean of an equal share of them."""
     if not values:

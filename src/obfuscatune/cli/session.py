@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from obfuscatune.enclave.client import WorkerClient
     from obfuscatune.enclave.local_worker import LocalWorker
     from obfuscatune.enclave.profiles import Profile
+    from obfuscatune.enclave.protection import Masking
+    from obfuscatune.protocol.tls import TlsConfig
 
 
 EXIT_SIGNALLED = 128
@@ -110,10 +112,64 @@ class Protection:
     peer: Annotated[
         Path | None, Option("The certificate the worker must show.", PROTECTION, variable=ENVIRONMENT["peer"])
     ] = None
+    mask_worker: Annotated[
+        str | None,
+        Option(
+            "Under --profile guarded, the address of the worker that multiplies the masks. It must be in another hand.",
+            PROTECTION,
+            unset="starts one on this machine too",
+            variable=ENVIRONMENT["mask_worker"],
+        ),
+    ] = None
+    mask_peer: Annotated[
+        Path | None,
+        Option("The certificate the mask worker must show.", PROTECTION, variable=ENVIRONMENT["mask_peer"]),
+    ] = None
+    mask_memory: Annotated[
+        str | None, Option("For masks that are drawn ahead, as 512MiB; 0 draws none.", PROTECTION, unset="1GiB")
+    ] = None
+    mask_budget: Annotated[
+        float | None,
+        Option(
+            "The largest advantage in telling two inputs apart that the worker may ever have.",
+            PROTECTION,
+            unset="0.01",
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         if self.base not in (None, "closed", "public"):
             raise ConfigError(f"--base: expected closed or public, found {self.base}")
+        if self.mask_budget is not None and not 0 < self.mask_budget < 1:
+            raise ConfigError(f"--mask-budget: expected an advantage above 0 and below 1, found {self.mask_budget:g}")
+
+    @property
+    def tls(self) -> "TlsConfig | None":
+        """Our identity, and the worker's certificate."""
+        from obfuscatune.protocol.tls import TlsConfig
+
+        if self.peer is None and self.mask_peer is not None:  # the worker is on this host, the mask worker is not
+            return None
+        return TlsConfig.from_options(self.tls_cert, self.tls_key, self.peer)
+
+    @property
+    def masking(self) -> "Masking":
+        """What the options say of masks.
+
+        Raises:
+            ConfigError: a size that cannot be read, or the mask worker's certificate without ours.
+        """
+        from obfuscatune.enclave.protection import DEFAULT_MASKING, Masking
+        from obfuscatune.protocol.limits import parse_size
+        from obfuscatune.protocol.tls import TlsConfig
+
+        tls = None
+        if self.mask_peer is not None:
+            if self.tls_cert is None or self.tls_key is None:
+                raise ConfigError("--mask-peer takes --tls-cert and --tls-key beside it")
+            tls = TlsConfig(self.tls_cert, self.tls_key, self.mask_peer)
+        memory = DEFAULT_MASKING.memory_bytes if self.mask_memory is None else parse_size(self.mask_memory)
+        return Masking(tls, memory, self.mask_budget or DEFAULT_MASKING.budget)
 
     def unless_plain(self) -> "Protection | None":
         """None where a run is to be plain.
@@ -145,7 +201,7 @@ class ModelFiles:
 
 @dataclass(frozen=True)
 class Session:
-    """A model ready to be used. `link` reads what has crossed so far; plain models cross nothing."""
+    """A model ready to be used. `link` and `masks` read what has crossed so far; plain models cross nothing."""
 
     model: "PreTrainedModel"
     protected: bool
@@ -153,6 +209,11 @@ class Session:
     def link(self) -> dict[str, int | float] | None:
         """Crossings, bytes and seconds of waiting, or None without protection."""
         return asdict(self.model.protection.stats) if self.protected else None
+
+    def masks(self) -> dict[str, Any] | None:
+        """What was sent under masks and can have been learned of it; None where there are none."""
+        masks = self.model.protection.masks if self.protected else None
+        return None if masks is None else masks.account()
 
 
 def open_files(model: str | None) -> ModelFiles:
@@ -242,6 +303,7 @@ def _check_adapter(files: ModelFiles, adapter: Path, protection: Protection | No
 @contextmanager
 def _protected(files: ModelFiles, dtype: Any, protection: Protection) -> Iterator[Any]:
     import obfuscatune
+    from obfuscatune.enclave.protect import check_workers
 
     key = None if protection.key_file is None else obfuscatune.RootKey.from_file(protection.key_file)
     profile = resolved_profile(protection)
@@ -251,12 +313,21 @@ def _protected(files: ModelFiles, dtype: Any, protection: Protection) -> Iterato
     if profile.is_as_published:
         output.warn_as_published()
     advise_of_public_base(protection.base, profile, files.config, files.directory)
+    masking = protection.masking
+    check_workers(protection.worker, protection.mask_worker, profile, protection.tls, masking)
+    if profile.masks and protection.worker is None:
+        output.notice(
+            "both workers run on this machine, in one hand: good to try it out; masks hide from two that do not collude"
+        )
     with ExitStack() as stack:
-        link = stack.enter_context(_opened_link(protection)) if profile.offload else None
+        link = stack.enter_context(_opened_link(protection.worker, protection.tls)) if profile.offload else None
+        masks = stack.enter_context(_opened_link(protection.mask_worker, masking.tls)) if profile.masks else None
         with output.progress("sending the transformed matrices" if profile.offload else "reading the model") as meter:
             model = obfuscatune.load(
                 files.directory,
                 workers=link,
+                mask_worker=masks,
+                masking=masking,
                 profile=profile,
                 dtype=dtype,
                 key=key,
@@ -288,13 +359,12 @@ def resolved_profile(protection: Protection) -> "Profile":
 
 
 @contextmanager
-def _opened_link(protection: Protection) -> Iterator["WorkerClient"]:
-    """A link to the worker that was named, or to one started for as long as the `with` lasts."""
+def _opened_link(address: str | None, tls: "TlsConfig | None") -> Iterator["WorkerClient"]:
+    """A client of the worker that was named, or of one started for as long as the `with` lasts."""
     import obfuscatune
 
-    tls = obfuscatune.TlsConfig.from_options(protection.tls_cert, protection.tls_key, protection.peer)
     with ExitStack() as stack:
-        if protection.worker is None:
+        if address is None:
             if tls is not None:
                 raise ConfigError("certificates are for a worker across a network: name it by --worker tcp:HOST:PORT")
             with output.progress("starting a worker on this machine"):
@@ -302,7 +372,6 @@ def _opened_link(protection: Protection) -> Iterator["WorkerClient"]:
             stack.enter_context(_restarted_when_it_dies(worker))
             address = worker.address
         else:
-            address = protection.worker
             output.notice(f"connecting to the worker at {address}")  # it may be waited for
         link = obfuscatune.WorkerClient.open(address, tls=tls)
         stack.callback(link.close)

@@ -84,6 +84,12 @@ class Accountant:
             self._squares[layer] += square
             self._rows += rows
 
+    def carry(self, rows: int, mu: float) -> None:
+        """Add what an earlier part of the same run has spent."""
+        with self._lock:
+            self._total += mu**2
+            self._rows += rows
+
     @property
     def spent(self) -> Spent:
         """The account at this moment."""

@@ -25,9 +25,9 @@ import time
 import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -263,6 +263,16 @@ class Masks:
         mask.settle()
         self.stats.seconds_waiting += time.perf_counter() - started
         return mask.reveal(Y_masked)
+
+    def account(self) -> dict[str, Any]:
+        """What was sent under masks, and the most that the compute worker can have learned: for run.json and reports.
+
+        Keys: `rows`; `mu` and `advantage` of all that was sent; `budget`, the largest advantage allowed; `mu_by_layer`;
+        and the `MaskStats`.
+        """
+        spent = self.accountant.spent
+        account = {"rows": spent.rows, "mu": spent.mu, "advantage": spent.advantage, "budget": self.accountant.budget}
+        return {**account, "mu_by_layer": spent.by_layer, **asdict(self.stats)}
 
     def forget(self, matrix_id: bytes) -> None:
         """Have the mask worker drop a matrix; masks that are ready for it are dropped when their shape is stale."""

@@ -146,7 +146,7 @@ def open_clients(
             this machine.
         WireError: one cannot be reached, or did not start.
     """
-    _refuse_unfit(workers, mask_worker, profile, tls, masking)
+    check_workers(workers, mask_worker, profile, tls, masking)
     if not profile.offload:
         return Clients(None)
     opened: list[WorkerClient] = []
@@ -166,14 +166,18 @@ def open_clients(
         raise
 
 
-def _refuse_unfit(
+def check_workers(
     workers: str | WorkerClient | None,
     mask_worker: str | WorkerClient | None,
     profile: Profile,
     tls: TlsConfig | None,
     masking: Masking,
 ) -> None:
-    """Raises ConfigError: workers that do not fit the profile, or each other."""
+    """Return where a model can be protected with these workers; nothing is connected.
+
+    Raises:
+        ConfigError: they do not fit the profile, or each other.
+    """
     if not profile.offload and (workers is not None or mask_worker is not None):
         raise ConfigError(f"profile {profile.name!r} runs without a worker: name none")
     for worker in (workers, mask_worker):

@@ -16,11 +16,11 @@ import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from obfuscatune.enclave.client import WorkerClient
 from obfuscatune.enclave.keys import RootKey
 from obfuscatune.enclave.loading import find_directory, load
-from obfuscatune.enclave.local_worker import local_worker
 from obfuscatune.enclave.profiles import Profile, resolve
+from obfuscatune.enclave.protect import open_clients
+from obfuscatune.enclave.protection import Masking
 from obfuscatune.enclave.published import Base
 from obfuscatune.errors import ConfigError
 from obfuscatune.protocol.tls import TlsConfig
@@ -52,6 +52,8 @@ class ProtectedLM(HFLM):  # type: ignore[misc]  # the harness is not annotated f
         tls_cert: str | None = None,
         tls_key: str | None = None,
         peer: str | None = None,
+        mask_worker: str | None = None,
+        mask_peer: str | None = None,
         trust_remote_code: bool = False,
         device: str | None = None,
         base: Base | None = None,
@@ -68,6 +70,7 @@ class ProtectedLM(HFLM):  # type: ignore[misc]  # the harness is not annotated f
             revision, tokenizer: as `HFLM`.
             key_file: root key of the transforms; a fresh one if None.
             tls_cert, tls_key, peer: for a worker on another machine.
+            mask_worker, mask_peer: the worker that multiplies the masks, under profile guarded, and its certificate.
             trust_remote_code: refused: an enclave runs no code that comes with a model.
             device: not used: the harness says `cuda:0` where its user says nothing, and the enclave's part is on the
                 CPU. A worker is told of its GPU when it is started.
@@ -89,25 +92,28 @@ class ProtectedLM(HFLM):  # type: ignore[misc]  # the harness is not annotated f
         knobs = {name: others.pop(name) for name in sorted(_KNOBS & others.keys())}
         resolved = resolve(profile, **knobs)
         directory = find_directory(pretrained, revision)
-        tls = TlsConfig.from_options(*(None if path is None else Path(path) for path in (tls_cert, tls_key, peer)))
+        cert, cert_key, worker_peer, other_peer = (
+            None if path is None else Path(path) for path in (tls_cert, tls_key, peer, mask_peer)
+        )
+        tls = TlsConfig.from_options(cert, cert_key, worker_peer) if peer or not mask_peer else None
+        masking = Masking(TlsConfig.from_options(cert, cert_key, other_peer) if mask_peer else None)
+        clients = open_clients(worker, mask_worker, resolved, tls, masking, deadline_s=120.0, retry=None)
         with ExitStack() as stack:
-            link = _open_link(resolved, worker, tls, stack)
+            for client in clients.opened:
+                stack.callback(client.close)
             key = None if key_file is None else RootKey.from_file(Path(key_file))
-            model = load(directory, link, resolved, dtype=_DTYPES[dtype], key=key, base=base)
+            model = load(
+                directory,
+                clients.compute,
+                resolved,
+                dtype=_DTYPES[dtype],
+                key=key,
+                base=base,
+                mask_worker=clients.mask,
+                masking=masking,
+            )
             if peft is not None:
                 model = load_adapter(model, Path(peft))
             super().__init__(pretrained=model, tokenizer=tokenizer or str(directory), **others)
             self.close = weakref.finalize(self, stack.pop_all().close)
             """Forget the matrices and end a worker that was started here; done at exit, if not before."""
-
-
-def _open_link(profile: Profile, worker: str | None, tls: TlsConfig | None, stack: ExitStack) -> WorkerClient | None:
-    if not profile.offload:
-        if worker is not None:
-            raise ConfigError(f"profile {profile.name!r} runs without a worker: leave out worker=")
-        return None
-    if worker is None:
-        if tls is not None:
-            raise ConfigError("certificates are for a worker across a network: name it by worker=tcp:HOST:PORT")
-        worker = stack.enter_context(local_worker()).address
-    return stack.enter_context(WorkerClient.open(worker, tls=tls))

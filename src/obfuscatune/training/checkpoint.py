@@ -39,6 +39,7 @@ _SAMPLE_BYTES = 64 * 2**10
 
 _NOT_INGREDIENTS = {
     *("model", "data", "eval", "out", "worker", "base"),
+    *("mask_worker", "mask_memory", "mask_budget"),
     *("checkpoint_every", "checkpoints_kept", "tensorboard", "logging_steps"),
     *("patience", "load_best"),
 }

@@ -137,6 +137,12 @@ class Recipe(BaseModel):
     """Blocks that stay in the enclave; None is as the profile says."""
     worker: str | None = None
     """Address of a running worker; None starts one on this machine."""
+    mask_worker: str | None = None
+    """Under profile guarded, that of the worker that multiplies the masks, which must be in another hand."""
+    mask_memory: str | None = None
+    """For masks that are drawn ahead, as 512MiB; None is 1GiB."""
+    mask_budget: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Largest advantage in telling two inputs apart that the compute worker may ever have; None is 0.01."""
     base: Literal["closed", "public"] | None = None
     """Whether the base model's weights were ever published; None looks for signs of it, and warns."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
@@ -240,8 +246,9 @@ class Recipe(BaseModel):
                 raise ValueError(f"{name} needs measurements while training goes on: give eval_every too")
         if self.warmup_ratio is not None and self.warmup_steps:
             raise ValueError("warmup_steps and warmup_ratio are both given: leave one out")
-        if self.plain and self.worker is not None:
-            raise ValueError("plain runs without a worker, yet worker is given")
+        for name in ("worker", "mask_worker"):
+            if self.plain and getattr(self, name) is not None:
+                raise ValueError(f"plain runs without a worker, yet {name} is given")
         return self
 
     @property
@@ -280,7 +287,7 @@ def load_recipe(config: Path | None, overrides: Mapping[str, Any], defaults: Map
     given = resolve_names({key: value for key, value in overrides.items() if value is not None})
     said = {**fields, **given}
     if said.get("plain"):  # the environment names a worker for the runs that want one
-        defaults = {key: value for key, value in (defaults or {}).items() if key != "worker"}
+        defaults = {key: value for key, value in (defaults or {}).items() if key not in ("worker", "mask_worker")}
     try:
         return Recipe.model_validate({**(defaults or {}), **said})
     except ValidationError as error:

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from obfuscatune.errors import ConfigError, ModelFileError, RunStopped
+from obfuscatune.errors import ConfigError, ModelFileError, RunStopped, StorageError
 from obfuscatune.training.adapter import adapter_files, add_lora
 from obfuscatune.training.checkpoint import Progress, ingredients, load_best, refuse_other_run, resume, save_checkpoint
 from obfuscatune.training.data import Data, Dataset, Source, load_dataset
@@ -173,6 +173,7 @@ def finetune(
         if recipe.tensorboard:
             report = stack.enter_context(also_on_board(report, directory, progress, recipe.logging_steps))
         journal = Journal(directory, progress, report)
+        account = MaskAccount.of(model, directory)
         report(Started(progress.step, cadence.total_steps, data, cadence.planned_before(before)))
         pad_id = end_id(tokenizer)
 
@@ -194,6 +195,7 @@ def finetune(
             """What is due after the steps so far: measure, save, end where asked to. Whether the run is complete."""
             nonlocal saved
             measure()
+            account.keep()
             now = journal.progress
             complete = now.step == cadence.total_steps or now.is_stopped(recipe.patience)
             stopping = not complete and stop_asked()
@@ -230,7 +232,8 @@ def finetune(
         stopped_early = journal.progress.step < cadence.total_steps
         best_step = load_best(directory, peft_model, journal.progress) if recipe.load_best else None
         directory.write_directory("adapter", adapter_files(peft_model))
-        directory.write_file("run.json", json.dumps(summary(journal.progress), indent=2).encode() + b"\n")
+        made = summary(journal.progress) | account.as_json()
+        directory.write_file("run.json", json.dumps(made, indent=2).encode() + b"\n")
     return Outcome(peft_model.eval(), journal.progress, recipe.out / "adapter", best_step, stopped_early)
 
 
@@ -246,6 +249,44 @@ def summary(progress: Progress) -> dict[str, object]:
         "tokens": sum(event.tokens for event in progress.steps),
         "seconds": sum(event.seconds for event in progress.steps),
     }
+
+
+@dataclass(frozen=True)
+class MaskAccount:
+    """What a run has sent under masks, in its directory as `masks.json`: a run that is resumed goes on counting."""
+
+    masks: Any
+    """Of the model (`enclave/masks.py`); None where it has none."""
+    directory: RunDirectory
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, directory: RunDirectory) -> MaskAccount:
+        """That of a run; what it had spent before counts.
+
+        Raises:
+            StorageError: the file is damaged: what was spent is not known.
+        """
+        masks = getattr(getattr(model, "protection", None), "masks", None)
+        path = directory.root / MASKS_FILE
+        if masks is not None and path.exists():
+            try:
+                spent = json.loads(path.read_text("utf-8"))
+                masks.accountant.carry(int(spent["rows"]), float(spent["mu"]))
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise StorageError(f"{path} cannot be read, and has what the run had shown so far: {error}") from error
+        return cls(masks, directory)
+
+    def keep(self) -> None:
+        """Write what was spent so far."""
+        if self.masks is not None:
+            self.directory.write_file(MASKS_FILE, json.dumps(self.masks.account()).encode() + b"\n")
+
+    def as_json(self) -> dict[str, Any]:
+        """For `run.json`; nothing without masks."""
+        return {} if self.masks is None else {"masks": self.masks.account()}
+
+
+MASKS_FILE = "masks.json"
 
 
 class _StopAskedError(Exception):

@@ -6,11 +6,9 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, get_args, get_type_hints
 
-from obfuscatune.errors import ConfigError
 from obfuscatune.option import Option, split_annotation
-from obfuscatune.protocol.limits import GIB, KIB, MAX_SESSIONS, MIB
+from obfuscatune.protocol.limits import MAX_SESSIONS
 
-UNITS = {"KiB": KIB, "MiB": MIB, "GiB": GIB, "TiB": 1024 * GIB, "": 1}
 _COMPUTE, _MEMORY, _TLS = "Computing", "Memory and disk", "Over the network"
 
 
@@ -60,19 +58,6 @@ class WorkerOptions:
     json: Annotated[bool, Option("Say that it is ready as one line of JSON.")] = False
     until_stdin_closes: bool = False
     """Stop when the program that started it ends; for programs, and no option of `obfuscatune worker`."""
-
-
-def parse_size(text: str) -> int:
-    """Bytes from "8GiB", "512 MiB" or "1000000".
-
-    Raises:
-        ConfigError: anything else.
-    """
-    digits = text.rstrip("KMGTiB ")
-    unit = text[len(digits) :].strip()
-    if not digits.isascii() or not digits.isdigit() or unit not in UNITS:
-        raise ConfigError(f"{text!r} is no size: write bytes, or a number with KiB, MiB, GiB or TiB, as 8GiB")
-    return int(digits) * UNITS[unit]
 
 
 def parse_arguments(arguments: list[str]) -> WorkerOptions:

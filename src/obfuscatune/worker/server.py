@@ -17,14 +17,14 @@ import torch
 from obfuscatune.errors import ConfigError, ConnectionLost, WireError
 from obfuscatune.machine import memory_bytes
 from obfuscatune.protocol.endpoints import check_tls, parse_address
-from obfuscatune.protocol.limits import HANDSHAKE_SECONDS, MAX_HANDSHAKES, MAX_SESSION_CONNECTIONS
+from obfuscatune.protocol.limits import HANDSHAKE_SECONDS, MAX_HANDSHAKES, MAX_SESSION_CONNECTIONS, parse_size
 from obfuscatune.protocol.listen import Listener
 from obfuscatune.protocol.tls import PinnedTls, TlsConfig
 from obfuscatune.protocol.transport import Deadline, SocketTransport
 from obfuscatune.worker.backend import Computer
 from obfuscatune.worker.connection import Connection, Service
 from obfuscatune.worker.handlers import Answerer
-from obfuscatune.worker.options import WorkerOptions, parse_size
+from obfuscatune.worker.options import WorkerOptions
 from obfuscatune.worker.quota import Quota
 from obfuscatune.worker.recorder import Recorder
 from obfuscatune.worker.sessions import Sessions
