@@ -33,6 +33,15 @@ def worker() -> Iterator[LocalWorker]:
         yield running
 
 
+@pytest.fixture(scope="session")
+def mask_worker() -> Iterator[LocalWorker]:
+    """A second worker process, which multiplies masks."""
+    from obfuscatune import local_worker
+
+    with local_worker(threads=1) as running:
+        yield running
+
+
 @pytest.fixture
 def two_threads() -> Iterator[None]:
     """torch computes on two threads."""

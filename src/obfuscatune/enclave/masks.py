@@ -5,9 +5,9 @@
     reply           Y* = X' W* - r W*
 
 **Numbers.** X* is rounded to multiples of the grid u = 2^-22. r is normal with the standard deviation L = 2^28, rounded
-to the same grid. Both are float64, whose integers are exact up to 2^53 units: X' is their exact sum. Where a mask is
-larger than that, once in 10^15 elements, the sum is rounded, which is a function of the sum and shows nothing of X*.
-What the products lose is L 2^-53 per element, as much as float32 loses without masks.
+down to multiples of the same. Both are float64, whose integers are exact up to 2^53 units: X' is their exact sum. Where
+a mask is larger than that, once in 10^15 elements, the sum is rounded, which is a function of the sum and shows nothing
+of X*. What the products lose is L 2^-53 per element, as much as float32 loses without masks.
 
 **Once.** A mask hides one set of rows: `hide` empties it, and then overwrites r. A mask that was drawn ahead belongs to
 this process, to this boot of the machine, and to the connection to the compute worker that it was drawn under. In a
@@ -50,6 +50,15 @@ AHEAD = 2
 STALE_SECONDS = 30.0
 """Masks of a shape that was not asked for during so long give way to others."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+def draw(stream: SecretStream, rows: int, width: int, deviation: float = DEVIATION) -> Tensor:
+    """r (rows, width), float64: normal numbers of that standard deviation, rounded down to `GRID`.
+
+    Not to the nearest: normal numbers of float64 have few bits below the grid, often none but a half, and ties that go
+    to the even neighbour made even multiples 30 % more frequent than odd ones. The lowest bit of a row would show.
+    """
+    return stream.normal(rows, width).mul_(deviation / GRID).floor_().mul_(GRID)
 
 
 class Mask:
@@ -286,13 +295,17 @@ class Masks:
     def _drawn(self, key: MaskKey, masked: Masked) -> Mask:
         """A fresh mask, whose product the mask worker was asked for."""
         width = masked.shape[1] if key.transpose else masked.shape[0]
-        r = self._stream.normal(key.rows, width).mul_(DEVIATION / GRID).round_().mul_(GRID)
+        r = draw(self._stream, key.rows, width, self.accountant.deviation)
         sent = self.client.allocate(key.rows, width, torch.float64).copy_(r)
         request = self.client.submit(
             key.matrix_id, sent, transpose=key.transpose, known_finite=True, product_unchecked=True
         )
         check = masked.verifier.check_for(
-            lambda v: product_in_parts(r, v), DEVIATION, torch.float64, transpose=key.transpose, party="mask worker"
+            lambda v: product_in_parts(r, v),
+            self.accountant.deviation,
+            torch.float64,
+            transpose=key.transpose,
+            party="mask worker",
         )
         return Mask(r, request, check, self.client)
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from obfuscatune.enclave.client import ProductRequest, WorkerClient
 from obfuscatune.enclave.client.requests import NOT_FINITE
-from obfuscatune.enclave.masks import DEVIATION, Mask, Masked, Masks
+from obfuscatune.enclave.masks import Mask, Masked, Masks
 from obfuscatune.enclave.mixing import DENSE_BELOW, FewMixing, Mixer, Mixing
 from obfuscatune.enclave.obfuscation import is_finer
 from obfuscatune.enclave.observer import span
@@ -295,9 +295,9 @@ class OffloadedProduct:
         with span("obfuscatune.mix"):
             X_star = self._memory(mixing.rows, there.dim, dtype, is_sent=mask is None)  # (m, p)
             finite = passage.lay_down(X_star)
-        if mask is not None:
+        if mask is not None and self._masks is not None:
             with span("obfuscatune.mask"):
-                dtype, size = torch.float64, DEVIATION
+                dtype, size = torch.float64, self._masks.deviation
                 X_star = mask.hide(X_star, self._memory(mixing.rows, there.dim, dtype, is_sent=True))
         with span("obfuscatune.send"):
             request = self._client.submit(
@@ -392,6 +392,11 @@ class LayerMasks:
 
     masks: Masks
     layer: str
+
+    @property
+    def deviation(self) -> float:
+        """Of a mask's elements."""
+        return self.masks.accountant.deviation
 
     def take(self, held: Held, n: int, m: int, *, transpose: bool) -> Mask:
         """A mask for a request of n rows that is sent as m, once it is accounted for.

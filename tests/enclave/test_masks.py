@@ -1,0 +1,284 @@
+"""One-time masks: what they show, that each is used once, and who is told to be wrong."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from obfuscatune import Masking, protect
+from obfuscatune.enclave.accountant import advantage
+from obfuscatune.enclave.keys import RootKey, SecretStream
+from obfuscatune.enclave.local_worker import LocalWorker
+from obfuscatune.enclave.masks import DEVIATION, GRID, Mask, draw
+from obfuscatune.enclave.mixing import bucket
+from obfuscatune.errors import BudgetExceeded, ConfigError, ProtectionError, WrongProduct
+from tests.contract.architectures import ARCHITECTURES
+from tests.contract.comparison import batch
+from tests.protocol.peers import identity, make_identities
+from tests.worker.serving import Serving, serving
+
+GPT2 = ARCHITECTURES["gpt2"]
+KEY = RootKey(bytes(range(32)))
+SAMPLES = 1_000_000
+
+
+class Answered:
+    """A request whose product is here."""
+
+    def __init__(self, product: Tensor) -> None:
+        self.shape, self._product = tuple(product.shape), product
+
+    def result(self) -> Tensor:
+        return self._product
+
+    def own(self, product: Tensor) -> Tensor:
+        return product.clone()
+
+
+class Trusting:
+    """A client that judges nothing."""
+
+    @contextmanager
+    def refusing(self) -> Iterator[None]:
+        yield
+
+
+def mask_of(r: Tensor, W: Tensor) -> Mask:
+    return Mask(r, Answered(r @ W), lambda _: True, Trusting())  # type: ignore[arg-type]
+
+
+def hidden(x: Tensor, deviation: float = DEVIATION) -> Tensor:
+    """X' for x (n, p)."""
+    mask = mask_of(draw(SecretStream.fresh(), *x.shape, deviation), torch.ones(x.shape[1], 1).double())
+    return mask.hide(x, torch.empty(x.shape, dtype=torch.float64))
+
+
+def test_the_sum_is_exact_and_on_the_grid() -> None:
+    x = torch.randn(50, 64)
+    r = draw(KEY.stream("masks"), 50, 64)
+    out = mask_of(r.clone(), torch.ones(64, 1).double()).hide(x, torch.empty(50, 64, dtype=torch.float64))
+    units = out.numpy() / GRID
+    assert np.array_equal(units, np.rint(units))
+    assert torch.equal(out - r, (x.double() / GRID).round() * GRID)
+
+
+def test_what_was_hidden_comes_back() -> None:
+    x, W = torch.randn(20, 32).double(), torch.randn(32, 16).double()
+    mask = mask_of(draw(SecretStream.fresh(), 20, 32), W)
+    Y = mask.reveal(mask.hide(x, torch.empty_like(x)) @ W)
+    assert (Y - x @ W).abs().max() / (x @ W).abs().max() < 1e-6
+
+
+def test_a_mask_hides_once_and_is_gone() -> None:
+    x, W = torch.randn(3, 8), torch.randn(8, 4).double()
+    r = draw(SecretStream.fresh(), 3, 8)
+    mask = mask_of(r, W)
+    with pytest.raises(ProtectionError, match="hides no product"):
+        mask.reveal(torch.zeros(3, 4).double())
+    mask = mask_of(r, W)
+    out = torch.empty(3, 8, dtype=torch.float64)
+    mask.hide(x, out)
+    assert not r.any()
+    with pytest.raises(ProtectionError, match="has hidden rows before"):
+        mask.hide(x, out)
+    mask.reveal(out @ W)
+    with pytest.raises(ProtectionError, match="revealed it before"):
+        mask.reveal(out @ W)
+
+
+def test_the_best_test_has_the_advantage_of_the_theorem() -> None:
+    """Two inputs of one row, at an L small enough to see something; by Neyman and Pearson the best test projects on
+    their difference."""
+    x = torch.tensor([[1.0, -1.0, 1.0, 1.0]])
+    difference = 2 * x[0].double()
+    for deviation, noticeable in ((2.0**4, True), (DEVIATION, False)):
+        mu = float(difference.norm()) / deviation
+        right = sum(
+            float((hidden((sign * x).expand(SAMPLES // 2, 4), deviation) @ (sign * difference) > 0).double().mean())
+            for sign in (1, -1)
+        )
+        assert right - 1 == pytest.approx(advantage(mu), abs=4 / math.sqrt(SAMPLES))
+        assert (right - 1 > 0.05) == noticeable
+
+
+def test_the_lowest_bits_are_uniform() -> None:
+    """Chi-square over the values of 1 to 8 bits, which a fixed x would show through otherwise."""
+    units = (hidden(torch.full((SAMPLES, 4), 0.3)).numpy() / GRID).astype(np.int64).ravel()
+    for bits in (1, 2, 4, 8):
+        counts = np.bincount(units & (2**bits - 1), minlength=2**bits)
+        expected = units.size / 2**bits
+        freedom = 2**bits - 1
+        assert ((counts - expected) ** 2 / expected).sum() < freedom + 5 * math.sqrt(2 * freedom)
+
+
+def rows_sent(worker: Serving) -> list[Tensor]:
+    """From here on, each request's rows."""
+    computer, sent = worker.service.answerer.computer, []
+    honest = computer.multiply
+
+    def multiply(rows: Tensor, *rest: Any, **how: Any) -> None:
+        sent.append(rows.clone())
+        honest(rows, *rest, **how)
+
+    computer.multiply = multiply  # type: ignore[method-assign]
+    return sent
+
+
+@contextmanager
+def two_workers(tmp_path: Path) -> Iterator[tuple[Serving, Serving]]:
+    for name in ("compute", "mask"):
+        (tmp_path / name).mkdir()
+    with serving(tmp_path / "compute") as compute, serving(tmp_path / "mask") as mask:
+        yield compute, mask
+
+
+def guarded(compute: Serving, mask: Serving, **how: Any) -> Any:
+    model = GPT2.build(torch.float32)
+    return protect(model, str(compute.address), "guarded", mask_worker=str(mask.address), base="closed", **how)
+
+
+def test_the_mask_worker_sees_noise_that_does_not_depend_on_the_text(tmp_path: Path) -> None:
+    """And each request has masks of its own, though the text is the same each time."""
+    with two_workers(tmp_path) as (compute, mask), torch.no_grad():
+        at_compute, at_mask = rows_sent(compute), rows_sent(mask)
+        with guarded(compute, mask) as model:
+            for _ in range(3):
+                model(**batch((9, 4), 97).inputs())
+            assert model.protection.masks.stats.ahead > 0
+            assert model.protection.stats.verified == model.protection.stats.crossings > 0
+    rows = [row for sent in (at_compute, at_mask) for request in sent for row in request]
+    assert len({row.numpy().tobytes() for row in rows}) == len(rows)
+    for row in rows:
+        assert float(row.double().square().mean().sqrt()) == pytest.approx(DEVIATION, rel=0.7)
+        assert torch.equal((row / GRID).round(), row / GRID)
+
+
+@pytest.mark.parametrize("party", ["compute", "mask"])
+def test_a_wrong_product_names_the_party_and_the_refusal_stays(tmp_path: Path, party: str) -> None:
+    """What is added is some thousandth of a row of X* W*, and some 10^-12 of what passes under the mask."""
+    inputs = batch((9, 4), 97).inputs()
+    with (
+        two_workers(tmp_path) as (compute, mask),
+        torch.no_grad(),
+        guarded(compute, mask, masking=Masking(memory_bytes=0)) as model,
+    ):
+        model(**inputs)
+        computer = {"compute": compute, "mask": mask}[party].service.answerer.computer
+        honest = computer.multiply
+
+        def multiply(rows: Tensor, matrix: Tensor, out: Tensor, **how: bool) -> None:
+            honest(rows, matrix, out, **how)
+            out[0, 0] += 1e-3 * float(matrix.square().sum().sqrt())
+
+        computer.multiply = multiply  # type: ignore[method-assign]
+        with pytest.raises(WrongProduct, match=f"the {party} worker's product is wrong"):
+            model(**inputs)
+        computer.multiply = honest  # type: ignore[method-assign]
+        with pytest.raises(WrongProduct, match=f"the {party} worker's product is wrong"):
+            model(**inputs)
+
+
+def test_masks_are_drawn_ahead_within_their_memory(worker: LocalWorker, mask_worker: LocalWorker) -> None:
+    inputs = batch((9, 4), 97).inputs()
+    for memory_bytes, expected in ((0, False), (1 << 30, True)):
+        with (
+            torch.no_grad(),
+            protect(
+                GPT2.build(torch.float32),
+                worker.address,
+                "guarded",
+                mask_worker=mask_worker.address,
+                masking=Masking(memory_bytes=memory_bytes),
+                base="closed",
+            ) as model,
+        ):
+            for _ in range(4):
+                model(**inputs)
+            masks = model.protection.masks
+            assert (masks.stats.ahead > 0) == expected
+            assert masks.stats.ahead + masks.stats.awaited == model.protection.stats.crossings
+            assert masks._store.nbytes <= memory_bytes
+
+
+def test_a_process_that_is_run_on_twice_drops_what_was_drawn_ahead(
+    worker: LocalWorker, mask_worker: LocalWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forked past Python's hooks, restored on another boot, or connected anew: no mask from before is used."""
+    model = protect(
+        GPT2.build(torch.float32), worker.address, "guarded", mask_worker=mask_worker.address, base="closed"
+    )
+    masks = model.protection.masks
+    with torch.no_grad():
+        model(**batch((9, 4), 97).inputs())
+    key, masked = next(iter(masks._store.asked_at)), model.protection.offloaded[0].crossing.product.held.masked
+    masks.draw_ahead(key, masked)
+    assert len(masks._store)
+
+    def left() -> int:
+        masks._drop_what_is_not_ours()
+        return len(masks._store)
+
+    assert left() > 0
+    pid = ctypes.CDLL(None).fork()
+    if pid == 0:
+        os._exit(left())
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert left() > 0
+    model.protection.stats.reconnects += 1
+    assert left() == 0
+    masks.draw_ahead(key, masked)
+    assert left() == 1
+    monkeypatch.setattr("obfuscatune.enclave.masks._boot_id", lambda: "another boot")
+    assert left() == 0
+    model.close()
+
+
+def test_the_budget_ends_the_run_before_anything_is_sent(tmp_path: Path) -> None:
+    with two_workers(tmp_path) as (compute, mask), torch.no_grad():
+        at_compute = rows_sent(compute)
+        with guarded(compute, mask, masking=Masking(budget=1e-9)) as model, pytest.raises(BudgetExceeded):
+            model(**batch((9, 4), 97).inputs())
+        assert not at_compute
+
+
+def test_the_same_worker_twice_is_refused(worker: LocalWorker, tmp_path: Path) -> None:
+    address, other = worker.address, "unix:/run/other.sock"
+    for workers, mask_worker, profile, said in (
+        (address, address, "guarded", "the mask worker is the worker"),
+        (address, None, "guarded", "takes two workers in different hands"),
+        (None, other, "guarded", "takes two workers in different hands"),
+        (address, other, "private", "has no masks"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            protect(GPT2.build(torch.float32), workers, profile, mask_worker=mask_worker)
+
+
+def test_the_same_key_twice_is_refused(tmp_path: Path) -> None:
+    tls = identity(make_identities(tmp_path), "enclave", "worker")
+    with pytest.raises(ConfigError, match="pinned by the same key"):
+        protect(
+            GPT2.build(torch.float32),
+            "tcp:127.0.0.1:1",
+            "guarded",
+            tls=tls,
+            mask_worker="tcp:127.0.0.1:2",
+            masking=Masking(tls=tls),
+        )
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"), [(1, 1), (2, 2), (3, 3), (5, 6), (7, 8), (9, 12), (13, 16), (17, 24), (25, 32), (1537, 2048)]
+)
+def test_buckets_are_powers_of_two_and_their_halves(rows: int, expected: int) -> None:
+    assert bucket(rows) == expected
+    assert bucket(expected) == expected
