@@ -16,7 +16,7 @@ from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.mixing import DENSE_BELOW
 from obfuscatune.enclave.product import Held, OffloadedProduct
 from obfuscatune.enclave.profiles import resolve
-from obfuscatune.enclave.protection import Protection
+from obfuscatune.enclave.protection import Clients, Protection
 from obfuscatune.enclave.transforms.structured import StructuredTransform
 from obfuscatune.enclave.verification import Verifier
 from obfuscatune.errors import BadReply, WrongProduct
@@ -26,7 +26,7 @@ KEY = RootKey(b"n" * 32)
 ID = b"1" * 16
 P, Q = 64, 72
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PROFILES = ("private:verify=1", "guarded", "paper:verify=1")
+PROFILES = ("private:verify=1", "paper:verify=1")
 ROWS = {"one row": 1, "few": 5, "many": 3 * DENSE_BELOW}
 Tampering = Callable[[Tensor], object]
 
@@ -81,7 +81,7 @@ class Offloaded:
         R_in, R_out, W_star = protected(dtype)
         self.client.store(ID, lambda: W_star, shape=(P, Q), dtype=dtype)
         resolved = resolve(profile)
-        mixer = Protection.start(self.client, resolved, KEY).mixer
+        mixer = Protection.start(Clients(self.client), resolved, KEY).mixer
         self.verifier = Verifier(W_star, SecretStream.fresh(), resolved.verify)
         self.product = OffloadedProduct(self.client, Held(ID, verifier=self.verifier), R_in, R_out, mixer)
         self.dtype = dtype

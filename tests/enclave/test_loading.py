@@ -16,6 +16,7 @@ from obfuscatune import load, protect
 from obfuscatune.enclave.client import MatrixSource, WorkerClient
 from obfuscatune.enclave.loading import find_directory
 from obfuscatune.enclave.local_worker import LocalWorker
+from obfuscatune.enclave.protection import Clients
 from obfuscatune.errors import ModelFileError, ProtectionError, StorageError
 from tests.contract.architectures import ARCHITECTURES
 
@@ -201,7 +202,7 @@ def test_no_place_to_spool_leaves_no_link_open(
     directory: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     client = KeepingClient()
-    monkeypatch.setattr("obfuscatune.enclave.protect.open_client", lambda *_: client)
+    monkeypatch.setattr("obfuscatune.enclave.protect.open_clients", lambda *_: Clients(client, opened=(client,)))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "absent"))
     with pytest.raises(StorageError, match="cannot write temporary files"):
         protect(AutoModelForCausalLM.from_pretrained(directory), "unix:/nowhere")

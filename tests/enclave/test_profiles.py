@@ -57,8 +57,8 @@ def test_enclave_offloads_nothing() -> None:
 
 
 def test_knobs_may_stand_in_the_name() -> None:
-    profile = resolve("private:first_blocks=2:verify=0.5:full_rank=true:transform=haar", verify=1.0)
-    assert profile == resolve("private", first_blocks=2, verify=1.0, full_rank=True, transform="haar")
+    profile = resolve("private:first_blocks=2:verify=0.5:buckets=ladder:transform=haar", verify=1.0)
+    assert profile == resolve("private", first_blocks=2, verify=1.0, buckets="ladder", transform="haar")
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_knobs_may_stand_in_the_name() -> None:
         ("privat:verify=1", "unknown profile 'privat'"),
         ("private:verify", "expected KNOB=VALUE after the colon, found 'verify'"),
         ("private:verify=much", "verify takes float, found 'much'"),
-        ("private:full_rank=1", "full_rank takes bool, found '1'"),
+        ("private:masks=1", "masks takes bool, found '1'"),
         ("private:first_blocks=1.5", "first_blocks takes int, found '1.5'"),
         ("private:colour=red", "unknown knob 'colour'"),
         ("private:mixing=false", "mixing=False sends every row"),

@@ -55,8 +55,7 @@ def test_without_the_knob_nothing_is_renewed(worker: LocalWorker) -> None:
 
 def test_the_guarded_profile() -> None:
     guarded = resolve("guarded")
-    assert (guarded.verify, guarded.full_rank, guarded.first_blocks) == (1.0, True, 1)
-    assert guarded.rekey_every > 0
-    for knobs in ({"verify": 1.5}, {"rekey_every": -1}, {"shield_scale": 0.0}):
+    assert (guarded.verify, guarded.masks, guarded.buckets, guarded.first_blocks) == (1.0, True, "ladder", 1)
+    for knobs in ({"verify": 1.5}, {"rekey_every": -1}, {"verify": 0.5}, {"mixing": False}, {"buckets": "few"}):
         with pytest.raises(ConfigError):
             resolve("guarded", **knobs)

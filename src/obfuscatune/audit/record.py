@@ -7,6 +7,7 @@ worker with a transcript  <-  protected secret model  <-  LoRA steps, then gener
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,12 +59,14 @@ def record_run(scenario: Scenario, profile: Profile, seed: int, folder: Path) ->
         ConnectionLost: requests had to be sent twice, so that transcript and truth do not match.
         ObfuscaTuneError: as loading, training and the link do.
     """
-    with local_worker(record=folder, threads=1) as worker:
-        client = WorkerClient.open(worker.address)
-        try:
-            truth = run_under_watch(scenario, profile, seed, client)
-        finally:
-            client.close()
+    with ExitStack() as stack:
+        worker = stack.enter_context(local_worker(record=folder, threads=1))
+        client = stack.enter_context(WorkerClient.open(worker.address))
+        mask_client = None
+        if profile.masks:
+            mask_worker = stack.enter_context(local_worker(threads=1))
+            mask_client = stack.enter_context(WorkerClient.open(mask_worker.address))
+        truth = run_under_watch(scenario, profile, seed, client, mask_client)
     view = WorkerView.from_entries(read_transcript(folder, mapped=True))
     if len(view.calls) != len(truth.calls):
         raise ConnectionLost(
@@ -73,7 +76,9 @@ def record_run(scenario: Scenario, profile: Profile, seed: int, folder: Path) ->
     return Recording(view, truth)
 
 
-def run_under_watch(scenario: Scenario, profile: Profile, seed: int, client: WorkerClient) -> Truth:
+def run_under_watch(
+    scenario: Scenario, profile: Profile, seed: int, client: WorkerClient, mask_client: WorkerClient | None = None
+) -> Truth:
     """The run itself, over any link; what was true of each crossing, in order.
 
     An adapter on the worker is fetched in the end, as any run does to keep it.
@@ -86,6 +91,7 @@ def run_under_watch(scenario: Scenario, profile: Profile, seed: int, client: Wor
         dtype=torch.float32,
         base="closed",  # the audit says more
         observer=witness,
+        mask_worker=mask_client,
     )
     model.register_forward_pre_hook(witness.note_tokens, with_kwargs=True)
     bases, weights = (base_weights(it, profile.first_blocks) for it in (scenario.base, scenario.secret))

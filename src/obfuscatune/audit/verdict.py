@@ -16,19 +16,20 @@ PROMISED: dict[tuple[str, Attacker], tuple[Target, ...]] = {
     ("private", Attacker.PUBLIC_TEXT): SECRETS,
     ("guarded", Attacker.CLOSED): SECRETS,
     ("guarded", Attacker.PUBLIC_TEXT): SECRETS,
+    ("guarded", Attacker.PUBLIC_BASE): (Target.TOKENS,),
 }
-"""What a profile promises to hide from whom (docs/threat-model.md); the others promise nothing. Nobody is promised
-anything against who has the public base."""
+"""What a profile promises to hide from whom (docs/threat-model.md); the others promise nothing. `guarded` promises it
+of each of its two parties alone. Who has the public base is promised nothing of the weights, and by `guarded` alone
+that tokens are hidden."""
 EXCEPTED: dict[str, frozenset[str]] = {
     "private": frozenset({"equal-tokens-decoding"}),
-    "guarded": frozenset({"equal-tokens-decoding"}),
 }
 """What it does not promise to anyone, because it was found open: attacks by name."""
 CAVEATS: dict[str, str] = {
-    "guarded": "An attack that is not in this set undoes its loud shield rows: examples are recognised across epochs "
-    "(AUC 0.99), and who has the public base tells which documents are in a call (docs/threat-model.md)."
+    "guarded": "This is what one of its two parties sees, which must not collude: whoever has what both saw, sees what "
+    "private shows (docs/guarded.md)."
 }
-"""What is known against a profile, although no attack of this set shows it."""
+"""What a profile's verdict does not say by itself."""
 
 
 class State(StrEnum):

@@ -24,6 +24,7 @@ from obfuscatune.bench.clocked import ClockPage, clocked_worker
 from obfuscatune.bench.measures import ProductCounter, measure_limits, measured_spans, peak_bytes, settled_bytes
 from obfuscatune.bench.workload import WORKLOADS, Workload, config_of, random_model
 from obfuscatune.enclave.local_worker import LocalWorker
+from obfuscatune.enclave.profiles import resolve
 from obfuscatune.enclave.protect import protect
 from obfuscatune.enclave.protection import Protection
 
@@ -35,12 +36,18 @@ def main() -> None:
     config = config_of(settings["shape"], settings["layers"])
     with ExitStack() as stack:
         model = random_model(config)
-        worker = clock = protection = None
+        worker = clock = mask_clock = protection = None
         if settings["kind"] == "protected":
             worker, clock = stack.enter_context(clocked_worker(settings["threads"]))
-            protection = protect(model, worker.address, settings["profile"], base="closed").protection
+            mask_address = None
+            if resolve(settings["profile"]).masks:
+                mask_worker, mask_clock = stack.enter_context(clocked_worker(settings["threads"]))
+                mask_address = mask_worker.address
+            protection = protect(
+                model, worker.address, settings["profile"], base="closed", mask_worker=mask_address
+            ).protection
         work = WORKLOADS[settings["work"]](model, settings["batch"], settings["length"])
-        side = _Side(work, protection, worker, clock)
+        side = _Side(work, protection, worker, clock, mask_clock)
         words = {"step": side.step, "profile": side.profile, "count": side.count}
         _say({"ready": True})
         for line in sys.stdin:
@@ -54,15 +61,22 @@ class _Side:
     """The work, and the worker that helps with it where one does."""
 
     def __init__(
-        self, work: Workload, protection: Protection | None, worker: LocalWorker | None, clock: ClockPage | None
+        self,
+        work: Workload,
+        protection: Protection | None,
+        worker: LocalWorker | None,
+        clock: ClockPage | None,
+        mask_clock: ClockPage | None,
     ) -> None:
         self._work, self._protection, self._worker, self._clock = work, protection, worker, clock
+        self._mask_clock = mask_clock
 
     def step(self) -> dict[str, Any]:
         """Once, timed; and all that can be had without disturbing it."""
         self._work.prepare()
         before = None if self._protection is None else self._protection.stats.snapshot()
         computed = None if self._clock is None else self._clock.totals
+        masked = None if self._mask_clock is None else self._mask_clock.totals
         started = time.perf_counter()
         result = self._work()
         answer: dict[str, Any] = {"seconds": time.perf_counter() - started, "result": result}
@@ -74,6 +88,8 @@ class _Side:
             answer["bytes"] = crossed.bytes_sent + crossed.bytes_received
         if self._worker is not None and self._clock is not None and computed is not None:
             answer["worker_seconds"] = self._clock.totals.since(computed).seconds
+            if self._mask_clock is not None and masked is not None:
+                answer["mask_worker_seconds"] = self._mask_clock.totals.since(masked).seconds
             answer["worker_peak_bytes"] = peak_bytes(self._worker.pid)
             answer["worker_resident_bytes"] = settled_bytes(self._worker.pid)
         return answer

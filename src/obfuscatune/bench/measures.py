@@ -67,7 +67,7 @@ WAIT = "wait"
 """Its span of that name, without the operations in it: those are checks of what came."""
 SEND = "send"
 CHECK, COPY, PYTHON, OTHER = "check", "copy", "Python between operations", "other operations"
-ENCLAVE = {"mix": "mix, and draw secrets", "verify": CHECK}
+ENCLAVE = {"mix": "mix, and draw secrets", "mask": "draw masks, mask and unmask", "verify": CHECK}
 """Spans of the enclave that are called otherwise here."""
 _COPIES = ("aten::copy_", "aten::clone", "aten::contiguous", "aten::cat", "aten::_to_copy")
 _MODEL = {

@@ -61,7 +61,9 @@ def count_work(work: str, shape: str, layers: int | None, batch: int, length: in
     if work not in WORKS:
         raise ConfigError(f"work is counted of {' and '.join(WORKS)}, not of {work!r}")
     if profile.lora_on == "worker":
-        raise ConfigError("the cost model has LoRA in the enclave: use a profile such as private or guarded")
+        raise ConfigError("the cost model has LoRA in the enclave: use a profile such as private")
+    if profile.masks:
+        raise ConfigError("the cost model has one worker and no masks: use a profile such as private")
     config = config_of(shape, layers)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)

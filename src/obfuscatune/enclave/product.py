@@ -288,13 +288,13 @@ class OffloadedProduct:
             self._observe(x, transpose)
         dtype = held.dtype or x.dtype
         passage = self._passage(x, dtype, transpose=transpose)
-        mixing, mask, size = passage.mixing, None, passage.mixing.size
+        mixing, mask = passage.mixing, None
         if self._masks is not None:
             with span("obfuscatune.mask"):
                 mask = self._masks.take(held, x.shape[0], mixing.rows, transpose=transpose)
         with span("obfuscatune.mix"):
             X_star = self._memory(mixing.rows, there.dim, dtype, is_sent=mask is None)  # (m, p)
-            finite = passage.lay_down(X_star)
+            finite, size = passage.lay_down(X_star), mixing.size
         if mask is not None and self._masks is not None:
             with span("obfuscatune.mask"):
                 dtype, size = torch.float64, self._masks.deviation

@@ -1,4 +1,4 @@
-"""Does a model look like a fine-tune of a published one? Then this version hides its text less than users may think.
+"""Does a model look like a fine-tune of a published one? Then `private` hides its text less than users may think.
 
 A worker that has the published weights aligns them with what it was sent and learns the secret bases; from there it
 names tokens (docs/threat-model.md, "A public base"). Whether the base is public nobody can see for sure, so this
@@ -33,7 +33,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+\Z")
 
 
 class PublicBaseWarning(UserWarning):
-    """The model looks like a fine-tune of a published one, whose tokens no profile of this version hides."""
+    """The model looks like a fine-tune of a published one, whose tokens this profile does not hide."""
 
 
 def warn_of_public_base(
@@ -55,9 +55,10 @@ def warn_of_public_base(
 def public_base_advice(
     base: str | None, profile: Profile, config: Any, directory: Path | None = None, *, closed: str
 ) -> str | None:
-    """What to tell the user of a model; None where there is no sign of a public base, or nothing leaves the enclave.
+    """What to tell the user of a model; None where there is no sign of a public base, or nothing is to be seen.
 
-    Nothing is said of profile `paper` either: it is there to be compared with, and hides less than this anyway.
+    Under masks the published weights tell a worker nothing of the text. Nothing is said of profile `paper` either: it
+    is there to be compared with, and hides less than this anyway.
 
     Args:
         base: what the user says of it.
@@ -70,15 +71,15 @@ def public_base_advice(
     """
     if base not in (None, "closed", "public"):
         raise ConfigError(f"base: expected closed or public, found {base!r}")
-    if base == "closed" or not profile.offload or profile.is_as_published:
+    if base == "closed" or not profile.offload or profile.masks or profile.is_as_published:
         return None
     sign = "the base model is public" if base == "public" else sign_of_published(config, directory)
     if sign is None:
         return None
     return (
-        f"{sign}: under profile {profile.name}, a worker that has the published weights can name tokens of the text; "
-        f"no profile of this version hides the tokens of a fine-tuned public model (docs/threat-model.md). {closed} "
-        "says that the base model's weights were never public"
+        f"{sign}: under profile {profile.name}, a worker that has the published weights can name tokens of the text. "
+        f"Profile guarded hides them, with two workers in different hands (docs/threat-model.md). {closed} says that "
+        "the base model's weights were never public"
     )
 
 

@@ -69,6 +69,11 @@ class Opening:
         """Its address."""
         return self._stack.enter_context(local_worker()).address
 
+    @cached_property
+    def mask_worker(self) -> str:
+        """Its address."""
+        return self._stack.enter_context(local_worker()).address
+
     @contextmanager
     def model(self, directory: Path, method: Method, dtype: torch.dtype) -> Iterator[PreTrainedModel]:
         """A model from its files.
@@ -79,8 +84,8 @@ class Opening:
         if method.profile is None:
             yield load_plain(directory, read_config(directory), dtype).eval()
             return
-        worker = self._worker_for(method)
-        model = load(directory, worker, method.profile, dtype=dtype, base=_UNSAID, **method.knobs)
+        workers = self._workers_for(method)
+        model = load(directory, profile=method.profile, dtype=dtype, base=_UNSAID, **workers, **method.knobs)
         with _let_go(model):
             yield model
 
@@ -90,12 +95,15 @@ class Opening:
         if method.profile is None:
             yield model
             return
-        with _let_go(protect(model, self._worker_for(method), method.profile, base=_UNSAID, **method.knobs)):
+        workers = self._workers_for(method)
+        with _let_go(protect(model, profile=method.profile, base=_UNSAID, **workers, **method.knobs)):
             yield model
 
-    def _worker_for(self, method: Method) -> str | None:
-        """None where nothing leaves the enclave."""
-        return self.worker if resolve(method.profile or "enclave", **method.knobs).offload else None
+    def _workers_for(self, method: Method) -> dict[str, Any]:
+        """Those that the profile takes; none where nothing leaves the enclave."""
+        profile = resolve(method.profile or "enclave", **method.knobs)
+        workers = {"workers": self.worker} if profile.offload else {}
+        return workers | ({"mask_worker": self.mask_worker} if profile.masks else {})
 
 
 @contextmanager
