@@ -20,21 +20,8 @@ constexpr float LOG[] = {0.333333312f, -0.24999997f, 0.200007157f, -0.166678023f
 constexpr float SINE[] = {1.57079632f, -0.645963478f, 0.0796802176f, -0.00460214921f};  // sin(πx/2) / x in x², up to ½
 constexpr float COSINE[] = {1.0f, -1.23370054f, 0.253669204f, -0.0208600695f, 0.000903628059f};  // cos(πx/2) in x²
 
-template <int N> INLINE Floats polynomial(const float (&coefficients)[N], Floats x) {
-    Floats total = Floats{} + coefficients[N - 1];
-    UNROLL for (int i = N - 2; i >= 0; --i) total = total * x + coefficients[i];
-    return total;
-}
-
 INLINE Floats either(Ints mask, Floats yes, Floats no) { return (Floats)((mask & (Ints)yes) | (~mask & (Ints)no)); }
 INLINE Floats as_floats(Ints whole) { return __builtin_convertvector(whole, Floats); }
-
-INLINE Floats square_root(Floats x) {
-    float numbers[VECTOR_BYTES / 4];
-    store<float>(numbers, x);
-    for (float &number : numbers) number = __builtin_sqrtf(number);
-    return load<float>(numbers);
-}
 
 // √(-2 log(k 2⁻²⁴)): k = m 2ᵉ with m between √½ and √2, so that nothing cancels where k is near 2²⁴.
 INLINE Floats radius_of(Words word) {
@@ -42,9 +29,9 @@ INLINE Floats radius_of(Words word) {
     const Ints bits = (Ints)as_floats((1 << 24) - (Ints)(word >> 8)) - SQRT_HALF_BITS;
     const Floats exponent = as_floats((bits >> FRACTION_BITS) - 24);
     const Floats x = (Floats)((bits & FRACTION) + SQRT_HALF_BITS) - 1.0f, square = x * x;
-    const Floats tail = (square * x) * polynomial(LOG, x) + square * -0.5f;
+    const Floats tail = (square * x) * polynomial<float>(LOG, x) + square * -0.5f;
     const Floats doubled = (exponent * 0.693147181f + (x + tail)) * -2.0f;
-    return square_root(either(doubled > 0.0f, doubled, Floats{}));
+    return square_root<float>(either(doubled > 0.0f, doubled, Floats{}));
 }
 
 // x, or -x in the second half of a turn: bit 1 of `quarters` becomes the sign.
@@ -62,7 +49,7 @@ void make_deviates(Deviates *job) {
                 // n is q quarter turns and a rest of half a quarter at most, either way
                 const Ints n = (Ints)((Words)load<float>(second) >> 8), quarters = (n + (1 << 21)) >> 22;
                 const Floats rest = as_floats(n - (quarters << 22)) * 0x1p-22f, square = rest * rest;
-                const Floats s = rest * polynomial(SINE, square), c = polynomial(COSINE, square);
+                const Floats s = rest * polynomial<float>(SINE, square), c = polynomial<float>(COSINE, square);
                 const Ints odd = (quarters & 1) != 0;
                 store<float>(first, radius * with_sign(either(odd, s, c), quarters + 1));
                 store<float>(second, radius * with_sign(either(odd, c, s), quarters));

@@ -1,6 +1,7 @@
 // All kernels for one instruction set, ISA, whose flags the compiler is given: see hatch_build.py.
 #include "deviates.hpp"
 #include "few_rows.hpp"
+#include "masks.hpp"
 #include "tiles.hpp"
 #include "sketches.hpp"
 
@@ -15,7 +16,8 @@ template <class T> constexpr Kernels table() {
     // A strip of few rows may be wider than a row of a tile.
     constexpr int64_t bytes = STRIP_BYTES > Simd<T>::row_bytes ? STRIP_BYTES : Simd<T>::row_bytes;
     return {TEXT(ISA), sizeof(T), Simd<T>::width, Simd<T>::lanes, bytes / (int64_t)sizeof(T),
-            rotate<T>, mix<T>, multiply<T>, multiply_few_rows<T>, sketch<T>, make_deviates};
+            rotate<T>, mix<T>, multiply<T>, multiply_few_rows<T>, sketch<T>, make_deviates,
+            make_grid_normals, mask_rows<T>};
 }
 
 }  // namespace

@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 
-enum { VERSION = 1 };
+enum { VERSION = 2 };
 
 struct Grid {  // columns `start` to `start + a·b` of a row, as an (a, b) matrix U, become Q_aᵀ U Q_b
     int64_t start, a, b;
@@ -43,7 +43,8 @@ struct Product {  // out (rows, columns) = left (rows, inner) right (inner, colu
 struct FewRows {  // out (m, q) = x (m, p) w (p, q), for few rows and a large w, which is read once
     const void *x, *w;
     void *out;
-    int64_t m, p, q, threads;
+    int64_t m, p, q, out_stride, threads;
+    int64_t w_itemsize;  // 4 where w is float and x and out are double, else the size of all numbers
 };
 
 struct Sketches {  // w_r = w r and l_w = lᵀ w for w (p, q), r (q, 8), l (p, 8); on the calling thread
@@ -58,6 +59,21 @@ struct Deviates {  // 2·pairs random words of 32 bits become as many normal dev
     int64_t pairs, threads;  // pairs: a multiple of 16
 };
 
+struct GridNormals {  // 2·pairs random words of 64 bits become as many doubles grid·rint(scale·z), z normal, in their place
+    void *words;
+    int64_t pairs, threads;  // pairs: a multiple of 16
+    double scale, grid;
+};
+
+struct MaskRows {  // out = grid·rint(x / grid) + r for x (rows, width), float or double; r and out are double
+    const void *x;
+    const double *r;
+    double *out;  // may be r
+    int64_t rows, width, x_stride, r_stride, out_stride, threads;
+    double grid;     // a power of two
+    int64_t finite;  // result: whether x held neither NaN nor infinity
+};
+
 struct Kernels {
     const char *isa;
     int64_t itemsize;  // 4: float, 8: double
@@ -70,4 +86,6 @@ struct Kernels {
     void (*multiply_few_rows)(FewRows *);
     void (*sketch)(Sketches *);
     void (*make_deviates)(Deviates *);
+    void (*make_grid_normals)(GridNormals *);
+    void (*mask_rows)(MaskRows *);
 };

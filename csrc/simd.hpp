@@ -59,6 +59,31 @@ template <class T> INLINE V<T> load(const void *address) {
 }
 template <class T> INLINE void store(void *address, V<T> vector) { memcpy(address, &vector, sizeof vector); }
 
+// A vector of T from as many numbers of M, which are widened where M is the shorter.
+template <class T, class M> INLINE V<T> load_as(const void *address) {
+    if constexpr (sizeof(M) == sizeof(T)) return load<T>(address);
+    else {
+        typedef M Narrow __attribute__((vector_size(VECTOR_BYTES * sizeof(M) / sizeof(T))));
+        Narrow narrow;
+        memcpy(&narrow, address, sizeof narrow);
+        return __builtin_convertvector(narrow, V<T>);
+    }
+}
+
+template <class T> INLINE V<T> square_root(V<T> x) {
+    T numbers[Simd<T>::width];
+    store<T>(numbers, x);
+    for (T &number : numbers) number = sizeof(T) == 4 ? (T)__builtin_sqrtf((float)number) : (T)__builtin_sqrt(number);
+    return load<T>(numbers);
+}
+
+// coefficients[0] + coefficients[1] x + …
+template <class T, int N> INLINE V<T> polynomial(const T (&coefficients)[N], V<T> x) {
+    V<T> total = V<T>{} + coefficients[N - 1];
+    UNROLL for (int i = N - 2; i >= 0; --i) total = total * x + coefficients[i];
+    return total;
+}
+
 template <int... I> struct Lanes {};
 template <int N, int... I> struct Count : Count<N - 1, N - 1, I...> {};
 template <int... I> struct Count<0, I...> { typedef Lanes<I...> type; };

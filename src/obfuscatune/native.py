@@ -21,7 +21,7 @@ SWITCH = "OBFUSCATUNE_KERNELS"
 LIBRARY = Path(__file__).with_name("_kernels.so")
 ISAS = ("avx512", "avx2", "generic")
 """Instruction sets that the library knows, the best first. On ARM `generic` is NEON."""
-VERSION = 1
+VERSION = 2
 """Of the C interface, `csrc/kernels.hpp`, which the structures below mirror."""
 
 _INT, _ADDRESS = ctypes.c_int64, ctypes.c_void_p
@@ -66,7 +66,8 @@ class FewRows(ctypes.Structure):
     """A product of few rows and a large matrix."""
 
     _fields_ = [
-        ("x", _ADDRESS), ("w", _ADDRESS), ("out", _ADDRESS), ("m", _INT), ("p", _INT), ("q", _INT), ("threads", _INT)
+        ("x", _ADDRESS), ("w", _ADDRESS), ("out", _ADDRESS), ("m", _INT), ("p", _INT), ("q", _INT),
+        ("out_stride", _INT), ("threads", _INT), ("w_itemsize", _INT),
     ]  # fmt: skip
 
 
@@ -85,6 +86,24 @@ class Deviates(ctypes.Structure):
     _fields_ = [("words", _ADDRESS), ("pairs", _INT), ("threads", _INT)]
 
 
+class GridNormals(ctypes.Structure):
+    """Normal numbers on a grid in the place of random words."""
+
+    _fields_ = [
+        ("words", _ADDRESS), ("pairs", _INT), ("threads", _INT), ("scale", ctypes.c_double), ("grid", ctypes.c_double)
+    ]  # fmt: skip
+
+
+class MaskRows(ctypes.Structure):
+    """Rows rounded to a grid, plus their masks."""
+
+    _fields_ = [
+        ("x", _ADDRESS), ("r", _ADDRESS), ("out", _ADDRESS), ("rows", _INT), ("width", _INT),
+        ("x_stride", _INT), ("r_stride", _INT), ("out_stride", _INT), ("threads", _INT),
+        ("grid", ctypes.c_double), ("finite", _INT),
+    ]  # fmt: skip
+
+
 _FUNCTIONS = {
     "rotate": Rotation,
     "mix": Mixing,
@@ -92,6 +111,8 @@ _FUNCTIONS = {
     "multiply_few_rows": FewRows,
     "sketch": Sketches,
     "make_deviates": Deviates,
+    "make_grid_normals": GridNormals,
+    "mask_rows": MaskRows,
 }
 _Function = Callable[[ctypes.Structure], None]
 
@@ -127,6 +148,8 @@ class Kernels:
     multiply_few_rows: _Function
     sketch: _Function
     make_deviates: _Function
+    make_grid_normals: _Function
+    mask_rows: _Function
 
 
 def kernels(itemsize: int) -> Kernels | None:

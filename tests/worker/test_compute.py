@@ -1,12 +1,23 @@
-"""Products in 16 bits: in float32 and rounded once, where the processor has no units for them."""
+"""Products with a matrix that is coarser than what is computed in.
+
+16 bits are widened to float32 where the processor has no units for them, and anything to float64 for rows in float64.
+"""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
 
+from obfuscatune.enclave.client import WorkerClient
 from obfuscatune.worker import backend
 from obfuscatune.worker.backend import Computer
+from tests.worker.serving import serving
+
+L = 2.0**28
+"""Deviation of one-time masks."""
+ID = bytes(range(1, 17))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -29,3 +40,56 @@ def test_without_units_for_it_a_product_is_rounded_once(
         ulp = torch.finfo(dtype).eps * exact.abs() + 1e-5
         assert ((out.double() - exact).abs() <= 0.51 * ulp).all()
         assert computer._wide.numel() <= 96 * 70, "no more than a strip is held in float32"
+
+
+@pytest.mark.parametrize("native_kernels", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 257, 129), (7, 96, 64), (130, 61, 777), (300, 96, 130)])
+@pytest.mark.parametrize("transpose", [False, True])
+def test_rows_in_float64_are_multiplied_in_float64(
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    transpose: bool,
+    native_kernels: bool,
+) -> None:
+    """To a few roundings of float64; float32 would err by 1e-7. With rows and `out` that have gaps, too."""
+    if not native_kernels:
+        monkeypatch.setattr(backend.native, "kernels", lambda itemsize: None)
+    monkeypatch.setattr(backend, "WIDENED_ELEMENTS", 5000)
+    (m, p, q), generator = shape, torch.Generator().manual_seed(sum(shape))
+    matrix = torch.randn(p, q, generator=generator).to(dtype)
+    factor = matrix.double().T if transpose else matrix.double()
+    rows = torch.randn(m, 2 * factor.shape[0], generator=generator, dtype=torch.float64) * L
+    for x in (rows[:, ::2].contiguous(), rows[:, ::2]):
+        out = torch.full((m, factor.shape[1]), torch.nan, dtype=torch.float64)
+        Computer(torch.device("cpu")).multiply(x, matrix, out, transpose=transpose)
+        assert ((out - x @ factor).abs() <= 1e-14 * (x.abs() @ factor.abs())).all()
+        single = torch.empty(out.shape)
+        Computer(torch.device("cpu")).multiply(x, matrix, single, transpose=transpose)
+        assert torch.equal(single, out.float()), "a reply in float32 is rounded once"
+
+
+def test_a_matrix_in_float64_takes_coarser_rows() -> None:
+    matrix, rows = torch.eye(70, dtype=torch.float64) / 3, torch.ones(3, 70, dtype=torch.float32)
+    Computer(torch.device("cpu")).multiply(rows, matrix, out := torch.empty(3, 70).double(), transpose=False)
+    assert torch.equal(out, torch.ones(3, 70, dtype=torch.float64) / 3)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("rows", [1, 9, 200])
+def test_a_masked_product_comes_back_exact_from_a_worker(tmp_path: Path, rows: int, transpose: bool) -> None:
+    """(x + r) W - r W by a real server: what is left of masks 2²⁸ times as large as x is 2²⁸ roundings of float64."""
+    generator = torch.Generator().manual_seed(rows)
+    W = torch.randn(96, 130, generator=generator)
+    factor = W.double().T if transpose else W.double()
+    x = torch.randn(rows, factor.shape[0], generator=generator, dtype=torch.float64)
+    r = torch.randn(x.shape, generator=generator, dtype=torch.float64) * L
+    masked = x + r
+    with serving(tmp_path) as worker, WorkerClient.open(str(worker.address)) as link:
+        link.store(ID, lambda: W, shape=tuple(W.shape), dtype=W.dtype)
+        product = link.multiply(ID, masked, transpose=transpose)
+        of_mask = link.multiply(ID, r, transpose=transpose)
+    assert product.dtype == torch.float64
+    y = (masked - r) @ factor
+    assert float((product - of_mask - y).abs().max()) <= 1e-14 * L * float((factor.abs().sum(dim=0)).max())

@@ -15,6 +15,8 @@ if not native.are_there():
     pytest.skip("no native kernels here; torch computes", allow_module_level=True)
 
 DTYPES = (torch.float32, torch.float64)
+PAIRS = ((torch.float32, torch.float32), (torch.float64, torch.float64), (torch.float64, torch.float32))
+"""Of rows and of the matrix."""
 
 
 def some(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -22,9 +24,13 @@ def some(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.integers(1, 40), st.integers(1, 90), st.integers(64, 400), st.sampled_from(DTYPES), st.integers(1, 3))
-def test_it_computes_the_product(m: int, p: int, q: int, dtype: torch.dtype, threads: int) -> None:
-    rows, matrix, out = some(m, p, dtype=dtype), some(p, q, dtype=dtype), torch.full((m, q), torch.nan, dtype=dtype)
+@given(st.integers(1, 40), st.integers(1, 90), st.integers(64, 400), st.sampled_from(PAIRS), st.integers(1, 3))
+def test_it_computes_the_product(m: int, p: int, q: int, dtypes: tuple[torch.dtype, torch.dtype], threads: int) -> None:
+    """Also into columns that lie between others, which stay as they are."""
+    dtype = dtypes[0]
+    rows, matrix = some(m, p, dtype=dtype), some(p, q, dtype=dtypes[1])
+    memory = torch.full((m, q + 5), 7.0, dtype=dtype)
+    out = memory[:, 2:-3].fill_(torch.nan)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -34,6 +40,8 @@ def test_it_computes_the_product(m: int, p: int, q: int, dtype: torch.dtype, thr
     exact = rows.double() @ matrix.double()
     bound = p * torch.finfo(dtype).eps * (rows.double().abs() @ matrix.double().abs())
     assert ((out.double() - exact).abs() <= bound).all()
+    assert (memory[:, :2] == 7).all()
+    assert (memory[:, -3:] == 7).all()
 
 
 def test_it_rounds_no_more_than_blas() -> None:
@@ -42,6 +50,18 @@ def test_it_rounds_no_more_than_blas() -> None:
     exact = rows.double() @ matrix.double()
     backend.multiply_few_rows(rows, matrix, out)
     assert (out - exact).norm() <= 1.1 * (rows @ matrix - exact).norm()
+
+
+def test_every_instruction_set_widens_as_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    for isa in native.ISAS:
+        table = native.kernels_of(isa, 8)
+        if table is None:
+            continue
+        monkeypatch.setattr(native, "kernels", lambda itemsize, table=table: table)
+        for m, p, q in ((1, 768, 200), (5, 17, 131), (64, 100, 64)):
+            rows, matrix = some(m, p, dtype=torch.float64), some(p, q)
+            backend.multiply_few_rows(rows, matrix, out := torch.empty(m, q, dtype=torch.float64))
+            assert ((out - rows @ matrix.double()).abs() <= 1e-14 * (rows.abs() @ matrix.double().abs())).all()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -62,13 +82,24 @@ def test_the_computer_uses_it_where_it_wins(monkeypatch: pytest.MonkeyPatch) -> 
         computer.multiply(some(m, 32), matrix, torch.empty(m, 64), transpose=False)
     assert used == [2, 9, 128]
     computer.multiply(some(9, 64), matrix, torch.empty(9, 32), transpose=True)
-    computer.multiply(some(9, 32).double(), matrix, torch.empty(9, 64), transpose=False)
     monkeypatch.setattr(backend, "has_units_for", lambda dtype: True)  # else it is widened first, and wins
     computer.multiply(some(9, 32).bfloat16(), matrix.bfloat16(), torch.empty(9, 64).bfloat16(), transpose=False)
     computer.multiply(some(9, 32), some(32, 128)[:, ::2], torch.empty(9, 64), transpose=False)
     computer.multiply(some(9, 32), some(32, 8), torch.empty(9, 8), transpose=False)
     computer.multiply(some(32, 9).T, matrix, torch.empty(9, 64), transpose=False)
     assert used == [2, 9, 128]
+
+
+def test_the_computer_uses_it_for_rows_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a matrix in float32, also for one row, and whatever the reply's dtype is."""
+    used = []
+    monkeypatch.setattr(backend, "multiply_few_rows", lambda rows, matrix, out: used.append(matrix.dtype))
+    computer, matrix = Computer(torch.device("cpu")), some(32, 64)
+    for m in (1, backend.MOST_WIDENED, backend.MOST_WIDENED + 1):
+        computer.multiply(some(m, 32).double(), matrix, torch.empty(m, 64).double(), transpose=False)
+    computer.multiply(some(9, 32).double(), matrix, torch.empty(9, 64), transpose=False)
+    computer.multiply(some(9, 64).double(), matrix, torch.empty(9, 32).double(), transpose=True)
+    assert used == [torch.float32] * 3
 
 
 def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:

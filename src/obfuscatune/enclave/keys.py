@@ -35,6 +35,8 @@ KEY_BYTES = 32
 LABEL = b"obfuscatune/keys/v1"
 PAIRS_TOGETHER = 16
 """Of float32 deviates, drawn at a time: as many as any processor computes at once."""
+GRID_NORMALS_TOGETHER = 1 << 19
+"""Masks that are drawn at a time, 4 MiB: the kernel reads the words from a cache, and threads are woken seldom."""
 _BLOCK_BYTES = 16
 _ZEROS = memoryview(bytes(1 << 16))
 
@@ -115,11 +117,15 @@ class SecretStream:
     def _words(self, count: int) -> NDArray[np.uint32]:
         """The next `count` words (count,), to be written over: no byte of them is copied."""
         size = 4 * count
-        memory = np.empty(size + _BLOCK_BYTES, np.uint8)  # the cipher asks for room for a block more
+        memory = np.empty(size + _BLOCK_BYTES, np.uint8)
+        self._fill(memory, size)
+        return memory[:size].view(np.uint32)
+
+    def _fill(self, memory: NDArray[np.uint8], size: int) -> None:
+        """Write the next `size` bytes into `memory`, which has room for a block more: the cipher asks for it."""
         with self._lock:
             for start in range(0, size, len(_ZEROS)):
                 self._cipher.update_into(_ZEROS[: size - start], memory.data[start:])
-        return memory[:size].view(np.uint32)
 
     def permutation(self, size: int) -> Tensor:
         """A uniform permutation, int64 (size,): the order that sorts 64-bit keys.
@@ -138,6 +144,20 @@ class SecretStream:
         pairs = (count + 1) // 2
         deviates = self._normal_float64(pairs) if dtype == torch.float64 else self._normal_float32(pairs)
         return torch.from_numpy(deviates[:count].reshape(shape))
+
+    def grid_normal(self, *shape: int, deviation: float, grid: float) -> Tensor:
+        """Normal numbers of that standard deviation, rounded to multiples of `grid`, float64; `kernels.grid_normal`."""
+        count = math.prod(shape)
+        drawn = -(-count // (2 * PAIRS_TOGETHER)) * 2 * PAIRS_TOGETHER
+        memory = np.empty(8 * drawn + _BLOCK_BYTES, np.uint8)
+        words = memory[: 8 * drawn].view(np.uint64)
+        for start in range(0, drawn, GRID_NORMALS_TOGETHER):
+            part = words[start : start + GRID_NORMALS_TOGETHER]
+            self._fill(memory[8 * start :], part.nbytes)
+            numbers = kernels.grid_normal(part, deviation, grid).numpy()
+            if numbers.ctypes.data != part.ctypes.data:
+                part.view(np.float64)[:] = numbers
+        return torch.from_numpy(words.view(np.float64)[:count].reshape(shape))
 
     def _normal_float64(self, pairs: int) -> NDArray[np.float64]:
         bits = np.frombuffer(self.random_bytes(16 * pairs), dtype=np.uint64) >> np.uint64(11)
@@ -168,8 +188,8 @@ class FreshStream(SecretStream):
         """`count` bytes."""
         return SecretStream(secrets.token_bytes(KEY_BYTES)).random_bytes(count)
 
-    def _words(self, count: int) -> NDArray[np.uint32]:
-        return SecretStream(secrets.token_bytes(KEY_BYTES))._words(count)
+    def _fill(self, memory: NDArray[np.uint8], size: int) -> None:
+        SecretStream(secrets.token_bytes(KEY_BYTES))._fill(memory, size)
 
     def __repr__(self) -> str:
         return "FreshStream()"

@@ -2,6 +2,10 @@
 
 Few rows, as decoding has them, go through a kernel that reads W* once. A BLAS copies the matrix into another order
 first, which pays with many rows; with few it takes several times as long as reading it (docs/adr/0011).
+
+A matrix may be coarser than what is computed in: float32 for rows in float64, which one-time masks need, or 16 bits
+for a processor that multiplies in float32. Few rows in float64 go through the same kernel, which widens float32 as it
+reads. For all others the matrix is widened strip by strip, into memory that is used again.
 """
 
 from __future__ import annotations
@@ -18,32 +22,39 @@ from obfuscatune import native
 
 FEWEST, MOST = 2, 128
 """Rows between which the kernel wins: of one alone BLAS makes no copy, and many are worth one."""
+MOST_WIDENED = 128
+"""Rows up to which the kernel wins where it widens the matrix; from one on, since BLAS needs a copy for that too."""
 
 
 def few_rows_apply(rows: Tensor, matrix: Tensor, out: Tensor) -> bool:
-    """Whether `multiply` computes out (m, q) = rows (m, p) @ matrix (p, q), and faster than torch."""
-    if not FEWEST <= rows.shape[0] <= MOST or matrix.device.type != "cpu":
+    """Whether `multiply_few_rows` computes out (m, q) = rows (m, p) @ matrix (p, q), and faster than torch."""
+    if rows.dtype != out.dtype or rows.dtype not in (torch.float32, torch.float64) or matrix.device.type != "cpu":
         return False
-    if not rows.dtype == out.dtype == matrix.dtype or matrix.dtype not in (torch.float32, torch.float64):
+    if matrix.dtype == rows.dtype:
+        fewest, most = FEWEST, MOST
+    elif matrix.dtype == torch.float32:
+        fewest, most = 1, MOST_WIDENED
+    else:
         return False
-    table = native.kernels(matrix.itemsize)
-    if table is None or matrix.shape[1] < table.strip:
+    table = native.kernels(rows.itemsize)
+    if not fewest <= rows.shape[0] <= most or table is None or matrix.shape[1] < table.strip:
         return False
-    return all(x.is_contiguous() for x in (rows, matrix, out))
+    return rows.is_contiguous() and matrix.is_contiguous() and out.stride(1) == 1
 
 
 def multiply_few_rows(rows: Tensor, matrix: Tensor, out: Tensor) -> None:
-    """out = rows @ matrix, for what `applies_to` is true of."""
-    table = native.kernels(matrix.itemsize)
+    """out = rows @ matrix, for what `few_rows_apply` is true of."""
+    table = native.kernels(rows.itemsize)
     if table is None:
-        torch.mm(rows, matrix, out=out)
+        torch.mm(rows, matrix.to(rows.dtype), out=out)
         return
     addresses = (x.data_ptr() for x in (rows, matrix, out))
-    table.multiply_few_rows(native.FewRows(*addresses, rows.shape[0], *matrix.shape, torch.get_num_threads()))
+    sizes = rows.shape[0], *matrix.shape, out.stride(0)
+    table.multiply_few_rows(native.FewRows(*addresses, *sizes, torch.get_num_threads(), matrix.itemsize))
 
 
-WIDENED_ELEMENTS = 1 << 24
-"""Of a 16-bit matrix that are in float32 at a time: 64 MiB."""
+WIDENED_ELEMENTS = 1 << 22
+"""Of a matrix that are widened at a time: 32 MiB in float64. BLAS reads all rows again for each of them."""
 
 
 class Computer:
@@ -61,7 +72,7 @@ class Computer:
         self._lock = threading.Lock()
         self._wide = torch.empty(0)
 
-    def adopt(self, matrix: torch.Tensor) -> torch.Tensor:
+    def adopt(self, matrix: Tensor) -> Tensor:
         """A received (p, q) matrix as it is kept; the same memory when neither device nor dtype change."""
         return matrix.to(device=self.device, dtype=self.dtype or matrix.dtype)
 
@@ -71,8 +82,8 @@ class Computer:
         with self._lock, torch.inference_mode():
             yield self.device
 
-    def multiply(self, rows: torch.Tensor, matrix: torch.Tensor, out: torch.Tensor, *, transpose: bool) -> None:
-        """Write the product into `out`, in its dtype.
+    def multiply(self, rows: Tensor, matrix: Tensor, out: Tensor, *, transpose: bool) -> None:
+        """Write the product into `out`, in its dtype: computed in float64 where rows or matrix are float64.
 
         Args:
             rows: (m, p), or (m, q) when `transpose`; on the CPU.
@@ -81,46 +92,45 @@ class Computer:
             transpose: multiply by the transpose.
         """
         with self._lock, torch.inference_mode():
-            if matrix.device.type == "cpu" and not has_units_for(matrix.dtype):
-                self._multiply_widened(rows.float(), matrix, out, transpose=transpose)
+            dtype = self._dtype_for(rows, matrix)
+            rows = rows.to(device=self.device, dtype=dtype)
+            direct = self.device.type == "cpu" and out.dtype == dtype
+            product = out if direct else torch.empty(out.shape, dtype=dtype, device=self.device)
+            if matrix.dtype == dtype or (not transpose and few_rows_apply(rows, matrix, product)):
+                _multiply(rows, matrix, product, transpose=transpose)
             else:
-                self._multiply(rows, matrix, out, transpose=transpose)
+                self._multiply_widened(rows, matrix, product, transpose=transpose)
+            if not direct:
+                out.copy_(product)
 
-    def _multiply(self, rows: torch.Tensor, matrix: torch.Tensor, out: torch.Tensor, *, transpose: bool) -> None:
-        if not transpose and few_rows_apply(rows, matrix, out):
-            multiply_few_rows(rows, matrix, out)
-        else:
-            factor = matrix.t() if transpose else matrix
-            rows, factor = rows.to(device=self.device), factor.to(torch.promote_types(rows.dtype, matrix.dtype))
-            rows = rows.to(factor.dtype)
-            if self.device.type == "cpu" and out.dtype == factor.dtype:
-                torch.mm(rows, factor, out=out)
-            else:
-                out.copy_(torch.mm(rows, factor))
+    def _dtype_for(self, rows: Tensor, matrix: Tensor) -> torch.dtype:
+        """What is computed in: float64 where either is, else as the matrix is kept, or float32 where that is slow."""
+        if torch.float64 in (rows.dtype, matrix.dtype):
+            return torch.float64
+        return matrix.dtype if self.device.type != "cpu" or has_units_for(matrix.dtype) else torch.float32
 
-    def _multiply_widened(
-        self, rows: torch.Tensor, matrix: torch.Tensor, out: torch.Tensor, *, transpose: bool
-    ) -> None:
-        """The product with a 16-bit matrix in float32, rounded once: a strip of the matrix's rows after the other.
+    def _multiply_widened(self, rows: Tensor, matrix: Tensor, out: Tensor, *, transpose: bool) -> None:
+        """The product with a matrix that is coarser than `rows` and `out`: columns of the product one strip at a time.
 
-        All strips take the same memory, since fresh pages take longer than the product, and no more than that: a
-        matrix of any size must not have the worker hold twice as much again beside its quota.
+        All strips of the matrix take the same memory, since fresh pages take longer than widening, and no more than
+        that: a matrix of any size must not have the worker hold twice as much again beside its quota.
         """
-        total = torch.zeros(out.shape)
-        first = 0
-        for strip in matrix.split(max(1, WIDENED_ELEMENTS // matrix.shape[1])):
-            if self._wide.numel() < strip.numel():
-                self._wide = torch.empty(strip.numel())
+        inner, outer = matrix.shape[::-1] if transpose else matrix.shape
+        width = max(1, WIDENED_ELEMENTS // inner)
+        for first in range(0, outer, width):
+            last = min(first + width, outer)
+            strip = matrix[first:last] if transpose else matrix[:, first:last]
+            if self._wide.dtype != rows.dtype or self._wide.numel() < strip.numel():
+                self._wide = torch.empty(strip.numel(), dtype=rows.dtype, device=self.device)
             wide = self._wide[: strip.numel()].view(strip.shape).copy_(strip)
-            last = first + strip.shape[0]
-            if transpose:
-                self._multiply(rows, wide, part := torch.empty(rows.shape[0], strip.shape[0]), transpose=True)
-                total[:, first:last] = part
-            else:
-                self._multiply(rows[:, first:last].contiguous(), wide, part := torch.empty(out.shape), transpose=False)
-                total += part
-            first = last
-        out.copy_(total)
+            _multiply(rows, wide, out[:, first:last], transpose=transpose)
+
+
+def _multiply(rows: Tensor, matrix: Tensor, out: Tensor, *, transpose: bool) -> None:
+    if not transpose and few_rows_apply(rows, matrix, out):
+        multiply_few_rows(rows, matrix, out)
+    else:
+        torch.mm(rows, matrix.t() if transpose else matrix, out=out)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Rotation, mixing, sketches and normal deviates, each in two ways: by torch's operations, and in C++.
+"""Rotation, mixing, masks, sketches and normal deviates, each in two ways: by torch's operations, and in C++.
 
     interface   what a kernel is asked for, and the structured matrices that it is given
     reference   by torch: on every device, differentiable
@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from obfuscatune import native as _native
@@ -19,7 +21,7 @@ from obfuscatune.enclave.kernels.interface import Kernels
 from obfuscatune.enclave.kernels.native import Native
 from obfuscatune.enclave.kernels.reference import Reference
 
-__all__ = ["REFERENCE", "Kernels", "Native", "for_deviates", "kernels_for", "native_for"]
+__all__ = ["REFERENCE", "Kernels", "Native", "for_deviates", "grid_normal", "kernels_for", "mask_rows", "native_for"]
 
 REFERENCE = Reference()
 
@@ -46,6 +48,46 @@ def native_for(x: Tensor) -> Native | None:
 def for_deviates() -> Kernels:
     """The kernels that make normal deviates."""
     return native_of(4) or REFERENCE
+
+
+def grid_normal(words: NDArray[np.uint64], deviation: float, grid: float) -> Tensor:
+    """One-time masks from random words: `grid · rint(z deviation / grid)`, z standard normal (Box and Muller, 1958).
+
+    All 64 bits of each word are used. z is exact to 2⁻⁴⁹ of itself, as precise near 0 as in the tails, which end at 9.4
+    standard deviations. The last bits of z depend on the instruction set, and r with them by a few grids: a mask is
+    drawn once and kept, never drawn again by another machine.
+
+    Args:
+        words: uniform, uint64 (2k,), contiguous; k a multiple of 16. They may be written over.
+        deviation: the standard deviation, in the units of `grid`. Up to 2⁵⁰ grids, all numbers within 8 standard
+            deviations are whole multiples of `grid` that float64 holds exactly.
+        grid: the distance between neighbours; a power of two.
+
+    Returns:
+        float64 (2k,), on the CPU; possibly in the words' memory.
+    """
+    return (native_of(8) or REFERENCE).grid_normal(words, deviation, grid)
+
+
+def mask_rows(x: Tensor, r: Tensor, grid: float, out: Tensor) -> bool:
+    """Round, mask and copy in one pass: out = grid · rint(x / grid) + r.
+
+    Where r lies on the grid and neither term exceeds 2⁵² grids, the sum is exact: its low bits tell nothing of x.
+
+    Args:
+        x: (m, p), float32 or float64 for the native kernel, any dtype for torch.
+        r: the masks, float64 (m, p), multiples of `grid`.
+        grid: a power of two.
+        out: float64 (m, p), such as the memory that is sent; it may be r.
+
+    Returns:
+        Whether x is finite. Where it is not, neither is `out`, which must not be sent then.
+    """
+    found = native_of(x.itemsize) if x.dtype in (torch.float32, torch.float64) else None
+    tensors = (x, r, out)
+    if found is None or x.numel() == 0 or any(t.device.type != "cpu" or t.stride(1) != 1 for t in tensors):
+        return REFERENCE.mask_rows(x, r, grid, out)
+    return found.mask_rows(x, r, grid, out)
 
 
 def native_of(itemsize: int) -> Native | None:

@@ -89,6 +89,19 @@ class Native:
         self.table.make_deviates(native.Deviates(words.ctypes.data, words.size // 2, torch.get_num_threads()))
         return words.view(np.float32)
 
+    def grid_normal(self, words: NDArray[np.uint64], deviation: float, grid: float) -> Tensor:
+        """In the words' place."""
+        sizes = words.size // 2, torch.get_num_threads()
+        self.table.make_grid_normals(native.GridNormals(words.ctypes.data, *sizes, deviation / grid, grid))
+        return torch.from_numpy(words.view(np.float64))
+
+    def mask_rows(self, x: Tensor, r: Tensor, grid: float, out: Tensor) -> bool:
+        """In one pass; `self` is for numbers of x's size."""
+        addresses, strides = (t.data_ptr() for t in (x, r, out)), (t.stride(0) for t in (x, r, out))
+        job = native.MaskRows(*addresses, *x.shape, *strides, torch.get_num_threads(), grid)
+        self.table.mask_rows(job)
+        return bool(job.finite)
+
     def of_few(self, R: Rotation) -> RotationOfFew:
         """A rotation, to be done with the mixing of few rows."""
         return RotationOfFew(self, R)

@@ -53,6 +53,26 @@ class Reference:
         """24 bits of each word make a uniform number."""
         return box_muller((words >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24))
 
+    def grid_normal(self, words: NDArray[np.uint64], deviation: float, grid: float) -> Tensor:
+        """All 64 bits of each word are used; nothing cancels, neither near 0 nor in the tail."""
+        first, second = words.reshape(2, -1)
+        below, above = first * 2.0**-64, np.negative(first) * 2.0**-64  # 1 - k 2⁻⁶⁴, and k 2⁻⁶⁴ where k is below 2⁶⁴
+        near = below < 0.5
+        radius = np.sqrt(-2 * np.where(near, np.log1p(-below), np.log(np.where(near, 1, above))))
+        turned = second + np.uint64(1 << 61)  # quarter turns, and a rest of half a quarter at most
+        quarters = turned >> np.uint64(62)
+        rest = (turned & np.uint64((1 << 62) - 1)).view(np.int64) - (1 << 61)
+        angle = rest * (math.pi * 2.0**-63)
+        sine, cosine = np.sin(angle), np.cos(angle)
+        z = radius * np.stack([_of_quarter(quarters + 1, sine, cosine), _of_quarter(quarters, cosine, sine)])
+        return torch.from_numpy((np.rint(z * (deviation / grid)) * grid).reshape(-1))
+
+    def mask_rows(self, x: Tensor, r: Tensor, grid: float, out: Tensor) -> bool:
+        """One operation of torch after another."""
+        rounded = x.to(torch.float64, copy=True).div_(grid).round_().mul_(grid)
+        torch.add(rounded, r, out=out)
+        return bool(torch.isfinite(x).all())
+
 
 def box_muller(uniform: NDArray[Float]) -> NDArray[Float]:
     """Uniform in [0, 1), as many bits as the significand holds, (2k,) -> normal (2k,) (Box and Muller, 1958).
@@ -63,6 +83,13 @@ def box_muller(uniform: NDArray[Float]) -> NDArray[Float]:
     radius = np.sqrt(-2 * np.log1p(-u))  # 1 - u is never 0
     angle *= 2 * math.pi
     return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
+
+
+def _of_quarter(
+    quarters: NDArray[np.uint64], even: NDArray[np.float64], odd: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """±even or ±odd: bit 0 of `quarters` chooses between them, bit 1 is the sign."""
+    return np.where(quarters & np.uint64(1), odd, even) * (1.0 - (quarters & np.uint64(2)))
 
 
 def _on_grid(x: Tensor, grid: Grid) -> Tensor:
