@@ -3,7 +3,10 @@
 //     k = 2⁶⁴ - w₁,  n = w₂                         all 64 bits of two words
 //     radius = √(-2 log(k 2⁻⁶⁴)),  angle = 2π n 2⁻⁶⁴
 //     z₁ = radius cos(angle),  z₂ = radius sin(angle)
-//     r = grid · rint(scale z)
+//     r = grid · floor(scale z)
+//
+// Rounded down: scale z often has no more than a half below the grid, and ties that go to the even neighbour would make
+// even multiples more frequent than odd ones: the lowest bit of what is masked would show.
 //
 // This is what deviates.hpp does, with nothing lost to cancellation: each z is exact to 2⁻⁴⁹ of itself. The logarithm
 // is taken of w₁ 2⁻⁶⁴ subtracted from 1 where it is small, and of k 2⁻⁶⁴ elsewhere, so that the radius is as precise near
@@ -57,6 +60,11 @@ INLINE Doubles whole(Doubles x) {
     return (Doubles)((LongWords)rounded | ((LongWords)x & SIGN));
 }
 
+INLINE Doubles rounded_down(Doubles x) {
+    const Doubles nearest = whole(x);
+    return nearest - either((Longs)(nearest > x), Doubles{} + 1.0, Doubles{});
+}
+
 INLINE Doubles with_sign(Doubles x, LongWords quarters) { return (Doubles)((LongWords)x ^ ((quarters & 2) << 62)); }
 
 void make_grid_normals(GridNormals *job) {
@@ -75,8 +83,8 @@ void make_grid_normals(GridNormals *job) {
                 const Doubles rest = as_doubles(n & REST, 0x1p61) * 0x1p-62, square = rest * rest;
                 const Doubles s = rest * polynomial<double>(SINE_64, square), c = polynomial<double>(COSINE_64, square);
                 const Longs odd = (quarters & 1) != 0;
-                store<double>(first, whole(radius * with_sign(either(odd, s, c), quarters + 1)) * grid);
-                store<double>(second, whole(radius * with_sign(either(odd, c, s), quarters)) * grid);
+                store<double>(first, rounded_down(radius * with_sign(either(odd, s, c), quarters + 1)) * grid);
+                store<double>(second, rounded_down(radius * with_sign(either(odd, c, s), quarters)) * grid);
             }
     };
     on_threads(most(least(job->threads, job->pairs / PER_THREAD), 1), work);

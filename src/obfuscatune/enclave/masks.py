@@ -32,11 +32,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from obfuscatune.enclave import kernels
 from obfuscatune.enclave.accountant import Accountant
 from obfuscatune.enclave.client import ProductRequest, WorkerClient
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.verification import Check, Verifier, product_in_parts
-from obfuscatune.errors import ProtectionError, WireError
+from obfuscatune.errors import NonFiniteError, ProtectionError, WireError
 from obfuscatune.process import begin_anew_in_children
 
 GRID = 2.0**-22
@@ -53,12 +54,8 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def draw(stream: SecretStream, rows: int, width: int, deviation: float = DEVIATION) -> Tensor:
-    """r (rows, width), float64: normal numbers of that standard deviation, rounded down to `GRID`.
-
-    Not to the nearest: normal numbers of float64 have few bits below the grid, often none but a half, and ties that go
-    to the even neighbour made even multiples 30 % more frequent than odd ones. The lowest bit of a row would show.
-    """
-    return stream.normal(rows, width).mul_(deviation / GRID).floor_().mul_(GRID)
+    """r (rows, width), float64: normal numbers of that standard deviation, rounded down to `GRID`."""
+    return stream.grid_normal(rows, width, deviation=deviation, grid=GRID)
 
 
 class Mask:
@@ -100,13 +97,16 @@ class Mask:
 
         Raises:
             ProtectionError: this mask has hidden rows before.
+            NonFiniteError: X* contains NaN or infinity.
         """
         r, self._r = self._r, None
         if r is None:
             raise ProtectionError("this mask has hidden rows before, and hides no others")
-        rounded = X_star.to(torch.float64, copy=True).mul_(1 / GRID).round_().mul_(GRID)
-        torch.add(rounded, r, out=out)
+        finite = kernels.mask_rows(X_star, r, GRID, out)
         r.zero_()
+        if not finite:
+            out.zero_()
+            raise NonFiniteError("rows to be masked contain NaN or infinity; they were not sent")
         return out
 
     def reveal(self, Y_masked: Tensor) -> Tensor:
