@@ -124,6 +124,10 @@ class Mixing(Protocol):
     def size(self) -> float:
         """Root mean square of the elements of X*, as the enclave knows it: its rows' own, and the shield's expected."""
 
+    @property
+    def mean_square(self) -> float:
+        """Of all elements of the scaled rows: at most 1, unless a row was too large to be scaled down."""
+
     def scaled(self, x: Tensor) -> Tensor:
         """(n, p) in any dtype -> (n, p) in float64 or float32, ready to be rotated and mixed; memory of its own.
 
@@ -170,6 +174,11 @@ class _Scaled(ABC):
     @abstractmethod
     def rows(self) -> int:
         """m."""
+
+    @property
+    def mean_square(self) -> float:
+        """As `Mixing.mean_square`."""
+        return self._scales.mean_square
 
     def scaled(self, x: Tensor) -> Tensor:
         """D x; the scales are kept."""
@@ -265,7 +274,7 @@ class NoMixing:
     """A = 1, no shield rows: the worker sees x R as it is. The paper's scheme."""
 
     def __init__(self, rows: int) -> None:
-        self.rows, self.size = rows, 0.0
+        self.rows, self.size, self.mean_square = rows, 0.0, math.inf  # nothing is scaled
 
     def scaled(self, x: Tensor) -> Tensor:
         """x as it is, in float32 where it has 16 bits: what is not mixed costs no other row precision."""

@@ -291,7 +291,7 @@ class OffloadedProduct:
         mixing, mask = passage.mixing, None
         if self._masks is not None:
             with span("obfuscatune.mask"):
-                mask = self._masks.take(held, x.shape[0], mixing.rows, transpose=transpose)
+                mask = self._masks.take(held, x.shape[0], mixing, transpose=transpose)
         with span("obfuscatune.mix"):
             X_star = self._memory(mixing.rows, there.dim, dtype, is_sent=mask is None)  # (m, p)
             finite, size = passage.lay_down(X_star), mixing.size
@@ -398,18 +398,21 @@ class LayerMasks:
         """Of a mask's elements."""
         return self.masks.accountant.deviation
 
-    def take(self, held: Held, n: int, m: int, *, transpose: bool) -> Mask:
-        """A mask for a request of n rows that is sent as m, once it is accounted for.
+    def take(self, held: Held, n: int, mixing: Mixing | FewMixing, *, transpose: bool) -> Mask:
+        """A mask for a request of n rows, which were scaled, once it is accounted for.
 
         Raises:
             BudgetExceeded: the request must not be sent.
+            ProtectionError: a row is larger than the account has it.
             WireError: the mask worker failed.
         """
         masked = held.masked
         if masked is None:
             raise ProtectionError(f"the mask worker does not hold the matrix of {self.layer}")
+        if not mixing.mean_square <= 1:
+            raise ProtectionError(f"rows of {self.layer} are too large to be scaled, and so to be hidden under a mask")
         self.masks.accountant.spend(self.layer, n, masked.shape[1 if transpose else 0])
-        return self.masks.take(masked, m, transpose=transpose)
+        return self.masks.take(masked, mixing.rows, transpose=transpose)
 
 
 def _widen(x: Tensor) -> Tensor:
