@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from obfuscatune.cli import output
+from obfuscatune.cli import options, output
 from obfuscatune.cli.options import AsJson
 from obfuscatune.cli.session import Protection, Session, open_files, open_session
 from obfuscatune.option import Option
@@ -26,6 +26,7 @@ EXIT_FAILED = 1
 def demo(
     out: Annotated[Path, Option("Folder for adapters and report.")] = Path("demo-out"),
     seed: Annotated[int, Option("Of order, fresh factors and dropout, in both runs.")] = 0,
+    profile: options.Profile = None,
     quick: Annotated[bool, Option("A few steps and questions: seconds, and nothing learnt.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -41,7 +42,7 @@ def demo(
     from obfuscatune.demo.settings import REPORT, RESULT, Settings, claim
     from obfuscatune.demo.terminal import print_result
 
-    settings = Settings(seed, quick)
+    settings = Settings(seed, quick, profile or "private")
     folder = claim(out)
     output.notice(
         "A language model learns private clinic notes: on a worker that sees neither in the clear, then plain."
@@ -49,8 +50,10 @@ def demo(
     with output.progress("opening the embedded model"):
         files = open_files(None)
 
+    protection = Protection(profile=settings.profile)
+
     def opening(name: "Name") -> AbstractContextManager[Session]:
-        return open_session(files, dtype="float32", protection=Protection() if name == "protected" else None)
+        return open_session(files, dtype="float32", protection=protection if name == "protected" else None)
 
     result = run_demo(settings, out, files.directory, files.tokenizer, opening, _Screen())
     found = document(result)

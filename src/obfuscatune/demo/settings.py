@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from obfuscatune.assets import clinic_notes_path
+from obfuscatune.enclave.profiles import resolve
 from obfuscatune.errors import ConfigError, StorageError
 from obfuscatune.training.recipe import Recipe
 from obfuscatune.training.storage import RunDirectory
@@ -30,10 +31,13 @@ class Settings:
 
     seed: int
     quick: bool
+    profile: str = "private"
 
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ConfigError(f"--seed: expected 0 or more, found {self.seed}")
+        if not resolve(self.profile).offload:
+            raise ConfigError(f"--profile {self.profile} sends nothing to a worker: there is nothing to watch")
 
     @property
     def questions(self) -> int | None:
@@ -56,6 +60,7 @@ class Settings:
             data=clinic_notes_path() / "train.jsonl",
             out=out,
             plain=plain,
+            profile="private" if plain else self.profile,
             seed=self.seed,
             lora_r=16,
             lora_alpha=32,

@@ -295,10 +295,11 @@ class OffloadedProduct:
         with span("obfuscatune.mix"):
             X_star = self._memory(mixing.rows, there.dim, dtype, is_sent=mask is None)  # (m, p)
             finite, size = passage.lay_down(X_star), mixing.size
+        mask_size = 0.0
         if mask is not None and self._masks is not None:
             with span("obfuscatune.mask"):
-                dtype, size = torch.float64, self._masks.deviation
-                X_star = mask.hide(X_star, self._memory(mixing.rows, there.dim, dtype, is_sent=True))
+                mask_size = self._masks.deviation
+                X_star = mask.hide(X_star, self._memory(mixing.rows, there.dim, torch.float64, is_sent=True))
         with span("obfuscatune.send"):
             request = self._client.submit(
                 held.matrix_id, X_star, transpose=transpose, known_finite=finite, product_unchecked=True
@@ -306,8 +307,14 @@ class OffloadedProduct:
         check = None
         if held.verifier is not None:
             with span("obfuscatune.verify"):
-                party = "worker" if mask is None else "compute worker"
-                check = held.verifier.check_for(passage.image, size, dtype, transpose=transpose, party=party)
+                check = held.verifier.check_for(
+                    passage.image,
+                    size,
+                    dtype,
+                    transpose=transpose,
+                    party="worker" if mask is None else "compute worker",
+                    mask_size=mask_size,
+                )
         return InFlight(like, Sent(passage, request, held, check, mask))
 
     def _memory(self, rows: int, cols: int, dtype: torch.dtype, *, is_sent: bool) -> Tensor:

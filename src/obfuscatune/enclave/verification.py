@@ -81,13 +81,16 @@ class Probe:
     """|W*|, the root of the sum of all squares."""
     party: str = "worker"
     """Whose products it checks, as an error calls it."""
+    mask_size: float = 0.0
+    """Root mean square of the elements of the masks, float64, that were added to the rows and whose product was taken
+    away: what is left of them is rounding."""
 
     def check(self, product: Tensor, u: Tensor, scale: float, dtype: torch.dtype) -> None:
         """Hold a product (m, q), in memory of our own, against u (m, k), float64.
 
         Args:
-            scale: root mean square of the elements of all rows that were sent, shield rows among them.
-            dtype: in which rows and product travelled.
+            scale: root mean square of the elements of all rows that were sent, shield rows among them; without masks.
+            dtype: in which rows and product travelled; of masked rows, in which they were mixed.
 
         Raises:
             WrongProduct: it is not the product of the rows and the matrix.
@@ -118,7 +121,8 @@ class Probe:
         norms = torch.linalg.vector_norm(product, dim=1, dtype=torch.float64).clamp(max=largest)
         subnormal = rounding.tiny * (math.sqrt(product.shape[1]) + self.norm)  # elements below tiny err by eps tiny / 2
         size: Tensor = expected + norms + norms.square().mean().sqrt() + subnormal
-        return MARGIN[dtype] * rounding.eps / 2 * size
+        of_masks = MARGIN[torch.float64] * torch.finfo(torch.float64).eps / 2 * self.mask_size * self.norm
+        return MARGIN[dtype] * rounding.eps / 2 * size + of_masks
 
 
 def _largest(m: int, p: int, scale: float, norm: float) -> float:
@@ -149,12 +153,12 @@ class Verifier:
         self._L = stream.normal(p, BASIS, dtype=W.dtype)
         self._WR, self._WtL, self._norm = _images(W, self._R, self._L)
 
-    def probe(self, *, transpose: bool, party: str = "worker") -> Probe:
-        """Fresh vectors for one request to that party."""
+    def probe(self, *, transpose: bool, party: str = "worker", mask_size: float = 0.0) -> Probe:
+        """Fresh vectors for one request to that party; see `Probe`."""
         vectors, images = (self._L, self._WtL) if transpose else (self._R, self._WR)
         q, _ = np.linalg.qr(self._stream.normal(BASIS, self._vectors).numpy())
         c = torch.from_numpy(q).to(vectors)  # orthonormal: the columns of r are normal and independent
-        return Probe(vectors @ c, images @ c, self._norm, party)
+        return Probe(vectors @ c, images @ c, self._norm, party, mask_size)
 
     def check_for(
         self,
@@ -164,6 +168,7 @@ class Verifier:
         *,
         transpose: bool,
         party: str = "worker",
+        mask_size: float = 0.0,
     ) -> Check:
         """The check of one request. To be called once it is sent, and what comes of it once the product is here.
 
@@ -172,11 +177,11 @@ class Verifier:
             scale: see `Probe.check`.
             dtype: in which rows and product travel.
             transpose: whether the rows are multiplied by W*ᵀ.
-            party: who multiplies them, as an error calls it.
+            party, mask_size: see `Probe`.
         """
 
         def prepare() -> tuple[Probe, Tensor]:
-            probe = self.probe(transpose=transpose, party=party)
+            probe = self.probe(transpose=transpose, party=party, mask_size=mask_size)
             return probe, image(probe.v).to(probe.v.device)
 
         prepared = prepare() if self._share >= 1 else None  # there is no lot to be kept secret: while it is computed
