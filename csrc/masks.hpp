@@ -3,11 +3,14 @@
 //     k = 2⁶⁴ - w₁,  n = w₂                         all 64 bits of two words
 //     radius = √(-2 log(k 2⁻⁶⁴)),  angle = 2π n 2⁻⁶⁴
 //     z₁ = radius cos(angle),  z₂ = radius sin(angle)
-//     r = grid · rint(scale z)
+//     r = grid ⌊scale z⌋
 //
 // This is what deviates.hpp does, with nothing lost to cancellation: each z is exact to 2⁻⁴⁹ of itself. The logarithm
 // is taken of w₁ 2⁻⁶⁴ subtracted from 1 where it is small, and of k 2⁻⁶⁴ elsewhere, so that the radius is as precise near
 // 0 as in the tail, which ends at 9.4. The polynomials are interpolated at Chebyshev's points and err by 2⁻⁵⁷ at most.
+//
+// Rounded down, not to the nearest: of a z between 2 and 4 only one bit lies below a grid of 2⁻⁵⁰, so half of all numbers
+// would be ties, and the lowest bit of r even three times out of four.
 #pragma once
 
 #include "simd.hpp"
@@ -57,6 +60,11 @@ INLINE Doubles whole(Doubles x) {
     return (Doubles)((LongWords)rounded | ((LongWords)x & SIGN));
 }
 
+INLINE Doubles rounded_down(Doubles x) {
+    const Doubles nearest = whole(x);
+    return either(nearest > x, nearest - 1.0, nearest);
+}
+
 INLINE Doubles with_sign(Doubles x, LongWords quarters) { return (Doubles)((LongWords)x ^ ((quarters & 2) << 62)); }
 
 void make_grid_normals(GridNormals *job) {
@@ -75,8 +83,8 @@ void make_grid_normals(GridNormals *job) {
                 const Doubles rest = as_doubles(n & REST, 0x1p61) * 0x1p-62, square = rest * rest;
                 const Doubles s = rest * polynomial<double>(SINE_64, square), c = polynomial<double>(COSINE_64, square);
                 const Longs odd = (quarters & 1) != 0;
-                store<double>(first, whole(radius * with_sign(either(odd, s, c), quarters + 1)) * grid);
-                store<double>(second, whole(radius * with_sign(either(odd, c, s), quarters)) * grid);
+                store<double>(first, rounded_down(radius * with_sign(either(odd, s, c), quarters + 1)) * grid);
+                store<double>(second, rounded_down(radius * with_sign(either(odd, c, s), quarters)) * grid);
             }
     };
     on_threads(most(least(job->threads, job->pairs / PER_THREAD), 1), work);

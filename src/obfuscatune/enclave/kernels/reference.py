@@ -58,14 +58,14 @@ class Reference:
         first, second = words.reshape(2, -1)
         below, above = first * 2.0**-64, np.negative(first) * 2.0**-64  # 1 - k 2⁻⁶⁴, and k 2⁻⁶⁴ where k is below 2⁶⁴
         near = below < 0.5
-        radius = np.sqrt(-2 * np.where(near, np.log1p(-below), np.log(np.where(near, 1, above))))
+        radius = np.sqrt(-2 * np.where(near, np.log1p(-np.where(near, below, 0)), np.log(np.where(near, 1, above))))
         turned = second + np.uint64(1 << 61)  # quarter turns, and a rest of half a quarter at most
         quarters = turned >> np.uint64(62)
         rest = (turned & np.uint64((1 << 62) - 1)).view(np.int64) - (1 << 61)
         angle = rest * (math.pi * 2.0**-63)
         sine, cosine = np.sin(angle), np.cos(angle)
-        z = radius * np.stack([_of_quarter(quarters + 1, sine, cosine), _of_quarter(quarters, cosine, sine)])
-        return torch.from_numpy((np.rint(z * (deviation / grid)) * grid).reshape(-1))
+        z = radius * np.stack([_of_quarter(quarters + 1, sine, cosine), _of_quarter(quarters, sine, cosine)])
+        return torch.from_numpy((np.floor(z * (deviation / grid)) * grid).reshape(-1))
 
     def mask_rows(self, x: Tensor, r: Tensor, grid: float, out: Tensor) -> bool:
         """One operation of torch after another."""
@@ -89,7 +89,8 @@ def _of_quarter(
     quarters: NDArray[np.uint64], even: NDArray[np.float64], odd: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """±even or ±odd: bit 0 of `quarters` chooses between them, bit 1 is the sign."""
-    return np.where(quarters & np.uint64(1), odd, even) * (1.0 - (quarters & np.uint64(2)))
+    found: NDArray[np.float64] = np.where(quarters & np.uint64(1), odd, even) * (1.0 - (quarters & np.uint64(2)))
+    return found
 
 
 def _on_grid(x: Tensor, grid: Grid) -> Tensor:
