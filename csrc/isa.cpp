@@ -14,7 +14,7 @@ namespace {
 
 template <class T> constexpr Kernels table() {
     // A strip of few rows may be wider than a row of a tile.
-    constexpr int64_t bytes = STRIP_BYTES > Simd<T>::row_bytes ? STRIP_BYTES : Simd<T>::row_bytes;
+    constexpr int64_t bytes = (sizeof(T) == 8 ? WIDE_STRIP : STRIP) * VECTOR_BYTES;
     return {TEXT(ISA), sizeof(T), Simd<T>::width, Simd<T>::lanes, bytes / (int64_t)sizeof(T),
             rotate<T>, mix<T>, multiply<T>, multiply_few_rows<T>, sketch<T>, make_deviates,
             make_grid_normals, mask_rows<T>};

@@ -59,7 +59,7 @@ struct Deviates {  // 2·pairs random words of 32 bits become as many normal dev
     int64_t pairs, threads;  // pairs: a multiple of 16
 };
 
-struct GridNormals {  // 2·pairs random words of 64 bits become as many doubles grid·floor(scale·z), z normal, in their place
+struct GridNormals {  // 2·pairs random words of 64 bits become as many doubles grid·⌊scale·z⌋, z normal, in their place
     void *words;
     int64_t pairs, threads;  // pairs: a multiple of 16
     double scale, grid;

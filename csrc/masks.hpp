@@ -3,14 +3,14 @@
 //     k = 2⁶⁴ - w₁,  n = w₂                         all 64 bits of two words
 //     radius = √(-2 log(k 2⁻⁶⁴)),  angle = 2π n 2⁻⁶⁴
 //     z₁ = radius cos(angle),  z₂ = radius sin(angle)
-//     r = grid · floor(scale z)
-//
-// Rounded down: scale z often has no more than a half below the grid, and ties that go to the even neighbour would make
-// even multiples more frequent than odd ones: the lowest bit of what is masked would show.
+//     r = grid ⌊scale z⌋
 //
 // This is what deviates.hpp does, with nothing lost to cancellation: each z is exact to 2⁻⁴⁹ of itself. The logarithm
 // is taken of w₁ 2⁻⁶⁴ subtracted from 1 where it is small, and of k 2⁻⁶⁴ elsewhere, so that the radius is as precise near
 // 0 as in the tail, which ends at 9.4. The polynomials are interpolated at Chebyshev's points and err by 2⁻⁵⁷ at most.
+//
+// Rounded down, not to the nearest: of a z between 2 and 4 only one bit lies below a grid of 2⁻⁵⁰, so half of all numbers
+// would be ties, and the lowest bit of r even three times out of four.
 #pragma once
 
 #include "simd.hpp"
@@ -62,7 +62,7 @@ INLINE Doubles whole(Doubles x) {
 
 INLINE Doubles rounded_down(Doubles x) {
     const Doubles nearest = whole(x);
-    return nearest - either((Longs)(nearest > x), Doubles{} + 1.0, Doubles{});
+    return either(nearest > x, nearest - 1.0, nearest);
 }
 
 INLINE Doubles with_sign(Doubles x, LongWords quarters) { return (Doubles)((LongWords)x ^ ((quarters & 2) << 62)); }

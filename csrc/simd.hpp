@@ -48,9 +48,9 @@ template <class T> struct Simd {
 };
 template <class T> using V = typename Simd<T>::V;
 
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-INLINE int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
+INLINE constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE constexpr int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 
 template <class T> INLINE V<T> load(const void *address) {
     V<T> vector;

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from obfuscatune import native
 from obfuscatune.enclave.client import WorkerClient
 from obfuscatune.worker import backend
 from obfuscatune.worker.backend import Computer
@@ -55,7 +56,7 @@ def test_rows_in_float64_are_multiplied_in_float64(
 ) -> None:
     """To a few roundings of float64; float32 would err by 1e-7. With rows and `out` that have gaps, too."""
     if not native_kernels:
-        monkeypatch.setattr(backend.native, "kernels", lambda itemsize: None)
+        monkeypatch.setattr(native, "kernels", lambda itemsize: None)
     monkeypatch.setattr(backend, "WIDENED_ELEMENTS", 5000)
     (m, p, q), generator = shape, torch.Generator().manual_seed(sum(shape))
     matrix = torch.randn(p, q, generator=generator).to(dtype)
@@ -87,7 +88,7 @@ def test_a_masked_product_comes_back_exact_from_a_worker(tmp_path: Path, rows: i
     r = torch.randn(x.shape, generator=generator, dtype=torch.float64) * L
     masked = x + r
     with serving(tmp_path) as worker, WorkerClient.open(str(worker.address)) as link:
-        link.store(ID, lambda: W, shape=tuple(W.shape), dtype=W.dtype)
+        link.store(ID, lambda: W, shape=(96, 130), dtype=W.dtype)
         product = link.multiply(ID, masked, transpose=transpose)
         of_mask = link.multiply(ID, r, transpose=transpose)
     assert product.dtype == torch.float64

@@ -146,7 +146,7 @@ class SecretStream:
         return torch.from_numpy(deviates[:count].reshape(shape))
 
     def grid_normal(self, *shape: int, deviation: float, grid: float) -> Tensor:
-        """Normal numbers of that standard deviation, rounded down to multiples of `grid`; see `kernels.grid_normal`."""
+        """Normal numbers of that standard deviation, multiples of `grid`, float64: see `kernels.grid_normal`."""
         count = math.prod(shape)
         drawn = -(-count // (2 * PAIRS_TOGETHER)) * 2 * PAIRS_TOGETHER
         memory = np.empty(8 * drawn + _BLOCK_BYTES, np.uint8)

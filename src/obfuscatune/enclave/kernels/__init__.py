@@ -51,10 +51,9 @@ def for_deviates() -> Kernels:
 
 
 def grid_normal(words: NDArray[np.uint64], deviation: float, grid: float) -> Tensor:
-    """One-time masks from random words: `grid · floor(z deviation / grid)`, z standard normal (Box and Muller, 1958).
+    """One-time masks from random words: `grid · ⌊z deviation / grid⌋`, z standard normal (Box and Muller, 1958).
 
-    Rounded down, and not to the nearest: z of float64 often has no more than a half below the grid, and ties that go to
-    the even neighbour would make even multiples more frequent, so that the lowest bit of what is masked would show.
+    Rounded down, which keeps the lowest bits uniform: to the nearest, many numbers of few bits would be ties, and even.
     All 64 bits of each word are used. z is exact to 2⁻⁴⁹ of itself, as precise near 0 as in the tails, which end at 9.4
     standard deviations. The last bits of z depend on the instruction set, and r with them by a few grids: a mask is
     drawn once and kept, never drawn again by another machine.

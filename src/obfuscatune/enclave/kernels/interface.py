@@ -97,7 +97,7 @@ class Kernels(Protocol):
         """Uniform words (2k,) as standard normal deviates (2k,), possibly in their place; k a multiple of 16."""
 
     def grid_normal(self, words: NDArray[np.uint64], deviation: float, grid: float) -> Tensor:
-        """Uniform words (2k,) as float64 `grid · floor(z deviation / grid)` (2k,); see `kernels.grid_normal`."""
+        """Uniform words (2k,) as float64 `grid · ⌊z deviation / grid⌋` (2k,); see `kernels.grid_normal`."""
 
     def mask_rows(self, x: Tensor, r: Tensor, grid: float, out: Tensor) -> bool:
         """out = grid · rint(x / grid) + r for x, r and out (m, p); see `kernels.mask_rows`."""

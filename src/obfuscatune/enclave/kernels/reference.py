@@ -64,7 +64,7 @@ class Reference:
         rest = (turned & np.uint64((1 << 62) - 1)).view(np.int64) - (1 << 61)
         angle = rest * (math.pi * 2.0**-63)
         sine, cosine = np.sin(angle), np.cos(angle)
-        z = radius * np.stack([_of_quarter(quarters + 1, sine, cosine), _of_quarter(quarters, cosine, sine)])
+        z = radius * np.stack([_of_quarter(quarters + 1, sine, cosine), _of_quarter(quarters, sine, cosine)])
         return torch.from_numpy((np.floor(z * (deviation / grid)) * grid).reshape(-1))
 
     def mask_rows(self, x: Tensor, r: Tensor, grid: float, out: Tensor) -> bool:
@@ -89,7 +89,8 @@ def _of_quarter(
     quarters: NDArray[np.uint64], even: NDArray[np.float64], odd: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """±even or ±odd: bit 0 of `quarters` chooses between them, bit 1 is the sign."""
-    return np.where(quarters & np.uint64(1), odd, even) * (1.0 - (quarters & np.uint64(2)))
+    found: NDArray[np.float64] = np.where(quarters & np.uint64(1), odd, even) * (1.0 - (quarters & np.uint64(2)))
+    return found
 
 
 def _on_grid(x: Tensor, grid: Grid) -> Tensor:
