@@ -12,7 +12,7 @@ import fcntl
 import mmap
 import os
 import sys
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 
@@ -74,13 +74,14 @@ class SharedMemory:
         finally:
             os.close(descriptor)
 
-    def rest(self, offset: int) -> torch.Tensor:
-        """The bytes from `offset` to the end, in place.
+    def place(self, offset: int) -> Place:
+        """The place at `offset`, for a matrix whose shape is not known yet.
 
         Raises:
-            MalformedMessage: there are none, or `offset` is no multiple of `ALIGNMENT`.
+            MalformedMessage: not a byte lies behind it, or `offset` is no multiple of `ALIGNMENT`.
         """
-        return self.matrix(offset, 1, max(self.size - offset, 1), torch.uint8)[0]
+        self._check(offset, 1)
+        return Place(self, offset)
 
     def matrix(self, offset: int, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
         """The (rows, cols) matrix at `offset`, in place; it keeps the mapping alive.
@@ -88,7 +89,25 @@ class SharedMemory:
         Raises:
             MalformedMessage: it does not lie within, or not on a multiple of `ALIGNMENT`.
         """
-        size = rows * cols * dtype.itemsize
+        self._check(offset, rows * cols * dtype.itemsize)
+        return torch.frombuffer(self.buffer, dtype=dtype, count=rows * cols, offset=offset).view(rows, cols)
+
+    def _check(self, offset: int, size: int) -> None:
         if offset % ALIGNMENT or offset + size > self.size:
             raise MalformedMessage(f"{size} bytes at {offset} do not lie in {self.size} bytes of shared memory")
-        return torch.frombuffer(self.buffer, dtype=dtype, count=rows * cols, offset=offset).view(rows, cols)
+
+
+class Place(NamedTuple):
+    """Where in shared memory a matrix may be laid, within it and aligned."""
+
+    memory: SharedMemory
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes from there to the end of the memory."""
+        return self.memory.size - self.offset
+
+    def matrix(self, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
+        """See `SharedMemory.matrix`."""
+        return self.memory.matrix(self.offset, rows, cols, dtype)

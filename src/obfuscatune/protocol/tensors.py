@@ -65,7 +65,7 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     Raises:
         ConfigError: the tensor is not contiguous, not on the CPU, or this machine is big-endian.
     """
-    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+    if not tensor.is_cpu or not tensor.is_contiguous():
         raise ConfigError(f"expected a contiguous tensor on the CPU, got stride {tensor.stride()} on {tensor.device}")
     if sys.byteorder != "little":
         raise ConfigError("the wire is little-endian and does not convert; this machine is big-endian")

@@ -9,6 +9,7 @@ import contextlib
 import mmap
 import sys
 import threading
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -54,8 +55,23 @@ def copy_of(matrix: torch.Tensor) -> torch.Tensor:
 
 KEPT_BYTES = 256 * MIB
 """Most memory that a connection keeps while idle; above it, a buffer is freed when it is given back."""
-KEPT_FROM_BYTES = 64 * KIB
-"""A smaller buffer is not worth being kept: the allocator has such at hand."""
+SMALL_BYTES = 64 * KIB
+"""A smaller buffer is kept as the matrix that it was, a larger one as memory for a matrix of any shape."""
+MOST_SMALL = 64
+"""Most small buffers that a connection keeps: those of one token's requests to any model have a dozen shapes."""
+Kind = tuple[int, int, torch.dtype]
+"""Rows, columns and dtype."""
+
+
+class MatrixBuffer(NamedTuple):
+    """A matrix and the bytes of its memory. Both are kept together: of few rows, to make them takes longer than to
+    multiply."""
+
+    kind: Kind
+    matrix: torch.Tensor
+    """(rows, cols), contiguous, on the CPU."""
+    view: memoryview
+    """What is received into it, or sent from it; empty where it lies in shared memory."""
 
 
 class Buffers:
@@ -65,26 +81,43 @@ class Buffers:
         """`pinned`: memory that a CUDA device reads and writes itself, at twice the speed or more."""
         self._pinned = pinned
         self._free: list[torch.Tensor] = []
+        self._small: dict[Kind, list[MatrixBuffer]] = {}
+        self._small_count = 0
         self._lock = threading.Lock()
 
-    def allocate(self, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
-        """A contiguous (rows, cols) matrix on the CPU with arbitrary elements."""
+    def allocate(self, rows: int, cols: int, dtype: torch.dtype) -> MatrixBuffer:
+        """A matrix with arbitrary elements."""
+        kind = rows, cols, dtype
         size = rows * cols * dtype.itemsize
-        if size < KEPT_FROM_BYTES and not self._pinned:
-            return torch.empty(rows, cols, dtype=dtype)
-        return self._take(size)[:size].view(dtype).view(rows, cols)
+        if size >= SMALL_BYTES:
+            matrix = self._take(size)[:size].view(dtype).view(rows, cols)
+            return MatrixBuffer(kind, matrix, bytes_of(matrix))
+        with self._lock:
+            if kept := self._small.get(kind):
+                self._small_count -= 1
+                return kept.pop()
+        matrix = torch.empty(rows, cols, dtype=dtype, pin_memory=self._pinned)
+        return MatrixBuffer(kind, matrix, bytes_of(matrix))
 
-    def give_back(self, matrix: torch.Tensor) -> None:
+    def give_back(self, buffer: MatrixBuffer) -> None:
         """What `allocate` lent; nobody may read or write it from here on."""
-        if matrix.nbytes < KEPT_FROM_BYTES and not self._pinned:
+        if len(buffer.view) >= SMALL_BYTES:
+            self._keep(torch.empty(0, dtype=torch.uint8).set_(buffer.matrix.untyped_storage()))
             return
-        memory = torch.empty(0, dtype=torch.uint8).set_(matrix.untyped_storage())
+        with self._lock:
+            if max(self._small_count, len(self._small)) >= MOST_SMALL:  # of shapes that are asked for no more
+                self._small.clear()
+                self._small_count = 0
+            self._small.setdefault(buffer.kind, []).append(buffer)
+            self._small_count += 1
+
+    def _keep(self, memory: torch.Tensor) -> None:
         with self._lock:
             if sum(buffer.nbytes for buffer in self._free) + memory.nbytes <= KEPT_BYTES:
                 self._free.append(memory)
 
     def _take(self, size: int) -> torch.Tensor:
-        """The smallest free buffer that is large enough, or else a new one."""
+        """The smallest free memory that is large enough, or else new."""
         with self._lock:
             fitting = [index for index, buffer in enumerate(self._free) if buffer.nbytes >= size]
             if fitting:

@@ -1,8 +1,10 @@
 """From one request to its reply: the whole of what a worker does, without a socket."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+
+import torch
 
 from obfuscatune.errors import AdapterLost, MalformedMessage, QuotaExceeded, StorageError, UnknownMatrix
 from obfuscatune.protocol.limits import MAX_MATRIX_BYTES
@@ -103,10 +105,12 @@ class Answerer:
             return refusal(ErrorCode.SHAPE, f"rows have {header.cols} columns, the matrix takes {inner}", header)
         product = room_for(request, outer, buffers)
         rows, most = request.matrix(), max(MOST_PRODUCTS // matrix.numel(), 1)
-        for at in range(0, header.rows, most):
-            part = slice(at, at + most)
+        parts: Iterable[tuple[torch.Tensor, torch.Tensor]] = [(rows, product.matrix)]
+        if header.rows > most:
+            parts = zip(rows.split(most), product.matrix.split(most), strict=True)
+        for part, out in parts:
             with self.turns.of(session.peer):
-                self.computer.multiply(rows[part], matrix, product[part], transpose=header.transposed)
+                self.computer.multiply(part, matrix, out, transpose=header.transposed)
         return product_of(request, product)
 
     def _share(self, session: SessionKey, request: Request, buffers: Buffers) -> Reply:
