@@ -69,9 +69,9 @@ def recv_payload(transport: Transport, view: memoryview, deadline: Deadline) -> 
     Raises:
         Truncated: the peer closed before it was full.
     """
-    done = 0
-    while done < len(view):
+    done, size = 0, len(view)
+    while done < size:
         came = transport.recv_into(view[done : done + CHUNK_BYTES], deadline)
         if came == 0:
-            raise Truncated(f"the stream ended inside a message: {len(view) - done} of {len(view)} bytes are missing")
+            raise Truncated(f"the stream ended inside a message: {size - done} of {size} bytes are missing")
         done += came

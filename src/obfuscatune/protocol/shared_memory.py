@@ -18,6 +18,7 @@ import torch
 
 from obfuscatune.errors import LimitExceeded, MalformedMessage
 from obfuscatune.protocol.limits import MAX_SHARED_BYTES
+from obfuscatune.protocol.tensors import array_in, matrix_of
 
 ALIGNMENT = 64
 """Of every offset, in bytes: a cache line, and the widest vector."""
@@ -90,7 +91,7 @@ class SharedMemory:
             MalformedMessage: it does not lie within, or not on a multiple of `ALIGNMENT`.
         """
         self._check(offset, rows * cols * dtype.itemsize)
-        return torch.frombuffer(self.buffer, dtype=dtype, count=rows * cols, offset=offset).view(rows, cols)
+        return matrix_of(array_in(self.buffer, offset, rows, cols, dtype), dtype)
 
     def _check(self, offset: int, size: int) -> None:
         if offset % ALIGNMENT or offset + size > self.size:

@@ -238,7 +238,7 @@ def test_no_memory_is_asked_for_on_a_worker_s_word(monkeypatch: pytest.MonkeyPat
 
     asked: list[object] = []
 
-    def empty(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         asked.append(shape)
         return torch.empty(shape, dtype=dtype)
 

@@ -157,7 +157,7 @@ class Request:
 
     def expect(self, request_id: int) -> None:
         """It was sent: have all ready for its product while the worker computes."""
-        product = torch.empty(self.shape, dtype=self.dtype) if self.output is None else self.output
+        product = torch.empty(*self.shape, dtype=self.dtype) if self.output is None else self.output
         payload = bytes_of(product) if self.output is None else NO_BYTES
         header = Header(
             MessageType.PRODUCT,
