@@ -54,7 +54,7 @@ def test_who_stays_away_saves_nothing_up() -> None:
     while not turns._waiting:
         pass
     assert turns._spent["away"] == 9.0
-    turns.end("here", 1.0)
+    turns.end("here")
     thread.join()
 
 

@@ -22,6 +22,8 @@ from obfuscatune.protocol.tensors import array_in, matrix_of
 
 ALIGNMENT = 64
 """Of every offset, in bytes: a cache line, and the widest vector."""
+MOST_MADE = 64
+"""Matrices that are kept to be used again; they hold no memory but their own few hundred bytes."""
 AVAILABLE = sys.platform == "linux"
 """Whether this system has sealed memory files."""
 
@@ -34,6 +36,8 @@ class SharedMemory:
     def __init__(self, descriptor: int, size: int) -> None:
         self.size = size
         self.buffer = mmap.mmap(descriptor, size)
+        self._made: dict[tuple[int, int, int, torch.dtype], torch.Tensor] = {}
+        """Matrices by their place: requests come to the same places over and over."""
 
     @classmethod
     def create(cls, size: int) -> tuple[Self, int]:
@@ -90,8 +94,15 @@ class SharedMemory:
         Raises:
             MalformedMessage: it does not lie within, or not on a multiple of `ALIGNMENT`.
         """
-        self._check(offset, rows * cols * dtype.itemsize)
-        return matrix_of(array_in(self.buffer, offset, rows, cols, dtype), dtype)
+        place = offset, rows, cols, dtype
+        matrix = self._made.get(place)
+        if matrix is None:
+            self._check(offset, rows * cols * dtype.itemsize)
+            matrix = matrix_of(array_in(self.buffer, offset, rows, cols, dtype), dtype)
+            if len(self._made) >= MOST_MADE:
+                self._made.clear()
+            self._made[place] = matrix
+        return matrix
 
     def _check(self, offset: int, size: int) -> None:
         if offset % ALIGNMENT or offset + size > self.size:

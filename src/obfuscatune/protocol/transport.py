@@ -145,10 +145,11 @@ class SocketTransport:
 
     def send(self, buffers: Sequence[Buffer], deadline: Deadline, descriptor: int | None = None) -> None:
         """See `Transport.send`; header and payload leave in one system call where they fit."""
-        rest = buffers
         if descriptor is not None:
             self._takes_descriptor = False  # a connection shares one memory
-            rest = _after(self._wait(lambda first: self._write_with(first, descriptor), buffers[0][:1], deadline), rest)
+            sent = self._wait(lambda first: self._write_with(first, descriptor), buffers[0][:1], deadline)
+            buffers = _after(sent, buffers)
+        rest = self.send_now(buffers)
         while rest:
             rest = _after(self._wait(self._write, rest, deadline), rest)
 
@@ -236,7 +237,7 @@ class SocketTransport:
         """Wait for bytes; asleep in the call that receives them, which is woken once."""
         while True:
             remaining = deadline.remaining()
-            longest = LOOK_SECONDS if remaining is None else min(remaining, LOOK_SECONDS)
+            longest = LOOK_SECONDS if remaining is None or remaining > LOOK_SECONDS else remaining
             try:
                 if longest != self._longest_read:
                     self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(longest))

@@ -9,12 +9,13 @@ import contextlib
 import mmap
 import sys
 import threading
+from collections import deque
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from obfuscatune.protocol.limits import KIB, MIB
+from obfuscatune.protocol.limits import KIB, MAX_IN_FLIGHT, MIB
 from obfuscatune.protocol.tensors import bytes_of
 
 HUGE_PAGE_BYTES = 2 << 20
@@ -57,8 +58,8 @@ KEPT_BYTES = 256 * MIB
 """Most memory that a connection keeps while idle; above it, a buffer is freed when it is given back."""
 SMALL_BYTES = 64 * KIB
 """A smaller buffer is kept as the matrix that it was, a larger one as memory for a matrix of any shape."""
-MOST_SMALL = 64
-"""Most small buffers that a connection keeps: those of one token's requests to any model have a dozen shapes."""
+MOST_KINDS = 16
+"""Kinds of small buffers that a connection keeps: the requests for one token of any model have a dozen."""
 Kind = tuple[int, int, torch.dtype]
 """Rows, columns and dtype."""
 
@@ -81,35 +82,37 @@ class Buffers:
         """`pinned`: memory that a CUDA device reads and writes itself, at twice the speed or more."""
         self._pinned = pinned
         self._free: list[torch.Tensor] = []
-        self._small: dict[Kind, list[MatrixBuffer]] = {}
-        self._small_count = 0
+        self._small: dict[Kind, deque[MatrixBuffer]] = {}
+        """Of each kind as many as requests can be in flight. No lock: each step is one operation on a dict or deque."""
         self._lock = threading.Lock()
 
     def allocate(self, rows: int, cols: int, dtype: torch.dtype) -> MatrixBuffer:
         """A matrix with arbitrary elements."""
         kind = rows, cols, dtype
-        size = rows * cols * dtype.itemsize
-        if size >= SMALL_BYTES:
-            matrix = self._take(size)[:size].view(dtype).view(rows, cols)
-            return MatrixBuffer(kind, matrix, bytes_of(matrix))
-        with self._lock:
-            if kept := self._small.get(kind):
-                self._small_count -= 1
-                return kept.pop()
-        matrix = torch.empty(rows, cols, dtype=dtype, pin_memory=self._pinned)
-        return MatrixBuffer(kind, matrix, bytes_of(matrix))
+        try:
+            return self._small[kind].pop()
+        except LookupError:  # none of that kind is kept, or all are lent
+            return self._new(kind)
 
     def give_back(self, buffer: MatrixBuffer) -> None:
         """What `allocate` lent; nobody may read or write it from here on."""
-        if len(buffer.view) >= SMALL_BYTES:
+        kept = self._small.get(buffer.kind)
+        if kept is not None:
+            kept.append(buffer)
+        elif len(buffer.view) >= SMALL_BYTES:
             self._keep(torch.empty(0, dtype=torch.uint8).set_(buffer.matrix.untyped_storage()))
-            return
-        with self._lock:
-            if max(self._small_count, len(self._small)) >= MOST_SMALL:  # of shapes that are asked for no more
-                self._small.clear()
-                self._small_count = 0
-            self._small.setdefault(buffer.kind, []).append(buffer)
-            self._small_count += 1
+
+    def _new(self, kind: Kind) -> MatrixBuffer:
+        rows, cols, dtype = kind
+        size = rows * cols * dtype.itemsize
+        if size >= SMALL_BYTES:
+            matrix = self._take(size)[:size].view(dtype).view(rows, cols)
+        else:
+            matrix = torch.empty(rows, cols, dtype=dtype, pin_memory=self._pinned)
+            if len(self._small) >= MOST_KINDS and kind not in self._small:
+                self._small.clear()  # of shapes that may be asked for no more
+            self._small.setdefault(kind, deque(maxlen=MAX_IN_FLIGHT))
+        return MatrixBuffer(kind, matrix, bytes_of(matrix))
 
     def _keep(self, memory: torch.Tensor) -> None:
         with self._lock:

@@ -78,9 +78,10 @@ class RequestReader:
             self._window_bytes -= _window_share(header)
 
     def _admit(self, header: Header) -> None:
+        share = _window_share(header)
         with self._lock:
             self._in_flight += 1
-            self._window_bytes += _window_share(header)
+            self._window_bytes += share
             if self._in_flight > MAX_IN_FLIGHT:
                 raise TooManyInFlight(f"more than {MAX_IN_FLIGHT} requests await their reply")
             if self._window_bytes > MAX_WINDOW_BYTES:
