@@ -70,7 +70,7 @@ _FEW = 4096
 
 
 def array_in(memory: mmap, offset: int, rows: int, cols: int, dtype: torch.dtype) -> NDArray[Any]:
-    """The (rows, cols) array at an offset of writable memory, in place, for `matrix_of`; the caller has checked its end.
+    """The (rows, cols) array at an offset of memory where the caller knows that it fits, for `matrix_of`.
 
     By numpy, which takes a third of the time that torch takes for it.
     """

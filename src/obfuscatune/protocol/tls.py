@@ -327,7 +327,7 @@ class TlsTransport(SocketTransport):
 
 def _joined(buffers: Sequence[Buffer]) -> list[memoryview]:
     """A header and the first bytes of its payload together; then the rest of one chunk."""
-    first, *others = map(memoryview, buffers)
+    first, *others = [memoryview(buffer) for buffer in buffers]
     if not others:
         return [first[:CHUNK_BYTES]]
     room = max(0, RECORD_BYTES - len(first))
