@@ -12,6 +12,7 @@ import torch
 from obfuscatune import protect
 from obfuscatune.errors import BadReply, WrongProduct
 from obfuscatune.worker import adapter_handlers, handlers
+from obfuscatune.worker.buffers import MatrixBuffer
 from obfuscatune.worker.replies import Request
 from tests.contract.architectures import ARCHITECTURES
 from tests.contract.comparison import backward, batch, with_lora
@@ -79,8 +80,8 @@ def replied(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
     for place in (handlers, adapter_handlers):
         honest = place.product_of
 
-        def product_of(request: Request, product: torch.Tensor, honest: Any = honest) -> Any:
-            product[-1, -1] = value
+        def product_of(request: Request, product: MatrixBuffer, honest: Any = honest) -> Any:
+            product.matrix[-1, -1] = value
             return honest(request, product)
 
         monkeypatch.setattr(place, "product_of", product_of)

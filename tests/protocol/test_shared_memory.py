@@ -29,7 +29,8 @@ def test_both_sides_see_the_same() -> None:
     theirs = SharedMemory.attach(descriptor, SIZE)
     ours.matrix(128, 3, 5, torch.float64).copy_(torch.arange(15.0).view(3, 5))
     assert theirs.matrix(128, 3, 5, torch.float64)[2, 4] == 14
-    assert torch.equal(theirs.rest(128)[: 15 * 8].view(torch.float64), torch.arange(15.0, dtype=torch.float64))
+    assert theirs.place(128).nbytes == SIZE - 128
+    assert theirs.place(128).matrix(3, 5, torch.float64)[2, 4] == 14
 
 
 def test_it_cannot_be_cut_short_under_the_other() -> None:
@@ -84,8 +85,8 @@ def test_a_matrix_lies_within(offset: int) -> None:
 
 
 @pytest.mark.parametrize("offset", [1, SIZE, SIZE + 64, 2**63])
-def test_the_rest_begins_within(offset: int) -> None:
+def test_a_place_begins_within(offset: int) -> None:
     memory, descriptor = SharedMemory.create(SIZE)
     os.close(descriptor)
     with pytest.raises(MalformedMessage):
-        memory.rest(offset)
+        memory.place(offset)

@@ -49,12 +49,12 @@ def test_who_stays_away_saves_nothing_up() -> None:
     turns = Turns()
     turns._spent.update(away=0.0, here=9.0)
     turns._computing = "here"
-    thread = threading.Thread(target=lambda: turns._begin("away"))
+    thread = threading.Thread(target=lambda: turns.begin("away"))
     thread.start()
     while not turns._waiting:
         pass
     assert turns._spent["away"] == 9.0
-    turns._end("here", 1.0)
+    turns.end("here")
     thread.join()
 
 

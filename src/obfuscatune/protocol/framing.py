@@ -10,10 +10,7 @@ def send_message(
     transport: Transport, header: Header, payload: Buffer = b"", *, deadline: Deadline, descriptor: int | None = None
 ) -> int:
     """Send one message; `payload` has header.payload_bytes bytes. Returns the bytes sent."""
-    if descriptor is None:
-        transport.send([header.pack(), payload], deadline)
-    else:
-        transport.send([header.pack(), payload], deadline, descriptor)
+    transport.send([header.pack(), payload], deadline, descriptor)
     return HEADER_BYTES + len(payload)
 
 
@@ -26,7 +23,17 @@ def recv_header(
 ) -> Header:
     """Receive and check one header.
 
+    Raises:
+        ProtocolError: see `Header.unpack`. Else as `recv_header_bytes`, whose arguments it takes.
+    """
+    return Header.unpack(recv_header_bytes(transport, deadline, rest_seconds), expected=expected)
+
+
+def recv_header_bytes(transport: Transport, deadline: Deadline, rest_seconds: float | None = None) -> bytearray:
+    """Receive the 56 bytes of a header; nothing is checked but the beginning of what is no whole one.
+
     Args:
+        transport: where from.
         deadline: for the first byte, and for the rest unless `rest_seconds` is given.
         rest_seconds: time for the rest once the first byte is there: a peer may be silent, but not in the middle of a
             word.
@@ -35,18 +42,18 @@ def recv_header(
         ConnectionLost: the peer closed between two messages.
         BadMagic: it speaks another protocol.
         Truncated: it closed inside the header.
-        ProtocolError: see `Header.unpack`.
     """
     data = bytearray(HEADER_BYTES)
     view = memoryview(data)
     came = transport.recv_into(view, deadline)
+    if came == HEADER_BYTES:
+        return data
     if came == 0:
         raise ConnectionLost("the peer closed the connection")
     if not data.startswith(MAGIC[:came]):  # what is no header need not be as long as one
         raise BadMagic(f"expected the magic {MAGIC!r}, got {bytes(data[: min(came, 4)])!r}: {what_it_speaks(data)}")
-    if came < HEADER_BYTES:
-        recv_payload(transport, view[came:], deadline if rest_seconds is None else Deadline(rest_seconds))
-    return Header.unpack(data, expected=expected)
+    recv_payload(transport, view[came:], deadline if rest_seconds is None else Deadline(rest_seconds))
+    return data
 
 
 def recv_body(transport: Transport, header: Header, deadline: Deadline) -> bytes:
@@ -62,9 +69,9 @@ def recv_payload(transport: Transport, view: memoryview, deadline: Deadline) -> 
     Raises:
         Truncated: the peer closed before it was full.
     """
-    done = 0
-    while done < len(view):
+    done, size = 0, len(view)
+    while done < size:
         came = transport.recv_into(view[done : done + CHUNK_BYTES], deadline)
         if came == 0:
-            raise Truncated(f"the stream ended inside a message: {len(view) - done} of {len(view)} bytes are missing")
+            raise Truncated(f"the stream ended inside a message: {size - done} of {size} bytes are missing")
         done += came

@@ -38,7 +38,8 @@ NO_DIGEST = bytes(32)
 
 _HEADER = struct.Struct("<4sBBBBIIIIQ16sQ")
 HEADER_BYTES = _HEADER.size
-_DTYPES = {int(dtype): dtype for dtype in DType}
+_DTYPES = tuple(DType)
+"""By their codes, which begin at 0 and leave none out."""
 
 
 class MessageType(IntEnum):
@@ -65,9 +66,6 @@ class MessageType(IntEnum):
     STEP = 19
     ZERO = 20
     NORM = 21
-
-
-_TYPES = {int(kind): kind for kind in MessageType}
 
 
 class ErrorCode(IntEnum):
@@ -182,6 +180,7 @@ FORMS: Mapping[MessageType, Form] = MappingProxyType(
         MessageType.NORM: Form(),
     }
 )
+_FORMS = {int(kind): (kind, form) for kind, form in FORMS.items()}
 
 
 @dataclass(slots=True)
@@ -261,63 +260,64 @@ class Header:
             raise UnsupportedVersion(f"expected protocol version {VERSION}, got {version}: install the same release")
         if kind not in expected:
             raise MalformedMessage(f"message type {kind} has no place here")
-        if dtype not in _DTYPES or reply_dtype not in _DTYPES:
+        if dtype >= len(_DTYPES) or reply_dtype >= len(_DTYPES):
             raise MalformedMessage(f"dtype codes {dtype} and {reply_dtype}: 0 to {max(DType)} exist")
-        types = _TYPES[kind], _DTYPES[dtype], _DTYPES[reply_dtype]
-        header = cls(types[0], request_id, matrix_id, types[1], rows, cols, length, types[2], flags, code)
-        _check(header, FORMS[header.type])
+        message, form = _FORMS[kind]
+        header = cls(
+            message, request_id, matrix_id, _DTYPES[dtype], rows, cols, length, _DTYPES[reply_dtype], flags, code
+        )
+        _check(header, form)
+        _check_size(header, form)
         return header
 
 
+# Both run for every message that comes: a name is looked up, and a limit computed, only for the error.
+
+
 def _check(header: Header, form: Form) -> None:
-    """Hold a header against its form; see `Header.unpack` for the errors."""
-    name, code = header.type.name, header.code
+    """Hold what a header says of itself against its form; see `Header.unpack` for the errors."""
+    code, (least, most) = header.code, form.number
     if form.matrix and header.request_id == 0:
-        raise MalformedMessage(f"{name} needs a request id other than 0")
+        raise MalformedMessage(f"{header.type.name} needs a request id other than 0")
     if not form.matrix and not form.code and (header.request_id or header.matrix_id != NO_MATRIX):
-        raise MalformedMessage(f"{name} carries neither a request id nor a matrix id")
+        raise MalformedMessage(f"{header.type.name} carries neither a request id nor a matrix id")
     if header.flags & ~form.flags:
-        raise MalformedMessage(f"{name} came with the flags {header.flags:#x}, which it has not")
+        raise MalformedMessage(f"{header.type.name} came with the flags {header.flags:#x}, which it has not")
     if form.multiply != (header.reply_dtype is not DType.NONE):
-        raise MalformedMessage(f"{name} came with the reply dtype {header.reply_dtype.name}")
+        raise MalformedMessage(f"{header.type.name} came with the reply dtype {header.reply_dtype.name}")
     if form.code:
         if code == 0:
-            raise MalformedMessage(f"{name} came without a code")
+            raise MalformedMessage(f"{header.type.name} came without a code")
         if code > max(ErrorCode):
             raise MalformedMessage(f"error code {code}: 1 to {max(ErrorCode)} exist")
-    elif not form.number[0] <= code <= form.number[1]:
-        raise MalformedMessage(
-            f"{name} came with the code {code}: {form.number[0]} to {form.number[1]} may stand there"
-        )
-    _check_size(header, form)
+    elif not least <= code <= most:
+        raise MalformedMessage(f"{header.type.name} came with the code {code}: {least} to {most} may stand there")
 
 
 def _check_size(header: Header, form: Form) -> None:
-    name = header.type.name
+    """Hold what a header says of its payload against its form; see `Header.unpack` for the errors."""
+    length, (least, most) = header.payload_bytes, form.body_bytes
     if not form.dtype:
         if header.dtype is not DType.NONE or header.rows or header.cols:
-            raise MalformedMessage(f"{name} carries no matrix, yet came with a dtype or a shape")
+            raise MalformedMessage(f"{header.type.name} carries no matrix, yet came with a dtype or a shape")
     elif header.dtype is DType.NONE or header.rows == 0 or header.cols == 0:
-        raise MalformedMessage(f"{name} needs a dtype and a shape without zeros")
-    elif max(header.rows, header.cols) > MAX_DIM:
-        raise LimitExceeded(f"{name} of {header.rows} x {header.cols}: at most {MAX_DIM} either way")
+        raise MalformedMessage(f"{header.type.name} needs a dtype and a shape without zeros")
+    elif header.rows > MAX_DIM or header.cols > MAX_DIM:
+        raise LimitExceeded(f"{header.type.name} of {header.rows} x {header.cols}: at most {MAX_DIM} either way")
     if form.tensor_bytes:
         size = header.matrix_bytes
-        if max(header.payload_bytes, size) > form.tensor_bytes:
-            largest = max(header.payload_bytes, size)
-            raise LimitExceeded(f"{name} of {largest} bytes: at most {form.tensor_bytes}")
+        if length > form.tensor_bytes or size > form.tensor_bytes:
+            raise LimitExceeded(f"{header.type.name} of {max(length, size)} bytes: at most {form.tensor_bytes}")
         exact = form.shared_bytes if header.flags & SHARED else size
-        if header.payload_bytes != exact:
+        if length != exact:
             raise MalformedMessage(
-                f"{name} of {header.rows} x {header.cols} {header.dtype.name} has {exact} bytes, "
-                f"{header.payload_bytes} announced"
+                f"{header.type.name} of {header.rows} x {header.cols} {header.dtype.name} has {exact} bytes, "
+                f"{length} announced"
             )
-        return
-    least, most = form.body_bytes
-    if header.payload_bytes > most:
-        raise LimitExceeded(f"{name} with a payload of {header.payload_bytes} bytes: at most {most}")
-    if header.payload_bytes < least:
-        raise MalformedMessage(f"{name} with a payload of {header.payload_bytes} bytes: at least {least}")
+    elif length > most:
+        raise LimitExceeded(f"{header.type.name} with a payload of {length} bytes: at most {most}")
+    elif length < least:
+        raise MalformedMessage(f"{header.type.name} with a payload of {length} bytes: at least {least}")
 
 
 TLS_STARTS = (b"\x16", b"\x15")

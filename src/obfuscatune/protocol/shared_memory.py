@@ -12,15 +12,18 @@ import fcntl
 import mmap
 import os
 import sys
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 
 from obfuscatune.errors import LimitExceeded, MalformedMessage
 from obfuscatune.protocol.limits import MAX_SHARED_BYTES
+from obfuscatune.protocol.tensors import array_in, matrix_of
 
 ALIGNMENT = 64
 """Of every offset, in bytes: a cache line, and the widest vector."""
+MOST_MADE = 64
+"""Matrices that are kept to be used again; they hold no memory but their own few hundred bytes."""
 AVAILABLE = sys.platform == "linux"
 """Whether this system has sealed memory files."""
 
@@ -33,6 +36,8 @@ class SharedMemory:
     def __init__(self, descriptor: int, size: int) -> None:
         self.size = size
         self.buffer = mmap.mmap(descriptor, size)
+        self._made: dict[tuple[int, int, int, torch.dtype], torch.Tensor] = {}
+        """Matrices by their place: requests come to the same places over and over."""
 
     @classmethod
     def create(cls, size: int) -> tuple[Self, int]:
@@ -74,13 +79,14 @@ class SharedMemory:
         finally:
             os.close(descriptor)
 
-    def rest(self, offset: int) -> torch.Tensor:
-        """The bytes from `offset` to the end, in place.
+    def place(self, offset: int) -> Place:
+        """The place at `offset`, for a matrix whose shape is not known yet.
 
         Raises:
-            MalformedMessage: there are none, or `offset` is no multiple of `ALIGNMENT`.
+            MalformedMessage: not a byte lies behind it, or `offset` is no multiple of `ALIGNMENT`.
         """
-        return self.matrix(offset, 1, max(self.size - offset, 1), torch.uint8)[0]
+        self._check(offset, 1)
+        return Place(self, offset)
 
     def matrix(self, offset: int, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
         """The (rows, cols) matrix at `offset`, in place; it keeps the mapping alive.
@@ -88,7 +94,32 @@ class SharedMemory:
         Raises:
             MalformedMessage: it does not lie within, or not on a multiple of `ALIGNMENT`.
         """
-        size = rows * cols * dtype.itemsize
+        place = offset, rows, cols, dtype
+        matrix = self._made.get(place)
+        if matrix is None:
+            self._check(offset, rows * cols * dtype.itemsize)
+            matrix = matrix_of(array_in(self.buffer, offset, rows, cols, dtype), dtype)
+            if len(self._made) >= MOST_MADE:
+                self._made.clear()
+            self._made[place] = matrix
+        return matrix
+
+    def _check(self, offset: int, size: int) -> None:
         if offset % ALIGNMENT or offset + size > self.size:
             raise MalformedMessage(f"{size} bytes at {offset} do not lie in {self.size} bytes of shared memory")
-        return torch.frombuffer(self.buffer, dtype=dtype, count=rows * cols, offset=offset).view(rows, cols)
+
+
+class Place(NamedTuple):
+    """Where in shared memory a matrix may be laid, within it and aligned."""
+
+    memory: SharedMemory
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes from there to the end of the memory."""
+        return self.memory.size - self.offset
+
+    def matrix(self, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
+        """See `SharedMemory.matrix`."""
+        return self.memory.matrix(self.offset, rows, cols, dtype)

@@ -4,9 +4,12 @@ import hashlib
 import math
 import sys
 from enum import IntEnum
+from mmap import mmap
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from obfuscatune.errors import ConfigError
 
@@ -55,8 +58,29 @@ _TORCH = {
 _CODE = {dtype: code for code, dtype in _TORCH.items()}
 
 
+_NUMPY: dict[torch.dtype, type[np.generic]] = {
+    torch.float64: np.float64,
+    torch.float32: np.float32,
+    torch.bfloat16: np.int16,  # numpy has no such type: these are its bits
+    torch.float16: np.float16,
+    torch.uint8: np.uint8,
+}
 _FEW = 4096
-"""Elements that torch sums up on one thread, sooner than numpy has been told what to ignore."""
+"""Elements that a BLAS multiplies up sooner than numpy has been told what to ignore in a sum."""
+
+
+def array_in(memory: mmap, offset: int, rows: int, cols: int, dtype: torch.dtype) -> NDArray[Any]:
+    """The (rows, cols) array at an offset of memory where the caller knows that it fits, for `matrix_of`.
+
+    By numpy, which takes a third of the time that torch takes for it.
+    """
+    return np.ndarray((rows, cols), _NUMPY[dtype], memory, offset)
+
+
+def matrix_of(array: NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
+    """The matrix of that dtype in the memory of an array from `array_in`, which it keeps alive."""
+    matrix = torch.from_numpy(array)
+    return matrix.view(dtype) if dtype == torch.bfloat16 else matrix
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -65,13 +89,13 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     Raises:
         ConfigError: the tensor is not contiguous, not on the CPU, or this machine is big-endian.
     """
-    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+    if not tensor.is_cpu or not tensor.is_contiguous():
         raise ConfigError(f"expected a contiguous tensor on the CPU, got stride {tensor.stride()} on {tensor.device}")
     if sys.byteorder != "little":
         raise ConfigError("the wire is little-endian and does not convert; this machine is big-endian")
     if tensor.numel() == 0:
         return memoryview(bytearray())
-    elements = tensor.detach()
+    elements = tensor.detach() if tensor.requires_grad else tensor
     if tensor.dtype == torch.bfloat16:  # which numpy does not know
         elements = elements.view(torch.int16)
     return memoryview(elements.numpy()).cast("B")  # type: ignore[arg-type]  # a buffer since PEP 688
@@ -89,15 +113,17 @@ def content_digest(tensor: torch.Tensor) -> bytes:
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether no element is NaN or infinite.
 
-    One pass for the sum, at memory speed: a NaN or an infinity never leaves a sum finite. A sum may overflow although
-        every element is finite, so only then each is looked at.
+    One pass for a sum, at memory speed: a NaN or an infinity never leaves a sum finite, be it of the elements or, of
+        few, of their squares. It may overflow although every element is finite, so only then each is looked at.
     """
-    if tensor.numel() <= _FEW:
-        total = float(tensor.detach().sum())
-    elif tensor.device.type == "cpu" and tensor.dtype in (torch.float64, torch.float32):
+    if tensor.is_cpu and tensor.dtype in (torch.float64, torch.float32):
         # numpy and not torch: as fast on one core, and it wakes no OpenMP threads that spin next to the worker's
-        with np.errstate(over="ignore", invalid="ignore"):
-            total = float(np.add.reduce(tensor.detach().numpy(), axis=None))
+        elements = (tensor.detach() if tensor.requires_grad else tensor).numpy()
+        if elements.size <= _FEW:
+            total = float(np.vdot(elements, elements))
+        else:
+            with np.errstate(over="ignore", invalid="ignore"):
+                total = float(np.add.reduce(elements, axis=None))
     else:
         total = float(tensor.sum(dtype=torch.float32))
     return math.isfinite(total) or bool(torch.isfinite(tensor).all())

@@ -37,7 +37,7 @@ from obfuscatune.protocol.messages import (
     what_it_speaks,
     what_it_spoke,
 )
-from obfuscatune.protocol.transport import Deadline, SocketTransport, WouldBlock
+from obfuscatune.protocol.transport import Buffer, Deadline, SocketTransport, WouldBlock
 
 VALID_DAYS = 3650
 """Of a certificate made here. What ends its use is that its pin is removed, not a date."""
@@ -300,12 +300,12 @@ class TlsTransport(SocketTransport):
         except BlockingIOError:
             raise WouldBlock(select.POLLIN) from None
 
-    def _write(self, views: list[memoryview]) -> int:
+    def _write(self, buffers: Sequence[Buffer]) -> int:
         """Records of 16 KiB each until the socket is full or a chunk is sent."""
         sent = 0
         try:
             with self._lock:
-                for view in _joined(views):
+                for view in _joined(buffers):
                     done = 0
                     while done < len(view):
                         count = self._tls_sock.send(view[done:])
@@ -338,12 +338,13 @@ class TlsTransport(SocketTransport):
         return came
 
 
-def _joined(views: Sequence[memoryview]) -> list[memoryview]:
+def _joined(buffers: Sequence[Buffer]) -> list[memoryview]:
     """A header and the first bytes of its payload together; then the rest of one chunk."""
-    if len(views) < 2:
-        return [views[0][:CHUNK_BYTES]]
-    first = max(0, RECORD_BYTES - len(views[0]))
-    return [memoryview(bytes(views[0]) + bytes(views[1][:first])), views[1][first:CHUNK_BYTES]]
+    first, *others = [memoryview(buffer) for buffer in buffers]
+    if not others:
+        return [first[:CHUNK_BYTES]]
+    room = max(0, RECORD_BYTES - len(first))
+    return [memoryview(b"".join((first, others[0][:room]))), others[0][room:CHUNK_BYTES]]
 
 
 def _would_block(error: ssl.SSLError) -> WouldBlock:

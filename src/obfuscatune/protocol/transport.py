@@ -85,7 +85,7 @@ class Transport(Protocol):
         Raises ConnectionLost, DeadlineExceeded.
         """
 
-    def send_now(self, buffers: Sequence[Buffer]) -> list[memoryview]:
+    def send_now(self, buffers: Sequence[Buffer]) -> Sequence[Buffer]:
         """Send what goes without waiting; the rest, for `send`. Raises ConnectionLost."""
 
     def has_news(self) -> bool:
@@ -127,6 +127,8 @@ class SocketTransport:
         """See `Transport.shares_memory`."""
         self._peer = peer
         self._descriptors: list[int] = []
+        self._takes_descriptor = self.shares_memory
+        """Whether one may still come: a connection has one, whichever side sends it. What comes then is dropped."""
         self._ahead = memoryview(bytearray(AHEAD_BYTES))
         self._taken = self._came = 0
         """Of `_ahead`: what the reader has had, and what there is."""
@@ -143,24 +145,25 @@ class SocketTransport:
 
     def send(self, buffers: Sequence[Buffer], deadline: Deadline, descriptor: int | None = None) -> None:
         """See `Transport.send`; header and payload leave in one system call where they fit."""
-        views = [memoryview(buffer) for buffer in buffers if len(buffer)]
         if descriptor is not None:
-            self._wait(lambda first: self._write_with(first, descriptor), views[0][:1], deadline)
-            views[0] = views[0][1:]
-        while views:
-            views = _after(self._wait(self._write, views, deadline), views)
+            self._takes_descriptor = False  # a connection shares one memory
+            sent = self._wait(lambda first: self._write_with(first, descriptor), buffers[0][:1], deadline)
+            buffers = _after(sent, buffers)
+        rest = self.send_now(buffers)
+        while rest:
+            rest = _after(self._wait(self._write, rest, deadline), rest)
 
-    def send_now(self, buffers: Sequence[Buffer]) -> list[memoryview]:
+    def send_now(self, buffers: Sequence[Buffer]) -> Sequence[Buffer]:
         """See `Transport.send_now`."""
-        views = [memoryview(buffer) for buffer in buffers if len(buffer)]
+        rest = buffers
         try:
-            while views:
-                views = _after(self._write(views), views)
+            while rest:
+                rest = _after(self._write(rest), rest)
         except WouldBlock:
-            return views
+            return rest
         except OSError as error:
             raise self._lost(error) from error
-        return views
+        return rest
 
     def recv_into(self, view: memoryview, deadline: Deadline) -> int:
         """See `Transport.recv_into`."""
@@ -182,7 +185,10 @@ class SocketTransport:
 
     def take_descriptor(self) -> int | None:
         """See `Transport.take_descriptor`."""
-        return self._descriptors.pop() if self._descriptors else None
+        if not self._descriptors:
+            return None
+        self._takes_descriptor = False
+        return self._descriptors.pop()
 
     def stop_sending(self) -> None:
         """See `Transport.stop_sending`."""
@@ -231,7 +237,7 @@ class SocketTransport:
         """Wait for bytes; asleep in the call that receives them, which is woken once."""
         while True:
             remaining = deadline.remaining()
-            longest = LOOK_SECONDS if remaining is None else min(remaining, LOOK_SECONDS)
+            longest = LOOK_SECONDS if remaining is None or remaining > LOOK_SECONDS else remaining
             try:
                 if longest != self._longest_read:
                     self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(longest))
@@ -245,10 +251,10 @@ class SocketTransport:
     def _lost(self, error: OSError) -> ConnectionLost:
         return ConnectionLost(f"lost the connection to {self._peer}: {error.strerror or error}")
 
-    def _write(self, views: list[memoryview]) -> int:
+    def _write(self, buffers: Sequence[Buffer]) -> int:
         """Send what fits; how much. Raises WouldBlock, OSError."""
         try:
-            return self._sock.sendmsg(views, [], socket.MSG_DONTWAIT)
+            return self._sock.sendmsg(buffers, [], socket.MSG_DONTWAIT)
         except BlockingIOError:
             raise WouldBlock(select.POLLOUT) from None
 
@@ -259,7 +265,7 @@ class SocketTransport:
         """
         if view is not self._ahead:
             return self._sock.recv_into(view, 0, socket.MSG_WAITALL)
-        if not self.shares_memory:
+        if not self._takes_descriptor:
             return self._sock.recv_into(view)
         came, ancillary, _, _ = self._sock.recvmsg_into([view], _ONE_DESCRIPTOR, _READ_FLAGS)
         for level, kind, data in ancillary:
@@ -269,11 +275,11 @@ class SocketTransport:
                 self._descriptors = [number for (number,) in _DESCRIPTOR.iter_unpack(data[:whole])]
         return came
 
-    def _write_with(self, view: memoryview, descriptor: int) -> int:
+    def _write_with(self, first: Buffer, descriptor: int) -> int:
         """Send a byte with a descriptor. Raises WouldBlock, OSError."""
         rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, _DESCRIPTOR.pack(descriptor))
         try:
-            return self._sock.sendmsg([view], [rights], socket.MSG_DONTWAIT)
+            return self._sock.sendmsg([first], [rights], socket.MSG_DONTWAIT)
         except BlockingIOError:
             raise WouldBlock(select.POLLOUT) from None
 
@@ -282,12 +288,13 @@ class SocketTransport:
             os.close(self._descriptors.pop())
 
 
-def _after(sent: int, views: list[memoryview]) -> list[memoryview]:
+def _after(sent: int, buffers: Sequence[Buffer]) -> Sequence[Buffer]:
     """What is left to be sent."""
-    while views and sent >= len(views[0]):
-        sent -= len(views[0])
-        views = views[1:]
-    return [views[0][sent:], *views[1:]] if sent else views
+    for index, buffer in enumerate(buffers):
+        if sent < len(buffer):
+            return [memoryview(buffer)[sent:], *buffers[index + 1 :]]
+        sent -= len(buffer)
+    return ()
 
 
 def _timeval(seconds: float) -> bytes:

@@ -9,7 +9,7 @@ from obfuscatune.protocol.messages import DROPOUT, NO_MATRIX, ErrorCode, Message
 from obfuscatune.protocol.payloads import Attachment, Step
 from obfuscatune.worker.adapters import Adapter, AdapterStore
 from obfuscatune.worker.backend import Computer
-from obfuscatune.worker.buffers import Buffers
+from obfuscatune.worker.buffers import Buffers, MatrixBuffer
 from obfuscatune.worker.lora import Kept, add_backward, add_forward
 from obfuscatune.worker.quota import SessionKey
 from obfuscatune.worker.replies import Reply, Request, RequestError, product_of, room_for, short
@@ -70,7 +70,7 @@ class AdapterAnswerer:
         part = adapter.part(request.header.code)
         out = buffers.allocate(part.shape[0], part.shape[1], part.dtype)
         with adapter.lock:
-            out.copy_(part)
+            out.matrix.copy_(part)
         return product_of(request, out)
 
     def _forward(self, session: SessionKey, request: Request, buffers: Buffers) -> Reply:
@@ -84,7 +84,7 @@ class AdapterAnswerer:
             x = rows.to(adapter.dtype, copy=bool(header.code))  # the buffer that it lies in is used again
             y = torch.mm(rows.to(W.dtype), W)
             kept: Kept = add_forward(x, y, adapter.factors, dropout)
-            out.copy_(y)
+            out.matrix.copy_(y)
         if header.code:
             adapter.remember(header.code, kept)
         return product_of(request, out)
@@ -103,7 +103,7 @@ class AdapterAnswerer:
             rows = request.matrix().to(device)
             dx = torch.mm(rows.to(W.dtype), W.t())
             add_backward(rows.to(adapter.dtype), dx, adapter.factors, kept)
-            out.copy_(dx)
+            out.matrix.copy_(dx)
         return product_of(request, out)
 
     def _step(self, session: SessionKey, request: Request, buffers: Buffers) -> Reply:
@@ -121,7 +121,7 @@ class AdapterAnswerer:
     def _norm(self, session: SessionKey, request: Request, buffers: Buffers) -> Reply:
         total = sum(adapter.squared_norm() for adapter in self._named(session, request))
         out = buffers.allocate(1, 1, torch.float64)
-        out.fill_(total if total < float("inf") else NOT_FINITE)
+        out.matrix.fill_(total if total < float("inf") else NOT_FINITE)
         return product_of(request, out)
 
     def _adapter(self, session: SessionKey, request: Request) -> Adapter:
@@ -131,7 +131,7 @@ class AdapterAnswerer:
         key = (session, request.header.matrix_id)
         return self.adapters.named(key, every=request.header.matrix_id == NO_MATRIX)
 
-    def _room(self, request: Request, adapter: Adapter, buffers: Buffers, *, transpose: bool) -> torch.Tensor:
+    def _room(self, request: Request, adapter: Adapter, buffers: Buffers, *, transpose: bool) -> MatrixBuffer:
         """Memory for a product, once it is known that the rows fit and the product may be sent."""
         inner, outer = adapter.shape[::-1] if transpose else adapter.shape
         if request.header.cols != inner:

@@ -9,11 +9,13 @@ import contextlib
 import mmap
 import sys
 import threading
+from collections import deque
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from obfuscatune.protocol.limits import KIB, MIB
+from obfuscatune.protocol.limits import KIB, MAX_IN_FLIGHT, MIB
 from obfuscatune.protocol.tensors import bytes_of
 
 HUGE_PAGE_BYTES = 2 << 20
@@ -54,8 +56,23 @@ def copy_of(matrix: torch.Tensor) -> torch.Tensor:
 
 KEPT_BYTES = 256 * MIB
 """Most memory that a connection keeps while idle; above it, a buffer is freed when it is given back."""
-KEPT_FROM_BYTES = 64 * KIB
-"""A smaller buffer is not worth being kept: the allocator has such at hand."""
+SMALL_BYTES = 64 * KIB
+"""A smaller buffer is kept as the matrix that it was, a larger one as memory for a matrix of any shape."""
+MOST_KINDS = 16
+"""Kinds of small buffers that a connection keeps: the requests for one token of any model have a dozen."""
+Kind = tuple[int, int, torch.dtype]
+"""Rows, columns and dtype."""
+
+
+class MatrixBuffer(NamedTuple):
+    """A matrix and the bytes of its memory. Both are kept together: of few rows, to make them takes longer than to
+    multiply."""
+
+    kind: Kind
+    matrix: torch.Tensor
+    """(rows, cols), contiguous, on the CPU."""
+    view: memoryview
+    """What is received into it, or sent from it; empty where it lies in shared memory."""
 
 
 class Buffers:
@@ -65,26 +82,45 @@ class Buffers:
         """`pinned`: memory that a CUDA device reads and writes itself, at twice the speed or more."""
         self._pinned = pinned
         self._free: list[torch.Tensor] = []
+        self._small: dict[Kind, deque[MatrixBuffer]] = {}
+        """Of each kind as many as requests can be in flight. No lock: each step is one operation on a dict or deque."""
         self._lock = threading.Lock()
 
-    def allocate(self, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
-        """A contiguous (rows, cols) matrix on the CPU with arbitrary elements."""
-        size = rows * cols * dtype.itemsize
-        if size < KEPT_FROM_BYTES and not self._pinned:
-            return torch.empty(rows, cols, dtype=dtype)
-        return self._take(size)[:size].view(dtype).view(rows, cols)
+    def allocate(self, rows: int, cols: int, dtype: torch.dtype) -> MatrixBuffer:
+        """A matrix with arbitrary elements."""
+        kind = rows, cols, dtype
+        try:
+            return self._small[kind].pop()
+        except LookupError:  # none of that kind is kept, or all are lent
+            return self._new(kind)
 
-    def give_back(self, matrix: torch.Tensor) -> None:
+    def give_back(self, buffer: MatrixBuffer) -> None:
         """What `allocate` lent; nobody may read or write it from here on."""
-        if matrix.nbytes < KEPT_FROM_BYTES and not self._pinned:
-            return
-        memory = torch.empty(0, dtype=torch.uint8).set_(matrix.untyped_storage())
+        kept = self._small.get(buffer.kind)
+        if kept is not None:
+            kept.append(buffer)
+        elif len(buffer.view) >= SMALL_BYTES:
+            self._keep(torch.empty(0, dtype=torch.uint8).set_(buffer.matrix.untyped_storage()))
+
+    def _new(self, kind: Kind) -> MatrixBuffer:
+        rows, cols, dtype = kind
+        size = rows * cols * dtype.itemsize
+        if size >= SMALL_BYTES:
+            matrix = self._take(size)[:size].view(dtype).view(rows, cols)
+        else:
+            matrix = torch.empty(rows, cols, dtype=dtype, pin_memory=self._pinned)
+            if len(self._small) >= MOST_KINDS and kind not in self._small:
+                self._small.clear()  # of shapes that may be asked for no more
+            self._small.setdefault(kind, deque(maxlen=MAX_IN_FLIGHT))
+        return MatrixBuffer(kind, matrix, bytes_of(matrix))
+
+    def _keep(self, memory: torch.Tensor) -> None:
         with self._lock:
             if sum(buffer.nbytes for buffer in self._free) + memory.nbytes <= KEPT_BYTES:
                 self._free.append(memory)
 
     def _take(self, size: int) -> torch.Tensor:
-        """The smallest free buffer that is large enough, or else a new one."""
+        """The smallest free memory that is large enough, or else new."""
         with self._lock:
             fitting = [index for index, buffer in enumerate(self._free) if buffer.nbytes >= size]
             if fitting:

@@ -9,7 +9,7 @@ allows, it may send all of them before it reads a reply, and neither side waits 
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from obfuscatune.errors import LimitExceeded, ProtocolError, StorageError, UnsupportedVersion, WireError, WorkerRefused
@@ -25,7 +25,7 @@ from obfuscatune.protocol.limits import (
     STALL_SECONDS,
     VERSION,
 )
-from obfuscatune.protocol.messages import WITH_ROWS, ErrorCode, Header, MessageType
+from obfuscatune.protocol.messages import ErrorCode, Header, MessageType
 from obfuscatune.protocol.payloads import SHARED_MEMORY, Hello, Welcome
 from obfuscatune.protocol.tensors import bytes_of
 from obfuscatune.protocol.transcript import Direction
@@ -98,7 +98,7 @@ class Unsent:
 
     item: Request | Reply
     reply: Reply
-    rest: list[memoryview]
+    rest: Sequence[Buffer]
 
     @property
     def header(self) -> Header:
@@ -198,10 +198,7 @@ class Connection:
 
     def _is_for_this_thread(self, item: Request | Reply) -> bool:
         """Whether the reader answers it itself: it has few bytes, and nothing is to be answered before it."""
-        if item.header.payload_bytes > AT_ONCE_BYTES:
-            return False
-        with self._lock:
-            return self._handed_over == 0
+        return self._handed_over == 0 and item.header.payload_bytes <= AT_ONCE_BYTES
 
     def _hand_over(
         self, session: Session, reader: RequestReader, item: Request | Reply | Unsent | None
@@ -248,7 +245,8 @@ class Connection:
         """Answer one request, or say what the reader had to say itself; what cannot be sent at once is left."""
         reply = self._answer(session, item) if isinstance(item, Request) else item
         reader.settle(item.header)
-        self._record_reply(reply)
+        if self._service.recorder is not None:
+            self._record_reply(reply)
         rest = self._transport.send_now((reply.header.pack(), reply.payload))
         if rest:
             return Unsent(item, reply, rest)
@@ -257,11 +255,9 @@ class Connection:
 
     def _give_back(self, item: Request | Reply, reply: Reply) -> None:
         """Memory that is used over and over."""
-        if item.header.shared:
-            return
-        if isinstance(item, Request) and item.header.type in WITH_ROWS and item.tensor is not None:
-            self._buffers.give_back(item.tensor)
-        if reply.product is not None:
+        if isinstance(item, Request) and item.buffer is not None:
+            self._buffers.give_back(item.buffer)
+        if reply.product is not None and reply.payload:
             self._buffers.give_back(reply.product)
 
     def _answer(self, session: Session, request: Request) -> Reply:
@@ -275,7 +271,7 @@ class Connection:
 
     def _record_reply(self, reply: Reply) -> None:
         if self._service.recorder is not None:
-            seen = reply.payload if reply.product is None else bytes_of(reply.product)
+            seen = reply.payload if reply.product is None else bytes_of(reply.product.matrix)
             self._record("reply", reply.header.inline(), seen)
 
     def _send_last(self, reply: Reply | None) -> None:

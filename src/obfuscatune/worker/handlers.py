@@ -1,8 +1,10 @@
 """From one request to its reply: the whole of what a worker does, without a socket."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+
+import torch
 
 from obfuscatune.errors import AdapterLost, MalformedMessage, QuotaExceeded, StorageError, UnknownMatrix
 from obfuscatune.protocol.limits import MAX_MATRIX_BYTES
@@ -102,11 +104,9 @@ class Answerer:
         if header.cols != inner:
             return refusal(ErrorCode.SHAPE, f"rows have {header.cols} columns, the matrix takes {inner}", header)
         product = room_for(request, outer, buffers)
-        rows, most = request.matrix(), max(MOST_PRODUCTS // matrix.numel(), 1)
-        for at in range(0, header.rows, most):
-            part = slice(at, at + most)
+        for rows, out in _parts(request.matrix(), product.matrix, MOST_PRODUCTS // (inner * outer)):
             with self.turns.of(session.peer):
-                self.computer.multiply(rows[part], matrix, product[part], transpose=header.transposed)
+                self.computer.multiply(rows, matrix, out, transpose=header.transposed)
         return product_of(request, product)
 
     def _share(self, session: SessionKey, request: Request, buffers: Buffers) -> Reply:
@@ -120,3 +120,10 @@ class Answerer:
             self.store.forget((session, header.matrix_id))
             self._on_adapters.adapters.forget((session, header.matrix_id))
         return short(MessageType.DONE, header)
+
+
+def _parts(rows: torch.Tensor, out: torch.Tensor, most: int) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    """Rows and where their product goes, as they are where there are no more than `most`, else by parts of so many."""
+    if len(rows) <= most:
+        return ((rows, out),)
+    return zip(rows.split(max(most, 1)), out.split(max(most, 1)), strict=True)

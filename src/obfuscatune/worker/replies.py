@@ -7,10 +7,13 @@ import torch
 from obfuscatune.errors import MalformedMessage, WorkerRefused
 from obfuscatune.protocol.limits import MAX_ERROR_BYTES, MAX_WINDOW_BYTES
 from obfuscatune.protocol.messages import NO_MATRIX, SHARED, ErrorCode, Header, MessageType
+from obfuscatune.protocol.shared_memory import Place
 from obfuscatune.protocol.tensors import DType, bytes_of
 from obfuscatune.protocol.transport import Buffer
-from obfuscatune.worker.buffers import Buffers
+from obfuscatune.worker.buffers import Buffers, MatrixBuffer
 from obfuscatune.worker.quota import Claim
+
+NO_BYTES = memoryview(b"")
 
 
 class RequestError(WorkerRefused):
@@ -21,15 +24,17 @@ class RequestError(WorkerRefused):
         self.code = code
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Request:
     """A request as it was received. `tensor` (rows, cols) where it carries a matrix, `body` for the rest."""
 
     header: Header
     body: bytes = b""
     tensor: torch.Tensor | None = None
-    output: torch.Tensor | None = None
-    """Where in shared memory the product is to be laid, as bytes; None where it goes back as a payload."""
+    buffer: MatrixBuffer | None = None
+    """The memory of `tensor`, where the connection's buffers lent it."""
+    output: Place | None = None
+    """Where in shared memory the product is to be laid; None where it goes back as a payload."""
     claim: Claim | None = None
     """Of a STORE: the room that was claimed for its matrix."""
 
@@ -49,7 +54,7 @@ class Request:
         return self.tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Reply:
     """A reply as it will be sent."""
 
@@ -57,11 +62,11 @@ class Reply:
     payload: Buffer = b""
     last: bool = False
     """Whether the connection ends with it."""
-    product: torch.Tensor | None = None
-    """The product: in shared memory, or the memory of `payload`, lent by the connection's buffers."""
+    product: MatrixBuffer | None = None
+    """The product: in shared memory, or lent by the connection's buffers, and then the memory of `payload`."""
 
 
-def room_for(request: Request, cols: int, buffers: Buffers) -> torch.Tensor:
+def room_for(request: Request, cols: int, buffers: Buffers) -> MatrixBuffer:
     """Memory for the product of a request, one row for each of its rows: where it says, or lent by the buffers.
 
     Raises:
@@ -76,23 +81,23 @@ def room_for(request: Request, cols: int, buffers: Buffers) -> torch.Tensor:
         return buffers.allocate(header.rows, cols, dtype)
     if output.nbytes < size:
         raise RequestError(ErrorCode.LIMIT, f"the product has {size} bytes, there is room for {output.nbytes}")
-    return output[:size].view(dtype).view(header.rows, cols)
+    return MatrixBuffer((header.rows, cols, dtype), output.matrix(header.rows, cols, dtype), NO_BYTES)
 
 
-def product_of(request: Request, out: torch.Tensor) -> Reply:
+def product_of(request: Request, out: MatrixBuffer) -> Reply:
     """The PRODUCT that brings `out`, from `room_for` or the buffers."""
-    shared = request.output is not None
+    rows, cols, dtype = out.kind
     header = Header(
         MessageType.PRODUCT,
         request.header.request_id,
         request.header.matrix_id,
-        DType.of(out.dtype),
-        rows=out.shape[0],
-        cols=out.shape[1],
-        payload_bytes=0 if shared else out.nbytes,
-        flags=SHARED if shared else 0,
+        DType.of(dtype),
+        rows=rows,
+        cols=cols,
+        payload_bytes=len(out.view),
+        flags=0 if request.output is None else SHARED,
     )
-    return Reply(header, b"" if shared else bytes_of(out), product=out)
+    return Reply(header, out.view, product=out)
 
 
 def refusal(code: ErrorCode, text: str, request: Header | None = None, *, last: bool = False) -> Reply:

@@ -59,9 +59,9 @@ class RequestReader:
         if header.shared:
             return self._in_shared_memory(header, deadline)
         if header.type in WITH_ROWS:
-            rows = self._buffers.allocate(header.rows, header.cols, header.dtype.torch_dtype)
-            recv_payload(self._transport, bytes_of(rows), deadline)
-            return Request(header, tensor=rows)
+            buffer = self._buffers.allocate(header.rows, header.cols, header.dtype.torch_dtype)
+            recv_payload(self._transport, buffer.view, deadline)
+            return Request(header, tensor=buffer.matrix, buffer=buffer)
         body = recv_body(self._transport, header, deadline)
         if header.type is MessageType.SHARE:
             self._share(unpack_number(body))
@@ -78,9 +78,10 @@ class RequestReader:
             self._window_bytes -= _window_share(header)
 
     def _admit(self, header: Header) -> None:
+        share = _window_share(header)
         with self._lock:
             self._in_flight += 1
-            self._window_bytes += _window_share(header)
+            self._window_bytes += share
             if self._in_flight > MAX_IN_FLIGHT:
                 raise TooManyInFlight(f"more than {MAX_IN_FLIGHT} requests await their reply")
             if self._window_bytes > MAX_WINDOW_BYTES:
@@ -96,7 +97,7 @@ class RequestReader:
         """A request whose rows are read, and whose product is written, where the enclave says."""
         places = Places.unpack(recv_body(self._transport, header, deadline))
         rows = self._memory.matrix(places.rows, header.rows, header.cols, header.dtype.torch_dtype)
-        return Request(header, tensor=rows, output=self._memory.rest(places.product))
+        return Request(header, tensor=rows, output=self._memory.place(places.product))
 
     @property
     def _memory(self) -> SharedMemory:

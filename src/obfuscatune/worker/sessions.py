@@ -9,9 +9,9 @@ import hashlib
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Protocol
 
 from obfuscatune.errors import ConnectionLost, WorkerRefused
@@ -158,43 +158,60 @@ class Turns:
     """Start-time fair queueing (Goyal et al., SIGCOMM 1996) over peers. Safe from any thread."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._waiting: list[str] = []  # in the order in which they came
         self._computing: str | None = None
         self._spent: dict[str, float] = {}  # in seconds, since nobody waited
+        self._began_at = 0.0  # the turn of who is computing
 
-    @contextmanager
-    def of(self, peer: str) -> Iterator[None]:
-        """Wait for a turn of that peer, and have it while this lasts."""
-        self._begin(peer)
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self._end(peer, time.monotonic() - started)
+    def of(self, peer: str) -> "Turn":
+        """A turn of that peer: to be waited for on the way into a `with`, and had while that lasts."""
+        return Turn(self, peer)
 
-    def _begin(self, peer: str) -> None:
-        with self._changed:
+    def begin(self, peer: str) -> None:
+        """Wait until it is the turn of that peer."""
+        with self._lock:
             if self._computing is None and not self._waiting:
                 self._spent.setdefault(peer, 0.0)
-                self._computing = peer
-                return
-            present = [self._spent[other] for other in (*self._waiting, self._computing) if other is not None]
-            if peer != self._computing and peer not in self._waiting:  # to stay away is not to save turns up
-                self._spent[peer] = max(self._spent.get(peer, 0.0), min(present, default=0.0))
-            self._waiting.append(peer)
-            self._changed.wait_for(lambda: self._computing is None and self._next() == peer)
-            self._waiting.remove(peer)
-            self._computing = peer
+            else:
+                self._wait(peer)
+            self._computing, self._began_at = peer, time.monotonic()
 
-    def _end(self, peer: str, seconds: float) -> None:
-        with self._changed:
+    def end(self, peer: str) -> None:
+        """The turn of that peer is over."""
+        with self._lock:
             self._computing = None
-            self._spent[peer] += seconds
             if self._waiting:
+                self._spent[peer] += time.monotonic() - self._began_at
                 self._changed.notify_all()
             else:
                 self._spent.clear()
 
+    def _wait(self, peer: str) -> None:
+        present = [self._spent[other] for other in (*self._waiting, self._computing) if other is not None]
+        if peer != self._computing and peer not in self._waiting:  # to stay away is not to save turns up
+            self._spent[peer] = max(self._spent.get(peer, 0.0), min(present, default=0.0))
+        self._waiting.append(peer)
+        self._changed.wait_for(lambda: self._computing is None and self._next() == peer)
+        self._waiting.remove(peer)
+
     def _next(self) -> str:
         return min(self._waiting, key=self._spent.__getitem__)
+
+
+class Turn:
+    """One turn of a peer; see `Turns.of`."""
+
+    __slots__ = ("_peer", "_turns")
+
+    def __init__(self, turns: Turns, peer: str) -> None:
+        self._turns, self._peer = turns, peer
+
+    def __enter__(self) -> None:
+        self._turns.begin(self._peer)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._turns.end(self._peer)

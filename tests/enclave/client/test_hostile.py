@@ -234,15 +234,20 @@ def test_a_worker_that_never_finds_the_matrix() -> None:
 
 def test_no_memory_is_asked_for_on_a_worker_s_word(monkeypatch: pytest.MonkeyPatch) -> None:
     """Announcements of up to 2 GiB that are within the protocol, yet not what was asked for."""
-    import obfuscatune.enclave.client.connection as module
+    import obfuscatune.enclave.client.requests as module
 
     asked: list[object] = []
-    monkeypatch.setattr(module, "torch", SimpleNamespace(empty=lambda *shape, **_: asked.append(shape)))
+
+    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        asked.append(shape)
+        return torch.empty(shape, dtype=dtype)
+
+    monkeypatch.setattr(module, "torch", SimpleNamespace(empty=empty))
     worker = MemoryWorker(mischief=_with_header(rows=2**20, cols=2**8, payload_bytes=2**31))
     client = linked(worker)
     with pytest.raises(BadReply):
         client.multiply(ID, X, transpose=False)
-    assert not asked
+    assert set(asked) == {(2, 4)}  # what was asked for, before anything came
 
 
 def test_ten_thousand_mutated_products() -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
+from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from obfuscatune.protocol.shared_memory import ALIGNMENT, SharedMemory
+from obfuscatune.protocol.tensors import array_in, matrix_of
 
 
 class Allocator:
@@ -25,7 +26,7 @@ class Allocator:
         self._start = torch.frombuffer(memory.buffer, dtype=torch.uint8).data_ptr()
         self._blocks: dict[int, int] = {}  # offset -> bytes, in the order of the offsets; allocated or free
         self._unused: dict[int, list[int]] = {}  # bytes -> offsets of blocks that were freed
-        self._allocated: dict[int, weakref.ref[NDArray[np.uint8]]] = {}
+        self._allocated: dict[int, weakref.ref[NDArray[Any]]] = {}
         self._freed: deque[int] = deque()
         """Offsets of blocks that nothing refers to any more; they come from wherever the last reference is dropped."""
         self._lock = threading.Lock()
@@ -45,10 +46,10 @@ class Allocator:
             offset = unused.pop() if unused else self._new(room)
             if offset is None:
                 return None
-            block: NDArray[np.uint8] = np.frombuffer(self._memory.buffer, np.uint8, size, offset)
+            block = array_in(self._memory.buffer, offset, rows, cols, dtype)
             place, freed = offset, self._freed.append
             self._allocated[place] = weakref.ref(block, lambda _: freed(place))
-        return torch.frombuffer(block, dtype=dtype).view(rows, cols)
+        return matrix_of(block, dtype)
 
     def offset_of(self, matrix: torch.Tensor) -> int | None:
         """Where a matrix lies in this allocator; None where it does not."""

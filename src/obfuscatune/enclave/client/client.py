@@ -199,7 +199,12 @@ class WorkerClient:
             if not known_finite:
                 check_finite(rows)
             pending = ProductRequest(
-                matrix, rows.detach(), transpose, reply_dtype or rows.dtype, self._finish, product_unchecked
+                matrix,
+                rows.detach() if rows.requires_grad else rows,
+                transpose,
+                reply_dtype or rows.dtype,
+                self._finish,
+                product_unchecked,
             )
             driver.waiting.append(pending)
             self._drive_for(pending, lambda: pending not in driver.waiting)

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from obfuscatune.enclave.client.allocator import Allocator
-from obfuscatune.enclave.client.requests import Request, StoredMatrix
+from obfuscatune.enclave.client.requests import Awaited, Request, StoredMatrix
 from obfuscatune.enclave.client.retry import ClientStats
 from obfuscatune.errors import (
     AdapterLost,
-    BadReply,
     LimitExceeded,
     MalformedMessage,
     ProtocolError,
@@ -25,9 +24,9 @@ from obfuscatune.errors import (
     WireError,
     WorkerRefused,
 )
-from obfuscatune.protocol.framing import recv_body, recv_header, recv_payload, send_message
+from obfuscatune.protocol.framing import recv_body, recv_header_bytes, recv_payload, send_message
 from obfuscatune.protocol.limits import IDLE_CHECK_SECONDS
-from obfuscatune.protocol.messages import NO_DIGEST, NO_MATRIX, REPLIES, ErrorCode, Header, MessageType
+from obfuscatune.protocol.messages import HEADER_BYTES, NO_DIGEST, NO_MATRIX, REPLIES, ErrorCode, Header, MessageType
 from obfuscatune.protocol.payloads import (
     ACCELERATOR,
     CONTENT_STORE,
@@ -39,7 +38,7 @@ from obfuscatune.protocol.payloads import (
     pack_number,
 )
 from obfuscatune.protocol.shared_memory import SharedMemory
-from obfuscatune.protocol.tensors import DType, bytes_of, content_digest
+from obfuscatune.protocol.tensors import bytes_of, content_digest
 from obfuscatune.protocol.transport import Buffer, Deadline, Transport, transfer_seconds
 
 REFUSALS: dict[ErrorCode, type[WireError]] = {
@@ -89,7 +88,7 @@ class ClientConnection:
         try:
             body = Hello(session_id).pack()
             self.send(Header(MessageType.HELLO, payload_bytes=len(body)), body, deadline)
-            header = self.receive(deadline)
+            header = self.parsed(self.receive(deadline))
             if header.type is MessageType.ERROR:
                 raise self.refusal(header, deadline)
             if header.type is not MessageType.WELCOME:
@@ -174,14 +173,18 @@ class ClientConnection:
         send_message(self._transport, header, payload, deadline=deadline, descriptor=descriptor)
         self._stats.bytes_sent += header.message_bytes
 
-    def receive(self, deadline: Deadline) -> Header:
-        """The header of the next reply; its payload is to be taken next, by `body`, `refusal` or `product`."""
+    def receive(self, deadline: Deadline) -> bytearray:
+        """The 56 bytes of the next reply's header, for `product` or `parsed`."""
         started = time.monotonic()
         try:
-            header = recv_header(self._transport, REPLIES, deadline=deadline)
+            return recv_header_bytes(self._transport, deadline)
         finally:
-            self._stats.seconds_waiting += time.monotonic() - started
-        self._heard_at = time.monotonic()
+            self._heard_at = time.monotonic()
+            self._stats.seconds_waiting += self._heard_at - started
+
+    def parsed(self, data: bytearray) -> Header:
+        """The header that was received, checked; its payload is to be taken next, by `body` or `refusal`."""
+        header = Header.unpack(data, expected=REPLIES)
         self._stats.bytes_received += header.message_bytes
         return header
 
@@ -216,44 +219,22 @@ class ClientConnection:
             MalformedMessage: the reply is not of an `allowed` type, or answers something else.
         """
         self.send(header, payload, deadline, descriptor)
-        reply = self.receive(deadline)
+        reply = self.parsed(self.receive(deadline))
         if reply.type is MessageType.ERROR and reply.request_id in (0, header.request_id):
             raise self.refusal(reply, deadline)
         if reply.type not in allowed or (reply.request_id, reply.matrix_id) != (header.request_id, header.matrix_id):
             raise MalformedMessage(f"{reply.type.name} came, which does not answer {header.type.name}")
         return reply.type
 
-    def product(
-        self,
-        header: Header,
-        matrix_id: bytes,
-        shape: tuple[int, int],
-        dtype: torch.dtype,
-        output: torch.Tensor | None,
-        deadline: Deadline,
-    ) -> torch.Tensor:
-        """The matrix of a PRODUCT: in `output`, or received into a fresh tensor of the `shape` and `dtype` asked for.
-
-        Raises:
-            BadReply: another matrix, shape or dtype came, or in another way.
-        """
-        came = (header.matrix_id, header.rows, header.cols, header.dtype)
-        if came != (matrix_id, *shape, DType.of(dtype)):
-            raise BadReply(
-                f"expected a product of {shape[0]} x {shape[1]} {DType.of(dtype).name}, the worker sent "
-                f"{header.rows} x {header.cols} {header.dtype.name}"
-                + ("" if header.matrix_id == matrix_id else " of another matrix")
-            )
-        if header.shared != (output is not None):
-            raise BadReply("the product was to come through shared memory, or was not, and came the other way")
-        product = torch.empty(shape, dtype=dtype) if output is None else output
-        if output is None:
-            started = time.monotonic()
-            try:
-                recv_payload(self._transport, bytes_of(product), deadline)
-            finally:
-                self._stats.seconds_waiting += time.monotonic() - started
-        return product
+    def product(self, awaited: Awaited, deadline: Deadline) -> torch.Tensor:
+        """The matrix of a PRODUCT whose header is the one awaited."""
+        started = time.monotonic()
+        try:
+            recv_payload(self._transport, awaited.payload, deadline)
+        finally:
+            self._stats.seconds_waiting += time.monotonic() - started
+        self._stats.bytes_received += HEADER_BYTES + awaited.product.nbytes
+        return awaited.product
 
     def begin_in_child(self) -> None:
         """In a forked child: leave the connection to the parent."""

@@ -7,6 +7,7 @@ there, nobody knows whether it was done, and the one way on is back to the last 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -22,12 +23,13 @@ from obfuscatune.errors import (
 from obfuscatune.protocol.limits import MAX_DIM, MAX_MATRIX_BYTES, MAX_WINDOW_BYTES
 from obfuscatune.protocol.messages import NO_DIGEST, NO_MATRIX, SHARED, TRANSPOSED, Header, MessageType
 from obfuscatune.protocol.payloads import NUMBER_BYTES, Places
-from obfuscatune.protocol.tensors import DType, is_finite
+from obfuscatune.protocol.tensors import DType, bytes_of, is_finite
 from obfuscatune.protocol.transport import NEVER
 
 MatrixSource = Callable[[], torch.Tensor]
 """Makes W_star (p, q) again, contiguous, on the CPU. Called only when the worker lacks it."""
 
+NO_BYTES = memoryview(b"")
 NOT_FINITE = "the worker's product contains NaN or infinity, although all that was sent is finite"
 
 
@@ -93,6 +95,17 @@ class StoredMatrix:
         return tensor
 
 
+class Awaited(NamedTuple):
+    """The one product that answers a request as it was sent."""
+
+    header: bytes
+    """The 56 bytes that it must begin with: request, matrix, shape, dtype, and the way in which it comes."""
+    product: torch.Tensor
+    """Where it lies then: in shared memory, or in memory of the enclave's own."""
+    payload: memoryview
+    """What is received: the bytes of `product`; none of them where that is in shared memory."""
+
+
 class Request:
     """What a link sends and waits for; the link fills in what became of it.
 
@@ -120,7 +133,7 @@ class Request:
             product_unchecked: the caller looks for NaN and infinity itself.
         """
         self.matrix_id, self.needs = matrix_id, needs
-        self.rows = rows
+        self.rows, self.nbytes = rows, rows.nbytes
         self.shape, self.dtype = shape, dtype
         self.product_unchecked = product_unchecked
         self.deadline = NEVER
@@ -128,6 +141,8 @@ class Request:
         self.times_sent = self.times_unknown = 0
         self.output: torch.Tensor | None = None
         """Where in shared memory the product is to lie, for the sending that is under way."""
+        self.awaited: Awaited | None = None
+        """The product that may come, for the sending that is under way; None where none may."""
         self.product: torch.Tensor | None = None
         self.error: WireError | None = None
 
@@ -139,6 +154,32 @@ class Request:
     def header(self, request_id: int, *, shared: bool = False) -> Header:
         """The message that asks for it, with `rows` as payload or in shared memory."""
         raise NotImplementedError
+
+    def expect(self, request_id: int) -> None:
+        """It was sent: have all ready for its product while the worker computes."""
+        product = torch.empty(*self.shape, dtype=self.dtype) if self.output is None else self.output
+        payload = bytes_of(product) if self.output is None else NO_BYTES
+        header = Header(
+            MessageType.PRODUCT,
+            request_id,
+            self.matrix_id,
+            DType.of(self.dtype),
+            *self.shape,
+            payload_bytes=len(payload),
+            flags=0 if self.output is None else SHARED,
+        )
+        self.awaited = Awaited(header.pack(), product, payload)
+
+    def other_product(self, header: Header) -> BadReply:
+        """What to say of a PRODUCT that answers it and is not the one that it awaits."""
+        shape, dtype = self.shape, DType.of(self.dtype)
+        if (header.matrix_id, header.rows, header.cols, header.dtype) == (self.matrix_id, *shape, dtype):
+            return BadReply("the product was to come through shared memory, or was not, and came the other way")
+        return BadReply(
+            f"expected a product of {shape[0]} x {shape[1]} {dtype.name}, the worker sent "
+            f"{header.rows} x {header.cols} {header.dtype.name}"
+            + ("" if header.matrix_id == self.matrix_id else " of another matrix")
+        )
 
     def interrupted(self) -> None:
         """The connection that it was sent on is lost: as it stands, it may be sent again."""
@@ -180,7 +221,7 @@ class ProductRequest(Request):
             DType.of(self.rows.dtype),
             rows=self.rows.shape[0],
             cols=self.rows.shape[1],
-            payload_bytes=Places.BYTES if shared else self.rows.nbytes,
+            payload_bytes=Places.BYTES if shared else self.nbytes,
             reply_dtype=DType.of(self.dtype),
             flags=(TRANSPOSED if self.transpose else 0) | (SHARED if shared else 0),
         )
@@ -209,7 +250,7 @@ class ProductRequest(Request):
 def _check_rows(rows: torch.Tensor, inner: int) -> None:
     if rows.dim() != 2 or rows.shape[0] < 1 or rows.shape[1] != inner:
         raise ConfigError(f"expected rows of (m, {inner}), got {tuple(rows.shape)}")
-    if rows.device.type != "cpu" or not rows.is_contiguous():
+    if not rows.is_cpu or not rows.is_contiguous():
         raise ConfigError("rows must be contiguous and on the CPU: they are sent from where they lie")
     if rows.shape[0] > MAX_DIM or rows.nbytes > MAX_WINDOW_BYTES:
         raise LimitExceeded(
@@ -322,11 +363,16 @@ class AdapterRequest(Request):
             dtype,
             rows=rows,
             cols=cols,
-            payload_bytes=Places.BYTES if shared else self.rows.nbytes,
+            payload_bytes=Places.BYTES if shared else self.nbytes,
             reply_dtype=DType.of(self.dtype) if multiplies else DType.NONE,
             flags=self._flags | (SHARED if shared else 0),
             code=self._number,
         )
+
+    def expect(self, request_id: int) -> None:
+        """See `Request`; most are answered by no matrix."""
+        if self._wanted is not None:
+            super().expect(request_id)
 
     def interrupted(self) -> None:
         """The connection that it was sent on is lost: what must not be done twice is given up."""

@@ -26,7 +26,7 @@ from obfuscatune.errors import (
     WireError,
 )
 from obfuscatune.protocol.limits import SHARED_BYTES
-from obfuscatune.protocol.messages import MessageType
+from obfuscatune.protocol.messages import Header, MessageType
 from obfuscatune.protocol.tensors import bytes_of
 from obfuscatune.protocol.transport import Deadline, Transport
 
@@ -254,12 +254,12 @@ class Scheduler:
     def _room_for(self, connection: ClientConnection, request: Request) -> bool:
         """Whether the worker reads one more request before it has answered those in flight."""
         welcome = connection.welcome
-        size = sum(other.rows.nbytes for other in self._in_flight.values()) + request.rows.nbytes
+        size = sum(other.nbytes for other in self._in_flight.values()) + request.nbytes
         return len(self._in_flight) < welcome.max_in_flight and size <= welcome.window_bytes
 
     def _send(self, connection: ClientConnection, request: Request) -> None:
-        size, window = request.rows.nbytes, connection.welcome.window_bytes
-        if size > window:
+        window = connection.welcome.window_bytes
+        if request.nbytes > window:
             self._fail([request], LimitExceeded(f"the worker takes {window} bytes in one call: split the rows"))
             return
         self.stats.retries += request.times_sent > 0
@@ -267,29 +267,35 @@ class Scheduler:
         request.deadline = Deadline(self._deadline_s)
         request_id = self._next_id()
         places = connection.places(request)
-        if places is None:
-            connection.send(request.header(request_id), bytes_of(request.rows), request.deadline)
-        else:
-            connection.send(request.header(request_id, shared=True), places.pack(), request.deadline)
+        payload = bytes_of(request.rows) if places is None else places.pack()
+        connection.send(request.header(request_id, shared=places is not None), payload, request.deadline)
         self.waiting.remove(request)
         self._in_flight[request_id] = request
+        request.expect(request_id)
 
     def _receive(self, connection: ClientConnection) -> None:
         """Take one reply, in whatever order the worker gives them."""
         deadline = next(iter(self._in_flight.values())).deadline
-        header = connection.receive(deadline)
+        data = connection.receive(deadline)
+        for request_id, request in self._in_flight.items():
+            if request.awaited is not None and request.awaited.header == data:
+                product = connection.product(request.awaited, deadline)
+                request.product = product if request.product_unchecked else check_product(product)
+                self.stats.crossings += 1
+                del self._in_flight[request_id]
+                return
+        self._receive_other(connection, connection.parsed(data), deadline)
+
+    def _receive_other(self, connection: ClientConnection, header: Header, deadline: Deadline) -> None:
+        """Take a reply that is no product that is awaited."""
         if header.type is MessageType.ERROR and header.request_id == 0:
             raise connection.refusal(header, deadline)
         request = self._in_flight.get(header.request_id)
         if request is None:
             raise MalformedMessage(f"{header.type.name} came for a request that is not in flight")
         if header.type is MessageType.PRODUCT:
-            product = connection.product(
-                header, request.matrix_id, request.shape, request.dtype, request.output, deadline
-            )
-            request.product = product if request.product_unchecked else check_product(product)
-            self.stats.crossings += 1
-        elif header.type is MessageType.DONE:
+            raise request.other_product(header)
+        if header.type is MessageType.DONE:
             request.acknowledged(header)
         elif header.type is MessageType.ERROR:
             self._refused(request, connection.refusal(header, deadline))
