@@ -19,7 +19,7 @@ from obfuscatune.enclave.client import RetryPolicy, WorkerClient
 from obfuscatune.enclave.experts import ProtectedExperts
 from obfuscatune.enclave.keys import RootKey
 from obfuscatune.enclave.layers import ProtectedLayer
-from obfuscatune.enclave.local_worker import local_worker
+from obfuscatune.enclave.local_worker import LocalWorker, local_worker
 from obfuscatune.enclave.observer import Observer
 from obfuscatune.enclave.profiles import Profile, resolve
 from obfuscatune.enclave.protected_model import Closable, ProtectedModel, extend, has_adapter
@@ -136,7 +136,8 @@ def open_client(
     None where the profile offloads nothing.
 
     Raises:
-        ConfigError: a worker is named that is not needed; certificates are given for one on this machine.
+        ConfigError: a worker is named that is not needed, or given as a `LocalWorker` and not by its address;
+            certificates are given for one on this machine.
         WireError: it cannot be reached, or did not start.
     """
     if not profile.offload:
@@ -145,6 +146,8 @@ def open_client(
         return None
     if isinstance(workers, WorkerClient):
         return workers
+    if isinstance(workers, LocalWorker):
+        raise ConfigError("expected the address of a worker, found the LocalWorker itself: pass worker.address")
     policy = retry or RetryPolicy()
     if workers is not None:
         return WorkerClient.open(workers, tls=tls, deadline_s=deadline_s, retry=policy)
