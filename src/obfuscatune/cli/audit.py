@@ -72,7 +72,7 @@ def audit(
             _scenario(name, text, folder / str(number))
             for number, (name, text) in enumerate(_subjects(model or [EMBEDDED], data or [Path(EMBEDDED)]))
         ]
-        with output.progress("auditing") as meter:
+        with output.progress("auditing", said_at_once=True) as meter:
             meter.expect(len(scenarios) * len(variants) * seeds * (1 + len(attacks)))
             grid = run_grid(scenarios, variants, attacks, seeds, lambda done: meter.advance(1, done))
     _write(grid, out)
@@ -121,15 +121,20 @@ def _scenario(model: str | None, data: Path | None, folder: Path) -> "Scenario":
     files = open_files(model)
     import torch
 
-    from obfuscatune.audit.scenario import make_scenario, read_text
+    from obfuscatune.audit.scenario import Size, make_scenario, read_text
     from obfuscatune.enclave.experts import has_experts
     from obfuscatune.training.run import load_plain
 
-    with output.progress("tuning the secret model"):
+    name = files.directory.name
+    with output.progress(f"{name}: reading the model and the text", said_at_once=True):
         base = load_plain(files.directory, files.config, torch.float32)
         if has_experts(base):
             raise ConfigError(f"{files.directory}: no attack knows a mixture of experts yet; audit a dense model")
-        return make_scenario(files.directory.name, base, files.tokenizer, read_text(data), folder)
+        text = read_text(data)
+    size = Size()
+    with output.progress(f"{name}: tuning the secret model", said_at_once=True) as meter:
+        meter.expect(size.tuning_steps)
+        return make_scenario(name, base, files.tokenizer, text, folder, size, step_done=lambda: meter.advance(1))
 
 
 def _write(grid: "Grid", out: Path) -> None:

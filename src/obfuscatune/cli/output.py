@@ -194,10 +194,16 @@ class Meter(Protocol):
 
 
 @contextmanager
-def progress(what: str) -> Iterator[Meter]:
-    """Show progress while the `with` lasts: a bar on a terminal, else a line every few seconds, the first after two."""
+def progress(what: str, *, said_at_once: bool = False) -> Iterator[Meter]:
+    """Show progress while the `with` lasts: a bar on a terminal, else a line every few seconds, the first after two.
+
+    Args:
+        said_at_once: where there is no terminal, also print a line at the start: for work that takes minutes.
+    """
     console = stderr()
     if not console.is_terminal:
+        if said_at_once:
+            notice(what)
         yield _Lines(what)
         return
     columns = (
