@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from obfuscatune.enclave.autograd import outside_autocast
-from obfuscatune.enclave.layers import AbsentWeight, SharedCrossing, no_elements, refuse_weight
+from obfuscatune.enclave.layers import SharedCrossing, no_elements
+from obfuscatune.enclave.placeholder_tensors import AbsentWeight, refuse_weight
 from obfuscatune.enclave.target_layers import experts_matrices
 from obfuscatune.errors import ProtectionError
 
