@@ -30,7 +30,7 @@ class RecipeOptions(dict[str, Any]):
 
     @staticmethod
     def option_parameters() -> Iterator[Parameter]:
-        """An option for each field of `Recipe` that has an `Option`, and a hidden one for each of `names.ALIASES`."""
+        """An option for each field of `Recipe` that has an `Option`, and a hidden one for each of `recipe.ALIASES`."""
         from obfuscatune.training.recipe import ALIASES, Recipe
 
         for name, field in Recipe.model_fields.items():

@@ -294,7 +294,7 @@ class Cadence:
         return step == self.total_steps or self._is_due(self.checkpoint_every, step)
 
     def planned_before(self, ingredients: Mapping[str, Any] | None) -> int | None:
-        """The steps that a checkpoint's run was to take (`identity.py`), where these are fewer."""
+        """The steps that an earlier run planned, by its `ingredients`; None unless they are fewer than now."""
         if ingredients is None:
             return None
         steps = ingredients["max_steps"] or ingredients["epochs"] * self.plan.steps_per_epoch

@@ -145,7 +145,7 @@ def finetune(
     Args:
         model: A Hugging Face causal language model; it is wrapped in place.
         data: What `load_data` read.
-        fingerprint: What tells this model from others (`identity.model_fingerprint`).
+        fingerprint: What tells this model from others (`checkpoint.model_fingerprint`).
         report: Called with each event as it happens.
         resume_run: Go on from the newest checkpoint in `recipe.out`; without one, begin. With more epochs or steps
             than the run had, it becomes longer: the learning rate then follows the schedule of the longer run from
