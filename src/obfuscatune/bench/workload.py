@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, LlamaCo
 
 from obfuscatune.enclave.config import read_config
 from obfuscatune.errors import ConfigError, ModelFileError
-from obfuscatune.training.adapter import after_step, moved_optimizer, without_peft_warnings
+from obfuscatune.training.adapter import after_step, without_peft_warnings
+from obfuscatune.training.loop import make_optimizer
 
 _GPT2 = {  # width, heads, layers
     "gpt2": (768, 12, 12),
@@ -107,9 +108,7 @@ class LoraStep(Workload):
         torch.manual_seed(SEED)
         with without_peft_warnings():
             self._model = get_peft_model(model, LoraConfig(**LORA)).train()
-        trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-        moved = moved_optimizer(self._model, lr=RATE, weight_decay=0.01)
-        self._optimizer = moved or torch.optim.AdamW(trained, lr=RATE, weight_decay=0.01)
+        self._optimizer = make_optimizer(self._model, lr=RATE, weight_decay=0.01)
         self._ids = _random_ids(model, batch, length)
 
     def __call__(self) -> float:
