@@ -33,7 +33,7 @@ def few_rows_apply(rows: Tensor, matrix: Tensor, out: Tensor) -> bool:
 
 
 def multiply_few_rows(rows: Tensor, matrix: Tensor, out: Tensor) -> None:
-    """out = rows @ matrix, where `few_rows_apply` says that it can be used."""
+    """out = rows @ matrix, for what `applies_to` is true of."""
     table = native.kernels(matrix.itemsize)
     if table is None:
         torch.mm(rows, matrix, out=out)
