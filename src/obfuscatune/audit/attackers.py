@@ -78,15 +78,17 @@ def equip(attacker: Attacker, scenario: Scenario, profile: Profile, truth: Truth
     """What that attacker knows. Of the truth only the known plaintext is handed over, and only to who has it."""
     scheme = Scheme(profile.mixing, profile.shield_rows)
     text = PublicText(scenario.public, scenario.base.config.vocab_size)
-    built = architecture(scenario.base, profile.first_blocks)
+    how = architecture(scenario.base, profile.first_blocks)
     match attacker:
         case Attacker.CLOSED:
             return Knowledge(attacker, scheme)
         case Attacker.PUBLIC_TEXT:
-            return Knowledge(attacker, scheme, text=text, architecture=built)
+            return Knowledge(
+                attacker, scheme, text=text, architecture=architecture(scenario.base, profile.first_blocks)
+            )
         case Attacker.PUBLIC_BASE:
             base = public_base(scenario, profile.first_blocks)
-            return Knowledge(attacker, scheme, text=text, architecture=built, base=base)
+            return Knowledge(attacker, scheme, text=text, architecture=how, base=base)
         case Attacker.KNOWN_PLAINTEXT:
             return Knowledge(attacker, scheme, plaintext=_known_calls(truth))
 

@@ -17,11 +17,16 @@ if TYPE_CHECKING:
 _Product = Callable[[Tensor, tuple[Tensor, ...]], Tensor]
 
 
+def widen(x: Tensor) -> Tensor:
+    """x in float32 if it is bfloat16 or float16; otherwise x itself. Tensors of 16 bits are computed in float32."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
 class Transform(ABC):
     """A secret matrix R (dim, dim), applied without being built where its structure allows.
 
-    All four products take x (..., dim) in float64, float32 or bfloat16 and return the same shape, dtype
-    and device. bfloat16 and float16 are computed in float32 and rounded once, at the end.
+    All four products take x (..., dim) in any floating-point dtype and return the same shape, dtype and device.
+    bfloat16 and float16 are computed in float32 and rounded once, at the end.
     """
 
     name: str
@@ -109,9 +114,8 @@ class Transform(ABC):
     def _act(self, x: Tensor, product: _Product) -> Tensor:
         if x.shape[-1] != self.dim:
             raise ProtectionError(f"{self.name} transform of dimension {self.dim} met a tensor {tuple(x.shape)}")
-        dtype = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
-        rows = x.reshape(-1, self.dim).to(dtype)
-        return product(rows, self._factors_in(dtype, x.device)).view(x.shape).to(x.dtype)
+        rows = widen(x.reshape(-1, self.dim))
+        return product(rows, self._factors_in(rows.dtype, x.device)).view(x.shape).to(x.dtype)
 
     def _factors_in(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
         cached = self._factors.get((dtype, device))
