@@ -18,9 +18,9 @@ from torch import Tensor
 from obfuscatune.enclave.transforms import Transform, widen
 
 TILE_ELEMENTS = 1 << 18
-"""Of a tile: 2 MiB in float64, what a core's second cache holds."""
+"""Elements of a tile: 2 MiB in float64, which fit into a core's L2 cache."""
 _THREADS = 16
-"""Columns of a tile are a multiple of it: 64 bytes of float32, a line of the cache."""
+"""Columns of a tile are a multiple of this: 64 bytes of float32, one cache line."""
 
 
 def transform_in_place(W: Tensor, R_in: Transform, R_out: Transform, *, wide: torch.dtype = torch.float64) -> Tensor:

@@ -93,7 +93,7 @@ class Plan:
 
 
 Schedule = Literal["linear", "cosine", "constant"]
-"""Of the learning rate, as Hugging Face names them."""
+"""Schedules of the learning rate, by Hugging Face's names."""
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ ALIASES: Mapping[str, Alias] = {
 
 
 def resolve_names(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The same values under the names of the recipe's fields; names that are in no table stay as they are.
+    """Rename settings given under Hugging Face's names to the recipe's; unknown names stay as they are.
 
     Raises:
         ConfigError: two names of one field with different values, or a value that has no counterpart here.

@@ -62,7 +62,7 @@ class Transform(ABC):
         return self.inverse_transpose(W.T.to(wide)).T.to(W.dtype)
 
     def weight_right(self, W: Tensor, *, wide: torch.dtype = torch.float64) -> Tensor:
-        """W R for W (p, dim), likewise."""
+        """W R for W (p, dim): computed in `wide`, rounded once to W's dtype."""
         return self.apply(W.to(wide)).to(W.dtype)
 
     def left_in_place(self, W: Tensor, *, wide: torch.dtype) -> bool:
@@ -74,7 +74,7 @@ class Transform(ABC):
         return False
 
     def right_in_place(self, W: Tensor, *, wide: torch.dtype) -> bool:
-        """W (p, dim) becomes `weight_right(W)`, likewise."""
+        """As `left_in_place`, for `weight_right(W)` of W (p, dim)."""
         return False
 
     def of_few(self, rows: int, dtype: torch.dtype, *, undo: bool) -> RotationOfFew | None:
@@ -101,15 +101,15 @@ class Transform(ABC):
 
     @abstractmethod
     def _inverse(self, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
-        """x R⁻¹, likewise."""
+        """x R⁻¹ for x (n, dim) and the factors in its dtype."""
 
     @abstractmethod
     def _apply_transpose(self, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
-        """x Rᵀ, likewise."""
+        """x Rᵀ for x (n, dim) and the factors in its dtype."""
 
     @abstractmethod
     def _inverse_transpose(self, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
-        """x R⁻ᵀ, likewise."""
+        """x R⁻ᵀ for x (n, dim) and the factors in its dtype."""
 
     def _act(self, x: Tensor, product: _Product) -> Tensor:
         if x.shape[-1] != self.dim:
