@@ -186,8 +186,7 @@ class ProtectedLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """An `AbsentWeight`: its shape, dtype and device; its values never were in this module."""
-        nan: Tensor = self._on_worker.new_full((), torch.nan)
-        return nan.expand(self._weight_shape).as_subclass(AbsentWeight)
+        return AbsentWeight(self._weight_shape, self._on_worker)
 
     @weight.setter
     def weight(self, value: object) -> NoReturn:

@@ -87,6 +87,11 @@ def _product_of(lazy: LazyProduct) -> Tensor:
 class AbsentWeight(Tensor):
     """Stands for a weight that lies on the worker. Merging an adapter, DoRA or PiSSA, which need it, get one error."""
 
+    @staticmethod
+    def __new__(cls, shape: Sequence[int], like: Tensor) -> Self:
+        """A weight of that shape, with the dtype and device of `like`."""
+        return like.new_full((), torch.nan).expand(tuple(shape)).as_subclass(cls)
+
     @classmethod
     def __torch_function__(
         cls,
