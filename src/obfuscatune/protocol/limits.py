@@ -98,4 +98,4 @@ SLOWEST_BYTES_PER_SECOND = MIB
 """A link slower than this (8 Mbit/s) counts as broken."""
 
 LINGER_SECONDS = 2.0
-"""How long a worker that closes a connection waits for the enclave to read its last reply."""
+"""How long a worker that hangs up waits for its last words to be read."""
