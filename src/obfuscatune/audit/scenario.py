@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import lzma
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -216,7 +217,7 @@ def _relative_distance(model: nn.Module, other: nn.Module) -> float:
     with torch.no_grad():
         pairs = list(zip(model.parameters(), other.parameters(), strict=True))
         moved = sum(float((a - b).square().sum()) for a, b in pairs)
-        return float(moved / sum(float(b.square().sum()) for _, b in pairs)) ** 0.5
+        return math.sqrt(moved / sum(float(b.square().sum()) for _, b in pairs))
 
 
 def _tuned(
