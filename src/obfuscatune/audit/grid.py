@@ -23,7 +23,7 @@ SMALLEST_EFFECT = 0.02
 """The least `Cell.advantage` that counts as a success, however significant it is."""
 
 Progress = Callable[[str], None]
-"""Called after each recording and each attack, with what was done."""
+"""Called with a few words on what begins or is done."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,15 @@ def run_grid(
     variants: Sequence[Variant],
     attacks: Sequence[Attack],
     seeds: int,
-    progress: Progress,
+    *,
+    recording: Progress,
+    done: Progress,
 ) -> Grid:
     """Record one run for each scenario, variant and seed, and try every attack on it.
+
+    Args:
+        recording: called before each recording.
+        done: called after each recording and each attack.
 
     Raises:
         ObfuscaTuneError: as `record_run` does.
@@ -110,7 +116,8 @@ def run_grid(
     for scenario in scenarios:
         for variant in variants:
             for seed in range(seeds):
-                for attack, result in zip(attacks, _one_run(scenario, variant, attacks, seed, progress), strict=True):
+                of_run = _one_run(scenario, variant, attacks, seed, recording, done)
+                for attack, result in zip(attacks, of_run, strict=True):
                     results.setdefault((scenario.name, variant.name, attack.name), []).append(result)
     cells = tuple(
         Cell(scenario.name, variant.name, attack, tuple(results[scenario.name, variant.name, attack.name]))
@@ -122,18 +129,19 @@ def run_grid(
 
 
 def _one_run(
-    scenario: Scenario, variant: Variant, attacks: Sequence[Attack], seed: int, progress: Progress
+    scenario: Scenario, variant: Variant, attacks: Sequence[Attack], seed: int, recording: Progress, done: Progress
 ) -> list[Finding | NotRun]:
     """Record one run; returns the result of each attack on it."""
     run = f"{scenario.name}, {variant.name}, seed {seed}"
+    recording(f"{run}: recording")
     with tempfile.TemporaryDirectory(prefix="obfuscatune-audit-", dir=temporary_root()) as folder:
-        recording = record_run(scenario, variant.profile, seed, Path(folder))
-    progress(f"{run}: recorded")
+        recorded = record_run(scenario, variant.profile, seed, Path(folder))
+    done(f"{run}: recorded")
     knowledge: dict[Attacker, Knowledge] = {}
     results = []
     for attack in attacks:
         if attack.needs not in knowledge:
-            knowledge[attack.needs] = equip(attack.needs, scenario, variant.profile, recording.truth)
-        results.append(perform(attack, recording.view, knowledge[attack.needs], recording.truth, seed))
-        progress(f"{run}: {attack.name}")
+            knowledge[attack.needs] = equip(attack.needs, scenario, variant.profile, recorded.truth)
+        results.append(perform(attack, recorded.view, knowledge[attack.needs], recorded.truth, seed))
+        done(f"{run}: {attack.name}")
     return results

@@ -3,6 +3,7 @@
 import json
 import tempfile
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -72,9 +73,10 @@ def audit(
             _scenario(name, text, folder / str(number))
             for number, (name, text) in enumerate(_subjects(model or [EMBEDDED], data or [Path(EMBEDDED)]))
         ]
-        with output.progress("auditing", said_at_once=True) as meter:
+        with output.progress("auditing") as meter:
             meter.expect(len(scenarios) * len(variants) * seeds * (1 + len(attacks)))
-            grid = run_grid(scenarios, variants, attacks, seeds, lambda done: meter.advance(1, done))
+            done = partial(meter.advance, 1)
+            grid = run_grid(scenarios, variants, attacks, seeds, recording=meter.begin, done=done)
     _write(grid, out)
     if as_json:
         output.write_json(json.loads((out / FIGURES).read_text("utf-8")))
@@ -125,16 +127,17 @@ def _scenario(model: str | None, data: Path | None, folder: Path) -> "Scenario":
     from obfuscatune.enclave.experts import has_experts
     from obfuscatune.training.run import load_plain
 
-    name = files.directory.name
-    with output.progress(f"{name}: reading the model and the text", said_at_once=True):
+    name, size = files.directory.name, Size()
+    with output.progress(name) as meter:
+        meter.begin("reading the model and the text")
         base = load_plain(files.directory, files.config, torch.float32)
         if has_experts(base):
             raise ConfigError(f"{files.directory}: no attack knows a mixture of experts yet; audit a dense model")
         text = read_text(data)
-    size = Size()
-    with output.progress(f"{name}: tuning the secret model", said_at_once=True) as meter:
+        meter.begin("tuning the secret model")
         meter.expect(size.tuning_steps)
-        return make_scenario(name, base, files.tokenizer, text, folder, size, step_done=lambda: meter.advance(1))
+        step_done = partial(meter.advance, 1, "steps of tuning the secret model")
+        return make_scenario(name, base, files.tokenizer, text, folder, size, step_done=step_done)
 
 
 def _write(grid: "Grid", out: Path) -> None:

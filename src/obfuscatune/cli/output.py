@@ -189,21 +189,18 @@ class Meter(Protocol):
     def expect(self, total: int) -> None:
         """Say how many units there are in all."""
 
+    def begin(self, stage: str) -> None:
+        """Name a stage that takes long: beside the bar, or on a line of its own at once."""
+
     def advance(self, done: int, note: str = "") -> None:
         """Count units done since the last call, with a note to show beside them."""
 
 
 @contextmanager
-def progress(what: str, *, said_at_once: bool = False) -> Iterator[Meter]:
-    """Show progress while the `with` lasts: a bar on a terminal, else a line every few seconds, the first after two.
-
-    Args:
-        said_at_once: where there is no terminal, also print a line at the start: for work that takes minutes.
-    """
+def progress(what: str) -> Iterator[Meter]:
+    """Show progress while the `with` lasts: a bar on a terminal, else a line every few seconds, the first after two."""
     console = stderr()
     if not console.is_terminal:
-        if said_at_once:
-            notice(what)
         yield _Lines(what)
         return
     columns = (
@@ -228,6 +225,9 @@ class _Bar:
     def expect(self, total: int) -> None:
         self._bars.update(self._task, total=total)
 
+    def begin(self, stage: str) -> None:
+        self._bars.update(self._task, note=stage)
+
     def advance(self, done: int, note: str = "") -> None:
         self._bars.update(self._task, advance=done, note=note)
 
@@ -241,6 +241,10 @@ class _Lines:
 
     def expect(self, total: int) -> None:
         self._of = f"/{total}"
+
+    def begin(self, stage: str) -> None:
+        self._next = time.monotonic() + _SECONDS_BETWEEN_LINES
+        notice(f"{self._what}: {stage}")
 
     def advance(self, done: int, note: str = "") -> None:
         self._done += done
