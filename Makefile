@@ -51,7 +51,7 @@ hooks: $(READY)
 reproduce-small: $(READY)
 	$(BIN)/obfuscatune reproduce --preset cpu --data-root $(DATA) --out reproduce-out
 
-# Likewise. `gguf` reads the package's weights; neither is needed for anything else.
+# Resumable in the same way. `gguf` reads the package's weights; neither is needed for anything else.
 REAL := runs/smollm2
 reproduce-real: $(REAL)/model.safetensors
 	$(BIN)/obfuscatune reproduce --preset real --model $(REAL) --parts accuracy,error --data-root $(DATA) --out reproduce-real-out

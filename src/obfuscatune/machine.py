@@ -21,10 +21,9 @@ def refusal() -> str | None:
 
 @dataclass(frozen=True)
 class Limits:
-    """Of a container; None where there is no limit."""
+    """The limits of a container; None for no limit. `cores`: CPU seconds per second of time."""
 
     cores: float | None
-    """Seconds of computing in a second."""
     memory_bytes: int | None
 
 
@@ -55,7 +54,7 @@ def container_limits(root: Path = Path("/")) -> Limits:
 
 
 def _quota(text: str) -> float | None:
-    """Of "200000 100000", microseconds of computing in a period of so many; "max 100000" is no limit."""
+    """Cores of a line of cpu.max: CPU time over period, as "200000 100000" µs. None for no limit, "max 100000"."""
     quota, _, period = text.partition(" ")
     return int(quota) / int(period) if quota.isdecimal() and period.isdecimal() and int(period) else None
 

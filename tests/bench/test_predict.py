@@ -23,7 +23,7 @@ def test_seconds_are_work_over_speed() -> None:
     assert found.plain_seconds == pytest.approx(10 / 100 + 2 / 10)
     assert found.protected_seconds == pytest.approx(4 / 80 + 2 / 8 + 6.6 / 110 + 0.5 / 2 + 88e-4)
     assert found.ratio == pytest.approx(found.protected_seconds / found.plain_seconds)
-    slow = predict(WORK, SPEEDS.elsewhere(None, 0.5, None))
+    slow = predict(WORK, SPEEDS.with_changes(None, 0.5, None))
     assert slow.protected_seconds == pytest.approx(found.protected_seconds + 1)
 
 

@@ -28,7 +28,13 @@ def test_a_run_with_nothing_hidden_fails_the_limit(obfuscatune, tmp_path):
     ran = obfuscatune("audit", *options, "--out", tmp_path)
     assert ran.code == 1
     assert "above 0.5: equal-rows on tiny-gpt2, identity" in ran.stderr
-    assert "not enough" in ran.stdout
+    stages = (
+        "tiny-gpt2: reading the model and the text",
+        "tiny-gpt2: tuning the secret model",
+        "auditing: tiny-gpt2, identity, seed 0: recording",
+    )
+    assert [line for line in ran.stderr.splitlines() if line in stages] == list(stages)
+    assert "open, and not promised" in ran.stdout
     figures = json.loads((tmp_path / "audit.json").read_text())
     assert {cell["attacker"] for cell in figures["cells"]} == {"closed"}
     for name in ("report.html", "audit.md"):

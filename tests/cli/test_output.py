@@ -50,6 +50,13 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(capsys, monkeypatch)
     assert captured.err == "working: 2/3 loss 2.5\n"
 
 
+def test_a_stage_is_named_at_once(capsys):
+    with output.progress("working") as meter:
+        meter.begin("reading")
+        meter.advance(1)
+        assert capsys.readouterr().err == "working: reading\n"
+
+
 def test_progress_on_a_terminal_is_a_bar(capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")

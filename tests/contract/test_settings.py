@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from obfuscatune.enclave.client import WorkerClient
-from obfuscatune.enclave.lazy_tensor import AwaitedProduct
 from obfuscatune.enclave.local_worker import LocalWorker
+from obfuscatune.enclave.placeholder_tensors import LazyProduct
 from tests.contract.architectures import ARCHITECTURES, Architecture
 from tests.contract.comparison import backward, batch, copy_of, deviation, largest_deviation, protected, with_lora
 
@@ -86,12 +86,12 @@ def apart(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As if the worker had cores of its own: the enclave works on while it multiplies. And it did."""
     awaited: list[torch.Size] = []
 
-    def noted(shape: torch.Size, *rest: Any) -> AwaitedProduct:
+    def noted(shape: torch.Size, *rest: Any) -> LazyProduct:
         awaited.append(shape)
-        return AwaitedProduct(shape, *rest)
+        return LazyProduct(shape, *rest)
 
     monkeypatch.setattr(WorkerClient, "computes_apart", True)
-    monkeypatch.setattr("obfuscatune.enclave.layers.AwaitedProduct", noted)
+    monkeypatch.setattr("obfuscatune.enclave.layers.LazyProduct", noted)
     yield
     assert awaited
 

@@ -11,10 +11,13 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
+from obfuscatune import load, protect
+from obfuscatune.assets import tiny_model_path
 from obfuscatune.enclave.client import WorkerClient
 from obfuscatune.enclave.local_worker import local_worker
-from obfuscatune.errors import StorageError
+from obfuscatune.errors import ConfigError, StorageError
 from obfuscatune.protocol.files import temporary_root
 
 
@@ -31,6 +34,16 @@ def test_it_serves_without_a_with_until_it_is_closed() -> None:
     assert worker.process.returncode == 0
     assert not folder.exists()
     assert "closed" in repr(worker)
+
+
+def test_the_object_in_place_of_its_address_is_refused() -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_path())
+    with local_worker(threads=1) as worker:
+        with pytest.raises(ConfigError, match=r"pass .*\.address"):
+            protect(model, worker)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match=r"pass .*\.address"):
+            load(tiny_model_path(), worker)  # type: ignore[arg-type]
+    assert not hasattr(model, "protection")
 
 
 def test_it_ends_with_its_object() -> None:

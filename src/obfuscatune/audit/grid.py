@@ -1,4 +1,4 @@
-"""Every attack on every profile of every model, over seeds, and what came of it."""
+"""Runs every attack on every profile of every model and seed, and holds the results."""
 
 from __future__ import annotations
 
@@ -18,17 +18,20 @@ from obfuscatune.audit.scenario import Scenario
 from obfuscatune.protocol.files import temporary_root
 
 SIGMAS = 3.0
-"""Standard errors from chance within which a figure is noise."""
+"""An attack within this many standard errors of chance is not counted as a success."""
 SMALLEST_EFFECT = 0.02
-"""Of the way from chance to complete success: less is of no use to anybody, however sure it is."""
+"""The least `Cell.advantage` that counts as a success, however significant it is."""
 
 Progress = Callable[[str], None]
-"""Called when something is done, with what comes next."""
+"""Called with a few words on what begins or is done."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One attack on one profile of one model: a result for each seed."""
+    """One attack on one profile of one model, with a result for each seed.
+
+    The statistics are over the seeds on which the attack ran; without any they raise `StatisticsError`.
+    """
 
     model: str
     profile: str
@@ -37,27 +40,27 @@ class Cell:
 
     @property
     def findings(self) -> list[Finding]:
-        """Of the seeds on which it ran."""
+        """The results of the seeds on which the attack ran."""
         return [result for result in self.results if isinstance(result, Finding)]
 
     @property
     def why_not(self) -> str:
-        """Why it did not run on some seed; empty where it ran on all."""
+        """Why the attack could not run, on the first such seed; empty if it ran on all seeds."""
         return next((result.why for result in self.results if isinstance(result, NotRun)), "")
 
     @property
     def value(self) -> float:
-        """Mean over seeds."""
+        """Mean score of the attack, in its own unit (`Finding.value`)."""
         return fmean(finding.value for finding in self.findings)
 
     @property
     def chance(self) -> float:
-        """Mean over seeds."""
+        """Mean score of guessing, in the same unit."""
         return fmean(finding.chance for finding in self.findings)
 
     @property
     def error(self) -> float:
-        """Standard error of `value`: by sampling or between the seeds, whichever is larger."""
+        """Standard error of `value`: within the seeds or between them, whichever is larger."""
         findings = self.findings
         sampling = math.sqrt(fmean(finding.error**2 for finding in findings))
         between = stdev(finding.value for finding in findings) if len(findings) > 1 else 0.0
@@ -65,12 +68,12 @@ class Cell:
 
     @property
     def advantage(self) -> float:
-        """From chance, 0, to complete success, 1; mean over seeds."""
+        """Mean score on a scale from chance (0) to complete success (1)."""
         return fmean(finding.advantage for finding in self.findings)
 
     @property
     def succeeds(self) -> bool:
-        """Whether it is better than chance by more than noise, and by enough to matter."""
+        """Whether the attack beats chance by `SIGMAS` standard errors and by `SMALLEST_EFFECT`."""
         if not self.findings or self.advantage < SMALLEST_EFFECT:
             return False
         towards_best = 1 if self.findings[0].best > self.chance else -1
@@ -79,16 +82,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """All cells, and what they were made of."""
+    """All cells of an audit. `drift` is `Scenario.drift` of each model, by name."""
 
     cells: tuple[Cell, ...]
     seeds: int
     drift: dict[str, float]
-    """How far each model's secret weights are from its public base."""
 
 
 def attacks_of(attacker: Attacker | None) -> list[Attack]:
-    """The attacks that one kind of attacker runs; all of them if None."""
+    """The attacks that one kind of attacker runs; all attacks if None."""
     return [attack for attack in ATTACKS if attacker is None or attack.needs is attacker]
 
 
@@ -97,9 +99,15 @@ def run_grid(
     variants: Sequence[Variant],
     attacks: Sequence[Attack],
     seeds: int,
-    progress: Progress,
+    *,
+    recording: Progress,
+    done: Progress,
 ) -> Grid:
-    """Record each run once, and try every attack on it.
+    """Record one run for each scenario, variant and seed, and try every attack on it.
+
+    Args:
+        recording: called before each recording.
+        done: called after each recording and each attack.
 
     Raises:
         ObfuscaTuneError: as `record_run` does.
@@ -108,8 +116,8 @@ def run_grid(
     for scenario in scenarios:
         for variant in variants:
             for seed in range(seeds):
-                where = f"{scenario.name}, {variant.name}, seed {seed}"
-                for attack, result in _one_run(scenario, variant, attacks, seed, progress, where):
+                of_run = _one_run(scenario, variant, attacks, seed, recording, done)
+                for attack, result in zip(attacks, of_run, strict=True):
                     results.setdefault((scenario.name, variant.name, attack.name), []).append(result)
     cells = tuple(
         Cell(scenario.name, variant.name, attack, tuple(results[scenario.name, variant.name, attack.name]))
@@ -121,16 +129,19 @@ def run_grid(
 
 
 def _one_run(
-    scenario: Scenario, variant: Variant, attacks: Sequence[Attack], seed: int, progress: Progress, where: str
-) -> list[tuple[Attack, Finding | NotRun]]:
+    scenario: Scenario, variant: Variant, attacks: Sequence[Attack], seed: int, recording: Progress, done: Progress
+) -> list[Finding | NotRun]:
+    """Record one run; returns the result of each attack on it."""
+    run = f"{scenario.name}, {variant.name}, seed {seed}"
+    recording(f"{run}: recording")
     with tempfile.TemporaryDirectory(prefix="obfuscatune-audit-", dir=temporary_root()) as folder:
-        recording = record_run(scenario, variant.profile, seed, Path(folder))
-    progress(f"{where}: recorded")
-    held: dict[Attacker, Knowledge] = {}
+        recorded = record_run(scenario, variant.profile, seed, Path(folder))
+    done(f"{run}: recorded")
+    knowledge: dict[Attacker, Knowledge] = {}
     results = []
     for attack in attacks:
-        if attack.needs not in held:
-            held[attack.needs] = equip(attack.needs, scenario, variant.profile, recording.truth)
-        results.append((attack, perform(attack, recording.view, held[attack.needs], recording.truth, seed)))
-        progress(f"{where}: {attack.name}")
+        if attack.needs not in knowledge:
+            knowledge[attack.needs] = equip(attack.needs, scenario, variant.profile, recorded.truth)
+        results.append(perform(attack, recorded.view, knowledge[attack.needs], recorded.truth, seed))
+        done(f"{run}: {attack.name}")
     return results

@@ -1,9 +1,10 @@
-"""What an audited run works on: a secret model, its public base, private text, and public text of the same kind.
+"""The inputs of an audited run: a secret model, its public base, private text, and public text of the same kind.
 
-text file  ->  windows of equal length  ->  private ones: trained on, prompted with;  public ones: the attacker's
-base       ->  tuned as a whole on private text  ->  the secret model
+text  ->  windows of `Size.length` tokens  ->  private half: the run's examples and prompts
+                                           ->  public half: known to attackers
+base  ->  all weights tuned on private windows  ->  secret model
 
-An attacker knows how the audited model is built: its configuration, with weights of its own.
+Attackers know the architecture: they can build a model of the same configuration, with weights of their own.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import lzma
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -35,21 +37,21 @@ if TYPE_CHECKING:
 
 
 class Logits(nn.Module):
-    """Token numbers (n, length) -> logits (n, length, V)."""
+    """A language model in float32, without cache and dropout: token ids (n, length) -> logits (n, length, V)."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model.float().eval()
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Without a cache, without dropout."""
+        """Token ids (n, length), int64 -> logits (n, length, V), float32."""
         logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits
 
 
 @lru_cache(maxsize=8)
 def architecture(base: PreTrainedModel, first_blocks: int) -> Architecture:
-    """That of a model, and where the layers behind the first blocks have their weights in it."""
+    """How to build a model like `base`, and where the weights of the groups after `first_blocks` belong in it."""
     groups = find_groups(base, first_blocks)
 
     def build(seed: int) -> nn.Module:
@@ -68,23 +70,25 @@ def architecture(base: PreTrainedModel, first_blocks: int) -> Architecture:
 
 
 LARGEST_TEXT = 4_000_000
-"""Bytes that are read of a file."""
+"""Bytes that are read of a file; the rest is ignored."""
+MOST_PRIVATE = 2000
+"""Windows of private text; more add nothing to an audit."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is run; every count in tokens, texts or steps.
+    """How large an audited run is.
 
     Attributes:
-        length: tokens of a training example.
-        examples: training examples; each is seen in every epoch.
-        epochs: of LoRA fine-tuning, one example a step.
-        prompts: prompts that are continued; every three in a row begin alike.
-        prompt: tokens of a prompt; the first half is what it shares.
-        new_tokens: that are generated for each.
-        tuning_steps: by which the secret model is away from its public base.
+        length: tokens of a window, and so of a training example.
+        examples: training examples; each is used once per epoch.
+        epochs: epochs of LoRA fine-tuning, with one example per step.
+        prompts: prompts for generation, in families of three that share their first half.
+        prompt: tokens of a prompt.
+        new_tokens: tokens that are generated for each prompt.
+        tuning_steps: optimizer steps from the public base to the secret model.
         public: windows of public text.
-        held_out: windows of private text that are kept from the tuning, at most a quarter.
+        held_out: private windows that the secret model is not tuned on; at most a quarter of them.
     """
 
     length: int = 32
@@ -100,29 +104,33 @@ class Size:
 
 @dataclass(frozen=True, eq=False)
 class Scenario:
-    """Everything a run needs. Texts are windows of `size.length` token numbers."""
+    """The inputs of a run. Each text is a window of `size.length` token ids.
+
+    Attributes:
+        directory: the secret model's files.
+        base: the public base, float32.
+        secret: the secret model, float32.
+        private: all private windows; the `held_out` ones are their end.
+        drift: relative distance of the secret weights from the public ones, |secret - base| / |base|.
+    """
 
     name: str
     directory: Path
-    """Of the secret model."""
     base: PreTrainedModel
-    """The public one."""
     secret: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     private: tuple[tuple[int, ...], ...]
     public: tuple[tuple[int, ...], ...]
     held_out: tuple[tuple[int, ...], ...]
-    """Of the private ones those that the secret model was not tuned on."""
     size: Size
     drift: float
-    """How far the secret model is from its base: the norm of all differences over that of all weights."""
 
     def examples(self, seed: int) -> list[tuple[int, ...]]:
-        """Training examples of a seed."""
+        """The training examples for one seed."""
         return _drawn(self.private, f"examples/{seed}", self.size.examples)
 
     def prompts(self, seed: int) -> list[tuple[int, ...]]:
-        """Prompts of a seed: families of three with one beginning."""
+        """The prompts for one seed: families of three that share their first half."""
         size, half = self.size, self.size.prompt // 2
         texts = _drawn(self.private, f"prompts/{seed}", size.prompts + size.prompts // 3 + 1)
         beginnings, own = texts[size.prompts :], texts[: size.prompts]
@@ -136,11 +144,16 @@ def make_scenario(
     text: str,
     folder: Path,
     size: Size = Size(),
+    *,
+    step_done: Callable[[], None] = lambda: None,
 ) -> Scenario:
-    """Split the text, tune the base on the private part of it, and write the secret model to `folder`.
+    """Split the text, tune the base on the private half, and write the secret model to `folder`.
+
+    Args:
+        step_done: called after each of the `size.tuning_steps` steps.
 
     Raises:
-        DataError: there is too little text.
+        DataError: the text is too short for `size`.
     """
     windows = _windows(text, tokenizer, size.length)
     needed = size.examples + size.prompts + size.prompts // 3 + 1
@@ -149,21 +162,18 @@ def make_scenario(
             f"an audit needs text of at least {2 * needed * size.length} tokens, this has {len(windows) * size.length}"
         )
     shuffled = _drawn(tuple(windows), "split", len(windows))
-    private = tuple(shuffled[: max(needed, len(windows) // 2)][:2000])
+    private = tuple(shuffled[: max(needed, len(windows) // 2)][:MOST_PRIVATE])
     public = tuple(shuffled[len(private) :][: size.public])
     base = base.float().eval()
     held_out = private[-min(size.held_out, len(private) // 4) :]
-    secret = _tuned(base, private[: -len(held_out)], size.tuning_steps)
-    with torch.no_grad():
-        pairs = list(zip(secret.parameters(), base.parameters(), strict=True))
-        moved = sum(float((a - b).square().sum()) for a, b in pairs)
-        drift = (moved / sum(float(b.square().sum()) for _, b in pairs)) ** 0.5
+    secret = _tuned(base, private[: -len(held_out)], size.tuning_steps, step_done)
     secret.save_pretrained(folder)
+    drift = _relative_distance(secret, base)
     return Scenario(name, folder, base, secret, tokenizer, private, public, held_out, size, drift)
 
 
 def read_text(path: Path | None) -> str:
-    """Text of a file: .jsonl records, .xz, or anything else as UTF-8 text; the embedded notes if None.
+    """The text to audit on: the records of a .jsonl file, or a UTF-8 text file, also .xz; the embedded notes if None.
 
     Raises:
         DataError: the file cannot be read.
@@ -189,6 +199,7 @@ def _record_text(record: Record) -> str:
 
 
 def _windows(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> list[tuple[int, ...]]:
+    """The token ids of the text in windows of `length`; an incomplete last window is left out."""
     ids: list[int] = []
     for start in range(0, len(text), 10_000):  # tokenizers slow down on one long line
         ids += tokenizer(text[start : start + 10_000], add_special_tokens=False, verbose=False)["input_ids"]
@@ -196,13 +207,23 @@ def _windows(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> list
 
 
 def _drawn(texts: tuple[tuple[int, ...], ...], label: str, count: int) -> list[tuple[int, ...]]:
-    """`count` of the texts in an order that depends on the label alone."""
+    """`count` of the texts without repetition, drawn by a hash of the label: the same on every machine."""
     order = sorted(range(len(texts)), key=lambda index: hashlib.sha256(f"audit/{label}/{index}".encode()).digest())
     return [texts[index] for index in order[:count]]
 
 
-def _tuned(base: PreTrainedModel, texts: tuple[tuple[int, ...], ...], steps: int) -> PreTrainedModel:
-    """A copy of the base after that many steps of AdamW on all weights, eight texts each."""
+def _relative_distance(model: nn.Module, other: nn.Module) -> float:
+    """|model - other| / |other| over all parameters, in the Euclidean norm."""
+    with torch.no_grad():
+        pairs = list(zip(model.parameters(), other.parameters(), strict=True))
+        moved = sum(float((a - b).square().sum()) for a, b in pairs)
+        return math.sqrt(moved / sum(float(b.square().sum()) for _, b in pairs))
+
+
+def _tuned(
+    base: PreTrainedModel, texts: tuple[tuple[int, ...], ...], steps: int, step_done: Callable[[], None]
+) -> PreTrainedModel:
+    """A copy of the base after `steps` steps of AdamW on all weights, with eight texts per step."""
     model = copy.deepcopy(base).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.0)
     with torch.random.fork_rng(devices=[]):
@@ -213,4 +234,5 @@ def _tuned(base: PreTrainedModel, texts: tuple[tuple[int, ...], ...], steps: int
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
+            step_done()
     return model.eval()

@@ -25,22 +25,22 @@ _BYTES = mmap.PAGESIZE
 
 
 class Totals(NamedTuple):
-    """Since the worker was started."""
+    """Totals since the worker was started."""
 
     seconds: float = 0.0
-    """In which it computed."""
+    """Time in which it computed products."""
     computations: float = 0.0
     flops: float = 0.0
-    """Of the products, while they were counted."""
+    """Floating-point operations of the products, while counting was on."""
     nbytes: float = 0.0
-    """That these products read and wrote."""
+    """Bytes that these products read and wrote."""
 
     def since(self, earlier: Totals) -> Totals:
-        """What was added."""
+        """The difference of two totals."""
         return Totals(*(a - b for a, b in zip(self, earlier, strict=True)))
 
     def plus(self, added: Totals) -> Totals:
-        """Both together."""
+        """The sum of two totals."""
         return Totals(*(a + b for a, b in zip(self, added, strict=True)))
 
 

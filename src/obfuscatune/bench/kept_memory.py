@@ -23,13 +23,13 @@ PART_BYTES = 128 << 20
 AHEAD_BYTES = 512 << 20
 """Let go before it is needed."""
 SPARE = 1.5
-"""Of what is needed: so much is held, for some of it goes elsewhere."""
+"""Bytes held for each byte needed: other processes take some of the memory that is released."""
 SAMPLE_BYTES = 2 << 30
-"""Of what is tried out."""
+"""Bytes that are written in a trial."""
 
 
 class KeptMemory:
-    """A process that holds so many bytes, and lets them go."""
+    """A process that holds `nbytes` bytes of memory, and releases them part by part."""
 
     def __init__(self, nbytes: int) -> None:
         """
@@ -48,7 +48,7 @@ class KeptMemory:
 
     @property
     def pid(self) -> int:
-        """Of the process."""
+        """Process id."""
         return self._process.pid
 
     def keep_ahead_of(self, nbytes: int) -> None:
@@ -80,7 +80,7 @@ class KeptMemory:
 
 
 def seconds_for_a_new_byte(nbytes: int) -> float:
-    """Of one core, where it writes for the first time to so many bytes of new memory, in huge pages if there are."""
+    """Seconds per byte for one core to write to `nbytes` of new memory first, in huge pages if possible."""
     started = time.perf_counter()
     memory = _new(max(nbytes, PART_BYTES))
     passed = time.perf_counter() - started

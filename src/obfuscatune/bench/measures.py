@@ -32,9 +32,9 @@ class ProductCounter(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops = 0
         self.nbytes = 0
-        """Of both factors and the product, each time."""
+        """Bytes of both factors and the result, summed over all products."""
         self.other_nbytes = 0
-        """That other operations wrote."""
+        """Bytes written by other operations."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -107,9 +107,9 @@ def _category(event: Any) -> str:
 
 
 SIDE = 1536
-"""Of the square matrices that are multiplied: large enough for a product to be at its best."""
+"""Rows and columns of the matrices in the timed product: large enough for the full speed of a product."""
 LARGE_BYTES = 256 << 20
-"""Of what is copied and summed."""
+"""Bytes of the array that is copied and summed."""
 REPEATS = 5
 
 
@@ -145,7 +145,7 @@ def measure_limits(*, side: int = SIDE, large_bytes: int = LARGE_BYTES) -> Limit
 
 
 def median_seconds(work: Callable[[], object], *, repeats: int = REPEATS, least_seconds: float = 0.0) -> float:
-    """Of one call, after one that is not counted: `repeats` of them, and as many as `least_seconds` hold."""
+    """Median time of a call in seconds, over at least `repeats` calls and `least_seconds`, after one untimed call."""
     work()
     seconds: list[float] = []
     while len(seconds) < repeats or sum(seconds) < least_seconds:
@@ -165,12 +165,12 @@ def peak_bytes(pid: int | None = None) -> int:
 
 
 def settled_bytes(pid: int | None = None) -> int:
-    """What is resident now (VmRSS), likewise."""
+    """Resident memory now (VmRSS), of this process or another. Raises as `peak_bytes`."""
     return _status("VmRSS", pid)
 
 
 def cpu_seconds(pid: int | None = None) -> float:
-    """What it has computed so far, on all cores, for itself and in the kernel, likewise."""
+    """CPU time so far in seconds, user and system, of this process or another. Raises as `peak_bytes`."""
     utime, stime = _read("stat", pid).rpartition(")")[2].split()[11:13]  # after the name, which may hold blanks
     return (int(utime) + int(stime)) / os.sysconf("SC_CLK_TCK")
 

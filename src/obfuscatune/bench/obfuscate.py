@@ -162,7 +162,7 @@ class ObfuscateResult:
     rounds: dict[str, list[dict[str, Any]]] = field(repr=False)
     environment: dict[str, str]
     new_memory_seconds_per_byte: float
-    """Of one core, to write to new memory for the first time; measured before."""
+    """Seconds per byte for one core to write to new memory for the first time, measured before the rounds."""
 
     def best(self, transform: str) -> dict[str, Any]:
         """The round that took the least time."""

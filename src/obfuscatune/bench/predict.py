@@ -38,22 +38,22 @@ WORKS = ("step", "forward")
 
 @dataclass(frozen=True)
 class Work:
-    """Of one step or pass; operations are floating-point operations of matrix products."""
+    """What one step or pass computes and sends. `flops` are floating-point operations of matrix products."""
 
     plain_flops: float
     other_bytes: float
-    """Written by everything that is no product: the same for plain and protected."""
+    """Bytes written by all operations but products; the same for plain and protected."""
     enclave_flops: float
-    """Of the products that stay, of the plain ones."""
+    """Those of the plain model's products that stay in the enclave."""
     worker_flops: float
-    """Of the products that a worker computes, with the rows that are mixed in."""
+    """Those of the worker's products, shield rows included."""
     crossings: int
     crossing_bytes: float
-    """To the worker and back."""
+    """Bytes in both directions."""
 
 
 def count_work(work: str, shape: str, layers: int | None, batch: int, length: int, profile: Profile) -> Work:
-    """What `bench step` or `bench forward` of that shape does. Seconds, and no memory, for models of any size.
+    """Count the work of `bench step` or `bench forward`. Takes seconds and little memory for models of any size.
 
     Raises:
         ConfigError: an unknown shape, other work, or a profile that trains adapters on the worker.
@@ -110,32 +110,32 @@ _PER_CROSSING = ("rotate", ENCLAVE["mix"], CHECK, COPY)
 
 @dataclass(frozen=True)
 class Processor:
-    """One process on its cores; 10⁹ a second."""
+    """The speed of one process, in 10⁹ per second."""
 
     gflops: float
-    """Of its products."""
+    """Floating-point operations in products."""
     gbytes: float
-    """Written by its other operations."""
+    """Bytes written by other operations."""
 
 
 @dataclass(frozen=True)
 class Speeds:
-    """All that the prediction knows of machines and link."""
+    """The speeds of machines and link that a prediction needs."""
 
     plain: Processor
     enclave: Processor
     worker_gflops: float
     crossing_gbytes: float
-    """10⁹ bytes that cross, for each second of rotating, mixing, drawing and checking."""
+    """10⁹ bytes that cross per second of rotating, mixing, drawing and checking."""
     latency_seconds: float
-    """Of one crossing, without what its bytes take."""
+    """Time of one crossing besides that for its bytes."""
     link_gbytes: float | None = None
-    """10⁹ bytes a second, there and back; None where rows lie in shared memory."""
+    """10⁹ bytes per second, both directions together; None for shared memory."""
 
-    def elsewhere(
+    def with_changes(
         self, worker_gflops: float | None, link_gbytes: float | None, latency_seconds: float | None
     ) -> Speeds:
-        """With a worker or a link of these speeds, where they are not None."""
+        """A copy with another worker or link; None keeps a speed."""
         return replace(
             self,
             worker_gflops=self.worker_gflops if worker_gflops is None else worker_gflops,
@@ -150,11 +150,11 @@ class Prediction:
 
     plain_seconds: float
     parts: dict[str, float]
-    """Of the protected one; adds up to it."""
+    """Seconds of the protected one by part."""
 
     @property
     def protected_seconds(self) -> float:
-        """In all."""
+        """The sum of the parts."""
         return sum(self.parts.values())
 
     @property
@@ -229,7 +229,7 @@ class Checked:
 
     @property
     def error(self) -> float:
-        """Of the predicted ratio; 0.1 is 10 % too slow."""
+        """Relative error of the predicted ratio; 0.1 is 10 % too high."""
         return self.ratio[0] / self.ratio[1] - 1
 
 

@@ -1,8 +1,10 @@
-"""`bench step`, `forward` and `decode`: work protected, under each profile, and plain, in turn, in one run.
+"""`bench step`, `forward` and `decode`: the same work, plain and under each profile, in alternating rounds.
 
-Plain runs in its own process at its own best settings: before the contest it tries each way for OpenMP's threads to
-wait, and the one with the fastest step stays: what else runs on a machine only adds to a step. Both sides get the same
-number of threads. While one works the other is stopped by a signal: waiting threads that spin would take its cores.
+Plain and each profile run in a process of their own, with the same number of threads. While one works the others are
+stopped by SIGSTOP: their waiting OpenMP threads may spin, and would take its cores.
+
+Plain runs at its best setting. Before the rounds it is tried with each way for OpenMP's threads to wait, and the way
+with the fastest step is kept: the minimum, since other load on the machine only adds time.
 """
 
 from __future__ import annotations
@@ -25,18 +27,36 @@ from obfuscatune.bench.workload import shape_name
 from obfuscatune.errors import ConfigError
 from obfuscatune.report.page import environment
 
+OWN_WAITING: dict[str, str] = {}
+"""Environment variables of the protected processes: none, so that `settle_process` decides how threads wait."""
+PLAIN_WAITING = {
+    "active": {"OMP_WAIT_POLICY": "ACTIVE"},
+    "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
+    "brief": OWN_WAITING,
+}
+"""Environment variables of the plain process, by the name of the way to wait."""
+CALIBRATION_STEPS = 3
+"""Timed steps of each try."""
+CALIBRATION_PASSES = 2
+"""Tries of each way, one after the other, so that a slow minute of the machine does not hit one way alone."""
+Progress = Callable[[str], None]
+"""Called with a line of text after each measurement."""
 _WAITING_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 _SILENT = {"PYTHONWARNINGS": "ignore", "KINETO_LOG_LEVEL": "99", "TRANSFORMERS_VERBOSITY": "error"}
 
 
 class BenchProcess:
-    """A process that stands still whenever it has nothing to do; it ends with the `with`."""
+    """A process that runs `bench_process.py`. It is stopped by SIGSTOP between commands, and ends with the `with`."""
 
     def __init__(self, settings: dict[str, Any], waiting: dict[str, str]) -> None:
-        """`settings`: see `bench_process.py`; `waiting`: environment variables that say how OpenMP's threads wait.
+        """Start it and wait until its model is built.
+
+        Args:
+            settings: the JSON argument of `bench_process.py`.
+            waiting: environment variables that say how OpenMP's threads wait.
 
         Raises:
-            ConfigError: it ended; what it said stands on stderr.
+            ConfigError: the process ended; its error is on stderr.
         """
         inherited = {name: value for name, value in os.environ.items() if name not in _WAITING_VARIABLES}
         self._process = subprocess.Popen(
@@ -46,20 +66,24 @@ class BenchProcess:
             text=True,
             env={**inherited, **_SILENT, **waiting, "OMP_NUM_THREADS": str(settings["threads"])},
         )
-        self._listen()
+        self._read_answer()
 
     def tell(self, word: str) -> dict[str, Any]:
-        """What it answers to a word of `bench_process.py`."""
+        """Send a command of `bench_process.py`, such as "step"; returns the answer.
+
+        Raises:
+            ConfigError: the process ended; its error is on stderr.
+        """
         self._process.send_signal(signal.SIGCONT)
         if self._process.stdin is not None:
             print(word, file=self._process.stdin, flush=True)
-        return self._listen()
+        return self._read_answer()
 
-    def _listen(self) -> dict[str, Any]:
-        """The next answer; the process stands still from then on."""
+    def _read_answer(self) -> dict[str, Any]:
+        """Read the next answer, and stop the process."""
         line = self._process.stdout.readline() if self._process.stdout is not None else ""
         if not line:
-            raise ConfigError(f"a bench process ended with status {self._process.wait()}; what it said stands above")
+            raise ConfigError(f"a bench process ended with status {self._process.wait()}; its error stands above")
         self._process.send_signal(signal.SIGSTOP)
         answer: dict[str, Any] = json.loads(line)
         return answer
@@ -74,21 +98,12 @@ class BenchProcess:
         self._process.communicate("quit\n")
 
 
-OWN_WAITING: dict[str, str] = {}  # as `settle_process` sets it
-PLAIN_WAITING = {
-    "active": {"OMP_WAIT_POLICY": "ACTIVE"},
-    "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
-    "brief": OWN_WAITING,
-}
-CALIBRATION_STEPS = 3
-CALIBRATION_PASSES = 2
-"""Over all ways: a machine has slow minutes, and no way is to have them alone."""
-Progress = Callable[[str], None]
-
-
 @dataclass(frozen=True)
 class StepBench:
-    """What is measured: `work` on `batch` sequences of `length` tokens; `rounds` counted times by each."""
+    """Times `work` on `batch` sequences of `length` tokens, `rounds` times plain and under each of `profiles`.
+
+    `warmup` further rounds come first and are not counted. `layers` is the model's depth; None for that of `shape`.
+    """
 
     work: Literal["step", "forward", "decode"] = "step"
     shape: str = "gpt2"
@@ -101,10 +116,10 @@ class StepBench:
     profiles: tuple[str, ...] = ("private",)
 
     def run(self, progress: Progress) -> StepResult:
-        """Measure; several minutes at GPT-2's shapes.
+        """Measure. Takes several minutes at GPT-2's shapes.
 
         Raises:
-            ConfigError: a bench process could not be started, with what it said.
+            ConfigError: a bench process ended; its error is on stderr.
         """
         waiting = self._best_plain_waiting(progress)
         with ExitStack() as stack:
@@ -118,12 +133,13 @@ class StepBench:
                     progress(f"round {round_number + 1}/{self.warmup + self.rounds}: {name} {answer['seconds']:.3f} s")
                     if round_number >= self.warmup:
                         answers[name].append(answer)
-            sides = {name: Side(answers[name], *_inspected(processes[name])) for name in processes}
+            sides = {name: Side(answers[name], *_profiled_and_counted(processes[name])) for name in processes}
             limits = Limits(**processes[PLAIN].tell("limits"))
         settings = asdict(self) | {"shape": shape_name(self.shape)}
         return StepResult(settings, waiting, sides.pop(PLAIN), sides, limits, environment(self.threads))
 
     def _best_plain_waiting(self, progress: Progress) -> str:
+        """The key of `PLAIN_WAITING` with the fastest plain step."""
         if len(PLAIN_WAITING) == 1:
             return next(iter(PLAIN_WAITING))
         fastest = dict.fromkeys(PLAIN_WAITING, math.inf)
@@ -141,7 +157,7 @@ class StepBench:
         return BenchProcess(settings | {"kind": kind, "profile": profile}, waiting)
 
 
-def _inspected(process: BenchProcess) -> tuple[dict[str, float], dict[str, int]]:
-    """Where its time goes, and the products that it computes; after all that is timed."""
-    process.tell("profile")  # the first starts the profiler
+def _profiled_and_counted(process: BenchProcess) -> tuple[dict[str, float], dict[str, int]]:
+    """Seconds by category and counts of the products, each of one more round. Call it after the timed rounds."""
+    process.tell("profile")  # the first round also pays for starting the profiler
     return process.tell("profile")["spans"], process.tell("count")

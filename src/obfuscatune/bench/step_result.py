@@ -21,7 +21,7 @@ WORK = {"step": "LoRA step", "forward": "forward pass", "decode": "16 tokens a s
 
 @dataclass(frozen=True)
 class Side:
-    """One process: what it answered in each counted round, and afterwards."""
+    """The answers of one process (`bench_process.py`), in each counted round and afterwards."""
 
     rounds: list[dict[str, Any]] = field(repr=False)
     spans: dict[str, float] = field(repr=False)
@@ -31,21 +31,21 @@ class Side:
 
     @property
     def seconds(self) -> float:
-        """Median of a round."""
+        """Median time of a round."""
         return self.median("seconds")
 
     @property
     def flops(self) -> int:
-        """Of all products, on both sides."""
+        """Floating-point operations of all products of a round, by enclave and worker."""
         return self.products["flops"] + self.products.get("worker_flops", 0)
 
     def median(self, name: str) -> float:
-        """Of what is told of each round; 0 where it is not told of this side."""
+        """Median over rounds of the answer `name`; 0 if the process does not answer it."""
         return float(statistics.median(answer.get(name, 0.0) for answer in self.rounds))
 
     @property
     def slowest_over_fastest(self) -> float:
-        """Of the rounds."""
+        """Time of the slowest round relative to the fastest."""
         seconds = [float(answer["seconds"]) for answer in self.rounds]
         return max(seconds) / min(seconds)
 

@@ -39,7 +39,7 @@ STEPS = {torch.float32: (1e-4, 3e-4, 1e-3, 1e-2), torch.bfloat16: (0.1, 1.0, 3.0
 """Sizes of tampering, over the root mean square of the product."""
 LINKS = ("shared memory", "tcp")
 SHARE = 0.5
-"""Of the requests that are checked. Half of them: then the attacker's score errs least."""
+"""Share of the requests that are checked. At one half the attacker's AUC has the smallest standard error."""
 _SHIELD_ROWS = 8
 _MATRIX_ID = bytes(15) + b"\x01"
 Progress = Callable[[str], None]
@@ -52,11 +52,11 @@ class TamperingRow:
     dtype: str
     kind: str
     size: float
-    """Of each changed element, over the root mean square of the product."""
+    """Change of an element, relative to the root mean square of the product."""
     caught: float
-    """Share of the trials."""
+    """Share of the trials in which the change was detected."""
     stated: float
-    """What the bound promises at least."""
+    """Least share by the stated bound."""
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ class LotRow:
 
     link: str
     rows: int
-    """Of one request, before shield rows join them."""
+    """Rows of one request, without shield rows."""
     requests: int
     area: float
     """AUC of the pause before a request for whether it is checked; chance is 0.5."""

@@ -36,38 +36,38 @@ WIDTH = 256
 LINKS = ("shared memory", "unix socket", "tcp", "tls")
 _MATRIX_ID = bytes(15) + b"\x01"
 _TICK_SECONDS = 1e-9
-"""Less than nothing no round takes, though clocks of two processes may say so."""
+"""Shortest time of a round: the difference of two processes' clocks may come out negative."""
 _LEAST_SHARE = 0.1
-"""Of the latency: what the bytes of the largest message must take for the bandwidth to show."""
+"""Least time for the bytes of the largest message, relative to the latency, for a bandwidth to be stated."""
 _LEAST_ROUNDS, _MOST_ROUNDS = 10, 1000
 _MOST_SECONDS = 0.5
-"""For each number of rows by each link."""
+"""Longest measurement for one number of rows on one link."""
 Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class WireRow:
-    """So many rows there and their product back; medians, without the time that the worker computed."""
+    """Sending `rows` rows and receiving their product. Times are medians without the worker's computing time."""
 
     link: str
     rows: int
     nbytes: int
-    """There and back."""
+    """Bytes in both directions together."""
     seconds: float
     slow_seconds: float
-    """Nine of ten took no longer."""
+    """The 90th percentile."""
     computing_seconds: float
     bare_seconds: float
-    """Of a bare ping-pong of as many bytes, played in between."""
+    """Time of a bare ping-pong of the same bytes, measured in between."""
 
     @property
     def ratio(self) -> float:
-        """How many times a bare ping-pong."""
+        """Time relative to a bare ping-pong."""
         return self.seconds / self.bare_seconds
 
     @property
     def gbytes(self) -> float:
-        """10⁹ bytes a second, there and back together."""
+        """10⁹ bytes per second, both directions together."""
         return self.nbytes / self.seconds / 1e9
 
 

@@ -1,12 +1,12 @@
-"""The work that is timed, the same for every process: a LoRA step, a forward pass, or tokens one by one.
+"""The timed work: a LoRA step, a forward pass, or decoding. Every process that is compared does the same.
 
-On models of a shape that has a name, with random weights: time does not depend on what a model knows.
+The models have random weights of a named shape: the time does not depend on the values.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, LlamaCo
 
 from obfuscatune.enclave.config import read_config
 from obfuscatune.errors import ConfigError, ModelFileError
-from obfuscatune.training.adapter import after_step, moved_optimizer, without_peft_warnings
+from obfuscatune.training.adapter import after_step, without_peft_warnings
+from obfuscatune.training.loop import make_optimizer
 
 _GPT2 = {  # width, heads, layers
     "gpt2": (768, 12, 12),
@@ -24,13 +25,23 @@ _GPT2 = {  # width, heads, layers
 }
 
 NAMES = (*_GPT2, "llama-3.2-1b", "llama-3-8b")
+"""The known shapes."""
+LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+RATE = 1e-4
+SEED = 0
+NEW_TOKENS = 16
+"""Tokens that one timed call of `Decode` adds to each sequence."""
 
 
 def config_of(shape: str, layers: int | None = None) -> PretrainedConfig:
-    """The configuration of a named shape, or of a config.json or directory; with fewer layers where asked.
+    """The configuration of a shape.
+
+    Args:
+        shape: one of `NAMES`, or the path of a config.json or of its directory.
+        layers: depth of the model; None for the shape's own.
 
     Raises:
-        ConfigError: neither a known name nor a configuration.
+        ConfigError: `shape` is neither a known name nor a configuration.
     """
     config = _named(shape) or _from_path(shape)
     if layers is not None:
@@ -39,9 +50,11 @@ def config_of(shape: str, layers: int | None = None) -> PretrainedConfig:
 
 
 def shape_name(shape: str) -> str:
-    """What a shape is called in results: its name, or that of the folder or file with its configuration."""
+    """The name of a shape in results: for a path the name of the model's folder, without the rest of the path."""
+    if shape in NAMES:
+        return shape
     path = Path(shape)
-    return shape if shape in NAMES else path.parent.name if path.name == "config.json" else path.name
+    return path.parent.name if path.name == "config.json" else path.name
 
 
 def _named(shape: str) -> PretrainedConfig | None:
@@ -70,34 +83,33 @@ def _from_path(path: str) -> PretrainedConfig:
         raise ConfigError(f"{path} is not a model configuration: {error}") from error
 
 
-LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-RATE = 1e-4
-SEED = 0
-NEW_TOKENS = 16
-"""Tokens that one timed call of `Decode` adds to each stream."""
-
-
 def random_model(config: PretrainedConfig) -> PreTrainedModel:
-    """A model of that shape with random float32 weights, the same for every process."""
+    """A model with random float32 weights, the same in every process. Sets torch's global seed."""
     torch.manual_seed(SEED)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     return model
 
 
-class LoraStep:
-    """Forward, backward and AdamW on one fixed random batch, as plain PEFT does them."""
+class Workload:
+    """Work that is timed, on a fixed random batch. Made of a model, a batch size and a length in tokens."""
+
+    def prepare(self) -> None:
+        """Do what comes before each call and is not timed."""
+
+    def __call__(self) -> float:
+        """Do the work. Returns a number that is equal in all processes up to rounding."""
+        raise NotImplementedError
+
+
+class LoraStep(Workload):
+    """Forward, backward and AdamW, as plain PEFT does them."""
 
     def __init__(self, model: PreTrainedModel, batch: int, length: int) -> None:
         torch.manual_seed(SEED)
         with without_peft_warnings():
             self._model = get_peft_model(model, LoraConfig(**LORA)).train()
-        trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-        moved = moved_optimizer(self._model, lr=RATE, weight_decay=0.01)
-        self._optimizer = moved or torch.optim.AdamW(trained, lr=RATE, weight_decay=0.01)
+        self._optimizer = make_optimizer(self._model, lr=RATE, weight_decay=0.01)
         self._ids = _random_ids(model, batch, length)
-
-    def prepare(self) -> None:
-        """Nothing."""
 
     def __call__(self) -> float:
         """One step; returns the loss in nats."""
@@ -109,14 +121,11 @@ class LoraStep:
         return float(loss.detach())
 
 
-class Forward:
-    """A forward pass over one fixed random batch, without gradients or adapter."""
+class Forward(Workload):
+    """A forward pass without gradients and without adapter."""
 
     def __init__(self, model: PreTrainedModel, batch: int, length: int) -> None:
         self._model, self._ids = model.eval(), _random_ids(model, batch, length)
-
-    def prepare(self) -> None:
-        """Nothing."""
 
     @torch.inference_mode()
     def __call__(self) -> float:
@@ -124,10 +133,10 @@ class Forward:
         return float(self._model(input_ids=self._ids).logits[:, -1].mean())
 
 
-class Decode:
-    """`NEW_TOKENS` steps of one token for each of `batch` streams, after a prompt of `length` tokens, with a cache.
+class Decode(Workload):
+    """`NEW_TOKENS` decoding steps for `batch` sequences, after a prompt of `length` tokens, with a key-value cache.
 
-    The tokens are given and random, so that rounding cannot send two processes along different texts.
+    The new tokens are fixed and random, not sampled: so rounding cannot make two processes decode different texts.
     """
 
     def __init__(self, model: PreTrainedModel, batch: int, length: int) -> None:
@@ -138,7 +147,7 @@ class Decode:
 
     @torch.inference_mode()
     def prepare(self) -> None:
-        """Read the prompt; not timed."""
+        """Fill the cache with the prompt."""
         self._cache = DynamicCache()
         self._model(input_ids=self._prompt, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
 
@@ -150,17 +159,7 @@ class Decode:
         return float(logits.mean())
 
 
-class Workload(Protocol):
-    """What a process does when it is told to."""
-
-    def prepare(self) -> None:
-        """What comes before and is not timed."""
-
-    def __call__(self) -> float:
-        """The work; returns a number that is the same for every process, but for rounding."""
-
-
-WORKLOADS: dict[str, type[LoraStep] | type[Forward] | type[Decode]] = {
+WORKLOADS: dict[str, Callable[[PreTrainedModel, int, int], Workload]] = {
     "step": LoraStep,
     "forward": Forward,
     "decode": Decode,
@@ -168,5 +167,6 @@ WORKLOADS: dict[str, type[LoraStep] | type[Forward] | type[Decode]] = {
 
 
 def _random_ids(model: PreTrainedModel, batch: int, length: int) -> torch.Tensor:
+    """Token ids (batch, length), int64, the same in every process."""
     torch.manual_seed(SEED)
     return torch.randint(model.config.get_text_config().vocab_size, (batch, length))

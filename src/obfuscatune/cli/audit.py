@@ -3,6 +3,7 @@
 import json
 import tempfile
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -74,7 +75,8 @@ def audit(
         ]
         with output.progress("auditing") as meter:
             meter.expect(len(scenarios) * len(variants) * seeds * (1 + len(attacks)))
-            grid = run_grid(scenarios, variants, attacks, seeds, lambda done: meter.advance(1, done))
+            done = partial(meter.advance, 1)
+            grid = run_grid(scenarios, variants, attacks, seeds, recording=meter.begin, done=done)
     _write(grid, out)
     if as_json:
         output.write_json(json.loads((out / FIGURES).read_text("utf-8")))
@@ -121,15 +123,21 @@ def _scenario(model: str | None, data: Path | None, folder: Path) -> "Scenario":
     files = open_files(model)
     import torch
 
-    from obfuscatune.audit.scenario import make_scenario, read_text
+    from obfuscatune.audit.scenario import Size, make_scenario, read_text
     from obfuscatune.enclave.experts import has_experts
     from obfuscatune.training.run import load_plain
 
-    with output.progress("tuning the secret model"):
+    name, size = files.directory.name, Size()
+    with output.progress(name) as meter:
+        meter.begin("reading the model and the text")
         base = load_plain(files.directory, files.config, torch.float32)
         if has_experts(base):
             raise ConfigError(f"{files.directory}: no attack knows a mixture of experts yet; audit a dense model")
-        return make_scenario(files.directory.name, base, files.tokenizer, read_text(data), folder)
+        text = read_text(data)
+        meter.begin("tuning the secret model")
+        meter.expect(size.tuning_steps)
+        step_done = partial(meter.advance, 1, "steps of tuning the secret model")
+        return make_scenario(name, base, files.tokenizer, text, folder, size, step_done=step_done)
 
 
 def _write(grid: "Grid", out: Path) -> None:

@@ -102,7 +102,7 @@ def result_name(what: str, shape: str | None = None, layers: int | None = None, 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is timed on both sides."""
+    """The options of `bench step` and `bench forward`."""
 
     shape: Shape = "gpt2"
     layers: Layers = None
@@ -115,9 +115,9 @@ class Sizes:
 
 @dataclass(frozen=True)
 class DecodingSizes(Sizes):
-    """The same for decoding."""
+    """The options of `bench decode`: other defaults for batch and length."""
 
-    batch: Annotated[int, Option("Streams that are decoded together.", least=1)] = 1
+    batch: Annotated[int, Option("Sequences that are decoded together.", least=1)] = 1
     length: Annotated[int, Option("Tokens of the prompt, which is not timed.", least=2)] = 32
 
 
@@ -378,7 +378,7 @@ def predict(
 
     document = read_result(measured)
     latency = None if latency_us is None else latency_us * 1e-6
-    speeds = calibrated(document, CALIBRATED_ON).elsewhere(worker_gflops, link_gbytes, latency)
+    speeds = calibrated(document, CALIBRATED_ON).with_changes(worker_gflops, link_gbytes, latency)
     if against is not None:
         rows = list(check(kept_results(against, document), speeds))
         if as_json:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TurnSampling(Sampling):
-    """The same for one turn of a conversation."""
+    """The sampling options of `chat`: the most new tokens are per turn."""
 
     max_new_tokens: Annotated[int, Option("The most in a turn.", TEXT)] = 256
 

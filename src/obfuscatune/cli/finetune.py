@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 import typer
 
 from obfuscatune.cli import options, output
-from obfuscatune.cli.options import said_by_environment, told_default
+from obfuscatune.cli.options import default_text, is_from_environment
 from obfuscatune.cli.session import Protection, StopSignals, Terminated, empty_model, open_files, open_session
 from obfuscatune.errors import RunStopped
 from obfuscatune.option import Option, split_annotation
@@ -30,13 +30,13 @@ class RecipeOptions(dict[str, Any]):
 
     @staticmethod
     def option_parameters() -> Iterator[Parameter]:
-        """An option for each field of `Recipe` that has an `Option`, and a hidden one for each of `names.ALIASES`."""
+        """An option for each field of `Recipe` that has an `Option`, and a hidden one for each of `recipe.ALIASES`."""
         from obfuscatune.training.recipe import ALIASES, Recipe
 
         for name, field in Recipe.model_fields.items():
             if told := next((it for it in field.metadata if isinstance(it, Option)), None):
                 kind, choices = _read_as(field.annotation)
-                unset = told.unset or (None if field.is_required() else told_default(field.default))
+                unset = told.unset or (None if field.is_required() else default_text(field.default))
                 option = replace(told, unset=unset, choices=choices)
                 yield Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
         for name in ALIASES:
@@ -99,7 +99,7 @@ def _recipe(config: Path | None, given: Mapping[str, Any], shared: Mapping[str, 
     from obfuscatune.training.recipe import Recipe, load_recipe
 
     fields = {name: None if value is False else value for name, value in shared.items() if name in Recipe.model_fields}
-    said = {name: value for name, value in fields.items() if said_by_environment(name, value)}
+    said = {name: value for name, value in fields.items() if is_from_environment(name, value)}
     return load_recipe(config, {**{name: value for name, value in fields.items() if name not in said}, **given}, said)
 
 

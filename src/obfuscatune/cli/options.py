@@ -1,4 +1,4 @@
-"""From annotations to typer's options; and the options that several commands share, each declared once."""
+"""Makes typer's options of `Option` annotations, and declares the options that several commands share."""
 
 import os
 from collections.abc import Callable
@@ -26,13 +26,13 @@ ENVIRONMENT = {
     "mask_worker": "OBFUSCATUNE_MASK_WORKER",
     "mask_peer": "OBFUSCATUNE_MASK_PEER",
 }
-"""Options whose value, where the command line has none, is taken from a variable of the environment."""
+"""Options that an environment variable sets when the command line does not."""
 
 PROFILES = ("private", "guarded", "paper", "enclave")
-"""Names that a shell completes; a profile itself is looked up by `enclave/profiles.py`, whose import takes long."""
+"""Names for shell completion. Not taken from `enclave/profiles.py`, because its import takes seconds."""
 DTYPES = ("float32", "bfloat16", "float64")
 PROTECTION = "Protection"
-"""A heading of the help."""
+"""Heading in the help for the options of `Protection`."""
 
 Model = Annotated[
     str | None, Option("Model directory or Hub name.", unset="the embedded model", variable=ENVIRONMENT["model"])
@@ -68,17 +68,17 @@ FirstBlocks = Annotated[
 AsJson = Annotated[bool, Option("Print one JSON document on stdout, and nothing else.", name="json")]
 
 
-def said_by_environment(name: str, value: object) -> bool:
-    """Whether an option's value is the one that the environment gives it."""
+def is_from_environment(name: str, value: object) -> bool:
+    """Whether `value` is what the environment variable of the option `name` holds."""
     variable = ENVIRONMENT.get(name)
     return variable is not None and value is not None and os.environ.get(variable) == str(value)
 
 
 def check_dtype(dtype: str | None) -> str:
-    """The name of a dtype, float32 if None.
+    """Returns the value of --dtype if it is one of `DTYPES`, and "float32" if it is None.
 
     Raises:
-        ConfigError: it is none of `DTYPES`.
+        ConfigError: the value is none of `DTYPES`.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype: expected one of {', '.join(DTYPES)}, found {dtype}")
@@ -86,55 +86,59 @@ def check_dtype(dtype: str | None) -> str:
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The command as typer takes it, with an option for each parameter that is annotated with an `Option`.
+    """Wrap a command for typer, which sees one option for each parameter that is annotated with an `Option`.
 
-    A parameter whose type is a dataclass of such fields stands for an option for each of them, and so does one whose
-    type has `option_parameters()`; the command is given an object of that type, made of their values by name.
+    A parameter may also be a group of options. Its type is a dataclass with annotated fields, or has a static method
+    `option_parameters()`. Typer sees the options one by one; the command gets one object of that type.
     """
     groups: dict[str, tuple[type, list[str]]] = {}
-    shown: list[Parameter] = []
+    flat: list[Parameter] = []
     for parameter in signature(command, eval_str=True).parameters.values():
         members = _members(parameter.annotation)
         if members is not None:
             groups[parameter.name] = parameter.annotation, [member.name for member in members]
-        shown += [parameter] if members is None else members
+        flat += [parameter] if members is None else members
 
     @wraps(command)
-    def called(**given: Any) -> None:
+    def wrapped(**values: Any) -> None:
         for name, (group, members) in groups.items():
-            given[name] = group(**{member: given.pop(member) for member in members})
-        command(**given)
+            values[name] = group(**{member: values.pop(member) for member in members})
+        command(**values)
 
-    parameters = [_for_typer(parameter) for parameter in shown]
-    called.__signature__ = signature(command).replace(parameters=parameters)  # type: ignore[attr-defined]  # typer's
-    return called
+    parameters = [_for_typer(parameter) for parameter in flat]
+    wrapped.__signature__ = signature(command).replace(parameters=parameters)  # type: ignore[attr-defined]  # for typer
+    return wrapped
 
 
 def _members(group: Any) -> list[Parameter] | None:
-    """The parameters that a group of options stands for; None for any other type."""
+    """The options of a group (see `with_options`) as parameters; None if the type is not a group."""
     if hasattr(group, "option_parameters"):
         return list(group.option_parameters())
     if not (isinstance(group, type) and is_dataclass(group)):
         return None
     hints = get_type_hints(group, include_extras=True)
-    defaults = {it.name: Parameter.empty if it.default is MISSING else it.default for it in fields(group)}
     return [
-        Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=hints[name])
-        for name, default in defaults.items()
-        if split_annotation(hints[name])[1] is not None
+        Parameter(
+            field.name,
+            Parameter.KEYWORD_ONLY,
+            default=Parameter.empty if field.default is MISSING else field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(group)
+        if split_annotation(hints[field.name])[1] is not None
     ]
 
 
 def _for_typer(parameter: Parameter) -> Parameter:
-    """With typer's own option in the annotation; one that has no `Option` is left as it is."""
+    """The parameter with its `Option` replaced by typer's; without an `Option` it keeps its annotation."""
     kind, option = split_annotation(parameter.annotation)
     if option is None:
         return parameter.replace(kind=Parameter.KEYWORD_ONLY)
-    # Typer puts a default that is given as text in brackets of its own; this looks like those that it finds itself.
-    told = option.unset or told_default(parameter.default)
-    made = typer.Option(
+    # In the form in which typer shows a default that it finds itself: show_default=TEXT would add parentheses.
+    default = option.unset or default_text(parameter.default)
+    typer_option = typer.Option(
         f"--{(option.name or parameter.name).replace('_', '-')}",
-        help=option.help + ("" if told is None else rf" [dim]\[default: {told}][/dim]"),
+        help=option.help + ("" if default is None else rf" [dim]\[default: {default}][/dim]"),
         show_default=False,
         rich_help_panel=option.panel,
         envvar=option.variable,
@@ -142,12 +146,12 @@ def _for_typer(parameter: Parameter) -> Parameter:
         min=option.least,
         max=option.most,
     )
-    read: Any = option.read_as or kind
-    return parameter.replace(kind=Parameter.KEYWORD_ONLY, annotation=Annotated[read, made])
+    read_as: Any = option.read_as or kind
+    return parameter.replace(kind=Parameter.KEYWORD_ONLY, annotation=Annotated[read_as, typer_option])
 
 
-def told_default(default: Any) -> str | None:
-    """A default as the help shows it; None where there is none to show."""
+def default_text(default: Any) -> str | None:
+    """A default value as the help shows it; None if the help shows none."""
     if default is Parameter.empty or default is None or isinstance(default, bool | dict):
         return None
     return f"{default:g}" if isinstance(default, float) else str(default)

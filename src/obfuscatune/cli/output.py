@@ -189,6 +189,9 @@ class Meter(Protocol):
     def expect(self, total: int) -> None:
         """Say how many units there are in all."""
 
+    def begin(self, stage: str) -> None:
+        """Name a stage that takes long: beside the bar, or on a line of its own at once."""
+
     def advance(self, done: int, note: str = "") -> None:
         """Count units done since the last call, with a note to show beside them."""
 
@@ -222,6 +225,9 @@ class _Bar:
     def expect(self, total: int) -> None:
         self._bars.update(self._task, total=total)
 
+    def begin(self, stage: str) -> None:
+        self._bars.update(self._task, note=stage)
+
     def advance(self, done: int, note: str = "") -> None:
         self._bars.update(self._task, advance=done, note=note)
 
@@ -235,6 +241,10 @@ class _Lines:
 
     def expect(self, total: int) -> None:
         self._of = f"/{total}"
+
+    def begin(self, stage: str) -> None:
+        self._next = time.monotonic() + _SECONDS_BETWEEN_LINES
+        notice(f"{self._what}: {stage}")
 
     def advance(self, done: int, note: str = "") -> None:
         self._done += done

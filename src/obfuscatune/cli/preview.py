@@ -1,7 +1,7 @@
-"""What `obfuscatune finetune` shows instead of running.
+"""What `obfuscatune finetune` prints instead of running.
 
---preview   what the model will see of the records, and what of it is trained on
---dry-run   everything checked and counted, nothing sent, nothing written
+--preview   the first examples as the model will see them, with the tokens that the loss counts marked
+--dry-run   steps, parameters and traffic of the run; nothing is sent or written
 """
 
 import unicodedata
@@ -22,16 +22,18 @@ if TYPE_CHECKING:
     from obfuscatune.training.recipe import Recipe
 
 
-_TRAINED = "bold underline green"
-_MARKS = ("[[", "]]")
-"""Around what is trained on, where there is no terminal to underline it."""
+_TRAINED_STYLE = "bold underline green"
+_TRAINED_MARKS = ("[[", "]]")
+"""Around the text that the loss counts, if the output is not a terminal, which would underline it."""
+_NUMBERS_PER_PARAMETER = 4
+"""Kept for each trained parameter: itself, its gradient, AdamW's two moments."""
 
 
 def show_preview(recipe: "Recipe", files: ModelFiles, *, count: int, as_json: bool) -> None:
-    """Print the first `count` examples of each source, and the counts of all; no model is read, no worker used.
+    """Print the first `count` examples of each source, and counts over all examples. No weights and no worker are used.
 
     Raises:
-        DataError, ConfigError: as `finetune` would, but for records that are too long: those are counted.
+        DataError, ConfigError: as `finetune` does, except that records that are too long are counted, not refused.
     """
     from obfuscatune.training.preview import Preview
     from obfuscatune.training.run import longest_example, sources
@@ -64,7 +66,7 @@ def _print_example(example: "PreviewedExample") -> None:
     shown = Text()
     for piece in example.pieces:
         if console.is_terminal:
-            shown.append(_printable(piece.text), style=_TRAINED if piece.trained else "")
+            shown.append(_printable(piece.text), style=_TRAINED_STYLE if piece.trained else "")
         else:
             shown.append(_marked(piece))
     console.print(shown)
@@ -114,64 +116,58 @@ def _example_document(example: "PreviewedExample") -> dict[str, object]:
 
 
 def _marked(piece: "Piece") -> str:
-    opening, closing = _MARKS if piece.trained else ("", "")
+    opening, closing = _TRAINED_MARKS if piece.trained else ("", "")
     return f"{opening}{_printable(piece.text)}{closing}"
 
 
 def _printable(text: str) -> str:
-    """Control characters, which may move a terminal's cursor or worse, as escapes; line breaks and tabs stay."""
+    """The text with control characters escaped, since they can drive a terminal; line breaks and tabs stay."""
     return "".join(
         char if char in "\n\t" or unicodedata.category(char) != "Cc" else char.encode("unicode_escape").decode()
         for char in text
     )
 
 
-_STATES = 4
-"""Numbers for each trained parameter: itself, its gradient, AdamW's two moments."""
-
-
 def show_dry_run(
     recipe: "Recipe", files: ModelFiles, data: "Data", protection: Protection | None, *, as_json: bool
 ) -> None:
-    """Print what a run would do. The data, the run directory and the options were checked before.
+    """Print what a run would do. The caller has checked the data, the run directory and the options.
+
+    Args:
+        protection: None for a plain run.
 
     Raises:
-        ConfigError: LoRA cannot be put on this model as the recipe says, or a profile that there is not.
+        ConfigError: the model cannot take LoRA as the recipe says, or there is no such profile.
         ModelFileError, ProtectionError: the model cannot be protected.
     """
     with output.progress("counting"):
-        document = _document(recipe, files, data, protection)
+        document = _dry_run_document(recipe, files, data, protection)
     if as_json:
         output.write_json(document)
     else:
-        _tell(document)
+        _print_dry_run(document)
 
 
-def _document(recipe: "Recipe", files: ModelFiles, data: "Data", protection: Protection | None) -> dict[str, Any]:
+def _dry_run_document(
+    recipe: "Recipe", files: ModelFiles, data: "Data", protection: Protection | None
+) -> dict[str, Any]:
     import torch
 
     from obfuscatune.enclave.plan import make_plan, model_from_config
     from obfuscatune.enclave.profiles import resolve
-    from obfuscatune.training.adapter import add_lora
     from obfuscatune.training.loop import Cadence
+    from obfuscatune.training.run import add_lora_as_recipe
 
     dtype = getattr(torch, recipe.dtype)
     skeleton = model_from_config(files.directory)
     plan = make_plan(skeleton, resolve("enclave") if protection is None else resolved_profile(protection), dtype)
-    peft_model = add_lora(
-        skeleton,
-        r=recipe.lora_r,
-        alpha=recipe.lora_alpha,
-        dropout=recipe.lora_dropout,
-        targets=recipe.lora_targets,
-        seed=recipe.seed,
-    )
-    trained = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in add_lora_as_recipe(skeleton, recipe).parameters() if parameter.requires_grad]
+    trained_bytes = sum(parameter.numel() * parameter.element_size() for parameter in trained)
     cadence = Cadence.of(recipe, len(data.train.examples))
     micro_batches = [batch for step in range(cadence.total_steps) for batch in cadence.plan.micro_batches(step)]
     lengths = [len(example.input_ids) for example in data.train.examples]
-    tokens = sum(max(lengths[index] for index in batch) * len(batch) for batch in micro_batches)
-    measured = 0 if data.eval is None else sum(cadence.measures_at(step) for step in range(cadence.total_steps + 1))
+    padded_tokens = sum(max(lengths[index] for index in batch) * len(batch) for batch in micro_batches)
+    measurements = 0 if data.eval is None else sum(cadence.measures_at(step) for step in range(cadence.total_steps + 1))
     return {
         "model": str(files.directory),
         "protected": protection is not None,
@@ -187,11 +183,11 @@ def _document(recipe: "Recipe", files: ModelFiles, data: "Data", protection: Pro
         "steps": cadence.total_steps,
         "steps_per_epoch": cadence.plan.steps_per_epoch,
         "forward_passes": len(micro_batches),
-        "padded_tokens": tokens,
-        "measurements": measured,
+        "padded_tokens": padded_tokens,
+        "measurements": measurements,
         "adapter": {
             "parameters": sum(parameter.numel() for parameter in trained),
-            "bytes_in_training": _STATES * sum(parameter.numel() * parameter.element_size() for parameter in trained),
+            "bytes_in_training": _NUMBERS_PER_PARAMETER * trained_bytes,
         },
         "enclave": {"parameters": plan.enclave_parameters, "bytes": plan.enclave_parameters * dtype.itemsize},
         "worker": {
@@ -200,35 +196,35 @@ def _document(recipe: "Recipe", files: ModelFiles, data: "Data", protection: Pro
             "bytes_sent_once": plan.upload_bytes,
         },
         "crossings": (plan.forward_crossings + plan.backward_crossings) * len(micro_batches),
-        "bytes_crossing": (plan.forward_bytes + plan.backward_bytes) * tokens,
+        "bytes_crossing": (plan.forward_bytes + plan.backward_bytes) * padded_tokens,
         "out": str(recipe.out),
     }
 
 
-def _tell(it: dict[str, Any]) -> None:
-    data, adapter, enclave, worker = it["data"], it["adapter"], it["enclave"], it["worker"]
+def _print_dry_run(run: dict[str, Any]) -> None:
+    data, adapter, enclave, worker = (run[name] for name in ("data", "adapter", "enclave", "worker"))
     lines = [
         f"data       {data['examples']} examples, {format_count(data['tokens'])} tokens an epoch, "
         f"{format_count(data['trained_tokens'])} of them trained on; the longest has {data['longest']}",
-        f"steps      {it['steps']} ({it['steps_per_epoch']} an epoch), {it['forward_passes']} forward and backward "
-        f"passes over {format_count(it['padded_tokens'])} tokens with padding",
+        f"steps      {run['steps']} ({run['steps_per_epoch']} an epoch), {run['forward_passes']} forward and backward "
+        f"passes over {format_count(run['padded_tokens'])} tokens with padding",
         f"adapter    {format_count(adapter['parameters'])} parameters; with gradients and AdamW's moments "
         f"{format_bytes(adapter['bytes_in_training'])}",
         f"here       {format_count(enclave['parameters'])} parameters of the model, {format_bytes(enclave['bytes'])}; "
         "activations come on top",
     ]
     if data["eval_examples"]:
-        lines.insert(2, f"measured   {it['measurements']} times on {data['eval_examples']} examples")
-    if it["protected"]:
+        lines.insert(2, f"measured   {run['measurements']} times on {data['eval_examples']} examples")
+    if run["protected"]:
         lines += [
             f"worker     {format_count(worker['parameters'])} parameters, {format_bytes(worker['bytes_sent_once'])} "
-            f"sent once to {worker['address'] or 'a worker that is started on this machine'}, profile {it['profile']}",
-            f"crossings  {format_count(it['crossings'])} while training, {format_bytes(it['bytes_crossing'])} both "
+            f"sent once to {worker['address'] or 'a worker that is started on this machine'}, profile {run['profile']}",
+            f"crossings  {format_count(run['crossings'])} while training, {format_bytes(run['bytes_crossing'])} both "
             "ways, without shield rows",
         ]
     else:
         lines.append("worker     none: a plain run")
-    lines.append(f"out        {it['out']}")
+    lines.append(f"out        {run['out']}")
     for line in lines:
         output.write_text(line)
     output.notice("a dry run: nothing was sent, nothing was written")

@@ -181,7 +181,7 @@ class Protection:
             return self
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "plain"}
         given = [
-            name for name, value in values.items() if value is not None and not options.said_by_environment(name, value)
+            name for name, value in values.items() if value is not None and not options.is_from_environment(name, value)
         ]
         if given:
             raise ConfigError(f"--plain protects nothing: leave it out, or --{given[0].replace('_', '-')}")
@@ -307,7 +307,7 @@ def _protected(files: ModelFiles, dtype: Any, protection: Protection) -> Iterato
 
     key = None if protection.key_file is None else obfuscatune.RootKey.from_file(protection.key_file)
     profile = resolved_profile(protection)
-    named = protection.worker is not None and not options.said_by_environment("worker", protection.worker)
+    named = protection.worker is not None and not options.is_from_environment("worker", protection.worker)
     if named and not profile.offload:
         raise ConfigError(f"--profile {profile.name} runs without a worker: leave out --worker")
     if profile.is_as_published:

@@ -43,7 +43,7 @@ class DemoRun:
 
     @property
     def losses(self) -> tuple[float, ...]:
-        """Of every step, in nats per token."""
+        """The loss of every step, in nats per token."""
         return tuple(event.loss for event in self.steps)
 
 

@@ -12,7 +12,7 @@ How a model comes under protection:
 
 How a call passes through, and back:
 
-    layers         x of the first layer of a group  -> one request for all; `lazy_tensor`, until its product is used
+    layers         x of the first layer of a group  -> one request for all; `placeholder_tensors` meanwhile
     autograd       x (..., p)                       -> rows (n, p), outside autocast
     product        rows                             -> rotated, mixed by `mixing` and `kernels`, sent, verified
     client         mixed rows                       -> their product by W_star

@@ -20,13 +20,13 @@ from obfuscatune.errors import ModelFileError
 from obfuscatune.protocol.tensors import bytes_of
 
 TILE_BYTES = 1 << 20
-"""Of the rows that are read at a time, as far as one row is not longer: they stay in the cache until they are used."""
+"""Most bytes of rows read at a time, unless one row is longer: they stay in the cache until they are used."""
 _LENGTH_BYTES = 8
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _OTHERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8} | {
     "BOOL": torch.bool
 }
-"""Of buffers that count; a parameter in one of these is quantised."""
+"""Dtypes of integer buffers. A parameter in one of these is quantised."""
 
 
 class _Shard:

@@ -1,13 +1,12 @@
-"""What a model's configuration files say, and the model that they describe, without weights.
+"""Reads a model's configuration files, and builds the model that they describe, without weights.
 
-    config.json  ->  the class built on the meta device  ->  dtypes as `from_pretrained` has them  ->  buffers filled in
+    config.json  ->  model on the meta device  ->  dtypes as in `from_pretrained`  ->  buffers with real values
 
-The files are the provider's word, and no code of theirs is run: `auto_map` is dropped, `trust_remote_code` is False in
-every call, and an attention or experts implementation that would fetch a kernel from the hub is refused. Nothing here
-reads standard input.
+No code that comes with a model is run: `auto_map` is dropped, `trust_remote_code` is False in every call, and an
+attention or experts implementation that would fetch a kernel from the hub is refused. Nothing here reads stdin.
 
-Nothing of torch or transformers is patched and no default of the process is set, so that several threads may build
-models at once: a mode of the building thread alone says where and in which dtype tensors are made.
+Several threads may build models at once: nothing of torch or transformers is patched, and no default of the process
+is set. Device and dtype of new tensors are set by a `TorchFunctionMode`, which holds for the building thread alone.
 """
 
 from __future__ import annotations
@@ -28,32 +27,32 @@ from transformers.core_model_loading import build_glob_alternation
 from obfuscatune.errors import ModelFileError
 
 LONGEST_REASON = 300
-"""Characters of an upstream error that are passed on; some list every architecture there is."""
+"""Most characters quoted of an error of transformers; some of them list every architecture."""
 ATTENTION = ("eager", "sdpa", "flex_attention")
-"""Implementations of attention that run what is installed here; others may fetch a kernel from the hub."""
+"""Implementations of attention that need no download; others may fetch a kernel from the hub."""
 EXPERTS = ("eager", "batched_mm", "grouped_mm")
-"""Implementations of experts, with the same rule."""
+"""Implementations of mixture-of-experts layers that need no download."""
 
 
 def read_config(path: Path) -> PretrainedConfig:
-    """The configuration in a directory, or in a file; the model's own code is never run.
+    """Read the configuration in a file, or in a directory with a config.json.
 
     Raises:
-        ModelFileError: there is none, it is not one that transformers knows, it needs code of the model's own or
-            a kernel from the hub, or the weights are quantised.
+        ModelFileError: there is no such file, transformers does not know the architecture, it needs code that comes
+            with the model or a kernel from the hub, or the weights are quantised.
     """
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise ModelFileError(f"{path} holds no config.json, so it is no model in Hugging Face's layout")
-    with blamed_on(file):
+    with as_model_file_error(file):
         written = json.loads(file.read_text("utf-8"))
     _refuse_what_runs_code(written, file)
-    with blamed_on(file):
+    with as_model_file_error(file):
         return without_code(AutoConfig.from_pretrained(path, trust_remote_code=False))
 
 
-def changed(config: PretrainedConfig, changes: dict[str, Any]) -> PretrainedConfig:
-    """A copy of a configuration with some attributes set, and without what would run a model's own code."""
+def with_changes(config: PretrainedConfig, changes: dict[str, Any]) -> PretrainedConfig:
+    """A copy of a configuration with the attributes in `changes` set, and without references to code."""
     config = copy.deepcopy(config)
     for name, value in changes.items():
         setattr(config, name, value)
@@ -61,16 +60,17 @@ def changed(config: PretrainedConfig, changes: dict[str, Any]) -> PretrainedConf
 
 
 def without_code(config: PretrainedConfig) -> PretrainedConfig:
-    """The configuration, and those within it, stripped of what names code."""
+    """Remove references to code from a configuration and its sub-configurations, in place; returns it."""
     for part in _with_parts(config):
-        for name in ("auto_map", "fusion_config"):  # what would replace classes by others
+        for name in ("auto_map", "fusion_config"):  # they would replace classes by others
             vars(part).pop(name, None)
         if part._attn_implementation not in ATTENTION:
-            part._attn_implementation_internal = None  # transformers chooses, among what is installed
+            part._attn_implementation_internal = None  # transformers then chooses one that is installed
     return config
 
 
 def _with_parts(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
+    """The configuration and all its sub-configurations, of a vision tower for example."""
     yield config
     for name in config.sub_configs:
         if isinstance(part := getattr(config, name, None), PretrainedConfig):
@@ -78,7 +78,7 @@ def _with_parts(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
 
 
 def _refuse_what_runs_code(written: Any, file: Path) -> None:
-    """Refuse, by name, what a configuration asks for beyond numbers; `written` is its JSON or a part of it."""
+    """Refuse kernels from the hub and quantised weights anywhere in `written`, a JSON value of a configuration."""
     if isinstance(written, list):
         for part in written:
             _refuse_what_runs_code(part, file)
@@ -99,10 +99,16 @@ def _refuse_what_runs_code(written: Any, file: Path) -> None:
 
 
 def refuse_kernels(value: Any, what: str, error: type[Exception], among: tuple[str, ...] | None = None) -> None:
-    """Refuse an implementation that names a hub repository, or, where given, any but those `among` which are here.
+    """Refuse an implementation that may be fetched from the hub.
 
     Args:
         value: of `attn_implementation` or `experts_implementation`: a name, or a dict of names by part of the model.
+        what: what to call the setting in the message.
+        error: class of the error.
+        among: the allowed names; None allows every name that is not a hub repository ("owner/name").
+
+    Raises:
+        ModelFileError, ConfigError: as `error` says.
     """
     for name in value.values() if isinstance(value, dict) else [value]:
         if name is None:
@@ -115,21 +121,21 @@ def refuse_kernels(value: Any, what: str, error: type[Exception], among: tuple[s
 
 
 def read_generation_config(directory: Path) -> GenerationConfig | None:
-    """How the model is to generate, where the directory says so.
+    """Read `generation_config.json`; None if the directory has none.
 
     Raises:
-        ModelFileError: it says so in a way that cannot be read.
+        ModelFileError: the file cannot be read.
     """
     path = directory / "generation_config.json"
     if not path.is_file():
         return None
-    with blamed_on(path):
+    with as_model_file_error(path):
         return GenerationConfig.from_pretrained(directory)
 
 
 @contextmanager
-def blamed_on(file: Path | str) -> Iterator[None]:
-    """Whatever transformers raises over a file's content, as one ModelFileError that names the file."""
+def as_model_file_error(file: Path | str) -> Iterator[None]:
+    """Turn any exception into a ModelFileError that names the file: transformers raises many kinds."""
     try:
         yield
     except Exception as error:
@@ -146,7 +152,10 @@ _FACTORIES = {
 
 
 class _MetaMode(TorchFunctionMode):
-    """Within it, this thread makes tensors on the meta device, floating-point ones in `dtype` where none is said."""
+    """While active, new tensors of this thread are on the meta device, and floating-point ones default to `dtype`.
+
+    An explicit `device` or `dtype` is respected.
+    """
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -161,38 +170,38 @@ class _MetaMode(TorchFunctionMode):
         if kwargs.get("device") is None:
             kwargs = {**kwargs, "device": "meta"}
         made: Tensor = func(*args, **kwargs)
-        unsaid = kwargs.get("dtype") is None and made.dtype == torch.get_default_dtype()
-        return made.to(self._dtype) if unsaid else made
+        by_default = kwargs.get("dtype") is None and made.dtype == torch.get_default_dtype()
+        return made.to(self._dtype) if by_default else made
 
 
 def empty_model(config: PretrainedConfig, auto_class: Any, dtype: torch.dtype | None) -> PreTrainedModel:
-    """The model with its parameters and persistent buffers on the meta device, and its other buffers real.
+    """Build a model whose parameters and persistent buffers are on the meta device. Other buffers have real values.
 
     Args:
-        auto_class: which head, as in transformers.
-        dtype: of the parameters; None for that of the configuration, float32 where it has none. As in
+        auto_class: the class that chooses the head, such as `AutoModelForCausalLM`.
+        dtype: of the parameters; None for that of the configuration, or float32 if it has none. As in
             `from_pretrained`, an architecture may keep some modules in float32.
 
     Raises:
-        ModelFileError: no model can be made of that configuration, or none with that head.
+        ModelFileError: no model can be built of that configuration with that head.
     """
     wanted = dtype or _dtype_of(config)
-    with blamed_on("config.json"):
+    with as_model_file_error("config.json"):
         with _MetaMode(wanted):
             model: PreTrainedModel = auto_class.from_config(config, dtype=None, trust_remote_code=False)
-        _tell_dtype(model.config, wanted)
+        _set_config_dtype(model.config, wanted)
         _keep_in_float32(model, wanted)
         for name, buffer in model.named_non_persistent_buffers():
-            put(model, name, torch.empty_like(buffer, device="cpu"))
+            set_tensor(model, name, torch.empty_like(buffer, device="cpu"))
         initialize(model)
     return model
 
 
 def initialize(model: PreTrainedModel) -> None:
-    """Give every tensor that is not on the meta device the value that the architecture starts with.
+    """Give every tensor that is not on the meta device its initial value.
 
-    What transformers calls `initialize_weights`, which for its own protection patches torch meanwhile. Here nothing
-    has been read yet that would need it.
+    As `PreTrainedModel.initialize_weights`, which patches torch to protect weights that were read before. Here none
+    were read yet.
     """
 
     def visit(module: nn.Module, init: Callable[[nn.Module], None]) -> None:
@@ -204,24 +213,24 @@ def initialize(model: PreTrainedModel) -> None:
         visit(model, model._init_weights)
 
 
-def put(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Set a parameter or a buffer by its dotted name."""
+def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Replace a parameter or a buffer, given its dotted name. A parameter keeps `requires_grad`."""
     parent, _, leaf = name.rpartition(".")
     owner = model.get_submodule(parent)
     if leaf in owner._parameters:
-        was = owner._parameters[leaf]
-        trains = was is not None and was.requires_grad and tensor.is_floating_point()
-        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=trains)
+        old = owner._parameters[leaf]
+        requires_grad = old is not None and old.requires_grad and tensor.is_floating_point()
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=requires_grad)
     else:
         owner._buffers[leaf] = tensor
 
 
 def _dtype_of(config: PretrainedConfig) -> torch.dtype:
-    said = config.dtype or getattr(config.get_text_config(), "dtype", None) or torch.float32
-    return getattr(torch, said) if isinstance(said, str) else said
+    dtype = config.dtype or getattr(config.get_text_config(), "dtype", None) or torch.float32
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
-def _tell_dtype(config: PretrainedConfig, dtype: torch.dtype) -> None:
+def _set_config_dtype(config: PretrainedConfig, dtype: torch.dtype) -> None:
     config.dtype = dtype
     for name in config.sub_configs:
         if isinstance(part := getattr(config, name, None), PretrainedConfig):
@@ -229,10 +238,11 @@ def _tell_dtype(config: PretrainedConfig, dtype: torch.dtype) -> None:
 
 
 def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast the parameters that the architecture keeps in another dtype than `dtype`, usually float32."""
     plan = model._get_dtype_plan(dtype)
     if not plan:
         return
     pattern, groups, _ = build_glob_alternation(list(plan))
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if (match := pattern.search(name)) is not None and match.lastgroup is not None:
-            put(model, name, parameter.detach().to(plan[groups[match.lastgroup]]))
+            set_tensor(model, name, parameter.detach().to(plan[groups[match.lastgroup]]))

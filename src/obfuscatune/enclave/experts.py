@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from obfuscatune.enclave.autograd import outside_autocast
-from obfuscatune.enclave.layers import AbsentWeight, SharedCrossing, no_elements, refuse_weight
+from obfuscatune.enclave.layers import SharedCrossing, no_elements
+from obfuscatune.enclave.placeholder_tensors import AbsentWeight, refuse_weight
 from obfuscatune.enclave.target_layers import experts_matrices
 from obfuscatune.errors import ProtectionError
 
@@ -75,7 +76,7 @@ class ProtectedExperts(nn.Module):
         return y
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As every module, but for the stacks."""
+        """Add a parameter, as `nn.Module` does; a stack is refused."""
         if name in self._crossings:
             refuse_weight()
         super().register_parameter(name, param)
@@ -99,9 +100,9 @@ def has_experts(model: nn.Module) -> bool:
 
 
 def protected(plain: nn.Module, names: tuple[str, ...]) -> ProtectedExperts:
-    """A module of experts for the plain one's place, yet without its matrices: `add` gives it one after the other.
+    """Make a module of experts without matrices, to replace the plain one; `add` then adds matrix after matrix.
 
-    The plain module is not changed; all that is small of it is shared.
+    The plain module is not changed. The new one shares its other parameters, buffers and submodules.
     """
     shell: Any = copy.copy(plain)
     stacks: dict[str, Tensor] = {name: getattr(plain, name) for name in names}
@@ -117,23 +118,22 @@ def protected(plain: nn.Module, names: tuple[str, ...]) -> ProtectedExperts:
 
 
 def on_worker(name: str) -> str:
-    """Name of the parameter without elements that stands for a stack."""
+    """The name of the parameter without elements that replaces a stack."""
     return f"_{name}_on_worker"
 
 
 def add(experts: ProtectedExperts, name: str, index: int, crossing: SharedCrossing) -> None:
-    """Tell where the matrix at `index` of the stack `name` lies."""
+    """Add the matrix at `index` of the stack `name`; `crossing` multiplies by it."""
     experts._crossings[name][index] = crossing
 
 
 @cache
 def _protected_class(cls: Any, stacks: tuple[tuple[str, torch.Size], ...]) -> type:
-    """A subclass whose stacks answer for their shape, dtype and device, and refuse to be computed with."""
+    """A subclass of `cls` in which each stack is an `AbsentWeight`."""
 
     def reader(name: str, shape: torch.Size) -> Callable[[nn.Module], Tensor]:
         def read(self: nn.Module) -> Tensor:
-            nan = self._parameters[on_worker(name)].new_full((), torch.nan)  # type: ignore[union-attr]
-            return nan.expand(shape).as_subclass(AbsentWeight)
+            return AbsentWeight(shape, getattr(self, on_worker(name)))
 
         return read
 

@@ -4,15 +4,14 @@
         ->  OffloadedCall (autograd)  ->  OffloadedProduct
 
 They are subclasses of what they replace, so that PEFT, `Trainer` and the models' own code treat them
-alike. There is no weight: what stands under that name answers for its shape, dtype and device, and refuses
-to be computed with.
+alike. Their `weight` is an `AbsentWeight`.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -24,53 +23,9 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from obfuscatune.enclave.autograd import OffloadedCall, outside_autocast
-from obfuscatune.enclave.lazy_tensor import AwaitedProduct
+from obfuscatune.enclave.placeholder_tensors import AbsentWeight, LazyProduct, refuse_weight
 from obfuscatune.enclave.product import OffloadedProduct
 from obfuscatune.errors import ProtectionError
-
-_ANSWERED = {
-    *(
-        getattr(Tensor, name).__get__
-        for name in ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "grad", "grad_fn")
-    ),
-    *(getattr(Tensor, name).__get__ for name in ("is_cpu", "is_cuda", "is_meta", "is_sparse", "is_quantized")),
-    *(getattr(Tensor, name) for name in ("size", "dim", "numel", "nelement", "element_size", "stride", "get_device")),
-    *(getattr(Tensor, name) for name in ("is_floating_point", "is_complex", "is_contiguous", "__len__")),
-    torch.is_floating_point,
-    torch.is_complex,
-    torch.numel,
-}
-
-
-class AbsentWeight(Tensor):
-    """In the place of a weight that lies on the worker: what it is like can be asked, its values cannot.
-
-    Code that would compute with them, PEFT's merging, DoRA or PiSSA say, gets one clear error in place of
-    numbers that mean nothing. Should some path pass that by, what lies beneath is NaN.
-    """
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if func is Tensor.__repr__:
-            return f"<weight {tuple(args[0].shape)} {args[0].dtype}, on the worker>"
-        if func not in _ANSWERED:
-            refuse_weight()
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
-
-
-def refuse_weight() -> NoReturn:
-    raise ProtectionError(
-        "the weight of a protected layer lies on the worker and can be neither read nor set here: merging an adapter, "
-        "DoRA, PiSSA, OLoRA and the like need it. Use LoRA or rsLoRA, save the adapter, and merge it into the plain "
-        "model where that is allowed to be"
-    )
 
 
 @dataclass
@@ -186,7 +141,7 @@ class SharedCrossing:
         Args:
             dtype: that the product is asked for in, and comes in.
             works_on: whether the caller can go on with other work until the product is there: then it gets an
-                `AwaitedProduct`, if that helps.
+                `LazyProduct`, if that helps.
         """
         visit = self._visit
         if visit is None or not visit.serves(x, member, dtype, self._product):
@@ -200,7 +155,7 @@ class SharedCrossing:
             self._visit = None  # all have come: let go of the input
         if visit.parts is None and self._product.is_computed_apart and works_on():
             shape = (*x.shape[:-1], self._widths[member])
-            return AwaitedProduct(shape, x.new_empty((), dtype=dtype), lambda: visit.part(member))
+            return LazyProduct(shape, x.new_empty((), dtype=dtype), lambda: visit.part(member))
         return visit.part(member)
 
     @property
@@ -236,8 +191,7 @@ class ProtectedLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """An `AbsentWeight`: its shape, dtype and device; its values never were in this module."""
-        nan: Tensor = self._on_worker.new_full((), torch.nan)
-        return nan.expand(self._weight_shape).as_subclass(AbsentWeight)
+        return AbsentWeight(self._weight_shape, self._on_worker)
 
     @weight.setter
     def weight(self, value: object) -> NoReturn:

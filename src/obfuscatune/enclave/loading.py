@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from obfuscatune.enclave.checkpoint import Checkpoint, shard_names, weights_names
 from obfuscatune.enclave.client import RetryPolicy, WorkerClient
-from obfuscatune.enclave.config import changed, empty_model, read_config, read_generation_config
+from obfuscatune.enclave.config import empty_model, read_config, read_generation_config, with_changes
 from obfuscatune.enclave.keys import RootKey
 from obfuscatune.enclave.keywords import HubOptions, Keywords
 from obfuscatune.enclave.observer import Observer, StageClock
@@ -102,7 +102,7 @@ def load(
     told = Keywords.take(keywords, dtype, revision)
     resolved = resolve(profile, **keywords)
     directory = find_directory(model, hub=told.hub)
-    config = changed(told.config or read_config(directory), told.changes)
+    config = with_changes(told.config or read_config(directory), told.changes)
     warn_of_public_base(base, resolved, config, directory, stacklevel=2)
     checkpoint = Checkpoint(directory, told.hub.variant)  # stays open: a worker that lost a matrix is sent it again
     skeleton = empty_model(config, auto_class, told.dtype)

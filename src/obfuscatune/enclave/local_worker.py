@@ -74,7 +74,7 @@ class LocalWorker:
 
     @property
     def pid(self) -> int:
-        """Of the worker that runs now."""
+        """Process id of the worker that runs now."""
         return self.process.pid
 
     def restart(self) -> None:

@@ -60,17 +60,17 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class Obfuscated:
-    """What the worker gets, and what the enclave keeps of it."""
+    """W_star (p, q) for the worker, and what the enclave keeps: its transforms, and facts about W."""
 
     W_star: Tensor
     R_in: Transform
     R_out: Transform
     fingerprint: Fingerprint
-    """Of the W that it was made from."""
+    """Fingerprint of W."""
     dtype: torch.dtype
-    """Of that W; W_star may be in a finer one."""
+    """The dtype of W; that of W_star may be wider."""
     wide: torch.dtype
-    """What W_star was computed in, where that is wider than W."""
+    """W_star was computed in this dtype, or in W's if that is wider."""
     only: ResidualRole | None = None
     """The one side that is rotated, None for both."""
 
@@ -84,17 +84,19 @@ def obfuscate(
     only: ResidualRole | None = None,
     dtype: torch.dtype | None = None,
 ) -> Obfuscated:
-    """W_star = R_in⁻¹ W R_out for W (p, q) contiguous, in whose place it is made, unless in a finer `dtype`.
+    """Compute W_star = R_in⁻¹ W R_out for W (p, q), contiguous. W is overwritten, unless `dtype` is wider than W's.
 
-    The secrets follow from the root key, the kind of transform, the re-keying `epoch`, the layer's `name`,
-    the side, and a fingerprint of W itself: two models under one root key share no secret, though their layers
-    have the same names, and W* of one transform tells nothing of another's.
+    The secrets are derived from the root key, the kind of transform, the re-keying `epoch`, the layer's `name`, the
+    side, `only`, and a fingerprint of W. So two models under one root key share no secret, though their layers have the
+    same names, and W_star under one kind of transform tells nothing about another.
 
-    Computed in float32 at first (float64 for a float64 W), which is twice as fast as float64 and adds less than a third
-    to the rounding error of a float32 product with it; in float64 when re-keyed, where W may follow from the W_star
-    before, time after time.
+    The first W_star (epoch 0) is computed in float32, or float64 for a float64 W: twice as fast as float64, and it adds
+    less than a third to the rounding error of a float32 product. Later ones are computed in float64, since W may have
+    been recovered from the W_star before, and errors would add up.
 
-    `only`: rotate the paper's one side alone; the other transform is then 1. Under secrets of its own too.
+    Args:
+        dtype: of W_star, if wider than W's; None for W's.
+        only: the one side that is rotated, as in the paper; the other transform is then 1. None for both sides.
     """
     p, q = W.shape
     fingerprint = Fingerprint.of(W, key)

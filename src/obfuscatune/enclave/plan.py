@@ -150,7 +150,7 @@ class Plan:
 
     @property
     def parameters(self) -> int:
-        """Of the whole model."""
+        """Parameters of the whole model."""
         return self.enclave_parameters + self.worker_parameters
 
     @property
@@ -160,12 +160,12 @@ class Plan:
 
     @property
     def forward_crossings(self) -> int:
-        """Of one forward pass; a generated token takes one pass."""
+        """Crossings of one forward pass, and so of one generated token."""
         return sum(layer.forward_crossings for layer in self.layers)
 
     @property
     def backward_crossings(self) -> int:
-        """Of one backward pass."""
+        """Crossings of one backward pass."""
         return sum(layer.backward_crossings for layer in self.layers)
 
     @property

@@ -190,7 +190,7 @@ class LayerGroup:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of W, which all target layers share."""
+        """The dtype of W, which all target layers share."""
         return self.targets[0].weight.dtype
 
     def joint_weight(self) -> Tensor:
@@ -202,7 +202,7 @@ class LayerGroup:
 
     @property
     def weight_bytes(self) -> int:
-        """Of W."""
+        """Size of W in bytes."""
         p, q = self.shape
         return p * q * self.dtype.itemsize
 

@@ -15,13 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from obfuscatune.enclave.transforms import Transform
+from obfuscatune.enclave.transforms import Transform, widen
 
 TILE_ELEMENTS = 1 << 18
-"""Of a tile: 2 MiB in float64, what a core's second cache holds."""
+"""Elements of a tile: 2 MiB in float64, which fit into a core's L2 cache."""
 _THREADS = 16
-"""Columns of a tile are a multiple of it: 64 bytes of float32, a line of the cache."""
-_SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+"""Columns of a tile are a multiple of this: 64 bytes of float32, one cache line."""
 
 
 def transform_in_place(W: Tensor, R_in: Transform, R_out: Transform, *, wide: torch.dtype = torch.float64) -> Tensor:
@@ -33,7 +32,7 @@ def transform_in_place(W: Tensor, R_in: Transform, R_out: Transform, *, wide: to
         wide: dtype of a tile while it is worked on, W's own where that is wider. Each of both sides rounds once,
             to W's dtype or, where that has 16 bits, to float32 and at last to W's.
     """
-    W_star = W.float() if W.dtype in _SIXTEEN_BITS else W
+    W_star = widen(W)
     wide = torch.promote_types(wide, W_star.dtype)
     with torch.no_grad():
         if not R_in.left_in_place(W_star, wide=wide):

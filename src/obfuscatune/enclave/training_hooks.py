@@ -23,7 +23,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from obfuscatune.enclave.layers import AbsentWeight
+from obfuscatune.enclave.placeholder_tensors import AbsentWeight
 from obfuscatune.enclave.protected_model import has_adapter
 from obfuscatune.enclave.protection import Protection
 from obfuscatune.errors import ProtectionError

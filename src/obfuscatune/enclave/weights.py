@@ -32,7 +32,7 @@ from transformers.core_model_loading import (
 from transformers.pytorch_utils import Conv1D
 
 from obfuscatune.enclave.checkpoint import Checkpoint
-from obfuscatune.enclave.config import blamed_on, initialize, put
+from obfuscatune.enclave.config import as_model_file_error, initialize, set_tensor
 from obfuscatune.enclave.target_layers import Expert, LayerGroup
 from obfuscatune.errors import ModelFileError
 
@@ -76,7 +76,7 @@ class StoredWeights:
         self._checkpoint = checkpoint
         self._model_ref = weakref.ref(model)  # the link keeps this for as long as the model lives, and no longer
         self._expected = model.state_dict(keep_vars=True)
-        with blamed_on("the names in the model's files"):
+        with as_model_file_error("the names in the model's files"):
             recipes = self._find_recipes()
         self._recipes = {target: recipe for recipe in recipes for target in self._check(recipe)}
         pairs = getattr(model, "all_tied_weights_keys", {}).items()
@@ -114,16 +114,16 @@ class StoredWeights:
         away = {target.parameter for group in offloaded for target in group.targets}
         missing = set(self._new)
         for name in self._new:
-            put(model, name, torch.empty_like(self._expected[name], device="cpu"))
+            set_tensor(model, name, torch.empty_like(self._expected[name], device="cpu"))
         if self._new:
             initialize(model)
         for name, like in self._expected.items():
             if name in away or name in self._new:
                 continue
             if name in self._recipes:
-                put(model, name, self._read(name).to(like.dtype))
+                set_tensor(model, name, self._read(name).to(like.dtype))
             elif self._tied[name] in away:
-                put(model, name, self._read(self._tied[name]).to(like.dtype))
+                set_tensor(model, name, self._read(self._tied[name]).to(like.dtype))
             else:
                 missing.add(name)
         ties = model.all_tied_weights_keys
@@ -161,7 +161,7 @@ class StoredWeights:
             self._checkpoint.check(recipe.stored, like.shape, like.dtype)
             return [recipe.name]
         parts = {pattern: [self._checkpoint.like(it) for it in names] for pattern, names in recipe.parts.items()}
-        with blamed_on(f"what the model's files hold for {recipe.name}"):
+        with as_model_file_error(f"what the model's files hold for {recipe.name}"):
             made = self._convert(recipe, parts)
         for name, tensor in made.items():
             if name not in self._expected or tensor.shape != self._expected[name].shape:

@@ -1,8 +1,8 @@
-"""How likely a model finds a continuation: log-likelihoods as lm-evaluation-harness computes them.
+"""Log-likelihoods of continuations, computed as lm-evaluation-harness does, and the metrics made of them.
 
-The input is context and continuation without the last token, the oldest tokens cut off where the model's window
-is too short (`HFLM._loglikelihood_tokens`). Every pair is one row of a batch, the longest first: to share
-the pass over a context among its choices would change the rounding, hence perhaps an answer.
+The model's input is context and continuation without the last token. If that is longer than the model's window, the
+first tokens are cut off (`HFLM._loglikelihood_tokens`). Every pair is one row of a batch, longest first. Choices do not
+share the pass over their context, since that would change the rounding and so perhaps an answer.
 """
 
 import math
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pair:
-    """Token ids of a context (at least one) and of a continuation (at least one)."""
+    """Token ids of a context and of a continuation; at least one each."""
 
     context: tuple[int, ...]
     continuation: tuple[int, ...]
@@ -29,9 +29,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class Score:
-    """One continuation: its log-likelihood in nats, and whether greedy decoding would write it.
+    """The score of one continuation.
 
-    `margin` is by how much logits would have to change for `greedy` to be otherwise.
+    Attributes:
+        loglikelihood: in nats.
+        greedy: whether greedy decoding would produce the continuation.
+        margin: least change of a logit difference that changes `greedy`.
     """
 
     loglikelihood: float
@@ -51,11 +54,13 @@ def score_pairs(
     """Score every pair, in the order given.
 
     Args:
+        model: A causal language model; it is switched to evaluation mode.
         window: The most tokens that the model takes.
+        pad_id: Token that fills shorter rows; it is masked.
         advance: Called after each batch with the number of pairs in it.
 
     Raises:
-        DataError: a continuation has no token, or more than the window holds.
+        DataError: a continuation is empty, or longer than the window.
     """
     for pair in pairs:
         if not 0 < len(pair.continuation) <= window:
@@ -76,9 +81,10 @@ def score_pairs(
 
 @dataclass(frozen=True)
 class _Row:
+    """The last `len(targets)` positions of `inputs` predict `targets`."""
+
     inputs: tuple[int, ...]
     targets: tuple[int, ...]
-    """Predicted by the last `len(targets)` positions of `inputs`."""
 
     @classmethod
     def of(cls, pair: Pair, window: int) -> "_Row":
@@ -91,7 +97,7 @@ def _score_batch(model: "PreTrainedModel", rows: Sequence[_Row], pad_id: int) ->
     length = max(len(row.inputs) for row in rows)
     ids = torch.full((len(rows), length), pad_id, dtype=torch.int64)
     mask = torch.zeros_like(ids)
-    for index, row in enumerate(rows):  # padded on the right: no position looks to its right
+    for index, row in enumerate(rows):  # padded on the right, which causal attention does not see
         ids[index, : len(row.inputs)] = torch.tensor(row.inputs)
         mask[index, : len(row.inputs)] = 1
     ids, mask = ids.to(model.device), mask.to(model.device)
@@ -100,7 +106,7 @@ def _score_batch(model: "PreTrainedModel", rows: Sequence[_Row], pad_id: int) ->
 
 
 def _score(row: _Row, logits: torch.Tensor) -> Score:
-    """`logits` of one row, (length, vocabulary)."""
+    """The score of one row from its logits (length, vocabulary), computed in float32 or wider."""
     end = len(row.inputs)
     logits = logits[end - len(row.targets) : end]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -115,9 +121,12 @@ def _score(row: _Row, logits: torch.Tensor) -> Score:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One answer: a choice's index, or text, or whether a right answer would be written.
+    """The model's answer to one question.
 
-    `margin` says by how much the logits or log-likelihoods (nats) would have to change for another answer.
+    Attributes:
+        answer: index of a choice, or generated text, or whether greedy decoding would produce a right answer.
+        right: whether the answer is right.
+        margin: least change of logits or log-likelihoods (nats) that changes the answer.
     """
 
     answer: int | str | bool
@@ -127,32 +136,32 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Metric:
-    """A share of right answers under one rule, with all the answers in the questions' order."""
+    """An accuracy under one rule, and the answers it is made of, in the order of the questions."""
 
     name: str
     verdicts: tuple[Verdict, ...]
 
     @property
     def value(self) -> float:
-        """Share of right answers."""
+        """The share of right answers, 0 to 1."""
         return fmean(verdict.right for verdict in self.verdicts)
 
     @property
     def stderr(self) -> float:
-        """Standard error of `value`: the sample's standard deviation over the root of its size."""
+        """Standard error of `value`: sample standard deviation over sqrt(n). NaN for fewer than two answers."""
         if len(self.verdicts) < 2:
             return math.nan
         return stdev(float(verdict.right) for verdict in self.verdicts) / math.sqrt(len(self.verdicts))
 
 
 TIE = 1e-3
-"""Nats. An answer given by less may fall either way: protected and plain logits agree to 1e-4 in float32
-(tests/contract), and a log-likelihood sums over up to some ten tokens."""
+"""Nats. Rounding may change an answer with a smaller margin: protected and plain logits agree to 1e-4 in float32
+(tests/contract), and a log-likelihood sums over about ten tokens."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Indices of the questions answered differently; `ties` are those that either gave by less than `TIE`."""
+    """Indices of the questions with different answers. `ties` are those with a margin below `TIE` on either side."""
 
     metric: str
     differing: tuple[int, ...]
@@ -165,10 +174,10 @@ class Comparison:
 
 
 def compare(one: Metric, other: Metric) -> Comparison:
-    """Compare two results on the same questions.
+    """Compare the answers to the same questions.
 
     Raises:
-        ValueError: they are not of the same metric and number of questions.
+        ValueError: metrics or numbers of questions differ.
     """
     if (one.name, len(one.verdicts)) != (other.name, len(other.verdicts)):
         raise ValueError(f"{one.name} of {len(one.verdicts)} against {other.name} of {len(other.verdicts)}")

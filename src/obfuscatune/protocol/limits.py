@@ -1,4 +1,4 @@
-"""Every number of the wire protocol, with unit and reason. docs/spec/wire.md has the same; a test compares them."""
+"""The limits of the wire protocol, each with its unit and reason. A test compares them with docs/spec/wire.md."""
 
 from obfuscatune.errors import ConfigError
 
@@ -7,97 +7,97 @@ MIB = 1024 * KIB
 GIB = 1024 * MIB
 
 VERSION = 1
-"""The protocol version spoken here; also the only one."""
+"""The only version of the protocol so far."""
 
 MAX_DIM = 2**20
-"""Rows or columns of any matrix: four times the largest vocabulary in use (262,144)."""
+"""Most rows or columns of a matrix: four times the largest vocabulary in use (262,144)."""
 
 MAX_MATRIX_BYTES = 16 * GIB
-"""Payload of a STORE or a PRODUCT. A Llama-3-70B head in float64 (128,256 x 8,192 x 8) takes 8.4 GB."""
+"""Largest payload of a STORE or a PRODUCT. A Llama-3-70B head in float64 (128,256 x 8,192 x 8) takes 8.4 GB."""
 
 MAX_WINDOW_BYTES = 2 * GIB
-"""Payload of the MULTIPLY requests of one connection that await their reply: twice 4,096 rows of 57,344 float32."""
+"""Most payload of all MULTIPLY requests in flight on one connection: twice 4,096 rows of 57,344 float32."""
 
 MAX_IN_FLIGHT = 8
-"""Requests of one connection that await their reply. Two hide the worker's latency; the rest is slack."""
+"""Most requests in flight on one connection. Two hide the worker's latency; the others are reserve."""
 
 MAX_ERROR_BYTES = 512
-"""Text of an ERROR: a few lines of terminal."""
+"""Longest text of an ERROR: a few lines on a terminal."""
 
 MAX_SHARED_BYTES = GIB
-"""Memory that one connection shares. It is the enclave's; the worker only maps it."""
+"""Most shared memory of one connection. The enclave allocates it; the worker only maps it."""
 
 SHARED_BYTES = 256 * MIB
-"""Memory that an enclave shares by default: 8 matrices of 512 x 14,336 float32. Pages never touched cost nothing."""
+"""Default shared memory of a connection: 8 matrices of 512 x 14,336 float32. Untouched pages take no memory."""
 
 MAX_SLICES = 16
-"""Layers whose adapters one matrix carries: q, k and v make three."""
+"""Most slices of an adapter: layers that share one matrix. q, k and v are three."""
 
 MAX_RANK = 4096
-"""Of an adapter: far above any in use, and below the width of the models that would want it."""
+"""Largest rank of an adapter: far above any in use."""
 
 MAX_ADAPTERS = 16384
-"""Of one session: four for each block of the deepest models, thirty times over."""
+"""Most adapters of one session: thirty times those of the deepest models, with four in each block."""
 
 MAX_KEPT_FORWARDS = 64
-"""Forward passes of one adapter whose backward pass did not come yet; the oldest is let go."""
+"""Most forward passes of one adapter that wait for their backward pass; the oldest is dropped."""
 
 CHUNK_BYTES = 4 * MIB
-"""Most bytes handed to one system call, so that a deadline is noticed soon, and TLS works within the cache."""
+"""Most bytes in one system call: deadlines are checked between calls, and TLS works within the cache."""
 
 SOCKET_BUFFER_BYTES = 4 * MIB
-"""SO_SNDBUF and SO_RCVBUF: a 512 x 2048 float32 matrix leaves the sender in one call."""
+"""SO_SNDBUF and SO_RCVBUF: a 512 x 2048 float32 matrix is sent in one call."""
 
 HANDSHAKE_SECONDS = 10.0
-"""From the accepted connection to a complete HELLO: a stranger who says nothing costs a thread no longer."""
+"""Longest time from accepting a connection to a complete HELLO: a silent peer holds a thread no longer."""
 
 MAX_HANDSHAKES = 32
-"""Connections at a time that have not said HELLO yet. One more ends the oldest of the address that has most of them."""
+"""Most connections before their HELLO. One more closes the oldest one of the address that has most of them."""
 
 MAX_SESSIONS = 64
-"""Sessions of a worker at a time, by default. A peer that has more of them than another gives way to that one."""
+"""Most sessions of a worker, by default. Beyond, a new one replaces a session of a peer that has more of them."""
 
 MAX_SESSION_CONNECTIONS = 4
-"""Connections of one session; one more ends the oldest. An enclave has one, or two while the first is half open."""
+"""Most connections of one session; one more closes the oldest. An enclave has one, or two while it reconnects."""
 
 MAX_MATRICES = 16384
-"""Of one session: ten times those of the deepest models. Each takes some memory besides its elements."""
+"""Most matrices of one session: ten times those of the deepest models. Each takes memory besides its elements."""
 
 EMPTY_IDLE_SECONDS = 300.0
-"""A connection without a request for so long is closed where its session holds nothing."""
+"""A worker closes a connection without a request for this time, if its session holds nothing."""
 
 CONNECTION_IDLE_SECONDS = 1800.0
-"""The same where it holds something. The enclave connects again, and finds its matrices, within IDLE_SECONDS more."""
+"""The same, if its session holds matrices. They stay for IDLE_SECONDS more, for an enclave that reconnects."""
 
 IDLE_SECONDS = 3600.0
-"""A session without a connection is forgotten after this. Longer than any restart of an enclave."""
+"""A worker drops a session without a connection after this time: longer than the restart of an enclave."""
 
 REPLACED_AFTER_SECONDS = 60.0
-"""Where all places are taken, a session that was idle for so long gives way to another of the same peer; one without a
-connection, to any."""
+"""When a worker's sessions are all taken, a new one may replace a session of the same peer that was idle for this
+time, or of any peer if it has no connection either."""
 
 KEEPALIVE_SECONDS = 15.0
-"""An idle TCP connection is probed after this: sooner than a NAT forgets it (RFC 5382: two hours; many: a minute)."""
+"""TCP_KEEPIDLE: idle time before the first probe. NATs forget a connection after minutes (RFC 5382: two hours)."""
 
 KEEPALIVE_INTERVAL_SECONDS = 5.0
-"""Between two such probes without an answer."""
+"""TCP_KEEPINTVL: time between two unanswered probes."""
 
 KEEPALIVE_PROBES = 3
-"""So many without an answer, and the connection is lost."""
+"""TCP_KEEPCNT: unanswered probes after which the connection is lost."""
 
 UNREACHABLE_SECONDS = 20.0
-"""TCP_USER_TIMEOUT of the enclave: a worker whose system acknowledges nothing for so long is lost. A worker bears
-STALL_SECONDS: an enclave need not read its replies at once."""
+"""TCP_USER_TIMEOUT of the enclave: the connection is lost when sent data is not acknowledged for this time. That of a
+worker is STALL_SECONDS, since an enclave need not read its replies at once."""
 
 IDLE_CHECK_SECONDS = 5.0
-"""Before an enclave sends on a network connection that was idle for so long, it asks for a sign of life; and waits for
-it as long again, before it connects anew."""
+"""An enclave probes a network connection that was idle for this time before it sends on it. Without an answer within
+this time again, it reconnects."""
 
 STALL_SECONDS = 120.0
-"""From the first byte of a message to its last, at the worker, besides what its size takes at the slowest rate."""
+"""Longest time for a worker to receive one message, plus its size over SLOWEST_BYTES_PER_SECOND."""
 
 SLOWEST_BYTES_PER_SECOND = MIB
-"""A link slower than 8 Mbit/s is taken for broken."""
+"""A link slower than this (8 Mbit/s) counts as broken."""
 
 LINGER_SECONDS = 2.0
 """How long a worker that hangs up waits for its last words to be read."""

@@ -1,6 +1,6 @@
-"""What messages carry that is no matrix, as bytes and back. Pure, as `messages`.
+"""Payloads of messages that are not matrices, packed to bytes and unpacked. No I/O, as in `messages`.
 
-Where an adapter lies on the worker, its shape and its steps are among it. It adds
+`Attachment` and `Step` are for adapters on the worker. An adapter has a slice for each layer that shares the matrix:
 
     y* = x* W* + s · drop(x*) A* B*       on the columns first .. first + width of W* (p, q), for each slice
 
@@ -9,44 +9,65 @@ all in the transformed basis: A* (p, r), B* (r, width).
 
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import IntEnum
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from obfuscatune.errors import LimitExceeded, MalformedMessage, UnsupportedVersion
 from obfuscatune.protocol.limits import MAX_IN_FLIGHT, MAX_MATRIX_BYTES, MAX_RANK, MAX_SLICES, MAX_WINDOW_BYTES, VERSION
 
 CONTENT_STORE = 1
-"""Feature of a worker: it keeps matrices on disk by their content, and so wants the digest in an OFFER."""
+"""Feature of a worker: it keeps matrices on disk by their content, and needs the digest in an OFFER."""
 SHARED_MEMORY = 2
-"""Feature of a connection: SHARE is welcome on it."""
+"""Feature of a connection: it accepts SHARE."""
 ACCELERATOR = 4
 """Feature of a worker: it computes on a device of its own, not on its host's processor."""
 RETIRED = 8
-"""Feature of workers before 2026-11-29, which nothing is made of."""
+"""Feature of workers before 2026-11-29; it is accepted and ignored."""
 FEATURES = CONTENT_STORE | SHARED_MEMORY | ACCELERATOR | RETIRED
-_HELLO = struct.Struct("<32sHH")
-_WELCOME = struct.Struct("<HHIQQQ")
 _PLACES = struct.Struct("<QQ")
 _NUMBER = struct.Struct("<Q")
 NUMBER_BYTES = _NUMBER.size
 
 
-@dataclass(frozen=True, slots=True)
-class Hello:
-    """Payload of HELLO (36 bytes): who speaks, and which versions it speaks."""
+class _FixedPayload:
+    """A payload of fixed size: the fields of a dataclass, in the order of `LAYOUT`."""
 
-    BYTES: ClassVar[int] = _HELLO.size
+    __slots__ = ()
+    NAME: ClassVar[str]
+    """The message that carries it."""
+    LAYOUT: ClassVar[struct.Struct]
+    BYTES: ClassVar[int]
+
+    def pack(self) -> bytes:
+        """The payload as bytes."""
+        return self.LAYOUT.pack(*(getattr(self, field.name) for field in fields(self)))  # type: ignore[arg-type]
+
+    @classmethod
+    def _values(cls, body: bytes) -> tuple[Any, ...]:
+        """The fields' values.
+
+        Raises:
+            MalformedMessage: another length.
+        """
+        if len(body) != cls.BYTES:
+            raise MalformedMessage(f"the payload of {cls.NAME} has {cls.BYTES} bytes, {len(body)} came")
+        return cls.LAYOUT.unpack(body)
+
+
+@dataclass(frozen=True, slots=True)
+class Hello(_FixedPayload):
+    """Payload of HELLO (36 bytes): the session, and the range of versions that the enclave speaks."""
+
+    NAME = "HELLO"
+    LAYOUT = struct.Struct("<32sHH")
+    BYTES = LAYOUT.size
     session_id: bytes
     oldest: int = VERSION
     newest: int = VERSION
 
     def __repr__(self) -> str:
         return f"Hello(session_id=<secret>, oldest={self.oldest}, newest={self.newest})"
-
-    def pack(self) -> bytes:
-        """The payload as bytes."""
-        return _HELLO.pack(self.session_id, self.oldest, self.newest)
 
     @classmethod
     def unpack(cls, body: bytes) -> "Hello":
@@ -55,39 +76,33 @@ class Hello:
         Raises:
             MalformedMessage: another length, or an empty range of versions.
         """
-        if len(body) != cls.BYTES:
-            raise MalformedMessage(f"the payload of HELLO has {cls.BYTES} bytes, {len(body)} came")
-        hello = cls(*_HELLO.unpack(body))
+        hello = cls(*cls._values(body))
         if hello.oldest > hello.newest:
             raise MalformedMessage(f"HELLO offers versions {hello.oldest} to {hello.newest}: an empty range")
         return hello
 
 
 @dataclass(frozen=True, slots=True)
-class Welcome:
-    """Payload of WELCOME (32 bytes): the version that both speak, and what the worker takes."""
+class Welcome(_FixedPayload):
+    """Payload of WELCOME (32 bytes): the version of the connection, and the worker's limits.
 
-    BYTES: ClassVar[int] = _WELCOME.size
+    Attributes:
+        max_in_flight: most requests in flight.
+        features: bits of `FEATURES`.
+        window_bytes: most payload of all MULTIPLY requests in flight.
+        matrix_bytes: largest single matrix.
+        quota_bytes: memory for the matrices of all sessions.
+    """
+
+    NAME = "WELCOME"
+    LAYOUT = struct.Struct("<HHIQQQ")
+    BYTES = LAYOUT.size
     version: int
     max_in_flight: int
     features: int
     window_bytes: int
-    """Most payload of all MULTIPLY requests that await their reply."""
     matrix_bytes: int
-    """Largest single matrix."""
     quota_bytes: int
-    """Memory for the matrices of all sessions."""
-
-    def pack(self) -> bytes:
-        """The payload as bytes."""
-        return _WELCOME.pack(
-            self.version,
-            self.max_in_flight,
-            self.features,
-            self.window_bytes,
-            self.matrix_bytes,
-            self.quota_bytes,
-        )
 
     @classmethod
     def unpack(cls, body: bytes) -> "Welcome":
@@ -95,11 +110,9 @@ class Welcome:
 
         Raises:
             UnsupportedVersion: the worker chose a version that was not offered.
-            MalformedMessage: another length, unknown features, or limits that let nothing through or exceed the spec.
+            MalformedMessage: another length, unknown features, or limits that are 0 or exceed the protocol's.
         """
-        if len(body) != cls.BYTES:
-            raise MalformedMessage(f"the payload of WELCOME has {cls.BYTES} bytes, {len(body)} came")
-        welcome = cls(*_WELCOME.unpack(body))
+        welcome = cls(*cls._values(body))
         if welcome.version != VERSION:
             raise UnsupportedVersion(f"the worker chose version {welcome.version}, offered was {VERSION}")
         if welcome.features & ~FEATURES:
@@ -113,7 +126,7 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Payload of a MULTIPLY in shared memory (16 bytes): where its rows lie, and where the product is to be laid."""
+    """Payload of a MULTIPLY in shared memory (16 bytes): offsets in bytes of the rows and of their product."""
 
     BYTES: ClassVar[int] = _PLACES.size
     rows: int
@@ -125,22 +138,22 @@ class Places:
 
     @classmethod
     def unpack(cls, body: bytes) -> "Places":
-        """Read 16 bytes; that they lie within the memory is for whoever has it to check."""
+        """Read 16 bytes. The caller has checked the length, and checks that the offsets are in the shared memory."""
         return cls(*_PLACES.unpack(body))
 
 
 def pack_number(number: int) -> bytes:
-    """Payload of SHARE: bytes of the memory whose descriptor comes with it. Of a STORE in it: where the matrix lies."""
+    """Payload of SHARE: size of the shared memory in bytes. Of a STORE in shared memory: offset of the matrix."""
     return _NUMBER.pack(number)
 
 
 def unpack_number(body: bytes) -> int:
-    """Read 8 bytes."""
+    """Read 8 bytes; the caller has checked the length."""
     return int(_NUMBER.unpack(body)[0])
 
 
 def error_text(body: bytes) -> str:
-    """The text of an ERROR: printable ASCII and nothing else, for it ends up on a terminal.
+    """The text of an ERROR. It must be printable ASCII, since it is printed on a terminal.
 
     Raises:
         MalformedMessage: any other byte.
@@ -151,12 +164,11 @@ def error_text(body: bytes) -> str:
 
 
 _SLICE = struct.Struct("<IIIdd")
-_STEP = struct.Struct("<IIdddddd")
 _MATRIX_ID_BYTES = 16
 
 
 class Part(IntEnum):
-    """A matrix that belongs to one slice of an adapter. (p, r) for those of A*, (r, width) for those of B*."""
+    """A factor of one slice, A* (p, r) or B* (r, width), or one of AdamW's moments of it, of the same shape."""
 
     A = 0
     B = 1
@@ -166,15 +178,15 @@ class Part(IntEnum):
     B_SECOND = 5
 
     def number(self, index: int) -> int:
-        """What names this part of the slice of that index (from 0) in a header; never zero."""
+        """The number in a header for this part of slice `index` (from 0); never 0."""
         return 1 + PARTS * index + self
 
     @staticmethod
     def named(number: int) -> "tuple[int, Part]":
-        """The index of the slice, and which part.
+        """The index of the slice and the part, of a number in a header.
 
         Raises:
-            MalformedMessage: zero, which names none.
+            MalformedMessage: the number is 0.
         """
         if number == 0:
             raise MalformedMessage("which part of the adapter is meant? 0 names none")
@@ -187,7 +199,7 @@ PARTS = len(Part)
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """The adapter of one layer: which columns of the matrix are that layer's, and LoRA's settings."""
+    """The adapter of one layer: LoRA's settings, and the layer's columns, `first` to `first + width`."""
 
     first: int
     width: int
@@ -210,7 +222,7 @@ class Attachment:
 
     @classmethod
     def unpack(cls, body: bytes, cols: int) -> "Attachment":
-        """Read it, for a matrix of `cols` columns.
+        """Read the payload of ATTACH for a matrix of `cols` columns.
 
         Raises:
             MalformedMessage: another length, columns outside the matrix or in two slices, or a setting out of range.
@@ -238,26 +250,27 @@ class Attachment:
 
 
 def attachment_bytes(fewest: int, most: int = MAX_SLICES) -> tuple[int, int]:
-    """Bytes of an ATTACH of so many slices."""
+    """The least and the most bytes of an ATTACH with `fewest` to `most` slices."""
     return _MATRIX_ID_BYTES + fewest * _SLICE.size, _MATRIX_ID_BYTES + most * _SLICE.size
 
 
 class Method(IntEnum):
-    """How a step follows from a gradient."""
+    """The optimizer of a step."""
 
     SGD = 1
     ADAMW = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class Step(_FixedPayload):
     """Payload of STEP (56 bytes): one update of the factors, from the gradients times `gradient_scale`.
 
-    `number` counts the updates, this one included; AdamW's bias correction goes by it. SGD uses neither betas nor
-    `eps`.
+    `number` counts the updates from 1, for AdamW's bias correction. SGD uses neither betas nor `eps`.
     """
 
-    BYTES: ClassVar[int] = _STEP.size
+    NAME = "STEP"
+    LAYOUT = struct.Struct("<IIdddddd")
+    BYTES = LAYOUT.size
     method: Method
     number: int
     lr: float
@@ -267,19 +280,6 @@ class Step:
     weight_decay: float
     gradient_scale: float
 
-    def pack(self) -> bytes:
-        """The payload as bytes."""
-        return _STEP.pack(
-            self.method,
-            self.number,
-            self.lr,
-            self.beta1,
-            self.beta2,
-            self.eps,
-            self.weight_decay,
-            self.gradient_scale,
-        )
-
     @classmethod
     def unpack(cls, body: bytes) -> "Step":
         """Read 56 bytes.
@@ -287,9 +287,7 @@ class Step:
         Raises:
             MalformedMessage: another length, an unknown method, or a setting out of range.
         """
-        if len(body) != _STEP.size:
-            raise MalformedMessage(f"the payload of STEP has {_STEP.size} bytes, {len(body)} came")
-        method, number, *settings = _STEP.unpack(body)
+        method, number, *settings = cls._values(body)
         if method not in set(Method):
             raise MalformedMessage(f"STEP by method {method}: 1 to {max(Method)} exist")
         step = cls(Method(method), number, *settings)

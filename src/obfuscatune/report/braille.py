@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from rich.text import Text
 
-from obfuscatune.report.charts import Axis, linear_axis
+from obfuscatune.report.axes import Axis, linear_axis
 
 _FIRST = 0x2800  # the braille pattern without dots
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # by row and column within a cell

@@ -1,118 +1,49 @@
-"""Line and bar charts as SVG, for a page or as files of their own: coloured by style sheets for light and dark.
+"""Line and bar charts as SVG, for an HTML page or as files. Style sheets give the colours, for light and dark.
 
-Axes have their marks at round numbers.
+Chart, Bars  ->  axes with ticks at round numbers, legend  ->  _Frame: values to pixels  ->  SVG elements
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby
 from typing import ClassVar, Literal, NamedTuple
 
+from obfuscatune.report.axes import Axis, linear_axis, log_axis, named_axis
 from obfuscatune.report.page import templates
 
-_MOST_DECADES = 7
-
-
-@dataclass(frozen=True)
-class Axis:
-    """A range of values that holds all of them and begins and ends at a tick or close to one.
-
-    Attributes:
-        low, high: the range; positive on a logarithmic axis.
-        ticks: positions of the marks, within the range, and their labels.
-        named: whether the labels are names, one for each whole number.
-    """
-
-    low: float
-    high: float
-    ticks: tuple[tuple[float, str], ...]
-    log: bool
-    named: bool = False
-
-    def place(self, value: float) -> float:
-        """Where a value lies between low (0) and high (1)."""
-        if self.log:
-            return math.log(value / self.low) / math.log(self.high / self.low)
-        return (value - self.low) / (self.high - self.low)
-
-
-def linear_axis(values: Iterable[float], *, wanted: int = 5, whole: bool = False, tight: bool = False) -> Axis:
-    """Ticks at multiples of 1, 2 or 5 times a power of ten.
-
-    Args:
-        wanted: about how many ticks.
-        whole: no ticks between whole numbers.
-        tight: end at the last value instead of at the tick beyond it.
-    """
-    low, high = _bounds(values)
-    if low == high:
-        low, high = low - 0.5, high + 0.5
-    step = _round_step((high - low) / wanted)
-    if whole:
-        step = max(1.0, step)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    positions = [index * step for index in range(first, last + 1)]
-    if tight:
-        positions = [position for position in positions if low <= position <= high]
-    else:
-        low, high = positions[0], positions[-1]
-    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    return Axis(low, high, tuple((position, f"{position:,.{decimals}f}") for position in positions), log=False)
-
-
-def log_axis(values: Iterable[float]) -> Axis:
-    """Ticks at powers of ten, or at every second or third of them; values of zero are left to the caller."""
-    low, high = _bounds(value for value in values if value > 0)
-    first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
-    last = max(last, first + 1)
-    stride = -(-(last - first) // _MOST_DECADES)
-    exponents = range(first, last + 1, stride)
-    return Axis(10.0**first, 10.0**last, tuple((10.0**e, f"1e{e:d}") for e in exponents), log=True)
-
-
-def named_axis(names: Sequence[str]) -> Axis:
-    """A name at 0, 1, 2, …, with half a step of room on either side."""
-    return Axis(-0.5, len(names) - 0.5, tuple(enumerate(names)), log=False, named=True)
-
-
-def _bounds(values: Iterable[float]) -> tuple[float, float]:
-    finite = [value for value in values if math.isfinite(value)]
-    if not finite:
-        return 0.1, 1.0  # an empty chart still has axes
-    return min(finite), max(finite)
-
-
-def _round_step(rough: float) -> float:
-    power = 10.0 ** math.floor(math.log10(rough))
-    return next(factor * power for factor in (1, 2, 5, 10) if rough <= factor * power * (1 + 1e-9))
-
-
 WIDTH, HEIGHT = 540, 290
+"""Of a chart in pixels, if its legend takes one line."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 18, 48, 48
+"""Margins around the plot area in pixels."""
 _COLOURS = 8
 _LETTER = 7.5
-"""About the width of one."""
+"""Approximate width of a letter in pixels."""
 _LEGEND_LINE = 20
+"""Height of a line of the legend in pixels."""
 _SLANT = 25
-"""Degrees, of names on the x axis that are too long to stand side by side."""
+"""Degrees by which names on the x axis are turned if they do not fit side by side."""
 
 Line = Literal["solid", "dashed", "dotted", "thin", "none"]
 
 
 @dataclass(frozen=True)
 class Series:
-    """One curve: points (x, y). A `wide` one is a pale band, on which another that coincides with it can be seen.
+    """One curve.
 
-    A series without a label is left out of the legend; `colour` is counted from 0, and the series' own place if None.
+    Attributes:
+        label: in the legend; a series with an empty label is left out of it.
+        points: (x, y) of each point.
+        wide: draw a wide pale line, on which another curve with the same points can be seen.
+        marks: draw a dot at each point.
+        colour: number of the colour, from 0; None for the index of the series in its chart.
     """
 
     label: str
     points: tuple[tuple[float, float], ...]
     wide: bool = False
     marks: bool = False
-    """Whether each point has a dot."""
     line: Line = "solid"
     colour: int | None = None
 
@@ -126,7 +57,7 @@ class Band(NamedTuple):
 
 
 class Bar(NamedTuple):
-    """A bar from zero, or on those below it; `spread` is the whisker's length to either side."""
+    """One bar, which begins at zero, or on the bar below if stacked. `spread`: length of the whisker to either side."""
 
     height: float
     spread: float = 0.0
@@ -134,10 +65,15 @@ class Bar(NamedTuple):
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves under a heading, and below them what they show.
+    """A line chart.
 
-    Points that are not finite, and on a logarithmic axis those that are not positive, are left out, and the curve
-    is interrupted there; a point that stands alone is drawn as a dot.
+    Points that are not finite are left out, and on a logarithmic axis those that are not positive. The curve is
+    interrupted there. A point without neighbours is drawn as a dot.
+
+    Attributes:
+        from_zero: the y axis begins at 0.
+        x_names: names of x = 0, 1, 2, …; empty for a numeric axis.
+        caption: text below the chart, for the page.
     """
 
     kind: ClassVar[str] = "chart"
@@ -149,9 +85,7 @@ class Chart:
     log_x: bool = False
     log_y: bool = False
     from_zero: bool = False
-    """Whether the y axis begins at 0."""
     x_names: Sequence[str] = ()
-    """What x = 0, 1, 2, … stand for, where they are names."""
     band: Band | None = None
 
     def svg(self, *, alone: bool = False) -> str:
@@ -166,7 +100,7 @@ class Chart:
         else:
             x_axis = linear_axis(xs, wanted=8, whole=all(x == int(x) for x in xs), tight=True)
         keys = [
-            _Key(one.label, "mark" if one.line == "none" else "curve", _look(one, index))
+            _Key(one.label, "mark" if one.line == "none" else "curve", _line_classes(one, index))
             for index, one in enumerate(self.series)
             if one.label
         ]
@@ -184,7 +118,13 @@ class Chart:
 
 @dataclass(frozen=True)
 class Bars:
-    """Bars under a heading: for each category one of each group, side by side or, `stacked`, on each other."""
+    """A bar chart.
+
+    Attributes:
+        categories: names on the x axis.
+        groups: by label, the bar of each category; None for no bar. Groups stand side by side, or are `stacked`.
+        least: a label, and for each category the height of a dashed line.
+    """
 
     kind: ClassVar[str] = "chart"
     heading: str
@@ -194,7 +134,6 @@ class Bars:
     caption: str = ""
     stacked: bool = False
     least: tuple[str, Sequence[float]] | None = None
-    """A label, and for each category a height that is marked by a dashed line."""
 
     def svg(self, *, alone: bool = False) -> str:
         """An `<svg>` element, or a file of its own."""
@@ -207,7 +146,7 @@ class Bars:
         return _picture(self.heading, frame, "", self._marks(frame, bars), alone=alone)
 
     def _placed(self) -> Iterator[tuple[float, float, float, int, Bar]]:
-        """Each bar with its left edge, its right edge, what it stands on, and its group."""
+        """Yield (left, right, bottom, group, bar) for each bar, in units of the axes."""
         width = 0.6 if self.stacked else 0.8 / len(self.groups)
         first = -0.3 if self.stacked else -0.4
         bottoms = [0.0] * len(self.categories)
@@ -233,11 +172,11 @@ class Bars:
 
 
 class _Key(NamedTuple):
-    """An entry of the legend: what is drawn before the label, and its classes."""
+    """An entry of the legend: a label, the shape drawn before it, and that shape's CSS classes."""
 
     label: str
     shape: Literal["curve", "mark", "band", "least"]
-    look: str
+    classes: str
 
     @property
     def width(self) -> float:
@@ -245,29 +184,29 @@ class _Key(NamedTuple):
 
 
 class _Legend:
-    """The label of the y axis at the left, and entries at the right, in as many lines as they take."""
+    """The lines above the plot: the label of the y axis at the left, the entries of the legend at the right."""
 
     def __init__(self, y_label: str, keys: Sequence[_Key]) -> None:
         self._y_label = y_label
         self._lines: list[list[_Key]] = [[]]
-        room = WIDTH - _RIGHT - _LETTER * len(y_label)
+        space = WIDTH - _RIGHT - _LETTER * len(y_label)
         for key in keys:
-            if self._lines[-1] and sum(it.width for it in self._lines[-1]) + key.width > room:
+            if self._lines[-1] and sum(it.width for it in self._lines[-1]) + key.width > space:
                 self._lines.append([])
-                room = WIDTH - _RIGHT
+                space = WIDTH - _RIGHT
             self._lines[-1].append(key)
 
     @property
     def extra_height(self) -> int:
-        """Beyond one line."""
+        """Pixels that the lines after the first one take."""
         return _LEGEND_LINE * (len(self._lines) - 1)
 
-    def drawn(self) -> Iterator[str]:
+    def elements(self) -> Iterator[str]:
         yield _tag("text", "", self._y_label, x=0, y=18)
         for number, line in enumerate(self._lines):
             end, middle = float(WIDTH - _RIGHT), 14 + _LEGEND_LINE * number
             for key in reversed(line):
-                classes = f"{key.shape} {key.look}".strip()
+                classes = f"{key.shape} {key.classes}".strip()
                 if key.shape in ("curve", "least"):
                     yield _tag("line", classes, x1=round(end - 20), y1=middle, x2=round(end), y2=middle)
                 else:
@@ -278,7 +217,7 @@ class _Legend:
 
 @dataclass(frozen=True)
 class _Frame:
-    """From values to places in the picture."""
+    """Converts values on the axes to pixels."""
 
     x_axis: Axis
     y_axis: Axis
@@ -286,9 +225,9 @@ class _Frame:
 
     @property
     def slanted(self) -> bool:
-        """Whether the names on the x axis are too long to stand side by side."""
-        room = (WIDTH - _LEFT - _RIGHT) / max(1, len(self.x_axis.ticks))
-        return self.x_axis.named and self._longest_name > room
+        """Whether the names on the x axis do not fit side by side."""
+        space = (WIDTH - _LEFT - _RIGHT) / max(1, len(self.x_axis.ticks))
+        return self.x_axis.named and self._longest_name > space
 
     @property
     def _longest_name(self) -> float:
@@ -296,7 +235,7 @@ class _Frame:
 
     @property
     def bottom(self) -> int:
-        """What stands below the floor."""
+        """Height of the margin below the plot area."""
         return _BOTTOM + (round(self._longest_name * math.sin(math.radians(_SLANT))) if self.slanted else 0)
 
     @property
@@ -310,15 +249,18 @@ class _Frame:
         return round(self.height - self.bottom - self.y_axis.place(value) * (HEIGHT - _TOP - _BOTTOM), 2)
 
     def shows(self, point: tuple[float, float]) -> bool:
+        """Whether a point can be drawn: finite, and positive on a logarithmic axis."""
         pairs = zip(point, (self.x_axis, self.y_axis), strict=True)
         return all(math.isfinite(value) and (value > 0 or not axis.log) for value, axis in pairs)
 
 
 def _picture(title: str, frame: _Frame, x_label: str, marks: Iterator[str], *, alone: bool) -> str:
-    parts = [*_axes(frame, x_label), *frame.legend.drawn(), *marks]
-    name = "" if not alone else ' xmlns="http://www.w3.org/2000/svg"'
+    parts = [*_axes(frame, x_label), *frame.legend.elements(), *marks]
+    namespace = ' xmlns="http://www.w3.org/2000/svg"' if alone else ""
     style = f"<style>\n{templates().get_template('picture.css').render()}</style>\n" if alone else ""
-    head = f'<svg{name} class="chart" viewBox="0 0 {WIDTH} {frame.height}" role="img" aria-label="{escape(title)}">'
+    head = (
+        f'<svg{namespace} class="chart" viewBox="0 0 {WIDTH} {frame.height}" role="img" aria-label="{escape(title)}">'
+    )
     return "\n".join([head, style + "\n".join(parts), "</svg>"])
 
 
@@ -337,32 +279,36 @@ def _axes(frame: _Frame, x_label: str) -> Iterator[str]:
     yield _tag("text", "", x_label, x=(_LEFT + right) / 2, y=frame.height - 8, text_anchor="middle")
 
 
-def _curve(frame: _Frame, one: Series, index: int) -> Iterator[str]:
-    for shown, stretch in groupby(one.points, key=frame.shows):
+def _curve(frame: _Frame, series: Series, index: int) -> Iterator[str]:
+    """The elements of a series: a polyline for each run of points that can be drawn, and dots."""
+    colour = _series_colour(series, index)
+    for shown, run in groupby(series.points, key=frame.shows):
         if not shown:
             continue
-        places = [(frame.x(x), frame.y(y)) for x, y in stretch]
-        if len(places) > 1 and one.line != "none":
+        places = [(frame.x(x), frame.y(y)) for x, y in run]
+        if len(places) > 1 and series.line != "none":
             points = " ".join(f"{x},{y}" for x, y in places)
-            yield _tag("polyline", f"curve {_look(one, index)}", points=points)
-        if len(places) == 1 or one.marks:
-            colour = _colour(index if one.colour is None else one.colour)
-            yield from (_tag("circle", f"mark {colour}", cx=x, cy=y, r=3 if one.marks else 2) for x, y in places)
+            yield _tag("polyline", f"curve {_line_classes(series, index)}", points=points)
+        if len(places) == 1 or series.marks:
+            yield from (_tag("circle", f"mark {colour}", cx=x, cy=y, r=3 if series.marks else 2) for x, y in places)
 
 
-def _look(one: Series, index: int) -> str:
-    words = [_colour(index if one.colour is None else one.colour)]
-    words += ["wide"] if one.wide else []
-    return " ".join(words if one.line in ("solid", "none") else [*words, one.line])
+def _line_classes(series: Series, index: int) -> str:
+    classes = [_series_colour(series, index), *(["wide"] if series.wide else [])]
+    return " ".join(classes if series.line in ("solid", "none") else [*classes, series.line])
+
+
+def _series_colour(series: Series, index: int) -> str:
+    return _colour(index if series.colour is None else series.colour)
 
 
 def _colour(index: int) -> str:
-    """Its class; after the last colour they begin again, paler."""
+    """The CSS class of a colour. After the last colour they begin again, paler."""
     return f"s{index % _COLOURS}" + (" pale" if index >= _COLOURS else "")
 
 
 def _tag(name: str, classes: str, text: str = "", /, **attributes: object) -> str:
-    """An element with all text in it escaped; `_` in an attribute's name is a dash."""
+    """An SVG element with escaped text and attributes; `_` in an attribute's name becomes a dash."""
     given = {"class": classes, **attributes} if classes else attributes
     pairs = "".join(f' {key.replace("_", "-")}="{escape(str(value))}"' for key, value in given.items())
     return f"<{name}{pairs}>{escape(text)}</{name}>" if text else f"<{name}{pairs}/>"

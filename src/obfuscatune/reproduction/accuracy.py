@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 RUNS = "runs"
 _QUESTIONS_AT_ONCE = 16
 _CHECKPOINT_EVERY = 200
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ class Study:
 
     def _ask_again(self, method: Method, tuned: Cell, dtype: str, watch: Watch) -> Mapping[str, Any]:
         task = find_task(tuned.settings["task"])
-        with self.opening.model(self.subject.directory, method, _DTYPES[dtype]) as model:
+        with self.opening.model(self.subject.directory, method, getattr(torch, dtype)) as model:
             answering = load_adapter(model, self.run_of(tuned) / "adapter")
             return self._ask(answering, task, f"{task.name} {method.name} {dtype}: asking", watch)
 

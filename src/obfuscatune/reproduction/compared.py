@@ -120,9 +120,9 @@ def deviation(values: Sequence[float]) -> float:
 
 
 MOST_POINTS = 0.5
-"""Between protected and plain accuracy, means over seeds."""
+"""Largest accepted difference of mean accuracy between protected and plain, in percentage points."""
 MOST_LOSS = 0.01
-"""Of the plain final loss."""
+"""Largest accepted relative difference of the final loss from plain."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def _agreement(found: Iterable[Pairing]) -> Iterator[Check]:
 
 
 def _same_accuracy(it: Pairing) -> Check:
-    """Of several seeds their spread is the measure; of a single one, the standard error of the questions."""
+    """Compares mean accuracies, by `MOST_POINTS`; for a single seed, by the standard error over its questions."""
     points = it.difference("test")
     if len(it.plain) == 1:
         return Check(

@@ -1,7 +1,6 @@
-"""What protection costs: the enclave's share of the parameters, the slowdown of a step, the time to obfuscate.
+"""The cells for the cost of protection: the enclave's share of parameters, slowdown of a step, time to obfuscate.
 
-The share is counted from a configuration, exactly; the others are `bench step` and `bench obfuscate` with the preset's
-shapes.
+The share is counted exactly, from a configuration. The others are measured by `bench step` and `bench obfuscate`.
 """
 
 from __future__ import annotations
@@ -23,10 +22,11 @@ from obfuscatune.reproduction.presets import Preset, ShapeDepth, find_method
 
 SHAPES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 PROFILES = ("paper", "private")
+_OBFUSCATION_ROUNDS = 1
 
 
 def share_cell(shape: str) -> Cell:
-    """One shape under both profiles."""
+    """How many parameters of one shape stay in the enclave, under each of `PROFILES`."""
 
     def measure(watch: Watch) -> Mapping[str, Any]:
         with watch(f"counting {shape}"):
@@ -44,7 +44,7 @@ def share_cell(shape: str) -> Cell:
 
 
 def slowdown_cell(preset: Preset, shape: ShapeDepth, profile: str) -> Cell:
-    """One shape under one profile, plain beside it in the same run."""
+    """The time of a step of one shape under one profile, beside plain in the same run; seconds."""
     bench = StepBench(
         shape=shape.shape,
         layers=shape.layers,
@@ -67,11 +67,8 @@ def slowdown_cell(preset: Preset, shape: ShapeDepth, profile: str) -> Cell:
     return Cell("slowdown", f"{shape.shape} {profile}", settings, measure)
 
 
-_ROUNDS = 1
-
-
 def obfuscation_cell(shape: ShapeDepth, profile: str) -> Cell:
-    """One shape under one profile, with that profile's own transform."""
+    """The time to obfuscate one shape with the transform of one profile."""
     protection = find_method(profile).resolved or {}
     bench = ObfuscateBench(
         shape=shape.shape,
@@ -79,7 +76,7 @@ def obfuscation_cell(shape: ShapeDepth, profile: str) -> Cell:
         transforms=(protection["transform"],),
         profile=profile,
         threads=cores(),
-        rounds=_ROUNDS,
+        rounds=_OBFUSCATION_ROUNDS,
     )
 
     def measure(watch: Watch) -> Mapping[str, Any]:

@@ -28,7 +28,6 @@ from obfuscatune.training.run import load_plain
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SEED = 0
 
 
@@ -74,7 +73,7 @@ class ErrorStudy:
         make: Callable[[], PreTrainedModel],
         tokens: Callable[[PreTrainedModel], torch.Tensor],
     ) -> Cell:
-        dtypes = {name: _DTYPES[name] for name in ("float32", *self.preset.sixteen_bits)}
+        dtypes = {name: getattr(torch, name) for name in ("float32", *self.preset.sixteen_bits)}
         settings = {
             **settings,
             "method": method,

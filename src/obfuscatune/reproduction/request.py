@@ -179,7 +179,7 @@ def _accuracy(study: Study, tasks: tuple[str, ...]) -> Iterator[Cell]:
 
 
 def _error(study: ErrorStudy) -> Iterator[Cell]:
-    """Of the model under every condition number: no tuning, no questions, a minute each."""
+    """The cells for the error of the model's output under every condition number; about a minute each."""
     methods = _error_methods(study.preset)
     for method in dict.fromkeys((*methods, *ABLATIONS[1:])):
         yield study.of_subject(method)

@@ -1,7 +1,7 @@
-"""LoRA factors: put on a model, kept in files of PEFT's own format, and stepped where they are.
+"""LoRA factors: adds them to a model, checks, saves and loads them in PEFT's format, and clips their gradients.
 
-Whoever protects a model may move its adapter away (`protection.lora_on_worker`). It then gives an optimizer that steps
-there; gradients are clipped and moments fetched there too. Nothing else in this package asks where anything is.
+A profile may train LoRA on the worker (`protection.lora_on_worker`). The optimizer is then a `RemotelyOptimized`, whose
+gradients and moments are on the worker.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 _LARGEST_CONFIG_BYTES = 2**20
 Targets = Literal["all-linear"] | tuple[str, ...]
-"""Which layers get LoRA factors: all linear ones but the head, or those of these names."""
+"""The layers that get LoRA factors: all linear ones except the head, or those with these names."""
 
 
 def add_lora(
@@ -41,10 +41,10 @@ def add_lora(
     targets: Targets,
     seed: int,
 ) -> "PeftModel":
-    """Wrap a model, protected or plain, in PEFT with fresh factors: A uniform as PEFT draws it, B zero.
+    """Wrap a model, protected or plain, in PEFT with fresh factors: A uniform as in PEFT, B zero.
 
-    Every A comes from a generator of its own, seeded by (seed, parameter name): the factors are the same
-    whatever else has drawn random numbers, and whatever order the layers were made in.
+    Each A has its own generator, seeded by (seed, parameter name): the factors depend neither on other random numbers
+    nor on the order of the layers.
 
     Raises:
         ConfigError: a target names no layer, or one that cannot take LoRA.
@@ -58,7 +58,7 @@ def add_lora(
 
 
 def check_lora(skeleton: "PreTrainedModel", targets: Targets) -> None:
-    """See that `add_lora` will find its targets, on a model that has all its layers and no weights.
+    """Check that `add_lora` will accept `targets`, on a model without weights (on the meta device).
 
     Raises:
         ConfigError: as `add_lora`.
@@ -68,10 +68,10 @@ def check_lora(skeleton: "PreTrainedModel", targets: Targets) -> None:
 
 
 def check_targets(model: torch.nn.Module, targets: Targets) -> None:
-    """See that every target names a layer: PEFT passes over those that name none, if one of them does.
+    """Check that every target names a layer. PEFT ignores a target without a layer if another target has one.
 
     Raises:
-        ConfigError: one names none.
+        ConfigError: a target names no layer.
     """
     if isinstance(targets, str):
         return
@@ -85,13 +85,13 @@ def check_targets(model: torch.nn.Module, targets: Targets) -> None:
 
 
 def check_adapter(skeleton: "PreTrainedModel", directory: Path, *, weights_at_hand: bool) -> None:
-    """See that an adapter fits, on a model that has all its layers and no weights.
+    """Check that `load_adapter` will accept an adapter, on a model without weights (on the meta device).
 
     Args:
-        weights_at_hand: Whether the model will have its weights in this process.
+        weights_at_hand: whether the model's weights will be in this process.
 
     Raises:
-        ModelFileError: as `load_adapter`; an adapter that needs the weights, where they are not at hand.
+        ModelFileError: as `load_adapter`; or the adapter needs weights that will not be in this process.
     """
     config = _read_config(directory)
     needs = [name for name in ("use_dora", "target_parameters") if getattr(config, name, None)]
@@ -111,10 +111,10 @@ def check_adapter(skeleton: "PreTrainedModel", directory: Path, *, weights_at_ha
 
 
 def load_adapter(model: "PreTrainedModel", directory: Path) -> "PeftModel":
-    """Wrap a model in the adapter that a directory holds, for inference.
+    """Wrap a model in PEFT with the adapter of a directory, in evaluation mode.
 
     Raises:
-        ModelFileError: the directory holds no adapter in safetensors, or one for another model.
+        ModelFileError: the directory has no adapter in safetensors, or the adapter is for another model.
     """
     peft_model = _wrap_as_saved(model, _read_config(directory), directory)
     weights = directory / WEIGHTS
@@ -148,7 +148,7 @@ def _wrap_as_saved(model: "PreTrainedModel", config: Any, directory: Path, **how
 
 
 def adapter_files(peft_model: "PeftModel") -> dict[str, bytes]:
-    """The adapter in PEFT's format: file names and contents, the same bytes for the same factors."""
+    """The adapter in PEFT's format, as contents by file name. Equal factors give equal bytes."""
     from peft import get_peft_model_state_dict
 
     state = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
@@ -160,13 +160,14 @@ def adapter_files(peft_model: "PeftModel") -> dict[str, bytes]:
 
 
 def set_adapter_weights(peft_model: "PeftModel", weights: bytes, *, where: str) -> None:
-    """Put saved factors into a model that `add_lora` or `load_adapter` wrapped.
+    """Set the factors of a model that `add_lora` or `load_adapter` wrapped.
 
     Args:
-        where: What to call the weights in an error message.
+        weights: contents of a safetensors file.
+        where: what to call the file in an error message.
 
     Raises:
-        ModelFileError: not safetensors, or not this model's factors by name and shape.
+        ModelFileError: `weights` is not safetensors, or has other names or shapes than the model's factors.
     """
     from peft import set_peft_model_state_dict
 
@@ -215,10 +216,7 @@ def _wrap(model: "PreTrainedModel", config: Any, **how: bool) -> "PeftModel":
 
 @contextmanager
 def without_peft_warnings() -> Iterator[None]:
-    """PEFT sees whether a layer is a Conv1D and sets fan_in_fan_out right, but warns that it did.
-
-    And it asks the model a question by a name that Transformers has deprecated since.
-    """
+    """Suppress two of PEFT's warnings: that it set fan_in_fan_out for a Conv1D, and its use of a deprecated name."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
@@ -226,7 +224,7 @@ def without_peft_warnings() -> Iterator[None]:
 
 
 def _draw(parameter: torch.nn.Parameter, label: str) -> None:
-    """Uniform within 1 / sqrt(fan in), which is `kaiming_uniform_(a=sqrt(5))`, in float32 on the CPU."""
+    """Fill A (r, fan_in) uniformly within 1 / sqrt(fan_in), as `kaiming_uniform_(a=sqrt(5))`, in float32 on the CPU."""
     seed = int.from_bytes(hashlib.sha256(label.encode()).digest()[:8], "big")
     generator = torch.Generator().manual_seed(seed >> 1)
     bound = parameter.shape[1] ** -0.5
@@ -252,36 +250,27 @@ def _jsonable(value: object) -> object:
 
 @runtime_checkable
 class RemotelyOptimized(Protocol):
-    """An optimizer whose gradients and moments are not in this process."""
+    """An optimizer whose gradients and moments are on the worker."""
 
     def clip_grad_norm(self, largest: float) -> float:
-        """Have the next step take no larger a gradient; returns the norm as it is."""
+        """Scale the gradients of the next step to a norm of at most `largest`; returns the norm before."""
 
     def fetch_state(self) -> None:
-        """Bring the moments into `state`."""
+        """Copy the moments from the worker into `state`."""
 
     def store_state(self) -> None:
-        """Send the moments in `state` back."""
-
-
-def moved_optimizer(model: torch.nn.Module, **settings: Any) -> torch.optim.Optimizer | None:
-    """Move the adapter away, where the model's protection has it elsewhere; None where it is trained here."""
-    protection = getattr(model, "protection", None)
-    if protection is None or not protection.lora_on_worker:
-        return None
-    optimizer: torch.optim.Optimizer = protection.move_adapter(model).optimizer("adamw", **settings)
-    return optimizer
+        """Copy the moments in `state` to the worker."""
 
 
 def after_step(model: torch.nn.Module) -> None:
-    """Let a protected model renew its secrets, if its profile says so."""
+    """Let a protected model renew its secrets, if its profile has `rekey_every`. Does nothing on a plain model."""
     protection = getattr(model, "protection", None)
     if protection is not None:
         protection.after_step()
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, largest: float) -> float:
-    """Scale all gradients together so that their norm is no larger; returns the norm before."""
+    """Scale all gradients to a joint norm of at most `largest`; returns the norm before."""
     if isinstance(optimizer, RemotelyOptimized):
         return optimizer.clip_grad_norm(largest)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

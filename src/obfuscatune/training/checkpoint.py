@@ -147,7 +147,7 @@ def save_checkpoint(
     """Write the state after `progress.step` steps, then remove all but the newest.
 
     Args:
-        ingredients: What determines the run (`identity.py`); to resume, it must be the same.
+        ingredients: What determines the run (`ingredients`); to resume, it must be the same.
         kept: How many of the newest stay.
         keep_best: Whether the one with the smallest loss on the eval records stays too.
 

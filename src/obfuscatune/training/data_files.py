@@ -1,6 +1,7 @@
-"""JSON Lines and JSON arrays, read strictly: every fault is a DataError that names file and line.
+"""The kinds of records, and strict readers of JSON Lines and JSON arrays.
 
-And what a record is: text, a prompt with its completion, or a conversation.
+A record is running text, a prompt with its completion, or a conversation. Every fault in a file is a DataError that
+names the file and the line.
 """
 
 import hashlib
@@ -19,14 +20,14 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 @dataclass(frozen=True)
 class Text:
-    """Running text; every token is trained on."""
+    """Running text. The loss counts every token."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A prompt and what should follow it; only the completion is trained on."""
+    """A prompt and its completion. The loss counts only the completion."""
 
     prompt: str
     completion: str
@@ -34,31 +35,32 @@ class Completion:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation. `role` is one of `ROLES`."""
+    """One turn of a conversation.
+
+    Attributes:
+        role: one of `ROLES`.
+        details: other fields for the chat template: `tool_calls`, `tool_call_id`, `name`, `reasoning_content`.
+        trained: False excludes the turn from the loss. The loss never counts turns of other roles than the assistant.
+    """
 
     role: str
     content: str
     details: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """Further fields that the chat template is given: `tool_calls`, `tool_call_id`, `name`, `reasoning_content`."""
     trained: bool = True
-    """Whether the loss counts this turn, if it is the assistant's."""
 
     @property
     def is_trained(self) -> bool:
-        """Whether the loss counts this turn."""
+        """Whether the loss counts this turn: it is the assistant's, and not excluded."""
         return self.trained and self.role == "assistant"
 
     def fields(self) -> dict[str, Any]:
-        """The message as a chat template expects it."""
+        """The message as a dict for a chat template."""
         return {"role": self.role, "content": self.content, **self.details}
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns in order, and the tools that the assistant may call, as JSON schemas.
-
-    Only turns of the assistant's are trained on, and at least one is.
-    """
+    """Turns in order, and the tools that the assistant may call, as JSON schemas. The loss counts at least one turn."""
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
@@ -68,7 +70,7 @@ Record = Text | Completion | Conversation
 
 
 def split_turns(conversation: Conversation) -> Iterator[Conversation]:
-    """One conversation for each turn that is trained on: it ends with that turn, and trains on no other."""
+    """Yield one conversation for each turn in the loss. It ends with that turn, and its loss counts no other turn."""
     for index, message in enumerate(conversation.messages):
         if message.is_trained:
             before = tuple(replace(earlier, trained=False) for earlier in conversation.messages[:index])
@@ -76,9 +78,9 @@ def split_turns(conversation: Conversation) -> Iterator[Conversation]:
 
 
 MAX_LINE_BYTES = 16 * 2**20
-"""A longer line is refused: it is a wrong file, or line breaks have been lost."""
+"""A longer line is refused: the file is a wrong one, or has lost its line breaks."""
 MAX_ARRAY_BYTES = 2**30
-"""A larger JSON array is refused: unlike JSON Lines, it is read as a whole."""
+"""A larger JSON array is refused, since an array is read as a whole."""
 _BOM = b"\xef\xbb\xbf"
 _OTHER_BOMS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 _PEEKED_BYTES = 4096
@@ -86,22 +88,20 @@ _SPACE = " \t\r\n"
 
 
 class Line(NamedTuple):
-    """One JSON object and where it stood."""
+    """One JSON object, and its place `FILE:LINE` for error messages; lines count from 1."""
 
     where: str
-    """`FILE:LINE`, for messages; lines count from 1."""
     fields: dict[str, Any]
 
 
 def read_jsonl(path: Path) -> Iterator[Line]:
-    """Yield the objects of a JSON Lines file in order. Lines of white space alone are passed over.
+    """Yield the objects of a JSON Lines file in order. Blank lines and a byte order mark at the start are skipped.
 
-    Lines end at LF or CRLF only: U+2028 and its kin are ordinary characters inside a JSON string. A byte order mark
-    at the beginning, which some editors write, is passed over.
+    Lines end at LF or CRLF only: other Unicode line breaks, such as U+2028, may be part of a JSON string.
 
     Raises:
-        DataError: no such file, not UTF-8, malformed JSON, a repeated key, NaN or infinity, an unpaired
-            surrogate, a value that is no object, a line over `MAX_LINE_BYTES`, or no object at all.
+        DataError: the file cannot be read, is not UTF-8, or has no object; a line is longer than `MAX_LINE_BYTES`,
+            is malformed JSON or no object, or has a repeated key, NaN, infinity or an unpaired surrogate.
     """
     found = False
     with opened(path) as file:
@@ -124,7 +124,7 @@ def read_jsonl(path: Path) -> Iterator[Line]:
 
 
 def is_json_array(path: Path) -> bool:
-    """Whether a file's first character, white space aside, begins an array: it is then no JSON Lines.
+    """Whether a file is a JSON array and not JSON Lines: its first character besides white space is "[".
 
     Raises:
         DataError: the file cannot be read.
@@ -134,16 +134,12 @@ def is_json_array(path: Path) -> bool:
 
 
 def read_json_array(path: Path) -> Iterator[Line]:
-    """Yield the objects of a file that is one JSON array, in order, each with the line that it begins on.
+    """Yield the objects of a file that is one JSON array, in order, each with the line on which it begins.
 
     Raises:
-        DataError: as `read_jsonl`; the file is no array, or larger than `MAX_ARRAY_BYTES`.
+        DataError: as `read_jsonl`; the file is not an array, or larger than `MAX_ARRAY_BYTES`.
     """
-    with opened(path) as file:
-        raw = file.read(MAX_ARRAY_BYTES + 1)
-    if len(raw) > MAX_ARRAY_BYTES:
-        raise DataError(f"{path}: larger than {MAX_ARRAY_BYTES} bytes; give it as JSON Lines, one object a line")
-    text = _decoded(str(path), _without_bom(path, raw))
+    text = _read_whole(path, MAX_ARRAY_BYTES, "; give it as JSON Lines, one object a line")
     at = _after_space(text, 0)
     if text[at : at + 1] != "[":
         raise DataError(f"{path}: expected a JSON array of objects; a file of one object a line is to be named .jsonl")
@@ -179,10 +175,10 @@ def file_digest(path: Path) -> str:
 
 @contextmanager
 def opened(path: Path) -> Iterator[BufferedReader]:
-    """The file, open for reading bytes.
+    """Open a file for reading bytes.
 
     Raises:
-        DataError: it cannot be read, now or while the `with` lasts.
+        DataError: the file cannot be opened, or a read fails within the `with`.
     """
     try:
         with path.open("rb") as file:
@@ -192,16 +188,21 @@ def opened(path: Path) -> Iterator[BufferedReader]:
 
 
 def read_text(path: Path) -> str:
-    """A text file in UTF-8, with or without a byte order mark; line ends become LF.
+    """Read a text file in UTF-8, with or without a byte order mark; line ends become LF.
 
     Raises:
-        DataError: it cannot be read, is not UTF-8, or is longer than `MAX_LINE_BYTES`.
+        DataError: the file cannot be read, is not UTF-8, or is larger than `MAX_LINE_BYTES`.
     """
+    return _read_whole(path, MAX_LINE_BYTES).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _read_whole(path: Path, most: int, advice: str = "") -> str:
+    """Read a UTF-8 file of at most `most` bytes, without its byte order mark. `advice` ends the message if larger."""
     with opened(path) as file:
-        raw = file.read(MAX_LINE_BYTES + 1)
-    if len(raw) > MAX_LINE_BYTES:
-        raise DataError(f"{path}: longer than {MAX_LINE_BYTES} bytes")
-    return _decoded(str(path), _without_bom(path, raw)).replace("\r\n", "\n").replace("\r", "\n")
+        raw = file.read(most + 1)
+    if len(raw) > most:
+        raise DataError(f"{path}: larger than {most} bytes{advice}")
+    return _decoded(str(path), _without_bom(path, raw))
 
 
 def _without_bom(path: Path, start: bytes) -> bytes:
@@ -224,7 +225,7 @@ def _decoded(where: str, raw: bytes) -> str:
 
 @contextmanager
 def _parsing(where: str, path: Path | None = None) -> Iterator[None]:
-    """Turn what the decoder raises into a DataError; with `path`, its line numbers are those of that file."""
+    """Turn the JSON decoder's errors into a DataError. With `path`, the decoder's line numbers are the file's own."""
     try:
         yield
     except json.JSONDecodeError as error:
@@ -252,17 +253,17 @@ def _after_space(text: str, at: int) -> int:
 
 
 def field_faults(line: Line, required: Set[str], optional: Set[str] = frozenset()) -> str:
-    """Which fields are missing and which are unknown: "missing a; unknown b, c", or nothing."""
+    """Describes missing and unknown fields as "missing a; unknown b, c"; empty if there are none."""
     missing, unknown = required - line.fields.keys(), line.fields.keys() - required - optional
     found = (("missing", missing), ("unknown", unknown))
     return "; ".join(f"{word} {', '.join(sorted(names))}" for word, names in found if names)
 
 
 def text_of(line: Line, name: str, value: object) -> str:
-    """The value of the field `name`, which must be a string of more than white space.
+    """Returns `value`, of the field `name`, if it is a string that is not blank.
 
     Raises:
-        DataError: it is not.
+        DataError: `value` is not a string, or blank.
     """
     if not isinstance(value, str):
         raise DataError(f"{line.where}: {name} must be a string, found {json_type(value)}")
@@ -272,7 +273,7 @@ def text_of(line: Line, name: str, value: object) -> str:
 
 
 def json_type(value: object) -> str:
-    """The JSON name of a decoded value's type, with its article."""
+    """The JSON type of a decoded value, with its article: "an object", "a number"."""
     names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")
 
@@ -290,7 +291,7 @@ def _no_constant(name: str) -> float:
 
 
 def _refuse_surrogates(where: str, fields: dict[str, Any]) -> None:
-    """An escape such as "\\ud800" alone decodes to a str that is no text; no tokenizer takes it."""
+    """Refuse an unpaired escape such as "\\ud800": it decodes to a str that no tokenizer accepts."""
     try:
         json.dumps(fields, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CONTEXT_TOKENS = 8
-"""Of the prompt, before the first token written: enough for its last word, and for a character of several tokens."""
+"""Last tokens of the prompt that are decoded too: enough for its last word, or a character of several tokens."""
 _INCOMPLETE = "\ufffd"
 """What decoding gives for a character of which not all bytes are there yet."""
 

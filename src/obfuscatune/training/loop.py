@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 
 from obfuscatune.errors import NonFiniteError
-from obfuscatune.training.adapter import after_step, clip_gradients, moved_optimizer
+from obfuscatune.training.adapter import after_step, clip_gradients
 from obfuscatune.training.data import IGNORED, Example
 from obfuscatune.training.recipe import Interval, Recipe
 
@@ -93,7 +93,7 @@ class Plan:
 
 
 Schedule = Literal["linear", "cosine", "constant"]
-"""Of the learning rate, as Hugging Face names them."""
+"""Schedules of the learning rate, by Hugging Face's names."""
 
 
 @dataclass(frozen=True)
@@ -125,16 +125,19 @@ class OptimizerSettings:
     total_steps: int
 
 
-def make_optimizer(peft_model: "PeftModel", *, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW with PyTorch's moments (0.9, 0.999) on all trainable parameters. The rate is set at each step.
+def make_optimizer(peft_model: "PeftModel", *, weight_decay: float, lr: float = 0.0) -> torch.optim.Optimizer:
+    """AdamW with PyTorch's betas (0.9, 0.999) on all trainable parameters. `train` sets `lr` at each step.
 
-    Where the model's protection has LoRA on the worker, the adapter moves there now.
+    If the model's profile trains LoRA on the worker, this moves the adapter there, and the optimizer steps there.
     """
-    moved = moved_optimizer(peft_model, lr=0.0, weight_decay=weight_decay)
-    if moved is not None:
-        return moved
+    protection = getattr(peft_model, "protection", None)
+    if protection is not None and protection.lora_on_worker:
+        remote: torch.optim.Optimizer = protection.move_adapter(peft_model).optimizer(
+            "adamw", lr=lr, weight_decay=weight_decay
+        )
+        return remote
     trainable = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trainable, lr=0.0, weight_decay=weight_decay)
+    return torch.optim.AdamW(trainable, lr=lr, weight_decay=weight_decay)
 
 
 def train(
@@ -294,7 +297,7 @@ class Cadence:
         return step == self.total_steps or self._is_due(self.checkpoint_every, step)
 
     def planned_before(self, ingredients: Mapping[str, Any] | None) -> int | None:
-        """The steps that a checkpoint's run was to take (`identity.py`), where these are fewer."""
+        """The steps that an earlier run planned, by its `ingredients`; None unless they are fewer than now."""
         if ingredients is None:
             return None
         steps = ingredients["max_steps"] or ingredients["epochs"] * self.plan.steps_per_epoch

@@ -67,7 +67,7 @@ ALIASES: Mapping[str, Alias] = {
 
 
 def resolve_names(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The same values under the names of the recipe's fields; names that are in no table stay as they are.
+    """Rename settings given under Hugging Face's names to the recipe's; unknown names stay as they are.
 
     Raises:
         ConfigError: two names of one field with different values, or a value that has no counterpart here.
@@ -117,7 +117,7 @@ class Recipe(BaseModel):
     """A run of fine-tuning. Each field is a key of the run file and, with dashes, an option of `finetune`.
 
     The `Option` of a field is what that option's help says; fields without one share theirs with other commands.
-    Hugging Face's names of the same things are accepted beside ours (`names.py`).
+    Hugging Face's names of the same settings are accepted too (`ALIASES`).
     Paths are relative to the directory that the command is run in.
     """
 

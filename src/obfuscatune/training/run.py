@@ -145,7 +145,7 @@ def finetune(
     Args:
         model: A Hugging Face causal language model; it is wrapped in place.
         data: What `load_data` read.
-        fingerprint: What tells this model from others (`identity.model_fingerprint`).
+        fingerprint: What tells this model from others (`checkpoint.model_fingerprint`).
         report: Called with each event as it happens.
         resume_run: Go on from the newest checkpoint in `recipe.out`; without one, begin. With more epochs or steps
             than the run had, it becomes longer: the learning rate then follows the schedule of the longer run from
@@ -166,7 +166,9 @@ def finetune(
         _refuse_accident(directory, resume_run)
         directory.clean()
         before = refuse_other_run(directory, made_of, load_best=recipe.load_best)
-        peft_model = _with_lora(model, recipe)
+        peft_model = add_lora_as_recipe(model, recipe)
+        if recipe.gradient_checkpointing:
+            _enable_gradient_checkpointing(model)
         optimizer = make_optimizer(peft_model, weight_decay=recipe.weight_decay)
         progress = saved = resume(directory, peft_model, optimizer, made_of)
         directory.write_file("recipe.yaml", recipe.to_yaml().encode())
@@ -303,8 +305,13 @@ def _made_of(recipe: Recipe, data: Data, fingerprint: str) -> Mapping[str, Any]:
     return ingredients(recipe, model=fingerprint, data=data.train.digest, evaluation=evaluation)
 
 
-def _with_lora(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
-    peft_model = add_lora(
+def add_lora_as_recipe(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
+    """`add_lora` with the settings of a recipe.
+
+    Raises:
+        ConfigError: as `add_lora`.
+    """
+    return add_lora(
         model,
         r=recipe.lora_r,
         alpha=recipe.lora_alpha,
@@ -312,11 +319,13 @@ def _with_lora(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
         targets=recipe.lora_targets,
         seed=recipe.seed,
     )
-    if recipe.gradient_checkpointing:
-        # Transformers 5 renamed it in its course. Not reentrant: the embeddings are frozen and need no gradient.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    return peft_model
+
+
+def _enable_gradient_checkpointing(model: PreTrainedModel) -> None:
+    """Non-reentrant: the reentrant way needs inputs with a gradient, and the embeddings are frozen."""
+    # Later versions of transformers 5 call it by the first name.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _refuse_accident(directory: RunDirectory, resume_run: bool) -> None:

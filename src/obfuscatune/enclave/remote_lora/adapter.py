@@ -93,7 +93,7 @@ class RemoteAdapter:
                     self._put(index, of_B, state[it.lora_b][name])
 
     def fetch_moments(self) -> dict[nn.Parameter, dict[str, Tensor]]:
-        """The worker's moments, likewise."""
+        """The worker's moments, in the form of `torch.optim.AdamW.state`."""
         state: dict[nn.Parameter, dict[str, Tensor]] = {}
         for index, it in enumerate(self.layers):
             for name, (of_A, of_B) in MOMENTS.items():
@@ -131,7 +131,7 @@ class AdaptedLayer:
     layer: Any
     """PEFT's `lora.Linear`."""
     name: str
-    """Of the adapter."""
+    """The adapter's name in PEFT."""
     member: int
     """Which of the crossing's layers it is."""
 
@@ -220,7 +220,7 @@ def walk(found: dict[SharedCrossing, list[AdaptedLayer]]) -> Iterator[AdaptedLay
 
 
 class Basis:
-    """Of one matrix's factors: R_in acts on A (p, r), R_out on B (r, width)."""
+    """The transforms of one matrix, applied to its factors: R_in to A (p, r), R_out to B (r, width)."""
 
     def __init__(self, R_in: Transform, R_out: Transform, width: int) -> None:
         """`width`: columns that the factors have; R_out is 1 where that is not all of them."""

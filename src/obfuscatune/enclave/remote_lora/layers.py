@@ -19,6 +19,7 @@ from obfuscatune.enclave.autograd import as_parts, as_rows, outside_autocast
 from obfuscatune.enclave.client import AdapterClient, check_finite, check_product
 from obfuscatune.enclave.layers import SharedCrossing, _state, biases_in
 from obfuscatune.enclave.remote_lora.adapter import RemoteAdapter
+from obfuscatune.enclave.transforms import widen
 from obfuscatune.errors import ProtectionError
 
 
@@ -98,9 +99,9 @@ class _Adapted(torch.autograd.Function):
         else:
             if offloaded.observe is not None:
                 offloaded.observe(rows, False)
-            X_star = _laid_out(remote, offloaded.R_in.apply(_widen(rows)), dtype)
+            X_star = _laid_out(remote, offloaded.R_in.apply(widen(rows)), dtype)
             Y_star = remote.forward(X_star, number=number, dropout=training, known_finite=True)
-            y = _own(offloaded.R_out.inverse(_widen(Y_star.to(x.device))).to(x.dtype), Y_star, remote)
+            y = _own(offloaded.R_out.inverse(widen(Y_star.to(x.device))).to(x.dtype), Y_star, remote)
         parts = as_parts(y, x.shape[:-1], widths)
         for part, bias in zip(parts, biases, strict=True):
             if bias is not None:
@@ -120,9 +121,9 @@ class _Adapted(torch.autograd.Function):
             if offloaded.observe is not None:
                 offloaded.observe(rows, True)
             with outside_autocast(g.device):
-                G_star = _laid_out(remote, R_out.inverse_transpose(_widen(rows)), dtype)
+                G_star = _laid_out(remote, R_out.inverse_transpose(widen(rows)), dtype)
                 D_star = remote.backward(G_star, number=number, known_finite=True)
-                dx = _own(R_in.apply_transpose(_widen(D_star.to(g.device))).to(g.dtype), D_star, remote)
+                dx = _own(R_in.apply_transpose(widen(D_star.to(g.device))).to(g.dtype), D_star, remote)
             dx = dx.view(*g.shape[:-1], R_in.dim)
         nothing = (None,) * (len(ctx.needs_input_grad) - 1)  # type: ignore[attr-defined]
         return (dx if ctx.needs_input_grad[0] else None, *nothing)  # type: ignore[attr-defined]
@@ -141,8 +142,3 @@ def _own(result: Tensor, received: Tensor, remote: AdapterClient) -> Tensor:
     shared = result.untyped_storage().data_ptr() == received.untyped_storage().data_ptr()
     with remote.refusing():
         return check_product(result.clone() if shared else result)
-
-
-def _widen(x: Tensor) -> Tensor:
-    """16-bit tensors are rotated in float32."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

@@ -136,7 +136,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         return torch.optim.SGD(parameters, lr=settings["lr"], weight_decay=settings["weight_decay"])
 
     def _step_local(self, settings: dict[str, Any]) -> None:
-        """The same step for what is here."""
+        """Step the trained parameters that are in this process."""
         if self._local is None:
             return
         (group,) = self._local.param_groups

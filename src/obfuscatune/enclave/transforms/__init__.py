@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 
 from obfuscatune.enclave.keys import SecretStream
-from obfuscatune.enclave.transforms.base import OrthogonalTransform, Transform
+from obfuscatune.enclave.transforms.base import OrthogonalTransform, Transform, widen
 from obfuscatune.enclave.transforms.dense import (
     ConditionedTransform,
     GaussianTransform,
@@ -68,4 +68,4 @@ class TransformSpec:
         return f"conditioned({self.kappa:g})" if self.name == "conditioned" else self.name
 
 
-__all__ = ["NAMES", "OrthogonalTransform", "Transform", "TransformSpec"]
+__all__ = ["NAMES", "OrthogonalTransform", "Transform", "TransformSpec", "widen"]

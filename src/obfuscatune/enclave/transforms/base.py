@@ -17,11 +17,16 @@ if TYPE_CHECKING:
 _Product = Callable[[Tensor, tuple[Tensor, ...]], Tensor]
 
 
+def widen(x: Tensor) -> Tensor:
+    """x in float32 if it is bfloat16 or float16; otherwise x itself. Tensors of 16 bits are computed in float32."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
 class Transform(ABC):
     """A secret matrix R (dim, dim), applied without being built where its structure allows.
 
-    All four products take x (..., dim) in float64, float32 or bfloat16 and return the same shape, dtype
-    and device. bfloat16 and float16 are computed in float32 and rounded once, at the end.
+    All four products take x (..., dim) in any floating-point dtype and return the same shape, dtype and device.
+    bfloat16 and float16 are computed in float32 and rounded once, at the end.
     """
 
     name: str
@@ -57,7 +62,7 @@ class Transform(ABC):
         return self.inverse_transpose(W.T.to(wide)).T.to(W.dtype)
 
     def weight_right(self, W: Tensor, *, wide: torch.dtype = torch.float64) -> Tensor:
-        """W R for W (p, dim), likewise."""
+        """W R for W (p, dim): computed in `wide`, rounded once to W's dtype."""
         return self.apply(W.to(wide)).to(W.dtype)
 
     def left_in_place(self, W: Tensor, *, wide: torch.dtype) -> bool:
@@ -69,7 +74,7 @@ class Transform(ABC):
         return False
 
     def right_in_place(self, W: Tensor, *, wide: torch.dtype) -> bool:
-        """W (p, dim) becomes `weight_right(W)`, likewise."""
+        """As `left_in_place`, for `weight_right(W)` of W (p, dim)."""
         return False
 
     def of_few(self, rows: int, dtype: torch.dtype, *, undo: bool) -> RotationOfFew | None:
@@ -96,22 +101,21 @@ class Transform(ABC):
 
     @abstractmethod
     def _inverse(self, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
-        """x R⁻¹, likewise."""
+        """x R⁻¹ for x (n, dim) and the factors in its dtype."""
 
     @abstractmethod
     def _apply_transpose(self, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
-        """x Rᵀ, likewise."""
+        """x Rᵀ for x (n, dim) and the factors in its dtype."""
 
     @abstractmethod
     def _inverse_transpose(self, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
-        """x R⁻ᵀ, likewise."""
+        """x R⁻ᵀ for x (n, dim) and the factors in its dtype."""
 
     def _act(self, x: Tensor, product: _Product) -> Tensor:
         if x.shape[-1] != self.dim:
             raise ProtectionError(f"{self.name} transform of dimension {self.dim} met a tensor {tuple(x.shape)}")
-        dtype = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
-        rows = x.reshape(-1, self.dim).to(dtype)
-        return product(rows, self._factors_in(dtype, x.device)).view(x.shape).to(x.dtype)
+        rows = widen(x.reshape(-1, self.dim))
+        return product(rows, self._factors_in(rows.dtype, x.device)).view(x.shape).to(x.dtype)
 
     def _factors_in(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
         cached = self._factors.get((dtype, device))

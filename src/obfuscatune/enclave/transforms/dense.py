@@ -121,11 +121,11 @@ class UnsafeIdentity(OrthogonalTransform):
     name = "identity"
 
     def left_in_place(self, W: Tensor, *, wide: torch.dtype) -> bool:
-        """There is nothing to do."""
+        """Does nothing: R is 1."""
         return True
 
     def right_in_place(self, W: Tensor, *, wide: torch.dtype) -> bool:
-        """Likewise."""
+        """Does nothing: R is 1."""
         return True
 
     @property

@@ -1,21 +1,21 @@
-"""A product on its way: waited for once, when first needed, and by nothing that asks for its shape alone."""
+"""A lazy product is waited for once, on first use, and not by what asks for its shape alone."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from obfuscatune.enclave.lazy_tensor import AwaitedProduct
+from obfuscatune.enclave.placeholder_tensors import LazyProduct
 
 VALUES = torch.arange(6.0).view(2, 3)
 
 
 class Awaiting:
-    """An awaited product, and how often it was waited for."""
+    """A lazy product, and how often it was waited for."""
 
     def __init__(self) -> None:
         self.times = 0
-        self.product = AwaitedProduct((2, 3), torch.zeros(1), self.finish)
+        self.product = LazyProduct((2, 3), torch.zeros(1), self.finish)
 
     def finish(self) -> Tensor:
         self.times += 1

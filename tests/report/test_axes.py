@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from obfuscatune.report.charts import linear_axis, log_axis
+from obfuscatune.report.axes import linear_axis, log_axis
 
 
 def labels(axis):
