@@ -9,6 +9,8 @@ after the setting, with dashes, and has the setting's default.
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args, get_origin
 
+from obfuscatune.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Option:
@@ -38,3 +40,20 @@ def split_annotation(annotation: Any) -> tuple[Any, Option | None]:
         return annotation, None
     kind, *metadata = get_args(annotation)
     return kind, next((it for it in metadata if isinstance(it, Option)), None)
+
+
+UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+"""Of sizes that people write."""
+
+
+def parse_size(text: str) -> int:
+    """Bytes from "8GiB", "512 MiB" or "1000000".
+
+    Raises:
+        ConfigError: anything else.
+    """
+    digits = text.rstrip("KMGTiB ")
+    unit = text[len(digits) :].strip()
+    if not digits.isascii() or not digits.isdigit() or unit not in UNITS:
+        raise ConfigError(f"{text!r} is no size: write bytes, or a number with KiB, MiB, GiB or TiB, as 8GiB")
+    return int(digits) * UNITS[unit]

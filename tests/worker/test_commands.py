@@ -13,7 +13,8 @@ from obfuscatune.cli.keygen import keygen
 from obfuscatune.cli.options import with_options
 from obfuscatune.cli.worker import worker
 from obfuscatune.errors import ConfigError
-from obfuscatune.protocol.limits import GIB, MIB, parse_size
+from obfuscatune.option import parse_size
+from obfuscatune.protocol.limits import GIB, MIB
 from obfuscatune.protocol.tls import PinnedTls, TlsConfig, fingerprint
 from obfuscatune.worker.options import WorkerOptions, parse_arguments
 

@@ -160,7 +160,7 @@ class Protection:
             ConfigError: a size that cannot be read, or the mask worker's certificate without ours.
         """
         from obfuscatune.enclave.protection import DEFAULT_MASKING, Masking
-        from obfuscatune.protocol.limits import parse_size
+        from obfuscatune.option import parse_size
         from obfuscatune.protocol.tls import TlsConfig
 
         tls = None

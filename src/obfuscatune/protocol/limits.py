@@ -1,7 +1,5 @@
 """The limits of the wire protocol, each with its unit and reason. A test compares them with docs/spec/wire.md."""
 
-from obfuscatune.errors import ConfigError
-
 KIB = 1024
 MIB = 1024 * KIB
 GIB = 1024 * MIB
@@ -101,19 +99,3 @@ SLOWEST_BYTES_PER_SECOND = MIB
 
 LINGER_SECONDS = 2.0
 """How long a worker that hangs up waits for its last words to be read."""
-
-UNITS = {"KiB": KIB, "MiB": MIB, "GiB": GIB, "TiB": 1024 * GIB, "": 1}
-"""Of sizes that people write."""
-
-
-def parse_size(text: str) -> int:
-    """Bytes from "8GiB", "512 MiB" or "1000000".
-
-    Raises:
-        ConfigError: anything else.
-    """
-    digits = text.rstrip("KMGTiB ")
-    unit = text[len(digits) :].strip()
-    if not digits.isascii() or not digits.isdigit() or unit not in UNITS:
-        raise ConfigError(f"{text!r} is no size: write bytes, or a number with KiB, MiB, GiB or TiB, as 8GiB")
-    return int(digits) * UNITS[unit]

@@ -16,8 +16,9 @@ import torch
 
 from obfuscatune.errors import ConfigError, ConnectionLost, WireError
 from obfuscatune.machine import memory_bytes
+from obfuscatune.option import parse_size
 from obfuscatune.protocol.endpoints import check_tls, parse_address
-from obfuscatune.protocol.limits import HANDSHAKE_SECONDS, MAX_HANDSHAKES, MAX_SESSION_CONNECTIONS, parse_size
+from obfuscatune.protocol.limits import HANDSHAKE_SECONDS, MAX_HANDSHAKES, MAX_SESSION_CONNECTIONS
 from obfuscatune.protocol.listen import Listener
 from obfuscatune.protocol.tls import PinnedTls, TlsConfig
 from obfuscatune.protocol.transport import Deadline, SocketTransport
