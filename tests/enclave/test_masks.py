@@ -282,3 +282,37 @@ def test_the_same_key_twice_is_refused(tmp_path: Path) -> None:
 def test_buckets_are_powers_of_two_and_their_halves(rows: int, expected: int) -> None:
     assert bucket(rows) == expected
     assert bucket(expected) == expected
+
+
+@torch.no_grad()
+def test_renewed_secrets_reach_both_workers(tmp_path: Path) -> None:
+    inputs = batch((9, 4), 97).inputs()
+    with two_workers(tmp_path) as (compute, mask), guarded(compute, mask) as model:
+        expected = model(**inputs).logits
+        model.protection.rekey()
+        torch.testing.assert_close(model(**inputs).logits, expected, rtol=0, atol=1e-4)
+        held = len(model.protection.offloaded)
+        for worker in (compute, mask):
+            store = worker.service.answerer.store
+            assert len(store._held) == held, "the old matrices are forgotten"
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+def test_a_forked_child_draws_masks_of_its_own(tmp_path: Path) -> None:
+    inputs = batch((9, 4), 97).inputs()
+    with two_workers(tmp_path) as (compute, mask):
+        at_compute = rows_sent(compute)
+        with guarded(compute, mask) as model:
+            for _ in range(2):
+                expected = model(**inputs).logits
+            pid = os.fork()
+            if pid == 0:
+                found = model(**inputs).logits
+                os._exit(
+                    0 if torch.allclose(found, expected, atol=1e-4) and not model.protection.masks.stats.dropped else 1
+                )
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+            model(**inputs)
+    rows = [row.numpy().tobytes() for request in at_compute for row in request]
+    assert len(set(rows)) == len(rows)

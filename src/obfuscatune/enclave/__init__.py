@@ -15,6 +15,7 @@ How a call passes through, and back:
     layers         x of the first layer of a group  -> one request for all; `placeholder_tensors` meanwhile
     autograd       x (..., p)                       -> rows (n, p), outside autocast
     product        rows                             -> rotated, mixed by `mixing` and `kernels`, sent, verified
+    masks          rows, under profile `guarded`    -> under a one-time mask; `accountant` counts what it can show
     client         mixed rows                       -> their product by W_star
 
 Beside these: `plan` counts what would run where, `published` warns of a public base, `protected_model` has a protected
