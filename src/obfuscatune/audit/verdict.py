@@ -19,16 +19,9 @@ PROMISED: dict[tuple[str, Attacker], tuple[Target, ...]] = {
 }
 """What a profile promises to hide from whom (docs/threat-model.md); the others promise nothing. Nobody is promised
 anything against who has the public base."""
-EXCEPTED: dict[str, frozenset[str]] = {
-    "private": frozenset({"equal-tokens-decoding"}),
-    "guarded": frozenset({"equal-tokens-decoding"}),
-}
+_LINKS_TOKENS = frozenset({"equal-tokens-decoding", "moments-decoding", "shared-rows"})
+EXCEPTED: dict[str, frozenset[str]] = {"private": _LINKS_TOKENS, "guarded": _LINKS_TOKENS}
 """What it does not promise to anyone, because it was found open: attacks by name."""
-CAVEATS: dict[str, str] = {
-    "guarded": "An attack that is not in this set undoes its loud shield rows: examples are recognised across epochs "
-    "(AUC 0.99), and who has the public base tells which documents are in a call (docs/threat-model.md)."
-}
-"""What is known against a profile, although no attack of this set shows it."""
 
 
 class State(StrEnum):
@@ -88,8 +81,7 @@ class Verdict:
         linked = f" Texts are told apart or matrices aligned by {_list(self.linked)}." if self.linked else ""
         missing = f" Could not be run, so not withstood: {_count(self.not_run)}." if self.not_run else ""
         weak = f" Too weak here even against identity, so not withstood: {_count(self.powerless)}."
-        caveat = f" {CAVEATS[self.profile]}" if self.profile in CAVEATS else ""
-        return first + linked + missing + (weak if self.powerless else "") + caveat
+        return first + linked + missing + (weak if self.powerless else "")
 
 
 def advice(grid: Grid) -> str:

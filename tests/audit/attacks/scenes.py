@@ -43,6 +43,8 @@ class Hiding:
     permuted: bool = False
     noise: bool = False
     drift: float = 0.05
+    equal_lengths: bool = False
+    """Whether all tokens' rows are of one length."""
     context: float = 0.0
     """How much of a row follows from its place in the text and not from its token."""
     spread: float = 1.0
@@ -62,6 +64,9 @@ ROTATED_IN_CONTEXT = replace(ROTATED, context=0.5)
 UNLIKE = replace(STRUCTURED, spread=3.0)
 PERMUTED = replace(CLEAR, permuted=True)
 UNROTATED = Hiding("identity", "identity", shield_rows=2, heavy_tailed=True)
+EQUALLY_LONG = replace(ROTATED, equal_lengths=True)
+LOUD = Hiding(shield_rows=44, loudness=8.0)
+FILLED = replace(LOUD, shield_rows=P - TRAINING)
 ADAPTED = Hiding(output="identity", mixing=False, shield_rows=0, adapted=True)
 NOISE = Hiding("structured", "structured", noise=True, adapted=True)
 
@@ -104,7 +109,8 @@ class _Builder:
     def __init__(self, hiding: Hiding, seed: int) -> None:
         self.hiding = hiding
         self.random = torch.Generator().manual_seed(seed)
-        lengths = torch.linspace(0.5, 2.0, VOCABULARY, dtype=torch.float64)[:, None]
+        longest = 0.5 if hiding.equal_lengths else 2.0
+        lengths = torch.linspace(0.5, longest, VOCABULARY, dtype=torch.float64)[:, None]
         table = self.normal(VOCABULARY, P) + 0.5 * self.normal(1, P)
         if hiding.heavy_tailed:
             table = table.pow(5)
@@ -237,18 +243,21 @@ class _Builder:
         tokens = torch.tensor([token for one in texts for token in one])
         inputs = tuple(torch.cat(rows) for rows in zip(*(self.inputs(one) for one in texts), strict=True))
         positions = torch.arange(TRAINING).repeat(len(texts))
-        base = PublicBase(tuple(self.bases), inputs, tokens, positions, self.head)
+        base = PublicBase(tuple(self.bases), inputs, tokens, positions, self.head, lambda ids: self.table[ids])
         known = [
             KnownCall(index, call.rows)
             for index, call in enumerate(truth.calls)
             if call.phase == "training" and call.layer == 0 and not call.transposed
         ][:16]
+        trained = [call.tokens for call in truth.calls if call.phase == "training"]
         text = PublicText(texts, VOCABULARY)
         how = Architecture(self.model.drawn_again, lambda: Toy(self.table, self.head, self.bases), self.model.place)
         return {
             Attacker.CLOSED: Knowledge(Attacker.CLOSED, scheme),
             Attacker.PUBLIC_TEXT: Knowledge(Attacker.PUBLIC_TEXT, scheme, text, how),
-            Attacker.PUBLIC_BASE: Knowledge(Attacker.PUBLIC_BASE, scheme, text, how, base),
+            Attacker.PUBLIC_BASE: Knowledge(
+                Attacker.PUBLIC_BASE, scheme, text, how, base, documents=tuple(sorted({*trained, *texts[:24]}))
+            ),
             Attacker.KNOWN_PLAINTEXT: Knowledge(Attacker.KNOWN_PLAINTEXT, scheme, plaintext=tuple(known)),
         }
 

@@ -1,0 +1,66 @@
+"""Which calls have a row in common, from traffic alone: their row spaces then meet.
+
+A call of m = n + s rows spans m of p dimensions, whatever A is. Two calls with m_1 + m_2 <= p meet in nothing but what
+they share: k common rows are k principal angles of zero. Where m_1 + m_2 > p, any two spaces meet, and nothing follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from obfuscatune.audit.attacks.base import Attacker, CannotRun, Finding, Target
+from obfuscatune.audit.attacks.geometry import orthonormal_rows
+from obfuscatune.audit.attacks.knowledge import Knowledge
+from obfuscatune.audit.attacks.linkage import EXACT, MOST_CALLS
+from obfuscatune.audit.attacks.scoring import Truth, score_pairs
+from obfuscatune.audit.attacks.view import WorkerView
+
+SAME_ROW = 1 - 1e-9
+"""Cosine of two plain rows above which they are one: float32 keeps them within 1e-12."""
+
+
+@dataclass(frozen=True)
+class SharedRowsGuess:
+    """The largest cosine (n,) between the row spaces of each pair of calls, by index."""
+
+    pairs: Sequence[tuple[int, int]]
+    cosines: Tensor
+
+
+class SharedRows:
+    """Looks for directions that the row spaces of two calls have in common: calls of any phase and of any size."""
+
+    name = "shared-rows"
+    needs = Attacker.CLOSED
+    target = Target.TOKENS
+    measure = "AUC: pairs of calls with a row in common against others"
+    source = "ours; Björck & Golub 1973 for principal angles"
+
+    def run(self, view: WorkerView, knowledge: Knowledge, seed: int) -> SharedRowsGuess:
+        """Smallest principal angles of all pairs of forward calls of the first layer that leave room for each other."""
+        calls = view.of_newest_matrix(0)[-MOST_CALLS:]
+        p = calls[0].width
+        bases = {call.index: orthonormal_rows(call.rows) for call in calls if call.count < p}
+        pairs, cosines = [], []
+        indices = list(bases)
+        for place, first in enumerate(indices):
+            for second in indices[place + 1 :]:
+                if len(bases[first]) + len(bases[second]) <= p:
+                    pairs.append((first, second))
+                    cosines.append(torch.linalg.matrix_norm(bases[first] @ bases[second].T, ord=2))
+        if not pairs:
+            raise CannotRun("the rows of any two calls fill the space between them, so that all row spaces meet")
+        return SharedRowsGuess(pairs, torch.stack(cosines))
+
+    def score(self, guess: SharedRowsGuess, truth: Truth) -> Finding:
+        """Against the plain rows: whether some row of one call is, but for its scale, a row of the other."""
+        indices = {index for pair in guess.pairs for index in pair}
+        unit = {index: torch.nn.functional.normalize(truth.calls[index].rows, dim=1) for index in indices}
+        shared = torch.tensor([float((unit[a] @ unit[b].T).max()) > SAME_ROW for a, b in guess.pairs])
+        exact = guess.cosines > EXACT
+        details = {"exact, true": float((exact & shared).sum()), "exact, false": float((exact & ~shared).sum())}
+        return score_pairs(guess.cosines, shared, details)
