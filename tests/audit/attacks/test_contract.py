@@ -15,7 +15,7 @@ BY_NAME = {attack.name: attack for attack in ATTACKS}
 SUCCEEDS_ON = {
     "equal-rows": (scenes.ROTATED, 0.99),
     "equal-tokens-decoding": (scenes.MIXED, 0.99),
-    "moments-decoding": (scenes.LOUD, 0.9),
+    "moments-decoding": (scenes.MIXED, 0.9),
     "shared-rows": (scenes.MIXED, 0.99),
     "frequency-decipherment": (scenes.ROTATED, 0.9),
     "source-separation": (scenes.UNROTATED, 0.5),
@@ -36,7 +36,7 @@ SUCCEEDS_ON = {
     "stealing-from-nothing": (scenes.CLEAR, 2.1),
     "stealing-from-base": (scenes.FAR, 2.1),
     "equal-beginnings": (scenes.MIXED, 0.9),
-    "moments-prompts": (scenes.LOUD, 0.9),
+    "moments-prompts": (scenes.FILLED, 0.9),
     "equal-examples": (scenes.MIXED, 0.95),
     "moments-examples": (scenes.FILLED, 0.95),
     "basis-stitching": (scenes.ROTATED_IN_CONTEXT, 0.7),

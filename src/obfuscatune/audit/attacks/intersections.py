@@ -2,6 +2,7 @@
 
 A call of m = n + s rows spans m of p dimensions, whatever A is. Two calls with m_1 + m_2 <= p meet in nothing but what
 they share: k common rows are k principal angles of zero. Where m_1 + m_2 > p, any two spaces meet, and nothing follows.
+Larger spaces come nearer to each other by chance, so each cosine is held against those of random spaces.
 """
 
 from __future__ import annotations
@@ -19,16 +20,20 @@ from obfuscatune.audit.attacks.linkage import EXACT, MOST_CALLS
 from obfuscatune.audit.attacks.scoring import Truth, score_pairs
 from obfuscatune.audit.attacks.view import WorkerView
 
+DRAWS = 100
 SAME_ROW = 1 - 1e-9
 """Cosine of two plain rows above which they are one: float32 keeps them within 1e-12."""
 
 
 @dataclass(frozen=True)
 class SharedRowsGuess:
-    """The largest cosine (n,) between the row spaces of each pair of calls, by index."""
+    """How near the row spaces of each pair of calls, by index, come to each other."""
 
     pairs: Sequence[tuple[int, int]]
     cosines: Tensor
+    """(n,): the largest ones between both spaces."""
+    scores: Tensor
+    """(n,): by how many standard deviations each is larger than between random spaces of these sizes."""
 
 
 class SharedRows:
@@ -54,7 +59,13 @@ class SharedRows:
                     cosines.append(torch.linalg.matrix_norm(bases[first] @ bases[second].T, ord=2))
         if not pairs:
             raise CannotRun("the rows of any two calls fill the space between them, so that all row spaces meet")
-        return SharedRowsGuess(pairs, torch.stack(cosines))
+        largest = torch.stack(cosines)
+        sizes = [(len(bases[first]), len(bases[second])) for first, second in pairs]
+        generator = torch.Generator().manual_seed(seed)
+        usual = {size: _random_cosines(*size, p, generator) for size in dict.fromkeys(sizes)}
+        means = torch.stack([usual[size].mean() for size in sizes])
+        deviations = torch.stack([usual[size].std() for size in sizes])
+        return SharedRowsGuess(pairs, largest, (largest - means) / deviations)
 
     def score(self, guess: SharedRowsGuess, truth: Truth) -> Finding:
         """Against the plain rows: whether some row of one call is, but for its scale, a row of the other."""
@@ -63,4 +74,11 @@ class SharedRows:
         shared = torch.tensor([float((unit[a] @ unit[b].T).max()) > SAME_ROW for a, b in guess.pairs])
         exact = guess.cosines > EXACT
         details = {"exact, true": float((exact & shared).sum()), "exact, false": float((exact & ~shared).sum())}
-        return score_pairs(guess.cosines, shared, details)
+        return score_pairs(guess.scores, shared, details)
+
+
+def _random_cosines(first: int, second: int, p: int, generator: torch.Generator) -> Tensor:
+    """The largest cosines (DRAWS,) between random spaces of those dimensions in p."""
+    drawn = torch.randn(DRAWS, p, first + second, dtype=torch.float64, generator=generator)
+    a, b = (torch.linalg.qr(part)[0] for part in drawn.split([first, second], dim=2))
+    return torch.linalg.matrix_norm(a.transpose(1, 2) @ b, ord=2)

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +18,41 @@ from obfuscatune.audit.attacks.base import Attacker, CannotRun, Finding, Target
 from obfuscatune.audit.attacks.geometry import align_two_sided
 from obfuscatune.audit.attacks.knowledge import Knowledge
 from obfuscatune.audit.attacks.linkage import MOST_CALLS
-from obfuscatune.audit.attacks.moments import Spectra, numbers_dropped, skewness
 from obfuscatune.audit.attacks.scoring import Truth, score_pairs
-from obfuscatune.audit.attacks.view import WorkerView
+from obfuscatune.audit.attacks.view import SeenCall, WorkerView
+
+SHARES_DROPPED = (0.25, 0.5, 0.625, 0.75, 0.875)
+"""Of a call's singular directions, where their number is not known from the profile."""
+
+
+@dataclass(frozen=True)
+class Spectra:
+    """Singular values (calls, r), falling, and right singular vectors (calls, r, p) of calls of one size."""
+
+    values: Tensor
+    vectors: Tensor
+
+    @classmethod
+    def of(cls, calls: Sequence[SeenCall]) -> Spectra:
+        """Decompose each call; those that have fewer rows than others are filled up with zeros."""
+        most = max(call.count for call in calls)
+        padded = [torch.nn.functional.pad(call.rows, (0, 0, 0, most - call.count)) for call in calls]
+        _, values, vectors = torch.linalg.svd(torch.stack(padded), full_matrices=False)
+        return cls(values, vectors)
+
+    def residual(self, dropped: int) -> Tensor:
+        """Second moments (calls, p, p), of trace 1, of what remains without the `dropped` largest directions."""
+        kept = self.values[:, dropped:, None] * self.vectors[:, dropped:]
+        moments = kept.transpose(1, 2) @ kept
+        return moments / moments.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-300)[:, None, None]
+
+
+def _numbers_dropped(calls: Iterable[SeenCall], knowledge: Knowledge) -> list[int]:
+    """How many directions may be worth dropping: none, the profile's shield rows, shares of the rank."""
+    rank = min(min(call.count, call.width) for call in calls)
+    shield = knowledge.scheme.shield_rows if knowledge.scheme.mixing else 0
+    numbers = {0, shield, *(round(share * rank) for share in SHARES_DROPPED)}
+    return sorted(number for number in numbers if number < rank)
 
 
 @dataclass(frozen=True)
@@ -52,12 +84,12 @@ class DocumentMembership:
         documents = [base.first_rows(torch.tensor([document]))[0] for document in knowledge.documents]
         spectra = Spectra.of(calls)
         tried = []
-        for dropped in numbers_dropped(calls, knowledge):
+        for dropped in _numbers_dropped(calls, knowledge):
             moments = spectra.residual(dropped)
             R_in = align_two_sided(W, W_star, _unit_moment(base.inputs[0]), _anisotropic(moments.mean(0))).R_in
             expected = torch.stack([_unit_moment(x @ R_in) for x in documents])
             tried.append(_scores(moments, expected, spectra.vectors[:, dropped:]))
-        scores = max(tried, key=lambda it: skewness(it.flatten()))
+        scores = max(tried, key=lambda it: _skewness(it.flatten()))
         return MembershipGuess([call.index for call in calls], knowledge.documents, scores)
 
     def score(self, guess: MembershipGuess, truth: Truth) -> Finding:
@@ -66,6 +98,12 @@ class DocumentMembership:
         positive = torch.tensor([[tokens == document for document in guess.documents] for tokens in held])
         details = {"documents": float(len(guess.documents)), "calls": float(len(held))}
         return score_pairs(guess.scores.flatten(), positive.flatten(), details)
+
+
+def _skewness(scores: Tensor) -> float:
+    """Third standardised moment of (n,): how far a few of the scores stand out above the others."""
+    centred = scores - scores.mean()
+    return float(centred.pow(3).mean() / centred.square().mean().clamp_min(1e-300) ** 1.5)
 
 
 def _unit_moment(rows: Tensor) -> Tensor:
