@@ -7,8 +7,9 @@ Larger spaces come nearer to each other by chance, so each cosine is held agains
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, combinations
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from obfuscatune.audit.attacks.scoring import Truth, score_pairs
 from obfuscatune.audit.attacks.view import WorkerView
 
 DRAWS = 100
+PAIRS_AT_ONCE = 2048
 SAME_ROW = 1 - 1e-9
 """Cosine of two plain rows above which they are one: float32 keeps them within 1e-12."""
 
@@ -50,22 +52,21 @@ class SharedRows:
         calls = view.of_newest_matrix(0)[-MOST_CALLS:]
         p = calls[0].width
         bases = {call.index: orthonormal_rows(call.rows) for call in calls if call.count < p}
-        pairs, cosines = [], []
-        indices = list(bases)
-        for place, first in enumerate(indices):
-            for second in indices[place + 1 :]:
-                if len(bases[first]) + len(bases[second]) <= p:
-                    pairs.append((first, second))
-                    cosines.append(torch.linalg.matrix_norm(bases[first] @ bases[second].T, ord=2))
-        if not pairs:
+        by_size: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for first, second in combinations(bases, 2):
+            sizes = len(bases[first]), len(bases[second])
+            if sum(sizes) <= p:
+                by_size.setdefault(sizes, []).append((first, second))
+        if not by_size:
             raise CannotRun("the rows of any two calls fill the space between them, so that all row spaces meet")
-        largest = torch.stack(cosines)
-        sizes = [(len(bases[first]), len(bases[second])) for first, second in pairs]
         generator = torch.Generator().manual_seed(seed)
-        usual = {size: _random_cosines(*size, p, generator) for size in dict.fromkeys(sizes)}
-        means = torch.stack([usual[size].mean() for size in sizes])
-        deviations = torch.stack([usual[size].std() for size in sizes])
-        return SharedRowsGuess(pairs, largest, (largest - means) / deviations)
+        cosines, scores = [], []
+        for sizes, pairs in by_size.items():
+            largest = _largest_cosines(bases, pairs)
+            usual = _random_cosines(*sizes, p, generator)
+            cosines.append(largest)
+            scores.append((largest - usual.mean()) / usual.std())
+        return SharedRowsGuess(list(chain(*by_size.values())), torch.cat(cosines), torch.cat(scores))
 
     def score(self, guess: SharedRowsGuess, truth: Truth) -> Finding:
         """Against the plain rows: whether some row of one call is, but for its scale, a row of the other."""
@@ -75,6 +76,16 @@ class SharedRows:
         exact = guess.cosines > EXACT
         details = {"exact, true": float((exact & shared).sum()), "exact, false": float((exact & ~shared).sum())}
         return score_pairs(guess.scores, shared, details)
+
+
+def _largest_cosines(bases: Mapping[int, Tensor], pairs: Sequence[tuple[int, int]]) -> Tensor:
+    """Between the spaces of each pair, all of the same two dimensions: (n,)."""
+    largest = []
+    for start in range(0, len(pairs), PAIRS_AT_ONCE):
+        first, second = zip(*pairs[start : start + PAIRS_AT_ONCE], strict=True)
+        products = torch.stack([bases[it] for it in first]) @ torch.stack([bases[it].T for it in second])
+        largest.append(torch.linalg.matrix_norm(products, ord=2))
+    return torch.cat(largest)
 
 
 def _random_cosines(first: int, second: int, p: int, generator: torch.Generator) -> Tensor:

@@ -1,9 +1,12 @@
 """Which of some documents is in a call: the attacker runs each through the public base, and compares second moments.
 
-1. Align R_in with the public base, as `geometry` says, with the loudest directions of each call dropped first.
+1. Align R_in with the public base, as `geometry` says, after dropping the loudest singular directions of each call.
 2. C_k = R_in^T (x_k^T x_k) R_in for the public rows x_k of document k, each row scaled to length 1.
-3. A call shows its moment only on what is left of its space, with projector Q. Compare Q C_k Q with it there, without
-   what is common to all documents.
+3. Where document k is in a call, the directions of C_k are loud there, and (M + tau)^-1 of the call, as in `moments`,
+   is small on them: compare both, without what is common to all calls and to all documents.
+
+The attacker does not know how many directions of a call are shield rows. Alignments with several are tried, and the
+one is kept whose scores stand out most: few calls hold a given document, so the scores are skewed.
 """
 
 from __future__ import annotations
@@ -18,33 +21,12 @@ from obfuscatune.audit.attacks.base import Attacker, CannotRun, Finding, Target
 from obfuscatune.audit.attacks.geometry import align_two_sided
 from obfuscatune.audit.attacks.knowledge import Knowledge
 from obfuscatune.audit.attacks.linkage import MOST_CALLS
+from obfuscatune.audit.attacks.moments import quiet_moments, whitener
 from obfuscatune.audit.attacks.scoring import Truth, score_pairs
 from obfuscatune.audit.attacks.view import SeenCall, WorkerView
 
 SHARES_DROPPED = (0.25, 0.5, 0.625, 0.75, 0.875)
 """Of a call's singular directions, where their number is not known from the profile."""
-
-
-@dataclass(frozen=True)
-class Spectra:
-    """Singular values (calls, r), falling, and right singular vectors (calls, r, p) of calls of one size."""
-
-    values: Tensor
-    vectors: Tensor
-
-    @classmethod
-    def of(cls, calls: Sequence[SeenCall]) -> Spectra:
-        """Decompose each call; those that have fewer rows than others are filled up with zeros."""
-        most = max(call.count for call in calls)
-        padded = [torch.nn.functional.pad(call.rows, (0, 0, 0, most - call.count)) for call in calls]
-        _, values, vectors = torch.linalg.svd(torch.stack(padded), full_matrices=False)
-        return cls(values, vectors)
-
-    def residual(self, dropped: int) -> Tensor:
-        """Second moments (calls, p, p), of trace 1, of what remains without the `dropped` largest directions."""
-        kept = self.values[:, dropped:, None] * self.vectors[:, dropped:]
-        moments = kept.transpose(1, 2) @ kept
-        return moments / moments.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-300)[:, None, None]
 
 
 def _numbers_dropped(calls: Iterable[SeenCall], knowledge: Knowledge) -> list[int]:
@@ -82,13 +64,13 @@ class DocumentMembership:
         calls = [call for call in view.training(0) if call.index in newest][:MOST_CALLS]
         W, W_star = base.weights[0], view.matrices[calls[0].matrix].W_star
         documents = [base.first_rows(torch.tensor([document]))[0] for document in knowledge.documents]
-        spectra = Spectra.of(calls)
+        quiet = quiet_moments(calls)
+        decomposed = [torch.linalg.svd(call.rows, full_matrices=False)[1:] for call in calls]
         tried = []
         for dropped in _numbers_dropped(calls, knowledge):
-            moments = spectra.residual(dropped)
-            R_in = align_two_sided(W, W_star, _unit_moment(base.inputs[0]), _anisotropic(moments.mean(0))).R_in
-            expected = torch.stack([_unit_moment(x @ R_in) for x in documents])
-            tried.append(_scores(moments, expected, spectra.vectors[:, dropped:]))
+            observed = _without_loudest(decomposed, dropped)
+            R_in = align_two_sided(W, W_star, _unit_moment(base.inputs[0]), observed).R_in
+            tried.append(_scores(quiet, torch.stack([_unit_moment(x @ R_in) for x in documents])))
         scores = max(tried, key=lambda it: _skewness(it.flatten()))
         return MembershipGuess([call.index for call in calls], knowledge.documents, scores)
 
@@ -112,19 +94,27 @@ def _unit_moment(rows: Tensor) -> Tensor:
     return unit.T @ unit / len(unit)
 
 
-def _anisotropic(moment: Tensor) -> Tensor:
-    """Without its isotropic part, which shield rows add to."""
-    return moment - torch.linalg.eigvalsh(moment).median() * torch.eye(len(moment), dtype=moment.dtype)
+def _without_loudest(decomposed: Sequence[tuple[Tensor, Tensor]], dropped: int) -> Tensor:
+    """Mean second moment (p, p) of calls without their largest directions, and without its isotropic part.
 
-
-def _scores(moments: Tensor, expected: Tensor, kept: Tensor) -> Tensor:
-    """Cosines (calls, documents) of moments (calls, p, p) with those expected of documents (documents, p, p).
-
-    `kept` (calls, r, p): an orthonormal basis of what remains of each call's space.
+    Calls are given as singular values and right singular vectors; shield rows add to the isotropic part.
     """
-    typical = expected.mean(0)
-    scores = []
-    for moment, basis in zip(moments, kept, strict=True):
-        inside = torch.nn.functional.normalize((basis @ (expected - typical) @ basis.T).flatten(1), dim=1)
-        scores.append(inside @ (basis @ moment @ basis.T).flatten())
-    return torch.stack(scores)
+    p = decomposed[0][1].shape[1]
+    mean = torch.zeros(p, p, dtype=torch.float64)
+    for values, vectors in decomposed:
+        rows = values[dropped:, None] * vectors[dropped:]
+        mean += rows.T @ rows / rows.square().sum().clamp_min(1e-300)
+    return mean - torch.linalg.eigvalsh(mean).median() * torch.eye(p, dtype=torch.float64)
+
+
+def _scores(quiet: Tensor, expected: Tensor) -> Tensor:
+    """How much each document's moment, of (documents, p, p), is what a call, of quiet (calls, p, p), has: standardised.
+
+    Each document counts by the length of its whitened moment: one with rare directions does not lead them all.
+    """
+    G = whitener(expected)
+    unusual = expected - expected.mean(0)
+    lengths = (G @ unusual @ G).flatten(1).norm(dim=1)
+    agreement = -(quiet - quiet.mean(0)).flatten(1) @ (unusual.flatten(1) / lengths[:, None]).T
+    centred = agreement - agreement.mean(1, keepdim=True)
+    return centred / centred.std(1, keepdim=True).clamp_min(1e-300)

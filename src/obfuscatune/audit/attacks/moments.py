@@ -42,11 +42,17 @@ def quiet_moments(calls: Sequence[SeenCall]) -> Tensor:
     return inverses
 
 
-def whitened_cosines(moments: Tensor) -> Tensor:
-    """For all pairs i < j of symmetric (calls, p, p): the cosine of G M G less their mean, where G mean(M) G = 1."""
+def whitener(moments: Tensor) -> Tensor:
+    """G (p, p) with G mean(M) G = 1, but for the ridge, for symmetric M (calls, p, p)."""
     values, vectors = torch.linalg.eigh(moments.mean(0))
     values = values.clamp_min(0) + RIDGE * values.mean()
-    G = vectors / values.sqrt() @ vectors.T
+    G: Tensor = vectors / values.sqrt() @ vectors.T
+    return G
+
+
+def whitened_cosines(moments: Tensor) -> Tensor:
+    """For all pairs i < j of symmetric (calls, p, p): the cosine of their whitened forms less the mean of these."""
+    G = whitener(moments)
     flat = (G @ moments @ G).flatten(1)
     unit = torch.nn.functional.normalize(flat - flat.mean(0), dim=1)
     i, j = pairs_of(len(moments))
