@@ -21,8 +21,10 @@ from obfuscatune.audit.attacks.linkage import EXACT, MOST_CALLS
 from obfuscatune.audit.attacks.scoring import Truth, score_pairs
 from obfuscatune.audit.attacks.view import WorkerView
 
-DRAWS = 100
+DRAWS = 300
 PAIRS_AT_ONCE = 2048
+ROUNDING = 1e-10
+"""Of 1 - c^2 between spaces of float32 rows that meet."""
 SAME_ROW = 1 - 1e-9
 """Cosine of two plain rows above which they are one: float32 keeps them within 1e-12."""
 
@@ -35,7 +37,7 @@ class SharedRowsGuess:
     cosines: Tensor
     """(n,): the largest ones between both spaces."""
     scores: Tensor
-    """(n,): by how many standard deviations each is larger than between random spaces of these sizes."""
+    """(n,): by how many standard deviations of `_closeness` they are nearer than random spaces of these sizes."""
 
 
 class SharedRows:
@@ -63,9 +65,9 @@ class SharedRows:
         cosines, scores = [], []
         for sizes, pairs in by_size.items():
             largest = _largest_cosines(bases, pairs)
-            usual = _random_cosines(*sizes, p, generator)
+            usual = _closeness(_random_cosines(*sizes, p, generator))
             cosines.append(largest)
-            scores.append((largest - usual.mean()) / usual.std())
+            scores.append((_closeness(largest) - usual.mean()) / usual.std())
         return SharedRowsGuess(list(chain(*by_size.values())), torch.cat(cosines), torch.cat(scores))
 
     def score(self, guess: SharedRowsGuess, truth: Truth) -> Finding:
@@ -76,6 +78,11 @@ class SharedRows:
         exact = guess.cosines > EXACT
         details = {"exact, true": float((exact & shared).sum()), "exact, false": float((exact & ~shared).sum())}
         return score_pairs(guess.scores, shared, details)
+
+
+def _closeness(cosines: Tensor) -> Tensor:
+    """-log(1 - c^2): an exact intersection stands out from near ones."""
+    return -torch.log((1 - cosines.square()).clamp_min(ROUNDING))
 
 
 def _largest_cosines(bases: Mapping[int, Tensor], pairs: Sequence[tuple[int, int]]) -> Tensor:
