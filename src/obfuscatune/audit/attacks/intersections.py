@@ -99,4 +99,5 @@ def _random_cosines(first: int, second: int, p: int, generator: torch.Generator)
     """The largest cosines (DRAWS,) between random spaces of those dimensions in p."""
     drawn = torch.randn(DRAWS, p, first + second, dtype=torch.float64, generator=generator)
     a, b = (torch.linalg.qr(part)[0] for part in drawn.split([first, second], dim=2))
-    return torch.linalg.matrix_norm(a.transpose(1, 2) @ b, ord=2)
+    largest: Tensor = torch.linalg.matrix_norm(a.transpose(1, 2) @ b, ord=2)
+    return largest

@@ -104,7 +104,8 @@ def _without_loudest(decomposed: Sequence[tuple[Tensor, Tensor]], dropped: int) 
     for values, vectors in decomposed:
         rows = values[dropped:, None] * vectors[dropped:]
         mean += rows.T @ rows / rows.square().sum().clamp_min(1e-300)
-    return mean - torch.linalg.eigvalsh(mean).median() * torch.eye(p, dtype=torch.float64)
+    isotropic = torch.linalg.eigvalsh(mean).median() * torch.eye(p, dtype=torch.float64)
+    return torch.sub(mean, isotropic)
 
 
 def _scores(quiet: Tensor, expected: Tensor) -> Tensor:
@@ -117,4 +118,4 @@ def _scores(quiet: Tensor, expected: Tensor) -> Tensor:
     lengths = (G @ unusual @ G).flatten(1).norm(dim=1)
     agreement = -(quiet - quiet.mean(0)).flatten(1) @ (unusual.flatten(1) / lengths[:, None]).T
     centred = agreement - agreement.mean(1, keepdim=True)
-    return centred / centred.std(1, keepdim=True).clamp_min(1e-300)
+    return torch.div(centred, centred.std(1, keepdim=True).clamp_min(1e-300))
