@@ -97,7 +97,7 @@ def test_lengths_follow_the_tokens_of_a_call() -> None:
     assert Size.with_tokens_per_call(Size().length) == Size()
     size = Size.with_tokens_per_call(128)
     assert (size.length, size.prompt, size.examples, size.prompts) == (128, 64, 12, 12)
-    assert size.longest == 128 and Size.with_tokens_per_call(8).longest == 4 + size.new_tokens
+    assert size.longest == 128 and Size.with_tokens_per_call(16).longest == 8 + size.new_tokens
     assert size.public * size.length <= Size().public * Size().length
 
 

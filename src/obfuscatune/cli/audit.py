@@ -51,7 +51,7 @@ def audit(
         Option(
             "Tokens of a training example; prompts have half as many. What a call shows depends on whether it has "
             "fewer rows than the model is wide, as many, or more.",
-            least=8,
+            least=16,
         ),
     ] = 32,
     out: Annotated[Path, Option("Folder for report.html, audit.json and audit.md.")] = Path("runs/audit"),
