@@ -78,8 +78,27 @@ def test_nobody_is_given_what_is_not_theirs(scenario: Scenario, open_run: Record
     assert closed.base is None and closed.text is None and closed.plaintext == ()
     public = equip(Attacker.PUBLIC_BASE, scenario, variant.profile, open_run.truth)
     assert public.base is not None and public.plaintext == ()
+    assert closed.documents == ()
+    trained = {call.tokens for call in open_run.truth.calls if call.phase == "training"}
+    assert trained < set(public.documents) and list(public.documents) == sorted(public.documents)
     for W, base, secret in zip(public.base.weights, open_run.truth.bases, open_run.truth.layers, strict=True):
         assert torch.equal(W, base) and not torch.equal(W, secret.W)
+
+
+def test_the_public_base_is_run_as_far_as_the_first_layer(scenario: Scenario, open_run: Recording) -> None:
+    (variant,) = parse_variants("identity")
+    base = equip(Attacker.PUBLIC_BASE, scenario, variant.profile, open_run.truth).base
+    assert base is not None
+    rows = base.first_rows(torch.tensor(scenario.public))
+    torch.testing.assert_close(rows.flatten(0, 1), base.inputs[0], rtol=1e-5, atol=1e-5)
+
+
+def test_lengths_follow_the_tokens_of_a_call() -> None:
+    assert Size.with_tokens_per_call(Size().length) == Size()
+    size = Size.with_tokens_per_call(128)
+    assert (size.length, size.prompt, size.examples, size.prompts) == (128, 64, 12, 12)
+    assert size.longest == 128 and Size.with_tokens_per_call(16).longest == 8 + size.new_tokens
+    assert size.public * size.length <= Size().public * Size().length
 
 
 def test_too_little_text_is_refused(scenario: Scenario, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ import pytest
         (["--profile", "enclave"], "nothing to audit"),
         (["--data", "/nowhere.txt", "--profile", "private"], "cannot be read"),
         (["--data", "a.txt", "--data", "embedded"], "at most one for each --model"),
+        (["--tokens-per-call", "7"], "--tokens-per-call"),
+        (["--tokens-per-call", "100000"], "reads at most"),
     ],
 )
 def test_what_cannot_be_audited_is_refused(obfuscatune, tmp_path, options, says):

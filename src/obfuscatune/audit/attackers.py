@@ -9,6 +9,7 @@ An attacker has nothing, public text, the public base run on it, or some plain r
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -72,10 +73,16 @@ def _parse(name: str) -> Variant:
 
 
 KNOWN_TRAINING_CALLS = 24
+DECOYS = 2
+"""Documents that are in no call, for each that is."""
 
 
 def equip(attacker: Attacker, scenario: Scenario, profile: Profile, truth: Truth) -> Knowledge:
-    """What that attacker knows. Of the truth only the known plaintext is handed over, and only to who has it."""
+    """What that attacker knows.
+
+    Of the truth only the known plaintext is handed over, to who has it, and the training examples, among twice as many
+    decoys and sorted, to who has the public base.
+    """
     scheme = Scheme(profile.mixing, profile.shield_rows)
     text = PublicText(scenario.public, scenario.base.config.vocab_size)
     how = architecture(scenario.base, profile.first_blocks)
@@ -88,7 +95,8 @@ def equip(attacker: Attacker, scenario: Scenario, profile: Profile, truth: Truth
             )
         case Attacker.PUBLIC_BASE:
             base = public_base(scenario, profile.first_blocks)
-            return Knowledge(attacker, scheme, text=text, architecture=how, base=base)
+            documents = _documents(scenario, truth)
+            return Knowledge(attacker, scheme, text=text, architecture=how, base=base, documents=documents)
         case Attacker.KNOWN_PLAINTEXT:
             return Knowledge(attacker, scheme, plaintext=_known_calls(truth))
 
@@ -116,7 +124,36 @@ def public_base(scenario: Scenario, first_blocks: int) -> PublicBase:
             hook.remove()
     positions = torch.arange(batch.shape[1]).expand(batch.shape).reshape(-1)
     inputs = tuple(torch.cat(rows) for rows in seen)
-    return PublicBase(base_weights(model, first_blocks), inputs, batch.reshape(-1), positions, _head(model))
+    first = groups[0].targets[0].path
+    return PublicBase(
+        base_weights(model, first_blocks),
+        inputs,
+        batch.reshape(-1),
+        positions,
+        _head(model),
+        lambda ids: _inputs_of(model, first, ids),
+    )
+
+
+class _Reached(Exception):
+    """Ends a forward pass at the layer that was waited for."""
+
+
+def _inputs_of(model: Any, path: str, ids: Tensor) -> Tensor:
+    """What the module at `path` reads, (n, length, p) in float64, for token numbers (n, length)."""
+    seen: list[Tensor] = []
+
+    def stop(_module: Any, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0].double())
+        raise _Reached
+
+    hook = model.get_submodule(path).register_forward_pre_hook(stop)
+    try:
+        with torch.no_grad(), suppress(_Reached):
+            model(input_ids=ids, use_cache=False)
+    finally:
+        hook.remove()
+    return seen[0].reshape(*ids.shape, -1)
 
 
 def _head(model: Any) -> Tensor:
@@ -130,6 +167,13 @@ def base_weights(model: Any, first_blocks: int) -> tuple[Tensor, ...]:
     """W (p, q) of each group behind the first blocks, from a plain model, in float64."""
     with torch.no_grad():
         return tuple(group.joint_weight().double() for group in find_groups(model, first_blocks))
+
+
+def _documents(scenario: Scenario, truth: Truth) -> tuple[tuple[int, ...], ...]:
+    """The training examples and decoys from the text that the secret model was not tuned on, sorted."""
+    trained = {call.tokens for call in truth.calls if call.phase == "training"}
+    decoys = [text for text in scenario.held_out if text not in trained]
+    return tuple(sorted([*trained, *decoys[: DECOYS * len(trained)]]))
 
 
 def _known_calls(truth: Truth) -> tuple[KnownCall, ...]:

@@ -101,6 +101,23 @@ class Size:
     public: int = 400
     held_out: int = 100
 
+    @classmethod
+    def with_tokens_per_call(cls, tokens: int) -> Size:
+        """As many texts of other lengths: `tokens` in an example, half in a prompt; no more public tokens in all."""
+        usual = cls()
+        fewer = min(1.0, usual.length / tokens)
+        return cls(
+            length=tokens,
+            prompt=tokens // 2,
+            public=round(usual.public * fewer),
+            held_out=max(24, round(usual.held_out * fewer)),
+        )
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text that the model reads."""
+        return max(self.length, self.prompt + self.new_tokens)
+
 
 @dataclass(frozen=True, eq=False)
 class Scenario:
@@ -159,7 +176,8 @@ def make_scenario(
     needed = size.examples + size.prompts + size.prompts // 3 + 1
     if len(windows) < 2 * needed:
         raise DataError(
-            f"an audit needs text of at least {2 * needed * size.length} tokens, this has {len(windows) * size.length}"
+            f"an audit needs text of at least {2 * needed * size.length} tokens, this has "
+            f"{len(windows) * size.length}: give more text, or ask for fewer --tokens-per-call"
         )
     shuffled = _drawn(tuple(windows), "split", len(windows))
     private = tuple(shuffled[: max(needed, len(windows) // 2)][:MOST_PRIVATE])

@@ -21,9 +21,8 @@ PROMISED: dict[tuple[str, Attacker], tuple[Target, ...]] = {
 """What a profile promises to hide from whom (docs/threat-model.md); the others promise nothing. `guarded` promises it
 of each of its two parties alone. Who has the public base is promised nothing of the weights, and by `guarded` alone
 that tokens are hidden."""
-EXCEPTED: dict[str, frozenset[str]] = {
-    "private": frozenset({"equal-tokens-decoding"}),
-}
+_LINKS_TOKENS = frozenset({"equal-tokens-decoding", "moments-decoding", "shared-rows"})
+EXCEPTED: dict[str, frozenset[str]] = {"private": _LINKS_TOKENS}
 """What it does not promise to anyone, because it was found open: attacks by name."""
 CAVEATS: dict[str, str] = {
     "guarded": "This is what one of its two parties sees, which must not collude: whoever has what both saw, sees what "
@@ -89,8 +88,7 @@ class Verdict:
         linked = f" Texts are told apart or matrices aligned by {_list(self.linked)}." if self.linked else ""
         missing = f" Could not be run, so not withstood: {_count(self.not_run)}." if self.not_run else ""
         weak = f" Too weak here even against identity, so not withstood: {_count(self.powerless)}."
-        caveat = f" {CAVEATS[self.profile]}" if self.profile in CAVEATS else ""
-        return first + linked + missing + (weak if self.powerless else "") + caveat
+        return first + linked + missing + (weak if self.powerless else "")
 
 
 def advice(grid: Grid) -> str:

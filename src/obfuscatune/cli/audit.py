@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from obfuscatune.audit.attacks.base import Attacker
     from obfuscatune.audit.grid import Grid
     from obfuscatune.audit.scenario import Scenario
+    from obfuscatune.cli.session import ModelFiles
 
 EMBEDDED = "embedded"
 REPORT, FIGURES, TABLE = "report.html", "audit.json", "audit.md"
@@ -46,6 +47,14 @@ def audit(
             unset="the embedded notes",
         ),
     ] = None,
+    tokens_per_call: Annotated[
+        int,
+        Option(
+            "Tokens of a training example; prompts have half as many. What a call shows depends on whether it has "
+            "fewer rows than the model is wide, as many, or more.",
+            least=16,
+        ),
+    ] = 32,
     out: Annotated[Path, Option("Folder for report.html, audit.json and audit.md.")] = Path("runs/audit"),
     fail_above: Annotated[
         float | None, Option("Fail where an attack on tokens or weights gets further from chance (0) to success (1).")
@@ -69,9 +78,12 @@ def audit(
     with ExitStack() as stack:
         made = tempfile.TemporaryDirectory(prefix="obfuscatune-audit-", dir=temporary_root())
         folder = Path(stack.enter_context(made))
+        subjects = [(open_files(name), text) for name, text in _subjects(model or [EMBEDDED], data or [Path(EMBEDDED)])]
+        for files, _ in subjects:
+            _check_window(files, tokens_per_call)
         scenarios = [
-            _scenario(name, text, folder / str(number))
-            for number, (name, text) in enumerate(_subjects(model or [EMBEDDED], data or [Path(EMBEDDED)]))
+            _scenario(files, text, folder / str(number), tokens_per_call)
+            for number, (files, text) in enumerate(subjects)
         ]
         with output.progress("auditing") as meter:
             meter.expect(len(scenarios) * len(variants) * seeds * (1 + len(attacks)))
@@ -119,15 +131,31 @@ def _subjects(models: list[str], texts: list[Path]) -> list[tuple[str | None, Pa
     ]
 
 
-def _scenario(model: str | None, data: Path | None, folder: Path) -> "Scenario":
-    files = open_files(model)
+def _check_window(files: "ModelFiles", tokens_per_call: int) -> None:
+    """See that the model can read texts as long as the audit's.
+
+    Raises:
+        ConfigError: they are longer than its context window.
+    """
+    from obfuscatune.audit.scenario import Size
+    from obfuscatune.training.tokens import context_window
+
+    window, longest = context_window(files.config), Size.with_tokens_per_call(tokens_per_call).longest
+    if longest > window:
+        raise ConfigError(
+            f"--tokens-per-call {tokens_per_call}: the audit would run texts of {longest} tokens, and "
+            f"{files.directory.name} reads at most {window} at once; ask for fewer"
+        )
+
+
+def _scenario(files: "ModelFiles", data: Path | None, folder: Path, tokens_per_call: int) -> "Scenario":
     import torch
 
     from obfuscatune.audit.scenario import Size, make_scenario, read_text
     from obfuscatune.enclave.experts import has_experts
     from obfuscatune.training.run import load_plain
 
-    name, size = files.directory.name, Size()
+    name, size = files.directory.name, Size.with_tokens_per_call(tokens_per_call)
     with output.progress(name) as meter:
         meter.begin("reading the model and the text")
         base = load_plain(files.directory, files.config, torch.float32)

@@ -25,7 +25,7 @@ from obfuscatune.protocol.payloads import Method, Part, Slice, Step
 P = 72  # the smallest width at which a structured transform has a grid: 8 x 9
 VOCABULARY = 40
 SHAPES = ((P, 2 * P), (P, P), (P, 2 * P), (2 * P, P))
-TRAINING, PROMPT, STEPS = 12, 8, 12
+STEPS = 12
 SHARPNESS = 2.5
 """Of the next token's distribution: standard deviation of the logits."""
 
@@ -43,6 +43,11 @@ class Hiding:
     permuted: bool = False
     noise: bool = False
     drift: float = 0.05
+    training: int = 12
+    prompt: int = 8
+    """Tokens of an example, and of a prompt."""
+    equal_lengths: bool = False
+    """Whether all tokens' rows are of one length."""
     context: float = 0.0
     """How much of a row follows from its place in the text and not from its token."""
     spread: float = 1.0
@@ -62,6 +67,8 @@ ROTATED_IN_CONTEXT = replace(ROTATED, context=0.5)
 UNLIKE = replace(STRUCTURED, spread=3.0)
 PERMUTED = replace(CLEAR, permuted=True)
 UNROTATED = Hiding("identity", "identity", shield_rows=2, heavy_tailed=True)
+EQUALLY_LONG = replace(ROTATED, equal_lengths=True)
+FILLED = Hiding(shield_rows=36, loudness=8.0, training=36, prompt=36)
 ADAPTED = Hiding(output="identity", mixing=False, shield_rows=0, adapted=True)
 NOISE = Hiding("structured", "structured", noise=True, adapted=True)
 
@@ -104,7 +111,8 @@ class _Builder:
     def __init__(self, hiding: Hiding, seed: int) -> None:
         self.hiding = hiding
         self.random = torch.Generator().manual_seed(seed)
-        lengths = torch.linspace(0.5, 2.0, VOCABULARY, dtype=torch.float64)[:, None]
+        longest = 0.5 if hiding.equal_lengths else 2.0
+        lengths = torch.linspace(0.5, longest, VOCABULARY, dtype=torch.float64)[:, None]
         table = self.normal(VOCABULARY, P) + 0.5 * self.normal(1, P)
         if hiding.heavy_tailed:
             table = table.pow(5)
@@ -205,15 +213,15 @@ class _Builder:
         self.true.append(TrueCall(layer, transposed, rows, tokens, phase, text, 0))  # type: ignore[arg-type]
 
     def build(self) -> World:
-        examples = [self.text(TRAINING) for _ in range(12)]
+        examples = [self.text(self.hiding.training) for _ in range(12)]
         for _epoch in range(2):
             for number, example in enumerate(examples):
                 self.pass_over(example, "training", number)
         for family in range(6):
-            beginning = self.text(PROMPT // 2)
+            beginning = self.text(self.hiding.prompt // 2)
             for member in range(3):
                 number = 3 * family + member
-                self.pass_over(beginning + self.text(PROMPT // 2), "prompt", number)
+                self.pass_over(beginning + self.text(self.hiding.prompt // 2), "prompt", number)
                 for token in self.text(STEPS):
                     self.pass_over((token,), "decoding", number)
         matrices = tuple(SeenMatrix(W_star, layer) for layer, W_star in enumerate(self.stars))
@@ -223,7 +231,7 @@ class _Builder:
         )
         pieces = tuple(f"t{token} " for token in range(VOCABULARY))
         view = WorkerView(matrices, tuple(self.seen), len(SHAPES))
-        held_out = torch.tensor([self.text(TRAINING) for _ in range(100)])
+        held_out = torch.tensor([self.text(self.hiding.training) for _ in range(100)])
         secret_losses = losses(self.model, held_out)
         truth = Truth(tuple(self.true), layers, tuple(self.bases), pieces, (), held_out, secret_losses)
         if self.hiding.adapted:
@@ -233,22 +241,25 @@ class _Builder:
 
     def knowledge(self, truth: Truth) -> dict[Attacker, Knowledge]:
         scheme = Scheme(self.hiding.mixing, self.hiding.shield_rows)
-        texts = tuple(self.text(TRAINING) for _ in range(150))
+        texts = tuple(self.text(self.hiding.training) for _ in range(150))
         tokens = torch.tensor([token for one in texts for token in one])
         inputs = tuple(torch.cat(rows) for rows in zip(*(self.inputs(one) for one in texts), strict=True))
-        positions = torch.arange(TRAINING).repeat(len(texts))
-        base = PublicBase(tuple(self.bases), inputs, tokens, positions, self.head)
+        positions = torch.arange(self.hiding.training).repeat(len(texts))
+        base = PublicBase(tuple(self.bases), inputs, tokens, positions, self.head, lambda ids: self.table[ids])
         known = [
             KnownCall(index, call.rows)
             for index, call in enumerate(truth.calls)
             if call.phase == "training" and call.layer == 0 and not call.transposed
         ][:16]
+        trained = [call.tokens for call in truth.calls if call.phase == "training"]
         text = PublicText(texts, VOCABULARY)
         how = Architecture(self.model.drawn_again, lambda: Toy(self.table, self.head, self.bases), self.model.place)
         return {
             Attacker.CLOSED: Knowledge(Attacker.CLOSED, scheme),
             Attacker.PUBLIC_TEXT: Knowledge(Attacker.PUBLIC_TEXT, scheme, text, how),
-            Attacker.PUBLIC_BASE: Knowledge(Attacker.PUBLIC_BASE, scheme, text, how, base),
+            Attacker.PUBLIC_BASE: Knowledge(
+                Attacker.PUBLIC_BASE, scheme, text, how, base, documents=tuple(sorted({*trained, *texts[:24]}))
+            ),
             Attacker.KNOWN_PLAINTEXT: Knowledge(Attacker.KNOWN_PLAINTEXT, scheme, plaintext=tuple(known)),
         }
 

@@ -39,6 +39,7 @@ class PublicBase:
         positions: its position in its text.
         head: (V, width), what the model's last hidden state is multiplied with for each token's logit, the scale of
             the last norm included.
+        first_rows: runs token numbers (n, length): the rows (n, length, p) that they bring to the first layer, float64.
     """
 
     weights: tuple[Tensor, ...]
@@ -46,6 +47,7 @@ class PublicBase:
     tokens: Tensor
     positions: Tensor
     head: Tensor
+    first_rows: Callable[[Tensor], Tensor]
 
     def typical_rows(self) -> tuple[Tensor, Tensor]:
         """Tokens (T,) of the public text, and each one's mean row (T, p) at the first layer."""
@@ -90,6 +92,8 @@ class Knowledge:
     architecture: Architecture | None = None
     base: PublicBase | None = None
     plaintext: tuple[KnownCall, ...] = ()
+    documents: tuple[tuple[int, ...], ...] = ()
+    """Texts that the attacker holds, as token numbers; some of them are among the private ones."""
 
     def the_text(self) -> PublicText:
         """Public text.
