@@ -39,7 +39,7 @@ def test_success_breaks_a_promise() -> None:
     assert "THE PROMISE IS BROKEN" in it.text and "0.99 (chance 0.50; tiny)" in it.text
 
 
-@pytest.mark.parametrize("profile", ["private", "guarded", "identity"])
+@pytest.mark.parametrize("profile", ["private", "identity"])
 def test_nobody_is_promised_anything_against_a_public_base(profile: str) -> None:
     it = the_verdict(cell(profile, "bag-of-tokens", SUCCESS))
     assert it.state is State.OPEN and not it.promised

@@ -165,7 +165,7 @@ def test_shield_rows_beside_nothing_are_not_nothing() -> None:
 
 def test_the_same_input_gives_unrelated_requests() -> None:
     """As for many rows: correlated no more than random rows are."""
-    x, R, mixer = some(4, 768, dtype=torch.float32), structured(768), KroneckerMixer(SHIELD, SecretStream.fresh())
+    x, R, mixer = some(4, 768, dtype=torch.float32), structured(768), KroneckerMixer(SHIELD, KEY.stream("unrelated"))
     requests = []
     for _ in range(2):
         mixing = mixer.draw_few(4, 768, torch.float32)

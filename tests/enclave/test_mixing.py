@@ -168,6 +168,6 @@ def test_of_a_request_in_a_bucket_the_number_of_rows_tells_the_bucket_alone() ->
     drawn = KroneckerMixer(8, SecretStream.fresh(), in_buckets=True)
     sent = {rows: drawn.draw(rows, 40).rows for rows in range(1, 400)}
     assert {sent[rows] for rows in range(41, 57)} == {sent[41]}  # 49 to 64 with the shield rows
-    assert len(set(sent.values())) == 13
+    assert len(set(sent.values())) == 12  # 12, 16, 24, ..., 512
     few = {rows: drawn.draw_few(rows, 40, torch.float32) for rows in range(1, 25)}
     assert {mixing.rows for mixing in few.values() if mixing is not None} == {12, 16, 24, 32}

@@ -87,7 +87,9 @@ def test_the_embedded_model_gives_no_sign():
 
 def test_load_warns_where_it_is_called_and_before_anything_is_sent(directory):
     (directory / "README.md").write_text(CARD.format("acme/base-7b"))
-    warns = pytest.warns(obfuscatune.PublicBaseWarning, match="no profile of this version hides the tokens")
+    warns = pytest.warns(
+        obfuscatune.PublicBaseWarning, match="Profile guarded hides them, with two workers in different hands"
+    )
     with warns as said, pytest.raises(obfuscatune.ObfuscaTuneError):
         obfuscatune.load(directory, "unix:/nowhere/worker.sock")
     assert [warning.filename for warning in said] == [__file__]
