@@ -30,8 +30,8 @@ from tests.contract.comparison import (
 ONE_PASS = 1e-5
 """Relative, of logits and losses; plain float32 is up to 3e-6 off on these models."""
 GRADIENTS = 6e-5
-"""Relative; plain float32 is 1e-6 to 8e-6 off. Masks were seen to cost 8e-7 to 8e-6, and up to 3e-5 on stories260K, where
-plain float32 is furthest off too."""
+"""Relative; plain float32 is 1e-6 to 8e-6 off. Masks were seen to cost 8e-7 to 8e-6, and up to 3e-5 on stories260K,
+where plain float32 is furthest off too."""
 TEN_STEPS = 1e-5
 CAUSAL = [name for name, architecture in ARCHITECTURES.items() if architecture.is_causal]
 
