@@ -12,8 +12,8 @@ from obfuscatune.audit.parties import Party, column, of_column
 
 CONTROL = "identity"
 SECRETS = (Target.TOKENS, Target.WEIGHTS)
-_OF_PRIVATE = {Attacker.CLOSED: SECRETS, Attacker.PUBLIC_TEXT: SECRETS}
-_OF_ONE_PARTY = {**_OF_PRIVATE, Attacker.PUBLIC_BASE: (Target.TOKENS,)}
+_OF_PRIVATE: dict[Attacker, tuple[Target, ...]] = {Attacker.CLOSED: SECRETS, Attacker.PUBLIC_TEXT: SECRETS}
+_OF_ONE_PARTY: dict[Attacker, tuple[Target, ...]] = {**_OF_PRIVATE, Attacker.PUBLIC_BASE: (Target.TOKENS,)}
 PROMISED: dict[str, dict[Attacker, tuple[Target, ...]]] = {
     "private": _OF_PRIVATE,
     column("guarded", Party.COMPUTE): _OF_ONE_PARTY,
