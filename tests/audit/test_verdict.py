@@ -74,6 +74,8 @@ def test_a_profile_is_taken_if_each_of_its_columns_keeps_its_promise() -> None:
     assert "take guarded" in advice(grid(*kept, linked))
     public = [cell(name, "bag-of-tokens", LUCK) for name in columns]
     assert "published model, take guarded, whose two workers must not collude" in advice(grid(*public))
+    read = cell("guarded", "bag-of-tokens", SUCCESS)
+    assert "none of the audited profiles was found to hide its tokens" in advice(grid(read))
 
 
 def test_the_limit_is_not_on_what_both_parties_see() -> None:
@@ -121,7 +123,7 @@ def test_an_effect_that_is_sure_but_too_small_to_matter_is_no_success() -> None:
 
 def test_the_advice_follows_from_the_figures() -> None:
     holds, broken = cell("private", "equal-rows", LUCK), cell("private", "equal-rows", SUCCESS)
-    assert "take private" in advice(grid(holds)) and "no profile was found here to hide its tokens" in advice(
+    assert "take private" in advice(grid(holds)) and "no promise to hide its tokens was put to the test" in advice(
         grid(holds)
     )
     assert "take guarded" in advice(grid(broken, cell("guarded", "equal-rows", LUCK)))

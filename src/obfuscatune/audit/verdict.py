@@ -102,8 +102,10 @@ def advice(grid: Grid) -> str:
         never_public = "nothing was audited that promises to hide anything"
     if public:
         published = f"take {_named(public[0])}, which hides its tokens as far as these attacks can tell"
+    elif any(it.attacker not in _OF_PRIVATE for it in found):
+        published = "none of the audited profiles was found to hide its tokens"
     else:
-        published = "no profile was found here to hide its tokens"
+        published = "no promise to hide its tokens was put to the test here"
     return (
         f"If your base model was never public, {never_public}; if it is a fine-tune of a published model, {published}."
     )
@@ -130,7 +132,7 @@ def not_run(grid: Grid) -> Iterator[tuple[str, str]]:
         if cell.why_not:
             reasons.setdefault((cell.attack.name, cell.why_not), []).append(f"{cell.profile} on {cell.model}")
     for (attack, why), where in reasons.items():
-        yield f"{attack} ({', '.join(where)})", why
+        yield f"{attack} ({'; '.join(where)})", why
 
 
 _WHO = {
