@@ -7,6 +7,7 @@ import pytest
 from obfuscatune.audit.attacks.base import Attack, Attacker, Finding, NotRun
 from obfuscatune.audit.attacks.registry import ATTACKS
 from obfuscatune.audit.grid import Cell, Grid, attacks_of
+from obfuscatune.audit.parties import MaskAccount
 from obfuscatune.audit.report import as_json, as_markdown, print_grid, render
 from obfuscatune.audit.verdict import State, Verdict, advice, exceeding, verdicts
 
@@ -39,11 +40,61 @@ def test_success_breaks_a_promise() -> None:
     assert "THE PROMISE IS BROKEN" in it.text and "0.99 (chance 0.50; tiny)" in it.text
 
 
-@pytest.mark.parametrize("profile", ["private", "identity"])
-def test_nobody_is_promised_anything_against_a_public_base(profile: str) -> None:
+@pytest.mark.parametrize("profile", ["private", "guarded, both", "identity"])
+def test_one_worker_that_sees_rows_promises_nothing_against_a_public_base(profile: str) -> None:
     it = the_verdict(cell(profile, "bag-of-tokens", SUCCESS))
     assert it.state is State.OPEN and not it.promised
     assert "open, and not promised" in it.text and "BROKEN" not in it.text
+
+
+@pytest.mark.parametrize("profile", ["guarded", "guarded, mask worker"])
+def test_each_party_of_guarded_promises_tokens_against_a_public_base(profile: str) -> None:
+    assert the_verdict(cell(profile, "bag-of-tokens", SUCCESS)).state is State.BROKEN
+    weights = the_verdict(cell(profile, "two-sided-alignment", SUCCESS))
+    assert weights.state is State.OPEN and "open, and not promised" in weights.text
+
+
+def test_both_parties_promise_what_private_does() -> None:
+    for attack in ("equal-tokens-decoding", "equal-rows", "shared-rows"):
+        alone, both = (the_verdict(cell(profile, attack, SUCCESS)) for profile in ("private", "guarded, both"))
+        assert (alone.promised, alone.state) == (both.promised, both.state)
+        assert "guarded (both workers, if they collude) against" in both.text
+    assert "guarded (the mask worker alone)" in the_verdict(cell("guarded, mask worker", "equal-rows", LUCK)).text
+
+
+def test_a_profile_is_taken_if_each_of_its_columns_keeps_its_promise() -> None:
+    columns = ("guarded", "guarded, mask worker", "guarded, both")
+    kept = [cell(name, "equal-rows", LUCK) for name in columns]
+    assert "take guarded, whose two workers must not collude, which keeps" in advice(grid(*kept))
+    for name in columns:
+        broken = cell(name, "equal-rows", SUCCESS)
+        rest = [it for it in kept if it.profile != name]
+        assert "none of the audited profiles kept its promise" in advice(grid(broken, *rest))
+    linked = cell("guarded, both", "equal-tokens-decoding", SUCCESS)
+    assert "take guarded" in advice(grid(*kept, linked))
+    public = [cell(name, "bag-of-tokens", LUCK) for name in columns]
+    assert "published model, take guarded, whose two workers must not collude" in advice(grid(*public))
+    read = cell("guarded", "bag-of-tokens", SUCCESS)
+    assert "none of the audited profiles was found to hide its tokens" in advice(grid(read))
+
+
+def test_the_limit_is_not_on_what_both_parties_see() -> None:
+    it = grid(*(cell(name, "equal-rows", SUCCESS) for name in ("guarded", "guarded, mask worker", "guarded, both")))
+    assert [found.profile for found in exceeding(it, 0.1)] == ["guarded", "guarded, mask worker"]
+
+
+def test_every_report_has_the_account_of_the_masks(capsys: pytest.CaptureFixture[str]) -> None:
+    masks = {("tiny", "guarded"): MaskAccount(12345, 6.7e-6, 0.01)}
+    it = Grid(
+        (cell("guarded", "equal-rows", LUCK), cell("guarded, both", "equal-rows", LUCK)), 1, {"tiny": 0.05}, masks
+    )
+    print_grid(it)
+    for shown in (as_markdown(it), render(it, {}), capsys.readouterr().out):
+        assert "guarded, both" in shown and "12,345 rows were sent under masks" in shown and "6.7e-06" in shown
+    assert as_json(it, {})["masks"] == [
+        {"model": "tiny", "profile": "guarded", "rows": 12345, "advantage": 6.7e-6, "budget": 0.01}
+    ]
+    assert "masks" not in as_markdown(grid(cell("private", "equal-rows", LUCK)))
 
 
 def test_what_could_not_be_run_is_not_withstood() -> None:
@@ -72,7 +123,7 @@ def test_an_effect_that_is_sure_but_too_small_to_matter_is_no_success() -> None:
 
 def test_the_advice_follows_from_the_figures() -> None:
     holds, broken = cell("private", "equal-rows", LUCK), cell("private", "equal-rows", SUCCESS)
-    assert "take private" in advice(grid(holds)) and "no profile of this version hides its tokens" in advice(
+    assert "take private" in advice(grid(holds)) and "no promise to hide its tokens was put to the test" in advice(
         grid(holds)
     )
     assert "take guarded" in advice(grid(broken, cell("guarded", "equal-rows", LUCK)))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -13,7 +13,8 @@ from obfuscatune.audit.attackers import Variant, equip
 from obfuscatune.audit.attacks.base import Attack, Attacker, Finding, NotRun, perform
 from obfuscatune.audit.attacks.knowledge import Knowledge
 from obfuscatune.audit.attacks.registry import ATTACKS
-from obfuscatune.audit.record import record_run
+from obfuscatune.audit.parties import MaskAccount, column
+from obfuscatune.audit.record import Recording, parties_of, record_run
 from obfuscatune.audit.scenario import Scenario
 from obfuscatune.protocol.files import temporary_root
 
@@ -30,7 +31,8 @@ Progress = Callable[[str], None]
 class Cell:
     """One attack on one profile of one model, with a result for each seed.
 
-    The statistics are over the seeds on which the attack ran; without any they raise `StatisticsError`.
+    `profile` is a column: under masks there is one for each party and one for both together (`parties.column`). The
+    statistics are over the seeds on which the attack ran; without any they raise `StatisticsError`.
     """
 
     model: str
@@ -82,16 +84,27 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """All cells of an audit. `drift` is `Scenario.drift` of each model, by name."""
+    """All cells of an audit.
+
+    Attributes:
+        drift: `Scenario.drift` of each model, by name.
+        masks: by model and profile, the account of the run that sent most under masks; none for profiles without.
+    """
 
     cells: tuple[Cell, ...]
     seeds: int
     drift: dict[str, float]
+    masks: Mapping[tuple[str, str], MaskAccount] = field(default_factory=dict)
 
 
 def attacks_of(attacker: Attacker | None) -> list[Attack]:
     """The attacks that one kind of attacker runs; all attacks if None."""
     return [attack for attack in ATTACKS if attacker is None or attack.needs is attacker]
+
+
+def columns_of(variant: Variant) -> list[str]:
+    """The columns that a profile has: one, or one for each party and one for both together."""
+    return [column(variant.name, party) for party in parties_of(variant.profile)]
 
 
 def run_grid(
@@ -103,45 +116,56 @@ def run_grid(
     recording: Progress,
     done: Progress,
 ) -> Grid:
-    """Record one run for each scenario, variant and seed, and try every attack on it.
+    """Record one run for each scenario, variant and seed, and try every attack on it, for each of its columns.
 
     Args:
         recording: called before each recording.
-        done: called after each recording and each attack.
+        done: called after each recording and each attack on a column.
 
     Raises:
         ObfuscaTuneError: as `record_run` does.
     """
     results: dict[tuple[str, str, str], list[Finding | NotRun]] = {}
+    masks: dict[tuple[str, str], MaskAccount] = {}
     for scenario in scenarios:
         for variant in variants:
             for seed in range(seeds):
-                of_run = _one_run(scenario, variant, attacks, seed, recording, done)
-                for attack, result in zip(attacks, of_run, strict=True):
-                    results.setdefault((scenario.name, variant.name, attack.name), []).append(result)
+                recorded = _recorded(scenario, variant, seed, recording, done)
+                for name, attack, result in _attacked(scenario, variant, recorded, attacks, seed, done):
+                    results.setdefault((scenario.name, name, attack.name), []).append(result)
+                if recorded.masks is not None:
+                    before = masks.get((scenario.name, variant.name), recorded.masks)
+                    masks[scenario.name, variant.name] = max(before, recorded.masks, key=lambda it: it.advantage)
     cells = tuple(
-        Cell(scenario.name, variant.name, attack, tuple(results[scenario.name, variant.name, attack.name]))
+        Cell(scenario.name, name, attack, tuple(results[scenario.name, name, attack.name]))
         for scenario in scenarios
         for variant in variants
+        for name in columns_of(variant)
         for attack in attacks
     )
-    return Grid(cells, seeds, {scenario.name: scenario.drift for scenario in scenarios})
+    return Grid(cells, seeds, {scenario.name: scenario.drift for scenario in scenarios}, masks)
 
 
-def _one_run(
-    scenario: Scenario, variant: Variant, attacks: Sequence[Attack], seed: int, recording: Progress, done: Progress
-) -> list[Finding | NotRun]:
-    """Record one run; returns the result of each attack on it."""
+def _recorded(scenario: Scenario, variant: Variant, seed: int, recording: Progress, done: Progress) -> Recording:
+    """Record one run."""
     run = f"{scenario.name}, {variant.name}, seed {seed}"
     recording(f"{run}: recording")
     with tempfile.TemporaryDirectory(prefix="obfuscatune-audit-", dir=temporary_root()) as folder:
         recorded = record_run(scenario, variant.profile, seed, Path(folder))
     done(f"{run}: recorded")
+    return recorded
+
+
+def _attacked(
+    scenario: Scenario, variant: Variant, recorded: Recording, attacks: Sequence[Attack], seed: int, done: Progress
+) -> Iterator[tuple[str, Attack, Finding | NotRun]]:
+    """The result of each attack on each column of one run."""
     knowledge: dict[Attacker, Knowledge] = {}
-    results = []
-    for attack in attacks:
-        if attack.needs not in knowledge:
-            knowledge[attack.needs] = equip(attack.needs, scenario, variant.profile, recorded.truth)
-        results.append(perform(attack, recorded.view, knowledge[attack.needs], recorded.truth, seed))
-        done(f"{run}: {attack.name}")
-    return results
+    for party, view in recorded.views.items():
+        name = column(variant.name, party)
+        for attack in attacks:
+            if attack.needs not in knowledge:
+                knowledge[attack.needs] = equip(attack.needs, scenario, variant.profile, recorded.truth)
+            result = perform(attack, view, knowledge[attack.needs], recorded.truth, seed)
+            done(f"{scenario.name}, {name}, seed {seed}: {attack.name}")
+            yield name, attack, result

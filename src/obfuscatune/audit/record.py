@@ -3,10 +3,13 @@
 worker with a transcript  <-  protected secret model  <-  LoRA steps, then generation
                  |                     |
             WorkerView               Truth
+
+Where rows are sent under masks there are two workers, and a view of each and of both together (`parties`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +22,7 @@ from obfuscatune.audit.attackers import base_weights
 from obfuscatune.audit.attacks.scoring import Phase, TrueCall, TrueLayer, Truth
 from obfuscatune.audit.attacks.stealing import losses
 from obfuscatune.audit.attacks.view import WorkerView
+from obfuscatune.audit.parties import MaskAccount, Party, part_views
 from obfuscatune.audit.scenario import Logits, Scenario
 from obfuscatune.enclave.client import WorkerClient
 from obfuscatune.enclave.loading import load
@@ -44,42 +48,65 @@ LEARNING_RATE = 2e-4
 
 @dataclass(frozen=True)
 class Recording:
-    """One run, seen from both sides."""
+    """One run, seen from all sides.
 
-    view: WorkerView
+    Attributes:
+        views: what each party saw; the compute worker alone where no rows are masked.
+        masks: what was sent under masks; None without masks.
+    """
+
+    views: Mapping[Party, WorkerView]
     truth: Truth
+    masks: MaskAccount | None = None
+
+    @property
+    def view(self) -> WorkerView:
+        """What the compute worker saw."""
+        return self.views[Party.COMPUTE]
+
+
+def parties_of(profile: Profile) -> list[Party]:
+    """Whose views `record_run` makes of a run under that profile."""
+    return [*Party] if profile.masks else [Party.COMPUTE]
 
 
 def record_run(scenario: Scenario, profile: Profile, seed: int, folder: Path) -> Recording:
-    """Protect, fine-tune, generate, with a worker of its own that records to `folder`.
+    """Protect, fine-tune, generate, with workers of its own that record to folders in `folder`.
 
     What crossed is read from there when it is used; the folder may be removed all the same.
 
     Raises:
         ConnectionLost: requests had to be sent twice, so that transcript and truth do not match.
+        ProtectionError: rows were sent under no mask that the mask worker multiplied.
         ObfuscaTuneError: as loading, training and the link do.
     """
+    of_compute, of_masks = folder / "compute", folder / "mask"
     with ExitStack() as stack:
-        worker = stack.enter_context(local_worker(record=folder, threads=1))
-        client = stack.enter_context(WorkerClient.open(worker.address))
-        mask_client = None
-        if profile.masks:
-            mask_worker = stack.enter_context(local_worker(threads=1))
-            mask_client = stack.enter_context(WorkerClient.open(mask_worker.address))
-        truth = run_under_watch(scenario, profile, seed, client, mask_client)
-    view = WorkerView.from_entries(read_transcript(folder, mapped=True))
+        client = _recorded(stack, of_compute)
+        mask_client = _recorded(stack, of_masks) if profile.masks else None
+        truth, account = run_under_watch(scenario, profile, seed, client, mask_client)
+    view = WorkerView.from_entries(read_transcript(of_compute, mapped=True))
     if len(view.calls) != len(truth.calls):
         raise ConnectionLost(
             f"the worker was asked {len(view.calls)} times for {len(truth.calls)} products: the connection was lost "
             "meanwhile, so run the audit again, on a machine that is less busy"
         )
-    return Recording(view, truth)
+    views = {Party.COMPUTE: view}
+    if profile.masks:
+        views = part_views(view, WorkerView.from_entries(read_transcript(of_masks, mapped=True)))
+    return Recording(views, truth, account)
+
+
+def _recorded(stack: ExitStack, folder: Path) -> WorkerClient:
+    """A client of a worker that records to `folder`; both end with the stack."""
+    worker = stack.enter_context(local_worker(record=folder, threads=1))
+    return stack.enter_context(WorkerClient.open(worker.address))
 
 
 def run_under_watch(
     scenario: Scenario, profile: Profile, seed: int, client: WorkerClient, mask_client: WorkerClient | None = None
-) -> Truth:
-    """The run itself, over any link; what was true of each crossing, in order.
+) -> tuple[Truth, MaskAccount | None]:
+    """The run itself, over any link; what was true of each crossing, in order, and what was sent under masks.
 
     An adapter on the worker is fetched in the end, as any run does to keep it.
     """
@@ -101,7 +128,17 @@ def run_under_watch(
     pieces = tuple(scenario.tokenizer.decode([token]) for token in range(scenario.base.config.vocab_size))
     held_out = torch.tensor(scenario.held_out)
     secret_losses = losses(Logits(scenario.secret), held_out)
-    return Truth(tuple(witness.calls), witness.layers(weights), bases, pieces, adapters, held_out, secret_losses)
+    layers = witness.layers(weights)
+    truth = Truth(tuple(witness.calls), layers, bases, pieces, adapters, held_out, secret_losses)
+    return truth, _mask_account(model)
+
+
+def _mask_account(model: PreTrainedModel) -> MaskAccount | None:
+    masks = model.protection.masks
+    if masks is None:
+        return None
+    account = masks.account()
+    return MaskAccount(account["rows"], account["advantage"], account["budget"])
 
 
 @dataclass

@@ -63,6 +63,9 @@ def as_json(grid: Grid, environment: dict[str, str]) -> dict[str, Any]:
             }
             for it in verdicts(grid)
         ],
+        "masks": [
+            {"model": model, "profile": profile, **asdict(account)} for (model, profile), account in grid.masks.items()
+        ],
         "cells": [_cell(cell) for cell in grid.cells],
     }
 
@@ -92,6 +95,15 @@ def _cell(cell: Cell) -> dict[str, Any]:
     return known
 
 
+def mask_accounts(grid: Grid) -> Iterator[str]:
+    """For each model and profile with masks a sentence: what was sent, and the most that can be learned of it."""
+    for (model, profile), account in grid.masks.items():
+        yield (
+            f"{profile} on {model}: {account.rows:,} rows were sent under masks in a run; any test on all that the "
+            f"compute worker saw has an advantage of at most {account.advantage:.2g} (budget {account.budget:g})."
+        )
+
+
 def as_markdown(grid: Grid) -> str:
     """What to do, who learns what, a table for each model with attacks down and profiles across, what was not run."""
     attackers, rows = _by_attacker(grid)
@@ -104,7 +116,8 @@ def as_markdown(grid: Grid) -> str:
         columns = ("attack", "attacker", "on", *(f"`{name}`" for name in _profiles(grid)))
         table = _text_table(columns, [(it.name, it.needs, it.target, *map(figure, cells)) for it, cells in attacks])
         lines += [f"### {model}, {grid.seeds} {'seed' if grid.seeds == 1 else 'seeds'}", "", table, ""]
-    lines += ["### In words", "", *(f"- {it.text}" for it in verdicts(grid))]
+    lines += ["### In words", "", *(f"- {text}" for text in mask_accounts(grid))]
+    lines += [f"- {it.text}" for it in verdicts(grid)]
     missing = [f"- {where}: {why}" for where, why in not_run(grid)]
     if missing:
         lines += ["", "### Not run, and so not withstood", "", *missing]
@@ -152,6 +165,8 @@ def print_grid(grid: Grid) -> None:
         console.print(Text(f"not run: {where}: {why}", style="dim"))
     for it in verdicts(grid):
         console.print(Text(it.text, style=_STYLES[it.state]))
+    for text in mask_accounts(grid):
+        console.print(Text(text))
     console.print()
     console.print(Text(advice(grid), style="bold"))
 
@@ -163,6 +178,7 @@ def render(grid: Grid, environment: Mapping[str, str]) -> str:
         Verdict(advice(grid)),
         _overview(grid),
         Table("The same in words", ("profile and attacker",), [(it.text,) for it in verdicts(grid)]),
+        *_masks(grid),
         *_maps(grid),
         *_curves(grid),
         _texts(grid),
@@ -194,6 +210,12 @@ def _state(verdict: AuditVerdict) -> HeatCell:
     strongest = verdict.strongest
     below = f"of {verdict.withstood}" if strongest is None else f"{strongest.attack.name} {strongest.value:.2f}"
     return HeatCell(verdict.state, below, _HEAT[verdict.state], verdict.text)
+
+
+def _masks(grid: Grid) -> Iterator[Table]:
+    rows = [(text,) for text in mask_accounts(grid)]
+    if rows:
+        yield Table("What the masks account for", ("profile and model",), rows)
 
 
 def _maps(grid: Grid) -> Iterator[Section]:

@@ -8,27 +8,24 @@ from enum import StrEnum
 
 from obfuscatune.audit.attacks.base import Attacker, Target
 from obfuscatune.audit.grid import Cell, Grid
+from obfuscatune.audit.parties import Party, column, of_column
 
 CONTROL = "identity"
 SECRETS = (Target.TOKENS, Target.WEIGHTS)
-PROMISED: dict[tuple[str, Attacker], tuple[Target, ...]] = {
-    ("private", Attacker.CLOSED): SECRETS,
-    ("private", Attacker.PUBLIC_TEXT): SECRETS,
-    ("guarded", Attacker.CLOSED): SECRETS,
-    ("guarded", Attacker.PUBLIC_TEXT): SECRETS,
-    ("guarded", Attacker.PUBLIC_BASE): (Target.TOKENS,),
+_OF_PRIVATE: dict[Attacker, tuple[Target, ...]] = {Attacker.CLOSED: SECRETS, Attacker.PUBLIC_TEXT: SECRETS}
+_OF_ONE_PARTY: dict[Attacker, tuple[Target, ...]] = {**_OF_PRIVATE, Attacker.PUBLIC_BASE: (Target.TOKENS,)}
+PROMISED: dict[str, dict[Attacker, tuple[Target, ...]]] = {
+    "private": _OF_PRIVATE,
+    column("guarded", Party.COMPUTE): _OF_ONE_PARTY,
+    column("guarded", Party.MASK): _OF_ONE_PARTY,
+    column("guarded", Party.BOTH): _OF_PRIVATE,
 }
-"""What a profile promises to hide from whom (docs/threat-model.md); the others promise nothing. `guarded` promises it
-of each of its two parties alone. Who has the public base is promised nothing of the weights, and by `guarded` alone
-that tokens are hidden."""
+"""What a profile promises to hide from whom, by column (docs/threat-model.md); the others promise nothing. `guarded`
+promises it of each of its two parties alone, and of both together what `private` promises. Who has the public base is
+promised nothing of the weights, and by `guarded` alone that tokens are hidden."""
 _LINKS_TOKENS = frozenset({"equal-tokens-decoding", "moments-decoding", "shared-rows"})
-EXCEPTED: dict[str, frozenset[str]] = {"private": _LINKS_TOKENS}
+EXCEPTED: dict[str, frozenset[str]] = {"private": _LINKS_TOKENS, column("guarded", Party.BOTH): _LINKS_TOKENS}
 """What it does not promise to anyone, because it was found open: attacks by name."""
-CAVEATS: dict[str, str] = {
-    "guarded": "This is what one of its two parties sees, which must not collude: whoever has what both saw, sees what "
-    "private shows (docs/guarded.md)."
-}
-"""What a profile's verdict does not say by itself."""
 
 
 class State(StrEnum):
@@ -75,7 +72,8 @@ class Verdict:
     @property
     def text(self) -> str:
         """A few sentences."""
-        who = f"{self.profile} against {_WHO[self.attacker]}"
+        profile, party = of_column(self.profile)
+        who = f"{profile}{_SEEN_BY[party]} against {_WHO[self.attacker]}"
         match self.state:
             case State.BROKEN:
                 first = f"{who}: THE PROMISE IS BROKEN. {_list(self.open)}."
@@ -93,22 +91,38 @@ class Verdict:
 
 def advice(grid: Grid) -> str:
     """Which of the audited profiles to take, in one sentence."""
-    closed = [it for it in verdicts(grid) if it.attacker in (Attacker.CLOSED, Attacker.PUBLIC_TEXT) and it.promised]
-    kept = [
-        profile
-        for profile in dict.fromkeys(it.profile for it in closed)
-        if not any(it.state in (State.BROKEN, State.UNKNOWN) for it in closed if it.profile == profile)
-    ]
-    if kept:
-        never_public = f"take {kept[0]}, which keeps what it promises as far as these attacks can tell"
-    elif closed:
+    found = [it for it in verdicts(grid) if it.promised]
+    closed = _kept([it for it in found if it.attacker in _OF_PRIVATE])
+    public = _kept([it for it in found if it.attacker not in _OF_PRIVATE])
+    if closed:
+        never_public = f"take {_named(closed[0])}, which keeps what it promises as far as these attacks can tell"
+    elif any(it.attacker in _OF_PRIVATE for it in found):
         never_public = "none of the audited profiles kept its promise here"
     else:
         never_public = "nothing was audited that promises to hide anything"
+    if public:
+        published = f"take {_named(public[0])}, which hides its tokens as far as these attacks can tell"
+    elif any(it.attacker not in _OF_PRIVATE for it in found):
+        published = "none of the audited profiles was found to hide its tokens"
+    else:
+        published = "no promise to hide its tokens was put to the test here"
     return (
-        f"If your base model was never public, {never_public}; if it is a fine-tune of a published model, no profile "
-        "of this version hides its tokens."
+        f"If your base model was never public, {never_public}; if it is a fine-tune of a published model, {published}."
     )
+
+
+def _kept(found: Sequence[Verdict]) -> list[str]:
+    """The profiles that kept their promises in each of their columns."""
+    kept = dict.fromkeys(of_column(it.profile)[0] for it in found)
+    for it in found:
+        if it.state in (State.BROKEN, State.UNKNOWN):
+            kept.pop(of_column(it.profile)[0], None)
+    return [*kept]
+
+
+def _named(profile: str) -> str:
+    """A profile, with what it takes for granted."""
+    return f"{profile}, whose two workers must not collude" if column(profile, Party.BOTH) in PROMISED else profile
 
 
 def not_run(grid: Grid) -> Iterator[tuple[str, str]]:
@@ -118,7 +132,7 @@ def not_run(grid: Grid) -> Iterator[tuple[str, str]]:
         if cell.why_not:
             reasons.setdefault((cell.attack.name, cell.why_not), []).append(f"{cell.profile} on {cell.model}")
     for (attack, why), where in reasons.items():
-        yield f"{attack} ({', '.join(where)})", why
+        yield f"{attack} ({'; '.join(where)})", why
 
 
 _WHO = {
@@ -126,6 +140,13 @@ _WHO = {
     Attacker.PUBLIC_TEXT: "who has text of the same kind",
     Attacker.PUBLIC_BASE: "who has the public base model",
     Attacker.KNOWN_PLAINTEXT: "who knows the plain rows of some calls",
+}
+
+
+_SEEN_BY = {
+    Party.COMPUTE: "",
+    Party.MASK: " (the mask worker alone)",
+    Party.BOTH: " (both workers, if they collude)",
 }
 
 
@@ -137,8 +158,12 @@ def verdicts(grid: Grid) -> list[Verdict]:
 
 
 def exceeding(grid: Grid, limit: float) -> list[Cell]:
-    """Attacks on tokens or weights that beat chance, with more than that advantage."""
-    return [it for it in grid.cells if it.attack.target in SECRETS and it.succeeds and it.advantage > limit]
+    """Attacks on tokens or weights that beat chance, with more than that advantage.
+
+    What both parties see together is left out: that they do not collude is what such a profile takes for granted.
+    """
+    apart = [it for it in grid.cells if of_column(it.profile)[1] is not Party.BOTH]
+    return [it for it in apart if it.attack.target in SECRETS and it.succeeds and it.advantage > limit]
 
 
 def _verdict(grid: Grid, profile: str, attacker: Attacker) -> Verdict:
@@ -149,7 +174,7 @@ def _verdict(grid: Grid, profile: str, attacker: Attacker) -> Verdict:
     return Verdict(
         profile,
         attacker,
-        PROMISED.get((profile, attacker), ()),
+        PROMISED.get(profile, {}).get(attacker, ()),
         tuple(cell for cell in secret if cell.succeeds),
         tuple(cell for cell in cells if cell.attack.target is Target.STRUCTURE and cell.succeeds),
         len(failed) - len(powerless),

@@ -57,7 +57,11 @@ def audit(
     ] = 32,
     out: Annotated[Path, Option("Folder for report.html, audit.json and audit.md.")] = Path("runs/audit"),
     fail_above: Annotated[
-        float | None, Option("Fail where an attack on tokens or weights gets further from chance (0) to success (1).")
+        float | None,
+        Option(
+            "Fail where an attack on tokens or weights gets further from chance (0) to success (1); what both workers "
+            "of guarded see together does not count."
+        ),
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -65,12 +69,13 @@ def audit(
 
     For each profile a worker on this machine records a run of fine-tuning and generation, and every attack is tried
     on what it saw. Beside each figure stands what luck would give. The secret model is the given one, tuned on half of
-    the text; the attacker who has the public base has the given one itself.
+    the text; the attacker who has the public base has the given one itself. Under masks (guarded) both workers record,
+    and each of them is attacked alone, and both together.
 
     Example: obfuscatune audit --profile private,guarded,identity --model embedded --model ./llama --data notes.jsonl
     """
     from obfuscatune.audit.attackers import default_names, parse_variants
-    from obfuscatune.audit.grid import attacks_of, run_grid
+    from obfuscatune.audit.grid import attacks_of, columns_of, run_grid
     from obfuscatune.audit.verdict import exceeding
 
     variants = parse_variants(profile or ",".join(default_names()))
@@ -86,7 +91,8 @@ def audit(
             for number, (files, text) in enumerate(subjects)
         ]
         with output.progress("auditing") as meter:
-            meter.expect(len(scenarios) * len(variants) * seeds * (1 + len(attacks)))
+            tried = sum(1 + len(attacks) * len(columns_of(variant)) for variant in variants)
+            meter.expect(len(scenarios) * seeds * tried)
             done = partial(meter.advance, 1)
             grid = run_grid(scenarios, variants, attacks, seeds, recording=meter.begin, done=done)
     _write(grid, out)

@@ -133,7 +133,7 @@ class BagOfTokens:
     name = "bag-of-tokens"
     needs = Attacker.PUBLIC_BASE
     target = Target.TOKENS
-    measure = "share of a call's tokens that are in the guessed bag"
+    measure = "share of a call's tokens that are in the guessed bag; of the larger of the two"
     source = "ours (design, section 2); Lawson & Hanson 1974 for the method"
 
     def run(self, view: WorkerView, knowledge: Knowledge, seed: int) -> BagGuess:
@@ -156,7 +156,10 @@ class BagOfTokens:
         return BagGuess(guess)
 
     def score(self, guess: BagGuess, truth: Truth) -> Finding:
-        """Overlap of bags; chance is that with other calls' bags of as many tokens. Single tokens are no bag."""
+        """Overlap of bags; chance is that with other calls' bags of as many tokens. Single tokens are no bag.
+
+        Where calls are filled up with further shield rows, too large a bag is guessed: it is held against its own size.
+        """
         guess = BagGuess({it: bag for it, bag in guess.counts.items() if truth.calls[it].phase != "decoding"})
         if not guess.counts:
             raise CannotRun("no call of several tokens")
@@ -166,8 +169,8 @@ class BagOfTokens:
         for index, bag in guess.counts.items():
             guessed.append(torch.nn.functional.pad(bag, (0, size - len(bag))))
             true.append(torch.bincount(torch.tensor(truth.calls[index].tokens), minlength=size).double())
-        overlap = torch.minimum(torch.stack(guessed)[:, None], torch.stack(true)[None]).sum(2)
-        overlap = overlap / torch.stack(true).sum(1)[None]
+        a, b = torch.stack(guessed)[:, None], torch.stack(true)[None]
+        overlap = torch.minimum(a, b).sum(2) / torch.maximum(a.sum(2), b.sum(2))
         own = overlap.diagonal()
         lengths = [int(bag.sum()) for bag in true]
         alike = torch.tensor([[a == b for b in lengths] for a in lengths]).fill_diagonal_(False)

@@ -46,11 +46,13 @@ class SeenCall:
     """How long the worker had nothing to do before it: what the enclave took since the last reply."""
     number: int = 0
     """Of the forward pass, where an adapter keeps something for its way back; 0 elsewhere."""
+    mask: Tensor | None = None
+    """r (m, p), for who knows what the rows are hidden under: two workers that collude."""
 
     @property
     def rows(self) -> Tensor:
-        """In float64."""
-        return self.sent.double()
+        """In float64, with the mask taken away where it is known: exact, for both are integers of one grid."""
+        return self.sent.double() if self.mask is None else self.sent.double() - self.mask
 
     @property
     def count(self) -> int:
@@ -102,7 +104,10 @@ class WorkerView:
         return [call for call in self.calls if call.layer == layer and call.transposed]
 
     def products(self, call: SeenCall) -> Tensor:
-        """The product with W* that the worker answered with, (m, q) or, transposed, (m, p)."""
+        """The product of the rows with W*, (m, q) or, transposed, (m, p): what the worker answered with.
+
+        Where the mask is known it is X* W*, as Y' - r W* is up to rounding.
+        """
         W_star = self.matrices[call.matrix].W_star
         return call.rows @ (W_star.T if call.transposed else W_star)
 
