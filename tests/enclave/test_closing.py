@@ -145,3 +145,14 @@ def test_the_end_of_the_process_ends_the_worker_without_a_word(directory):
     assert (done.returncode, done.stderr) == (0, "")
     (pid,) = done.stdout.split()
     assert not is_running(int(pid))
+
+
+def test_a_product_that_is_awaited_when_another_thread_closes_connects_nothing_anew(worker):
+    """As a thread does that draws masks ahead."""
+    client = obfuscatune.WorkerClient.open(worker.address)
+    client.store(bytes(15) + b"\x01", lambda: torch.eye(8), shape=(8, 8), dtype=torch.float32)
+    pending = client.submit(bytes(15) + b"\x01", torch.ones(2, 8), transpose=False)
+    client.close()
+    with pytest.raises(ProtectionError, match=CLOSED):
+        pending.result()
+    assert not client._driver.connected

@@ -295,6 +295,8 @@ class WorkerClient:
         """Called by `Pending.result`: drive until this one is done."""
         self._driver.refusal.check()
         with self._lock:
+            if not pending.done:
+                self._refuse_if_closed()  # by another thread, while this one was sending
             self._drive_for(pending, lambda: pending.done)
 
     def _drive_for(self, request: Request, done: Callable[[], bool]) -> None:
