@@ -167,7 +167,7 @@ def test_no_mixing_is_none() -> None:
 def test_of_a_request_in_a_bucket_the_number_of_rows_tells_the_bucket_alone() -> None:
     drawn = KroneckerMixer(8, SecretStream.fresh(), in_buckets=True)
     sent = {rows: drawn.draw(rows, 40).rows for rows in range(1, 400)}
-    assert {sent[rows] for rows in range(41, 57)} == {sent[41]}  # 49 to 64 with the shield rows
-    assert len(set(sent.values())) == 12  # 12, 16, 24, ..., 512
+    assert {sent[rows] for rows in range(33, 49)} == {sent[33]} == {56}
+    assert len(set(sent.values())) == 18  # 1, 2, 3, 4, 6, 8, ..., 512, and the shield rows
     few = {rows: drawn.draw_few(rows, 40, torch.float32) for rows in range(1, 25)}
-    assert {mixing.rows for mixing in few.values() if mixing is not None} == {12, 16, 24, 32}
+    assert {mixing.rows for mixing in few.values() if mixing is not None} == {9, 10, 11, 12, 14, 16, 20, 24, 32}

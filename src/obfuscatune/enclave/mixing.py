@@ -325,14 +325,13 @@ class KroneckerMixer:
         Args:
             shield_rows: random rows beside those of the request, at least.
             stream: `SecretStream.fresh()`, but in tests.
-            in_buckets: whether a request is filled up with more of them, to the next number of `bucket`.
+            in_buckets: whether rows are filled up with more of them, to the next number of `bucket`.
         """
         self._shield_rows, self._in_buckets = shield_rows, in_buckets
         self._stream = stream
 
     def _wanted(self, rows: int) -> int:
-        m = rows + self._shield_rows
-        return bucket(m) if self._in_buckets else m
+        return (bucket(rows) if self._in_buckets else rows) + self._shield_rows
 
     def draw_few(self, rows: int, width: int, dtype: torch.dtype) -> FewMixing | None:
         """Secrets for one request of ``rows`` >= 1 rows, if A is dense."""
