@@ -35,9 +35,10 @@ def test_the_account_is_told_written_and_goes_on_when_a_run_is_resumed(finetune,
     assert second["mu"] == pytest.approx(2**0.5 * first["mu"], rel=0.1)
 
 
-def test_a_damaged_account_is_not_taken_for_an_empty_one(finetune, tmp_path):
+@pytest.mark.parametrize("content", ["{", '{"rows": 1, "mu": NaN}'])
+def test_a_damaged_account_is_not_taken_for_an_empty_one(finetune, tmp_path, content):
     assert finetune(1).code == 0
-    (tmp_path / "run" / "masks.json").write_text("{")
+    (tmp_path / "run" / "masks.json").write_text(content)
     ran = finetune(2, "--resume")
     assert ran.code == 1
     assert "masks.json cannot be read, and has what the run had shown so far" in ran.stderr

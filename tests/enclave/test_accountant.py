@@ -63,6 +63,13 @@ def test_an_earlier_part_of_the_run_counts() -> None:
     assert accountant.spent.rows == 1
 
 
+@pytest.mark.parametrize(("rows", "mu"), [(-1, 0.1), (1, -0.1), (1, math.nan), (1, math.inf)])
+def test_what_cannot_have_been_spent_is_not_carried(rows: int, mu: float) -> None:
+    """NaN would compare with no budget."""
+    with pytest.raises(ValueError, match="a mu of"):
+        Accountant(DEVIATION).carry(rows, mu)
+
+
 def test_threads_lose_nothing() -> None:
     accountant = Accountant(DEVIATION)
 

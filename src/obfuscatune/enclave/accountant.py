@@ -74,7 +74,7 @@ class Accountant:
         """
         square = SLACK * 4 * rows * width / self.deviation**2
         with self._lock:
-            if advantage(math.sqrt(self._total + square)) > self.budget:
+            if not advantage(math.sqrt(self._total + square)) <= self.budget:  # NaN is not, either
                 raise BudgetExceeded(
                     f"one more request would let the compute worker tell two inputs apart with an advantage above "
                     f"{self.budget:g}, the mask budget; {self._rows:,} rows were sent. Save the adapter and load the "
@@ -85,7 +85,13 @@ class Accountant:
             self._rows += rows
 
     def carry(self, rows: int, mu: float) -> None:
-        """Add what an earlier part of the same run has spent."""
+        """Add what an earlier part of the same run has spent.
+
+        Raises:
+            ValueError: these are no such numbers.
+        """
+        if rows < 0 or not 0 <= mu < math.inf:
+            raise ValueError(f"{rows} rows and a mu of {mu}")
         with self._lock:
             self._total += mu**2
             self._rows += rows

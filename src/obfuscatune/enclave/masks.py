@@ -188,6 +188,7 @@ class _Store:
         return wanted
 
     def put(self, key: MaskKey, mask: Mask) -> None:
+        self.asked_at.setdefault(key, time.monotonic())  # it may have gone stale meanwhile, and must not stay for ever
         self.ready[key].append(mask)
         self.nbytes += mask.nbytes
 

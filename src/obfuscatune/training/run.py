@@ -271,10 +271,11 @@ class MaskAccount:
         masks = getattr(getattr(model, "protection", None), "masks", None)
         path = directory.root / MASKS_FILE
         if masks is not None and path.exists():
+            content = directory.read(MASKS_FILE)
             try:
-                spent = json.loads(path.read_text("utf-8"))
+                spent = json.loads(content)
                 masks.accountant.carry(int(spent["rows"]), float(spent["mu"]))
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError) as error:
                 raise StorageError(f"{path} cannot be read, and has what the run had shown so far: {error}") from error
         return cls(masks, directory)
 
