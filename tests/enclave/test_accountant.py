@@ -63,6 +63,28 @@ def test_an_earlier_part_of_the_run_counts() -> None:
     assert accountant.spent.rows == 1
 
 
+def test_all_is_written_down_before_it_is_spent_and_seldom() -> None:
+    """Whenever the process is killed, what was kept covers what was sent, by a thousandth of the budget or less."""
+    accountant, kept = Accountant(DEVIATION), [(0, 0.0)]
+    accountant.keep_by(lambda rows, mu: kept.append((rows, mu)))
+    whole = 0.0250667**2  # mu² of an advantage of 0.01
+    for _ in range(400):
+        before = accountant.spent.mu
+        accountant.spend("layer", 1000, 4096)
+        spent = accountant.spent.mu
+        assert spent <= kept[-1][1] * (1 + 1e-12)
+        assert kept[-1][1] ** 2 <= before**2 + whole / 990
+    assert 1 < len(kept) < 20
+
+    def full(rows: int, mu: float) -> None:
+        raise OSError("the disk is full")
+
+    accountant.keep_by(full)
+    with pytest.raises(OSError, match="full"):
+        accountant.spend("layer", 1000, 4096)
+    assert accountant.spent.mu == spent
+
+
 @pytest.mark.parametrize(("rows", "mu"), [(-1, 0.1), (1, -0.1), (1, math.nan), (1, math.inf)])
 def test_what_cannot_have_been_spent_is_not_carried(rows: int, mu: float) -> None:
     """NaN would compare with no budget."""

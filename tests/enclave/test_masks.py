@@ -36,7 +36,7 @@ class Answered:
     """A request whose product is here."""
 
     def __init__(self, product: Tensor) -> None:
-        self.shape, self._product = tuple(product.shape), product
+        self.shape, self._product, self.rows = tuple(product.shape), product, torch.ones(1)
 
     def result(self) -> Tensor:
         return self._product

@@ -15,10 +15,14 @@ from __future__ import annotations
 import math
 import threading
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import NormalDist
 
 from obfuscatune.errors import BudgetExceeded, ConfigError
 
+PARTS = 1000
+"""Of the budget's mu²: each is written down before any of it is spent (`Accountant.keep_by`)."""
 DEFAULT_BUDGET = 0.01
 """Advantage. 2.7 · 10⁹ rows of 4,096 elements pass."""
 SLACK = 1.01
@@ -64,7 +68,17 @@ class Accountant:
         self._squares: defaultdict[str, float] = defaultdict(float)
         self._total = 0.0
         self._rows = 0
+        self._reserved = 0.0
+        self._keep: Callable[[int, float], None] | None = None
         self._lock = threading.Lock()
+
+    def keep_by(self, keep: Callable[[int, float], None]) -> None:
+        """Have `keep` write rows and mu down before they are spent, in parts of the budget.
+
+        What is kept is never below what was sent, so a run that is killed has counted all, nor far above it.
+        """
+        with self._lock:
+            self._keep, self._reserved = keep, 0.0
 
     def spend(self, layer: str, rows: int, width: int) -> None:
         """Count one request of `rows` rows of `width` elements, before it is sent.
@@ -80,6 +94,10 @@ class Accountant:
                     f"{self.budget:g}, the mask budget; {self._rows:,} rows were sent. Save the adapter and load the "
                     "model anew only if your policy allows to add up what both runs show, or raise the budget"
                 )
+            if self._keep is not None and self._total + square > self._reserved:
+                part = (2 * NormalDist().inv_cdf((1 + self.budget) / 2)) ** 2 / PARTS
+                self._reserved = self._total + max(square, part)
+                self._keep(self._rows + rows, math.sqrt(self._reserved))
             self._total += square
             self._squares[layer] += square
             self._rows += rows

@@ -36,6 +36,7 @@ from obfuscatune.enclave import kernels
 from obfuscatune.enclave.accountant import Accountant
 from obfuscatune.enclave.client import ProductRequest, WorkerClient
 from obfuscatune.enclave.keys import SecretStream
+from obfuscatune.enclave.mixing import FewMixing, Mixing
 from obfuscatune.enclave.verification import Check, Verifier, product_in_parts
 from obfuscatune.errors import NonFiniteError, ProtectionError, WireError
 from obfuscatune.process import begin_anew_in_children
@@ -87,6 +88,7 @@ class Mask:
         if request is None:
             return
         product = request.result()
+        request.rows.zero_()  # our own copy of r, or the mask worker's
         with self._client.refusing():
             product = request.own(product)
             self._check(product)
@@ -350,6 +352,34 @@ class Masks:
         with self._lock:
             if origin == self._origin == self._present():
                 store.put(key, mask)
+
+
+@dataclass(frozen=True)
+class LayerMasks:
+    """The masks of a model, as one layer takes them."""
+
+    masks: Masks
+    layer: str
+
+    @property
+    def deviation(self) -> float:
+        """Of a mask's elements."""
+        return self.masks.accountant.deviation
+
+    def take(self, masked: Masked | None, n: int, mixing: Mixing | FewMixing, *, transpose: bool) -> Mask:
+        """A mask for a request of n rows, which were scaled, once it is accounted for.
+
+        Raises:
+            BudgetExceeded: the request must not be sent.
+            ProtectionError: a row is larger than the account has it.
+            WireError: the mask worker failed.
+        """
+        if masked is None:
+            raise ProtectionError(f"the mask worker does not hold the matrix of {self.layer}")
+        if not mixing.mean_square <= 1:
+            raise ProtectionError(f"rows of {self.layer} are too large to be scaled, and so to be hidden under a mask")
+        self.masks.accountant.spend(self.layer, n, masked.shape[1 if transpose else 0])
+        return self.masks.take(masked, mixing.rows, transpose=transpose)
 
 
 def _draw_ahead(reference: weakref.ref[Masks], wanted: queue.SimpleQueue[tuple[MaskKey, Masked] | None]) -> None:

@@ -27,13 +27,13 @@ from torch import Tensor
 
 from obfuscatune.enclave.client import ProductRequest, WorkerClient
 from obfuscatune.enclave.client.requests import NOT_FINITE
-from obfuscatune.enclave.masks import Mask, Masked, Masks
+from obfuscatune.enclave.masks import LayerMasks, Mask, Masked
 from obfuscatune.enclave.mixing import DENSE_BELOW, FewMixing, Mixer, Mixing
 from obfuscatune.enclave.obfuscation import is_finer
 from obfuscatune.enclave.observer import span
 from obfuscatune.enclave.transforms import Transform
 from obfuscatune.enclave.verification import Check, Verifier
-from obfuscatune.errors import BadReply, ProtectionError
+from obfuscatune.errors import BadReply
 
 if TYPE_CHECKING:
     from obfuscatune.enclave.kernels.native import RotationOfFew
@@ -291,7 +291,7 @@ class OffloadedProduct:
         mixing, mask = passage.mixing, None
         if self._masks is not None:
             with span("obfuscatune.mask"):
-                mask = self._masks.take(held, x.shape[0], mixing, transpose=transpose)
+                mask = self._masks.take(held.masked, x.shape[0], mixing, transpose=transpose)
         with span("obfuscatune.mix"):
             X_star = self._memory(mixing.rows, there.dim, dtype, is_sent=mask is None)  # (m, p)
             finite, size = passage.lay_down(X_star), mixing.size
@@ -391,35 +391,6 @@ class OffloadedProduct:
 
     def _turn_back_gradient(self, y: Tensor, _bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         return self._R_in.apply_transpose(y).to(dtype)
-
-
-@dataclass(frozen=True)
-class LayerMasks:
-    """The masks of a model, as one layer takes them."""
-
-    masks: Masks
-    layer: str
-
-    @property
-    def deviation(self) -> float:
-        """Of a mask's elements."""
-        return self.masks.accountant.deviation
-
-    def take(self, held: Held, n: int, mixing: Mixing | FewMixing, *, transpose: bool) -> Mask:
-        """A mask for a request of n rows, which were scaled, once it is accounted for.
-
-        Raises:
-            BudgetExceeded: the request must not be sent.
-            ProtectionError: a row is larger than the account has it.
-            WireError: the mask worker failed.
-        """
-        masked = held.masked
-        if masked is None:
-            raise ProtectionError(f"the mask worker does not hold the matrix of {self.layer}")
-        if not mixing.mean_square <= 1:
-            raise ProtectionError(f"rows of {self.layer} are too large to be scaled, and so to be hidden under a mask")
-        self.masks.accountant.spend(self.layer, n, masked.shape[1 if transpose else 0])
-        return self.masks.take(masked, mixing.rows, transpose=transpose)
 
 
 def _widen(x: Tensor) -> Tensor:

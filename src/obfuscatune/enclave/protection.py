@@ -19,11 +19,11 @@ from obfuscatune.enclave.client import ClientStats, WorkerClient
 from obfuscatune.enclave.experts import ProtectedExperts, add, protected
 from obfuscatune.enclave.keys import RootKey, SecretStream
 from obfuscatune.enclave.layers import ProtectedConv1D, ProtectedLayer, ProtectedLinear, SharedCrossing
-from obfuscatune.enclave.masks import DEFAULT_MEMORY_BYTES, DEVIATION, Masked, Masks
+from obfuscatune.enclave.masks import DEFAULT_MEMORY_BYTES, DEVIATION, LayerMasks, Masked, Masks
 from obfuscatune.enclave.mixing import KroneckerMixer, Mixer, NoMixer
 from obfuscatune.enclave.obfuscation import Obfuscated, in_range, is_finer, obfuscate
 from obfuscatune.enclave.observer import Observer
-from obfuscatune.enclave.product import Held, LayerMasks, Observe, OffloadedProduct
+from obfuscatune.enclave.product import Held, Observe, OffloadedProduct
 from obfuscatune.enclave.profiles import Profile
 from obfuscatune.enclave.remote_lora.adapters import RemoteAdapters
 from obfuscatune.enclave.spill_store import Offloaded, WeightSource

@@ -197,7 +197,6 @@ def finetune(
             """What is due after the steps so far: measure, save, end where asked to. Whether the run is complete."""
             nonlocal saved
             measure()
-            account.keep()
             now = journal.progress
             complete = now.step == cadence.total_steps or now.is_stopped(recipe.patience)
             stopping = not complete and stop_asked()
@@ -234,6 +233,7 @@ def finetune(
         stopped_early = journal.progress.step < cadence.total_steps
         best_step = load_best(directory, peft_model, journal.progress) if recipe.load_best else None
         directory.write_directory("adapter", adapter_files(peft_model))
+        account.close()
         made = summary(journal.progress) | account.as_json()
         directory.write_file("run.json", json.dumps(made, indent=2).encode() + b"\n")
     return Outcome(peft_model.eval(), journal.progress, recipe.out / "adapter", best_step, stopped_early)
@@ -277,12 +277,21 @@ class MaskAccount:
                 masks.accountant.carry(int(spent["rows"]), float(spent["mu"]))
             except (ValueError, KeyError, TypeError) as error:
                 raise StorageError(f"{path} cannot be read, and has what the run had shown so far: {error}") from error
-        return cls(masks, directory)
+        account = cls(masks, directory)
+        if masks is not None:
+            masks.accountant.keep_by(account.keep)
+        return account
 
-    def keep(self) -> None:
-        """Write what was spent so far."""
+    def keep(self, rows: int, mu: float) -> None:
+        """Write down what is about to be spent, before it is."""
+        self.directory.write_file(MASKS_FILE, json.dumps({"rows": rows, "mu": mu}).encode() + b"\n")
+
+    def close(self) -> None:
+        """Write what was spent in the end; what is sent later is another's to count."""
         if self.masks is not None:
-            self.directory.write_file(MASKS_FILE, json.dumps(self.masks.account()).encode() + b"\n")
+            spent = self.masks.accountant.spent
+            self.masks.accountant.keep_by(self.keep)
+            self.keep(spent.rows, spent.mu)
 
     def as_json(self) -> dict[str, Any]:
         """For `run.json`; nothing without masks."""
