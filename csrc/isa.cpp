@@ -16,8 +16,8 @@ template <class T> constexpr Kernels table() {
     // A strip of few rows may be wider than a row of a tile.
     constexpr int64_t bytes = (sizeof(T) == 8 ? WIDE_STRIP : STRIP) * VECTOR_BYTES;
     return {TEXT(ISA), sizeof(T), Simd<T>::width, Simd<T>::lanes, bytes / (int64_t)sizeof(T),
-            rotate<T>, mix<T>, multiply<T>, multiply_few_rows<T>, sketch<T>, make_deviates,
-            make_grid_normals, mask_rows<T>};
+            rotate<T>, mix<T>, multiply<T>, multiply_few_rows<T>, sketch<T>, project<T>,
+            make_deviates, make_grid_normals, mask_rows<T>, unmask_rows<T>};
 }
 
 }  // namespace

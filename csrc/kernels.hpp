@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 
-enum { VERSION = 2 };
+enum { VERSION = 3 };
 
 struct Grid {  // columns `start` to `start + a·b` of a row, as an (a, b) matrix U, become Q_aᵀ U Q_b
     int64_t start, a, b;
@@ -54,6 +54,13 @@ struct Sketches {  // w_r = w r and l_w = lᵀ w for w (p, q), r (q, 8), l (p, 8
     double squares;  // result: the sum of squares of w
 };
 
+struct Projection {  // images (rows, 8) = x v for x (rows, width), float or double, and v (width, 8); and each row's squares
+    const void *x;
+    const double *v;
+    double *images, *squares;
+    int64_t rows, width, x_stride, threads;
+};
+
 struct Deviates {  // 2·pairs random words of 32 bits become as many normal deviates, float, in their place
     void *words;
     int64_t pairs, threads;  // pairs: a multiple of 16
@@ -74,6 +81,13 @@ struct MaskRows {  // out = grid·rint(x / grid) + r for x (rows, width), float 
     int64_t finite;  // result: whether x held neither NaN nor infinity
 };
 
+struct UnmaskRows {  // out = y - product, rounded, for y and product (rows, width), double; then product = 0
+    const double *y;
+    double *product;
+    void *out;  // float or double
+    int64_t rows, width, threads;
+};
+
 struct Kernels {
     const char *isa;
     int64_t itemsize;  // 4: float, 8: double
@@ -85,7 +99,9 @@ struct Kernels {
     void (*multiply)(Product *);
     void (*multiply_few_rows)(FewRows *);
     void (*sketch)(Sketches *);
+    void (*project)(Projection *);
     void (*make_deviates)(Deviates *);
     void (*make_grid_normals)(GridNormals *);
     void (*mask_rows)(MaskRows *);
+    void (*unmask_rows)(UnmaskRows *);
 };

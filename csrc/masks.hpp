@@ -1,4 +1,4 @@
-// One-time masks: normal deviates in double on a grid, from random words, and rows plus their masks.
+// One-time masks: normal deviates in double on a grid, from random words; rows plus their masks; products less theirs.
 //
 //     k = 2⁶⁴ - w₁,  n = w₂                         all 64 bits of two words
 //     radius = √(-2 log(k 2⁻⁶⁴)),  angle = 2π n 2⁻⁶⁴
@@ -122,6 +122,26 @@ template <class T> void mask_rows(MaskRows *job) {
         if (!is_clean<double>(seen)) forget_finite(job->finite);
     };
     on_threads(threads_for(job->threads, job->rows, job->rows * job->width), work);
+}
+
+// The product of the mask is taken away, and nothing of it is left. y is read once: a worker may be writing to it.
+template <class T> void unmask_rows(UnmaskRows *job) {
+    constexpr int W = Simd<double>::width;
+    typedef T Narrow __attribute__((vector_size(W * sizeof(T))));
+    const int64_t elements = job->rows * job->width, whole = elements / W * W;
+    Pieces pieces(elements, 1 << 13);
+    T *out = static_cast<T *>(job->out);
+    auto work = [&] {
+        for (int64_t start, stop; pieces.take(start, stop);) {
+            for (int64_t i = start; i < least(stop, whole); i += W) {
+                const Narrow numbers = __builtin_convertvector(load<double>(job->y + i) - load<double>(job->product + i), Narrow);
+                memcpy(out + i, &numbers, sizeof numbers);
+            }
+            for (int64_t i = most(start, whole); i < stop; ++i) out[i] = (T)(job->y[i] - job->product[i]);
+            memset(job->product + start, 0, (size_t)(stop - start) * sizeof(double));
+        }
+    };
+    on_threads(threads_for(job->threads, parts(elements, 1 << 13), elements), work);
 }
 
 }  // namespace

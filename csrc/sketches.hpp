@@ -99,4 +99,41 @@ template <class T> void sketch(Sketches *job) {
     }
 }
 
+// What verifies a product: a few rows of x and all their sums with v in registers, in double whatever x is.
+constexpr int IMAGE_VECTORS = SKETCHES / Simd<double>::width, PROJECTED_ROWS = 8 / IMAGE_VECTORS;
+
+template <class T, int H> void project_rows(const Projection &job, int64_t row) {
+    constexpr int W = Simd<double>::width;
+    V<double> sums[H][IMAGE_VECTORS] = {}, squares[H] = {};
+    const T *x[H];
+    UNROLL for (int m = 0; m < H; ++m) x[m] = static_cast<const T *>(job.x) + (row + m) * job.x_stride;
+    for (int64_t k = 0; k < job.width; ++k)
+        UNROLL for (int v = 0; v < IMAGE_VECTORS; ++v) {
+            const V<double> vector = load<double>(job.v + k * SKETCHES + v * W);
+            UNROLL for (int m = 0; m < H; ++m) sums[m][v] += vector * (double)x[m][k];
+        }
+    const int64_t whole = job.width / W * W;
+    UNROLL for (int m = 0; m < H; ++m) {
+        double sum = 0;
+        for (int64_t k = 0; k < whole; k += W) {
+            const V<double> numbers = load_as<double, T>(x[m] + k);
+            squares[m] += numbers * numbers;
+        }
+        for (int64_t k = whole; k < job.width; ++k) sum += (double)x[m][k] * (double)x[m][k];
+        for (int lane = 0; lane < W; ++lane) sum += squares[m][lane];
+        job.squares[row + m] = sum;
+        UNROLL for (int v = 0; v < IMAGE_VECTORS; ++v)
+            store<double>(job.images + (row + m) * SKETCHES + v * W, sums[m][v]);
+    }
+}
+
+template <class T> void project(Projection *job) {
+    Pieces pieces(job->rows, PROJECTED_ROWS);
+    auto work = [&] {
+        for (int64_t start, stop; pieces.take(start, stop);)
+            with_height<PROJECTED_ROWS>(stop - start, [&](auto h) { project_rows<T, decltype(h)::value>(*job, start); });
+    };
+    on_threads(threads_for(job->threads, parts(job->rows, PROJECTED_ROWS), job->rows * job->width), work);
+}
+
 }  // namespace

@@ -21,7 +21,7 @@ SWITCH = "OBFUSCATUNE_KERNELS"
 LIBRARY = Path(__file__).with_name("_kernels.so")
 ISAS = ("avx512", "avx2", "generic")
 """Instruction sets that the library knows, the best first. On ARM `generic` is NEON."""
-VERSION = 2
+VERSION = 3
 """Of the C interface, `csrc/kernels.hpp`, which the structures below mirror."""
 
 _INT, _ADDRESS = ctypes.c_int64, ctypes.c_void_p
@@ -80,6 +80,15 @@ class Sketches(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Projection(ctypes.Structure):
+    """X V, and the squares of each row of X."""
+
+    _fields_ = [
+        ("x", _ADDRESS), ("v", _ADDRESS), ("images", _ADDRESS), ("squares", _ADDRESS),
+        ("rows", _INT), ("width", _INT), ("x_stride", _INT), ("threads", _INT),
+    ]  # fmt: skip
+
+
 class Deviates(ctypes.Structure):
     """Normal numbers in the place of random words."""
 
@@ -104,15 +113,25 @@ class MaskRows(ctypes.Structure):
     ]  # fmt: skip
 
 
+class UnmaskRows(ctypes.Structure):
+    """A product less that of its rows' masks."""
+
+    _fields_ = [
+        ("y", _ADDRESS), ("product", _ADDRESS), ("out", _ADDRESS), ("rows", _INT), ("width", _INT), ("threads", _INT)
+    ]  # fmt: skip
+
+
 _FUNCTIONS = {
     "rotate": Rotation,
     "mix": Mixing,
     "multiply": Product,
     "multiply_few_rows": FewRows,
     "sketch": Sketches,
+    "project": Projection,
     "make_deviates": Deviates,
     "make_grid_normals": GridNormals,
     "mask_rows": MaskRows,
+    "unmask_rows": UnmaskRows,
 }
 _Function = Callable[[ctypes.Structure], None]
 
@@ -147,9 +166,11 @@ class Kernels:
     multiply: _Function
     multiply_few_rows: _Function
     sketch: _Function
+    project: _Function
     make_deviates: _Function
     make_grid_normals: _Function
     mask_rows: _Function
+    unmask_rows: _Function
 
 
 def kernels(itemsize: int) -> Kernels | None:

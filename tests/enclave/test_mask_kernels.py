@@ -183,3 +183,16 @@ def test_the_number_of_threads_changes_no_mask() -> None:
         torch.set_num_threads(before)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (9, 768), (70, 259)])
+def test_contract_unmask_rows(name: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    kernel = implementation(name, dtype.itemsize)
+    product = KEY.stream("product").normal(*shape, dtype=torch.float64) * DEVIATION
+    y = product + KEY.stream("y").normal(*shape, dtype=torch.float64)
+    expected, out = (y - product).to(dtype), torch.full(shape, torch.nan, dtype=dtype)
+    kernel.unmask_rows(y, product, out)
+    assert torch.equal(out, expected)
+    assert not product.any(), "nothing of the mask is left"

@@ -75,7 +75,7 @@ def test_the_sum_is_exact_and_on_the_grid() -> None:
 def test_what_was_hidden_comes_back() -> None:
     x, W = torch.randn(20, 32).double(), torch.randn(32, 16).double()
     mask = mask_of(draw(SecretStream.fresh(), 20, 32), W)
-    Y = mask.reveal(mask.hide(x, torch.empty_like(x)) @ W)
+    Y = mask.reveal(mask.hide(x, torch.empty_like(x)) @ W, torch.float64)
     assert (Y - x @ W).abs().max() / (x @ W).abs().max() < 1e-6
 
 
@@ -84,16 +84,16 @@ def test_a_mask_hides_once_and_is_gone() -> None:
     r = draw(SecretStream.fresh(), 3, 8)
     mask = mask_of(r, W)
     with pytest.raises(ProtectionError, match="hides no product"):
-        mask.reveal(torch.zeros(3, 4).double())
+        mask.reveal(torch.zeros(3, 4).double(), torch.float64)
     mask = mask_of(r, W)
     out = torch.empty(3, 8, dtype=torch.float64)
     mask.hide(x, out)
     assert not r.any()
     with pytest.raises(ProtectionError, match="has hidden rows before"):
         mask.hide(x, out)
-    mask.reveal(out @ W)
+    mask.reveal(out @ W, torch.float64)
     with pytest.raises(ProtectionError, match="revealed it before"):
-        mask.reveal(out @ W)
+        mask.reveal(out @ W, torch.float64)
 
 
 def test_the_best_test_has_the_advantage_of_the_theorem() -> None:

@@ -68,8 +68,28 @@ def test_a_check_by_either_takes_the_product_and_nothing_else(
     for transpose, matrix in ((False, W), (True, W.T)):
         x = some(40, matrix.shape[0], dtype=dtype)
         probe = verifier.probe(transpose=transpose)
-        u, product = x @ probe.v, x @ matrix
-        probe.check(product, u, 1.0, dtype)
+        U, product = x.double() @ probe.V, x @ matrix
+        probe.check(product, U, 1.0, dtype)
         product[39, -1] *= 1.1
         with pytest.raises(WrongProduct):
-            probe.check(product, u, 1.0, dtype)
+            probe.check(product, U, 1.0, dtype)
+
+
+@pytest.mark.parametrize("by", ["torch", *native.ISAS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("n", "p"), SHAPES)
+def test_rows_and_their_squares_are_projected_in_float64(n: int, p: int, dtype: torch.dtype, by: str) -> None:
+    """The kernel errs as sums in float64 do; torch's, in float32, as sums of 256 elements."""
+    x, v = some(n, 2 * p, dtype=dtype)[:, :p], some(p, 8)  # rows with a gap between them
+    images, squares = kernels_by(by, dtype).project(x, v)
+    within = 32 * torch.finfo(dtype if by == "torch" else torch.float64).eps
+    scale = float(x.double().norm() * v.norm())
+    torch.testing.assert_close(images, x.double() @ v, rtol=0, atol=within * scale)
+    torch.testing.assert_close(squares, x.double().square().sum(1), rtol=1e-12, atol=0)
+    assert images.dtype == squares.dtype == torch.float64
+
+
+def test_squares_of_rows_that_are_not_finite_are_not() -> None:
+    x = some(9, 33, dtype=torch.float32)
+    x[8, 32], x[3, 0] = torch.nan, torch.inf
+    assert kernels.project(x, some(33, 8)).squares.isfinite().tolist() == [row not in (3, 8) for row in range(9)]

@@ -189,7 +189,7 @@ class _Request:
     def excess(self, product: Tensor) -> float:
         """The deviation of a product under a fresh probe, over the tolerance."""
         probe = self._verifier.probe(transpose=False)
-        return float(probe.excess(product, self._mixing.image(self._x, probe.v), self._mixing.size, self._dtype))
+        return float(probe.excess(product, self._mixing.image(self._x, probe.V), self._mixing.size, self._dtype))
 
     def stated(self, changed: Tensor) -> float:
         """The bound on how often that change is caught."""

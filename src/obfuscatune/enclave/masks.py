@@ -37,7 +37,7 @@ from obfuscatune.enclave.accountant import Accountant
 from obfuscatune.enclave.client import ProductRequest, WorkerClient
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.mixing import FewMixing, Mixing
-from obfuscatune.enclave.verification import Check, Verifier, product_in_parts
+from obfuscatune.enclave.verification import Check, Verifier
 from obfuscatune.errors import NonFiniteError, ProtectionError, WireError
 from obfuscatune.process import begin_anew_in_children
 
@@ -111,8 +111,10 @@ class Mask:
             raise NonFiniteError("rows to be masked contain NaN or infinity; they were not sent")
         return out
 
-    def reveal(self, Y_masked: Tensor) -> Tensor:
-        """X* W* (m, q) in the place of X' W* (m, q), float64, in memory of our own; then r W* is overwritten.
+    def reveal(self, Y_masked: Tensor, dtype: torch.dtype) -> Tensor:
+        """X* W* (m, q) in `dtype`, in memory of its own, for X' W* (m, q), float64; then r W* is overwritten.
+
+        X' W* is read once, and may lie where the compute worker can write to it.
 
         Raises:
             ProtectionError: no rows were hidden, or their product has been revealed before.
@@ -122,9 +124,9 @@ class Mask:
         product, self._product = self._product, None
         if product is None or self._r is not None:
             raise ProtectionError("this mask hides no product, or has revealed it before")
-        Y_masked.sub_(product)
-        product.zero_()
-        return Y_masked
+        Y_star = torch.empty(product.shape, dtype=dtype)
+        kernels.unmask_rows(Y_masked, product, Y_star)
+        return Y_star
 
     def __repr__(self) -> str:
         return "Mask(<redacted>)"
@@ -269,12 +271,12 @@ class Masks:
             self._ask_for_another(key, masked)
         return mask
 
-    def reveal(self, mask: Mask, Y_masked: Tensor) -> Tensor:
+    def reveal(self, mask: Mask, Y_masked: Tensor, dtype: torch.dtype) -> Tensor:
         """See `Mask.reveal`; what it waits for the mask worker is counted."""
         started = time.perf_counter()
         mask.settle()
         self.stats.seconds_waiting += time.perf_counter() - started
-        return mask.reveal(Y_masked)
+        return mask.reveal(Y_masked, dtype)
 
     def account(self) -> dict[str, Any]:
         """What was sent under masks, and the most that the compute worker can have learned: for run.json and reports.
@@ -304,7 +306,7 @@ class Masks:
             key.matrix_id, sent, transpose=key.transpose, known_finite=True, product_unchecked=True
         )
         check = masked.verifier.check_for(
-            lambda v: product_in_parts(r, v),
+            lambda v: kernels.project(r, v).images,
             self.accountant.deviation,
             torch.float64,
             transpose=key.transpose,

@@ -37,7 +37,6 @@ from obfuscatune.enclave.client.requests import NOT_FINITE, check_finite, check_
 from obfuscatune.enclave.kernels.interface import MixingOfFew, RowMixing
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.orthogonal import covering_grid, haar, haar_from
-from obfuscatune.enclave.verification import product_in_parts
 from obfuscatune.errors import BadReply
 
 SIZE_OF_ROWS = 0.75
@@ -203,7 +202,7 @@ class FewMixing(_Scaled):
 
     def image(self, v: Tensor) -> Tensor:
         """X* v (m, k), float64, for v (p, k), of the rows that were just mixed, without reading X* back."""
-        return self.secrets.A.double() @ product_in_parts(self.secrets.stack, v)
+        return self.secrets.A.double() @ kernels.project(self.secrets.stack, v).images
 
 
 class DenseMixing(_Scaled):
@@ -226,8 +225,8 @@ class DenseMixing(_Scaled):
 
     def image(self, x: Tensor, v: Tensor) -> Tensor:
         """Q [x; N] v."""
-        parts = torch.cat([product_in_parts(x, v), product_in_parts(self._shield.to(x), v)])
-        return self._Q.to(parts) @ parts
+        images = torch.cat([kernels.project(rows, v).images for rows in (x, self._shield.to(x))])
+        return self._Q.to(images) @ images
 
     def unmix(self, y: Tensor) -> Tensor:
         """(Qᵀ y)[:n] for y (m, q)."""
@@ -257,7 +256,7 @@ class KroneckerMixing(_Scaled):
 
     def image(self, x: Tensor, v: Tensor) -> Tensor:
         """A [x; N] v = A [x v; N v]."""
-        x_v, shield_v = product_in_parts(x, v), product_in_parts(self.shield.to(x), v)
+        x_v, shield_v = (kernels.project(rows, v).images for rows in (x, self.shield.to(x)))
         out = x_v.new_empty(self.rows, v.shape[1])
         kernels.REFERENCE.mix(x_v, shield_v, self._A, out)
         return out
@@ -289,7 +288,7 @@ class NoMixing:
 
     def image(self, x: Tensor, v: Tensor) -> Tensor:
         """x v."""
-        return product_in_parts(x, v)
+        return kernels.project(x, v).images
 
     def unmix(self, y: Tensor) -> Tensor:
         """y, copied."""

@@ -114,7 +114,7 @@ class FewRows:
 
     def image(self, v: Tensor) -> Tensor:
         """See `Passage`."""
-        return self.mixing.image(v.to(self._dtype))
+        return self.mixing.image(v)
 
     def take_up(self, Y_star: Tensor) -> Tensor:
         """See `Passage`."""
@@ -151,7 +151,7 @@ class ManyRows:
 
     def image(self, v: Tensor) -> Tensor:
         """See `Passage`."""
-        return self.mixing.image(self._rotated, v.to(self._rotated.dtype))
+        return self.mixing.image(self._rotated, v)
 
     def take_up(self, Y_star: Tensor) -> Tensor:
         """See `Passage`."""
@@ -374,14 +374,15 @@ class OffloadedProduct:
             Y_star = request.result()
         if check is None and mask is None:
             return Y_star
-        own = _widen(request.own(Y_star))
         if mask is not None and self._masks is not None:
             with span("obfuscatune.mask"):
-                self._masks.masks.reveal(mask, own)
+                own = self._masks.masks.reveal(mask, Y_star, sent.held.dtype or torch.float64)
+        else:
+            own = _widen(request.own(Y_star))
         if check is not None:
             with span("obfuscatune.verify"), self._client.refusing():
                 self._client.stats.verified += check(own)
-        return own if mask is None else own.to(sent.held.dtype)
+        return own
 
     def _turn_back_product(self, y: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         if bias is not None and bias.dtype == y.dtype == dtype:

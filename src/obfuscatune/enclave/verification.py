@@ -1,9 +1,9 @@
 """Is a product the product? Freivalds' check (1977), for rounded arithmetic.
 
     at the upload     R (q, K) normal, secret;  V = W* R           (p, K)   once for each matrix, and for its transpose
-    for a request     c (K, k), orthonormal: r = R c, v = V c                fresh
-                      u = X* v = A [x R_in v; N v]                 (m, k)   from what the enclave sent, not read back
-    for its reply     |Y* r - u| <= tau, in every row                       one pass over a private copy of Y*
+    for a request     c (K, k), orthonormal: r = R c               (q, k)   fresh
+                      U = X* V = A [x R_in V; N V]                 (m, K)   from what the enclave sent, not read back
+    for its reply     |Y* r - X* W* r| = |(Y* R - U) c| <= tau, in every row    one pass over a private copy of Y*
 
 Y* = X* W* + E differs by E r, and whatever the worker makes of a row e of E, e·r is normal with the standard
 deviation |e|: a worker that does not know r is overlooked with
@@ -17,7 +17,7 @@ The reply can lower tau and not raise it above what |X*| |W*|, which the enclave
 Where only a share of the requests is checked, the lot is drawn when the product is in memory of our own, and nothing
 of the check is computed before: a worker that could tell from the time that passes would spare the checked ones.
 
-Sums of the enclave's own are made in parts (`product_in_parts`): they err no more than rounding at the end would.
+Sums of the enclave's own are made in float64 (`kernels.project`): they err no more than rounding at the end would.
 """
 
 from __future__ import annotations
@@ -28,28 +28,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from obfuscatune.enclave import kernels
 from obfuscatune.enclave.client.requests import check_product
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.errors import WrongProduct
-
-PART = 256
-"""Elements that are summed in their own dtype before the sum goes on in float64."""
-
-
-def product_in_parts(x: Tensor, v: Tensor) -> Tensor:
-    """x v (n, k) in float64 for x (n, p) and v (p, k) of one dtype, on one device; k a few.
-
-    What a sum in float32 errs by grows with its length: over a few thousand elements, by as much as a check of the
-    result tolerates.
-    """
-    total = torch.zeros(x.shape[0], v.shape[1], dtype=torch.float64, device=x.device)
-    for start in range(0, x.shape[1], PART):
-        total += x[:, start : start + PART] @ v[start : start + PART]
-    return total
-
 
 BASIS = 8
 """K: vectors whose images are computed once. Each request is checked by fresh combinations of them."""
@@ -73,10 +58,12 @@ Check = Callable[[Tensor], bool]
 class Probe:
     """The secret vectors of one request, and what W* makes of them."""
 
-    r: Tensor
-    """(q, k), normal of unit variance."""
-    v: Tensor
-    """W* r (p, k)."""
+    R: Tensor
+    """(q, K), normal of unit variance, float64."""
+    V: Tensor
+    """W* R (p, K), float64."""
+    c: NDArray[np.float64]
+    """(K, k), orthonormal: the vectors are r = R c."""
     norm: float
     """|W*|, the root of the sum of all squares."""
     party: str = "worker"
@@ -85,17 +72,18 @@ class Probe:
     """Root mean square of the elements of the masks, float64, that were added to the rows and whose product was taken
     away: what is left of them is rounding."""
 
-    def check(self, product: Tensor, u: Tensor, scale: float, dtype: torch.dtype) -> None:
-        """Hold a product (m, q), in memory of our own, against u (m, k), float64.
+    def check(self, product: Tensor, U: Tensor, scale: float, dtype: torch.dtype) -> None:
+        """Hold a product (m, q), in memory of our own, against U = X* V (m, K), float64, on the CPU.
 
         Args:
             scale: root mean square of the elements of all rows that were sent, shield rows among them; without masks.
             dtype: in which rows and product travelled; of masked rows, in which they were mixed.
 
         Raises:
+            BadReply: it is not finite.
             WrongProduct: it is not the product of the rows and the matrix.
         """
-        excess = float(self.excess(product, u, scale, dtype))
+        excess = self.excess(product, U, scale, dtype)
         if not excess <= 1:  # NaN is not, either
             raise WrongProduct(
                 f"the {self.party}'s product is wrong: a check by secret vectors is off by {excess:.3g} times what "
@@ -103,24 +91,38 @@ class Probe:
                 "model (its --dtype); nothing was done with the product"
             )
 
-    def excess(self, product: Tensor, u: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-        """The largest deviation of any row, over that row's tau; infinite or NaN where either is not finite."""
-        deviation = (product_in_parts(product, self.r) - u).abs().amax(dim=1)
-        tau = self.tolerance(product, scale, dtype)
-        return torch.where(tau.isfinite(), deviation / tau, math.inf).max()
+    def excess(self, product: Tensor, U: Tensor, scale: float, dtype: torch.dtype) -> float:
+        """The largest deviation of any row, over that row's tau; infinite or NaN where either is not finite.
+
+        Raises:
+            BadReply: the product is not finite.
+        """
+        images, squares = (of_rows.numpy() for of_rows in kernels.project(product, self.R))
+        if not np.isfinite(squares).all():  # or it is merely large, in float64
+            check_product(product)
+        deviation = np.abs((images - U.numpy()) @ self.c).max(axis=1)
+        tau = self._tolerance(squares, product.shape[1], scale, dtype)
+        return float(np.where(np.isfinite(tau), deviation / tau, math.inf).max())
 
     def tolerance(self, product: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-        """tau for each row (m,), float64.
+        """tau for each row (m,) of a product (m, q), float64.
 
         A row may be small because large ones cancelled in mixing, and then errs as they do: so the average counts too.
         No row of the true product is larger than |X*| |W|, so a row that came counts for no more than that.
         """
+        squares = kernels.project(product, self.R).squares.numpy()
+        return torch.from_numpy(self._tolerance(squares, product.shape[1], scale, dtype))
+
+    def _tolerance(
+        self, squares: NDArray[np.float64], width: int, scale: float, dtype: torch.dtype
+    ) -> NDArray[np.float64]:
+        """By the sums of squares (m,) of the rows, of `width` elements."""
         rounding = torch.finfo(dtype)
         expected = scale * self.norm  # the size of a row, for a matrix that amplifies all directions alike
-        largest = _largest(product.shape[0], self.v.shape[0], scale, self.norm)
-        norms = torch.linalg.vector_norm(product, dim=1, dtype=torch.float64).clamp(max=largest)
-        subnormal = rounding.tiny * (math.sqrt(product.shape[1]) + self.norm)  # elements below tiny err by eps tiny / 2
-        size: Tensor = expected + norms + norms.square().mean().sqrt() + subnormal
+        largest = _largest(len(squares), self.V.shape[0], scale, self.norm)
+        squares = np.minimum(squares, largest**2)
+        subnormal = rounding.tiny * (math.sqrt(width) + self.norm)  # elements below tiny err by eps tiny / 2
+        size: NDArray[np.float64] = np.sqrt(squares) + (expected + math.sqrt(squares.mean()) + subnormal)
         of_masks = MARGIN[torch.float64] * torch.finfo(torch.float64).eps / 2 * self.mask_size * self.norm
         return MARGIN[dtype] * rounding.eps / 2 * size + of_masks
 
@@ -151,14 +153,14 @@ class Verifier:
         p, q = W.shape
         self._R = stream.normal(q, BASIS, dtype=W.dtype)
         self._L = stream.normal(p, BASIS, dtype=W.dtype)
-        self._WR, self._WtL, self._norm = _images(W, self._R, self._L)
+        W_R, W_L, self._norm = _images(W, self._R, self._L)
+        self._R, self._L, self._WR, self._WtL = (x.double() for x in (self._R, self._L, W_R, W_L))
 
     def probe(self, *, transpose: bool, party: str = "worker", mask_size: float = 0.0) -> Probe:
         """Fresh vectors for one request to that party; see `Probe`."""
         vectors, images = (self._L, self._WtL) if transpose else (self._R, self._WR)
-        q, _ = np.linalg.qr(self._stream.normal(BASIS, self._vectors).numpy())
-        c = torch.from_numpy(q).to(vectors)  # orthonormal: the columns of r are normal and independent
-        return Probe(vectors @ c, images @ c, self._norm, party, mask_size)
+        c, _ = np.linalg.qr(self._stream.normal(BASIS, self._vectors).numpy())
+        return Probe(vectors, images, c, self._norm, party, mask_size)
 
     def check_for(
         self,
@@ -173,7 +175,7 @@ class Verifier:
         """The check of one request. To be called once it is sent, and what comes of it once the product is here.
 
         Args:
-            image: makes X* v, float64, of v.
+            image: makes X* V (m, K), float64, of V (p, K), float64.
             scale: see `Probe.check`.
             dtype: in which rows and product travel.
             transpose: whether the rows are multiplied by W*ᵀ.
@@ -182,15 +184,15 @@ class Verifier:
 
         def prepare() -> tuple[Probe, Tensor]:
             probe = self.probe(transpose=transpose, party=party, mask_size=mask_size)
-            return probe, image(probe.v).to(probe.v.device)
+            return probe, image(probe.V).cpu()
 
         prepared = prepare() if self._share >= 1 else None  # there is no lot to be kept secret: while it is computed
 
         def check(product: Tensor) -> bool:
             if prepared is None and not self._is_drawn():
                 return False
-            probe, u = prepared or prepare()
-            probe.check(check_product(product), u, scale, dtype)
+            probe, U = prepared or prepare()
+            probe.check(product, U, scale, dtype)
             return True
 
         return check

@@ -17,11 +17,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from obfuscatune import native as _native
-from obfuscatune.enclave.kernels.interface import Kernels
+from obfuscatune.enclave.kernels.interface import SKETCHES, Kernels, Projection
 from obfuscatune.enclave.kernels.native import Native
 from obfuscatune.enclave.kernels.reference import Reference
 
-__all__ = ["REFERENCE", "Kernels", "Native", "for_deviates", "grid_normal", "kernels_for", "mask_rows", "native_for"]
+__all__ = [
+    "REFERENCE",
+    "Kernels",
+    "Native",
+    "Projection",
+    "for_deviates",
+    "grid_normal",
+    "kernels_for",
+    "mask_rows",
+    "native_for",
+    "project",
+    "unmask_rows",
+]
 
 REFERENCE = Reference()
 
@@ -89,6 +101,37 @@ def mask_rows(x: Tensor, r: Tensor, grid: float, out: Tensor) -> bool:
     if found is None or x.numel() == 0 or any(t.device.type != "cpu" or t.stride(1) != 1 for t in tensors):
         return REFERENCE.mask_rows(x, r, grid, out)
     return found.mask_rows(x, r, grid, out)
+
+
+def unmask_rows(y: Tensor, product: Tensor, out: Tensor) -> None:
+    """Unmask, round and forget in one pass: out = y - product, then product = 0.
+
+    y is read once, so it may lie where a worker can write to it.
+
+    Args:
+        y: float64 (m, q), what came of masked rows.
+        product: float64 (m, q), what the masks made of the same matrix.
+        out: (m, q), float32 or float64 for the native kernel, any dtype for torch.
+    """
+    found = native_of(out.itemsize) if out.dtype in (torch.float32, torch.float64) else None
+    tensors = (y, product, out)
+    if found is None or any(t.device.type != "cpu" or not t.is_contiguous() for t in tensors):
+        return REFERENCE.unmask_rows(y, product, out)
+    return found.unmask_rows(y, product, out)
+
+
+def project(x: Tensor, v: Tensor) -> Projection:
+    """x v and the squares of x, as verification needs them: in float64, or nearly.
+
+    Args:
+        x: rows (n, p), any floating dtype, on any device.
+        v: float64 (p, k); the native kernel takes 8 vectors.
+    """
+    found = native_of(x.itemsize) if x.dtype in (torch.float32, torch.float64) else None
+    on_cpu = x.device.type == v.device.type == "cpu"
+    if found is None or not on_cpu or v.shape[1] != SKETCHES or x.stride(1) != 1 or not v.is_contiguous():
+        return REFERENCE.project(x, v)
+    return found.project(x, v)
 
 
 def native_of(itemsize: int) -> Native | None:

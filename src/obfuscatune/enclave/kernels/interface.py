@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -69,6 +69,15 @@ class MixingOfFew:
     """(m, p): room for n rows above the m - n shield rows."""
 
 
+class Projection(NamedTuple):
+    """What verification asks of rows x (n, p) and vectors v (p, k)."""
+
+    images: Tensor
+    """x v (n, k), float64."""
+    squares: Tensor
+    """The sum of squares of each row of x (n,), float64."""
+
+
 class Kernels(Protocol):
     """One implementation in torch, `reference`, and one in C++, `native`. They agree to rounding."""
 
@@ -93,6 +102,9 @@ class Kernels(Protocol):
     def sketch(self, W: Tensor, R: Tensor, L: Tensor) -> tuple[Tensor, Tensor, float]:
         """W R (p, 8), Wᵀ L (q, 8) and the root of the sum of all squares, for W (p, q), R (q, 8) and L (p, 8)."""
 
+    def project(self, x: Tensor, v: Tensor) -> Projection:
+        """x v and the squares of x (n, p), for v (p, k), float64; see `kernels.project`."""
+
     def deviates(self, words: NDArray[np.uint32]) -> NDArray[np.float32]:
         """Uniform words (2k,) as standard normal deviates (2k,), possibly in their place; k a multiple of 16."""
 
@@ -101,3 +113,6 @@ class Kernels(Protocol):
 
     def mask_rows(self, x: Tensor, r: Tensor, grid: float, out: Tensor) -> bool:
         """out = grid · rint(x / grid) + r for x, r and out (m, p); see `kernels.mask_rows`."""
+
+    def unmask_rows(self, y: Tensor, product: Tensor, out: Tensor) -> None:
+        """out = y - product, then product = 0, for y, product and out (m, q); see `kernels.unmask_rows`."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from obfuscatune import native
-from obfuscatune.enclave.kernels.interface import SKETCHES, MixingOfFew, Rotation, RowMixing
+from obfuscatune.enclave.kernels.interface import SKETCHES, MixingOfFew, Projection, Rotation, RowMixing
 from obfuscatune.enclave.kernels.reference import Reference
 
 _REFERENCE = Reference()
@@ -84,6 +84,14 @@ class Native:
         self.table.sketch(job)
         return W_R, L_W.T.contiguous(), math.sqrt(job.squares)
 
+    def project(self, x: Tensor, v: Tensor) -> Projection:
+        """In one pass, all sums in float64; v (p, 8)."""
+        images = torch.empty(x.shape[0], SKETCHES, dtype=torch.float64)
+        squares = torch.empty(x.shape[0], dtype=torch.float64)
+        addresses = (t.data_ptr() for t in (x, v, images, squares))
+        self.table.project(native.Projection(*addresses, *x.shape, x.stride(0), torch.get_num_threads()))
+        return Projection(images, squares)
+
     def deviates(self, words: NDArray[np.uint32]) -> NDArray[np.float32]:
         """In the words' place."""
         self.table.make_deviates(native.Deviates(words.ctypes.data, words.size // 2, torch.get_num_threads()))
@@ -101,6 +109,11 @@ class Native:
         job = native.MaskRows(*addresses, *x.shape, *strides, torch.get_num_threads(), grid)
         self.table.mask_rows(job)
         return bool(job.finite)
+
+    def unmask_rows(self, y: Tensor, product: Tensor, out: Tensor) -> None:
+        """In one pass; `self` is for numbers of out's size."""
+        addresses = (t.data_ptr() for t in (y, product, out))
+        self.table.unmask_rows(native.UnmaskRows(*addresses, *y.shape, torch.get_num_threads()))
 
     def of_few(self, R: Rotation) -> RotationOfFew:
         """A rotation, to be done with the mixing of few rows."""

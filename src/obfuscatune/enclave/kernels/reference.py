@@ -10,10 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from obfuscatune.enclave.kernels.interface import Grid, Rotation, RowMixing
+from obfuscatune.enclave.kernels.interface import Grid, Projection, Rotation, RowMixing
 from obfuscatune.enclave.orthogonal import kronecker_columns, kronecker_rows, permute_columns
 
 Float = TypeVar("Float", bound=np.floating)
+PART = 256
+"""Elements that are summed in their own dtype before the sum goes on in float64."""
 
 
 class Reference:
@@ -49,6 +51,14 @@ class Reference:
         """W R, Wᵀ L and |W|."""
         return W @ R, W.T @ L, float(torch.linalg.vector_norm(W, dtype=torch.float64))
 
+    def project(self, x: Tensor, v: Tensor) -> Projection:
+        """In parts: what a sum in float32 errs by over thousands of elements is as much as a check tolerates."""
+        narrow = v.to(x)
+        images = torch.zeros(x.shape[0], v.shape[1], dtype=torch.float64, device=x.device)
+        for start in range(0, x.shape[1], PART):
+            images += x[:, start : start + PART] @ narrow[start : start + PART]
+        return Projection(images, torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).square_())
+
     def deviates(self, words: NDArray[np.uint32]) -> NDArray[np.float32]:
         """24 bits of each word make a uniform number."""
         return box_muller((words >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24))
@@ -72,6 +82,11 @@ class Reference:
         rounded = x.to(torch.float64, copy=True).div_(grid).round_().mul_(grid)
         torch.add(rounded, r, out=out)
         return bool(torch.isfinite(x).all())
+
+    def unmask_rows(self, y: Tensor, product: Tensor, out: Tensor) -> None:
+        """One operation of torch after another."""
+        out.copy_(y - product)
+        product.zero_()
 
 
 def box_muller(uniform: NDArray[Float]) -> NDArray[Float]:
