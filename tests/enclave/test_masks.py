@@ -210,6 +210,25 @@ def test_masks_are_drawn_ahead_within_their_memory(worker: LocalWorker, mask_wor
             assert masks._store.nbytes <= memory_bytes
 
 
+def test_while_masks_are_stocked_none_is_drawn(worker: LocalWorker, mask_worker: LocalWorker) -> None:
+    inputs = batch((9, 4), 97).inputs()
+    with (
+        torch.no_grad(),
+        protect(
+            GPT2.build(torch.float32), worker.address, "guarded", mask_worker=mask_worker.address, base="closed"
+        ) as model,
+    ):
+        model(**inputs)
+        masks, crossings = model.protection.masks, model.protection.stats.crossings
+        with masks.stocked(3):
+            assert len(masks._store) >= 3 * crossings
+            asked, awaited = masks.client.stats.crossings, masks.stats.awaited
+            for _ in range(3):
+                model(**inputs)
+            assert masks.stats.awaited == awaited
+            assert masks.client.stats.crossings == asked, "the mask worker rests"
+
+
 def test_a_process_that_is_run_on_twice_drops_what_was_drawn_ahead(
     worker: LocalWorker, mask_worker: LocalWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,7 +239,7 @@ def test_a_process_that_is_run_on_twice_drops_what_was_drawn_ahead(
     masks = model.protection.masks
     with torch.no_grad():
         model(**batch((9, 4), 97).inputs())
-    key, masked = next(iter(masks._store.asked_at)), model.protection.offloaded[0].crossing.product.held.masked
+    key, masked = next(iter(masks._store.asked)), model.protection.offloaded[0].crossing.product.held.masked
     masks.draw_ahead(key, masked)
     assert len(masks._store)
 

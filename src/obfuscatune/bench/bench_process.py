@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -24,9 +24,13 @@ from obfuscatune.bench.clocked import ClockPage, clocked_worker
 from obfuscatune.bench.measures import ProductCounter, measure_limits, measured_spans, peak_bytes, settled_bytes
 from obfuscatune.bench.workload import WORKLOADS, Workload, config_of, random_model
 from obfuscatune.enclave.local_worker import LocalWorker
+from obfuscatune.enclave.masks import Masks
 from obfuscatune.enclave.profiles import resolve
 from obfuscatune.enclave.protect import protect
-from obfuscatune.enclave.protection import Protection
+from obfuscatune.enclave.protection import Masking, Protection
+
+AHEAD_BYTES = 8 << 30
+"""Memory for masks that are all drawn before what is timed."""
 
 
 def main() -> None:
@@ -43,11 +47,13 @@ def main() -> None:
             if resolve(settings["profile"]).masks:
                 mask_worker, mask_clock = stack.enter_context(clocked_worker(settings["threads"]))
                 mask_address = mask_worker.address
+            masking = Masking(memory_bytes=AHEAD_BYTES) if settings["masks_ahead"] else None
             protection = protect(
-                model, worker.address, settings["profile"], base="closed", mask_worker=mask_address
+                model, worker.address, settings["profile"], base="closed", mask_worker=mask_address, masking=masking
             ).protection
         work = WORKLOADS[settings["work"]](model, settings["batch"], settings["length"])
-        side = _Side(work, protection, worker, clock, mask_clock)
+        stocked = protection.masks if settings["masks_ahead"] and protection is not None else None
+        side = _Side(work, protection, worker, clock, mask_clock, stocked)
         words = {"step": side.step, "profile": side.profile, "count": side.count}
         _say({"ready": True})
         for line in sys.stdin:
@@ -67,13 +73,23 @@ class _Side:
         worker: LocalWorker | None,
         clock: ClockPage | None,
         mask_clock: ClockPage | None,
+        stocked: Masks | None,
     ) -> None:
+        """`stocked`: masks that are all to be drawn before what is timed; None for none."""
         self._work, self._protection, self._worker, self._clock = work, protection, worker, clock
-        self._mask_clock = mask_clock
+        self._mask_clock, self._stocked = mask_clock, stocked
 
     def step(self) -> dict[str, Any]:
         """Once, timed; and all that can be had without disturbing it."""
+        with self._prepared():
+            return self._timed()
+
+    def _prepared(self) -> AbstractContextManager[None]:
+        """Do what comes before the work; within the `with` is what is measured."""
         self._work.prepare()
+        return nullcontext() if self._stocked is None else self._stocked.stocked(self._work.requests_alike)
+
+    def _timed(self) -> dict[str, Any]:
         before = None if self._protection is None else self._protection.stats.snapshot()
         computed = None if self._clock is None else self._clock.totals
         masked = None if self._mask_clock is None else self._mask_clock.totals
@@ -96,8 +112,7 @@ class _Side:
 
     def profile(self) -> dict[str, Any]:
         """Once under the profiler; its time is not to be compared."""
-        self._work.prepare()
-        with measured_spans() as spans:
+        with self._prepared(), measured_spans() as spans:
             self._work()
         return {"spans": spans}
 

@@ -103,6 +103,7 @@ class StepBench:
     """Times `work` on `batch` sequences of `length` tokens, `rounds` times plain and under each of `profiles`.
 
     `warmup` further rounds come first and are not counted. `layers` is the model's depth; None for that of `shape`.
+    With `masks_ahead` one-time masks are drawn before each round, and what that takes is not counted.
     """
 
     work: Literal["step", "forward", "decode"] = "step"
@@ -114,6 +115,7 @@ class StepBench:
     rounds: int = 7
     warmup: int = 2
     profiles: tuple[str, ...] = ("private",)
+    masks_ahead: bool = False
 
     def run(self, progress: Progress) -> StepResult:
         """Measure. Takes several minutes at GPT-2's shapes.
@@ -152,7 +154,7 @@ class StepBench:
         return min(fastest, key=lambda name: fastest[name])
 
     def _start(self, kind: str, waiting: dict[str, str], profile: str | None = None) -> BenchProcess:
-        wanted = ("work", "shape", "layers", "batch", "length", "threads")
+        wanted = ("work", "shape", "layers", "batch", "length", "threads", "masks_ahead")
         settings = {name: getattr(self, name) for name in wanted}
         return BenchProcess(settings | {"kind": kind, "profile": profile}, waiting)
 

@@ -93,6 +93,9 @@ def random_model(config: PretrainedConfig) -> PreTrainedModel:
 class Workload:
     """Work that is timed, on a fixed random batch. Made of a model, a batch size and a length in tokens."""
 
+    requests_alike = 1
+    """Requests of one call that have the same layer, direction and number of rows."""
+
     def prepare(self) -> None:
         """Do what comes before each call and is not timed."""
 
@@ -138,6 +141,8 @@ class Decode(Workload):
 
     The new tokens are fixed and random, not sampled: so rounding cannot make two processes decode different texts.
     """
+
+    requests_alike = NEW_TOKENS
 
     def __init__(self, model: PreTrainedModel, batch: int, length: int) -> None:
         self._model = model.eval()

@@ -111,6 +111,9 @@ class Sizes:
     threads: Threads = None
     rounds: Rounds = 7
     profiles: Profiles = None
+    masks_ahead: Annotated[
+        bool, Option("Draw the masks of guarded before each round: what that takes is not counted.")
+    ] = False
 
 
 @dataclass(frozen=True)

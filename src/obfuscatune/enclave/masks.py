@@ -24,7 +24,7 @@ import threading
 import time
 import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -169,15 +169,15 @@ class _Store:
     """Masks that are ready, by what they fit."""
 
     ready: dict[MaskKey, deque[Mask]] = field(default_factory=lambda: defaultdict(deque))
-    asked_at: OrderedDict[MaskKey, float] = field(default_factory=OrderedDict)
-    """When a mask was last taken, the oldest first."""
+    asked: OrderedDict[MaskKey, tuple[Masked, float]] = field(default_factory=OrderedDict)
+    """When a mask was last taken, and for which matrix; the oldest first."""
     nbytes: int = 0
     drawing: Counter[MaskKey] = field(default_factory=Counter)
     """Masks that were asked for and are not ready."""
 
-    def take(self, key: MaskKey) -> Mask | None:
-        self.asked_at[key] = time.monotonic()
-        self.asked_at.move_to_end(key)
+    def take(self, key: MaskKey, masked: Masked) -> Mask | None:
+        self.asked[key] = masked, time.monotonic()
+        self.asked.move_to_end(key)
         masks = self.ready.get(key)
         if not masks:
             return None
@@ -191,19 +191,19 @@ class _Store:
         self.drawing[key] += wanted
         return wanted
 
-    def put(self, key: MaskKey, mask: Mask) -> None:
-        self.asked_at.setdefault(key, time.monotonic())  # it may have gone stale meanwhile, and must not stay for ever
+    def put(self, key: MaskKey, masked: Masked, mask: Mask) -> None:
+        self.asked.setdefault(key, (masked, time.monotonic()))  # it may have gone stale meanwhile, and must not stay
         self.ready[key].append(mask)
         self.nbytes += mask.nbytes
 
     def make_room(self, nbytes: int, memory_bytes: int) -> bool:
         """Drop masks of shapes that are not asked for any more; whether `nbytes` more have room."""
         stale = time.monotonic() - STALE_SECONDS
-        while self.nbytes + nbytes > memory_bytes and self.asked_at:
-            key, asked_at = next(iter(self.asked_at.items()))
+        while self.nbytes + nbytes > memory_bytes and self.asked:
+            key, (_, asked_at) = next(iter(self.asked.items()))
             if asked_at > stale:
                 break
-            del self.asked_at[key]
+            del self.asked[key]
             self.nbytes -= sum(mask.nbytes for mask in self.ready.pop(key, ()))
         return self.nbytes + nbytes <= memory_bytes
 
@@ -233,9 +233,9 @@ class Masks:
             connection: something that changes when the compute worker is connected anew.
         """
         self.client, self.accountant, self.stats = client, accountant, MaskStats()
-        self._memory_bytes, self._connection = memory_bytes, connection
+        self._memory_bytes, self._connection, self._stocked = memory_bytes, connection, False
         self._stream = SecretStream.fresh()
-        self._lock = threading.Lock()
+        self._lock, self._drawing = threading.Lock(), threading.Lock()
         self._begin()
         begin_anew_in_children(self)
 
@@ -248,7 +248,7 @@ class Masks:
     def begin_in_child(self) -> None:
         """See `process.Forkable`: what the parent drew is the parent's."""
         self._end.detach()
-        self._lock = threading.Lock()
+        self._lock, self._drawing = threading.Lock(), threading.Lock()
         self._begin()
 
     def take(self, masked: Masked, rows: int, *, transpose: bool) -> Mask:
@@ -260,16 +260,40 @@ class Masks:
         key = MaskKey(masked.matrix_id, rows, transpose)
         with self._lock:
             self._drop_what_is_not_ours()
-            mask = self._store.take(key)
+            mask = self._store.take(key, masked)
             self.stats.ahead += mask is not None
             self.stats.awaited += mask is None
         if mask is None:
             started = time.perf_counter()
             mask = self._drawn(key, masked)
             self.stats.seconds_waiting += time.perf_counter() - started
-        if self._memory_bytes:
+        if self._memory_bytes and not self._stocked:
             self._ask_for_another(key, masked)
         return mask
+
+    @contextlib.contextmanager
+    def stocked(self, each: int) -> Iterator[None]:
+        """Draw until `each` masks are ready of every kind that was asked for lately; none while the `with` lasts.
+
+        Then nothing but what must be computed at once takes the machine's time. No more are drawn than memory allows.
+
+        Raises:
+            WireError: the mask worker failed.
+        """
+        self._stocked = True
+        try:
+            with self._drawing, self._lock:  # once the thread has finished the one that it is drawing
+                self._drop_what_is_not_ours()
+                missing = [
+                    (key, masked, each - len(self._store.ready.get(key, ())))
+                    for key, (masked, _) in self._store.asked.items()
+                ]
+            for key, masked, count in missing:
+                for _ in range(count):
+                    self._keep(key, masked)
+            yield
+        finally:
+            self._stocked = False
 
     def reveal(self, mask: Mask, Y_masked: Tensor, dtype: torch.dtype) -> Tensor:
         """See `Mask.reveal`; what it waits for the mask worker is counted."""
@@ -337,6 +361,15 @@ class Masks:
                 self._thread.start()
 
     def draw_ahead(self, key: MaskKey, masked: Masked) -> None:
+        """Draw one mask that was asked for, unless enough are `stocked`; see `_keep`."""
+        with self._lock:
+            self._drop_what_is_not_ours()
+            self._store.drawing[key] = max(0, self._store.drawing[key] - 1)
+        with self._drawing:
+            if not self._stocked:
+                self._keep(key, masked)
+
+    def _keep(self, key: MaskKey, masked: Masked) -> None:
         """Draw one mask and keep it, where there is room for it.
 
         Raises:
@@ -346,14 +379,13 @@ class Masks:
         with self._lock:
             self._drop_what_is_not_ours()
             origin, store = self._origin, self._store
-            store.drawing[key] = max(0, store.drawing[key] - 1)
             if not store.make_room(nbytes, self._memory_bytes):
                 return
         mask = self._drawn(key, masked)
         mask.settle()
         with self._lock:
             if origin == self._origin == self._present():
-                store.put(key, mask)
+                store.put(key, masked, mask)
 
 
 @dataclass(frozen=True)
