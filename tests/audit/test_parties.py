@@ -132,6 +132,16 @@ def test_masks_are_found_in_any_order_among_those_never_used() -> None:
     assert [it.matrix for it in views[Party.MASK].calls] == [it.matrix for it in compute.calls]
 
 
+def test_masks_that_were_drawn_together_are_found_one_by_one() -> None:
+    W_star, r = normal(1, 5, 7), (normal(2, 12, 5) * DEVIATION / GRID).round() * GRID
+    rows = [(normal(100 + call, count, 5) / GRID).round() * GRID for call, count in enumerate((3, 3, 3, 6))]
+    starts = (9, 0, 3, 6)  # the last of them has rows of two masks, as one mask of another shape would
+    requests = [(0, x + r[start : start + len(x)]) for start, x in zip(starts, rows, strict=True)]
+    views = part_views(view_of([W_star], requests), view_of([W_star], [(0, normal(3, 6, 5) * DEVIATION), (0, r)]))
+    for call, x in zip(views[Party.BOTH].calls, rows, strict=True):
+        assert torch.equal(call.rows, x)
+
+
 @pytest.mark.parametrize("change", ["another mask", "another matrix", "another number of rows", "a mask used twice"])
 def test_a_request_without_its_mask_is_an_error(change: str) -> None:
     W_star, r, x = normal(1, 5, 7), normal(2, 3, 5) * DEVIATION, normal(3, 3, 5)

@@ -19,7 +19,7 @@ from obfuscatune import Masking, protect
 from obfuscatune.enclave.accountant import advantage
 from obfuscatune.enclave.keys import RootKey, SecretStream
 from obfuscatune.enclave.local_worker import LocalWorker
-from obfuscatune.enclave.masks import DEVIATION, GRID, Mask, draw
+from obfuscatune.enclave.masks import DEVIATION, GRID, ROWS_TOGETHER, Mask, MaskRequest, draw
 from obfuscatune.enclave.mixing import bucket
 from obfuscatune.errors import BudgetExceeded, ConfigError, ProtectionError, WrongProduct
 from tests.contract.architectures import ARCHITECTURES
@@ -54,7 +54,7 @@ class Trusting:
 
 
 def mask_of(r: Tensor, W: Tensor) -> Mask:
-    return Mask(r, Answered(r @ W), lambda _: True, Trusting())  # type: ignore[arg-type]
+    return Mask(r, MaskRequest(Answered(r @ W), lambda _: True, Trusting()))  # type: ignore[arg-type]
 
 
 def hidden(x: Tensor, deviation: float = DEVIATION) -> Tensor:
@@ -229,6 +229,23 @@ def test_while_masks_are_stocked_none_is_drawn(worker: LocalWorker, mask_worker:
             assert masks.client.stats.crossings == asked, "the mask worker rests"
 
 
+def test_masks_of_few_rows_are_drawn_together(tmp_path: Path) -> None:
+    """Fewer requests to the mask worker than to the other, no row of a mask twice, and plain results."""
+    inputs = batch((1, 1), 97).inputs()
+    plain = GPT2.build(torch.float32).eval()
+    with two_workers(tmp_path) as (compute, mask), torch.no_grad():
+        at_compute, at_mask = rows_sent(compute), rows_sent(mask)
+        with guarded(compute, mask) as model:
+            for _ in range(30):
+                torch.testing.assert_close(model(**inputs).logits, plain(**inputs).logits, rtol=1e-4, atol=1e-4)
+            stats = model.protection.masks.stats
+        assert stats.ahead > stats.awaited
+        assert len(at_mask) < len(at_compute) / 2
+        assert max(len(rows) for rows in at_mask) == ROWS_TOGETHER // len(at_compute[0]) * len(at_compute[0])
+        seen = {row.numpy().tobytes() for rows in (*at_mask, *at_compute) for row in rows}
+        assert len(seen) == sum(len(rows) for rows in (*at_mask, *at_compute))
+
+
 def test_a_process_that_is_run_on_twice_drops_what_was_drawn_ahead(
     worker: LocalWorker, mask_worker: LocalWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,7 +273,7 @@ def test_a_process_that_is_run_on_twice_drops_what_was_drawn_ahead(
     model.protection.stats.reconnects += 1
     assert left() == 0
     masks.draw_ahead(key, masked)
-    assert left() == 1
+    assert left() == key.together
     monkeypatch.setattr("obfuscatune.enclave.masks._boot_id", lambda: "another boot")
     assert left() == 0
     model.close()

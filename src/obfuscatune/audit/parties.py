@@ -72,18 +72,27 @@ class _Fits(NamedTuple):
     rows: int
 
 
+class _Place(NamedTuple):
+    """Where a mask lies among those that fit, which are sorted by their first elements."""
+
+    first: float
+    call: int
+    """The mask worker's."""
+    row: int
+    """Of the call: masks of few rows are drawn together."""
+
+
 class _Masks:
-    """The mask worker's calls, by what they fit, sorted by their first element. Each is given away once."""
+    """The masks that the mask worker multiplied, by what they fit. Each is given away once."""
 
     def __init__(self, compute: WorkerView, masks: WorkerView) -> None:
         matrices = {_content(it.W_star): index for index, it in enumerate(compute.matrices)}
-        found: defaultdict[_Fits, list[tuple[float, int]]] = defaultdict(list)
+        counterparts = [matrices.get(_content(it.W_star)) for it in masks.matrices]
+        self._by_matrix: defaultdict[tuple[int | None, bool], list[SeenCall]] = defaultdict(list)
         for call in masks.calls:
-            matrix = matrices.get(_content(masks.matrices[call.matrix].W_star))
-            if matrix is not None:
-                found[_Fits(matrix, call.transposed, call.count)].append((float(call.sent[0, 0]), call.index))
+            self._by_matrix[counterparts[call.matrix], call.transposed].append(call)
         self._calls = masks.calls
-        self._sorted = {fits: sorted(it) for fits, it in found.items()}
+        self._sorted: dict[_Fits, list[_Place]] = {}
 
     def take(self, call: SeenCall) -> SeenCall:
         """The mask that the rows of a request were hidden under.
@@ -91,27 +100,38 @@ class _Masks:
         Raises:
             ProtectionError: there is none.
         """
-        known = self._sorted.get(_Fits(call.matrix, call.transposed, call.count), [])
+        known = self._that_fit(_Fits(call.matrix, call.transposed, call.count))
         first = float(call.sent[0, 0])
-        begin, end = bisect_left(known, (first - WINDOW, 0)), bisect_right(known, (first + WINDOW, 0))
-        sizes = {place: _size(call, self._calls[known[place][1]]) for place in range(begin, end)}
+        begin, end = bisect_left(known, (first - WINDOW,)), bisect_right(known, (first + WINDOW,))
+        masks = {index: self._mask(known[index], call.count) for index in range(begin, end)}
+        sizes = {index: float((call.sent - mask.sent).square().mean().sqrt()) for index, mask in masks.items()}
         best = min(sizes, key=sizes.__getitem__, default=None)
         if best is None or sizes[best] > LARGEST:
             raise ProtectionError(
                 f"request {call.index} of the compute worker, {call.count} rows for layer {call.layer}, is hidden "
                 f"under none of the {len(known)} masks that fit it and that the mask worker multiplied"
             )
-        return self._calls[known.pop(best)[1]]
+        del known[best]
+        return masks[best]
+
+    def _that_fit(self, fits: _Fits) -> list[_Place]:
+        if fits not in self._sorted:
+            self._sorted[fits] = sorted(
+                _Place(float(first), call.index, index * fits.rows)
+                for call in self._by_matrix[fits.matrix, fits.transposed]
+                if call.count % fits.rows == 0
+                for index, first in enumerate(call.sent[:: fits.rows, 0])
+            )
+        return self._sorted[fits]
+
+    def _mask(self, place: _Place, rows: int) -> SeenCall:
+        call = self._calls[place.call]
+        return replace(call, sent=call.sent[place.row : place.row + rows])
 
 
 def _content(W_star: Tensor) -> bytes:
     """The same for equal matrices: each worker knows a matrix by an id of its own."""
     return hashlib.sha256(bytes(str(tuple(W_star.shape)), "ascii") + W_star.contiguous().numpy().tobytes()).digest()
-
-
-def _size(call: SeenCall, mask: SeenCall) -> float:
-    """Root mean square of X' - r."""
-    return float((call.sent - mask.sent).square().mean().sqrt())
 
 
 def part_views(compute: WorkerView, masks: WorkerView) -> dict[Party, WorkerView]:

@@ -48,7 +48,9 @@ DEVIATION = 2.0**28
 DEFAULT_MEMORY_BYTES = 1 << 30
 """Of masks that are drawn ahead, with their products."""
 AHEAD = 2
-"""Masks of one shape for one matrix that are ready or being drawn."""
+"""Masks of one shape for one matrix that are ready or being drawn; of few rows, as many as are drawn together."""
+ROWS_TOGETHER = 72
+"""Of masks that are drawn by one request: those of eight decoding steps of one stream."""
 STALE_SECONDS = 30.0
 """Masks of a shape that was not asked for during so long give way to others."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -59,40 +61,57 @@ def draw(stream: SecretStream, rows: int, width: int, deviation: float = DEVIATI
     return stream.grid_normal(rows, width, deviation=deviation, grid=GRID)
 
 
-class Mask:
-    """r (m, p) and, once the mask worker has answered, r W* (m, q). Hides one set of rows, and no other."""
+class MaskRequest:
+    """A request to the mask worker for r W*, of one mask or of several that lie one below the other."""
 
-    def __init__(self, r: Tensor, request: ProductRequest, check: Check, client: WorkerClient) -> None:
-        """A mask whose product was asked for.
-
+    def __init__(self, request: ProductRequest, check: Check, client: WorkerClient) -> None:
+        """
         Args:
-            r: float64, multiples of `GRID`; this object's own from here on.
             request: for r W*.
             check: holds the product against secret vectors.
             client: the mask worker's.
         """
-        self._r: Tensor | None = r
         self._request: ProductRequest | None = request
         self._check, self._client = check, client
-        self._product: Tensor | None = None
-        self.nbytes = r.nbytes + 8 * request.shape[0] * request.shape[1]
+        self._product = torch.empty(0, dtype=torch.float64)
 
-    def settle(self) -> None:
-        """Wait for r W*, copy it out of the mask worker's reach, and verify it there. Twice is once.
+    def product(self) -> Tensor:
+        """R W*, waited for, copied out of the mask worker's reach and verified there, once.
 
         Raises:
             WrongProduct: it is not the product. The mask worker is asked nothing any more.
             WireError: see `WorkerClient.multiply`.
         """
         request, self._request = self._request, None
-        if request is None:
-            return
-        product = request.result()
-        request.rows.zero_()  # our own copy of r, or the mask worker's
-        with self._client.refusing():
-            product = request.own(product)
-            self._check(product)
-        self._product = product
+        if request is not None:
+            product = request.result()
+            request.rows.zero_()  # our own copy of r, or the mask worker's
+            with self._client.refusing():
+                product = request.own(product)
+                self._check(product)
+            self._product = product
+        return self._product
+
+
+class Mask:
+    """r (m, p) and, once the mask worker has answered, r W* (m, q). Hides one set of rows, and no other."""
+
+    def __init__(self, r: Tensor, request: MaskRequest, first_row: int = 0) -> None:
+        """A mask whose product was asked for.
+
+        Args:
+            r: float64, multiples of `GRID`; this object's own from here on.
+            request: for r W*, among others.
+            first_row: of r among the rows of the request.
+        """
+        self._r: Tensor | None = r
+        self._request: MaskRequest | None = request
+        self._rows = slice(first_row, first_row + len(r))
+
+    def settle(self) -> None:
+        """Wait for the product; see `MaskRequest.product`."""
+        if self._request is not None:
+            self._request.product()
 
     def hide(self, X_star: Tensor, out: Tensor) -> Tensor:
         """round(X*) + r in `out` (m, p), float64, for X* (m, p) float64 or float32; then r is overwritten.
@@ -118,12 +137,12 @@ class Mask:
 
         Raises:
             ProtectionError: no rows were hidden, or their product has been revealed before.
-            WireError: see `settle`.
+            WireError: see `MaskRequest.product`.
         """
-        self.settle()
-        product, self._product = self._product, None
-        if product is None or self._r is not None:
+        request, self._request = self._request, None
+        if request is None or self._r is not None:
             raise ProtectionError("this mask hides no product, or has revealed it before")
+        product = request.product()[self._rows]
         Y_star = torch.empty(product.shape, dtype=dtype)
         kernels.unmask_rows(Y_masked, product, Y_star)
         return Y_star
@@ -133,12 +152,17 @@ class Mask:
 
 
 class MaskKey(NamedTuple):
-    """Which masks can stand for each other."""
+    """What masks fit: those of one key can stand for each other."""
 
     matrix_id: bytes
     """Of the matrix, as the mask worker has it."""
     rows: int
     transpose: bool
+
+    @property
+    def together(self) -> int:
+        """Masks that are drawn ahead by one request: of few rows several, which costs little more than one."""
+        return max(1, ROWS_TOGETHER // self.rows)
 
 
 @dataclass(frozen=True)
@@ -148,6 +172,10 @@ class Masked:
     matrix_id: bytes
     shape: tuple[int, int]
     verifier: Verifier
+
+    def nbytes(self, key: MaskKey) -> int:
+        """Of one mask for it, and its product."""
+        return 8 * key.rows * sum(self.shape)
 
 
 @dataclass
@@ -181,30 +209,29 @@ class _Store:
         masks = self.ready.get(key)
         if not masks:
             return None
-        mask = masks.popleft()
-        self.nbytes -= mask.nbytes
-        return mask
+        self.nbytes -= masked.nbytes(key)
+        return masks.popleft()
 
     def wants(self, key: MaskKey) -> bool:
-        """Whether one more is to be drawn; it counts as being drawn from here on."""
-        wanted = self.drawing[key] + len(self.ready.get(key, ())) < AHEAD
-        self.drawing[key] += wanted
+        """Whether more are to be drawn; these count as being drawn from here on."""
+        wanted = self.drawing[key] + len(self.ready.get(key, ())) < max(AHEAD, key.together)
+        self.drawing[key] += wanted * key.together
         return wanted
 
-    def put(self, key: MaskKey, masked: Masked, mask: Mask) -> None:
+    def put(self, key: MaskKey, masked: Masked, masks: list[Mask]) -> None:
         self.asked.setdefault(key, (masked, time.monotonic()))  # it may have gone stale meanwhile, and must not stay
-        self.ready[key].append(mask)
-        self.nbytes += mask.nbytes
+        self.ready[key].extend(masks)
+        self.nbytes += len(masks) * masked.nbytes(key)
 
     def make_room(self, nbytes: int, memory_bytes: int) -> bool:
         """Drop masks of shapes that are not asked for any more; whether `nbytes` more have room."""
         stale = time.monotonic() - STALE_SECONDS
         while self.nbytes + nbytes > memory_bytes and self.asked:
-            key, (_, asked_at) = next(iter(self.asked.items()))
+            key, (masked, asked_at) = next(iter(self.asked.items()))
             if asked_at > stale:
                 break
             del self.asked[key]
-            self.nbytes -= sum(mask.nbytes for mask in self.ready.pop(key, ()))
+            self.nbytes -= len(self.ready.pop(key, ())) * masked.nbytes(key)
         return self.nbytes + nbytes <= memory_bytes
 
     def __len__(self) -> int:
@@ -265,7 +292,7 @@ class Masks:
             self.stats.awaited += mask is None
         if mask is None:
             started = time.perf_counter()
-            mask = self._drawn(key, masked)
+            (mask,) = self._drawn(key, masked, 1)
             self.stats.seconds_waiting += time.perf_counter() - started
         if self._memory_bytes and not self._stocked:
             self._ask_for_another(key, masked)
@@ -289,7 +316,7 @@ class Masks:
                     for key, (masked, _) in self._store.asked.items()
                 ]
             for key, masked, count in missing:
-                for _ in range(count):
+                for _ in range(-(-count // key.together)):
                     self._keep(key, masked)
             yield
         finally:
@@ -321,11 +348,11 @@ class Masks:
         self._end()
         self.client.close()
 
-    def _drawn(self, key: MaskKey, masked: Masked) -> Mask:
-        """A fresh mask, whose product the mask worker was asked for."""
+    def _drawn(self, key: MaskKey, masked: Masked, count: int) -> list[Mask]:
+        """Fresh masks, whose products the mask worker was asked for in one request."""
         width = masked.shape[1] if key.transpose else masked.shape[0]
-        r = draw(self._stream, key.rows, width, self.accountant.deviation)
-        sent = self.client.allocate(key.rows, width, torch.float64).copy_(r)
+        r = draw(self._stream, count * key.rows, width, self.accountant.deviation)
+        sent = self.client.allocate(count * key.rows, width, torch.float64).copy_(r)
         request = self.client.submit(
             key.matrix_id, sent, transpose=key.transpose, known_finite=True, product_unchecked=True
         )
@@ -336,7 +363,8 @@ class Masks:
             transpose=key.transpose,
             party="mask worker",
         )
-        return Mask(r, request, check, self.client)
+        asked = MaskRequest(request, check, self.client)
+        return [Mask(of_one, asked, first_row=index * key.rows) for index, of_one in enumerate(r.split(key.rows))]
 
     def _drop_what_is_not_ours(self) -> None:
         present = self._present()
@@ -361,31 +389,31 @@ class Masks:
                 self._thread.start()
 
     def draw_ahead(self, key: MaskKey, masked: Masked) -> None:
-        """Draw one mask that was asked for, unless enough are `stocked`; see `_keep`."""
+        """Draw masks that were asked for, unless enough are `stocked`; see `_keep`."""
         with self._lock:
             self._drop_what_is_not_ours()
-            self._store.drawing[key] = max(0, self._store.drawing[key] - 1)
+            self._store.drawing[key] = max(0, self._store.drawing[key] - key.together)
         with self._drawing:
             if not self._stocked:
                 self._keep(key, masked)
 
     def _keep(self, key: MaskKey, masked: Masked) -> None:
-        """Draw one mask and keep it, where there is room for it.
+        """Draw masks by one request and keep them, where there is room for them.
 
         Raises:
             WireError: the mask worker failed.
         """
-        nbytes = 8 * key.rows * sum(masked.shape)
+        nbytes = key.together * masked.nbytes(key)
         with self._lock:
             self._drop_what_is_not_ours()
             origin, store = self._origin, self._store
             if not store.make_room(nbytes, self._memory_bytes):
                 return
-        mask = self._drawn(key, masked)
-        mask.settle()
+        drawn = self._drawn(key, masked, key.together)
+        drawn[0].settle()
         with self._lock:
             if origin == self._origin == self._present():
-                store.put(key, masked, mask)
+                store.put(key, masked, drawn)
 
 
 @dataclass(frozen=True)
