@@ -21,7 +21,7 @@ def reproduce(
     methods: Annotated[
         str | None,
         Option(
-            "Of plain, paper, private, enclave, gaussian, conditioned(KAPPA); plain comes always.",
+            "Of plain, paper, private, guarded, enclave, gaussian, conditioned(KAPPA); plain comes always.",
             unset="the preset's",
         ),
     ] = None,
