@@ -19,7 +19,7 @@ from obfuscatune import Masking, protect
 from obfuscatune.enclave.accountant import advantage
 from obfuscatune.enclave.keys import RootKey, SecretStream
 from obfuscatune.enclave.local_worker import LocalWorker
-from obfuscatune.enclave.masks import DEVIATION, GRID, ROWS_TOGETHER, Mask, MaskRequest, draw
+from obfuscatune.enclave.masks import DEVIATION, GRID, ROWS_TOGETHER, Mask, Masked, MaskKey, MaskRequest, _Store, draw
 from obfuscatune.enclave.mixing import bucket
 from obfuscatune.errors import BudgetExceeded, ConfigError, ProtectionError, WrongProduct
 from tests.contract.architectures import ARCHITECTURES
@@ -246,6 +246,19 @@ def test_masks_of_few_rows_are_drawn_together(tmp_path: Path) -> None:
         assert len(seen) == sum(len(rows) for rows in (*at_mask, *at_compute))
 
 
+@pytest.mark.parametrize(
+    ("memory", "together"), [(10**9, 8), (4 * 10 * 8 * 9 * 60, 5), (4 * 3 * 8 * 9 * 60, 1), (0, 1)]
+)
+def test_kinds_share_a_memory_that_is_too_small_for_all(memory: int, together: int) -> None:
+    """Of four kinds each has a quarter, for twice as many masks as are drawn together."""
+    store, masked = _Store(), Masked(bytes(16), (20, 40), None)  # type: ignore[arg-type]
+    keys = [MaskKey(bytes([index] * 16), 9, transpose=False) for index in range(4)]
+    for key in keys:
+        store.take(key, masked)
+    wanted = [store.wanted(keys[0], masked, memory) for _ in range(3)]
+    assert wanted == ([together, 0, 0] if together > 1 else [1, 1, 0])
+
+
 def test_a_process_that_is_run_on_twice_drops_what_was_drawn_ahead(
     worker: LocalWorker, mask_worker: LocalWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,7 +286,7 @@ def test_a_process_that_is_run_on_twice_drops_what_was_drawn_ahead(
     model.protection.stats.reconnects += 1
     assert left() == 0
     masks.draw_ahead(key, masked)
-    assert left() == key.together
+    assert left() == 1
     monkeypatch.setattr("obfuscatune.enclave.masks._boot_id", lambda: "another boot")
     assert left() == 0
     model.close()

@@ -50,7 +50,7 @@ DEFAULT_MEMORY_BYTES = 1 << 30
 AHEAD = 2
 """Masks of one shape for one matrix that are ready or being drawn; of few rows, as many as are drawn together."""
 ROWS_TOGETHER = 72
-"""Of masks that are drawn by one request: those of eight decoding steps of one stream."""
+"""Of masks that are drawn ahead by one request: those of eight decoding steps cost little more than one's."""
 STALE_SECONDS = 30.0
 """Masks of a shape that was not asked for during so long give way to others."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -159,11 +159,6 @@ class MaskKey(NamedTuple):
     rows: int
     transpose: bool
 
-    @property
-    def together(self) -> int:
-        """Masks that are drawn ahead by one request: of few rows several, which costs little more than one."""
-        return max(1, ROWS_TOGETHER // self.rows)
-
 
 @dataclass(frozen=True)
 class Masked:
@@ -212,11 +207,17 @@ class _Store:
         self.nbytes -= masked.nbytes(key)
         return masks.popleft()
 
-    def wants(self, key: MaskKey) -> bool:
-        """Whether more are to be drawn; these count as being drawn from here on."""
-        wanted = self.drawing[key] + len(self.ready.get(key, ())) < max(AHEAD, key.together)
-        self.drawing[key] += wanted * key.together
-        return wanted
+    def wanted(self, key: MaskKey, masked: Masked, memory_bytes: int) -> int:
+        """How many more are to be drawn by one request; these count as being drawn from here on.
+
+        Each kind has an equal share of the memory, where that is too small for all.
+        """
+        share = memory_bytes // len(self.asked) // masked.nbytes(key) if self.asked else 0
+        together = max(1, min(ROWS_TOGETHER // key.rows, share // 2))
+        if self.drawing[key] + len(self.ready.get(key, ())) >= max(AHEAD, together):
+            return 0
+        self.drawing[key] += together
+        return together
 
     def put(self, key: MaskKey, masked: Masked, masks: list[Mask]) -> None:
         self.asked.setdefault(key, (masked, time.monotonic()))  # it may have gone stale meanwhile, and must not stay
@@ -268,7 +269,7 @@ class Masks:
 
     def _begin(self) -> None:
         self._store, self._origin = _Store(), self._present()
-        self._wanted: queue.SimpleQueue[tuple[MaskKey, Masked] | None] = queue.SimpleQueue()
+        self._wanted: queue.SimpleQueue[tuple[MaskKey, Masked, int] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._end = weakref.finalize(self, self._wanted.put, None)
 
@@ -316,8 +317,9 @@ class Masks:
                     for key, (masked, _) in self._store.asked.items()
                 ]
             for key, masked, count in missing:
-                for _ in range(-(-count // key.together)):
-                    self._keep(key, masked)
+                together = max(1, ROWS_TOGETHER // key.rows)
+                for start in range(0, count, together):
+                    self._keep(key, masked, min(together, count - start))
             yield
         finally:
             self._stocked = False
@@ -378,9 +380,10 @@ class Masks:
 
     def _ask_for_another(self, key: MaskKey, masked: Masked) -> None:
         with self._lock:
-            if not self._store.wants(key):
+            count = self._store.wanted(key, masked, self._memory_bytes)
+            if not count:
                 return
-            self._wanted.put((key, masked))
+            self._wanted.put((key, masked, count))
             if self._thread is None:
                 reference = weakref.ref(self)
                 self._thread = threading.Thread(
@@ -388,28 +391,28 @@ class Masks:
                 )
                 self._thread.start()
 
-    def draw_ahead(self, key: MaskKey, masked: Masked) -> None:
+    def draw_ahead(self, key: MaskKey, masked: Masked, count: int = 1) -> None:
         """Draw masks that were asked for, unless enough are `stocked`; see `_keep`."""
         with self._lock:
             self._drop_what_is_not_ours()
-            self._store.drawing[key] = max(0, self._store.drawing[key] - key.together)
+            self._store.drawing[key] = max(0, self._store.drawing[key] - count)
         with self._drawing:
             if not self._stocked:
-                self._keep(key, masked)
+                self._keep(key, masked, count)
 
-    def _keep(self, key: MaskKey, masked: Masked) -> None:
+    def _keep(self, key: MaskKey, masked: Masked, count: int) -> None:
         """Draw masks by one request and keep them, where there is room for them.
 
         Raises:
             WireError: the mask worker failed.
         """
-        nbytes = key.together * masked.nbytes(key)
+        nbytes = count * masked.nbytes(key)
         with self._lock:
             self._drop_what_is_not_ours()
             origin, store = self._origin, self._store
             if not store.make_room(nbytes, self._memory_bytes):
                 return
-        drawn = self._drawn(key, masked, key.together)
+        drawn = self._drawn(key, masked, count)
         drawn[0].settle()
         with self._lock:
             if origin == self._origin == self._present():
@@ -444,7 +447,7 @@ class LayerMasks:
         return self.masks.take(masked, mixing.rows, transpose=transpose)
 
 
-def _draw_ahead(reference: weakref.ref[Masks], wanted: queue.SimpleQueue[tuple[MaskKey, Masked] | None]) -> None:
+def _draw_ahead(reference: weakref.ref[Masks], wanted: queue.SimpleQueue[tuple[MaskKey, Masked, int] | None]) -> None:
     """The thread: it keeps neither the masks nor their model alive while it waits."""
     while (item := wanted.get()) is not None:
         masks = reference()
