@@ -90,9 +90,7 @@ def equip(attacker: Attacker, scenario: Scenario, profile: Profile, truth: Truth
         case Attacker.CLOSED:
             return Knowledge(attacker, scheme)
         case Attacker.PUBLIC_TEXT:
-            return Knowledge(
-                attacker, scheme, text=text, architecture=architecture(scenario.base, profile.first_blocks)
-            )
+            return Knowledge(attacker, scheme, text=text, architecture=how)
         case Attacker.PUBLIC_BASE:
             base = public_base(scenario, profile.first_blocks)
             documents = _documents(scenario, truth)

@@ -32,6 +32,7 @@ from obfuscatune.enclave.mixing import DENSE_BELOW, FewMixing, Mixer, Mixing
 from obfuscatune.enclave.obfuscation import is_finer
 from obfuscatune.enclave.observer import span
 from obfuscatune.enclave.transforms import Transform
+from obfuscatune.enclave.transforms.base import widen
 from obfuscatune.enclave.verification import Check, Verifier
 from obfuscatune.errors import BadReply
 
@@ -155,7 +156,7 @@ class ManyRows:
 
     def take_up(self, Y_star: Tensor) -> Tensor:
         """See `Passage`."""
-        return self.mixing.unmix(_widen(Y_star.to(self._device)))
+        return self.mixing.unmix(widen(Y_star.to(self._device)))
 
     def turn_back(self, y: Tensor, bias: Tensor | None) -> Tensor:
         """See `Passage`."""
@@ -378,7 +379,7 @@ class OffloadedProduct:
             with span("obfuscatune.mask"):
                 own = self._masks.masks.reveal(mask, Y_star, sent.held.dtype or torch.float64)
         else:
-            own = _widen(request.own(Y_star))
+            own = widen(request.own(Y_star))
         if check is not None:
             with span("obfuscatune.verify"), self._client.refusing():
                 self._client.stats.verified += check(own)
@@ -392,8 +393,3 @@ class OffloadedProduct:
 
     def _turn_back_gradient(self, y: Tensor, _bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         return self._R_in.apply_transpose(y).to(dtype)
-
-
-def _widen(x: Tensor) -> Tensor:
-    """16-bit tensors are rotated and mixed in float32."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

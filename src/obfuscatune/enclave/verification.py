@@ -34,6 +34,7 @@ from torch import Tensor
 from obfuscatune.enclave import kernels
 from obfuscatune.enclave.client.requests import check_product
 from obfuscatune.enclave.keys import SecretStream
+from obfuscatune.enclave.transforms.base import widen
 from obfuscatune.errors import WrongProduct
 
 BASIS = 8
@@ -149,7 +150,7 @@ class Verifier:
         """
         self._stream, self._share = stream, share
         self._vectors = VECTORS[W_star.dtype]
-        W = W_star.float() if W_star.dtype in (torch.bfloat16, torch.float16) else W_star
+        W = widen(W_star)
         p, q = W.shape
         self._R = stream.normal(q, BASIS, dtype=W.dtype)
         self._L = stream.normal(p, BASIS, dtype=W.dtype)
