@@ -223,7 +223,7 @@ def obfuscate(
 
 @_command("obfuscatune bench verify --out benchmarks/results")
 def verify(
-    honest_calls: Annotated[int, Option("In each dtype.", least=1)] = 100_000,
+    honest_calls: Annotated[int, Option("In each dtype; under masks a tenth, at each shape.", least=1)] = 100_000,
     trials: Annotated[int, Option("Of each kind and size of tampering.", least=1)] = 1_000,
     requests: Annotated[int, Option("Timed over each link, as the worker sees them.", least=10)] = 1_000,
     *,
@@ -231,6 +231,7 @@ def verify(
 ) -> None:
     """Count how often a worker's wrong product is caught, and how near an honest one comes to a false alarm.
 
+    Under masks: both workers' products, and how large a change must be to be caught in 50 % and in 99 % of cases.
     And whether the time before a request tells a worker that its product will be checked: an AUC of 0.5 says no.
     """
     from obfuscatune.bench.verify import VerifyBench
