@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from obfuscatune.bench.verify import LINKS, TAMPERED, LotBench, VerifyBench, VerifyResult, _Request
-from obfuscatune.bench.verify_masks import CHANGED, COMPUTE, KINDS, MASK, PARTIES, MaskedBench, MaskedRequest, MaskedResult
+from obfuscatune.bench.verify_masks import (
+    CHANGED,
+    COMPUTE,
+    KINDS,
+    MASK,
+    PARTIES,
+    MaskedBench,
+    MaskedRequest,
+    MaskedResult,
+)
 
 
 def test_each_kind_of_link_is_timed() -> None:

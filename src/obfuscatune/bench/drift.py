@@ -1,13 +1,13 @@
 """`bench drift`: a worker that changes every product by less than the tolerance, for a whole fine-tuning run.
 
-The embedded model learns the embedded notes: plain in float64, which the others are compared with, and in float32; under
-each profile with an honest worker; and with one that drifts (`drift_worker`), by less and less until it is not caught.
+The embedded model learns the embedded notes: plain in float64, which the others are compared with, and in float32;
+under each profile with an honest worker; and with one that drifts (`drift_worker`), by less and less until it passes.
 
 What it aims at, with the base model and every secret transform at hand, and aims at anew as the adapter changes:
 
-    loss    forward, products are moved along the mean gradient of the loss; backward, gradients as if the loss were to rise
-    token   forward, products are moved so that one token becomes likelier; backward, gradients as if it were to
-    plant   the same backward, and forward the opposite, which the adapter learns to make up for: it is left with the bias
+    loss    forward, products move along the mean gradient of the loss; backward, gradients as if the loss were to rise
+    token   forward, products move so that one token becomes likelier; backward, gradients as if it were to
+    plant   the same backward, and forward the opposite, for which the adapter learns to make up: it keeps the bias
 """
 
 from __future__ import annotations
@@ -20,19 +20,21 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from obfuscatune.assets import clinic_notes_path, tiny_model_path
 from obfuscatune.bench.drift_worker import Aim, DriftingComputer, Push, Way, serving
+from obfuscatune.enclave.config import read_config
 from obfuscatune.enclave.profiles import resolve
 from obfuscatune.enclave.protect import protect
 from obfuscatune.enclave.target_layers import LayerGroup, find_groups
 from obfuscatune.enclave.transforms import Transform
-from obfuscatune.errors import WrongProduct
+from obfuscatune.errors import ConfigError, WrongProduct
 from obfuscatune.report.page import environment, markdown_table
 from obfuscatune.training.adapter import add_lora
 from obfuscatune.training.data import IGNORED, Example, Source, load_dataset
 from obfuscatune.training.loop import Batch, OptimizerSettings, Plan, collate, make_optimizer, mean_loss, train
+from obfuscatune.training.run import load_plain
 from obfuscatune.worker.backend import Computer
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ _AIMED_AT = 16
 """Examples from which a worker takes its directions."""
 _AIMED_EVERY = 100
 """Steps after which it takes them anew."""
-_LORA = {"r": 16, "alpha": 32.0, "dropout": 0.0, "targets": "all-linear", "seed": 0}
+_RANK, _ALPHA, _SEED = 16, 32.0, 0
 _MEASURED_AT_ONCE = 30
 Progress = Callable[[str], None]
 Factors = dict[str, Tensor]
@@ -94,6 +96,26 @@ class DriftBench:
     sizes: tuple[float, ...] = SIZES
     batch: int = 2
     lr: float = 2e-3
+    held_out: int = 20
+    """Records by which adapters are compared."""
+
+    def check(self) -> None:
+        """Return where all of it can be measured.
+
+        Raises:
+            ConfigError: a size is no positive number, or a profile sends nothing, or has its adapter on the worker.
+        """
+        for size in self.sizes:
+            if not 0 < size < math.inf:
+                raise ConfigError(f"--size {size:g}: a share of the tolerance, above 0")
+        for name in self.profiles:
+            profile = resolve(name)
+            if not profile.offload:
+                raise ConfigError(f"--profile {name} sends nothing to a worker: no product can be changed")
+            if profile.lora_on == "worker":
+                raise ConfigError(
+                    f"--profile {name} has the adapter on the worker, who can change it at will: choose others"
+                )
 
     def run(self, progress: Progress) -> DriftResult:
         """Measure; with 1,000 steps, a few minutes for each run.
@@ -177,7 +199,9 @@ class _Secrets:
 class _Task:
     """One fine-tuning task, and the plain float64 model by which every adapter is measured."""
 
-    def __init__(self, bench: DriftBench, trained: tuple[Example, ...], held_out: tuple[Example, ...], tokenizer: Any) -> None:
+    def __init__(
+        self, bench: DriftBench, trained: tuple[Example, ...], held_out: tuple[Example, ...], tokenizer: Any
+    ) -> None:
         self._bench, self._trained, self._held_out = bench, trained, held_out
         self._pad = int(tokenizer.eos_token_id)
         self.token = next(label for label in trained[0].labels if label != IGNORED)
@@ -194,7 +218,7 @@ class _Task:
             for name in ("train", "heldout")
         )
         trained, held_out = (it.examples for it in sets)
-        return cls(bench, trained, held_out, tokenizer)
+        return cls(bench, trained, held_out[: bench.held_out], tokenizer)
 
     def plain(self, side: str, dtype: torch.dtype) -> DriftRow:
         """A run without a worker; the first is what the others are compared with."""
@@ -293,7 +317,9 @@ def _aims(
         hooks.append(wrapped.get_submodule(target.path).register_forward_hook(note))
     try:
         model.eval()
-        found = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels, use_cache=False)
+        found = model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels, use_cache=False
+        )
     finally:
         for hook in hooks:
             hook.remove()
@@ -349,12 +375,12 @@ def _distance(factors: Factors, exact: Factors) -> float:
 
 
 def _model(dtype: torch.dtype) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(tiny_model_path(), dtype=dtype, trust_remote_code=False)
-    return model
+    path = tiny_model_path()
+    return load_plain(path, read_config(path), dtype)
 
 
 def _with_lora(model: PreTrainedModel) -> PeftModel:
-    tuned = add_lora(model, **_LORA)
+    tuned = add_lora(model, r=_RANK, alpha=_ALPHA, dropout=0.0, targets="all-linear", seed=_SEED)
     dtype = next(model.parameters()).dtype
     for name, parameter in tuned.named_parameters():
         if ".lora_" in name:

@@ -1,12 +1,12 @@
 """A worker in this process that adds to every product a change below the tolerance, always aimed at the same harm.
 
     offset    every row is moved by f tau in one direction u, whatever the rows are
-    weights   every row x* is moved by f (x* p) u, for one direction p of rows: as if W* were W* + f p uᵀ. No row is moved
-              further than f tau, which the row with the largest x* p is
+    weights   every row x* is moved by c (x* p) u, for one direction p of rows: as if W* were W* + c p uᵀ. No row is
+              moved further than f tau, and the one with the largest x* p as far
 
-It knows the tolerance: its formula and, of rows that no mask hides, all that is in it. Where a mask does, it reckons with
-what rows and products measure as a rule. It knows the transforms and the base model too, as if it had solved for them:
-p and u come from the enclave's own secrets.
+It knows the tolerance: its formula and, of rows that no mask hides, all that is in it. Where a mask does, it reckons
+with what rows and products measure as a rule. It knows the transforms and the base model too, as if it had solved for
+them: p and u come from the enclave's own secrets.
 """
 
 from __future__ import annotations
@@ -123,7 +123,8 @@ def known_tolerance(rows: Tensor, norm: float, product: Tensor, gain: float, *, 
         return torch.full((rows.shape[0],), unit * SIZE_OF_ROWS * norm * (1 + 2 * gain) + of_masks, dtype=torch.float64)
     size = float(torch.linalg.vector_norm(rows, dtype=torch.float64)) / math.sqrt(rows.numel())
     norms = torch.linalg.vector_norm(product, dim=1, dtype=torch.float64)
-    return unit * (size * norm + norms + norms.square().mean().sqrt())
+    sizes: Tensor = size * norm + norms + norms.square().mean().sqrt()
+    return unit * sizes
 
 
 def _are_equal(row: Tensor, other: Tensor) -> bool:

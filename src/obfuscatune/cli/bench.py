@@ -239,6 +239,42 @@ def verify(
     ending.show(VerifyBench(honest_calls, trials, requests).run(notice), result_name("verify"))
 
 
+@_command(
+    "obfuscatune bench drift --steps 1000 --out benchmarks/results",
+    "obfuscatune bench drift --profile guarded --size 0.13 --json",
+)
+def drift(
+    steps: Annotated[int, Option("LoRA steps of each run.", least=1)] = 20,
+    profile: Annotated[
+        str | None, Option("One after the other, as private,guarded.", unset="private and guarded")
+    ] = None,
+    size: Annotated[
+        list[float] | None,
+        Option(
+            "Largest change of a row over the tolerance; may be repeated. From the largest on, until one passes.",
+            unset="0.9 to 0.06",
+        ),
+    ] = None,
+    batch: Annotated[int, Option("Examples a step.", least=1)] = 2,
+    *,
+    ending: Ending,
+) -> None:
+    """Fine-tune the embedded model with a worker that changes every product by a little less than is found.
+
+    It knows the base model, the transforms and the tolerance, and aims at raising the loss, or at one token. Beside it
+    stand an honest worker, and plain in float32; all are compared with plain in float64. A run with 20 steps takes a
+    few seconds, with 1,000 some minutes, and there are three aims for each way of changing products.
+    `private:verify=0` shows what the changes do that are caught otherwise.
+    """
+    from obfuscatune.bench.drift import SIZES, DriftBench
+
+    profiles = _checked_profiles(profile or "private,guarded")
+    bench = DriftBench(steps, profiles, tuple(sorted(size or SIZES, reverse=True)), batch)
+    bench.check()
+
+    ending.show(bench.run(notice), result_name("drift", None, None, *profiles))
+
+
 @_command("obfuscatune bench rotation --dim 768 --dim 3072 --rows 1 --rows 512")
 def rotation(
     dim: Annotated[list[int] | None, Option("Width of x; may be repeated.", unset="GPT-2's")] = None,
