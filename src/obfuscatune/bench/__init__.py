@@ -19,4 +19,7 @@ In the order in which data passes through:
     memory         a number of steps -> what enclave and worker hold after each, and whether it grows
     rotation       widths and rows   -> how long rotation and mixing take, by torch and by the kernels
     verify         a number of calls -> how often wrong products are caught, honest ones not, and what a worker can tell
+                                        (verify_masks: of products under masks)
+    drift_worker   a product         -> the product plus a change that stays below the tolerance, aimed at a harm
+    drift          a number of steps -> whether such a worker is caught, and what it does to loss and adapter
 """

@@ -1,5 +1,5 @@
 """`bench verify`: how often a wrong product is overlooked, how near an honest one comes to a false alarm, and whether a
-worker can tell from time which product will be checked, before it answers.
+worker can tell from time which product will be checked, before it answers. Under masks: `verify_masks`.
 
 For the last, the worker is a real one that records. It knows how long passed between each reply of its own and the
 request that came next, and says by that which requests are checked. The enclave knows which were.
@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from obfuscatune.audit.attacks.scoring import area_under_curve
 from obfuscatune.bench.clocked import clocked_worker
+from obfuscatune.bench.verify_masks import MaskedBench, MaskedResult
 from obfuscatune.bench.wire import free_port
 from obfuscatune.enclave.client import WorkerClient
 from obfuscatune.enclave.keys import SecretStream
@@ -40,6 +41,8 @@ STEPS = {torch.float32: (1e-4, 3e-4, 1e-3, 1e-2), torch.bfloat16: (0.1, 1.0, 3.0
 LINKS = ("shared memory", "tcp")
 SHARE = 0.5
 """Share of the requests that are checked. At one half the attacker's AUC has the smallest standard error."""
+_MASKED_SHARE = 10
+"""How many times fewer honest calls there are under masks, at each shape: they are larger."""
 _SHIELD_ROWS = 8
 _MATRIX_ID = bytes(15) + b"\x01"
 Progress = Callable[[str], None]
@@ -76,8 +79,9 @@ class VerifyBench:
             name = str(dtype).removeprefix("torch.")
             worst[name], alarms[name] = self._honest(dtype, name, progress)
         rows = [row for dtype in STEPS for row in self._tampered(dtype, progress)]
+        masks = MaskedBench(-(-self.honest_calls // _MASKED_SHARE), self.trials).run(progress)
         lots = LotBench(self.requests).run(progress)
-        return VerifyResult(self, worst, alarms, rows, lots, environment())
+        return VerifyResult(self, worst, alarms, rows, masks, lots, environment())
 
     def _honest(self, dtype: torch.dtype, name: str, progress: Progress) -> tuple[float, int]:
         """The largest excess of all honest calls, and how many exceeded 1."""
@@ -123,6 +127,7 @@ class VerifyResult:
     alarms: dict[str, int]
     """By dtype: honest calls that were taken for wrong."""
     rows: list[TamperingRow]
+    masks: MaskedResult
     lots: list[LotRow]
     environment: dict[str, str]
 
@@ -134,12 +139,13 @@ class VerifyResult:
             "worst_honest": self.worst,
             "false_alarms": self.alarms,
             "tampering": [vars(row) for row in self.rows],
+            "masks": asdict(self.masks),
             "which_is_checked": [vars(row) for row in self.lots],
             "environment": self.environment,
         }
 
     def as_markdown(self) -> str:
-        """Three tables."""
+        """Five tables."""
         calls = self.bench.honest_calls
         honest = [(name, calls, self.alarms[name], f"{worst:.2f}") for name, worst in self.worst.items()]
         tampered = [(it.dtype, it.kind, f"{it.size:g}", f"{it.caught:.1%}", f">= {it.stated:.1%}") for it in self.rows]
@@ -158,6 +164,7 @@ class VerifyResult:
             markdown_table(
                 ("dtype", "changed", "by (rms of the product)", "caught", "stated"), tampered, text_columns=2
             ),
+            self.masks.as_markdown(),
             markdown_table(
                 ("link", "rows", "requests", "AUC: which is checked", "pause before it, µs", "before others, µs"), lots
             ),

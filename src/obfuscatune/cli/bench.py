@@ -226,7 +226,7 @@ def obfuscate(
 
 @_command("obfuscatune bench verify --out benchmarks/results")
 def verify(
-    honest_calls: Annotated[int, Option("In each dtype.", least=1)] = 100_000,
+    honest_calls: Annotated[int, Option("In each dtype; under masks a tenth, at each shape.", least=1)] = 100_000,
     trials: Annotated[int, Option("Of each kind and size of tampering.", least=1)] = 1_000,
     requests: Annotated[int, Option("Timed over each link, as the worker sees them.", least=10)] = 1_000,
     *,
@@ -234,11 +234,48 @@ def verify(
 ) -> None:
     """Count how often a worker's wrong product is caught, and how near an honest one comes to a false alarm.
 
+    Under masks: both workers' products, and how large a change must be to be caught in 50 % and in 99 % of cases.
     And whether the time before a request tells a worker that its product will be checked: an AUC of 0.5 says no.
     """
     from obfuscatune.bench.verify import VerifyBench
 
     ending.show(VerifyBench(honest_calls, trials, requests).run(notice), result_name("verify"))
+
+
+@_command(
+    "obfuscatune bench drift --steps 1000 --out benchmarks/results",
+    "obfuscatune bench drift --profile guarded --size 0.13 --json",
+)
+def drift(
+    steps: Annotated[int, Option("LoRA steps of each run.", least=1)] = 20,
+    profile: Annotated[
+        str | None, Option("One after the other, as private,guarded.", unset="private and guarded")
+    ] = None,
+    size: Annotated[
+        list[float] | None,
+        Option(
+            "Largest change of a row over the tolerance; may be repeated. From the largest on, until one passes.",
+            unset="0.9 to 0.06",
+        ),
+    ] = None,
+    batch: Annotated[int, Option("Examples a step.", least=1)] = 2,
+    *,
+    ending: Ending,
+) -> None:
+    """Fine-tune the embedded model with a worker that changes every product by a little less than is found.
+
+    It knows the base model, the transforms and the tolerance, and aims at raising the loss, or at one token. Beside it
+    stand an honest worker, and plain in float32; all are compared with plain in float64. A run with 20 steps takes a
+    few seconds, with 1,000 some minutes, and there are three aims for each way of changing products.
+    `private:verify=0` shows what the changes do that are caught otherwise.
+    """
+    from obfuscatune.bench.drift import SIZES, DriftBench
+
+    profiles = _checked_profiles(profile or "private,guarded")
+    bench = DriftBench(steps, profiles, tuple(sorted(size or SIZES, reverse=True)), batch)
+    bench.check()
+
+    ending.show(bench.run(notice), result_name("drift", None, None, *profiles))
 
 
 @_command("obfuscatune bench rotation --dim 768 --dim 3072 --rows 1 --rows 512")
