@@ -190,12 +190,14 @@ class Verifier:
             if prepared is None and not self._is_drawn():
                 return False
             probe, u = prepared or prepare()
-            probe.check(check_product(product), u, scale, dtype)
+            probe.check(check_product(product, party), u, scale, dtype)
             return True
 
         return check
 
-    def bound(self, y: Tensor, m: int, scale: float, dtype: torch.dtype, *, transpose: bool) -> None:
+    def bound(
+        self, y: Tensor, m: int, scale: float, dtype: torch.dtype, *, transpose: bool, party: str = "worker"
+    ) -> None:
         """Hold every product, drawn or not, against what no product exceeds: one pass, nothing secret in it.
 
         Args:
@@ -204,6 +206,7 @@ class Verifier:
             scale: see `Probe.check`.
             dtype: in which rows and product travelled.
             transpose: whether the rows were multiplied by W*ᵀ.
+            party: see `Probe`.
 
         Raises:
             WrongProduct: it is larger, or not finite: worse than what the check by lot would have found.
@@ -217,8 +220,8 @@ class Verifier:
             norm = float(torch.linalg.vector_norm(y, dtype=torch.float64))
             if not norm <= largest:
                 raise WrongProduct(
-                    f"the worker's product is wrong: it is {norm / largest:.3g} times as large as the rows and the "
-                    "matrix can make it. The worker is hostile or broken; nothing was done with the product"
+                    f"the {party}'s product is wrong: it is {norm / largest:.3g} times as large as the rows and the "
+                    f"matrix can make it. The {party} is hostile or broken; nothing was done with the product"
                 )
 
     def _is_drawn(self) -> bool:
