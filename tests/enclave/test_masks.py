@@ -168,12 +168,15 @@ def test_the_mask_worker_sees_noise_that_does_not_depend_on_the_text(tmp_path: P
 @pytest.mark.parametrize("party", ["compute", "mask"])
 @pytest.mark.parametrize(
     ("added", "error", "said"),
-    [(1e-3, WrongProduct, "product is wrong"), *((it, BadReply, "product contains NaN") for it in (math.nan, math.inf))],
+    [
+        (1e-3, WrongProduct, "product is wrong"),
+        *((it, BadReply, "product contains NaN") for it in (math.nan, math.inf)),
+    ],
 )
 def test_a_wrong_product_names_the_party_and_the_refusal_stays(
     tmp_path: Path, party: str, added: float, error: type[Exception], said: str
 ) -> None:
-    """What is added is some thousandth of a row of X* W*, and some 10^-12 of what passes under the mask; or no number."""
+    """What is added is some thousandth of a row of X* W*, and some 10^-12 of what passes under the mask; or NaN."""
     inputs = batch((9, 4), 97).inputs()
     with (
         two_workers(tmp_path) as (compute, mask),
