@@ -23,7 +23,11 @@ def generate(
     pacing: AnswerPacing,
     as_json: options.AsJson = False,
 ) -> None:
-    """Continue a prompt, on a worker that learns neither the model nor the text."""
+    """Continue a prompt, on a worker that learns neither the model nor the text.
+
+    What times tell a worker, --pace hides between steps, and --full-length at the end of the text:
+    obfuscatune generate --profile guarded --pace 250 --full-length --max-new-tokens 128 --prompt "Once upon a time"
+    """
     from obfuscatune.training.tokens import encode_open
 
     text = _read_prompt(prompt, prompt_file)
