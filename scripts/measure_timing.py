@@ -1,6 +1,6 @@
 """What the times of requests tell the compute worker under `guarded`, with and without a pace.
 
-    python scripts/measure_timing.py --pace 400 --trials 12
+    python scripts/measure_timing.py --pace 800 --trials 8
 
 Decodes with the embedded model as `generate --full-length` does, two kinds of run in turn, and reads the times off the
 transcript of a compute worker. Prints as Markdown the AUC with which each statistic tells the two kinds apart (chance:
@@ -9,7 +9,8 @@ of two passes; `within` is what the enclave took between a reply and the next re
 told by the nearer centroid of all steps, each run left out in turn.
 
 The kinds: prompts of 17 and of 24 tokens, which fill the same bucket; two texts of the same length, read at once, or by
-somebody who takes 10 ms for each character; steps before and after the end of an answer, in the last of these.
+somebody who takes 40 ms for each character, as reading aloud does; steps before and after the end of an answer, in the
+last of these. A slow reader is the positive control: where he is not told apart without a pace, noise hides the rest.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ NO_PACE = 1e-3
 STEPS = 10
 SHORT, LONG, EQUAL = 17, 24, 20
 """Tokens of prompts."""
-SECONDS_A_CHARACTER = 10e-3
+SECONDS_A_CHARACTER = 40e-3
+"""As read aloud."""
 Show = Callable[[str], None]
 
 
@@ -51,6 +53,8 @@ class Run:
     kind: bool
     tokens: int
     """Of the answer, before it was filled up."""
+    late: int
+    """Steps that missed their tick."""
     firsts_ms: Tensor
     """(passes,): of the first request of each."""
     within_ms: Tensor
@@ -91,7 +95,7 @@ def record(files: ModelFiles, prompts: dict[int, list[list[int]]], pace: float, 
         for kind in (False, True):
             plan.append(("lengths", prompts[LONG if kind else SHORT][0], kind, None))
             plan.append(("texts", prompts[EQUAL][kind], kind, None))
-            plan.append(("texts, slow reader", prompts[EQUAL][kind], kind, slowly))
+            plan.append(("texts, read aloud", prompts[EQUAL][kind], kind, slowly))
     written = []
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         compute = stack.enter_context(obfuscatune.local_worker(record=Path(folder) / "compute", threads=1))
@@ -103,19 +107,20 @@ def record(files: ModelFiles, prompts: dict[int, list[list[int]]], pace: float, 
         model.generation_config.eos_token_id = int(ids[STEPS // 2])  # ends an answer half way
         for number, (name, prompt, _, show) in enumerate(plan):
             sys.stderr.write(f"\rpace {pace:g} ms: {name}, {number} of {len(plan)}   ")
-            written.append(decode(session, files, prompt, sampling, pacing, show=show).tokens)
+            written.append(decode(session, files, prompt, sampling, pacing, show=show))
         model.close()
         compute.close()
         passes = list(times(Path(folder) / "compute", layers))[-STEPS * len(plan) :]
     runs: dict[str, list[Run]] = {}
-    for number, ((name, _, kind, _), tokens) in enumerate(zip(plan, written, strict=True)):
+    for number, ((name, _, kind, _), answer) in enumerate(zip(plan, written, strict=True)):
+        late = 0 if answer.pace is None else answer.pace.late
         firsts, within = torch.tensor(passes[number * STEPS : (number + 1) * STEPS], dtype=torch.float64).T
-        runs.setdefault(name, []).append(Run(kind, tokens, firsts - firsts[0], within))
+        runs.setdefault(name, []).append(Run(kind, answer.tokens, late, firsts - firsts[0], within))
     return runs
 
 
 def nearer(vectors: Tensor, kinds: Tensor) -> Tensor:
-    """(runs,): by how much (runs, steps) are nearer to the second kind's median than to the first's, each left out in turn."""
+    """(runs,): by how much (runs, steps) are nearer to the second kind's median than to the first's; each left out."""
     scores = []
     for number, vector in enumerate(vectors):
         others = torch.arange(len(vectors)) != number
@@ -142,14 +147,14 @@ def table(runs: dict[str, list[Run]], pace: float) -> Iterator[str]:
     yield row("lengths", "within the prompt's pass", pace, torch.stack([run.within_ms[0] for run in of_lengths]), kinds)
     decoding = torch.stack([run.within_ms[1:].median() for run in of_lengths])
     yield row("lengths", "within later passes, median", pace, decoding, kinds)
-    for name in ("texts", "texts, slow reader"):
+    for name in ("texts", "texts, read aloud"):
         kinds = torch.tensor([run.kind for run in runs[name]])
         for statistic, vectors in (
             ("step to step", torch.stack([run.steps_ms for run in runs[name]])),
             ("within", torch.stack([run.within_ms for run in runs[name]])),
         ):
             yield row(name, statistic, pace, nearer(vectors, kinds), kinds, vectors.median(1).values)
-    ended = [run for run in runs["texts, slow reader"] if 1 < run.tokens < STEPS - 1]
+    ended = [run for run in runs["texts, read aloud"] if 1 < run.tokens < STEPS - 1]
     steps = torch.cat([run.steps_ms for run in ended])
     after = torch.cat([torch.arange(1, STEPS) > run.tokens for run in ended])
     yield row("end of an answer", "step to step", pace, -steps, after, steps)
@@ -160,8 +165,8 @@ def table(runs: dict[str, list[Run]], pace: float) -> Iterator[str]:
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pace", type=float, default=400.0, help="milliseconds (default: %(default)s)")
-    parser.add_argument("--trials", type=int, default=12, help="runs of each kind (default: %(default)s)")
+    parser.add_argument("--pace", type=float, default=800.0, help="milliseconds (default: %(default)s)")
+    parser.add_argument("--trials", type=int, default=8, help="runs of each kind (default: %(default)s)")
     options = parser.parse_args()
     obfuscatune.settle_process()
     torch.set_num_threads(1)
@@ -174,6 +179,8 @@ def main() -> int:
         runs = record(files, prompts, pace, options.trials)
         for line in table(runs, pace):
             print(line, flush=True)
+    late = sum(run.late for of_one in runs.values() for run in of_one)
+    print(f"\nAt {pace:g} ms {late} of {STEPS * sum(map(len, runs.values()))} steps came late.")
     return 0
 
 
