@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from obfuscatune.enclave.keys import RootKey
     from obfuscatune.enclave.loading import load
     from obfuscatune.enclave.local_worker import local_worker
+    from obfuscatune.enclave.pace import paced
     from obfuscatune.enclave.profiles import Profile
     from obfuscatune.enclave.protect import protect
     from obfuscatune.enclave.protection import Masking
@@ -38,6 +39,7 @@ _HOMES = {
     "WorkerClient": "enclave.client",
     "load": "enclave.loading",
     "local_worker": "enclave.local_worker",
+    "paced": "enclave.pace",
     "protect": "enclave.protect",
     "reproduce": "reproduction.run",
     "settle_process": "process",
@@ -74,6 +76,7 @@ __all__ = [
     "errors",
     "load",
     "local_worker",
+    "paced",
     "protect",
     "reproduce",
     "settle_process",

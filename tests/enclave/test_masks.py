@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import os
@@ -16,12 +17,13 @@ import torch
 from torch import Tensor
 
 from obfuscatune import Masking, protect
+from obfuscatune.enclave import masks as masking
 from obfuscatune.enclave.accountant import advantage
 from obfuscatune.enclave.keys import RootKey, SecretStream
 from obfuscatune.enclave.local_worker import LocalWorker
 from obfuscatune.enclave.masks import DEVIATION, GRID, ROWS_TOGETHER, Mask, Masked, MaskKey, MaskRequest, _Store, draw
 from obfuscatune.enclave.mixing import bucket
-from obfuscatune.errors import BudgetExceeded, ConfigError, ProtectionError, WrongProduct
+from obfuscatune.errors import BadReply, BudgetExceeded, ConfigError, ProtectionError, WrongProduct
 from tests.contract.architectures import ARCHITECTURES
 from tests.contract.comparison import batch
 from tests.protocol.peers import identity, make_identities
@@ -164,8 +166,17 @@ def test_the_mask_worker_sees_noise_that_does_not_depend_on_the_text(tmp_path: P
 
 
 @pytest.mark.parametrize("party", ["compute", "mask"])
-def test_a_wrong_product_names_the_party_and_the_refusal_stays(tmp_path: Path, party: str) -> None:
-    """What is added is some thousandth of a row of X* W*, and some 10^-12 of what passes under the mask."""
+@pytest.mark.parametrize(
+    ("added", "error", "said"),
+    [
+        (1e-3, WrongProduct, "product is wrong"),
+        *((it, BadReply, "product contains NaN") for it in (math.nan, math.inf)),
+    ],
+)
+def test_a_wrong_product_names_the_party_and_the_refusal_stays(
+    tmp_path: Path, party: str, added: float, error: type[Exception], said: str
+) -> None:
+    """What is added is some thousandth of a row of X* W*, and some 10^-12 of what passes under the mask; or NaN."""
     inputs = batch((9, 4), 97).inputs()
     with (
         two_workers(tmp_path) as (compute, mask),
@@ -178,13 +189,13 @@ def test_a_wrong_product_names_the_party_and_the_refusal_stays(tmp_path: Path, p
 
         def multiply(rows: Tensor, matrix: Tensor, out: Tensor, **how: bool) -> None:
             honest(rows, matrix, out, **how)
-            out[0, 0] += 1e-3 * float(matrix.square().sum().sqrt())
+            out[0, 0] += added * float(matrix.square().sum().sqrt())
 
         computer.multiply = multiply  # type: ignore[method-assign]
-        with pytest.raises(WrongProduct, match=f"the {party} worker's product is wrong"):
+        with pytest.raises(error, match=f"the {party} worker's {said}"):
             model(**inputs)
         computer.multiply = honest  # type: ignore[method-assign]
-        with pytest.raises(WrongProduct, match=f"the {party} worker's product is wrong"):
+        with pytest.raises(error, match=f"the {party} worker's {said}"):
             model(**inputs)
 
 
@@ -287,9 +298,44 @@ def test_a_process_that_is_run_on_twice_drops_what_was_drawn_ahead(
     assert left() == 0
     masks.draw_ahead(key, masked)
     assert left() == 1
-    monkeypatch.setattr("obfuscatune.enclave.masks._boot_id", lambda: "another boot")
+    monkeypatch.setattr("obfuscatune.enclave.masks._boot_id", lambda: b"another boot")
     assert left() == 0
     model.close()
+
+
+def test_the_boot_is_read_again_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a file that stays open; also where somebody closed it, or opened another as its number; or there is none."""
+    boots = [f"{number:036}\n".encode() for number in range(3)]
+    path, other, opened = tmp_path / "boot_id", tmp_path / "other", []
+
+    def count(*arguments: Any) -> int:
+        opened.append(real_open(*arguments))
+        return opened[-1]
+
+    real_open = os.open
+    monkeypatch.setattr(masking, "_BOOT_ID", path)
+    monkeypatch.setattr(masking.os, "open", count)
+    masking._boot_id_file.cache_clear()
+    try:
+        assert masking._boot_id() == b""
+        masking._boot_id_file.cache_clear()
+        for boot in boots:
+            path.write_bytes(boot)
+            assert masking._boot_id() == boot
+        (file,) = opened
+        os.close(file)
+        assert masking._boot_id() == boots[-1]
+        other.write_bytes(b"something else, which is no UUID\n")
+        file = opened[-1]
+        with other.open("rb") as another:
+            os.dup2(another.fileno(), file)
+        assert masking._boot_id() == boots[-1]
+        assert len(opened) == 3
+    finally:
+        masking._boot_id_file.cache_clear()
+        for file in {*opened}:
+            with contextlib.suppress(OSError):
+                os.close(file)
 
 
 def test_the_budget_ends_the_run_before_anything_is_sent(tmp_path: Path) -> None:

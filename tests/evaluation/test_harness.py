@@ -113,6 +113,8 @@ def test_the_harness_finds_what_our_scorer_finds(with_adapter: bool, adapter: Pa
         ({"dtype": "int8"}, "expected one of float32"),
         ({"parallelize": True}, "loaded by us"),
         ({"worker": "unix:/nowhere", "profile": "enclave"}, "without a worker"),
+        ({"profile": "guarded", "mask_memory": "much"}, "'much' is no size"),
+        ({"profile": "guarded", "mask_budget": 0}, "a mask budget is an advantage above 0 and below 1, got 0"),
     ],
     ids=lambda value: str(value) if isinstance(value, str) else "",
 )
@@ -122,6 +124,18 @@ def test_an_argument_that_cannot_be_used_is_refused(wrong: dict[str, Any], messa
 
     with pytest.raises(ConfigError, match=message):
         ProtectedLM(str(tiny_model_path()), **wrong)
+
+
+@needs_harness
+def test_masks_have_the_memory_and_the_budget_that_are_given() -> None:
+    from obfuscatune.evaluation.harness import ProtectedLM
+
+    given = ({"mask_memory": 0, "mask_budget": 0.25}, {"mask_memory": "1MiB"}, {})
+    for said, memory, budget in zip(given, (0, 1 << 20, 1 << 30), (0.25, 0.01, 0.01), strict=True):
+        lm = ProtectedLM(str(tiny_model_path()), "guarded", batch_size=1, **said)
+        masks = lm.model.protection.masks
+        assert (masks._memory_bytes, masks.account()["budget"]) == (memory, budget)
+        lm.close()
 
 
 @pytest.mark.skipif(find_spec("lm_eval") is not None, reason="the extra lm-eval is installed")

@@ -19,7 +19,7 @@ from obfuscatune.enclave import kernels
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.masks import DEVIATION, GRID, draw
 from obfuscatune.enclave.mixing import KroneckerMixer
-from obfuscatune.enclave.verification import Verifier, product_in_parts
+from obfuscatune.enclave.verification import Verifier
 from obfuscatune.report.page import markdown_table
 from obfuscatune.worker.backend import Computer
 
@@ -195,10 +195,10 @@ class MaskedRequest:
         masks = DEVIATION if party == COMPUTE else 0.0
         probe = self._verifiers[dtype].probe(transpose=False, mask_size=masks)
         if party == MASK:
-            u = product_in_parts(self._r, probe.v)
-            return lambda product: float(probe.excess(product, u, DEVIATION, torch.float64))
-        u, size = self._mixing.image(self._x, probe.v.to(self._x.dtype)), self._mixing.size
-        return lambda product: float(probe.excess(product, u, size, torch.float32))
+            of_masks = kernels.project(self._r, probe.V).images
+            return lambda product: probe.excess(product, of_masks, DEVIATION, torch.float64)
+        U, size = self._mixing.image(self._x, probe.V), self._mixing.size
+        return lambda product: probe.excess(product, U, size, torch.float32)
 
     def tolerance(self, party: str) -> float:
         """tau of the first row of that party's honest product."""

@@ -7,7 +7,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Annotated
 
 from obfuscatune.cli import options, output
-from obfuscatune.cli.decoding import TEXT, Sampling, decode
+from obfuscatune.cli.decoding import TEXT, AnswerPacing, Sampling, counted, decode, tell_late
 from obfuscatune.cli.session import ModelFiles, Protection, open_files, open_session
 from obfuscatune.option import Option
 
@@ -30,6 +30,7 @@ def chat(
     adapter: options.Adapter = None,
     dtype: options.Dtype = None,
     protection: Protection,
+    pacing: AnswerPacing,
     as_json: options.AsJson = False,
 ) -> None:
     """Talk with a model, a line a turn, on a worker that learns neither the model nor what is said.
@@ -40,9 +41,10 @@ def chat(
     from obfuscatune.training.data_files import Message
 
     wanted = protection.unless_plain()
+    pacing.check(wanted)
     beginning = [] if system is None else [Message("system", output.checked_text(system, "--system"))]
     files = open_files(model)
-    messages = list(beginning)
+    messages, paces = list(beginning), []
     with open_session(files, dtype=dtype, protection=wanted, adapter=adapter) as session:
         for line in _lines():
             if line == "/reset":
@@ -50,14 +52,17 @@ def chat(
                 continue
             messages.append(Message("user", line))
             ids = _fitting(messages, len(beginning), files, sampling)
-            written = decode(session, files, ids, sampling, show=None if as_json else _without_leading_space())
+            show = None if as_json else _without_leading_space()
+            written = decode(session, files, ids, sampling, pacing, show=show)
+            paces.append(written.pace)
             if not as_json:
                 output.write_text("")
+            tell_late(written.pace)
             messages.append(Message("assistant", written.text.strip()))
         link = session.link()
     if as_json:
         said = [message.fields() for message in messages]
-        output.write_json({"protected": session.protected, "messages": said, "link": link})
+        output.write_json({"protected": session.protected, "messages": said, "pace": counted(paces), "link": link})
 
 
 def _lines() -> Iterator[str]:

@@ -1,15 +1,23 @@
 """A model's own words after a prompt, shown as they come; what `generate` and `chat` share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from obfuscatune.cli.session import ModelFiles, Session
+from obfuscatune.cli import output
+from obfuscatune.cli.options import PROTECTION
+from obfuscatune.cli.session import ModelFiles, Protection, Session, resolved_profile
 from obfuscatune.errors import ConfigError, DataError
 from obfuscatune.option import Option
 
+if TYPE_CHECKING:
+    from obfuscatune.enclave.pace import Pace
+
 TEXT = "Text"
 """A heading of the help."""
+NO_TOKEN = 2**62
+"""Stands for the end of sequence where none is to be seen: generation goes on to its limit."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +67,101 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Pacing:
+    """Whether steps begin at the ticks of a clock. Each field is an option.
+
+    Raises:
+        ConfigError: a pace outside its range.
+    """
+
+    pace: Annotated[
+        float | None,
+        Option(
+            "Begin each step at a multiple of so many milliseconds, as 50: the time between steps tells nothing then.",
+            PROTECTION,
+            unset="each as soon as it can",
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.pace is not None and not 0 < self.pace <= MOST_MILLISECONDS:
+            raise ConfigError(
+                f"--pace: expected milliseconds, more than 0 and up to {MOST_MILLISECONDS:,}, found {self.pace:g}"
+            )
+
+    def check(self, protection: Protection | None) -> None:
+        """Return where there is a worker whose requests can be paced, or no pace.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if self.pace is None:
+            return
+        if protection is None:
+            raise ConfigError("--plain sends nothing that could be timed: leave it out, or --pace")
+        profile = resolved_profile(protection)
+        if not profile.offload:
+            raise ConfigError(f"--profile {profile.name} sends nothing that could be timed: leave out --pace")
+
+    @contextmanager
+    def kept(self, session: Session) -> "Iterator[Pace | None]":
+        """Within it the model's steps are paced; None without a pace."""
+        from obfuscatune.enclave.pace import paced
+
+        if self.pace is None:
+            yield None
+            return
+        with paced(session.model, self.pace / 1000) as pace:
+            yield pace
+
+
+MOST_MILLISECONDS = 60_000
+"""Of a pace: whoever writes more means something else."""
+
+
+@dataclass(frozen=True)
+class AnswerPacing(Pacing):
+    """A pace for answers, whose length it can hide."""
+
+    full_length: Annotated[
+        bool,
+        Option(
+            "With --pace: decode --max-new-tokens in any case and show the answer alone, so that nobody can count it.",
+            PROTECTION,
+        ),
+    ] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.full_length and self.pace is None:
+            raise ConfigError("--full-length takes --pace beside it: times tell where an answer ends, too")
+
+
+@dataclass(frozen=True)
 class Written:
-    """What the model wrote, and in how many tokens."""
+    """What the model wrote, and in how many tokens; the pace that was kept, if any."""
 
     text: str
     tokens: int
+    pace: "Pace | None" = None
+
+
+def tell_late(pace: "Pace | None") -> None:
+    """Say how many steps came late, if any did."""
+    if pace is not None and pace.late:
+        output.notice(f"{pace.late} of {pace.steps} steps came late: a longer --pace hides more")
+
+
+def counted(paces: "Sequence[Pace | None]") -> dict[str, float] | None:
+    """Steps of all answers, and those that came late, for JSON; None without a pace."""
+    kept = [pace for pace in paces if pace is not None]
+    if not kept:
+        return None
+    return {
+        "milliseconds": 1000 * kept[0].period_s,
+        "steps": sum(pace.steps for pace in kept),
+        "late": sum(pace.late for pace in kept),
+    }
 
 
 def decode(
@@ -71,10 +169,15 @@ def decode(
     files: ModelFiles,
     ids: Sequence[int],
     sampling: Sampling,
+    pacing: AnswerPacing,
     *,
     show: Callable[[str], None] | None,
 ) -> Written:
-    """Write on after `ids` until the end-of-sequence token or the limit, calling `show` with each piece of text."""
+    """Write on after `ids` until the end-of-sequence token or the limit, calling `show` with each piece of text.
+
+    With `pacing.full_length` the model goes on to the limit in any case: what follows the end is made like the rest,
+    and thrown away.
+    """
     import torch
     from transformers.generation.streamers import BaseStreamer
 
@@ -82,18 +185,26 @@ def decode(
     from obfuscatune.training.tokens import end_id, stop_ids
 
     detokenizer = Detokenizer(files.tokenizer, ids)
+    stops = stop_ids(files.tokenizer, session.model.generation_config)
     pieces: list[str] = []
 
     class Shown(BaseStreamer):  # type: ignore[misc]  # transformers is not checked; its class is Any
-        prompt_seen = False
+        prompt_seen = ended = False
+        tokens = 0
 
         def put(self, value: torch.Tensor) -> None:
-            if self.prompt_seen:
-                self.show(detokenizer.add(value.flatten().tolist()))
+            if self.prompt_seen and not self.ended:
+                (token,) = value.flatten().tolist()
+                self.tokens += 1
+                self.show(detokenizer.add([token]))
+                if token in stops:
+                    self.end()
             self.prompt_seen = True  # it comes first, as a whole
 
         def end(self) -> None:
-            self.show(detokenizer.rest())
+            if not self.ended:
+                self.show(detokenizer.rest())
+            self.ended = True
 
         def show(self, text: str) -> None:
             pieces.append(text)
@@ -107,15 +218,16 @@ def decode(
         if sampling.temperature > 0
         else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     )
-    with torch.random.fork_rng():
+    shown = Shown()
+    with torch.random.fork_rng(), pacing.kept(session) as pace:
         torch.manual_seed(sampling.seed)
-        output = session.model.generate(
+        session.model.generate(
             input_ids=inputs,
             attention_mask=torch.ones_like(inputs),
             max_new_tokens=sampling.max_new_tokens,
             pad_token_id=end,
-            eos_token_id=stop_ids(files.tokenizer, session.model.generation_config),
-            streamer=Shown(),
+            eos_token_id=NO_TOKEN if pacing.full_length else stops,
+            streamer=shown,
             **how,
         )
-    return Written("".join(pieces), output.shape[1] - len(ids))
+    return Written("".join(pieces), shown.tokens, pace)

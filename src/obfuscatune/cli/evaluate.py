@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from obfuscatune.cli import options, output
+from obfuscatune.cli.decoding import Pacing, counted, tell_late
 from obfuscatune.cli.session import ModelFiles, Protection, Session, open_files, open_session
 from obfuscatune.errors import ConfigError
 from obfuscatune.option import Option
@@ -29,6 +30,7 @@ def evaluate(
     dtype: options.Dtype = None,
     *,
     protection: Protection,
+    pacing: Pacing,
     compare_plain: Annotated[
         bool, Option("Ask the plain model too, and compare answer by answer.", options.PROTECTION)
     ] = False,
@@ -46,12 +48,13 @@ def evaluate(
             raise ConfigError(f"{name}: expected at least 1, found {value}")
     ask = _load_questions(task, data_dir, data, limit, batch_size)
     wanted = protection.unless_plain()
+    pacing.check(wanted)
     files = open_files(model)
     ask.check(files)
     results = []
     for chosen in [wanted, None] if compare_plain else [wanted]:
         with open_session(files, dtype=dtype, protection=chosen, adapter=adapter) as session:
-            results.append(_measure(ask, session, files))
+            results.append(_measure(ask, session, files, pacing if session.protected else Pacing()))
     comparisons = _compare(results)
     if as_json:
         output.write_json(_document(task or str(data), results, comparisons, answers=answers))
@@ -77,6 +80,7 @@ class _Result:
     metrics: "Sequence[Metric]"
     seconds: float
     link: Mapping[str, int | float] | None
+    pace: Mapping[str, float] | None
 
 
 def _load_questions(
@@ -125,12 +129,16 @@ def _load_questions(
     raise ConfigError("give --task with --data-dir, or --data alone")
 
 
-def _measure(questions: _Questions, session: Session, files: ModelFiles) -> _Result:
+def _measure(questions: _Questions, session: Session, files: ModelFiles, pacing: Pacing) -> _Result:
     began = time.perf_counter()
-    with output.progress("asking" if session.protected else "asking the plain model") as meter:
+    with (
+        pacing.kept(session) as pace,
+        output.progress("asking" if session.protected else "asking the plain model") as meter,
+    ):
         meter.expect(questions.units)
         metrics = questions.ask(session, files, meter.advance)
-    return _Result(session.protected, metrics, time.perf_counter() - began, session.link())
+    tell_late(pace)
+    return _Result(session.protected, metrics, time.perf_counter() - began, session.link(), counted([pace]))
 
 
 def _compare(results: Sequence[_Result]) -> "list[Comparison]":
@@ -152,6 +160,7 @@ def _document(
                 "protected": result.protected,
                 "seconds": result.seconds,
                 "link": result.link,
+                "pace": result.pace,
                 "metrics": {metric.name: _metric(metric, answers=answers) for metric in result.metrics},
             }
             for result in results

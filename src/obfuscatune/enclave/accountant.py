@@ -50,6 +50,16 @@ def advantage(mu: float) -> float:
     return math.erf(mu / math.sqrt(8))
 
 
+def check_budget(budget: float) -> None:
+    """Return where it is an advantage that can be allowed.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not 0 < budget < 1:
+        raise ConfigError(f"a mask budget is an advantage above 0 and below 1, got {budget}")
+
+
 class Accountant:
     """Adds up mu² as requests are sent, and refuses what would pass the budget. Safe from any thread."""
 
@@ -62,8 +72,7 @@ class Accountant:
         Raises:
             ConfigError: the budget is none.
         """
-        if not 0 < budget < 1:
-            raise ConfigError(f"a mask budget is an advantage above 0 and below 1, got {budget}")
+        check_budget(budget)
         self.deviation, self.budget = deviation, budget
         self._squares: defaultdict[str, float] = defaultdict(float)
         self._total = 0.0

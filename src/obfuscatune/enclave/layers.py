@@ -321,6 +321,11 @@ class ProtectedConv1D(ProtectedLayer, Conv1D):  # type: ignore[misc]
         return self._output(x)
 
 
+def first_protected(model: nn.Module) -> ProtectedLayer | None:
+    """The layer whose request is the first of each forward pass; None where nothing is on a worker."""
+    return next((module for module in model.modules() if isinstance(module, ProtectedLayer)), None)
+
+
 def elements_on_worker(model: nn.Module) -> int:
     """How many elements the weights of a model's protected layers and experts have."""
     named = model.named_parameters()

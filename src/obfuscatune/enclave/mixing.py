@@ -33,11 +33,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from obfuscatune.enclave import kernels
-from obfuscatune.enclave.client.requests import NOT_FINITE, check_finite, check_product
+from obfuscatune.enclave.client.requests import check_finite, check_product, not_finite
 from obfuscatune.enclave.kernels.interface import MixingOfFew, RowMixing
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.orthogonal import covering_grid, haar, haar_from
-from obfuscatune.errors import BadReply
 
 SIZE_OF_ROWS = 0.75
 """Root mean square of scaled 16-bit rows, and the middle of what others have; that of shield rows."""
@@ -265,7 +264,7 @@ class KroneckerMixing(_Scaled):
         """(Aᵀ y)[:n] for y (m, q)."""
         x, finite = kernels.kernels_for(y).unmix(y, self._A)
         if not finite:
-            raise BadReply(NOT_FINITE)
+            raise not_finite()
         return x
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from obfuscatune.enclave.client import ProductRequest, WorkerClient
-from obfuscatune.enclave.client.requests import NOT_FINITE
+from obfuscatune.enclave.client.requests import not_finite
 from obfuscatune.enclave.masks import LayerMasks, Mask, Masked
 from obfuscatune.enclave.mixing import DENSE_BELOW, FewMixing, Mixer, Mixing
 from obfuscatune.enclave.obfuscation import is_finer
@@ -34,7 +34,6 @@ from obfuscatune.enclave.observer import span
 from obfuscatune.enclave.transforms import Transform
 from obfuscatune.enclave.transforms.base import widen
 from obfuscatune.enclave.verification import Check, Verifier
-from obfuscatune.errors import BadReply
 
 if TYPE_CHECKING:
     from obfuscatune.enclave.kernels.native import RotationOfFew
@@ -121,7 +120,7 @@ class FewRows:
         """See `Passage`."""
         y = torch.empty(self._n, self._way.back.dim, dtype=self._dtype)
         if not self._way.back.receive(Y_star, self.mixing.secrets, y):
-            raise BadReply(NOT_FINITE)
+            raise not_finite()
         return y
 
     def turn_back(self, y: Tensor, bias: Tensor | None) -> Tensor:
@@ -176,6 +175,8 @@ class Sent:
     """Decides whether the product, in memory of our own, is verified, and does it; None where none is."""
     mask: Mask | None = None
     """What the rows were hidden under; None without masks."""
+    party: str = "worker"
+    """Who was asked, as an error calls it."""
 
 
 @dataclass(frozen=True)
@@ -305,7 +306,7 @@ class OffloadedProduct:
             request = self._client.submit(
                 held.matrix_id, X_star, transpose=transpose, known_finite=finite, product_unchecked=True
             )
-        check = None
+        check, party = None, "worker" if mask is None else "compute worker"
         if held.verifier is not None:
             with span("obfuscatune.verify"):
                 check = held.verifier.check_for(
@@ -313,10 +314,10 @@ class OffloadedProduct:
                     size,
                     dtype,
                     transpose=transpose,
-                    party="worker" if mask is None else "compute worker",
+                    party=party,
                     mask_size=mask_size,
                 )
-        return InFlight(like, Sent(passage, request, held, check, mask))
+        return InFlight(like, Sent(passage, request, held, check, mask, party))
 
     def _memory(self, rows: int, cols: int, dtype: torch.dtype, *, is_sent: bool) -> Tensor:
         """For rows: that of the client where they are sent as they lie there, else the enclave's own."""
@@ -358,7 +359,9 @@ class OffloadedProduct:
             y = passage.take_up(Y_star)  # (n, q)
             if held.verifier is not None:
                 mixing = passage.mixing
-                held.verifier.bound(y, mixing.rows, mixing.size, request.dtype, transpose=transpose)
+                held.verifier.bound(
+                    y, mixing.rows, mixing.size, request.dtype, transpose=transpose, party=crossing.sent.party
+                )
             if held.scale != 1:
                 y.mul_(1 / held.scale)
             y = passage.mixing.scaled_back(y)

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from obfuscatune.enclave.client import RetryPolicy, WorkerClient
 from obfuscatune.enclave.experts import ProtectedExperts
 from obfuscatune.enclave.keys import RootKey
-from obfuscatune.enclave.layers import ProtectedLayer
+from obfuscatune.enclave.layers import ProtectedLayer, first_protected
 from obfuscatune.enclave.local_worker import local_worker
 from obfuscatune.enclave.observer import Observer
 from obfuscatune.enclave.profiles import Profile, resolve
@@ -238,6 +238,6 @@ def adopt(model: nn.Module, protection: Protection) -> None:
     watch_targets(base)
     if protection.client is not None:
         watch = TrainingWatch(base, protection)
-        first = next((module for module in base.modules() if isinstance(module, ProtectedLayer)), None)
+        first = first_protected(base)
         if first is not None:
             first.before_request = watch

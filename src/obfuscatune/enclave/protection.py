@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from obfuscatune.enclave.accountant import DEFAULT_BUDGET, Accountant
+from obfuscatune.enclave.accountant import DEFAULT_BUDGET, Accountant, check_budget
 from obfuscatune.enclave.autograd import outside_autocast
 from obfuscatune.enclave.client import ClientStats, WorkerClient
 from obfuscatune.enclave.experts import ProtectedExperts, add, protected
@@ -57,11 +57,17 @@ class Masking:
         tls: identity and pinned peer, for a mask worker across a network.
         memory_bytes: of masks that are drawn ahead, with their products; 0 has none drawn ahead.
         budget: the largest advantage with which the compute worker may tell two inputs apart.
+
+    Raises:
+        ConfigError: the budget is not between 0 and 1.
     """
 
     tls: TlsConfig | None = None
     memory_bytes: int = DEFAULT_MEMORY_BYTES
     budget: float = DEFAULT_BUDGET
+
+    def __post_init__(self) -> None:
+        check_budget(self.budget)
 
 
 DEFAULT_MASKING = Masking()

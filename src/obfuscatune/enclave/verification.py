@@ -100,7 +100,7 @@ class Probe:
         """
         images, squares = (of_rows.numpy() for of_rows in kernels.project(product, self.R))
         if not np.isfinite(squares).all():  # or it is merely large, in float64
-            check_product(product)
+            check_product(product, self.party)
         deviation = np.abs((images - U.numpy()) @ self.c).max(axis=1)
         tau = self._tolerance(squares, product.shape[1], scale, dtype)
         return float(np.where(np.isfinite(tau), deviation / tau, math.inf).max())
@@ -198,7 +198,9 @@ class Verifier:
 
         return check
 
-    def bound(self, y: Tensor, m: int, scale: float, dtype: torch.dtype, *, transpose: bool) -> None:
+    def bound(
+        self, y: Tensor, m: int, scale: float, dtype: torch.dtype, *, transpose: bool, party: str = "worker"
+    ) -> None:
         """Hold every product, drawn or not, against what no product exceeds: one pass, nothing secret in it.
 
         Args:
@@ -207,6 +209,7 @@ class Verifier:
             scale: see `Probe.check`.
             dtype: in which rows and product travelled.
             transpose: whether the rows were multiplied by W*ᵀ.
+            party: see `Probe`.
 
         Raises:
             WrongProduct: it is larger, or not finite: worse than what the check by lot would have found.
@@ -220,8 +223,8 @@ class Verifier:
             norm = float(torch.linalg.vector_norm(y, dtype=torch.float64))
             if not norm <= largest:
                 raise WrongProduct(
-                    f"the worker's product is wrong: it is {norm / largest:.3g} times as large as the rows and the "
-                    "matrix can make it. The worker is hostile or broken; nothing was done with the product"
+                    f"the {party}'s product is wrong: it is {norm / largest:.3g} times as large as the rows and the "
+                    f"matrix can make it. The {party} is hostile or broken; nothing was done with the product"
                 )
 
     def _is_drawn(self) -> bool:

@@ -20,9 +20,10 @@ from obfuscatune.enclave.keys import RootKey
 from obfuscatune.enclave.loading import find_directory, load
 from obfuscatune.enclave.profiles import Profile, resolve
 from obfuscatune.enclave.protect import open_clients
-from obfuscatune.enclave.protection import Masking
+from obfuscatune.enclave.protection import DEFAULT_MASKING, Masking
 from obfuscatune.enclave.published import Base
 from obfuscatune.errors import ConfigError
+from obfuscatune.option import parse_size
 from obfuscatune.protocol.tls import TlsConfig
 from obfuscatune.training.adapter import load_adapter
 
@@ -54,6 +55,8 @@ class ProtectedLM(HFLM):  # type: ignore[misc]  # the harness is not annotated f
         peer: str | None = None,
         mask_worker: str | None = None,
         mask_peer: str | None = None,
+        mask_memory: str | int | None = None,
+        mask_budget: float | None = None,
         trust_remote_code: bool = False,
         device: str | None = None,
         base: Base | None = None,
@@ -71,6 +74,8 @@ class ProtectedLM(HFLM):  # type: ignore[misc]  # the harness is not annotated f
             key_file: root key of the transforms; a fresh one if None.
             tls_cert, tls_key, peer: for a worker on another machine.
             mask_worker, mask_peer: the worker that multiplies the masks, under profile guarded, and its certificate.
+            mask_memory: for masks that are drawn ahead, as 512MiB; 1 GiB if None.
+            mask_budget: the largest advantage in telling two inputs apart that the worker may ever have; 0.01 if None.
             trust_remote_code: refused: an enclave runs no code that comes with a model.
             device: not used: the harness says `cuda:0` where its user says nothing, and the enclave's part is on the
                 CPU. A worker is told of its GPU when it is started.
@@ -96,7 +101,11 @@ class ProtectedLM(HFLM):  # type: ignore[misc]  # the harness is not annotated f
             None if path is None else Path(path) for path in (tls_cert, tls_key, peer, mask_peer)
         )
         tls = TlsConfig.from_options(cert, cert_key, worker_peer) if peer or not mask_peer else None
-        masking = Masking(TlsConfig.from_options(cert, cert_key, other_peer) if mask_peer else None)
+        masking = Masking(
+            TlsConfig.from_options(cert, cert_key, other_peer) if mask_peer else None,
+            DEFAULT_MASKING.memory_bytes if mask_memory is None else parse_size(str(mask_memory)),
+            DEFAULT_MASKING.budget if mask_budget is None else mask_budget,
+        )
         clients = open_clients(worker, mask_worker, resolved, tls, masking, deadline_s=120.0, retry=None)
         with ExitStack() as stack:
             for client in clients.opened:

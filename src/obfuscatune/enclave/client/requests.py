@@ -30,7 +30,6 @@ MatrixSource = Callable[[], torch.Tensor]
 """Makes W_star (p, q) again, contiguous, on the CPU. Called only when the worker lacks it."""
 
 NO_BYTES = memoryview(b"")
-NOT_FINITE = "the worker's product contains NaN or infinity, although all that was sent is finite"
 
 
 @dataclass
@@ -258,15 +257,20 @@ def _check_rows(rows: torch.Tensor, inner: int) -> None:
         )
 
 
-def check_product(product: torch.Tensor) -> torch.Tensor:
-    """The product, where it is finite.
+def check_product(product: torch.Tensor, party: str = "worker") -> torch.Tensor:
+    """The product of that party, as an error calls it, where it is finite.
 
     Raises:
         BadReply: it contains NaN or infinity.
     """
     if not is_finite(product):
-        raise BadReply(NOT_FINITE)
+        raise not_finite(party)
     return product
+
+
+def not_finite(party: str = "worker") -> BadReply:
+    """The error for a product of that party that contains NaN or infinity."""
+    return BadReply(f"the {party}'s product contains NaN or infinity, although all that was sent is finite")
 
 
 def check_finite(rows: torch.Tensor) -> None:
