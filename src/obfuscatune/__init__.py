@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from obfuscatune.process import settle_process
     from obfuscatune.protocol.tls import TlsConfig
     from obfuscatune.reproduction.run import reproduce
+    from obfuscatune.training.provider_adapter import load_provider_adapter
 
 _HOMES = {
     "Masking": "enclave.protection",
@@ -37,6 +38,7 @@ _HOMES = {
     "TlsConfig": "protocol.tls",
     "WorkerClient": "enclave.client",
     "load": "enclave.loading",
+    "load_provider_adapter": "training.provider_adapter",
     "local_worker": "enclave.local_worker",
     "protect": "enclave.protect",
     "reproduce": "reproduction.run",
@@ -73,6 +75,7 @@ __all__ = [
     "__version__",
     "errors",
     "load",
+    "load_provider_adapter",
     "local_worker",
     "protect",
     "reproduce",
