@@ -233,10 +233,9 @@ def test_trainer_checkpoints_and_resumes_the_owners(worker: LocalWorker, tmp_pat
     data = [{"input_ids": ids, "labels": ids} for ids in rows.input_ids]
 
     def train(model: Any, out: str, **how: Any) -> dict[str, torch.Tensor]:
-        arguments = TrainingArguments(
-            output_dir=str(tmp_path / out), max_steps=4, save_steps=2, per_device_train_batch_size=4, learning_rate=5e-3,
-            use_cpu=True, report_to=[], disable_tqdm=True, seed=3, activation_checkpointing=True,
-        )  # fmt: skip
+        quiet: dict[str, Any] = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "seed": 3}
+        steps: dict[str, Any] = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4}
+        arguments = TrainingArguments(str(tmp_path / out), activation_checkpointing=True, **steps, **quiet)
         Trainer(model, arguments, train_dataset=data).train(**how)
         return trained(model)
 
@@ -244,7 +243,9 @@ def test_trainer_checkpoints_and_resumes_the_owners(worker: LocalWorker, tmp_pat
     with protected(copy_of(llama), worker) as model:
         found = train(stacked(model, provider), "ours")
     with protected(copy_of(llama), worker) as model:
-        resumed = train(stacked(model, provider), "ours", resume_from_checkpoint=str(tmp_path / "ours" / "checkpoint-2"))
+        resumed = train(
+            stacked(model, provider), "ours", resume_from_checkpoint=str(tmp_path / "ours" / "checkpoint-2")
+        )
     assert largest_deviation(expected, found) < 1e-3
     assert largest_deviation(found, resumed) < 1e-5
     (tmp_path / "plain" / "checkpoint-2" / "provider" / "adapter_model.safetensors").stat()  # as PEFT does by itself

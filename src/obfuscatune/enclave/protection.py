@@ -188,7 +188,7 @@ class Protection:
         comes from `RemoteAdapters.optimizer`. `save_pretrained` works as ever.
 
         Raises:
-            ConfigError: the profile keeps LoRA in the enclave; or the model has a provider's adapter, which stays there.
+            ConfigError: the profile keeps LoRA in the enclave; or the model has a provider's adapter.
             ProtectionError: the model has no adapter, or one that the worker cannot hold.
             WireError: the worker cannot be reached, or has no room.
         """

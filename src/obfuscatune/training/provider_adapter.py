@@ -37,7 +37,7 @@ _INITIALIZATIONS = ("gaussian", "orthogonal", "eva")
 """Those by name that leave the base weights as they are."""
 
 
-class ProviderPeftModel(PeftModelForCausalLM):
+class ProviderPeftModel(PeftModelForCausalLM):  # type: ignore[misc]  # peft leaves it untyped
     """A PEFT model whose adapter `provider` is frozen, always active, and saved only where it is named.
 
     The owner's adapters stand on top of it, one active at a time: `add_adapter`, `set_adapter`, `load_adapter`,
@@ -137,7 +137,8 @@ def load_provider_adapter(model: "PreTrainedModel", directory: Path | str) -> Pr
     content = weights.read_bytes()
     set_adapter_weights(wrapped, content, where=str(weights), name=PROVIDER)
     wrapped.provider_sha256 = _digest((directory / CONFIG).read_bytes(), content)
-    return wrapped.eval()
+    wrapped.eval()
+    return wrapped
 
 
 def check_provider_adapter(skeleton: "PreTrainedModel", directory: Path, *, lora_on_worker: bool) -> ProviderPeftModel:
@@ -169,7 +170,7 @@ def adapter_digest(directory: Path) -> str:
     return _digest((directory / CONFIG).read_bytes(), (directory / WEIGHTS).read_bytes())
 
 
-def provider_summary(model: Any) -> dict[str, object] | None:
+def provider_summary(model: Any) -> dict[str, Any] | None:
     """Digest and number of parameters of the provider's adapter under a model; None where there is none."""
     if not isinstance(model, ProviderPeftModel):
         return None
