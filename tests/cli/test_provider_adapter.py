@@ -22,10 +22,8 @@ def make_adapter(model_directory, folder, seed, **settings):
     model = AutoModelForCausalLM.from_pretrained(model_directory)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        config = LoraConfig(
-            r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM", **settings
-        )
-        get_peft_model(model, config).save_pretrained(folder)
+        usual = {"r": 2, "lora_alpha": 0.5, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+        get_peft_model(model, LoraConfig(init_lora_weights=False, **usual, **settings)).save_pretrained(folder)
     return folder
 
 
@@ -41,7 +39,19 @@ def finetune(obfuscatune, stories260k, notes, tmp_path, provider):
     def run(steps, *options, out="run", adapter=provider):
         return obfuscatune(
             *("finetune", "--model", stories260k, "--provider-adapter", adapter, "--data", notes, "--json"),
-            *("--out", tmp_path / out, "--max-steps", steps, "--batch-size", 3, "--lr", 0.01, *options),
+            *(
+                "--out",
+                tmp_path / out,
+                "--max-steps",
+                steps,
+                "--batch-size",
+                3,
+                "--lr",
+                0.01,
+                "--schedule",
+                "constant",
+                *options,
+            ),
         )
 
     return run
@@ -83,7 +93,6 @@ def test_the_owners_adapter_is_that_of_the_plain_run_and_his_alone(
         assert not any("provider" in name for name in file.keys())  # noqa: SIM118
         assert file.metadata()["provider_adapter_sha256"] == told["sha256"]
     both = plain_logits(stories260k, provider=provider, default=adapter)
-    assert torch.equal(both, plain_logits(stories260k, provider=provider, default=adapter))
     for alone in ({"provider": provider}, {"default": adapter}):
         assert (both - plain_logits(stories260k, **alone)).abs().max() > 1e-3
 
@@ -141,7 +150,7 @@ def test_a_run_goes_on_with_the_same_provider_alone(finetune, provider, stories2
     other = make_adapter(stories260k, tmp_path / "other", 2)
     refused = finetune(4, "--plain", "--resume", adapter=other)
     assert refused.code == 2
-    assert f"this is another run: provider_adapter was '{adapter_digest(provider)}'" in refused.stderr
+    assert f"provider_adapter was '{adapter_digest(provider)}' and is '{adapter_digest(other)}'" in refused.stderr
     assert "PLAIN RUN" not in refused.stderr, "a refused run loads no model"
     moved = shutil.copytree(provider, tmp_path / "moved")
     resumed = finetune(4, "--plain", "--resume", adapter=moved)
