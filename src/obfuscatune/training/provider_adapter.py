@@ -174,7 +174,7 @@ def provider_summary(model: Any) -> dict[str, Any] | None:
     """Digest and number of parameters of the provider's adapter under a model; None where there is none."""
     if not isinstance(model, ProviderPeftModel):
         return None
-    count = sum(p.numel() for name, p in model.named_parameters() if f".{PROVIDER}." in name)
+    count = sum(p.numel() for name, p in model.named_parameters() if PROVIDER in name.split("."))
     return {"sha256": model.provider_sha256, "parameters": count}
 
 
