@@ -174,6 +174,12 @@ def test_lora_on_the_worker_is_refused(worker: LocalWorker, tmp_path: Path) -> N
     model(**batch((4,), llama.config.vocab_size).inputs())  # it is as it was
 
 
+def test_a_model_that_writes_no_text_is_refused(tmp_path: Path) -> None:
+    llama = ARCHITECTURES["llama"].build(torch.float32)
+    with pytest.raises(ConfigError, match="goes under a causal language model, not a LlamaModel"):
+        load_provider_adapter(llama.model, provider_of(llama, tmp_path))
+
+
 @exact
 def test_wrap_then_protect(worker: LocalWorker, tmp_path: Path) -> None:
     llama = MODELS["llama"]()

@@ -125,12 +125,10 @@ def check_out(recipe: Recipe, data: Data, *, fingerprint: str, resume_run: bool)
         StorageError: it is no directory, or its newest checkpoint is damaged.
     """
     if recipe.out.exists():
-        from obfuscatune.training.provider_adapter import adapter_digest
-
         directory = RunDirectory(recipe.out)
         _refuse_accident(directory, resume_run)
-        provider = None if recipe.provider_adapter is None else adapter_digest(recipe.provider_adapter)
-        refuse_other_run(directory, _made_of(recipe, data, fingerprint, provider), load_best=recipe.load_best)
+        made_of = _made_of(recipe, data, fingerprint, _provider_digest(recipe))
+        refuse_other_run(directory, made_of, load_best=recipe.load_best)
 
 
 def finetune(
@@ -166,14 +164,14 @@ def finetune(
     """
     from obfuscatune.training.provider_adapter import provider_summary
 
-    provider = provider_summary(model)
-    if (recipe.provider_adapter is None) != (provider is None):
+    provider, digest = provider_summary(model), _provider_digest(recipe)
+    if digest != (None if provider is None else provider["sha256"]):
         raise ConfigError(
-            "recipe and model differ in whether there is a provider's adapter: name it in the recipe "
-            "(provider_adapter), and put it on the model by load_provider_adapter"
+            "the model has another provider's adapter than the recipe names, or one of them has none: name it in the "
+            "recipe (provider_adapter), and put it on the model by load_provider_adapter"
         )
     cadence = Cadence.of(recipe, len(data.train.examples))
-    made_of = _made_of(recipe, data, fingerprint, None if provider is None else str(provider["sha256"]))
+    made_of = _made_of(recipe, data, fingerprint, digest)
     directory = RunDirectory(recipe.out)
     with directory.locked(), ExitStack() as stack:
         _refuse_accident(directory, resume_run)
@@ -323,6 +321,12 @@ class _StopAskedError(Exception):
 def _raise_if(asked: Callable[[], bool]) -> None:
     if asked():
         raise _StopAskedError
+
+
+def _provider_digest(recipe: Recipe) -> str | None:
+    from obfuscatune.training.provider_adapter import adapter_digest
+
+    return None if recipe.provider_adapter is None else adapter_digest(recipe.provider_adapter)
 
 
 def _made_of(recipe: Recipe, data: Data, fingerprint: str, provider: str | None) -> Mapping[str, Any]:
