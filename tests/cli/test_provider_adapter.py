@@ -142,7 +142,7 @@ def test_an_adapter_needs_the_provider_it_was_trained_on(obfuscatune, stories260
         ran = obfuscatune(*run, *options)
         assert ran.code == 1
         assert f"sha256 {adapter_digest(provider)}, and the model has {has}" in ran.stderr
-        assert "reading the model" not in ran.stderr
+        assert "PLAIN RUN" not in ran.stderr, "a refused run loads no model"
 
 
 def test_a_run_goes_on_with_the_same_provider_alone(finetune, provider, stories260k, tmp_path):
@@ -186,15 +186,15 @@ def test_what_cannot_be_used_is_one_line_before_long_work(
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
     needed = {"finetune": ("--data", notes, "--out", tmp_path / "run"), "generate": ("--prompt", "x")}
     needed["evaluate"] = ("--data", notes)
+    worker = () if command == "inspect" else ("--worker", "unix:/nowhere/worker.sock")
     dora = make_adapter(stories260k, tmp_path / "dora", 3, use_dora=True)
     for adapter, options, code, message in (
         (tmp_path / "absent", (), 1, "absent: not an adapter: there is no adapter_model.safetensors"),
         (provider, ("--profile", "paper"), 2, "would show the worker the provider's adapter; take --profile private"),
         (dora, (), 2, "use_dora does not add up with another adapter"),
     ):
-        ran = obfuscatune(
-            command, "--model", stories260k, *needed.get(command, ()), "--provider-adapter", adapter, *options
-        )
+        given = (*needed.get(command, ()), *worker, "--provider-adapter", adapter, *options)
+        ran = obfuscatune(command, "--model", stories260k, *given)
         assert ran.code == code, ran.stderr
         assert message in ran.stderr
-        assert "starting a worker" not in ran.stderr
+        assert "connecting" not in ran.stderr
