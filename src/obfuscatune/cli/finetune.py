@@ -159,6 +159,8 @@ def _run(recipe: "Recipe", protection: Protection | None, *, resume: bool, dry: 
         told = {"link": link, "masks": masks, "provider_adapter": provider}
         output.write_json({**made, **summary(outcome.progress), **told})
     else:
+        if provider is not None:
+            output.write_text(f"trained on top of the provider's adapter with sha256 {provider['sha256']}")
         _tell(outcome, link, masks)
 
 

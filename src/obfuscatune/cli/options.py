@@ -42,7 +42,7 @@ Adapter = Annotated[Path | None, Option("Directory of a LoRA adapter in PEFT's f
 ProviderAdapter = Annotated[
     Path | None,
     Option(
-        "Directory of the provider's LoRA adapter, frozen under the owner's; it stays in the enclave.",
+        "The provider's LoRA adapter, as ./provider-adapter: frozen under the owner's, it stays in the enclave.",
         variable=ENVIRONMENT["provider_adapter"],
     ),
 ]
