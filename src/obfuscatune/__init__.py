@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from obfuscatune.process import settle_process
     from obfuscatune.protocol.tls import TlsConfig
     from obfuscatune.reproduction.run import reproduce
+    from obfuscatune.training.provider_adapter import load_provider_adapter
 
 _HOMES = {
     "Masking": "enclave.protection",
@@ -38,6 +39,7 @@ _HOMES = {
     "TlsConfig": "protocol.tls",
     "WorkerClient": "enclave.client",
     "load": "enclave.loading",
+    "load_provider_adapter": "training.provider_adapter",
     "local_worker": "enclave.local_worker",
     "paced": "enclave.pace",
     "protect": "enclave.protect",
@@ -75,6 +77,7 @@ __all__ = [
     "__version__",
     "errors",
     "load",
+    "load_provider_adapter",
     "local_worker",
     "paced",
     "protect",

@@ -79,15 +79,15 @@ def run(folder: Path, **model_args: Any) -> subprocess.CompletedProcess[str]:
 
 
 @needs_harness
-@pytest.mark.parametrize("with_adapter", [False, True], ids=["base", "adapter"])
-def test_the_harness_finds_what_our_scorer_finds(with_adapter: bool, adapter: Path, tmp_path: Path) -> None:
-    done = run(tmp_path, profile="private", shield_rows=4, **({"peft": adapter} if with_adapter else {}))
+@pytest.mark.parametrize("name", [None, "peft", "provider_adapter"], ids=["base", "adapter", "provider's adapter"])
+def test_the_harness_finds_what_our_scorer_finds(name: str | None, adapter: Path, tmp_path: Path) -> None:
+    done = run(tmp_path, profile="private", shield_rows=4, **({name: adapter} if name else {}))
     assert done.returncode == 0, done.stderr
     (samples,) = (tmp_path / "out").rglob("samples_*.jsonl")
     (results,) = (tmp_path / "out").rglob("results_*.json")
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_path())
     plain = AutoModelForCausalLM.from_pretrained(tiny_model_path(), dtype=torch.float32).eval()
-    if with_adapter:
+    if name is not None:
         plain.load_adapter(str(adapter))
 
     found = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda sample: sample["doc_id"])
@@ -112,6 +112,7 @@ def test_the_harness_finds_what_our_scorer_finds(with_adapter: bool, adapter: Pa
         ({"trust_remote_code": True}, "runs no code"),
         ({"dtype": "int8"}, "expected one of float32"),
         ({"parallelize": True}, "loaded by us"),
+        ({"provider_adapter": "x", "profile": "paper"}, "would show the worker the provider's adapter"),
         ({"worker": "unix:/nowhere", "profile": "enclave"}, "without a worker"),
         ({"profile": "guarded", "mask_memory": "much"}, "'much' is no size"),
         ({"profile": "guarded", "mask_budget": 0}, "a mask budget is an advantage above 0 and below 1, got 0"),

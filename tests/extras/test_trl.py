@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import obfuscatune
@@ -36,6 +36,14 @@ def lora() -> LoraConfig:
     return LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
+def with_lora(model: Any) -> PeftModel:
+    """Fresh factors, on top of a provider's adapter where the model has one."""
+    if not isinstance(model, PeftModel):
+        return get_peft_model(model, lora())
+    model.add_adapter("default", lora())
+    return model
+
+
 def losses(kind: str, model: Any, source: Path, directory: Path, wrapped: bool, bf16: bool) -> list[float]:
     """What the trainer logs in three steps, everything but output, pace and, if asked, bf16 left at its default."""
     import trl
@@ -53,7 +61,7 @@ def losses(kind: str, model: Any, source: Path, directory: Path, wrapped: bool, 
     with torch.random.fork_rng():
         torch.manual_seed(3)
         if wrapped:
-            model = get_peft_model(model, lora())
+            model = with_lora(model)
         trainer = getattr(trl, f"{kind}Trainer")(
             model=model,
             args=args,
@@ -81,3 +89,25 @@ def test_losses_are_those_of_plain(
         model.protection.close()
     assert len(expected) == 3
     assert found == pytest.approx(expected, abs=ROUNDING[kind, bf16])
+
+
+@pytest.mark.parametrize("kind", ["SFT", "DPO"])
+def test_losses_on_top_of_a_provider_are_those_on_top_of_a_merged_one(
+    worker: LocalWorker, stories260k: Path, tmp_path: Path, kind: str
+) -> None:
+    """DPO's reference, for which TRL disables the adapter, is the provider's model and not the base."""
+    plain = AutoModelForCausalLM.from_pretrained(stories260k)
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        config = LoraConfig(target_modules="all-linear", init_lora_weights=False, r=2, lora_alpha=1)
+        provider = get_peft_model(plain, config)
+    provider.save_pretrained(tmp_path / "provider")
+    expected = losses(kind, provider.merge_and_unload(), stories260k, tmp_path / "plain", True, False)
+    model = obfuscatune.load(stories260k, worker.address)
+    try:
+        stacked = obfuscatune.load_provider_adapter(model, tmp_path / "provider")
+        found = losses(kind, stacked, stories260k, tmp_path / "protected", True, False)
+    finally:
+        model.protection.close()
+    assert found == pytest.approx(expected, abs=ROUNDING[kind, False])
+    assert not (tmp_path / "protected" / "checkpoint-3" / "provider").exists()

@@ -11,12 +11,13 @@ import pytest
 import torch
 import yaml
 
-from obfuscatune.errors import ConfigError, NonFiniteError, StorageError
+from obfuscatune.errors import ConfigError, ModelFileError, NonFiniteError, StorageError
 from obfuscatune.training import storage
-from obfuscatune.training.adapter import load_adapter
+from obfuscatune.training.adapter import adapter_files, add_lora, load_adapter
 from obfuscatune.training.checkpoint import model_fingerprint
 from obfuscatune.training.journal import Measured, Started
 from obfuscatune.training.loop import StepEvent
+from obfuscatune.training.provider_adapter import load_provider_adapter
 from obfuscatune.training.recipe import Recipe, load_recipe
 from obfuscatune.training.run import finetune, load_data
 
@@ -69,6 +70,27 @@ def test_the_adapter_is_the_trained_model(run, model):
     outcome, _ = run()
     ids = torch.arange(8)[None]
     assert torch.equal(load_adapter(model, outcome.adapter)(ids).logits, outcome.model(ids).logits)
+
+
+def test_recipe_and_model_must_name_the_same_provider(run, model, tmp_path):
+    write_adapter(tmp_path / "provider", copy.deepcopy(model), seed=1)
+    write_adapter(tmp_path / "other", copy.deepcopy(model), seed=2)
+    stacked = load_provider_adapter(copy.deepcopy(model), tmp_path / "provider")
+    for base, named in ((model, "provider"), (stacked, None), (stacked, "other")):
+        with pytest.raises(ConfigError, match="another provider's adapter than the recipe names"):
+            run(base=base, provider_adapter=named and tmp_path / named)
+    outcome, _ = run(base=stacked, provider_adapter=tmp_path / "provider")
+    assert list(outcome.model.peft_config) == ["provider", "default"]
+    with pytest.raises(ModelFileError, match="was trained on top of the provider's adapter"):
+        load_adapter(model, outcome.adapter)
+
+
+def write_adapter(folder, model, seed):
+    folder.mkdir()
+    for name, content in adapter_files(
+        add_lora(model, r=2, alpha=2, dropout=0, targets="all-linear", seed=seed)
+    ).items():
+        (folder / name).write_bytes(content)
 
 
 def test_training_learns(run):

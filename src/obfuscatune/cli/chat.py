@@ -28,6 +28,7 @@ def chat(
     sampling: TurnSampling,
     model: options.Model = None,
     adapter: options.Adapter = None,
+    provider_adapter: options.ProviderAdapter = None,
     dtype: options.Dtype = None,
     protection: Protection,
     pacing: AnswerPacing,
@@ -45,7 +46,8 @@ def chat(
     beginning = [] if system is None else [Message("system", output.checked_text(system, "--system"))]
     files = open_files(model)
     messages, paces = list(beginning), []
-    with open_session(files, dtype=dtype, protection=wanted, adapter=adapter) as session:
+    opening = open_session(files, dtype=dtype, protection=wanted, adapter=adapter, provider_adapter=provider_adapter)
+    with opening as session:
         for line in _lines():
             if line == "/reset":
                 messages = list(beginning)

@@ -21,6 +21,7 @@ _QUESTIONS = "Questions"
 def evaluate(
     model: options.Model = None,
     adapter: options.Adapter = None,
+    provider_adapter: options.ProviderAdapter = None,
     task: Annotated[str | None, Option("A public question set: sciq, openbookqa, piqa or webqs.", _QUESTIONS)] = None,
     data_dir: Annotated[Path | None, Option("Where the task's files are.", _QUESTIONS)] = None,
     data: Annotated[Path | None, Option("Prompts and completions of your own, in JSON Lines.", _QUESTIONS)] = None,
@@ -53,7 +54,10 @@ def evaluate(
     ask.check(files)
     results = []
     for chosen in [wanted, None] if compare_plain else [wanted]:
-        with open_session(files, dtype=dtype, protection=chosen, adapter=adapter) as session:
+        opening = open_session(
+            files, dtype=dtype, protection=chosen, adapter=adapter, provider_adapter=provider_adapter
+        )
+        with opening as session:
             results.append(_measure(ask, session, files, pacing if session.protected else Pacing()))
     comparisons = _compare(results)
     if as_json:

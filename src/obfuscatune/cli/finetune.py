@@ -12,7 +12,15 @@ import typer
 
 from obfuscatune.cli import options, output
 from obfuscatune.cli.options import default_text, is_from_environment
-from obfuscatune.cli.session import Protection, StopSignals, Terminated, empty_model, open_files, open_session
+from obfuscatune.cli.session import (
+    Protection,
+    StopSignals,
+    Terminated,
+    check_adapters,
+    empty_model,
+    open_files,
+    open_session,
+)
 from obfuscatune.errors import RunStopped
 from obfuscatune.option import Option, split_annotation
 
@@ -60,6 +68,7 @@ def _read_as(annotation: Any) -> tuple[Any, tuple[str, ...]]:
 def finetune(
     config: Annotated[Path | None, Option("A run file in YAML; options override it.")] = None,
     model: options.Model = None,
+    provider_adapter: options.ProviderAdapter = None,
     *,
     recipe_options: RecipeOptions,
     preview: Annotated[bool, Option("Show what the model will see and what is trained on, and end.", "Data")] = False,
@@ -76,7 +85,7 @@ def finetune(
     checkpoints, and options under their names in Hugging Face's libraries (--learning-rate, --output_dir):
     docs/finetune.md.
     """
-    shared = {"model": model, "dtype": dtype, **asdict(protection)}
+    shared = {"model": model, "provider_adapter": provider_adapter, "dtype": dtype, **asdict(protection)}
     recipe = _recipe(config, recipe_options, shared)
     if preview:
         from obfuscatune.cli.preview import show_preview
@@ -106,6 +115,7 @@ def _recipe(config: Path | None, given: Mapping[str, Any], shared: Mapping[str, 
 def _run(recipe: "Recipe", protection: Protection | None, *, resume: bool, dry: bool, as_json: bool) -> None:
     from obfuscatune.training.adapter import check_lora
     from obfuscatune.training.checkpoint import model_fingerprint
+    from obfuscatune.training.provider_adapter import provider_summary
     from obfuscatune.training.run import check_out, load_data, summary
     from obfuscatune.training.run import finetune as run_recipe
 
@@ -115,7 +125,8 @@ def _run(recipe: "Recipe", protection: Protection | None, *, resume: bool, dry: 
             data = load_data(recipe, files.tokenizer, files.config)
             fingerprint = model_fingerprint(files.directory)
             check_out(recipe, data, fingerprint=fingerprint, resume_run=resume)
-            check_lora(empty_model(files), recipe.lora_targets)
+            below = check_adapters(files, protection, None, recipe.provider_adapter)
+            check_lora(below or empty_model(files), recipe.lora_targets)
         for dataset in (data.train, data.eval):
             if dataset is not None:
                 output.notice(dataset.read_as)
@@ -125,7 +136,9 @@ def _run(recipe: "Recipe", protection: Protection | None, *, resume: bool, dry: 
             show_dry_run(recipe, files, data, protection, as_json=as_json)
             return
         with (
-            open_session(files, dtype=recipe.dtype, protection=protection) as session,
+            open_session(
+                files, dtype=recipe.dtype, protection=protection, provider_adapter=recipe.provider_adapter
+            ) as session,
             output.progress("fine-tuning") as meter,
         ):
             signals.patient = True
@@ -140,10 +153,14 @@ def _run(recipe: "Recipe", protection: Protection | None, *, resume: bool, dry: 
                 stop_asked=signals.asked,
             )
             link, masks = session.link(), session.masks()
+            provider = provider_summary(session.model)
     if as_json:
         made = {"protected": session.protected, "model": str(files.directory), "adapter": str(outcome.adapter)}
-        output.write_json({**made, **summary(outcome.progress), "link": link, "masks": masks})
+        told = {"link": link, "masks": masks, "provider_adapter": provider}
+        output.write_json({**made, **summary(outcome.progress), **told})
     else:
+        if provider is not None:
+            output.write_text(f"trained on top of the provider's adapter with sha256 {provider['sha256']}")
         _tell(outcome, link, masks)
 
 

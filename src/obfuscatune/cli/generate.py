@@ -18,6 +18,7 @@ def generate(
     sampling: Sampling,
     model: options.Model = None,
     adapter: options.Adapter = None,
+    provider_adapter: options.ProviderAdapter = None,
     dtype: options.Dtype = None,
     protection: Protection,
     pacing: AnswerPacing,
@@ -36,7 +37,8 @@ def generate(
     files = open_files(model)
     ids = encode_open(files.tokenizer, text)
     sampling.check(ids, files)
-    with open_session(files, dtype=dtype, protection=wanted, adapter=adapter) as session:
+    opening = open_session(files, dtype=dtype, protection=wanted, adapter=adapter, provider_adapter=provider_adapter)
+    with opening as session:
         began = time.perf_counter()
         if not as_json:
             output.write_part(text)

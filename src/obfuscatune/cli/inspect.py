@@ -1,6 +1,7 @@
 """`obfuscatune inspect`: where each layer would run, and what would cross, from the configuration alone."""
 
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 from obfuscatune.cli import options
 from obfuscatune.cli.output import progress, write_json
@@ -22,6 +23,7 @@ def inspect(
             variable=options.ENVIRONMENT["model"],
         ),
     ] = None,
+    provider_adapter: options.ProviderAdapter = None,
     profile: options.Profile = None,
     base: options.Base = None,
     first_blocks: options.FirstBlocks = None,
@@ -35,28 +37,35 @@ def inspect(
     """
     numbers = options.check_dtype(dtype)
     with progress("reading the configuration"):
-        plan = _make_plan(model, profile or "private", first_blocks, numbers, base)
+        plan, provider = _make_plan(model, profile or "private", first_blocks, numbers, base, provider_adapter)
     if as_json:
-        write_json(_document(plan))
+        write_json(_document(plan) | {"provider_adapter": provider})
     else:
-        _print(plan, full)
+        _print(plan, full, provider)
 
 
-def _make_plan(model: str | None, profile: str, first_blocks: int | None, dtype: str, base: str | None) -> "Plan":
-    from pathlib import Path
-
+def _make_plan(
+    model: str | None, profile: str, first_blocks: int | None, dtype: str, base: str | None, provider: Path | None
+) -> "tuple[Plan, dict[str, Any] | None]":
+    """The plan, and digest and size of the provider's adapter."""
     import torch
 
     from obfuscatune.assets import tiny_model_path
     from obfuscatune.enclave.plan import make_plan, model_from_config
     from obfuscatune.enclave.profiles import resolve
+    from obfuscatune.training.provider_adapter import check_provider_adapter, provider_summary
 
     knobs = {} if first_blocks is None else {"first_blocks": first_blocks}
     resolved = resolve(profile, **knobs)
     skeleton = model_from_config(model or tiny_model_path())
     directory = Path(model or tiny_model_path())
     advise_of_public_base(base, resolved, skeleton.config, directory if directory.is_dir() else None)
-    return make_plan(skeleton, resolved, getattr(torch, dtype))
+    plan = make_plan(skeleton, resolved, getattr(torch, dtype))
+    if provider is None:
+        return plan, None
+    return plan, provider_summary(
+        check_provider_adapter(skeleton, provider, lora_on_worker=resolved.lora_on == "worker")
+    )
 
 
 def _document(plan: "Plan") -> dict[str, object]:
@@ -99,8 +108,10 @@ def _layer_document(layer: "LayerPlan") -> dict[str, object]:
     }
 
 
-def _print(plan: "Plan", full: bool) -> None:
+def _print(plan: "Plan", full: bool, provider: dict[str, Any] | None) -> None:
     from rich.console import Console
+
+    from obfuscatune.report.page import format_count
 
     console = Console(highlight=False)
     if not console.is_terminal:
@@ -109,6 +120,10 @@ def _print(plan: "Plan", full: bool) -> None:
     console.print()
     console.print(_enclave_table(plan))
     console.print()
+    if provider is not None:
+        console.print(
+            f"provider   {format_count(provider['parameters'])} parameters of the provider's adapter stay here"
+        )
     for line in (*_totals(plan), *_how_to_load(plan)):
         console.print(line, soft_wrap=True)
     for line in _warnings(plan):

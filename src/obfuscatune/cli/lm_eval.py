@@ -20,7 +20,7 @@ def _run(context: typer.Context) -> None:
     All arguments are the harness's own: `run`, `ls`, `validate` and theirs, as `lm_eval run --help` lists them. What
     this adds is `--model obfuscatune`, which the harness's own command cannot find: it looks for no models outside
     itself. Its --model_args: pretrained=DIR, profile=NAME and the profile's knobs, worker=ADDRESS, peft=DIR,
-    dtype=NAME, key_file=FILE, and whatever the harness's `hf` model takes. Needs the extra:
+    provider_adapter=DIR, dtype=NAME, key_file=FILE, and whatever the harness's `hf` model takes. Needs the extra:
     pip install 'obfuscatune[lm-eval]'.
     """
     try:

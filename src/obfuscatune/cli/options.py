@@ -17,6 +17,7 @@ ENVIRONMENT = {
     "model": "OBFUSCATUNE_MODEL",
     "dtype": "OBFUSCATUNE_DTYPE",
     "base": "OBFUSCATUNE_BASE",
+    "provider_adapter": "OBFUSCATUNE_PROVIDER_ADAPTER",
     "worker": "OBFUSCATUNE_WORKER",
     "profile": "OBFUSCATUNE_PROFILE",
     "key_file": "OBFUSCATUNE_KEY_FILE",
@@ -38,6 +39,13 @@ Model = Annotated[
     str | None, Option("Model directory or Hub name.", unset="the embedded model", variable=ENVIRONMENT["model"])
 ]
 Adapter = Annotated[Path | None, Option("Directory of a LoRA adapter in PEFT's format.")]
+ProviderAdapter = Annotated[
+    Path | None,
+    Option(
+        "The provider's LoRA adapter, as ./provider-adapter: frozen under the owner's, it stays in the enclave.",
+        variable=ENVIRONMENT["provider_adapter"],
+    ),
+]
 Dtype = Annotated[
     str | None,
     Option("float32, bfloat16 or float64.", unset="float32", variable=ENVIRONMENT["dtype"], choices=DTYPES),

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from obfuscatune.cli import output
-from obfuscatune.cli.session import ModelFiles, Protection, resolved_profile
+from obfuscatune.cli.session import ModelFiles, Protection, check_adapters, resolved_profile
 from obfuscatune.report.page import format_bytes, format_count
 
 if TYPE_CHECKING:
@@ -156,12 +156,14 @@ def _dry_run_document(
     from obfuscatune.enclave.plan import make_plan, model_from_config
     from obfuscatune.enclave.profiles import resolve
     from obfuscatune.training.loop import Cadence
+    from obfuscatune.training.provider_adapter import provider_summary
     from obfuscatune.training.run import add_lora_as_recipe
 
     dtype = getattr(torch, recipe.dtype)
     skeleton = model_from_config(files.directory)
     plan = make_plan(skeleton, resolve("enclave") if protection is None else resolved_profile(protection), dtype)
-    trained = [parameter for parameter in add_lora_as_recipe(skeleton, recipe).parameters() if parameter.requires_grad]
+    below = check_adapters(files, protection, None, recipe.provider_adapter) or skeleton
+    trained = [parameter for parameter in add_lora_as_recipe(below, recipe).parameters() if parameter.requires_grad]
     trained_bytes = sum(parameter.numel() * parameter.element_size() for parameter in trained)
     cadence = Cadence.of(recipe, len(data.train.examples))
     micro_batches = [batch for step in range(cadence.total_steps) for batch in cadence.plan.micro_batches(step)]
@@ -189,6 +191,7 @@ def _dry_run_document(
             "parameters": sum(parameter.numel() for parameter in trained),
             "bytes_in_training": _NUMBERS_PER_PARAMETER * trained_bytes,
         },
+        "provider_adapter": provider_summary(below),
         "enclave": {"parameters": plan.enclave_parameters, "bytes": plan.enclave_parameters * dtype.itemsize},
         "worker": {
             "address": None if protection is None else protection.worker,
@@ -215,6 +218,9 @@ def _print_dry_run(run: dict[str, Any]) -> None:
     ]
     if data["eval_examples"]:
         lines.insert(2, f"measured   {run['measurements']} times on {data['eval_examples']} examples")
+    if run["provider_adapter"] is not None:
+        count = format_count(run["provider_adapter"]["parameters"])
+        lines.append(f"provider   {count} parameters of the provider's adapter, frozen, under yours; they stay here")
     if run["protected"]:
         lines += [
             f"worker     {format_count(worker['parameters'])} parameters, {format_bytes(worker['bytes_sent_once'])} "

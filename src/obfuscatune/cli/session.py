@@ -254,7 +254,12 @@ def empty_model(files: ModelFiles) -> "PreTrainedModel":
 
 @contextmanager
 def open_session(
-    files: ModelFiles, *, dtype: str | None, protection: Protection | None, adapter: Path | None = None
+    files: ModelFiles,
+    *,
+    dtype: str | None,
+    protection: Protection | None,
+    adapter: Path | None = None,
+    provider_adapter: Path | None = None,
 ) -> Iterator[Session]:
     """Make the model ready; when the `with` ends, close the link and stop a worker that was started for it.
 
@@ -262,6 +267,7 @@ def open_session(
         dtype: One of `options.DTYPES`; float32 if None.
         protection: None runs the model plain, and says so on stderr.
         adapter: A LoRA adapter to put on it.
+        provider_adapter: A provider's LoRA adapter to put under that one.
 
     Raises:
         ConfigError: an option that cannot be used.
@@ -271,8 +277,7 @@ def open_session(
     import torch
 
     torch_dtype = getattr(torch, options.check_dtype(dtype))
-    if adapter is not None:
-        _check_adapter(files, adapter, protection)
+    check_adapters(files, protection, adapter, provider_adapter)
     with ExitStack() as stack:
         if protection is None:
             output.warn_plain()
@@ -283,6 +288,8 @@ def open_session(
         else:
             model = stack.enter_context(_protected(files, torch_dtype, protection))
         model.name_or_path = files.name
+        if provider_adapter is not None:
+            model = _with_provider_adapter(model, provider_adapter)
         if adapter is not None:
             from obfuscatune.training.adapter import load_adapter
 
@@ -292,12 +299,42 @@ def open_session(
         yield Session(model, protection is not None)
 
 
-def _check_adapter(files: ModelFiles, adapter: Path, protection: Protection | None) -> None:
+def check_adapters(
+    files: ModelFiles, protection: Protection | None, adapter: Path | None, provider_adapter: Path | None
+) -> "PreTrainedModel | None":
+    """Check adapters against the model before its weights are read.
+
+    Returns:
+        The empty model with the adapters on it; None where there are none.
+
+    Raises:
+        ConfigError, ModelFileError: as `check_provider_adapter` and `check_adapter`.
+    """
+    if adapter is None and provider_adapter is None:
+        return None
     from obfuscatune.training.adapter import check_adapter
+    from obfuscatune.training.provider_adapter import check_provider_adapter
 
     with output.progress("checking the adapter"):
-        weights_at_hand = protection is None or not resolved_profile(protection).offload
-        check_adapter(empty_model(files), adapter, weights_at_hand=weights_at_hand)
+        profile = None if protection is None else resolved_profile(protection)
+        model = empty_model(files)
+        if provider_adapter is not None:
+            on_worker = profile is not None and profile.lora_on == "worker"
+            model = check_provider_adapter(model, provider_adapter, lora_on_worker=on_worker)
+        if adapter is not None:
+            check_adapter(model, adapter, weights_at_hand=profile is None or not profile.offload)
+    return model
+
+
+def _with_provider_adapter(model: Any, directory: Path) -> Any:
+    from obfuscatune.report.page import format_count
+    from obfuscatune.training.provider_adapter import load_provider_adapter, provider_summary
+
+    model = load_provider_adapter(model, directory)
+    summary = provider_summary(model)
+    if summary is not None:
+        output.notice(f"provider's adapter: {format_count(summary['parameters'])} parameters, frozen, in this process")
+    return model
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from obfuscatune.enclave.local_worker import local_worker
 from obfuscatune.enclave.observer import Observer
 from obfuscatune.enclave.profiles import Profile, resolve
 from obfuscatune.enclave.protected_model import Closable, ProtectedModel, extend, has_adapter
-from obfuscatune.enclave.protection import Clients, Masking, Protection, place
+from obfuscatune.enclave.protection import Clients, Masking, Protection, place, refuse_provider_adapter
 from obfuscatune.enclave.published import Base, warn_of_public_base
 from obfuscatune.enclave.spill_store import SPILLED_AT_LEAST_IN, SpillStore, WeightFromSpillStore
 from obfuscatune.enclave.target_layers import find_groups, refuse_absent_weights
@@ -94,6 +94,8 @@ def protect(
     resolved = resolve(profile, **knobs)
     if isinstance(config := getattr(model, "config", None), PretrainedConfig):
         warn_of_public_base(base, resolved, config, _directory_of(config), stacklevel=2)
+    if resolved.lora_on == "worker":
+        refuse_provider_adapter(model)
     groups = find_groups(model, resolved.first_blocks) if resolved.offload else []
     refuse_absent_weights(model, groups)
     masking = masking or Masking()

@@ -194,12 +194,13 @@ class Protection:
         comes from `RemoteAdapters.optimizer`. `save_pretrained` works as ever.
 
         Raises:
-            ConfigError: the profile keeps LoRA in the enclave.
+            ConfigError: the profile keeps LoRA in the enclave; or the model has a provider's adapter.
             ProtectionError: the model has no adapter, or one that the worker cannot hold.
             WireError: the worker cannot be reached, or has no room.
         """
         if not self.lora_on_worker:
             raise ConfigError(f"profile {self.profile.name!r} keeps LoRA in the enclave: there is nothing to move")
+        refuse_provider_adapter(model)
         if self.adapters is None:
             with outside_autocast():
                 self.adapters = RemoteAdapters(self._worker, self.offloaded, model)
@@ -349,3 +350,16 @@ def place(model: nn.Module, layers: dict[str, ProtectedLayer | ProtectedExperts]
         if isinstance(layer, ProtectedLayer):
             parent, _, name = path.removesuffix(".base_layer").rpartition(".")
             layer.placed_in(model.get_submodule(parent), name)
+
+
+def refuse_provider_adapter(model: nn.Module) -> None:
+    """Refuse to have the worker hold the LoRA factors of a model with a provider's adapter (`load_provider_adapter`).
+
+    Raises:
+        ConfigError: the model has one.
+    """
+    if getattr(model, "provider_sha256", None) is not None:
+        raise ConfigError(
+            "a profile with LoRA on the worker (paper) would show the worker the provider's adapter; take private or "
+            "guarded"
+        )

@@ -26,6 +26,7 @@ from obfuscatune.errors import ConfigError
 from obfuscatune.option import parse_size
 from obfuscatune.protocol.tls import TlsConfig
 from obfuscatune.training.adapter import load_adapter
+from obfuscatune.training.provider_adapter import load_provider_adapter, refuse_lora_on_worker
 
 NAME = "obfuscatune"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "auto": None}
@@ -46,6 +47,7 @@ class ProtectedLM(HFLM):  # type: ignore[misc]  # the harness is not annotated f
         profile: str = "private",
         worker: str | None = None,
         peft: str | None = None,
+        provider_adapter: str | None = None,
         dtype: str = "float32",
         revision: str | None = None,
         tokenizer: str | None = None,
@@ -69,6 +71,7 @@ class ProtectedLM(HFLM):  # type: ignore[misc]  # the harness is not annotated f
             profile: name of a profile; its knobs may stand beside it: `first_blocks=0`, `transform=haar`.
             worker: address of a running worker; one is started on this machine, and ends with this object, if None.
             peft: directory of a LoRA adapter.
+            provider_adapter: directory of a provider's LoRA adapter, under that one.
             dtype: float32, bfloat16, float64, or auto for that of the model's configuration.
             revision, tokenizer: as `HFLM`.
             key_file: root key of the transforms; a fresh one if None.
@@ -96,6 +99,8 @@ class ProtectedLM(HFLM):  # type: ignore[misc]  # the harness is not annotated f
             )
         knobs = {name: others.pop(name) for name in sorted(_KNOBS & others.keys())}
         resolved = resolve(profile, **knobs)
+        if provider_adapter is not None:
+            refuse_lora_on_worker(resolved.lora_on == "worker")
         directory = find_directory(pretrained, revision)
         cert, cert_key, worker_peer, other_peer = (
             None if path is None else Path(path) for path in (tls_cert, tls_key, peer, mask_peer)
@@ -121,6 +126,8 @@ class ProtectedLM(HFLM):  # type: ignore[misc]  # the harness is not annotated f
                 mask_worker=clients.mask,
                 masking=masking,
             )
+            if provider_adapter is not None:
+                model = load_provider_adapter(model, Path(provider_adapter))
             if peft is not None:
                 model = load_adapter(model, Path(peft))
             super().__init__(pretrained=model, tokenizer=tokenizer or str(directory), **others)

@@ -27,7 +27,13 @@ if TYPE_CHECKING:
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+OWNER, PROVIDER = "default", "provider"
+"""Names that the adapters have in a PEFT model. `provider_adapter.py` has the second."""
 _LARGEST_CONFIG_BYTES = 2**20
+_PROVIDER_DIGEST = "provider_sha256"
+"""Attribute of a model that has a provider's adapter (`ProviderPeftModel`)."""
+_TRAINED_ON = "provider_adapter_sha256"
+"""Key in the metadata of the safetensors file: the digest of the provider's adapter that the factors stand on."""
 Targets = Literal["all-linear"] | tuple[str, ...]
 """The layers that get LoRA factors: all linear ones except the head, or those with these names."""
 
@@ -43,6 +49,8 @@ def add_lora(
 ) -> "PeftModel":
     """Wrap a model, protected or plain, in PEFT with fresh factors: A uniform as in PEFT, B zero.
 
+    A model with a provider's adapter is wrapped already, and gets the factors on top of it.
+
     Each A has its own generator, seeded by (seed, parameter name): the factors depend neither on other random numbers
     nor on the order of the layers.
 
@@ -52,13 +60,13 @@ def add_lora(
     check_targets(model, targets)
     peft_model = _wrap(model, _lora_config(r, alpha, dropout, targets))
     for name, parameter in peft_model.named_parameters():
-        if ".lora_A." in name:
+        if f".lora_A.{OWNER}." in name:
             _draw(parameter, f"{seed}/{name}")
     return peft_model
 
 
 def check_lora(skeleton: "PreTrainedModel", targets: Targets) -> None:
-    """Check that `add_lora` will accept `targets`, on a model without weights (on the meta device).
+    """Check that `add_lora` will accept `targets`, on a model without weights (on the meta device), which is changed.
 
     Raises:
         ConfigError: as `add_lora`.
@@ -93,7 +101,8 @@ def check_adapter(skeleton: "PreTrainedModel", directory: Path, *, weights_at_ha
     Raises:
         ModelFileError: as `load_adapter`; or the adapter needs weights that will not be in this process.
     """
-    config = _read_config(directory)
+    config = read_adapter_config(directory)
+    _refuse_other_provider(skeleton, directory)
     needs = [name for name in ("use_dora", "target_parameters") if getattr(config, name, None)]
     if needs and not weights_at_hand:
         raise ModelFileError(
@@ -101,28 +110,44 @@ def check_adapter(skeleton: "PreTrainedModel", directory: Path, *, weights_at_ha
             "has them on the worker; use LoRA or rsLoRA on target_modules, or --plain"
         )
     wrapped = _wrap_as_saved(skeleton, config, directory, low_cpu_mem_usage=True)
+    check_saved_shapes(wrapped, directory)
+
+
+def check_saved_shapes(peft_model: "PeftModel", directory: Path, *, name: str = OWNER) -> None:
+    """Check an adapter's file against the factors that a model has under that name; the factors are not read.
+
+    Raises:
+        ModelFileError: the file is not safetensors, or has other names or shapes.
+    """
     weights = directory / WEIGHTS
-    try:
-        with safe_open(weights, "pt") as file:
-            found = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ModelFileError(f"{weights}: not a whole safetensors file: {error}") from error
-    _check_shapes(wrapped, found, where=str(weights))
+    with _opened(weights) as file:
+        found = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    _check_shapes(peft_model, found, where=str(weights), name=name)
 
 
 def load_adapter(model: "PreTrainedModel", directory: Path) -> "PeftModel":
     """Wrap a model in PEFT with the adapter of a directory, in evaluation mode.
 
+    A model with a provider's adapter is wrapped already, and gets this one on top of it.
+
     Raises:
-        ModelFileError: the directory has no adapter in safetensors, or the adapter is for another model.
+        ModelFileError: the directory has no adapter in safetensors, or the adapter is for another model, or was trained
+            on top of another provider's adapter than the model has.
     """
-    peft_model = _wrap_as_saved(model, _read_config(directory), directory)
+    config = read_adapter_config(directory)
+    _refuse_other_provider(model, directory)
+    peft_model = _wrap_as_saved(model, config, directory)
     weights = directory / WEIGHTS
     set_adapter_weights(peft_model, weights.read_bytes(), where=str(weights))
     return peft_model.eval()
 
 
-def _read_config(directory: Path) -> Any:
+def read_adapter_config(directory: Path) -> Any:
+    """The `LoraConfig` of an adapter's directory.
+
+    Raises:
+        ModelFileError: the directory has no LoRA adapter in safetensors.
+    """
     from peft import LoraConfig, PeftConfig
 
     weights, config_file = directory / WEIGHTS, directory / CONFIG
@@ -147,24 +172,53 @@ def _wrap_as_saved(model: "PreTrainedModel", config: Any, directory: Path, **how
         raise ModelFileError(f"{directory}: this adapter does not fit the model: {error}") from error
 
 
+def _refuse_other_provider(model: torch.nn.Module, directory: Path) -> None:
+    """Refuse an adapter that was trained on top of a provider's adapter where the model has another one, or none."""
+    weights = directory / WEIGHTS
+    with _opened(weights) as file:
+        wanted = (file.metadata() or {}).get(_TRAINED_ON)
+    found = getattr(model, _PROVIDER_DIGEST, None)
+    if wanted is not None and wanted != found:
+        has = "no provider's adapter" if found is None else f"another one, sha256 {found}"
+        raise ModelFileError(
+            f"{directory}: was trained on top of the provider's adapter with sha256 {wanted}, and the model has {has}; "
+            "give that one by --provider-adapter"
+        )
+
+
+@contextmanager
+def _opened(weights: Path) -> Iterator[Any]:
+    try:
+        with safe_open(weights, "pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ModelFileError(f"{weights}: not a whole safetensors file: {error}") from error
+
+
 def adapter_files(peft_model: "PeftModel") -> dict[str, bytes]:
-    """The adapter in PEFT's format, as contents by file name. Equal factors give equal bytes."""
+    """The owner's adapter in PEFT's format, as contents by file name. Equal factors give equal bytes.
+
+    Nothing of a provider's adapter is in it but the digest, in the metadata of the safetensors file.
+    """
     from peft import get_peft_model_state_dict
 
-    state = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
-    config = peft_model.peft_config["default"].to_dict() | {"inference_mode": True}
+    state = get_peft_model_state_dict(peft_model, adapter_name=OWNER, save_embedding_layers=False)
+    config = peft_model.peft_config[OWNER].to_dict() | {"inference_mode": True}
+    digest = getattr(peft_model, _PROVIDER_DIGEST, None)
+    metadata = None if digest is None else {"format": "pt", _TRAINED_ON: digest}
     return {
-        WEIGHTS: save_tensors({name: tensor.contiguous().cpu() for name, tensor in state.items()}),
+        WEIGHTS: save_tensors({name: tensor.contiguous().cpu() for name, tensor in state.items()}, metadata),
         CONFIG: json.dumps(config, default=_jsonable, indent=2, sort_keys=True).encode(),
     }
 
 
-def set_adapter_weights(peft_model: "PeftModel", weights: bytes, *, where: str) -> None:
+def set_adapter_weights(peft_model: "PeftModel", weights: bytes, *, where: str, name: str = OWNER) -> None:
     """Set the factors of a model that `add_lora` or `load_adapter` wrapped.
 
     Args:
         weights: contents of a safetensors file.
         where: what to call the file in an error message.
+        name: that the adapter has in the model.
 
     Raises:
         ModelFileError: `weights` is not safetensors, or has other names or shapes than the model's factors.
@@ -175,19 +229,19 @@ def set_adapter_weights(peft_model: "PeftModel", weights: bytes, *, where: str) 
         state = load_tensors(weights)
     except SafetensorError as error:
         raise ModelFileError(f"{where}: not a whole safetensors file: {error}") from error
-    _check_shapes(peft_model, _shapes(state), where=where)
-    set_peft_model_state_dict(peft_model, state)
+    _check_shapes(peft_model, _shapes(state), where=where, name=name)
+    set_peft_model_state_dict(peft_model, state, adapter_name=name)
 
 
-def _check_shapes(peft_model: "PeftModel", found: Mapping[str, list[int]], *, where: str) -> None:
+def _check_shapes(peft_model: "PeftModel", found: Mapping[str, list[int]], *, where: str, name: str) -> None:
     from peft import get_peft_model_state_dict
 
-    shapes = _shapes(get_peft_model_state_dict(peft_model, save_embedding_layers=False))
+    shapes = _shapes(get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False))
     if found != shapes:
-        name = min(name for name in {*shapes, *found} if shapes.get(name) != found.get(name))
+        key = min(key for key in {*shapes, *found} if shapes.get(key) != found.get(key))
         raise ModelFileError(
-            f"{where}: does not fit the model: {name} should have shape {shapes.get(name, 'none')}, "
-            f"and has {found.get(name, 'none')}"
+            f"{where}: does not fit the model: {key} should have shape {shapes.get(key, 'none')}, "
+            f"and has {found.get(key, 'none')}"
         )
 
 
@@ -207,8 +261,14 @@ def _lora_config(r: int, alpha: float, dropout: float, targets: Targets) -> Any:
 def _wrap(model: "PreTrainedModel", config: Any, **how: bool) -> "PeftModel":
     from peft import get_peft_model
 
+    from obfuscatune.training.provider_adapter import ProviderPeftModel
+
     with torch.random.fork_rng(devices=[]), without_peft_warnings():
         try:
+            if isinstance(model, ProviderPeftModel):
+                config.base_model_name_or_path = model.get_base_model().__dict__.get("name_or_path")
+                model.add_adapter(OWNER, config, **how)
+                return model
             return get_peft_model(model, config, **how)
         except ValueError as error:
             raise ConfigError(f"LoRA cannot be put on this model: {error}") from error

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 _SAMPLE_BYTES = 64 * 2**10
 
 _NOT_INGREDIENTS = {
-    *("model", "data", "eval", "out", "worker", "base"),
+    *("model", "provider_adapter", "data", "eval", "out", "worker", "base"),
     *("mask_worker", "mask_memory", "mask_budget"),
     *("checkpoint_every", "checkpoints_kept", "tensorboard", "logging_steps"),
     *("patience", "load_best"),
@@ -48,10 +48,12 @@ decided anew after each step, or at the end, from the losses so far."""
 _LENGTH = {"epochs", "max_steps"}
 
 
-def ingredients(recipe: Recipe, *, model: str, data: str, evaluation: str | None) -> Mapping[str, Any]:
-    """The recipe's fields that shape the result, and the digests of model, data and eval records."""
+def ingredients(
+    recipe: Recipe, *, model: str, data: str, evaluation: str | None, provider: str | None = None
+) -> Mapping[str, Any]:
+    """The recipe's fields that shape the result, and the digests of model, data, eval records, provider's adapter."""
     fields = recipe.model_dump(mode="json", exclude=_NOT_INGREDIENTS)
-    return fields | {"model": model, "data": data, "eval": evaluation}
+    return fields | {"model": model, "data": data, "eval": evaluation, "provider_adapter": provider}
 
 
 def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -130,6 +130,8 @@ class Recipe(BaseModel):
     task: Annotated[str | None, Option("The records are those of sciq, openbookqa, piqa or webqs.", DATA)] = None
     out: Annotated[Path, Option("The run directory.", RUN)] = Path("runs/finetune")
 
+    provider_adapter: Path | None = None
+    """Directory of a provider's LoRA adapter, which stays frozen under the one that is trained."""
     plain: bool = False
     """Run unprotected, for comparison."""
     profile: str = "private"

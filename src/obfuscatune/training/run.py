@@ -121,12 +121,14 @@ def check_out(recipe: Recipe, data: Data, *, fingerprint: str, resume_run: bool)
 
     Raises:
         ConfigError: it holds a run that is not to be resumed, or another one than this.
+        ModelFileError: the provider's adapter cannot be read.
         StorageError: it is no directory, or its newest checkpoint is damaged.
     """
     if recipe.out.exists():
         directory = RunDirectory(recipe.out)
         _refuse_accident(directory, resume_run)
-        refuse_other_run(directory, _made_of(recipe, data, fingerprint), load_best=recipe.load_best)
+        made_of = _made_of(recipe, data, fingerprint, _provider_digest(recipe))
+        refuse_other_run(directory, made_of, load_best=recipe.load_best)
 
 
 def finetune(
@@ -143,7 +145,8 @@ def finetune(
     """Fine-tune a model, protected or plain, as the recipe says, and write the run directory.
 
     Args:
-        model: A Hugging Face causal language model; it is wrapped in place.
+        model: A Hugging Face causal language model, with the provider's adapter if the recipe names one
+            (`load_provider_adapter`); it is wrapped in place.
         data: What `load_data` read.
         fingerprint: What tells this model from others (`checkpoint.model_fingerprint`).
         report: Called with each event as it happens.
@@ -159,8 +162,16 @@ def finetune(
         RunStopped: `stop_asked` said so; a checkpoint is written, and to resume from it is never to have stopped.
         StorageError: the disk refused, or a checkpoint is damaged.
     """
+    from obfuscatune.training.provider_adapter import provider_summary
+
+    provider, digest = provider_summary(model), _provider_digest(recipe)
+    if digest != (None if provider is None else provider["sha256"]):
+        raise ConfigError(
+            "the model has another provider's adapter than the recipe names, or one of them has none: name it in the "
+            "recipe (provider_adapter), and put it on the model by load_provider_adapter"
+        )
     cadence = Cadence.of(recipe, len(data.train.examples))
-    made_of = _made_of(recipe, data, fingerprint)
+    made_of = _made_of(recipe, data, fingerprint, digest)
     directory = RunDirectory(recipe.out)
     with directory.locked(), ExitStack() as stack:
         _refuse_accident(directory, resume_run)
@@ -234,7 +245,7 @@ def finetune(
         best_step = load_best(directory, peft_model, journal.progress) if recipe.load_best else None
         directory.write_directory("adapter", adapter_files(peft_model))
         account.close()
-        made = summary(journal.progress) | account.as_json()
+        made = summary(journal.progress) | account.as_json() | ({} if provider is None else {PROVIDER_KEY: provider})
         directory.write_file("run.json", json.dumps(made, indent=2).encode() + b"\n")
     return Outcome(peft_model.eval(), journal.progress, recipe.out / "adapter", best_step, stopped_early)
 
@@ -299,6 +310,8 @@ class MaskAccount:
 
 
 MASKS_FILE = "masks.json"
+PROVIDER_KEY = "provider_adapter"
+"""In `run.json`: digest and number of parameters of the provider's adapter that the run stands on."""
 
 
 class _StopAskedError(Exception):
@@ -310,9 +323,15 @@ def _raise_if(asked: Callable[[], bool]) -> None:
         raise _StopAskedError
 
 
-def _made_of(recipe: Recipe, data: Data, fingerprint: str) -> Mapping[str, Any]:
+def _provider_digest(recipe: Recipe) -> str | None:
+    from obfuscatune.training.provider_adapter import adapter_digest
+
+    return None if recipe.provider_adapter is None else adapter_digest(recipe.provider_adapter)
+
+
+def _made_of(recipe: Recipe, data: Data, fingerprint: str, provider: str | None) -> Mapping[str, Any]:
     evaluation = None if data.eval is None else data.eval.digest
-    return ingredients(recipe, model=fingerprint, data=data.train.digest, evaluation=evaluation)
+    return ingredients(recipe, model=fingerprint, data=data.train.digest, evaluation=evaluation, provider=provider)
 
 
 def add_lora_as_recipe(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
