@@ -127,14 +127,13 @@ class Protection:
 
     @property
     def serving(self) -> str:
-        """How many matrices the workers had already, in one clause."""
+        """How many matrices the workers had already, once a model is loaded, in one line."""
         masks = None if self.masks is None else self.masks.client.stats
         parties = {"worker" if masks is None else "compute worker": self.stats, "mask worker": masks}
-        return ", ".join(
-            f"the {party} served {stats.served} of {stats.served + stats.uploads} matrices itself"
-            for party, stats in parties.items()
-            if stats is not None
+        counts = (
+            f"{party} {stats.served} of {stats.served + stats.uploads}" for party, stats in parties.items() if stats
         )
+        return f"matrices served by the workers themselves: {', '.join(counts)}"
 
     def obfuscate(self, group: LayerGroup, W: Tensor, dtype: torch.dtype | None = None) -> Obfuscated:
         """W (p, q) of a group as W_star, and the transforms that undo it.

@@ -116,7 +116,7 @@ def weight_digest(W: torch.Tensor) -> bytes:
     That is float32 where it holds every element exactly, as it does those of a bfloat16 or float16 weight, and else W
     itself, in float64.
     """
-    narrow = W.to(torch.float32).contiguous()
+    narrow = torch.empty(W.shape, dtype=torch.float32).copy_(W.detach())
     exact = W.dtype != torch.float64 or torch.equal(narrow.to(torch.float64), W)
     return content_digest(narrow if exact else W.contiguous())
 
