@@ -22,6 +22,7 @@ from obfuscatune.enclave.client import ClientStats
 from obfuscatune.enclave.local_worker import LocalWorker
 from obfuscatune.errors import ConfigError, WrongProduct
 from obfuscatune.protocol.messages import MessageType
+from obfuscatune.protocol.payloads import Offer
 from obfuscatune.protocol.transcript import read_transcript
 from obfuscatune.worker.served import ServedWeights
 from tests.contract.architectures import ARCHITECTURES
@@ -71,6 +72,12 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def parties(model: Any) -> tuple[ClientStats, ClientStats]:
     return model.protection.stats, model.protection.masks.client.stats
+
+
+def named(records: tuple[Path, Path]) -> int:
+    """How many OFFERs have named weights so far."""
+    entries = (entry for record in records for entry in read_transcript(record, allow_cut=True))
+    return sum(entry.header.type is MessageType.OFFER and len(entry.body) > Offer.size(0) for entry in entries)
 
 
 def plain(directory: Path, dtype: torch.dtype) -> Any:
@@ -156,10 +163,14 @@ def test_a_worker_without_it_is_sent_it(served: Published, worker: LocalWorker) 
 def test_secret_matrices_are_not_named(served: Published) -> None:
     """Rotated, or said to be closed: whatever the worker has, it is sent W_star, and no digest of W."""
     compute, mask = (worker.address for worker in served.workers)
+    before = named(served.records)
     with load(served.directory, compute, "guarded", mask_worker=mask) as model:
         assert all(stats.served == 0 for stats in parties(model))
     with served.load(transform="structured") as model:
         assert all(stats.served == 0 and stats.uploads for stats in parties(model))
+    assert named(served.records) == before
+    with served.load() as model:
+        assert named(served.records) == before + 2 * len(model.protection.offloaded)
     with pytest.raises(ConfigError, match="base='closed' says that the weights are not published"):
         served.load(base="closed")
 

@@ -153,7 +153,8 @@ def test_what_it_has_not_is_asked_for(
         client.hello()
         assert offer(client, 1, *weights, shape=shape) is MessageType.WANT
         assert held(worker) == {}
-        assert offer(client, 1, Q.T, shape=(P, 8)) is MessageType.HAVE
+        assert offer(client, 1, Q.T) is MessageType.HAVE
+        assert offer(client, 2, Q.T, shape=(8, P)) is MessageType.WANT  # though it is made
 
 
 def test_a_weight_is_in_one_matrix_at_a_time(worker: Serving) -> None:
@@ -187,6 +188,7 @@ def test_it_is_kept_as_the_worker_keeps_matrices(tmp_path: Path, model: Path) ->
         client.hello()
         assert offer(client, 1, Q.T, K.T) is MessageType.HAVE
         (matrix,) = held(worker).values()
+    assert matrix.dtype == torch.bfloat16
     assert torch.equal(matrix, torch.cat([Q.T, K.T], dim=1))
 
 
