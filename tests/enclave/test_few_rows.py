@@ -21,6 +21,7 @@ from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.local_worker import LocalWorker
 from obfuscatune.enclave.mixing import FewMixing, KroneckerMixer
 from obfuscatune.enclave.product import FewRows, Held, InFlight, OffloadedProduct
+from obfuscatune.enclave.transforms import TransformSpec
 from obfuscatune.enclave.transforms.structured import StructuredTransform
 from obfuscatune.enclave.verification import Verifier
 from obfuscatune.errors import BadReply, NonFiniteError, WrongProduct
@@ -155,6 +156,28 @@ def test_each_number_that_is_not_finite_shows(dim: int, dtype: torch.dtype) -> N
         bad = y.clone()
         bad[column % len(y), column] = NOT_FINITE[column % 3]
         assert not back.receive(bad, mixing.secrets, found), f"column {column}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [64, 300, 331])
+def test_without_a_rotation_rows_are_mixed_alone(dim: int, dtype: torch.dtype) -> None:
+    """As with one, by the same kernels: A [x; N], and back."""
+    R = TransformSpec.parse("none").make(dim, KEY.stream("none"))
+    for rows in range(1, most_rows(dtype) + 1):
+        x, mixing = some(rows, dim, dtype=dtype) * 3, drawn(rows, dim, dtype)
+        turn, back = R.of_few(rows, dtype, undo=False), R.of_few(rows, dtype, undo=True)
+        assert turn is not None
+        assert back is not None
+        assert turn.dim == dim
+        sent, found = torch.empty(mixing.rows, dim, dtype=dtype), torch.empty(rows, dim, dtype=dtype)
+        turn.send(x, mixing.secrets, sent)
+        assert near(sent, mixing.secrets.A.double() @ torch.cat([x, mixing.secrets.stack[rows:]]).double())
+        assert back.receive(sent, mixing.secrets, found)
+        assert near(found, x.double())
+        for bad in NOT_FINITE:
+            sent[-1, dim // 2] = bad
+            assert not back.receive(sent, mixing.secrets, found)
+    assert R.of_few(most_rows(dtype) + 1, dtype, undo=False) is None
 
 
 def test_shield_rows_beside_nothing_are_not_nothing() -> None:

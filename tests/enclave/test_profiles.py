@@ -23,6 +23,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "identity": ({"transform": "identity"}, "allow_unsafe"),
     "no mixing": ({"mixing": False}, "mixing=False sends every row .* allow_unsafe"),
     "one side": ({"sides": "paper"}, "sides='paper' leaves outputs plain .* allow_unsafe"),
+    "public without masks": ({"public_base": True}, r"public_base=True \(--public-base\) needs one-time masks"),
+    "no transform": ({"transform": "none"}, "'none' shows the weights .* profile 'guarded' and public_base=True"),
     "no such sides": ({"sides": "left"}, "sides is one of both, paper, not 'left'"),
     "nowhere": ({"lora_on": "moon"}, "lora_on is one of enclave, worker, not 'moon'"),
     "LoRA outside and mixing": ({"lora_on": "worker"}, "lora_on='worker' needs mixing=False and sides='paper'"),
@@ -109,6 +111,28 @@ def test_what_is_refused(knobs: dict[str, Any], message: str) -> None:
 def test_identity_is_refused_in_the_paper_too() -> None:
     with pytest.raises(ConfigError, match="allow_unsafe"):
         resolve("paper", transform="identity")
+
+
+def test_a_public_base_needs_no_transform() -> None:
+    profile = resolve("guarded:public_base=true")
+    assert profile == resolve("guarded", public_base=True)
+    assert (profile.transform, profile.serves_published) == ("none", True)
+    assert resolve("guarded", public_base=False) == resolve("guarded")
+    rotated = resolve("guarded", public_base=True, transform="haar")
+    assert (rotated.transform, rotated.serves_published) == ("haar", False)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"transform": "none"}, "public_base=True"),
+        ({"public_base": True, "transform": "identity"}, "allow_unsafe"),
+        ({"public_base": True, "rekey_every": 3}, "no secrets to renew"),
+    ],
+)
+def test_what_is_refused_under_masks(knobs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve("guarded", **knobs)
 
 
 def test_unknown_profile() -> None:

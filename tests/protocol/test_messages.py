@@ -179,7 +179,7 @@ def test_welcome_round_trip() -> None:
     [
         (WELCOME.pack()[:-1], MalformedMessage),
         (replace(WELCOME, version=2).pack(), UnsupportedVersion),
-        (replace(WELCOME, features=16).pack(), MalformedMessage),
+        (replace(WELCOME, features=32).pack(), MalformedMessage),
         (replace(WELCOME, max_in_flight=0).pack(), MalformedMessage),
         (replace(WELCOME, max_in_flight=MAX_IN_FLIGHT + 1).pack(), MalformedMessage),
         (replace(WELCOME, window_bytes=0).pack(), MalformedMessage),

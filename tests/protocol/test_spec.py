@@ -12,7 +12,7 @@ from obfuscatune.errors import WireError
 from obfuscatune.protocol import limits
 from obfuscatune.protocol.framing import recv_body, recv_header
 from obfuscatune.protocol.messages import FORMS, HEADER_BYTES, REPLIES, REQUESTS, ErrorCode, Header, MessageType
-from obfuscatune.protocol.payloads import Attachment, Hello, Step, Welcome, error_text
+from obfuscatune.protocol.payloads import Attachment, Hello, Offer, Step, Welcome, error_text
 from obfuscatune.protocol.tensors import DType
 from obfuscatune.protocol.transport import NEVER, Deadline
 
@@ -57,6 +57,8 @@ def parse(direction: str, data: bytes) -> tuple[Header, bytes]:
         Hello.unpack(body)
     elif header.type is MessageType.WELCOME:
         Welcome.unpack(body)
+    elif header.type is MessageType.OFFER:
+        Offer.unpack(body)
     elif header.type is MessageType.ATTACH:
         Attachment.unpack(body, header.cols)
     elif header.type is MessageType.STEP:

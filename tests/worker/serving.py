@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +23,7 @@ from obfuscatune.worker.connection import Service
 from obfuscatune.worker.handlers import Answerer
 from obfuscatune.worker.quota import Quota
 from obfuscatune.worker.recorder import Recorder
+from obfuscatune.worker.served import ServedWeights
 from obfuscatune.worker.server import Server
 from obfuscatune.worker.sessions import Sessions
 from obfuscatune.worker.store import ContentStore, MatrixStore, WhenFull
@@ -49,6 +50,7 @@ def serving(
     when_full: WhenFull = "refuse",
     dtype: torch.dtype | None = None,
     disk: Path | None = None,
+    models: Sequence[Path] = (),
     record: Path | None = None,
     max_sessions: int = 64,
     idle_seconds: float = 3600,
@@ -61,7 +63,7 @@ def serving(
     recorder = None if record is None else Recorder(record)
     content = None if disk is None else ContentStore(disk, Quota(quota_bytes))
     listener = Listener(listen or UnixAddress(folder / "worker.sock"), tls)
-    answerer = Answerer(store, Computer(torch.device("cpu"), dtype), content)
+    answerer = Answerer(store, Computer(torch.device("cpu"), dtype), content, ServedWeights(models) if models else None)
     service = Service(answerer, sessions, recorder, listener.stop)
     server = Server(listener, service)
     thread = threading.Thread(target=server.serve)

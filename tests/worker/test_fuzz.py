@@ -11,7 +11,7 @@ import torch
 from obfuscatune.errors import ConnectionLost, WireError
 from obfuscatune.protocol.limits import MAX_WINDOW_BYTES
 from obfuscatune.protocol.messages import DROPOUT, Header, MessageType
-from obfuscatune.protocol.payloads import Attachment, Hello, Method, Part, Slice, Step
+from obfuscatune.protocol.payloads import Attachment, Hello, Method, Offer, Part, Slice, Step
 from obfuscatune.protocol.tensors import DType
 from obfuscatune.protocol.transport import Buffer, Deadline
 from obfuscatune.worker import buffers as buffers_module
@@ -44,6 +44,7 @@ REQUESTS = [
     Header(MessageType.STEP, 10, payload_bytes=56).pack() + STEP.pack(),
     Header(MessageType.FETCH, 11, ADAPTER, code=Part.B.number(0)).pack(),
     Header(MessageType.FORWARD, 12, ADAPTER, DType.FLOAT32, 2, 2, 16, DType.FLOAT32, 0, 2).pack() + bytes(16),
+    Header(MessageType.OFFER, 13, ID, DType.FLOAT32, 2, 3, 96).pack() + Offer(bytes(32), (bytes(32), bytes(32))).pack(),
     Header(MessageType.FORGET, 4, ID).pack(),
 ]
 

@@ -20,6 +20,7 @@ from obfuscatune.cli.session import (
     empty_model,
     open_files,
     open_session,
+    resolved_profile,
 )
 from obfuscatune.errors import RunStopped
 from obfuscatune.option import Option, split_annotation
@@ -95,7 +96,8 @@ def finetune(
     wanted = replace(protection, plain=recipe.plain).unless_plain()
     if wanted is not None:
         of_recipe = ("worker", "mask_worker", "mask_memory", "mask_budget", "profile", "first_blocks", "base")
-        wanted = replace(wanted, **{name: getattr(recipe, name) for name in of_recipe})
+        wanted = replace(wanted, **{name: getattr(recipe, name) for name in (*of_recipe, "public_base")})
+        resolved_profile(wanted)  # before the data are read
     _run(recipe, wanted, resume=resume, dry=dry_run, as_json=as_json)
 
 

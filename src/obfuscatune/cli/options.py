@@ -70,6 +70,14 @@ Base = Annotated[
         choices=("closed", "public"),
     ),
 ]
+PublicBase = Annotated[
+    bool,
+    Option(
+        "The model's weights are published themselves: under --profile guarded workers multiply by them as they are, "
+        "and one started with --serve-model needs none sent.",
+        PROTECTION,
+    ),
+]
 FirstBlocks = Annotated[
     int | None, Option("How many of the first blocks stay in the enclave.", PROTECTION, unset="the profile's")
 ]

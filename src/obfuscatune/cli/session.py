@@ -95,6 +95,7 @@ class Protection:
     ] = None
     profile: options.Profile = None
     base: options.Base = None
+    public_base: options.PublicBase = False
     first_blocks: options.FirstBlocks = None
     key_file: Annotated[
         Path | None,
@@ -140,6 +141,8 @@ class Protection:
     def __post_init__(self) -> None:
         if self.base not in (None, "closed", "public"):
             raise ConfigError(f"--base: expected closed or public, found {self.base}")
+        if self.public_base and self.base == "closed":
+            raise ConfigError("--public-base says that the weights are published, --base closed that they are not")
         if self.mask_budget is not None and not 0 < self.mask_budget < 1:
             raise ConfigError(f"--mask-budget: expected an advantage above 0 and below 1, found {self.mask_budget:g}")
 
@@ -181,7 +184,9 @@ class Protection:
             return self
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "plain"}
         given = [
-            name for name, value in values.items() if value is not None and not options.is_from_environment(name, value)
+            name
+            for name, value in values.items()
+            if value is not None and value is not False and not options.is_from_environment(name, value)
         ]
         if given:
             raise ConfigError(f"--plain protects nothing: leave it out, or --{given[0].replace('_', '-')}")
@@ -369,8 +374,10 @@ def _protected(files: ModelFiles, dtype: Any, protection: Protection) -> Iterato
                 dtype=dtype,
                 key=key,
                 progress=_forward_progress(meter),
-                base="closed",  # what there is to say of it was said above, in the command line's words
+                base=None if profile.masks else "closed",  # what there is to say of it was said above, in our words
             )
+        if profile.serves_published:
+            output.notice(model.protection.serving)
         yield model
 
 
@@ -391,7 +398,9 @@ def resolved_profile(protection: Protection) -> "Profile":
     """
     from obfuscatune.enclave.profiles import resolve
 
-    knobs = {} if protection.first_blocks is None else {"first_blocks": protection.first_blocks}
+    knobs: dict[str, Any] = {} if protection.first_blocks is None else {"first_blocks": protection.first_blocks}
+    if protection.public_base:
+        knobs["public_base"] = True
     return resolve(protection.profile or "private", **knobs)
 
 

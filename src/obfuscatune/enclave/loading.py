@@ -84,7 +84,8 @@ def load(
         key, tls, deadline_s, retry, progress: as in `protect`.
         clock: filled in with the seconds that each stage takes.
         base: "closed" where the base model's weights were never public, "public" where they are; None looks for signs,
-            and warns with PublicBaseWarning.
+            and warns with PublicBaseWarning. That the weights themselves are published, and workers may have them, is
+            said by `public_base=True`, a knob of profile `guarded`.
         observer: told of the secrets and of every request's plain rows, by an audit.
         mask_worker, masking: as in `protect`.
         keywords: knobs of the profile, as in `protect`, and what `from_pretrained` takes: token, cache_dir, subfolder,

@@ -35,10 +35,12 @@ class Profile:
 
     Attributes:
         name: the preset that it came from.
-        transform: kind of R_in and R_out: structured, haar, gaussian, conditioned(KAPPA), identity.
+        transform: kind of R_in and R_out: structured, haar, gaussian, conditioned(KAPPA), none, identity.
         mixing: whether rows are mixed afresh at each crossing.
         shield_rows: random rows mixed in at each crossing, at least; ignored without mixing.
         masks: whether rows are hidden under one-time masks, whose products a second worker makes.
+        public_base: whether the model's weights are published themselves, so that there is nothing to hide of them:
+            transform is then none, and workers may have the weights from elsewhere. It takes masks.
         buckets: to how many rows requests are filled up: `ladder`, to the next power of two or three halves of one, so
             that a worker sees a bucket of lengths and no length; `none`, not at all.
         first_blocks: how many of the first blocks stay in the enclave. In the first, rows follow from single tokens,
@@ -61,6 +63,7 @@ class Profile:
     mixing: bool = True
     shield_rows: int = 8
     masks: bool = False
+    public_base: bool = False
     buckets: Buckets = "none"
     first_blocks: int = 0
     sides: Sides = "both"
@@ -91,6 +94,13 @@ class Profile:
                 "masks=True needs mixing=True, verify=1 and wire_dtype='model': without mixing two workers that "
                 "collude see every row, an unverified product of either would pass, and masked rows take float64"
             )
+        if self.public_base and not self.masks:
+            raise ConfigError(
+                f"public_base=True (--public-base) needs one-time masks, which profile {self.name!r} does not have: "
+                "without them a worker that knows the weights reads the text; use profile 'guarded'"
+            )
+        if self.transform == "none" and self.rekey_every:
+            raise ConfigError("transform 'none' has no secrets to renew: leave out rekey_every")
         if self.lora_on == "worker" and (self.mixing or self.sides != "paper"):
             raise ConfigError(
                 "lora_on='worker' needs mixing=False and sides='paper': a factor's gradient is a product of rows that "
@@ -108,6 +118,11 @@ class Profile:
         if self.transform_spec.is_unsafe:
             raise ConfigError(
                 "transform 'identity' protects nothing and is refused; tests and controls pass allow_unsafe=True"
+            )
+        if self.transform == "none" and not self.public_base:
+            raise ConfigError(
+                "transform 'none' shows the weights to the workers: it takes profile 'guarded' and public_base=True "
+                "(--public-base), which says that they are published"
             )
         if self.is_as_published:
             return
@@ -130,6 +145,11 @@ class Profile:
         if self.wire_dtype == "bfloat16":
             return torch.bfloat16
         return torch.float16 if model == torch.bfloat16 and self.mixing else model
+
+    @property
+    def serves_published(self) -> bool:
+        """Whether workers hold the published weights as they are."""
+        return self.public_base and self.transform == "none"
 
     @property
     def transform_spec(self) -> TransformSpec:
@@ -171,6 +191,8 @@ def resolve(profile: str | Profile, **knobs: Any) -> Profile:
             near = get_close_matches(knob, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; known are: {', '.join(known)}"
             raise ConfigError(f"unknown knob {knob!r} of a profile{hint}")
+    if knobs.get("public_base"):
+        knobs = {"transform": "none"} | knobs
     return replace(profile, **knobs)
 
 

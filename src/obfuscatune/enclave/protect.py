@@ -72,7 +72,8 @@ def protect(
         retry: how often and how long to try again; the link's default where not given.
         progress: called after each group of layers.
         base: "closed" where the base model's weights were never public, "public" where they are; None looks for signs,
-            and warns with PublicBaseWarning.
+            and warns with PublicBaseWarning. That the weights themselves are published, and workers may have them, is
+            said by `public_base=True`, a knob of profile `guarded`.
         observer: told of the secrets and of every request's plain rows, by an audit.
         mask_worker: under profile `guarded`, the worker that multiplies the masks, as `workers`: one that does not
             collude with the other. None, with no `workers`, starts both on this machine, in one hand.

@@ -131,6 +131,16 @@ class Protection:
         """Crossings, bytes, seconds of waiting, uploads, retries; since the link was opened."""
         return ClientStats() if self.client is None else self.client.stats
 
+    @property
+    def serving(self) -> str:
+        """How many matrices the workers had already, once a model is loaded, in one line."""
+        masks = None if self.masks is None else self.masks.client.stats
+        parties = {"worker" if masks is None else "compute worker": self.stats, "mask worker": masks}
+        counts = (
+            f"{party} {stats.served} of {stats.served + stats.uploads}" for party, stats in parties.items() if stats
+        )
+        return f"matrices served by the workers themselves: {', '.join(counts)}"
+
     def obfuscate(self, group: LayerGroup, W: Tensor, dtype: torch.dtype | None = None) -> Obfuscated:
         """W (p, q) of a group as W_star, and the transforms that undo it.
 
@@ -149,7 +159,8 @@ class Protection:
     def send(self, group: LayerGroup, obfuscated: Obfuscated, weights: WeightSource) -> Offloaded:
         """Have the worker hold W_star, which may be overwritten afterwards. From any thread."""
         dtype, observe = self.profile.crossing_dtype(obfuscated.dtype), self._observe(group.name)
-        crossing = SharedCrossing(self._send(group.name, obfuscated, weights, dtype, observe), group.widths)
+        product = self._send(group.name, group.widths, obfuscated, weights, dtype, observe)
+        crossing = SharedCrossing(product, group.widths)
         R_in, R_out = obfuscated.R_in, obfuscated.R_out
         return Offloaded(group.name, obfuscated.only, weights, crossing, R_in, R_out, observe=observe)
 
@@ -268,7 +279,7 @@ class Protection:
             fresh = obfuscate(W, self.key, spec, layer.name, layer.epoch, layer.side, wide)
             adapter = None if self.adapters is None else self.adapters.of(layer)
             carried = None if adapter is None else adapter.take_down()
-            product = self._send(layer.name, fresh, layer.weights, dtype, layer.observe)
+            product = self._send(layer.name, layer.crossing.widths, fresh, layer.weights, dtype, layer.observe)
             layer.R_in, layer.R_out = fresh.R_in, fresh.R_out
             self._keyed(layer)
             layer.crossing.multiply_by(product)
@@ -295,6 +306,7 @@ class Protection:
     def _send(
         self,
         layer: str,
+        widths: tuple[int, ...],
         obfuscated: Obfuscated,
         weights: WeightSource,
         dtype: torch.dtype,
@@ -304,6 +316,7 @@ class Protection:
         client, share, masks = self._worker, self.profile.verify, self.masks
         shape = obfuscated.R_in.dim, obfuscated.R_out.dim
         again = weights.keep(obfuscated)
+        widths = widths if self.profile.serves_published else ()
 
         def send(W_star: Tensor, dtype: torch.dtype) -> Held:
             scale = in_range(W_star, dtype) if self.profile.mixing else 1.0
@@ -312,11 +325,11 @@ class Protection:
             def make_again() -> Tensor:
                 return _rounded(again(torch.promote_types(dtype, torch.float32)), scale, dtype)
 
-            client.store(matrix_id, make_again, shape=shape, dtype=dtype, tensor=W_star)
+            client.store(matrix_id, make_again, shape=shape, dtype=dtype, tensor=W_star, widths=widths)
             if masks is None:
                 return Held(matrix_id, dtype, Verifier(W_star, SecretStream.fresh(), share) if share else None, scale)
             masked_id = secrets.token_bytes(MATRIX_ID_BYTES)
-            masks.client.store(masked_id, make_again, shape=shape, dtype=dtype, tensor=W_star)
+            masks.client.store(masked_id, make_again, shape=shape, dtype=dtype, tensor=W_star, widths=widths)
             verifier = Verifier(W_star.double(), SecretStream.fresh(), share)  # as fine as masks and their products
             return Held(matrix_id, dtype, verifier, scale, Masked(masked_id, shape, verifier))
 

@@ -45,7 +45,7 @@ def warn_of_public_base(
         stacklevel: of `warnings.warn`, counted from the caller of this function.
 
     Raises:
-        ConfigError: `base` is neither None, "closed" nor "public".
+        ConfigError: `base` is neither None, "closed" nor "public", or contradicts the profile.
     """
     advice = public_base_advice(base, profile, config, directory, closed='base="closed"')
     if advice is not None:
@@ -67,10 +67,12 @@ def public_base_advice(
         closed: how the user says that the base was never public.
 
     Raises:
-        ConfigError: `base` is neither None, "closed" nor "public".
+        ConfigError: `base` is neither None, "closed" nor "public", or contradicts the profile.
     """
     if base not in (None, "closed", "public"):
         raise ConfigError(f"base: expected closed or public, found {base!r}")
+    if base == "closed" and profile.public_base:
+        raise ConfigError("base='closed' says that the weights are not published, public_base=True that they are")
     if base == "closed" or not profile.offload or profile.masks or profile.is_as_published:
         return None
     sign = "the base model is public" if base == "public" else sign_of_published(config, directory)

@@ -82,7 +82,8 @@ class ProtectedLM(HFLM):  # type: ignore[misc]  # the harness is not annotated f
             trust_remote_code: refused: an enclave runs no code that comes with a model.
             device: not used: the harness says `cuda:0` where its user says nothing, and the enclave's part is on the
                 CPU. A worker is told of its GPU when it is started.
-            base: closed or public, as for `load`.
+            base: closed or public, as for `load`; `public_base=True`, beside profile guarded, where the weights
+                themselves are published.
             others: for `HFLM`: batch_size, max_length, add_bos_token, ...
 
         Raises:

@@ -28,6 +28,9 @@ MAX_SHARED_BYTES = GIB
 SHARED_BYTES = 256 * MIB
 """Default shared memory of a connection: 8 matrices of 512 x 14,336 float32. Untouched pages take no memory."""
 
+MAX_JOINED = 16
+"""Most published weights that lie side by side in one matrix: q, k and v are three."""
+
 MAX_SLICES = 16
 """Most slices of an adapter: layers that share one matrix. q, k and v are three."""
 

@@ -16,12 +16,13 @@ from obfuscatune.errors import BadMagic, LimitExceeded, MalformedMessage, Trunca
 from obfuscatune.protocol.limits import (
     MAX_DIM,
     MAX_ERROR_BYTES,
+    MAX_JOINED,
     MAX_MATRIX_BYTES,
     MAX_SLICES,
     MAX_WINDOW_BYTES,
     VERSION,
 )
-from obfuscatune.protocol.payloads import NUMBER_BYTES, PARTS, Hello, Places, Step, Welcome, attachment_bytes
+from obfuscatune.protocol.payloads import NUMBER_BYTES, PARTS, Hello, Offer, Places, Step, Welcome, attachment_bytes
 from obfuscatune.protocol.tensors import ITEMSIZE, DType
 
 MAGIC = b"OBFT"
@@ -34,7 +35,6 @@ DROPOUT = 4
 LAST_NUMBER = 2**32 - 1
 """Of a forward pass."""
 NO_MATRIX = bytes(16)
-NO_DIGEST = bytes(32)
 
 _HEADER = struct.Struct("<4sBBBBIIIIQ16sQ")
 HEADER_BYTES = _HEADER.size
@@ -139,7 +139,7 @@ FORMS: Mapping[MessageType, Form] = MappingProxyType(
     {
         MessageType.HELLO: Form(matrix=False, body_bytes=(Hello.BYTES, Hello.BYTES)),
         MessageType.WELCOME: Form(matrix=False, body_bytes=(Welcome.BYTES, Welcome.BYTES)),
-        MessageType.OFFER: Form(dtype=True, body_bytes=(32, 32)),
+        MessageType.OFFER: Form(dtype=True, body_bytes=(Offer.size(0), Offer.size(MAX_JOINED))),
         MessageType.HAVE: Form(),
         MessageType.WANT: Form(),
         MessageType.STORE: Form(dtype=True, tensor_bytes=MAX_MATRIX_BYTES, flags=SHARED, shared_bytes=NUMBER_BYTES),

@@ -24,7 +24,11 @@ ACCELERATOR = 4
 """Feature of a worker: it computes on a device of its own, not on its host's processor."""
 RETIRED = 8
 """Feature of workers before 2026-11-29; it is accepted and ignored."""
-FEATURES = CONTENT_STORE | SHARED_MEMORY | ACCELERATOR | RETIRED
+SERVES_WEIGHTS = 16
+"""Feature of a worker: it has published weights, and an OFFER may name those that a matrix is made of."""
+FEATURES = CONTENT_STORE | SHARED_MEMORY | ACCELERATOR | RETIRED | SERVES_WEIGHTS
+DIGEST_BYTES = 32
+NO_DIGEST = bytes(DIGEST_BYTES)
 _PLACES = struct.Struct("<QQ")
 _NUMBER = struct.Struct("<Q")
 NUMBER_BYTES = _NUMBER.size
@@ -122,6 +126,41 @@ class Welcome(_FixedPayload):
         if not 1 <= welcome.window_bytes <= MAX_WINDOW_BYTES or not 1 <= welcome.matrix_bytes <= MAX_MATRIX_BYTES:
             raise MalformedMessage("WELCOME states a window or a matrix size outside the limits of the protocol")
         return welcome
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """Payload of OFFER: what a matrix is called by who may have it already.
+
+    Attributes:
+        content: digest of the matrix, by `tensors.content_digest`; `NO_DIGEST` where the worker need not know it.
+        weights: of the published weights that lie side by side in it, in this order, by `tensors.weight_digest`; none
+            where it is no published one.
+    """
+
+    content: bytes = NO_DIGEST
+    weights: tuple[bytes, ...] = ()
+
+    @staticmethod
+    def size(weights: int) -> int:
+        """Bytes of an OFFER that names so many weights."""
+        return DIGEST_BYTES * (1 + weights)
+
+    def pack(self) -> bytes:
+        """The payload as bytes."""
+        return b"".join((self.content, *self.weights))
+
+    @classmethod
+    def unpack(cls, body: bytes) -> "Offer":
+        """Read an OFFER, of a length within the limits.
+
+        Raises:
+            MalformedMessage: not a whole number of digests.
+        """
+        if not body or len(body) % DIGEST_BYTES:
+            raise MalformedMessage(f"OFFER has {DIGEST_BYTES} bytes for each digest, {len(body)} came")
+        content, *weights = (body[at : at + DIGEST_BYTES] for at in range(0, len(body), DIGEST_BYTES))
+        return cls(content, tuple(weights))
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,6 +110,17 @@ def content_digest(tensor: torch.Tensor) -> bytes:
     return digest.digest()
 
 
+def weight_digest(W: torch.Tensor) -> bytes:
+    """`content_digest` of a published weight W (p, q) in the one form that all who have it come to.
+
+    That is float32 where it holds every element exactly, as it does those of a bfloat16 or float16 weight, and else W
+    itself, in float64.
+    """
+    narrow = torch.empty(W.shape, dtype=torch.float32).copy_(W.detach())
+    exact = W.dtype != torch.float64 or torch.equal(narrow.to(torch.float64), W)
+    return content_digest(narrow if exact else W.contiguous())
+
+
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether no element is NaN or infinite.
 

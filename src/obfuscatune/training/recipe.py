@@ -147,6 +147,8 @@ class Recipe(BaseModel):
     """Largest advantage in telling two inputs apart that the compute worker may ever have; None is 0.01."""
     base: Literal["closed", "public"] | None = None
     """Whether the base model's weights were ever published; None looks for signs of it, and warns."""
+    public_base: bool = False
+    """The model's weights are published themselves: under profile guarded, workers hold them as they are."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
 
     lora_r: Annotated[Positive, Option("Rank.", LORA)] = 16

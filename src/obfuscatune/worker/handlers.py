@@ -8,13 +8,14 @@ import torch
 
 from obfuscatune.errors import AdapterLost, MalformedMessage, QuotaExceeded, StorageError, UnknownMatrix
 from obfuscatune.protocol.limits import MAX_MATRIX_BYTES
-from obfuscatune.protocol.messages import NO_DIGEST, NO_MATRIX, ErrorCode, MessageType
-from obfuscatune.protocol.payloads import ACCELERATOR, CONTENT_STORE
+from obfuscatune.protocol.messages import NO_MATRIX, ErrorCode, MessageType
+from obfuscatune.protocol.payloads import ACCELERATOR, CONTENT_STORE, NO_DIGEST, SERVES_WEIGHTS, Offer
 from obfuscatune.worker.adapter_handlers import AdapterAnswerer
 from obfuscatune.worker.backend import Computer
 from obfuscatune.worker.buffers import Buffers
 from obfuscatune.worker.quota import SessionKey
 from obfuscatune.worker.replies import Reply, Request, RequestError, product_of, refusal, room_for, short
+from obfuscatune.worker.served import ServedWeights
 from obfuscatune.worker.sessions import MOST_PRODUCTS, Turns
 from obfuscatune.worker.store import ContentStore, MatrixStore
 
@@ -28,6 +29,7 @@ class Answerer:
     store: MatrixStore
     computer: Computer
     disk: ContentStore | None = None
+    served: ServedWeights | None = None
     turns: Turns = field(default_factory=Turns)
     _on_adapters: AdapterAnswerer = field(init=False, repr=False)
     _answers: dict[MessageType, Callable[[SessionKey, Request, Buffers], Reply]] = field(init=False, repr=False)
@@ -47,7 +49,7 @@ class Answerer:
         """What WELCOME says of this worker."""
         keeps = 0 if self.disk is None else CONTENT_STORE
         apart = 0 if self.computer.device.type == "cpu" else ACCELERATOR
-        return keeps | apart
+        return keeps | apart | (0 if self.served is None else SERVES_WEIGHTS)
 
     def answer(self, session: SessionKey, request: Request, buffers: Buffers) -> Reply:
         """The reply to one request of a session. Refusals are replies; nothing is raised for them."""
@@ -71,14 +73,18 @@ class Answerer:
         size = header.rows * header.cols * header.dtype.itemsize
         if size > MAX_MATRIX_BYTES:
             return refusal(ErrorCode.LIMIT, f"a matrix has at most {MAX_MATRIX_BYTES} bytes", header)
-        key = (session, header.matrix_id)
+        key, offer = (session, header.matrix_id), Offer.unpack(request.body)
         shape, dtype = (header.rows, header.cols), header.dtype.torch_dtype
         self.store.forget(key)
+        served = None if self.served is None else self.served.find(offer.weights, shape, dtype, self.computer.adopt)
+        if served is not None:
+            self.store.share(key, served)
+            return short(MessageType.HAVE, header)
         self.store.check(session, size)
-        if self.disk is None or request.body == NO_DIGEST or not self.disk.holds(request.body, shape, dtype):
+        if self.disk is None or offer.content == NO_DIGEST or not self.disk.holds(offer.content, shape, dtype):
             return short(MessageType.WANT, header)  # claimed when it comes: nothing gives way to who never sends
         with self.store.reserve(session, size) as claim:
-            kept = self.disk.load(session, request.body, shape, dtype)
+            kept = self.disk.load(session, offer.content, shape, dtype)
             if kept is None:
                 return short(MessageType.WANT, header)
             self.store.put(key, self.computer.adopt(kept), claim)

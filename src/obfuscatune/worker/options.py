@@ -4,7 +4,7 @@ import argparse
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, get_args, get_type_hints
+from typing import Annotated, get_args, get_origin, get_type_hints
 
 from obfuscatune.option import Option, split_annotation
 from obfuscatune.protocol.limits import MAX_SESSIONS
@@ -47,6 +47,13 @@ class WorkerOptions:
             "Disk for that, as 8GiB; what was not used for longest is removed.", _MEMORY, unset="as much as --quota"
         ),
     ] = None
+    serve_model: Annotated[
+        list[Path] | None,
+        Option(
+            "A directory of published safetensors whose weights enclaves with --public-base need not send; may repeat.",
+            _MEMORY,
+        ),
+    ] = None
     record: Annotated[Path | None, Option("Write down here all that this worker sees, to be examined.", _MEMORY)] = None
     max_sessions: Annotated[int, Option("The most enclaves at a time.", _MEMORY)] = MAX_SESSIONS
     tls_cert: Annotated[Path | None, Option("This worker's certificate (obfuscatune keygen).", _TLS)] = None
@@ -81,5 +88,8 @@ def parse_arguments(arguments: list[str]) -> WorkerOptions:
             parser.add_argument(flag, required=True, help=text)
         else:
             read = next(it for it in (*get_args(kind), kind) if it is not NoneType)
-            parser.add_argument(flag, type=read, default=field.default, help=text)
+            if get_origin(read) is list:
+                parser.add_argument(flag, type=get_args(read)[0], action="append", help=text)
+            else:
+                parser.add_argument(flag, type=read, default=field.default, help=text)
     return WorkerOptions(**vars(parser.parse_args(arguments)))

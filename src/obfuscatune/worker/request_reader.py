@@ -13,7 +13,7 @@ from obfuscatune.protocol.limits import (
     STALL_SECONDS,
 )
 from obfuscatune.protocol.messages import REQUESTS, WITH_ROWS, ErrorCode, Header, MessageType
-from obfuscatune.protocol.payloads import Attachment, Places, Step, unpack_number
+from obfuscatune.protocol.payloads import Attachment, Offer, Places, Step, unpack_number
 from obfuscatune.protocol.shared_memory import SharedMemory
 from obfuscatune.protocol.tensors import bytes_of
 from obfuscatune.protocol.transport import Deadline, Transport, transfer_seconds
@@ -65,6 +65,8 @@ class RequestReader:
         body = recv_body(self._transport, header, deadline)
         if header.type is MessageType.SHARE:
             self._share(unpack_number(body))
+        if header.type is MessageType.OFFER:
+            Offer.unpack(body)
         if header.type is MessageType.ATTACH:
             Attachment.unpack(body, header.cols)
         if header.type is MessageType.STEP:

@@ -28,6 +28,7 @@ from obfuscatune.worker.handlers import Answerer
 from obfuscatune.worker.options import WorkerOptions
 from obfuscatune.worker.quota import Quota
 from obfuscatune.worker.recorder import Recorder
+from obfuscatune.worker.served import ServedWeights
 from obfuscatune.worker.sessions import Sessions
 from obfuscatune.worker.store import ContentStore, MatrixStore, WhenFull
 
@@ -159,10 +160,11 @@ def run(options: WorkerOptions, computer_class: type[Computer] = Computer) -> in
     store = MatrixStore(quota, when_full)
     computer = computer_class(_device(options.device), _chosen(DTYPES, options.dtype, "--dtype"))
     disk = None if options.store is None else ContentStore(options.store, Quota(_store_bytes(options, quota)))
+    served = None if not options.serve_model else ServedWeights(options.serve_model)
     recorder = None if options.record is None else Recorder(options.record)
     listener = Listener(address, tls)
     sessions = Sessions(options.max_sessions, store)
-    server = Server(listener, Service(Answerer(store, computer, disk), sessions, recorder, listener.stop))
+    server = Server(listener, Service(Answerer(store, computer, disk, served), sessions, recorder, listener.stop))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.stop())
     if options.until_stdin_closes:

@@ -12,6 +12,7 @@ import errno
 import logging
 import os
 import secrets
+import sys
 import threading
 import time
 from collections import Counter, OrderedDict
@@ -200,6 +201,8 @@ class MatrixStore:
         self._when_full = when_full
         self._held: OrderedDict[Key, tuple[torch.Tensor, Claim]] = OrderedDict()  # least recently used first
         self._numbers: Counter[SessionKey] = Counter()
+        self._shared: set[Key] = set()
+        self._of_shared = Quota(sys.maxsize)  # counts the bytes of shared matrices; nobody has to make room for them
         self._dependents: list[Dependent] = []
         self._lock = threading.Lock()
 
@@ -240,6 +243,19 @@ class MatrixStore:
             self._held[key] = matrix, own
             self._numbers[key[0]] += 1
 
+    def share(self, key: Key, matrix: torch.Tensor) -> None:
+        """Hold under `key` a matrix (p, q) that other sessions hold too: it takes no room of anybody's quota.
+
+        Raises:
+            RequestError: the session has too many matrices.
+        """
+        with self._lock:
+            self._drop(key)
+            self._check_number(key[0])
+            self._held[key] = matrix, self._of_shared.claim(key[0], matrix.nbytes)
+            self._shared.add(key)
+            self._numbers[key[0]] += 1
+
     def get(self, key: Key) -> torch.Tensor:
         """The matrix (p, q) under `key`.
 
@@ -266,12 +282,12 @@ class MatrixStore:
             dependent.forget_session(session)
 
     def held_by(self, session: SessionKey) -> int:
-        """Bytes of a session, claims included."""
-        return self.quota.of_session(session)
+        """Bytes of a session, claims and matrices that it shares included."""
+        return self.quota.of_session(session) + self._of_shared.of_session(session)
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of all sessions, claims included."""
+        """Bytes of all sessions, claims included, without matrices that are shared."""
         return self.quota.taken
 
     def _claim(self, session: SessionKey, size: int) -> Claim:
@@ -280,18 +296,23 @@ class MatrixStore:
         return self.quota.claim(session, size)
 
     def _giving_way(self, session: SessionKey, size: int) -> list[Key]:
-        if self._numbers[session] >= MAX_MATRICES:
-            raise RequestError(ErrorCode.LIMIT, f"a session has at most {MAX_MATRICES} matrices: forget some")
+        self._check_number(session)
         evictable = self._held.items() if self._when_full == "evict" else ()
+        own = [(key, claim) for key, (_, claim) in evictable if key not in self._shared]
         try:
-            return self.quota.giving_way(session, size, [(key, claim) for key, (_, claim) in evictable])
+            return self.quota.giving_way(session, size, own)
         except QuotaExceeded as error:
             raise QuotaExceeded(
                 f"{error}; load fewer matrices, or have the worker started with another --quota, --peer-quota or "
                 "--when-full"
             ) from None
 
+    def _check_number(self, session: SessionKey) -> None:
+        if self._numbers[session] >= MAX_MATRICES:
+            raise RequestError(ErrorCode.LIMIT, f"a session has at most {MAX_MATRICES} matrices: forget some")
+
     def _drop(self, key: Key) -> None:
+        self._shared.discard(key)
         _, claim = self._held.pop(key, (None, None))
         if claim is not None:
             claim.release()

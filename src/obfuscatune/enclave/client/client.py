@@ -110,6 +110,7 @@ class WorkerClient:
         shape: tuple[int, int],
         dtype: torch.dtype,
         tensor: torch.Tensor | None = None,
+        widths: tuple[int, ...] = (),
     ) -> None:
         """Have the worker hold W_star under `matrix_id`.
 
@@ -119,13 +120,15 @@ class WorkerClient:
             shape: (p, q) of W_star.
             dtype: of W_star.
             tensor: W_star where it is at hand: uploaded now, and not kept.
+            widths: of each published weight, where W_star is nothing but such weights side by side: a worker that has
+                them need not be sent any.
 
         Raises:
             QuotaExceeded: the worker has no room.
             ProtectionError: the link is closed.
             WireError: see `multiply`.
         """
-        matrix = StoredMatrix(matrix_id, source, shape, dtype, at_hand=tensor)
+        matrix = StoredMatrix(matrix_id, source, shape, dtype, at_hand=tensor, widths=widths)
         driver = self._driver
         driver.refusal.check()
         with self._lock:

@@ -26,10 +26,11 @@ from obfuscatune.errors import (
 )
 from obfuscatune.protocol.framing import recv_body, recv_header_bytes, recv_payload, send_message
 from obfuscatune.protocol.limits import IDLE_CHECK_SECONDS
-from obfuscatune.protocol.messages import HEADER_BYTES, NO_DIGEST, NO_MATRIX, REPLIES, ErrorCode, Header, MessageType
+from obfuscatune.protocol.messages import HEADER_BYTES, NO_MATRIX, REPLIES, ErrorCode, Header, MessageType
 from obfuscatune.protocol.payloads import (
     ACCELERATOR,
     CONTENT_STORE,
+    SERVES_WEIGHTS,
     SHARED_MEMORY,
     Hello,
     Places,
@@ -38,7 +39,7 @@ from obfuscatune.protocol.payloads import (
     pack_number,
 )
 from obfuscatune.protocol.shared_memory import SharedMemory
-from obfuscatune.protocol.tensors import bytes_of, content_digest
+from obfuscatune.protocol.tensors import bytes_of
 from obfuscatune.protocol.transport import Buffer, Deadline, Transport, transfer_seconds
 
 REFUSALS: dict[ErrorCode, type[WireError]] = {
@@ -102,6 +103,11 @@ class ClientConnection:
     def wants_digests(self) -> bool:
         """Whether the worker keeps matrices by their content."""
         return bool(self.welcome.features & CONTENT_STORE)
+
+    @property
+    def serves_weights(self) -> bool:
+        """Whether the worker has published weights of its own."""
+        return bool(self.welcome.features & SERVES_WEIGHTS)
 
     @property
     def computes_apart(self) -> bool:
@@ -264,9 +270,10 @@ class Uploads:
 
     def upload(self, connection: ClientConnection, matrix: StoredMatrix) -> None:
         """Offer a matrix, and send it if the worker has not got it."""
-        if connection.wants_digests and matrix.digest == NO_DIGEST:
-            matrix.digest = content_digest(matrix.elements())
-        if self._ask(connection, matrix.offer(self._next_id()), matrix.digest) is not MessageType.WANT:
+        digest, weights = connection.wants_digests, connection.serves_weights
+        offer, body = matrix.offer(self._next_id(), digest=digest, weights=weights)
+        if self._ask(connection, offer, body) is not MessageType.WANT:
+            self._stats.served += 1
             return
         elements = matrix.elements()
         laid = connection.lay_out(elements)

@@ -20,10 +20,10 @@ from obfuscatune.errors import (
     NonFiniteError,
     WireError,
 )
-from obfuscatune.protocol.limits import MAX_DIM, MAX_MATRIX_BYTES, MAX_WINDOW_BYTES
-from obfuscatune.protocol.messages import NO_DIGEST, NO_MATRIX, SHARED, TRANSPOSED, Header, MessageType
-from obfuscatune.protocol.payloads import NUMBER_BYTES, Places
-from obfuscatune.protocol.tensors import DType, bytes_of, is_finite
+from obfuscatune.protocol.limits import MAX_DIM, MAX_JOINED, MAX_MATRIX_BYTES, MAX_WINDOW_BYTES
+from obfuscatune.protocol.messages import NO_MATRIX, SHARED, TRANSPOSED, Header, MessageType
+from obfuscatune.protocol.payloads import NO_DIGEST, NUMBER_BYTES, Offer, Places
+from obfuscatune.protocol.tensors import DType, bytes_of, content_digest, is_finite, weight_digest
 from obfuscatune.protocol.transport import NEVER
 
 MatrixSource = Callable[[], torch.Tensor]
@@ -42,7 +42,11 @@ class StoredMatrix:
     dtype: torch.dtype
     at_hand: torch.Tensor | None = None
     """W_star itself, until it is uploaded."""
+    widths: tuple[int, ...] = ()
+    """Columns of each published weight, where W_star is nothing but such weights side by side."""
     digest: bytes = NO_DIGEST
+    weights: tuple[bytes, ...] = ()
+    """Digests of the published weights, once a worker wanted them."""
     refused: WireError | None = None
     """Why the worker would not take it."""
 
@@ -56,11 +60,16 @@ class StoredMatrix:
                 f"{MAX_MATRIX_BYTES} bytes go over the wire"
             )
 
-    def offer(self, request_id: int) -> Header:
-        """The OFFER of this matrix."""
-        return Header(
-            MessageType.OFFER, request_id, self.matrix_id, DType.of(self.dtype), *self.shape, payload_bytes=32
-        )
+    def offer(self, request_id: int, *, digest: bool, weights: bool) -> tuple[Header, bytes]:
+        """The OFFER of this matrix and its payload: with its digest, and with those of its weights, where wanted."""
+        weights = weights and 0 < len(self.widths) <= MAX_JOINED
+        if digest and self.digest == NO_DIGEST:
+            self.digest = content_digest(self.elements())
+        if weights and not self.weights:
+            self.weights = tuple(weight_digest(W) for W in self.elements().split(list(self.widths), dim=1))
+        body = Offer(self.digest if digest else NO_DIGEST, self.weights if weights else ()).pack()
+        dtype = DType.of(self.dtype)
+        return Header(MessageType.OFFER, request_id, self.matrix_id, dtype, *self.shape, payload_bytes=len(body)), body
 
     def store(self, request_id: int, *, shared: bool) -> Header:
         """The STORE of this matrix, with its elements as payload or in shared memory."""

@@ -108,6 +108,8 @@ class ClientStats:
     """Matrices sent; those that the worker had already are not among them."""
     bytes_uploaded: int = 0
     """Bytes of these matrices."""
+    served: int = 0
+    """Matrices that the worker had already, of its own or of an earlier run: nothing of them was sent."""
     verified: int = 0
     """Products that were held against secret vectors."""
     reconnects: int = 0

@@ -13,6 +13,7 @@ from torch import Tensor
 from obfuscatune import native
 from obfuscatune.enclave.kernels.interface import SKETCHES, MixingOfFew, Projection, Rotation, RowMixing
 from obfuscatune.enclave.kernels.reference import Reference
+from obfuscatune.protocol.tensors import is_finite
 
 _REFERENCE = Reference()
 
@@ -117,7 +118,11 @@ class Native:
 
     def of_few(self, R: Rotation) -> RotationOfFew:
         """A rotation, to be done with the mixing of few rows."""
-        return RotationOfFew(self, R)
+        return RotationOfFew(self, R, _whole_width(R))
+
+    def of_few_unrotated(self, dim: int) -> RotationOfFew:
+        """The same without a rotation, for rows (n, dim)."""
+        return RotationOfFew(self, None, dim)
 
     def _rotate(self, x: Tensor, R: Rotation, plus: Tensor | None, y: Tensor) -> bool:
         """Whether x was finite."""
@@ -152,18 +157,20 @@ class Native:
 
 
 class RotationOfFew:
-    """A rotation of few rows and their mixing, one way or back."""
+    """A rotation of few rows, or none (R = 1), and their mixing, one way or back."""
 
-    def __init__(self, kernels: Native, R: Rotation) -> None:
-        self._kernels, self._R = kernels, R
-        self.dim = _whole_width(R)
+    def __init__(self, kernels: Native, R: Rotation | None, dim: int) -> None:
+        self._kernels, self._R, self.dim = kernels, R, dim
 
     def send(self, x: Tensor, mixing: MixingOfFew, out: Tensor) -> None:
         """out (m, p) = A [x R; N] for x (n, p), rows contiguous.
 
         N are `mixing.stack`'s last rows, above which x R is laid.
         """
-        self._kernels._rotate(x, self._R, None, mixing.stack)
+        if self._R is None:
+            mixing.stack[: len(x)] = x
+        else:
+            self._kernels._rotate(x, self._R, None, mixing.stack)
         self._kernels.multiply(mixing.A, mixing.stack, out)
 
     def receive(self, product: Tensor, mixing: MixingOfFew, out: Tensor) -> bool:
@@ -171,6 +178,9 @@ class RotationOfFew:
 
         `mixing.A_transposed` is read, and nothing else of it.
         """
+        if self._R is None:
+            self._kernels.multiply(mixing.A_transposed[: len(out)], product, out)
+            return is_finite(out)
         unmixed = torch.empty_like(out)
         self._kernels.multiply(mixing.A_transposed[: len(out)], product, unmixed)
         return self._kernels._rotate(unmixed, self._R, None, out)

@@ -14,12 +14,12 @@ from obfuscatune.enclave.transforms.dense import (
     ConditionedTransform,
     GaussianTransform,
     HaarTransform,
-    UnsafeIdentity,
+    Identity,
 )
 from obfuscatune.enclave.transforms.structured import StructuredTransform
 from obfuscatune.errors import ConfigError
 
-NAMES = ("structured", "haar", "gaussian", "conditioned(KAPPA)", "identity")
+NAMES = ("structured", "haar", "gaussian", "conditioned(KAPPA)", "none", "identity")
 
 _CONDITIONED = re.compile(r"conditioned\((\d+(?:\.\d+)?)\)")
 
@@ -33,7 +33,7 @@ class TransformSpec:
 
     @classmethod
     def parse(cls, text: str) -> TransformSpec:
-        """Read ``structured``, ``haar``, ``gaussian``, ``conditioned(8)`` or ``identity``.
+        """Read ``structured``, ``haar``, ``gaussian``, ``conditioned(8)``, ``none`` or ``identity``.
 
         Raises:
             ConfigError: none of these.
@@ -46,7 +46,7 @@ class TransformSpec:
 
     @property
     def is_unsafe(self) -> bool:
-        """Whether it protects nothing."""
+        """Whether it protects nothing, and is for controls alone; ``none`` is the same matrix, for a public base."""
         return self.name == "identity"
 
     def make(self, dim: int, stream: SecretStream) -> Transform:
@@ -60,8 +60,8 @@ class TransformSpec:
                 return GaussianTransform(dim, stream)
             case "conditioned":
                 return ConditionedTransform(dim, stream, self.kappa)
-            case "identity":
-                return UnsafeIdentity(dim)
+            case "none" | "identity":
+                return Identity(dim)
         raise ConfigError(f"unknown transform {self.name!r}")
 
     def __str__(self) -> str:

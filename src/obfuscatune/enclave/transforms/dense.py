@@ -1,18 +1,23 @@
 """Transforms held as dense matrices: ``haar`` (the paper's), ``gaussian`` (its naive baseline), ``conditioned(kappa)``
-(its ablation, App. B), and ``identity``, which protects nothing. All but the last cost p² for each row.
+(its ablation, App. B), and ``none`` or ``identity``, which protects nothing. All but the last cost p² for each row.
 """
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from obfuscatune.enclave import kernels
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.orthogonal import haar
 from obfuscatune.enclave.transforms.base import OrthogonalTransform, Transform
 from obfuscatune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from obfuscatune.enclave.kernels.native import RotationOfFew
 
 
 class HaarTransform(OrthogonalTransform):
@@ -115,8 +120,11 @@ class ConditionedTransform(DenseTransform):
         return self.dim * (self.dim - 1)
 
 
-class UnsafeIdentity(OrthogonalTransform):
-    """R = 1: everything lies open to the worker. For tests and positive controls; refused without an unsafe flag."""
+class Identity(OrthogonalTransform):
+    """R = 1: W lies open to the worker. For a public base under masks, and as ``identity`` for controls.
+
+    A profile refuses it anywhere else.
+    """
 
     name = "identity"
 
@@ -127,6 +135,13 @@ class UnsafeIdentity(OrthogonalTransform):
     def right_in_place(self, W: Tensor, *, wide: torch.dtype) -> bool:
         """Does nothing: R is 1."""
         return True
+
+    def of_few(self, rows: int, dtype: torch.dtype, *, undo: bool) -> RotationOfFew | None:
+        """Mixes, by native kernels, and turns nothing."""
+        native = kernels.native_for(torch.empty(1, self.dim, dtype=dtype))
+        if native is None or rows >= native.table.lanes // 2:
+            return None
+        return native.of_few_unrotated(self.dim)
 
     @property
     def parameter_count(self) -> int:
