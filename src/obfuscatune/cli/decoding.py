@@ -77,7 +77,7 @@ class Pacing:
     pace: Annotated[
         float | None,
         Option(
-            "Begin each step at a multiple of so many milliseconds, as 50: the time between steps tells nothing then.",
+            "Begin each step at a multiple of so many milliseconds, as 50, so that only late ones show in their times.",
             PROTECTION,
             unset="each as soon as it can",
         ),
