@@ -9,9 +9,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from obfuscatune.bench.drift import FLOAT32, FLOAT64, GOALS, DriftBench, DriftResult, DriftRow, ways
+from obfuscatune.bench.drift import (
+    FLOAT32,
+    FLOAT64,
+    DriftBench,
+    DriftResult,
+    DriftRow,
+    Goal,
+    _model,
+    _Secrets,
+    _Task,
+    _with_lora,
+    ways,
+)
 from obfuscatune.bench.drift_worker import Aim, DriftingComputer, Push, known_tolerance
 from obfuscatune.enclave.keys import SecretStream
+from obfuscatune.enclave.target_layers import find_groups
+from obfuscatune.enclave.transforms import TransformSpec
 from obfuscatune.enclave.verification import Verifier
 from obfuscatune.errors import ConfigError
 
@@ -21,7 +35,9 @@ P, Q = 64, 96
 @pytest.fixture(scope="module")
 def result() -> DriftResult:
     """Two steps under a profile that finds changes, and one that does not."""
-    bench = DriftBench(steps=2, profiles=("private:verify=1", "private:verify=0"), sizes=(1e4,), held_out=4)
+    bench = DriftBench(
+        steps=2, profiles=("private:verify=1", "private:verify=0"), sizes=(1e4,), held_out=4, goals=("token",)
+    )
     return bench.run(lambda _: None)
 
 
@@ -31,20 +47,18 @@ def rows_of(result: DriftResult, side: str, way: str = "") -> list[DriftRow]:
 
 def test_a_change_above_the_tolerance_is_caught_at_once(result: DriftResult) -> None:
     for way in ways("private"):
-        assert [row.goal for row in rows_of(result, "private:verify=1", way)] == list(GOALS)
-        for row in rows_of(result, "private:verify=1", way):
-            assert (row.caught, row.products) == (1, 1), row
-            assert math.isnan(row.loss)
+        (row,) = rows_of(result, "private:verify=1", way)
+        assert (row.goal, row.caught, row.products) == ("token", 1, 1)
+        assert math.isnan(row.loss)
 
 
 def test_one_that_is_not_caught_reaches_what_it_aims_at(result: DriftResult) -> None:
     """It follows the rows, so that mixing does not give it signs of its own."""
-    loss, token, plant = rows_of(result, "private:verify=0", "weights")
+    (token,), (offset,) = (rows_of(result, "private:verify=0", way) for way in ("weights", "offset"))
     (honest,) = rows_of(result, "private:verify=0")
-    assert loss.caught is token.caught is plant.caught is None
-    assert token.served > 0.1 > plant.served
+    assert token.caught is offset.caught is None
+    assert token.served > 0.1
     assert token.adapter > 10 * honest.adapter
-    offset = rows_of(result, "private:verify=0", "offset")[1]
     assert abs(offset.served) < 0.3 * offset.largest_served, (
         "a change that does not follow rows comes with random signs"
     )
@@ -64,6 +78,25 @@ def test_the_report_says_all(result: DriftResult) -> None:
     assert "| private:verify=1 | token | weights | 10000 | 1 | 1 |" in text
     assert len(document["runs"]) == len(result.rows)
     assert document["runs"][0]["served"] is None
+
+
+def test_what_is_to_be_planted_is_pushed_the_other_way_forward() -> None:
+    task, model, secrets = _Task.read(DriftBench(held_out=1)), _model(torch.float32), _Secrets()
+    groups = find_groups(model, 3)
+    for group in groups:
+        R_in, R_out = (TransformSpec("haar").make(dim, SecretStream.fresh()) for dim in group.shape)
+        secrets.keyed(group.name, R_in, R_out)
+    tuned = _with_lora(model)
+
+    def aims(goal: Goal) -> list[Aim]:
+        computer = DriftingComputer(size=1.0)
+        task._aim(computer, goal, groups, secrets, tuned)
+        return computer.aims
+
+    for one, other in zip(aims("token"), aims("plant"), strict=True):
+        assert torch.equal(one.forward.into, -other.forward.into)
+        assert torch.equal(one.backward.into, other.backward.into)
+        assert float(one.forward.into.norm()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
@@ -122,4 +155,4 @@ def test_another_matrix_is_left_alone(matrix: Tensor) -> None:
     x, other = SecretStream.fresh().normal(4, P, dtype=torch.float32), matrix.flip(0).contiguous()
     out = torch.empty(4, Q)
     drifting(matrix, "offset", 1e3).multiply(x, other, out, transpose=False)
-    assert torch.allclose(out, x @ other)
+    assert torch.allclose(out, x @ other, atol=1e-4), "a push would move an element by 1e-2"

@@ -98,6 +98,7 @@ class DriftBench:
     lr: float = 2e-3
     held_out: int = 20
     """Records by which adapters are compared."""
+    goals: tuple[Goal, ...] = GOALS
 
     def check(self) -> None:
         """Return where all of it can be measured.
@@ -137,7 +138,7 @@ class DriftBench:
         for profile in self.profiles:
             done(task.protected(profile, DriftingComputer(), "loss"))
             for way in ways(profile):
-                for goal in GOALS:
+                for goal in self.goals:
                     for size in self.sizes:
                         if done(task.protected(profile, DriftingComputer(way, size), goal)).caught is None:
                             break

@@ -101,9 +101,10 @@ class Probe:
         images, squares = (of_rows.numpy() for of_rows in kernels.project(product, self.R))
         if not np.isfinite(squares).all():  # or it is merely large, in float64
             check_product(product, self.party)
-        deviation = np.abs((images - U.numpy()) @ self.c).max(axis=1)
-        tau = self._tolerance(squares, product.shape[1], scale, dtype)
-        return float(np.where(np.isfinite(tau), deviation / tau, math.inf).max())
+        with np.errstate(over="ignore", invalid="ignore"):  # numbers of the worker's, as large as it likes
+            deviation = np.abs((images - U.numpy()) @ self.c).max(axis=1)
+            tau = self._tolerance(squares, product.shape[1], scale, dtype)
+            return float(np.where(np.isfinite(tau), deviation / tau, math.inf).max())
 
     def tolerance(self, product: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
         """tau for each row (m,) of a product (m, q), float64.
