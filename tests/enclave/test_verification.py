@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -188,6 +189,8 @@ def test_vectors_are_fresh_and_some_requests_are_spared() -> None:
     assert 60 < sum(check(x @ W) for check in drawn) < 140
     probes = [verifier.probe(transpose=False) for _ in range(100)]
     assert not torch.allclose(*(torch.from_numpy(probe.c) for probe in probes[:2]), atol=0.1)
+    for probe in probes:
+        np.testing.assert_allclose(probe.c.T @ probe.c, np.eye(VECTORS[W.dtype]), atol=1e-12)
     r = torch.stack([probe.R @ torch.from_numpy(probe.c).double() for probe in probes])
     torch.testing.assert_close(r.std(), torch.tensor(1.0).double(), atol=0.2, rtol=0)
 

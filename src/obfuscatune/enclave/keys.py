@@ -185,8 +185,8 @@ class FreshStream(SecretStream):
         """There is no key to keep."""
 
     def random_bytes(self, count: int) -> bytes:
-        """`count` bytes."""
-        return SecretStream(secrets.token_bytes(KEY_BYTES)).random_bytes(count)
+        """`count` bytes, of the operating system's: for a few, a key would take longer."""
+        return secrets.token_bytes(count)
 
     def _fill(self, memory: NDArray[np.uint8], size: int) -> None:
         SecretStream(secrets.token_bytes(KEY_BYTES))._fill(memory, size)

@@ -134,6 +134,16 @@ def _largest(m: int, p: int, scale: float, norm: float) -> float:
     return SCATTER * math.sqrt(m * p) * scale * norm
 
 
+def _orthonormal(c: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Orthonormal columns in the place of a few normal ones (K, k), by Gram and Schmidt: QR takes four times as long."""
+    for j in range(c.shape[1]):
+        column = c[:, j]
+        if j:
+            column -= c[:, :j] @ (column @ c[:, :j])
+        column /= math.sqrt(column @ column)
+    return c
+
+
 def _images(W: Tensor, R: Tensor, L: Tensor) -> tuple[Tensor, Tensor, float]:
     """W R (p, K), Wᵀ L (q, K) and |W| for R (q, K) and L (p, K)."""
     return kernels.kernels_for(W).sketch(W, R, L)
@@ -161,7 +171,7 @@ class Verifier:
     def probe(self, *, transpose: bool, party: str = "worker", mask_size: float = 0.0) -> Probe:
         """Fresh vectors for one request to that party; see `Probe`."""
         vectors, images = (self._L, self._WtL) if transpose else (self._R, self._WR)
-        c, _ = np.linalg.qr(self._stream.normal(BASIS, self._vectors).numpy())
+        c = _orthonormal(self._stream.normal(BASIS, self._vectors).numpy())
         return Probe(vectors, images, c, self._norm, party, mask_size)
 
     def check_for(
