@@ -40,7 +40,8 @@ from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.mixing import FewMixing, Mixing
 from obfuscatune.enclave.verification import Check, Verifier
 from obfuscatune.errors import NonFiniteError, ProtectionError, WireError
-from obfuscatune.process import begin_anew_in_children
+from obfuscatune.machine import cores
+from obfuscatune.process import begin_anew_in_children, compute_on
 
 GRID = 2.0**-22
 """u: masked rows are multiples of it."""
@@ -451,7 +452,11 @@ class LayerMasks:
 
 
 def _draw_ahead(reference: weakref.ref[Masks], wanted: queue.SimpleQueue[tuple[MaskKey, Masked, int] | None]) -> None:
-    """The thread: it keeps neither the masks nor their model alive while it waits."""
+    """The thread: it keeps neither the masks nor their model alive while it waits.
+
+    It leaves half of the cores to what cannot wait.
+    """
+    compute_on(max(1, cores() // 2))
     while (item := wanted.get()) is not None:
         masks = reference()
         if masks is None:
