@@ -3,12 +3,8 @@
 import os
 import subprocess
 import sys
-import threading
 
 import pytest
-import torch
-
-from obfuscatune.process import compute_on
 
 FREED = """
 import resource
@@ -38,20 +34,3 @@ def page_faults(settle: bool) -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_freed_memory_is_kept_for_the_next_tensor() -> None:
     assert page_faults(settle=True) < 10_000 < 100_000 < page_faults(settle=False)
-
-
-def test_a_thread_that_computes_on_one_core_leaves_the_others_theirs() -> None:
-    before, seen = torch.get_num_threads(), []
-
-    def thread() -> None:
-        compute_on(1)
-        seen.append(torch.get_num_threads())
-
-    torch.set_num_threads(2)
-    try:
-        aside = threading.Thread(target=thread)
-        aside.start()
-        aside.join()
-        assert (seen, torch.get_num_threads()) == ([1], 2)
-    finally:
-        torch.set_num_threads(before)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch  # noqa: F401  # before the library, which takes its threads from torch's OpenMP
+import torch  # before the library, which takes its threads from torch's OpenMP
 
 SWITCH = "OBFUSCATUNE_KERNELS"
 """Environment variable; 0 leaves everything to torch."""
@@ -225,6 +225,17 @@ def _library() -> ctypes.CDLL:
     if library.obfuscatune_version() != VERSION:
         raise OSError(f"{LIBRARY.name} is of another version; install the package again")
     return library
+
+
+def compute_on(threads: int) -> None:
+    """Have torch and the kernels take no more than so many threads for what the calling thread computes from now on.
+
+    Other threads keep theirs: `torch.set_num_threads` would change MKL's for all. Nothing without OpenMP.
+    """
+    torch.get_num_threads()  # a thread's first question sets its number, and would overwrite ours
+    loaded = ctypes.CDLL(None)
+    if hasattr(loaded, "omp_set_num_threads"):
+        loaded.omp_set_num_threads(threads)
 
 
 def bound_cores() -> set[int]:

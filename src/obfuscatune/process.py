@@ -62,16 +62,6 @@ def _keep_freed_memory() -> None:
         mallopt(_M_ARENA_MAX, 1)  # a thread's own allocator could not hold a large block
 
 
-def compute_on(threads: int) -> None:
-    """Have OpenMP take no more than so many threads for what the calling thread computes from now on.
-
-    Other threads keep theirs. Nothing where torch has no OpenMP.
-    """
-    loaded = ctypes.CDLL(None)  # with torch's OpenMP library
-    if hasattr(loaded, "omp_set_num_threads"):
-        loaded.omp_set_num_threads(threads)
-
-
 class Forkable(Protocol):
     """An object that knows how to begin anew in a forked child."""
 

@@ -41,7 +41,8 @@ from obfuscatune.enclave.mixing import FewMixing, Mixing
 from obfuscatune.enclave.verification import Check, Verifier
 from obfuscatune.errors import NonFiniteError, ProtectionError, WireError
 from obfuscatune.machine import cores
-from obfuscatune.process import begin_anew_in_children, compute_on
+from obfuscatune.native import compute_on
+from obfuscatune.process import begin_anew_in_children
 
 GRID = 2.0**-22
 """u: masked rows are multiples of it."""

@@ -135,7 +135,7 @@ def _largest(m: int, p: int, scale: float, norm: float) -> float:
 
 
 def _orthonormal(c: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Orthonormal columns in the place of a few normal ones (K, k), by Gram and Schmidt: faster than QR at this size."""
+    """Orthonormal columns in the place of a few normal ones (K, k), by Gram and Schmidt: QR takes longer."""
     for j in range(c.shape[1]):
         column = c[:, j]
         if j:
