@@ -51,7 +51,7 @@ class CountingClient(WorkerClient):
         self.crossings = 0
         self.bytes = 0
 
-    def store(self, matrix_id, source, *, shape, dtype, tensor=None):
+    def store(self, matrix_id, source, *, shape, dtype, tensor=None, widths=()):
         self.matrices[matrix_id] = tensor
 
     computes_apart = False
