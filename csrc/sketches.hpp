@@ -99,19 +99,26 @@ template <class T> void sketch(Sketches *job) {
     }
 }
 
-// What verifies a product: a few rows of x and all their sums with v in registers, in double whatever x is.
+// What verifies a product: a few rows of x and all their sums with v in registers, in double whatever x is. They are
+// summed in parts, for errors grow with the root of the number of terms: of products of doubles nothing else is left.
+constexpr int64_t PART = 64;
 constexpr int IMAGE_VECTORS = SKETCHES / Simd<double>::width, PROJECTED_ROWS = 8 / IMAGE_VECTORS;
 
 template <class T, int H> void project_rows(const Projection &job, int64_t row) {
     constexpr int W = Simd<double>::width;
-    V<double> sums[H][IMAGE_VECTORS] = {}, squares[H] = {};
+    V<double> totals[H][IMAGE_VECTORS] = {}, squares[H] = {};
     const T *x[H];
     UNROLL for (int m = 0; m < H; ++m) x[m] = static_cast<const T *>(job.x) + (row + m) * job.x_stride;
-    for (int64_t k = 0; k < job.width; ++k)
-        UNROLL for (int v = 0; v < IMAGE_VECTORS; ++v) {
-            const V<double> vector = load<double>(job.v + k * SKETCHES + v * W);
-            UNROLL for (int m = 0; m < H; ++m) sums[m][v] += vector * (double)x[m][k];
-        }
+    for (int64_t part = 0; part < job.width; part += PART) {
+        V<double> sums[H][IMAGE_VECTORS] = {};
+        for (int64_t k = part; k < least(part + PART, job.width); ++k)
+            UNROLL for (int v = 0; v < IMAGE_VECTORS; ++v) {
+                const V<double> vector = load<double>(job.v + k * SKETCHES + v * W);
+                UNROLL for (int m = 0; m < H; ++m) sums[m][v] += vector * (double)x[m][k];
+            }
+        UNROLL for (int m = 0; m < H; ++m)
+            UNROLL for (int v = 0; v < IMAGE_VECTORS; ++v) totals[m][v] += sums[m][v];
+    }
     const int64_t whole = job.width / W * W;
     UNROLL for (int m = 0; m < H; ++m) {
         double sum = 0;
@@ -123,7 +130,7 @@ template <class T, int H> void project_rows(const Projection &job, int64_t row) 
         for (int lane = 0; lane < W; ++lane) sum += squares[m][lane];
         job.squares[row + m] = sum;
         UNROLL for (int v = 0; v < IMAGE_VECTORS; ++v)
-            store<double>(job.images + (row + m) * SKETCHES + v * W, sums[m][v]);
+            store<double>(job.images + (row + m) * SKETCHES + v * W, totals[m][v]);
     }
 }
 
