@@ -11,7 +11,7 @@
 namespace {
 
 constexpr int SKETCHES = 8;              // columns of r and of l
-constexpr int64_t SKETCH_ROWS = 512;     // whose products are summed one after another: errors grow with their number
+constexpr int64_t SKETCH_ROWS = 128;     // whose products are summed one after another: errors grow with their number
 constexpr int64_t SKETCH_BYTES = 1024;   // of a row of w at a time: with those of r and of lᵀ w, half of the first cache
 
 // Where a strip is: `U` is a vector, or one number for the columns that fill none.

@@ -15,7 +15,7 @@ from obfuscatune.enclave.verification import Verifier
 from obfuscatune.errors import WrongProduct
 
 KEY = RootKey(b"i" * 32)
-CHUNK = 512  # rows that the kernel sums one after another
+CHUNK = 128  # rows that the kernel sums one after another
 SHAPES = [(1, 1), (3, 5), (1, 64), (2, 65), (7, 300), (CHUNK, 128), (CHUNK + 1, 97), (2 * CHUNK + 3, 515), (64, 4100)]
 
 
