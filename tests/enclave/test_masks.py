@@ -258,10 +258,10 @@ def test_masks_of_few_rows_are_drawn_together(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("memory", "together"), [(10**9, 8), (4 * 10 * 8 * 9 * 60, 5), (4 * 3 * 8 * 9 * 60, 1), (0, 1)]
+    ("memory", "together"), [(10**9, 8), (4 * 15 * 8 * 9 * 60, 5), (4 * 5 * 8 * 9 * 60, 1), (0, 1)]
 )
 def test_kinds_share_a_memory_that_is_too_small_for_all(memory: int, together: int) -> None:
-    """Of four kinds each has a quarter, for twice as many masks as are drawn together."""
+    """Of four kinds each has a quarter, for three times as many masks as are drawn together."""
     store, masked = _Store(), Masked(bytes(16), (20, 40), None)  # type: ignore[arg-type]
     keys = [MaskKey(bytes([index] * 16), 9, transpose=False) for index in range(4)]
     for key in keys:

@@ -95,8 +95,11 @@ def finetune(
         return
     wanted = replace(protection, plain=recipe.plain).unless_plain()
     if wanted is not None:
-        of_recipe = ("worker", "mask_worker", "mask_memory", "mask_budget", "profile", "first_blocks", "base")
-        wanted = replace(wanted, **{name: getattr(recipe, name) for name in (*of_recipe, "public_base")})
+        of_recipe = (
+            *("worker", "mask_worker", "mask_memory", "mask_budget"),
+            *("profile", "first_blocks", "base", "public_base"),
+        )
+        wanted = replace(wanted, **{name: getattr(recipe, name) for name in of_recipe})
         resolved_profile(wanted)  # before the data are read
     _run(recipe, wanted, resume=resume, dry=dry_run, as_json=as_json)
 

@@ -215,10 +215,11 @@ class _Store:
     def wanted(self, key: MaskKey, masked: Masked, memory_bytes: int) -> int:
         """How many more are to be drawn by one request; these count as being drawn from here on.
 
-        Each kind has an equal share of the memory, where that is too small for all.
+        Each kind has an equal share of the memory, where that is too small for all. Of a kind there are up to three
+        requests' masks: those that are drawn, those that are ready, and those used, in whose memory others still lie.
         """
         share = memory_bytes // len(self.asked) // masked.nbytes(key) if self.asked else 0
-        together = max(1, min(ROWS_TOGETHER // key.rows, share // 2))
+        together = max(1, min(ROWS_TOGETHER // key.rows, share // 3))
         if self.drawing[key] + len(self.ready.get(key, ())) >= max(AHEAD, together):
             return 0
         self.drawing[key] += together
