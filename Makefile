@@ -92,7 +92,7 @@ LOCK := $(BIN)/python -m piptools compile --quiet --strip-extras --no-annotate -
 	--unsafe-package torch --constraint requirements/torch.txt --no-emit-index-url --no-emit-find-links --no-emit-options
 lock: $(READY)
 	$(BIN)/python -m pip install --quiet pip-tools==7.6.2
-	$(LOCK) --extra dev --extra docs --output-file requirements/dev.txt pyproject.toml
+	$(LOCK) --extra dev --extra docs --extra service --output-file requirements/dev.txt pyproject.toml
 	$(LOCK) --extra lm-eval --extra trl --extra data --extra tensorboard --constraint requirements/dev.txt \
 		--output-file requirements/extras.txt pyproject.toml
 

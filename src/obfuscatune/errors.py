@@ -6,12 +6,18 @@
     ├── ModelFileError            a model directory that cannot be read as what it claims to be
     ├── StorageError              the disk refused: full, read-only, gone
     ├── RunStopped                a run of fine-tuning ended early because it was asked to; a checkpoint is written
+    ├── IntegrityError            a sealed or signed document that is not what was sealed or signed
+    ├── TermsError                a grant, a consent or a quota does not allow what was asked for
+    ├── AttestationError          evidence
+    │   ├── EvidenceError         bytes that are no evidence of their kind, or a platform that gives none
+    │   └── VerificationFailed    well-formed evidence that a policy refuses; carries every check
     ├── ProtectionError           the enclave cannot keep its promise and stops
     │   ├── BudgetExceeded        one more request would show more than the mask budget allows
     │   └── NonFiniteError        NaN or infinity arose inside the enclave, before anything was sent
     └── WireError                 between enclave and worker
         ├── ConnectionLost        the peer closed, died or could not be reached
         ├── DeadlineExceeded      the peer did not answer in time
+        ├── ChannelError          bytes that break docs/spec/attested-channel.md
         ├── UntrustedPeer         the peer's certificate is not a pinned one, or ours is not for the peer
         ├── ProtocolError         bytes that break docs/spec/wire.md
         │   ├── BadMagic          not our protocol
@@ -80,6 +86,47 @@ class RunStopped(ObfuscaTuneError):
     """
 
 
+class IntegrityError(ObfuscaTuneError):
+    """A sealed or signed document that is not what was sealed or signed: changed, cut off, reordered, or an older one.
+
+    What to do:
+        Fetch it again. If it is still refused, whoever keeps it has changed it: do not use what it holds.
+    """
+
+
+class TermsError(ObfuscaTuneError):
+    """A grant, a consent or a quota does not allow what was asked for.
+
+    What to do:
+        The message names the term. The provider widens it by a new grant, the owner by a consent.
+    """
+
+
+class AttestationError(ObfuscaTuneError):
+    """Anything about evidence. Not raised itself.
+
+    What to do:
+        Read the subclass. Nothing was released.
+    """
+
+
+class EvidenceError(AttestationError):
+    """Bytes that are no evidence of the kind they claim to be, or a platform that gives none.
+
+    What to do:
+        The message says which field, or which interface of the system was looked for. docs/attestation.md lists
+        what each platform needs.
+    """
+
+
+class VerificationFailed(AttestationError):
+    """Well-formed evidence that a policy refuses.
+
+    What to do:
+        Run `obfuscatune verify`, which shows every check, line by line. Widen the policy only where you know why.
+    """
+
+
 class ProtectionError(ObfuscaTuneError):
     """The enclave cannot keep its promise, and stops rather than send.
 
@@ -128,6 +175,14 @@ class DeadlineExceeded(WireError):
 
     What to do:
         The worker is overloaded, or hangs: look at its machine, or give it longer by `deadline_s`.
+    """
+
+
+class ChannelError(WireError):
+    """Bytes that break docs/spec/attested-channel.md, or a message out of turn.
+
+    What to do:
+        Run the same version on both sides. If it comes again, the other side is broken or hostile.
     """
 
 

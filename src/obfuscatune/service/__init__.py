@@ -1,0 +1,13 @@
+"""The attested service: OpenAI's API on a protected model, several owners, jobs that survive a restart. TRUSTED.
+
+settings  a YAML file -> everything that determines a service; its digest is among the claims
+keys      the secrets that providers and owners have released; gone with the process
+engine    requests -> tokens: continuous batching over one protected model
+sampling  logits -> a token and its log-probability, as `generate` draws it
+state     SQLAlchemy: owners, files, jobs, models, usage; what is private is sealed by its owner's key
+jobs      fine-tuning in a process of its own; resumed after a restart
+api       FastAPI: OpenAI's routes, and ours for parties
+audit_log hash-chained: who, what, when, digests
+receipt   what a job was, signed
+server    all of it, started and stopped
+"""
