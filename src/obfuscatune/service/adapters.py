@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from obfuscatune.errors import ConfigError, ModelFileError
@@ -51,7 +52,9 @@ class Adapters:
         self._loaded: OrderedDict[str, str] = OrderedDict()
         """PEFT's name of each adapter by ours, the one used longest ago first."""
         self._active: str | None = None
+        self._layers: list[BaseTunerLayer] = []
         self._numbers = itertools.count()
+        self._rest()
 
     def __len__(self) -> int:
         return len(self._loaded)
@@ -97,19 +100,16 @@ class Adapters:
 
     def use(self, name: str | None) -> None:
         """Have the next forward passes be of this adapter, or of the base model: what the provider gave."""
-        if self._peft is None or name == self._active:
+        if name == self._active:
             return
         self._activate(None if name is None else self._loaded[name])
         self._active = name
 
     def _activate(self, inner: str | None) -> None:
-        if isinstance(self._peft, ProviderPeftModel):
-            self._peft.set_adapter(inner or PROVIDER, inference_mode=True)
-        elif inner is None:
-            self._peft.base_model.disable_adapter_layers()
-        else:
-            self._peft.base_model.enable_adapter_layers()
-            self._peft.set_adapter(inner, inference_mode=True)
+        """Layer by layer: PEFT's own switch walks over all modules, which takes longer than a token."""
+        names = ([] if inner is None else [inner]) + ([PROVIDER] if isinstance(self._peft, ProviderPeftModel) else [])
+        for layer in self._layers:
+            layer.set_adapter(names, inference_mode=True)
 
     def _add(self, inner: str, files: Mapping[str, bytes]) -> None:
         config = _config(files)
@@ -126,7 +126,8 @@ class Adapters:
         self._rest()
 
     def _rest(self) -> None:
-        """The base model, whatever PEFT made active."""
+        """The base model, whatever PEFT made active; with the layers that there are now."""
+        self._layers = [module for module in self.base.modules() if isinstance(module, BaseTunerLayer)]
         self._activate(None)
         self._active = None
 
@@ -134,12 +135,11 @@ class Adapters:
         """Take an adapter out of the layers. With the last one, the plain layers are put back."""
         if self._peft is None or inner not in self._peft.peft_config:
             return
-        others = [name for name in self._peft.peft_config if name != inner]
-        if not others:
-            self.base, self._peft, self._active = self._peft.unload(), None, None
-            return
-        self._activate(None if PROVIDER in others else others[0])  # PEFT warns where an active one is deleted
-        self._peft.delete_adapter(inner)
+        self._rest()  # PEFT warns where an active one is deleted
+        if len(self._peft.peft_config) > 1:
+            self._peft.delete_adapter(inner)
+        else:
+            self.base, self._peft = self._peft.unload(), None
         self._rest()
 
 
