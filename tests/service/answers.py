@@ -39,7 +39,7 @@ def with_random_lora(model: Any, seed: int) -> Any:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
+            if ".lora_B.default." in name:  # not the provider's
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     return adapted.eval()
 

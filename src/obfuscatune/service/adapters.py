@@ -20,7 +20,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from obfuscatune.errors import ConfigError, ModelFileError
-from obfuscatune.training.adapter import CONFIG, WEIGHTS, set_adapter_weights, without_peft_warnings
+from obfuscatune.training.adapter import (
+    CONFIG,
+    WEIGHTS,
+    check_trained_on,
+    set_adapter_weights,
+    without_peft_warnings,
+)
 from obfuscatune.training.provider_adapter import PROVIDER, ProviderPeftModel, refuse_unless_additive
 
 AdapterSource = Callable[[str], Mapping[str, bytes]]
@@ -70,7 +76,7 @@ class Adapters:
         """Have an adapter in memory; `has_room` must have said that it can be. None is the base model.
 
         Raises:
-            ModelFileError: its files are not a LoRA adapter for this model.
+            ModelFileError: its files are not a LoRA adapter for this model, on top of this provider's adapter.
             ConfigError: it is of a kind that does not add up with another one; or there are no adapters here.
         """
         if name is None:
@@ -113,6 +119,7 @@ class Adapters:
 
     def _add(self, inner: str, files: Mapping[str, bytes]) -> None:
         config = _config(files)
+        check_trained_on(self.base if self._peft is None else self._peft, files[WEIGHTS], WEIGHTS)
         with torch.random.fork_rng(devices=[]), without_peft_warnings():
             try:
                 if self._peft is None:
