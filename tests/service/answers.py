@@ -16,7 +16,7 @@ from obfuscatune.assets import tiny_model_path
 from obfuscatune.service.engine import Engine, EngineLimits
 from obfuscatune.service.requests import Event, FinishEvent, Handle, Request, TokenEvent
 from obfuscatune.service.sampling import SamplingParams
-from obfuscatune.training.adapter import add_lora, adapter_files
+from obfuscatune.training.adapter import adapter_files, add_lora
 
 GREEDY = SamplingParams(temperature=0)
 ENDLESS = 2**62
@@ -97,7 +97,9 @@ def some_requests(seed: int, count: int, vocabulary: int, names: tuple[str | Non
             tuple(rng.randrange(3, vocabulary) for _ in range(rng.randrange(1, 30))),
             rng.randrange(1, 24),
             SamplingParams(
-                temperature=rng.choice([0.0, 0.7, 1.0, 1.3]), top_p=rng.choice([1.0, 0.9, 0.5]), seed=rng.getrandbits(40)
+                temperature=rng.choice([0.0, 0.7, 1.0, 1.3]),
+                top_p=rng.choice([1.0, 0.9, 0.5]),
+                seed=rng.getrandbits(40),
             ),
             adapter=rng.choice(names),
         )

@@ -28,7 +28,10 @@ def write(cache: BatchCache, owners: list[int], done: list[int], tokens: int) ->
     assert mask.sum(1).tolist() == [count + tokens for count in done]
     assert positions[:, -1].tolist() == [count + tokens - 1 for count in done]
     new = torch.stack(
-        [torch.cat([states(owner, count + t) for t in range(tokens)], 1) for owner, count in zip(owners, done, strict=True)]
+        [
+            torch.cat([states(owner, count + t) for t in range(tokens)], 1)
+            for owner, count in zip(owners, done, strict=True)
+        ]
     )
     length, offset = cache.get_mask_sizes(tokens, 0)
     for layer in range(2):

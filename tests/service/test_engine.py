@@ -87,7 +87,9 @@ def test_a_protected_model_answers_as_the_plain_one(
 
 def test_adapters_by_name_beside_the_base_model(plain: Any, worker: LocalWorker) -> None:
     """Three adapters of which two are in memory at a time; names as clients choose them."""
-    adapted = {name: with_random_lora(tiny_model(), seed) for seed, name in enumerate(("ft:a.b", "default", "provider"))}
+    adapted = {
+        name: with_random_lora(tiny_model(), seed) for seed, name in enumerate(("ft:a.b", "default", "provider"))
+    }
     files = {name: files_of(model) for name, model in adapted.items()}
     asked = some_requests(2, 9, 1000, (None, *adapted))
     with (

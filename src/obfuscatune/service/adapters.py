@@ -30,8 +30,8 @@ from obfuscatune.training.adapter import (
 from obfuscatune.training.provider_adapter import PROVIDER, ProviderPeftModel, refuse_unless_additive
 
 AdapterSource = Callable[[str], Mapping[str, bytes]]
-"""The files of an adapter of this name, in PEFT's format, as `training.adapter.adapter_files` gives them. What it raises
-of our errors fails the requests that wait for the adapter."""
+"""The files of the adapter of this name, in PEFT's format, as `training.adapter.adapter_files` gives them. An error that
+it raises fails the requests for the adapter."""
 LARGEST_RANK = 4096
 
 

@@ -265,8 +265,8 @@ class Engine:
             raise DataError(f"logit_bias: expected tokens from 0 to {self._vocabulary - 1}")
         if request.length > self._window:
             raise DataError(
-                f"the prompt has {len(request.prompt)} tokens and up to {request.max_tokens} are to be written, but the "
-                f"model takes {self._window} in all; shorten it or lower max_tokens"
+                f"the prompt has {len(request.prompt)} tokens and up to {request.max_tokens} are to be written, but "
+                f"the model takes {self._window} in all; shorten it or lower max_tokens"
             )
         if cells(1, request.length) > self.limits.cache_tokens:
             raise DataError(
@@ -296,7 +296,7 @@ class Engine:
         except ObfuscaTuneError as error:
             reason = error
         except Exception as error:  # noqa: BLE001  # whatever it is: nobody may wait for an answer for ever
-            log.error("the engine stopped: %s", _kind(error))
+            log.error("the engine stopped: %s", _kind(error))  # noqa: TRY400  # its text may hold what is private
             reason = ServiceClosed("the service stopped at a failure of its own")
         self._shut(reason or ServiceClosed("the service was shut down"))
 
@@ -439,7 +439,7 @@ class Engine:
             raise
         except Exception as error:  # noqa: BLE001  # a failure that we do not know fails these requests alone
             if not isinstance(error, ObfuscaTuneError):
-                log.error("requests failed: %s", _kind(error))
+                log.error("requests failed: %s", _kind(error))  # noqa: TRY400  # as above
                 error = ServiceError("the service failed to answer; its log says at what")
             for running in sequences:
                 running.fail(_copy(error))
