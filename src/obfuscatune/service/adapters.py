@@ -30,7 +30,7 @@ from obfuscatune.training.adapter import (
 from obfuscatune.training.provider_adapter import PROVIDER, ProviderPeftModel, refuse_unless_additive
 
 AdapterSource = Callable[[str], Mapping[str, bytes]]
-"""The files of the adapter of this name, in PEFT's format, as `training.adapter.adapter_files` gives them. An error that
+"""The files of the adapter of this name in PEFT's format, as `training.adapter.adapter_files` gives them. An error that
 it raises fails the requests for the adapter."""
 LARGEST_RANK = 4096
 

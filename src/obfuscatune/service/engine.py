@@ -259,7 +259,7 @@ class Engine:
         Raises:
             DataError: see `submit`.
         """
-        if not all(0 <= token < self._vocabulary for token in request.prompt):
+        if not all(isinstance(token, int) and 0 <= token < self._vocabulary for token in request.prompt):
             raise DataError(f"the prompt: expected tokens from 0 to {self._vocabulary - 1}")
         if not all(0 <= token < self._vocabulary for token in request.sampling.logit_bias):
             raise DataError(f"logit_bias: expected tokens from 0 to {self._vocabulary - 1}")
