@@ -83,8 +83,8 @@ class Request:
             raise DataError(f"logit_bias: expected tokens from 0 to {vocabulary - 1}")
         if self.length > window:
             raise DataError(
-                f"the prompt has {len(self.prompt)} tokens and up to {self.max_tokens} are to be written, but the model "
-                f"takes {window} in all; shorten it or lower max_tokens"
+                f"the prompt has {len(self.prompt)} tokens and up to {self.max_tokens} are to be written, but the "
+                f"model takes {window} in all; shorten it or lower max_tokens"
             )
 
 
