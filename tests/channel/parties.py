@@ -105,8 +105,10 @@ def terms(*owners: str, **changed: Any) -> Terms:
     return Terms(owners or (DIGEST,), **{**fields, **changed})
 
 
-def grant(sequence: int = 1, model: str = "llama", manifest: str = DIGEST, **changed: Any) -> Grant:
-    return Grant(model, manifest, "s3://bucket/bundle", terms(**changed), sequence)
+def grant(
+    sequence: int = 1, model: str = "llama", manifest: str = DIGEST, owners: tuple[str, ...] = (), **changed: Any
+) -> Grant:
+    return Grant(model, manifest, "s3://bucket/bundle", terms(*owners, **changed), sequence)
 
 
 def open_session(address: TcpAddress, identity: Identity, context: SSL.Context | None = None) -> Session:
