@@ -19,6 +19,7 @@ from obfuscatune.attest.claims import PROFILES, Claims
 from obfuscatune.attest.evidence import Evidence, check_report_data
 from obfuscatune.attest.policy import ClaimsPolicy, Policy
 from obfuscatune.attest.simulated import check_simulated
+from obfuscatune.attest.snp import check_snp
 from obfuscatune.errors import VerificationFailed
 
 
@@ -161,4 +162,12 @@ def _simulated(evidence: Evidence, policy: Policy, report_data: bytes, now: int,
         )
 
 
-_VERIFIERS: dict[str, Callable[[Evidence, Policy, bytes, int, Checks], Any]] = {"simulated": _simulated}
+def _snp(evidence: Evidence, policy: Policy, report_data: bytes, now: int, checks: Checks) -> None:
+    if policy.sev_snp is not None:
+        check_snp(evidence, policy.sev_snp, report_data=report_data, now=now, checks=checks)
+
+
+_VERIFIERS: dict[str, Callable[[Evidence, Policy, bytes, int, Checks], Any]] = {
+    "sev-snp": _snp,
+    "simulated": _simulated,
+}
