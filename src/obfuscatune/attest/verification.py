@@ -16,6 +16,7 @@ from typing import Any
 from obfuscatune.attest.binding import NONCE_BYTES
 from obfuscatune.attest.checks import ANY, Check, Checks, shown
 from obfuscatune.attest.claims import PROFILES, Claims
+from obfuscatune.attest.dcap import check_sgx, check_tdx
 from obfuscatune.attest.evidence import Evidence, check_report_data
 from obfuscatune.attest.policy import ClaimsPolicy, Policy
 from obfuscatune.attest.simulated import check_simulated
@@ -162,12 +163,24 @@ def _simulated(evidence: Evidence, policy: Policy, report_data: bytes, now: int,
         )
 
 
+def _tdx(evidence: Evidence, policy: Policy, report_data: bytes, now: int, checks: Checks) -> None:
+    if policy.tdx is not None:
+        check_tdx(evidence, policy.tdx, report_data=report_data, now=now, checks=checks)
+
+
+def _sgx(evidence: Evidence, policy: Policy, report_data: bytes, now: int, checks: Checks) -> None:
+    if policy.sgx is not None:
+        check_sgx(evidence, policy.sgx, report_data=report_data, now=now, checks=checks)
+
+
 def _snp(evidence: Evidence, policy: Policy, report_data: bytes, now: int, checks: Checks) -> None:
     if policy.sev_snp is not None:
         check_snp(evidence, policy.sev_snp, report_data=report_data, now=now, checks=checks)
 
 
 _VERIFIERS: dict[str, Callable[[Evidence, Policy, bytes, int, Checks], Any]] = {
+    "tdx": _tdx,
+    "sgx": _sgx,
     "sev-snp": _snp,
     "simulated": _simulated,
 }
