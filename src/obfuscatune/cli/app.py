@@ -64,6 +64,10 @@ _COMMANDS = {
         "Seal a model, and release its key to an enclave you checked.", "obfuscatune provider seal ./llama -o bundle/"
     ),
     "owner": _Command("Seal data for an enclave.", "obfuscatune owner seal train.jsonl -o bundle/"),
+    "verify": _Command(
+        "Hold evidence against a policy.",
+        "obfuscatune verify evidence.json --policy policy.yaml --out verified.json",
+    ),
     "keygen": _Command(
         "Make the keys of a party: enclave, worker, provider or owner.", "obfuscatune keygen --out keys/enclave"
     ),

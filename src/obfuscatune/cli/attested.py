@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from cryptography import x509
-
-from obfuscatune import documents
 from obfuscatune.cli import output
-from obfuscatune.errors import ConfigError, StorageError, VerificationFailed
+from obfuscatune.errors import ConfigError, VerificationFailed
 from obfuscatune.option import Option
-from obfuscatune.protocol.endpoints import Address, TcpAddress, parse_address
+from obfuscatune.protocol.endpoints import TcpAddress, parse_address
+from obfuscatune.protocol.files import read_trusted, write_new
 
 if TYPE_CHECKING:
+    from obfuscatune.attest.collateral import CollateralCache
+    from obfuscatune.attest.record import Verification
     from obfuscatune.channel.client import Attested
     from obfuscatune.channel.identity import Identity
 
@@ -24,68 +24,92 @@ ENCLAVE = "Enclave"
 
 @dataclass(frozen=True, kw_only=True)
 class EnclaveOptions:
-    """Which enclave, what is accepted of it, and who we are. With `with_options`, a group of options."""
+    """Which enclave, what is accepted of it, and who we are: a group of options."""
 
     enclave: Annotated[str, Option("Its attested channel, as enclave.example:7700.", ENCLAVE)]
-    policy: Annotated[Path, Option("What is accepted of it: a policy in YAML (docs/attestation.md).", ENCLAVE)]
+    policy: Annotated[Path, Option("What you accept: a policy in YAML (docs/attestation.md).", ENCLAVE)]
     identity: Annotated[Path, Option("Folder with your cert.pem and key.pem, by `obfuscatune keygen`.", ENCLAVE)]
     pin: Annotated[
-        str | None, Option("The fingerprint that its key must have besides.", ENCLAVE, unset="any key that is attested")
+        str | None, Option("Fingerprint that its key must have besides.", ENCLAVE, unset="any key that is attested")
+    ] = None
+    collateral: Annotated[
+        Path | None, Option("Folder of Intel's collateral, used in place of the enclave's.", ENCLAVE)
+    ] = None
+    fetch_collateral: Annotated[
+        str | None, Option("Fetch what --collateral lacks: from intel, or a PCCS's https://...", ENCLAVE)
     ] = None
     verification_out: Annotated[
-        Path | None,
-        Option(
-            "Keep what was verified, for others to verify again: `obfuscatune verify FILE`.", ENCLAVE, unset="not kept"
-        ),
+        Path | None, Option("Keep the verification document, for `obfuscatune verify FILE`.", ENCLAVE)
     ] = None
 
     @contextmanager
     def connected(self) -> "Iterator[tuple[Attested, Identity]]":
-        """A session with the enclave, which was verified, and ourselves. What was checked is told first.
+        """A session with the enclave, verified, and who we are. What was checked is told first.
 
         Raises:
             VerificationFailed: the enclave is not what the policy accepts. Nothing was released.
             ConfigError: an option cannot be used.
         """
         from obfuscatune.attest.policy import Policy
+        from obfuscatune.attest.simulated import WARNING
         from obfuscatune.channel.client import Attested
         from obfuscatune.channel.identity import Identity
 
-        address, policy, identity = parse_enclave(self.enclave), Policy.from_file(self.policy), Identity.load(self.identity)
-        if self.verification_out is not None and not self.verification_out.parent.is_dir():
-            raise ConfigError(f"--verification-out {self.verification_out}: there is no such folder")
+        address, policy = parse_enclave(self.enclave), Policy.from_file(self.policy)
+        identity, cache = Identity.load(self.identity), self._cache()
+        if self.verification_out is not None and self.verification_out.exists():
+            raise ConfigError(f"{self.verification_out} exists and is not overwritten: choose another name")
         try:
-            channel = Attested.connect(address, identity, policy, pinned=None if self.pin is None else {self.pin})
+            channel = Attested.connect(
+                address,
+                identity,
+                policy,
+                pinned=None if self.pin is None else {self.pin},
+                complete=None if cache is None else cache.complete,
+            )
         except VerificationFailed as error:
             output.notice("\n".join(map(str, error.checks)))
             raise
         with channel:
-            self._tell(channel)
+            record = channel.record
+            if record.simulated:
+                output.stderr().print(WARNING, style="bold red", soft_wrap=True)
+            output.notice("\n".join(map(str, record.checks)))
+            output.notice(f"verified {self.enclave}, whose key is {channel.enclave_key}")
+            if self.verification_out is not None:
+                _keep(record, self.verification_out)
             yield channel, identity
 
-    def _tell(self, channel: "Attested") -> None:
-        from obfuscatune.attest.simulated import WARNING
+    def _cache(self) -> "CollateralCache | None":
+        from obfuscatune.attest.collateral import INTEL_PCS, CollateralCache, fetch_from
 
-        output.notice("\n".join(map(str, channel.verified.checks)))
-        if channel.verified.simulated:
-            output.stderr().print(WARNING, style="bold red", markup=False)
-        output.notice(f"verified {self.enclave}, whose key is {channel.enclave_key}")
-        if self.verification_out is not None:
-            try:
-                self.verification_out.write_bytes(documents.canonical(channel.verification_document()))
-            except OSError as error:
-                raise StorageError(f"cannot write {self.verification_out}: {error.strerror or error}") from error
+        source = self.fetch_collateral
+        if self.collateral is None:
+            if source is not None:
+                raise ConfigError("--fetch-collateral takes --collateral: the folder that it is kept in")
+            return None
+        if source is not None and source != "intel" and not source.startswith("https://"):
+            raise ConfigError(f"--fetch-collateral is intel, or the https:// address of a PCCS, not {source!r:.80}")
+        fetch = None if source is None else fetch_from(INTEL_PCS if source == "intel" else source)
+        return CollateralCache(self.collateral, fetch)
+
+
+def _keep(record: "Verification", path: Path) -> None:
+    from obfuscatune.attest.record import to_file_bytes
+
+    try:
+        write_new(path, to_file_bytes(record), 0o644)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror or error}; nothing was released") from error
 
 
 def parse_enclave(text: str) -> TcpAddress:
-    """host:port, or tcp:host:port.
+    """An address as host:port or tcp:host:port.
 
     Raises:
         ConfigError: anything else.
     """
-    address: Address | None = None
-    if not text.startswith("unix:"):
-        address = parse_address(text if text.startswith("tcp:") else f"tcp:{text}")
+    address = parse_address(text if text.startswith(("tcp:", "unix:")) else f"tcp:{text}")
     if not isinstance(address, TcpAddress) or not address.port:
         raise ConfigError(f"--enclave {text}: expected a host and a port, as enclave.example:7700")
     return address
@@ -97,11 +121,10 @@ def read_fingerprint(path: Path, option: str) -> str:
     Raises:
         ConfigError: the file is no certificate.
     """
-    from obfuscatune.channel.identity import key_digest
-    from obfuscatune.protocol.files import read_trusted
+    from obfuscatune.protocol.tls import fingerprint
 
     try:
-        return key_digest(x509.load_pem_x509_certificate(read_trusted(path, "certificate"))).hex()
+        return fingerprint(read_trusted(path, "certificate"))
     except OSError as error:
         raise ConfigError(f"{option} {path}: {error.strerror or error}") from error
     except ValueError:
