@@ -48,9 +48,7 @@ class Attested:
         enclave_key: fingerprint of the enclave's TLS key.
     """
 
-    def __init__(
-        self, session: Session, verified: Verified, record: Verification, clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, session: Session, verified: Verified, record: Verification, clock: Callable[[], float]) -> None:
         self.verified, self.record = verified, record
         self.enclave_key = record.session.binding.attester.hex()
         self._session, self._clock = session, clock
