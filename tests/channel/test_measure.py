@@ -69,7 +69,8 @@ def test_an_enclave_that_was_started_otherwise_is_refused(
 
 def test_a_process_measures_its_own_interpreter_and_environment() -> None:
     code = (
-        "import json, os; os.environ['LD_BIND_NOW'] = '2'; os.environ['SET_SINCE'] = ''; from obfuscatune.channel.measure import measure_process;"
+        "import json, os; os.environ['LD_BIND_NOW'] = '2'; os.environ['SET_SINCE'] = '';"
+        "from obfuscatune.channel.measure import measure_process;"
         "print(json.dumps(measure_process(b'')._asdict()))"
     )
     command = [sys.executable, "-X", "utf8", "-c", code]
