@@ -17,6 +17,7 @@ from obfuscatune.attest.evidence import KINDS, MOST_BYTES, Evidence
 from obfuscatune.documents import canonical
 from obfuscatune.errors import EvidenceError
 from tests.attest.made import BINDING, CLAIMS, KEY, REPORT_DATA
+import contextlib
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 PARTS = st.builds(
@@ -68,20 +69,16 @@ _JUNK = st.recursive(
 @given(st.sampled_from(sorted(CLAIMS.to_document())), _JUNK)
 def test_claims_with_any_other_value_in_a_field_are_refused_or_read_as_they_are(name, junk):
     data = canonical(CLAIMS.to_document() | {name: junk})
-    try:
+    with contextlib.suppress(EvidenceError):
         assert Claims.from_bytes(data).to_bytes() == data
-    except EvidenceError:
-        pass
 
 
 @settings(max_examples=50)
 @given(st.sampled_from(["version", "kind", "quote", "certificates", "collateral", "parts"]), _JUNK)
 def test_evidence_with_any_other_value_in_a_field_is_refused_or_read_as_it_is(name, junk):
     document = Evidence("tdx", b"quote").to_document() | {name: junk}
-    try:
+    with contextlib.suppress(EvidenceError):
         assert Evidence.from_bytes(canonical(document)).to_document() == document
-    except EvidenceError:
-        pass
 
 
 @pytest.mark.parametrize("name", sorted(CLAIMS.to_document()))
