@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 
@@ -15,7 +16,6 @@ from obfuscatune.attest.evidence import Evidence
 from obfuscatune.attest.policy import SgxPolicy, TdxPolicy
 from obfuscatune.documents import canonical
 from obfuscatune.errors import EvidenceError
-import contextlib
 
 pytest.importorskip("dcap_qvl")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from dataclasses import replace
@@ -17,7 +18,6 @@ from obfuscatune.attest.evidence import KINDS, MOST_BYTES, Evidence
 from obfuscatune.documents import canonical
 from obfuscatune.errors import EvidenceError
 from tests.attest.made import BINDING, CLAIMS, KEY, REPORT_DATA
-import contextlib
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 PARTS = st.builds(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import random
 import struct
 from dataclasses import replace
@@ -19,7 +20,6 @@ from obfuscatune.attest.snp import check_snp
 from obfuscatune.documents import canonical
 from obfuscatune.errors import EvidenceError
 from tests.attest.made import NOW, REPORT_DATA, SNP_POLICY, Amd
-import contextlib
 
 TODAY = 1_795_960_000
 """2026-11-29, within the validity of the genuine certificates."""

@@ -100,7 +100,7 @@ def test_each_changed_byte_of_a_quote_is_refused(quoted):
 
 
 def test_the_policy_asks_for_it_beside_other_evidence(quoted, tcti):
-    evidence, wanted = quoted
+    _, wanted = quoted
     both = Joined(Simulated(KEY), Tpm(HANDLE, [0, 7], tcti)).attest(REPORT_DATA)
     required = policy(require=[["simulated"], ["tpm"]], tpm=wanted.model_dump(mode="json"))
     found = verify(both, required, report_data=REPORT_DATA, claims=CLAIMS, nonce=BINDING.nonce, now=NOW)
