@@ -269,7 +269,7 @@ def test_changed_collateral_is_refused(tdx):
         assert failures(Evidence("tdx", tdx.quote, (), without), tdx_policy(tdx.quote)) == {"signature"}
 
 
-@settings(max_examples=80)
+@settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_cut_and_stretched_quotes_are_refused(tdx, data):
     quote = tdx.quote
@@ -282,7 +282,7 @@ def test_cut_and_stretched_quotes_are_refused(tdx, data):
         assert failures(evidence, tdx_policy(quote), report_data=report_data_of(quote))
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.binary(max_size=100) | st.binary(max_size=100).map(lambda it: b"\4\0\2\0\x81\0\0\0" + it))
 def test_junk_is_no_quote(junk):
     with pytest.raises(EvidenceError):
