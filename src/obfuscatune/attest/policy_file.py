@@ -135,7 +135,7 @@ class _UniqueKeys(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(None, None, "an alias: write values out", self.peek_event().start_mark)
+            raise yaml.YAMLError("an alias: write values out")
         return super().compose_node(parent, index)
 
 
