@@ -148,6 +148,15 @@ def test_bytes_behind_the_quote_are_zero(evidence_of, tdx):
         }
 
 
+@pytest.mark.parametrize("at", [632, 764, 766])
+def test_lengths_that_contradict_each_other_are_refused(tdx, at):
+    """Of the signature data; type and length of what is certified within. `dcap-qvl` reads past each of them."""
+    changed = bytearray(tdx.quote)
+    changed[at] += 1
+    with pytest.raises(EvidenceError, match="contradict"):
+        failures(Evidence("tdx", bytes(changed), (), tdx.collateral), tdx_policy(tdx.quote))
+
+
 @pytest.mark.parametrize(
     "name", ["mr_td", "rtmr0", "rtmr1", "rtmr2", "rtmr3", "mr_config_id", "mr_owner", "mr_owner_config", "mr_seam"]
 )
