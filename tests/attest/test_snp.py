@@ -250,6 +250,17 @@ def test_a_chip_cannot_certify_another(genoa, turin):
     assert "root" in failures(genoa.evidence(), snp_policy(), roots=turin.roots)
 
 
+def test_what_the_certificates_call_themselves_fits(genoa):
+    def found(**changes):
+        evidence = Evidence("sev-snp", genoa.report(vlek=changes.get("vlek", False)), genoa.certificates(**changes))
+        return failures(evidence, snp_policy(), roots=genoa.roots)
+
+    assert found(vlek=True, middle="SEV-Genoa") == {"names"}
+    assert found(middle="SEV-VLEK-Genoa") == {"names"}
+    assert found(product="Milan-B0") == {"product"}
+    assert found(product="Siena-B1") == found(product="Genoa-B1") == set()
+
+
 def test_an_intermediate_that_may_not_sign_others_is_refused(genoa):
     leaf, _, root = genoa.certificates()
     middle = certificate(genoa.intermediate, "SEV-Genoa", genoa.root, "ARK-Genoa", authority=False)
