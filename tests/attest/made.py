@@ -127,21 +127,24 @@ class Amd:
     def hardware_id(self) -> bytes:
         return bytes(range(8 if self.product == "Turin" else 64))
 
-    def certificates(self, *, vlek: bool = False, **changes: Any) -> tuple[bytes, bytes, bytes]:
+    def certificates(
+        self, *, vlek: bool = False, product: str | None = None, middle: str | None = None
+    ) -> tuple[bytes, bytes, bytes]:
+        """The chain; with another product in the leaf, or another name of the intermediate, where they are given."""
         root = f"ARK-{self.product}"
-        middle = f"SEV-VLEK-{self.product}" if vlek else f"SEV-{self.product}"
+        middle = middle or (f"SEV-VLEK-{self.product}" if vlek else f"SEV-{self.product}")
         arc = "1.3.6.1.4.1.3704.1"
         fmc, bootloader, tee, snp, microcode = self.tcb
         numbers = {f"{arc}.3.1": bootloader, f"{arc}.3.2": tee, f"{arc}.3.3": snp, f"{arc}.3.8": microcode}
         if self.product == "Turin":
             numbers[f"{arc}.3.9"] = fmc
-        stated = self.product.encode()
+        stated = (product or self.product).encode()
         extensions = {f"{arc}.2": b"\x16" + bytes([len(stated)]) + stated}
         extensions |= {oid: _integer(number) for oid, number in numbers.items()}
         extensions |= {f"{arc}.5": b"\x16\x03csp"} if vlek else {f"{arc}.4": self.hardware_id}
         leaf = "SEV-VLEK" if vlek else "SEV-VCEK"
         return (
-            certificate(self.chip, leaf, self.intermediate, middle, extensions=extensions, **changes),
+            certificate(self.chip, leaf, self.intermediate, middle, extensions=extensions),
             certificate(self.intermediate, middle, self.root, root, authority=True),
             certificate(self.root, root, self.root, root, authority=True),
         )
@@ -152,7 +155,9 @@ class Amd:
             return bytes([fmc, bootloader, tee, snp, 0, 0, 0, microcode])
         return bytes([bootloader, tee, 0, 0, 0, 0, snp, microcode])
 
-    def report(self, report_data: bytes = REPORT_DATA, *, vlek: bool = False, changes: dict[int, bytes] = {}) -> bytes:
+    def report(
+        self, report_data: bytes = REPORT_DATA, *, vlek: bool = False, changes: dict[int, bytes] | None = None
+    ) -> bytes:
         """A signed report; `changes` are made before it is signed."""
         report = bytearray(1184)
         cpuid = {"Milan": (0x19, 0x01), "Genoa": (0x19, 0x11), "Turin": (0x1A, 0x02)}[self.product]
@@ -170,7 +175,7 @@ class Amd:
             0x1E0: self.tcb_bytes(),
             0x1F0: self.tcb_bytes(),
         }
-        for offset, value in (fields | changes).items():
+        for offset, value in (fields | (changes or {})).items():
             report[offset : offset + len(value)] = value
         r, s = decode_dss_signature(self.chip.sign(bytes(report[:672]), ec.ECDSA(SHA384())))
         report[672:720], report[744:792] = r.to_bytes(48, "little"), s.to_bytes(48, "little")

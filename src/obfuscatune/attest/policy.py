@@ -115,6 +115,8 @@ class TdxPolicy(DcapPolicy):
     mr_seam: Digests48 = ANY
     """The TDX module. Intel's collateral says which are current."""
     xfam: Masks8 = ANY
+    minimum_tee_tcb_svn: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] = "00" * 16
+    """Security version numbers of the TDX module, byte by byte."""
 
 
 class SgxPolicy(DcapPolicy):
@@ -283,6 +285,12 @@ class Policy(_Section):
     def digest(self) -> str:
         """SHA-256 of the policy as it is applied, in hex."""
         return documents.digest(self.to_document())
+
+    def expires(self, obtained: int) -> int:
+        """Until when evidence that came then is relied upon: Unix seconds, as both are."""
+        end = obtained + self.freshness_seconds
+        reference = self.reference_values
+        return end if reference is None or reference.expires is None else min(end, reference.expires)
 
     def section(self, kind: str) -> BaseModel | None:
         """The section of a kind of evidence."""
