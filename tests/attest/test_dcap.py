@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 
@@ -268,7 +269,7 @@ def test_changed_collateral_is_refused(tdx):
         assert failures(Evidence("tdx", tdx.quote, (), without), tdx_policy(tdx.quote)) == {"signature"}
 
 
-@settings(max_examples=80)
+@settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_cut_and_stretched_quotes_are_refused(tdx, data):
     quote = tdx.quote
@@ -277,13 +278,11 @@ def test_cut_and_stretched_quotes_are_refused(tdx, data):
     if changed == quote:
         return
     evidence = Evidence("tdx", changed, (), tdx.collateral)
-    try:
+    with contextlib.suppress(EvidenceError):
         assert failures(evidence, tdx_policy(quote), report_data=report_data_of(quote))
-    except EvidenceError:
-        pass
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.binary(max_size=100) | st.binary(max_size=100).map(lambda it: b"\4\0\2\0\x81\0\0\0" + it))
 def test_junk_is_no_quote(junk):
     with pytest.raises(EvidenceError):

@@ -129,7 +129,7 @@ _JUNK = st.recursive(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.dictionaries(st.sampled_from(list(WHOLE)), _JUNK, max_size=4))
 def test_junk_is_a_policy_or_a_config_error(junk):
     try:
