@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import select
 import socket
 import threading
 from collections.abc import Iterator
@@ -189,6 +190,15 @@ def test_a_request_before_its_turn_ends_the_session(server: ChannelServer, encla
         session.send(second, Deadline(SOON))
         assert ended(session) == "malformed"
     assert enclave.handler.came == []
+
+
+def test_the_reason_reaches_who_is_still_sending(server: ChannelServer, enclave: Enclave) -> None:
+    session, _ = said_hello(server, enclave)
+    session.send(b"OBAC\1\3\0\0" + (2**18 + 1).to_bytes(4, "big"), Deadline(SOON))
+    session._poll(select.POLLIN, Deadline(SOON))  # the ERROR has come
+    for _ in range(12):
+        session.send(bytes(2**16), Deadline(SOON))
+    assert ended(session) == "malformed"
 
 
 def test_a_session_has_so_many_requests(server: ChannelServer, enclave: Enclave) -> None:
