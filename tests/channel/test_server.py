@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
-import select
 import socket
 import threading
 from collections.abc import Iterator
@@ -192,12 +192,9 @@ def test_a_request_before_its_turn_ends_the_session(server: ChannelServer, encla
     assert enclave.handler.came == []
 
 
-def test_the_reason_reaches_who_is_still_sending(server: ChannelServer, enclave: Enclave) -> None:
-    session, _ = said_hello(server, enclave)
-    session.send(b"OBAC\1\3\0\0" + (2**18 + 1).to_bytes(4, "big"), Deadline(SOON))
-    session._poll(select.POLLIN, Deadline(SOON))  # the ERROR has come
-    for _ in range(12):
-        session.send(bytes(2**16), Deadline(SOON))
+def test_evidence_of_another_role_is_not_asked_of_the_enclave(server: ChannelServer, enclave: Enclave) -> None:
+    session = open_session(server.address, CLIENT)
+    session.send(Hello("worker", bytes(32)).pack(), Deadline(SOON))
     assert ended(session) == "malformed"
 
 
@@ -359,7 +356,8 @@ def test_whatever_comes_ends_in_an_error_or_an_answer(
     try:
         for part in data:
             session.send(part, Deadline(SOON))
-        session._tls.shutdown()
+        with contextlib.suppress(SSL.Error):  # the enclave may have closed already
+            session._tls.shutdown()
         while True:
             message = read_message(session)
             assert message[5] in (MessageType.EVIDENCE, MessageType.REPLY, MessageType.ERROR)
