@@ -170,6 +170,12 @@ def test_collateral_before_a_tcb_recovery_is_refused(tdx):
     assert failures(tdx, tdx_policy(tdx.quote, minimum_tcb_evaluation=18)) == {"tcb_evaluation"}
 
 
+def test_an_old_tdx_module_is_refused(tdx):
+    assert failures(tdx, tdx_policy(tdx.quote, minimum_tee_tcb_svn="060103" + "00" * 13)) == set()
+    for old in ("070103", "060203", "060104"):
+        assert failures(tdx, tdx_policy(tdx.quote, minimum_tee_tcb_svn=old + "00" * 13)) == {"tee_tcb_svn"}
+
+
 @pytest.mark.parametrize(
     ("attributes", "names"),
     [
