@@ -8,6 +8,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -428,3 +429,25 @@ def test_a_server_that_answers_otherwise_is_refused() -> None:
 
         with Adversary(enclave.identity, act) as adversary, pytest.raises(ChannelError, match=text):
             Attested.connect(adversary.address, CLIENT, enclave.policy())
+
+
+@pytest.mark.long
+def test_memory_does_not_grow(server: ChannelServer, enclave: Enclave) -> None:
+    """A thousand sessions, half of them broken, once the allocator has what it needs."""
+
+    def resident_kib() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
+
+    def run(count: int) -> int:
+        for number in range(count):
+            with Attested.connect(server.address, CLIENT, enclave.policy()) as channel:
+                channel.release("grant", grant().sign(CLIENT), KEY)
+            session = open_session(server.address, CLIENT)
+            session.send(HELLO[: number % len(HELLO)] + bytes(number % 700), Deadline(SOON))
+            session.close()
+            enclave.handler.came.clear()
+        gc.collect()
+        return resident_kib()
+
+    before = run(200)
+    assert run(500) - before < 1024
