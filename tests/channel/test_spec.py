@@ -156,6 +156,12 @@ def test_a_sealed_secret_opens_unchanged_alone(secret: bytes, place: int, change
             unseal(bytes(changed), key, info)
 
 
+@pytest.mark.parametrize("size", [0, 31, 33])
+def test_a_secret_of_another_length_is_not_sealed(size: int) -> None:
+    with pytest.raises(ChannelError, match="32 bytes"):
+        seal(bytes(size), X25519PrivateKey.generate().public_key().public_bytes_raw(), b"")
+
+
 @pytest.mark.parametrize("public_key", [bytes(32), b"\1" + bytes(31), bytes(31)])
 def test_a_key_of_small_order_is_none(public_key: bytes) -> None:
     with pytest.raises(ChannelError, match="no X25519 key"):
