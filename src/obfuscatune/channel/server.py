@@ -24,7 +24,7 @@ from obfuscatune.channel.grants import Consent, Grant, Revocation
 from obfuscatune.channel.hpke import unseal
 from obfuscatune.channel.identity import Identity
 from obfuscatune.channel.messages import MOST_REQUESTS, Hello, MessageType, Reply, Request, pack, pack_error
-from obfuscatune.channel.session import Session, SessionEnded, SessionStopped, tls_context
+from obfuscatune.channel.session import Session, SessionStopped, tls_context
 from obfuscatune.errors import (
     ChannelError,
     ConfigError,
@@ -194,8 +194,6 @@ class ChannelServer:
         last_words = b""
         try:
             self._serve(session)
-        except SessionEnded:
-            log.debug("attested channel: %s closed", peer)
         except SessionStopped:
             last_words = pack_error("stopping", "the enclave stops")
         except ConnectionLost as error:
@@ -236,8 +234,6 @@ class ChannelServer:
             key = None if request.sealed is None else unseal(request.sealed, self._hpke_key, info)
             reply = self._answer(session, request, key)
             session.send(reply.pack(), Deadline(limits.step_s))
-            if self._stopping:
-                raise SessionStopped("stopped after a request")
         raise ChannelError(f"a session has at most {MOST_REQUESTS} requests")
 
     def _answer(self, session: Session, request: Request, key: bytes | None) -> Reply:
