@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from obfuscatune.errors import ConfigError, ConnectionLost, UntrustedPeer, WireError
@@ -115,8 +115,8 @@ class PinnedTls:
 
 
 def make_identity(name: str) -> tuple[bytes, bytes]:
-    """A fresh self-signed certificate and its private key (EC P-256), both PEM. `name` is for people to read."""
-    key = ec.generate_private_key(ec.SECP256R1())
+    """A fresh self-signed certificate and its private key (Ed25519), both PEM. `name` is for people to read."""
+    key = Ed25519PrivateKey.generate()
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     now = datetime.datetime.now(datetime.UTC)
     certificate = (
@@ -131,7 +131,7 @@ def make_identity(name: str) -> tuple[bytes, bytes]:
         .add_extension(
             x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False
         )
-        .sign(key, hashes.SHA256())
+        .sign(key, None)
     )
     return (
         certificate.public_bytes(serialization.Encoding.PEM),
