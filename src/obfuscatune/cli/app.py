@@ -60,7 +60,13 @@ _COMMANDS = {
         "Measure what a worker learns.", "obfuscatune audit --model ./llama --profile private --attacker closed"
     ),
     "worker": _Command("Run the untrusted worker.", "obfuscatune worker --listen unix:/run/obfuscatune.sock"),
-    "keygen": _Command("Make the keys of a party: enclave, worker, provider or owner.", "obfuscatune keygen --out keys/enclave"),
+    "provider": _Command(
+        "Seal a model, and release its key to an enclave you checked.", "obfuscatune provider seal ./llama -o bundle/"
+    ),
+    "owner": _Command("Seal data for an enclave.", "obfuscatune owner seal train.jsonl -o bundle/"),
+    "keygen": _Command(
+        "Make the keys of a party: enclave, worker, provider or owner.", "obfuscatune keygen --out keys/enclave"
+    ),
 }
 """Each is the function, or the typer app, of its own name in the module of its own name; `-` is `_` there."""
 
