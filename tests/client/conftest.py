@@ -5,23 +5,12 @@ import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import uvicorn
 
-from obfuscatune.client.identity import Identity
-from obfuscatune.protocol.tls import make_identity
-
-
-def write_identity(directory: Path) -> Identity:
-    """What `obfuscatune keygen` makes."""
-    directory.mkdir()
-    certificate, key = make_identity(directory.name)
-    (directory / "cert.pem").write_bytes(certificate)
-    (directory / "key.pem").touch(mode=0o600)
-    (directory / "key.pem").write_bytes(key)
-    return Identity.from_directory(directory)
+from obfuscatune.channel.identity import Identity
+from obfuscatune.client.connection import _show
 
 
 @contextmanager
@@ -53,7 +42,7 @@ def served(app, context: ssl.SSLContext | None = None) -> Iterator[int]:
 def server_context(server: Identity, client: Identity) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.load_cert_chain(server.certificate_file, server.key_file)
+    _show(server, context)
     context.verify_mode = ssl.CERT_REQUIRED
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     context.load_verify_locations(cadata=client.certificate_pem.decode())
@@ -61,10 +50,10 @@ def server_context(server: Identity, client: Identity) -> ssl.SSLContext:
 
 
 @pytest.fixture
-def owner(tmp_path: Path) -> Identity:
-    return write_identity(tmp_path / "owner")
+def owner() -> Identity:
+    return Identity.generate("owner")
 
 
 @pytest.fixture
-def enclave(tmp_path: Path) -> Identity:
-    return write_identity(tmp_path / "enclave")
+def enclave() -> Identity:
+    return Identity.generate("enclave")

@@ -11,14 +11,15 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
+from obfuscatune.channel.identity import Identity
 from obfuscatune.client import proxy as module
 from obfuscatune.client.connection import pinned_context
 from obfuscatune.client.proxy import Standing, Supervisor, make_app
 from obfuscatune.errors import ConnectionLost, UntrustedPeer, VerificationFailed
-from tests.client.conftest import served, server_context, write_identity
+from tests.client.conftest import served, server_context
 
 # asyncio's TLS transports say so when a loop ends before the other side has closed.
-pytestmark = pytest.mark.filterwarnings("ignore:.*unclosed transport:pytest.PytestUnraisableExceptionWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed transport:ResourceWarning")
 
 
 class Upstream:
@@ -60,10 +61,10 @@ def around(upstream, owner, enclave):
     def start(verify=None, key=None, seconds=100.0):
         with ExitStack() as stack:
             port = stack.enter_context(served(upstream.app(), server_context(enclave, owner)))
-            context = pinned_context("127.0.0.1", port, owner, enclave.spki_sha256)
+            context = pinned_context("127.0.0.1", port, owner, enclave.fingerprint)
 
             def stand():
-                return Standing(f"https://127.0.0.1:{port}", context, time.monotonic() + seconds)
+                return Standing(f"https://127.0.0.1:{port}", enclave.fingerprint, context, time.monotonic() + seconds)
 
             supervisor = Supervisor((lambda: verify(stand)) if verify else stand)
             supervisor.check()
@@ -76,7 +77,8 @@ def around(upstream, owner, enclave):
 
 def test_requests_and_answers_pass_as_they_are(around, upstream):
     with around() as (_, client):
-        reply = client.post("/v1/a%2Fb/teapot?x=1&x=2", content=b"z" * 100_000, headers={"authorization": "Bearer mine"})
+        headers = {"authorization": "Bearer mine"}
+        reply = client.post("/v1/a%2Fb/teapot?x=1&x=2", content=b"z" * 100_000, headers=headers)
         assert (reply.status_code, reply.json()) == (418, {"bytes": 100_000})
         assert client.get("/obfuscatune/v1/status").status_code == 200
         assert client.get("/elsewhere").status_code == 404
@@ -155,8 +157,8 @@ def test_a_thread_verifies_again_before_the_standing_ends(around, monkeypatch):
 
 def test_an_enclave_that_went_away_is_a_bad_gateway(around, owner, enclave):
     with served(Upstream().app(), server_context(enclave, owner)) as port:
-        context = pinned_context("127.0.0.1", port, owner, enclave.spki_sha256)
-    with around(lambda _: Standing(f"https://127.0.0.1:{port}", context, time.monotonic() + 100)) as (_, client):
+        context = pinned_context("127.0.0.1", port, owner, enclave.fingerprint)
+    with around(lambda _: Standing(f"https://127.0.0.1:{port}", "key", context, time.monotonic() + 100)) as (_, client):
         assert client.get("/v1/models").status_code == 502
 
 
@@ -183,11 +185,11 @@ def test_a_body_above_the_limit_is_refused(around, upstream, monkeypatch):
     assert len(upstream.seen) == 1
 
 
-def test_another_key_than_the_evidence_names_is_refused(tmp_path, owner, enclave):
-    other = write_identity(tmp_path / "other")
+def test_another_key_than_the_evidence_names_is_refused(owner, enclave):
+    other = Identity.generate("other")
     with served(Upstream().app(), server_context(other, owner)) as port, pytest.raises(UntrustedPeer, match="another"):
-        pinned_context("127.0.0.1", port, owner, enclave.spki_sha256)
+        pinned_context("127.0.0.1", port, owner, enclave.fingerprint)
     with served(Upstream().app(), server_context(enclave, owner)) as port:
-        context = pinned_context("127.0.0.1", port, owner, enclave.spki_sha256)
+        context = pinned_context("127.0.0.1", port, owner, enclave.fingerprint)
     with served(Upstream().app(), server_context(other, owner)) as port, pytest.raises(httpx.ConnectError):
         httpx.get(f"https://127.0.0.1:{port}/v1/models", verify=context, trust_env=False)

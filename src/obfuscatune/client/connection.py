@@ -1,35 +1,34 @@
 """A verified service: HTTPS to the one key that its evidence names, as one of the parties.
 
-    with connect("enclave.example:7700", Policy.from_file(Path("policy.yaml")), identity) as service:
-        service.http.get("/v1/models")
-        openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", http_client=service.http)
+with connect("enclave.example:7700", Policy.from_file(Path("policy.yaml")), identity) as service:
+    service.http.get("/v1/models")
+    openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", http_client=service.http)
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
+import os
 import socket
 import ssl
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
 from cryptography import x509
-from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from obfuscatune.channel.identity import key_digest
 from obfuscatune.errors import ConnectionLost, IntegrityError, TermsError, UntrustedPeer
 
 if TYPE_CHECKING:
-    from obfuscatune.client.identity import Identity
+    from obfuscatune.channel.identity import Identity
 
 _CONNECT_SECONDS = 10.0
 _READ_SECONDS = 600.0
+_OWNER_KEY = b"obfuscatune/owner-key/v1"
 _MOST_ERROR_CHARACTERS = 400
 
 
@@ -50,7 +49,7 @@ def pinned_context(host: str, port: int, identity: Identity, spki_sha256: str) -
     look.minimum_version = ssl.TLSVersion.TLSv1_3
     look.check_hostname = False
     look.verify_mode = ssl.CERT_NONE  # nothing is sent by this one
-    look.load_cert_chain(identity.certificate_file, identity.key_file)
+    _show(identity, look)
     try:
         with socket.create_connection((host, port), _CONNECT_SECONDS) as plain, look.wrap_socket(plain) as wrapped:
             der = wrapped.getpeercert(binary_form=True) or b""
@@ -58,11 +57,7 @@ def pinned_context(host: str, port: int, identity: Identity, spki_sha256: str) -
         raise UntrustedPeer(f"no TLS 1.3 with {host}:{port}: {error.reason}") from error
     except OSError as error:
         raise ConnectionLost(f"cannot reach the API at {host}:{port}: {error}") from error
-    certificate = x509.load_der_x509_certificate(der)
-    spki = certificate.public_key().public_bytes(
-        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
-    if hashlib.sha256(spki).hexdigest() != spki_sha256:
+    if key_digest(x509.load_der_x509_certificate(der)).hex() != spki_sha256:
         raise UntrustedPeer(f"the API at {host}:{port} has another key than the enclave's evidence names")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -70,8 +65,27 @@ def pinned_context(host: str, port: int, identity: Identity, spki_sha256: str) -
     context.verify_mode = ssl.CERT_REQUIRED
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     context.load_verify_locations(cadata=der)
-    context.load_cert_chain(identity.certificate_file, identity.key_file)
+    _show(identity, context)
     return context
+
+
+def _show(identity: Identity, context: ssl.SSLContext) -> None:
+    """Have `context` show our certificate. OpenSSL reads keys from files alone: this one exists in memory."""
+    key = identity.key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    with os.fdopen(os.memfd_create("identity", os.MFD_CLOEXEC), "wb") as file:
+        file.write(identity.certificate_pem + key)
+        file.flush()
+        context.load_cert_chain(f"/proc/self/fd/{file.fileno()}")
+
+
+def owner_key(identity: Identity) -> bytes:
+    """The key K_o under which a service keeps what is this owner's, 32 bytes: HKDF-SHA256 of the private key.
+
+    Whoever has the identity has it; whoever loses the identity loses what lies under it.
+    """
+    return HKDF(hashes.SHA256(), 32, salt=None, info=_OWNER_KEY).derive(identity.key.private_bytes_raw())
 
 
 @dataclass(frozen=True)

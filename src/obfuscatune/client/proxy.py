@@ -50,8 +50,10 @@ class Standing:
 
     url: str
     """Of its API, as https://10.0.0.5:8443."""
+    spki_sha256: str
+    """Of the key that its evidence names, in hex."""
     context: ssl.SSLContext
-    """Which accepts the key that the evidence names, and no other."""
+    """Which accepts that key, and no other."""
     until: float
     """By `time.monotonic`."""
 
@@ -140,19 +142,21 @@ def make_app(supervisor: Supervisor, *, key: str | None = None) -> Starlette:
     from starlette.responses import JSONResponse
     from starlette.routing import Route
 
-    clients: dict[Standing, httpx.AsyncClient] = {}
+    clients: dict[tuple[str, str], httpx.AsyncClient] = {}
 
-    def client_of(standing: Standing) -> httpx.AsyncClient:
-        """One pool of connections for each standing; nothing is kept of one that has gone."""
-        if standing not in clients:
-            clients.clear()
-            clients[standing] = httpx.AsyncClient(
+    async def client_of(standing: Standing) -> httpx.AsyncClient:
+        """One pool of connections to each enclave; those to one that is no longer it are closed."""
+        enclave = standing.url, standing.spki_sha256
+        if enclave not in clients:
+            while clients:
+                await clients.popitem()[1].aclose()
+            clients[enclave] = httpx.AsyncClient(
                 base_url=standing.url,
                 verify=standing.context,
                 timeout=httpx.Timeout(10.0, read=_READ_SECONDS, write=60.0),
                 trust_env=False,
             )
-        return clients[standing]
+        return clients[enclave]
 
     async def forward(request: Request) -> Response:
         if (refused := _refuse_stranger(request, key)) is not None:
@@ -163,7 +167,7 @@ def make_app(supervisor: Supervisor, *, key: str | None = None) -> Starlette:
         length = request.headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > MOST_BODY_BYTES:
             return _error(413, f"a request may have {MOST_BODY_BYTES:,} bytes", "request_too_large")
-        return await _forwarded(request, client_of(standing), supervisor)
+        return await _forwarded(request, await client_of(standing), supervisor)
 
     async def health(_: Request) -> Response:
         standing = supervisor.standing()
@@ -194,7 +198,8 @@ async def _forwarded(request: Request, client: httpx.AsyncClient, supervisor: Su
 
     headers = [(name, value) for name, value in request.headers.items() if name not in _HOP_BY_HOP]
     has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
-    target = request.scope["raw_path"] + (b"?" + request.scope["query_string"] if request.scope["query_string"] else b"")
+    query = request.scope["query_string"]
+    target = request.scope["raw_path"] + (b"?" + query if query else b"")
     sent = client.build_request(
         request.method,
         client.base_url.copy_with(raw_path=target),  # as it came: what is escaped stays so
