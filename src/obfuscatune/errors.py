@@ -36,6 +36,8 @@ A message says what was expected, what came, and what to do. Only errors of this
 package's boundary; the command line prints their text and nothing else.
 """
 
+from typing import Any
+
 
 class ObfuscaTuneError(Exception):
     """The root of the tree. Not raised itself.
@@ -125,6 +127,11 @@ class VerificationFailed(AttestationError):
     What to do:
         Run `obfuscatune verify`, which shows every check, line by line. Widen the policy only where you know why.
     """
+
+    def __init__(self, message: str, checks: "tuple[Any, ...]" = ()) -> None:
+        super().__init__(message)
+        self.checks = checks
+        """Every `attest.checks.Check`, passed or not, in order."""
 
 
 class ProtectionError(ObfuscaTuneError):

@@ -18,7 +18,7 @@ from obfuscatune.errors import ChannelError, IntegrityError
 
 MAGIC = b"OBAC"
 VERSION = 1
-_HEADER = struct.Struct("<4sBBHI")
+_HEADER = struct.Struct(">4sBBHI")
 HEADER_BYTES = _HEADER.size
 MOST_TEXT = 512
 """Characters of an error's text."""
@@ -50,7 +50,7 @@ KINDS = {"grant": True, "owner-key": True, "revoke": False, "consent": False, "s
 
 REFUSALS = ("terms", "integrity", "refused", "internal")
 """Codes of a request that was understood and refused; the session goes on."""
-ERRORS = ("malformed", "unsupported", "busy", "deadline", "evidence")
+ERRORS = ("malformed", "deadline", "evidence", "stopping", "internal")
 """Codes of an ERROR; the session is over."""
 
 
