@@ -1,6 +1,6 @@
 """A verified service: HTTPS to the one key that its evidence names, as one of the parties.
 
-with connect("enclave.example:7700", Policy.from_file(Path("policy.yaml")), identity) as service:
+with connect(TcpAddress("enclave.example", 7700), identity, Policy.from_file(Path("policy.yaml"))) as service:
     service.http.get("/v1/models")
     openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", http_client=service.http)
 """
@@ -12,19 +12,22 @@ import json
 import os
 import socket
 import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import httpx
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from obfuscatune.channel.identity import key_digest
-from obfuscatune.errors import ConnectionLost, IntegrityError, TermsError, UntrustedPeer
-
-if TYPE_CHECKING:
-    from obfuscatune.channel.identity import Identity
+from obfuscatune.attest.policy import Policy
+from obfuscatune.attest.verification import Verified
+from obfuscatune.channel.client import Attested
+from obfuscatune.channel.identity import Identity, key_digest
+from obfuscatune.errors import ChannelError, ConfigError, ConnectionLost, IntegrityError, TermsError, UntrustedPeer
+from obfuscatune.protocol.endpoints import TcpAddress, parse_address
 
 _CONNECT_SECONDS = 10.0
 _READ_SECONDS = 600.0
@@ -94,8 +97,10 @@ class Service:
 
     url: str
     http: httpx.Client
-    claims: Any
-    """What its evidence says of it (`obfuscatune.attest.claims.Claims`)."""
+    verified: Verified
+    """What its evidence says of it, and every check of it."""
+    document: dict[str, Any]
+    """For the record: all that a third person needs to verify it again."""
 
     def request(self, method: str, path: str, **options: Any) -> httpx.Response:
         """One request. `options`: as of `httpx.Client.request`.
@@ -132,3 +137,64 @@ def _reason(reply: httpx.Response) -> str:
     with contextlib.suppress(ValueError, KeyError, TypeError):
         return str(json.loads(reply.text)["error"]["message"])[:_MOST_ERROR_CHARACTERS]
     return f"HTTP status {reply.status_code}"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What an attested session left behind: an API, and until when its verification counts."""
+
+    url: str
+    context: ssl.SSLContext
+    verified: Verified
+    """The checks, the claims, and when it has to be done anew."""
+    document: dict[str, Any]
+    """For the record: all that a third person needs to verify it again."""
+
+
+def open_api(
+    enclave: TcpAddress, identity: Identity, policy: Policy, *, api: TcpAddress | None = None, release_key: bool = True
+) -> Opened:
+    """Verify an enclave, release the owner's key to it, and find its API.
+
+    Args:
+        enclave: Where its attested channel is.
+        policy: What is accepted.
+        api: Where its API is, where that is not what the enclave says.
+        release_key: Whether it may have the key under which this owner's data lies; without it, it can open none.
+
+    Raises:
+        VerificationFailed, EvidenceError: the policy refuses it, and nothing was released.
+        TermsError: it knows no grant that names us.
+        ConnectionLost, DeadlineExceeded, ChannelError: it cannot be spoken with.
+        UntrustedPeer: what listens at the API's address is not it.
+    """
+    with Attested.connect(enclave, identity, policy) as session:
+        if release_key:
+            session.release("owner-key", {}, owner_key(identity))
+        address = api or _address_of(session.request("status", {}), enclave)
+        verified, document = session.verified, verification_document(session)
+    context = pinned_context(address.host, address.port, identity, verified.claims.http_key)
+    host = f"[{address.host}]" if ":" in address.host else address.host
+    return Opened(f"https://{host}:{address.port}", context, verified, document)
+
+
+@contextmanager
+def connect(
+    enclave: TcpAddress, identity: Identity, policy: Policy, *, api: TcpAddress | None = None, release_key: bool = True
+) -> Iterator[Service]:
+    """A service that is verified now, for as long as the `with` lasts. Arguments and errors: as of `open_api`."""
+    opened = open_api(enclave, identity, policy, api=api, release_key=release_key)
+    timeout = httpx.Timeout(_CONNECT_SECONDS, read=_READ_SECONDS, write=60.0)
+    with httpx.Client(base_url=opened.url, verify=opened.context, timeout=timeout, trust_env=False) as http:
+        yield Service(opened.url, http, opened.verified, opened.document)
+
+
+def _address_of(status: dict[str, Any], enclave: TcpAddress) -> TcpAddress:
+    """Of the API, as the enclave says it. A host that is none (0.0.0.0) is the enclave's own."""
+    try:
+        address = parse_address(f"tcp:{status['api']}")
+    except (KeyError, ConfigError) as error:
+        raise ChannelError("the enclave does not say where its API is: name it by --api HOST:PORT") from error
+    if not isinstance(address, TcpAddress):
+        raise ChannelError("the enclave's API has no address of a network")
+    return TcpAddress(enclave.host, address.port) if address.host in ("0.0.0.0", "::") else address  # noqa: S104
