@@ -87,13 +87,12 @@ def check_chain(
     known = " or ".join(sorted(set(roots.values())))
     if not checks.that("root", product is not None, expected=f"ARK of {known}", found=product or fingerprint):
         return None
-    signed = all(
-        [
-            checks.that(f"chain.{what}", _is_issued(issued, by), expected=f"signed by {by.common_name}", found=found)
-            for what, issued, by in (("root", root, root), ("intermediate", intermediate, root), ("leaf", leaf, intermediate))
-            for found in [issued.common_name]
-        ]
-    )
+    links = (("root", root, root), ("intermediate", intermediate, root), ("leaf", leaf, intermediate))
+    signed = True
+    for what, issued, by in links:
+        link = _is_issued(issued, by)
+        checks.that(f"chain.{what}", link, expected=f"signed by {by.common_name}", found=issued.common_name)
+        signed = signed and link
     for what, it in (("leaf", leaf), ("intermediate", intermediate), ("root", root)):
         valid = it.not_before <= now <= it.not_after
         checks.that(f"valid.{what}", valid, expected=f"{it.not_before} to {it.not_after}", found=now)
@@ -110,7 +109,9 @@ def verifies(signed: Signed, by: bytes) -> bool:
         key = load_der_public_key(by)
         if not isinstance(key, rsa.RSAPublicKey) or signed.algorithm != _RSA_PSS:
             return False
-        key.verify(signed.signature, signed.signed_bytes, padding.PSS(padding.MGF1(SHA384()), SHA384.digest_size), SHA384())
+        key.verify(
+            signed.signature, signed.signed_bytes, padding.PSS(padding.MGF1(SHA384()), SHA384.digest_size), SHA384()
+        )
     except (InvalidSignature, UnsupportedAlgorithm, ValueError):
         return False
     return True

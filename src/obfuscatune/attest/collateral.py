@@ -6,7 +6,6 @@ A verifier that fetches it itself does not depend on what the attester sends, wh
 import asyncio
 import contextlib
 import json
-import os
 import re
 import secrets
 from collections.abc import Callable, Mapping
@@ -107,7 +106,7 @@ class CollateralCache:
             draft.replace(path)
         except (OSError, ValueError) as error:
             with contextlib.suppress(OSError):
-                os.unlink(draft)
+                draft.unlink()
             raise ConfigError(f"cannot keep collateral in {self._directory}: {error}") from error
 
 

@@ -69,9 +69,7 @@ def check_tdx(evidence: Evidence, policy: TdxPolicy, *, report_data: bytes, now:
     """
     report = _check_quote(evidence, policy, report_data, now, checks)
     attributes = int.from_bytes(report.td_attributes, "little")
-    checks.that(
-        "debug", not attributes & _TD_DEBUG, expected="off", found="on" if attributes & _TD_DEBUG else "off"
-    )
+    checks.that("debug", not attributes & _TD_DEBUG, expected="off", found="on" if attributes & _TD_DEBUG else "off")
     sound = (
         not attributes & (_TD_UNTRUSTED | _TD_MIGRATABLE)
         and bool(attributes & _TD_SEPT_VE_DISABLE)
@@ -89,9 +87,7 @@ def check_sgx(evidence: Evidence, policy: SgxPolicy, *, report_data: bytes, now:
     """Check an SGX quote. Arguments and errors are those of `check_tdx`."""
     report = _check_quote(evidence, policy, report_data, now, checks)
     attributes = int.from_bytes(report.attributes[:8], "little")
-    checks.that(
-        "debug", not attributes & _SGX_DEBUG, expected="off", found="on" if attributes & _SGX_DEBUG else "off"
-    )
+    checks.that("debug", not attributes & _SGX_DEBUG, expected="off", found="on" if attributes & _SGX_DEBUG else "off")
     if policy.mr_enclave is not None:
         checks.measured("mr_enclave", report.mr_enclave, policy.mr_enclave)
     if policy.mr_signer is not None:

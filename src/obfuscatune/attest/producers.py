@@ -73,7 +73,7 @@ class ConfigfsTsm:
         table = _read(request / "auxblob") if kind == "sev-snp" and (request / "auxblob").exists() else b""
         if _generation(request) != before + 1:
             raise EvidenceError("somebody else wrote to our request for evidence")
-        if report_data not in quote[: REPORT_BYTES]:
+        if report_data not in quote[:REPORT_BYTES]:
             raise EvidenceError("the platform's evidence is not over the report data that it was asked for")
         if kind == "tdx":
             return Evidence("tdx", quote)
@@ -154,9 +154,7 @@ class Tpm:
             spki = _read(key)
         if len(quoted) != 32 * len(self._pcrs):
             raise EvidenceError("tpm: tpm2_quote gave other values than those asked for")
-        collateral = {
-            f"pcr.{pcr}": quoted[32 * index : 32 * index + 32].hex() for index, pcr in enumerate(self._pcrs)
-        }
+        collateral = {f"pcr.{pcr}": quoted[32 * index : 32 * index + 32].hex() for index, pcr in enumerate(self._pcrs)}
         return Evidence("tpm", quote, (spki,), collateral)
 
     def _run(self, tool: str, *arguments: str) -> None:

@@ -1,11 +1,11 @@
 """SEV-SNP reports: AMD SEV-SNP firmware ABI (publication 56860), section 7.3, versions 2 to 5.
 
-    1. The structure: length, version, signature algorithm; whatever no signature covers is zero.
-    2. VCEK or VLEK, ASK or ASVK, pinned ARK.
-    3. The signature of the report.
-    4. The certificate is that of the report's processor, key and firmware.
-    5. The report data.
-    6. What the policy says of platform and guest.
+1. The structure: length, version, signature algorithm; whatever no signature covers is zero.
+2. VCEK or VLEK, ASK or ASVK, pinned ARK.
+3. The signature of the report.
+4. The certificate is that of the report's processor, key and firmware.
+5. The report data.
+6. What the policy says of platform and guest.
 """
 
 import base64
@@ -147,10 +147,9 @@ def _check_guest(report: bytes, policy: SnpPolicy, checks: Checks) -> None:
         ("migration_agent", _MIGRATION, policy.allow_migration_agent),
         ("smt", _SMT, policy.allow_smt),
     ):
-        is_set = bool(bits & bit)
-        checks.that(
-            name, may_be_set or not is_set, expected="not allowed to the guest", found="allowed" if is_set else "not allowed"
-        )
+        found = "allowed" if bits & bit else "not allowed"
+        passed = may_be_set or not bits & bit
+        checks.that(name, passed, expected="not allowed to the guest", found=found)
     known = bits & ~_KNOWN_POLICY_BITS == 0 and bool(bits & _ONE)
     checks.that("guest_policy", known, expected="no unknown bit", found=f"{bits:#x}")
     (vmpl,) = struct.unpack_from("<I", report, 0x30)

@@ -32,7 +32,7 @@ _SHA256, _ECDSA = 0x000B, 0x0018
 
 
 def tpm_nonce(report_data: bytes) -> bytes:
-    """The qualifying data that a quote must carry: 32 bytes, since a TPM takes no 64, that stand for the report data."""
+    """The qualifying data that a quote must carry: 32 bytes that stand for the report data, since a TPM takes no 64."""
     return hashlib.sha256(b"obfuscatune/attest/v1/tpm" + report_data).digest()
 
 

@@ -21,7 +21,10 @@ from obfuscatune.attest.policy import ClaimsPolicy, Policy
 from obfuscatune.attest.simulated import check_simulated
 from obfuscatune.attest.snp import check_snp
 from obfuscatune.attest.tpm import check_tpm
-from obfuscatune.errors import VerificationFailed
+from obfuscatune.errors import EvidenceError, VerificationFailed
+
+LATEST = 253402300800
+"""The year 10000, in Unix seconds."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,9 @@ def verify(
         EvidenceError: the evidence is malformed.
     """
     check_report_data(report_data)
+    came = now if obtained is None else obtained
+    if not (0 <= now < LATEST and 0 <= came < LATEST):
+        raise EvidenceError("a time is Unix seconds between 1970 and the year 9999")
     checks = Checks()
     checks.that("policy", bool(policy.require), expected="a requirement", found=f"{len(policy.require)} of them")  # 1
     checks.that("nonce", len(nonce) == NONCE_BYTES, expected=f"{NONCE_BYTES} bytes", found=nonce)
@@ -84,7 +90,6 @@ def verify(
     if policy.nvidia is not None and any(gpus):
         checks.at_least("gpus", len({key for key in gpus if key}), policy.nvidia.count)
     _check_claims(claims, policy.claims, checks.under("claims"))  # 4
-    came = now if obtained is None else obtained
     _check_time(policy, now, came, checks)  # 5
     if checks.failed:
         raise VerificationFailed(_message(checks), checks.all)
