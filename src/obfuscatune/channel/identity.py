@@ -48,7 +48,9 @@ class Identity:
             certificate = read_trusted(folder / CERTIFICATE, "certificate")
             return cls._from_pem(certificate, read_secret(folder / KEY, "private key"), where=str(folder))
         except OSError as error:
-            raise ConfigError(f"cannot read {error.filename}: {error.strerror}; `obfuscatune keygen` makes it") from error
+            raise ConfigError(
+                f"cannot read {error.filename}: {error.strerror}; `obfuscatune keygen` makes it"
+            ) from error
 
     @classmethod
     def _from_pem(cls, certificate_pem: bytes, key_pem: bytes, where: str) -> "Identity":
@@ -59,7 +61,9 @@ class Identity:
         except (ValueError, TypeError, UnsupportedAlgorithm):
             raise ConfigError(f"{where} holds no certificate and private key: make them by `keygen`") from None
         if not isinstance(key, Ed25519PrivateKey):
-            raise ConfigError(f"{where} holds a key of another kind than Ed25519, which signs no documents: use `keygen`")
+            raise ConfigError(
+                f"{where} holds a key of another kind than Ed25519, which signs no documents: use `keygen`"
+            )
         if not matches:
             raise ConfigError(f"the certificate in {where} is not of the private key beside it")
         return cls(certificate, key)

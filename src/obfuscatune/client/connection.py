@@ -12,7 +12,7 @@ import json
 import os
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -99,8 +99,6 @@ class Service:
     http: httpx.Client
     verified: Verified
     """What its evidence says of it, and every check of it."""
-    document: dict[str, Any]
-    """For the record: all that a third person needs to verify it again."""
 
     def request(self, method: str, path: str, **options: Any) -> httpx.Response:
         """One request. `options`: as of `httpx.Client.request`.
@@ -147,12 +145,15 @@ class Opened:
     context: ssl.SSLContext
     verified: Verified
     """The checks, the claims, and when it has to be done anew."""
-    document: dict[str, Any]
-    """For the record: all that a third person needs to verify it again."""
 
 
 def open_api(
-    enclave: TcpAddress, identity: Identity, policy: Policy, *, api: TcpAddress | None = None, release_key: bool = True
+    enclave: TcpAddress,
+    identity: Identity,
+    policy: Policy,
+    *,
+    api: TcpAddress | None = None,
+    pinned: Collection[str] | None = None,
 ) -> Opened:
     """Verify an enclave, release the owner's key to it, and find its API.
 
@@ -160,7 +161,7 @@ def open_api(
         enclave: Where its attested channel is.
         policy: What is accepted.
         api: Where its API is, where that is not what the enclave says.
-        release_key: Whether it may have the key under which this owner's data lies; without it, it can open none.
+        pinned: Fingerprints of the keys that its channel may have besides; None for any.
 
     Raises:
         VerificationFailed, EvidenceError: the policy refuses it, and nothing was released.
@@ -168,25 +169,48 @@ def open_api(
         ConnectionLost, DeadlineExceeded, ChannelError: it cannot be spoken with.
         UntrustedPeer: what listens at the API's address is not it.
     """
-    with Attested.connect(enclave, identity, policy) as session:
-        if release_key:
-            session.release("owner-key", {}, owner_key(identity))
-        address = api or _address_of(session.request("status", {}), enclave)
-        verified, document = session.verified, verification_document(session)
-    context = pinned_context(address.host, address.port, identity, verified.claims.http_key)
+    with Attested.connect(enclave, identity, policy, pinned=pinned) as session:
+        return _opened(session, enclave, identity, api)
+
+
+def _opened(session: Attested, enclave: TcpAddress, identity: Identity, api: TcpAddress | None) -> Opened:
+    told = session.release("owner-key", {}, owner_key(identity))
+    address = api or _address_of(told, enclave)
+    context = pinned_context(address.host, address.port, identity, session.verified.claims.http_key)
     host = f"[{address.host}]" if ":" in address.host else address.host
-    return Opened(f"https://{host}:{address.port}", context, verified, document)
+    return Opened(f"https://{host}:{address.port}", context, session.verified)
 
 
 @contextmanager
 def connect(
-    enclave: TcpAddress, identity: Identity, policy: Policy, *, api: TcpAddress | None = None, release_key: bool = True
+    enclave: TcpAddress,
+    identity: Identity,
+    policy: Policy,
+    *,
+    api: TcpAddress | None = None,
+    pinned: Collection[str] | None = None,
 ) -> Iterator[Service]:
     """A service that is verified now, for as long as the `with` lasts. Arguments and errors: as of `open_api`."""
-    opened = open_api(enclave, identity, policy, api=api, release_key=release_key)
+    with _service(open_api(enclave, identity, policy, api=api, pinned=pinned)) as service:
+        yield service
+
+
+@contextmanager
+def use(
+    session: Attested, enclave: TcpAddress, identity: Identity, *, api: TcpAddress | None = None
+) -> Iterator[Service]:
+    """The service of a session that was verified already, which is closed. Errors: as of `open_api`."""
+    with session:
+        opened = _opened(session, enclave, identity, api)
+    with _service(opened) as service:
+        yield service
+
+
+@contextmanager
+def _service(opened: Opened) -> Iterator[Service]:
     timeout = httpx.Timeout(_CONNECT_SECONDS, read=_READ_SECONDS, write=60.0)
     with httpx.Client(base_url=opened.url, verify=opened.context, timeout=timeout, trust_env=False) as http:
-        yield Service(opened.url, http, opened.verified, opened.document)
+        yield Service(opened.url, http, opened.verified)
 
 
 def _address_of(status: dict[str, Any], enclave: TcpAddress) -> TcpAddress:

@@ -1,7 +1,7 @@
 """Sequences that run together: their prompts are read, their tokens chosen, the finished ones leave.
 
-    newcomers  ->  Prefill: their prompts, in chunks, padded on the left     (a cache of its own)
-               ->  first tokens  ->  Group: those of one adapter, a token each a step
+newcomers  ->  Prefill: their prompts, in chunks, padded on the left     (a cache of its own)
+           ->  first tokens  ->  Group: those of one adapter, a token each a step
 """
 
 from __future__ import annotations
