@@ -10,7 +10,7 @@
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from obfuscatune.attest.checks import Checks
@@ -25,6 +25,12 @@ _BODY_HEADER_BYTES = 6
 """Type and length, which bodies have from version 5 on."""
 _ISV_PROD_ID = 256
 """Offset in the body of an SGX report; behind it comes ISVSVN."""
+_ECDSA_BYTES = 64 + 64
+"""Signature and attestation key."""
+_QE_REPORT_BYTES = 384 + 64
+"""The quoting enclave's report, and its signature by the platform's key (PCK)."""
+_QE_REPORT_DATA = 6
+"""The type of certification data that begins with the quoting enclave's report."""
 _SGX_BODY_BYTES, _TDX_BODY_BYTES = 384, 584
 _TDX_TEE = 0x81
 
@@ -112,7 +118,7 @@ def parse_quote(quote: bytes, kind: str) -> Any:
     if len(quote) > MOST_QUOTE_BYTES:
         raise EvidenceError(f"{kind}: a quote of {len(quote):,} bytes; at most {MOST_QUOTE_BYTES:,} are read")
     try:
-        parsed = qvl.parse_quote(quote)
+        parsed = _call(qvl.parse_quote, quote)
     except ValueError as error:
         raise EvidenceError(f"{kind}: {error}") from error
     if parsed.quote_type().lower() != kind:
@@ -139,8 +145,9 @@ def _verify(quote: bytes, collateral: Mapping[str, str], now: int, checks: Check
     qvl = _import_qvl()
     expected = "signed by Intel's root, by collateral that is valid now"
     try:
-        given = qvl.QuoteCollateralV3.from_json(json.dumps(dict(collateral)))
-        claims = qvl.QuoteVerifier().verify_with_policy(quote, given, now, qvl.QuotePolicy.claims_only(now))
+        given = _call(qvl.QuoteCollateralV3.from_json, json.dumps(dict(collateral)))
+        lenient = qvl.QuotePolicy.claims_only(now)
+        claims = _call(qvl.QuoteVerifier().verify_with_policy, quote, given, now, lenient)
         document: dict[str, Any] = json.loads(claims.to_json())
     except ValueError as error:
         checks.that("signature", False, expected=expected, found=error)
@@ -171,7 +178,7 @@ def _check_platform(claims: Mapping[str, Any], policy: DcapPolicy, checks: Check
 
 
 def _end_of_signature(quote: bytes) -> int:
-    """Where the last byte that belongs to the quote lies: behind header, body and signature data."""
+    """Where the quote ends. Every length in it must say the same, since no signature covers them."""
     try:
         version, _, tee = struct.unpack_from("<HHI", quote, 0)
         at = _HEADER_BYTES
@@ -180,12 +187,32 @@ def _end_of_signature(quote: bytes) -> int:
         else:
             at += _TDX_BODY_BYTES if tee == _TDX_TEE else _SGX_BODY_BYTES
         (length,) = struct.unpack_from("<I", quote, at)
+        at += 4
+        end = at + int(length)
+        at += _ECDSA_BYTES
+        ends = []
+        if version >= 4:  # certification data that holds the rest
+            kind, size = struct.unpack_from("<HI", quote, at)
+            at += 6
+            ends.append(at + int(size) if kind == _QE_REPORT_DATA else -1)
+        at += _QE_REPORT_BYTES
+        at += 2 + int(struct.unpack_from("<H", quote, at)[0])  # authentication data
+        ends.append(at + 6 + int(struct.unpack_from("<HI", quote, at)[1]))
     except struct.error as error:
         raise EvidenceError("a quote that ends before its signature") from error
-    end = at + 4 + int(length)
-    if end > len(quote):
-        raise EvidenceError("a quote that ends inside of its signature")
+    if end > len(quote) or any(other != end for other in ends):
+        raise EvidenceError("a quote whose lengths contradict each other")
     return end
+
+
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call `dcap-qvl`. It is Rust: a panic in it is a BaseException, which would pass by every handler."""
+    try:
+        return function(*arguments)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError("dcap-qvl could not cope with it") from error
 
 
 def _import_qvl() -> Any:

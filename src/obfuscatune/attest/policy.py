@@ -223,7 +223,7 @@ class ReferenceValues(_Section):
 class Policy(_Section):
     """What a verifier accepts."""
 
-    version: Literal[1]
+    version: Annotated[int, Field(ge=1, le=1)]
     require: Annotated[
         tuple[Annotated[tuple[Kind, ...], Field(min_length=1)], ...],
         Field(min_length=1),

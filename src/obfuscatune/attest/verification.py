@@ -9,8 +9,10 @@
 All is checked that can be, so that a reader sees everything that fails at once.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from obfuscatune.attest import amd, nvidia
 from obfuscatune.attest.binding import NONCE_BYTES
 from obfuscatune.attest.checks import ANY, Check, Checks, shown
 from obfuscatune.attest.claims import PROFILES, Claims
@@ -25,6 +27,17 @@ from obfuscatune.errors import EvidenceError, VerificationFailed
 
 LATEST = 253402300800
 """The year 10000, in Unix seconds."""
+
+
+@dataclass(frozen=True)
+class Roots:
+    """SHA-256 of the manufacturers' root keys. Intel's is within `dcap-qvl`."""
+
+    amd: Mapping[str, amd.Product]
+    nvidia: str
+
+
+PINNED = Roots(amd.ROOTS, nvidia.ROOT)
 
 
 @dataclass(frozen=True)
@@ -58,6 +71,7 @@ def verify(
     nonce: bytes,
     now: int,
     obtained: int | None = None,
+    roots: Roots = PINNED,
 ) -> Verified:
     """Verify evidence.
 
@@ -69,6 +83,7 @@ def verify(
         nonce: The 32 bytes that the verifier drew for this session.
         now: Unix seconds.
         obtained: When the evidence came; None is now.
+        roots: The manufacturers' keys. For tests: everybody else uses the pinned ones.
 
     Raises:
         VerificationFailed: a check failed. It carries them all.
@@ -86,7 +101,7 @@ def verify(
     gpus = []
     for index, part in enumerate(evidence.each):  # 3
         label = f"{part.kind}[{index}]" if kinds.count(part.kind) > 1 else part.kind
-        gpus.append(_check_part(part, policy, report_data, now, checks.under(label)))
+        gpus.append(_check_part(part, policy, report_data, now, checks.under(label), roots))
     if policy.nvidia is not None and any(gpus):
         checks.at_least("gpus", len({key for key in gpus if key}), policy.nvidia.count)
     _check_claims(claims, policy.claims, checks.under("claims"))  # 4
@@ -161,7 +176,7 @@ def _check_time(policy: Policy, now: int, obtained: int, checks: Checks) -> None
         checks.that("reference_values", left >= 0, expected="not expired", found=f"{left} s left")
 
 
-def _check_part(part: Evidence, policy: Policy, report_data: bytes, now: int, checks: Checks) -> str:
+def _check_part(part: Evidence, policy: Policy, report_data: bytes, now: int, checks: Checks, roots: Roots) -> str:
     """Hold one part of the evidence against the section of its kind.
 
     Returns:
@@ -172,9 +187,9 @@ def _check_part(part: Evidence, policy: Policy, report_data: bytes, now: int, ch
     elif part.kind == "sgx" and policy.sgx is not None:
         check_sgx(part, policy.sgx, report_data=report_data, now=now, checks=checks)
     elif part.kind == "sev-snp" and policy.sev_snp is not None:
-        check_snp(part, policy.sev_snp, report_data=report_data, now=now, checks=checks)
+        check_snp(part, policy.sev_snp, report_data=report_data, now=now, checks=checks, roots=roots.amd)
     elif part.kind == "nvidia" and policy.nvidia is not None:
-        return check_nvidia(part, policy.nvidia, report_data=report_data, now=now, checks=checks)
+        return check_nvidia(part, policy.nvidia, report_data=report_data, now=now, checks=checks, root=roots.nvidia)
     elif part.kind == "tpm" and policy.tpm is not None:
         check_tpm(part, policy.tpm, report_data=report_data, checks=checks)
     elif part.kind == "simulated" and policy.simulated is not None:
