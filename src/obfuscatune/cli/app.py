@@ -65,9 +65,10 @@ _COMMANDS = {
         "obfuscatune verify evidence.json --policy policy.yaml --out verified.json",
     ),
     "provider": _Command(
-        "Seal a model, and release its key to an enclave you checked.", "obfuscatune provider seal ./llama -o bundle/"
+        "Seal a model, and release its key to an enclave you checked.",
+        "obfuscatune provider seal ./llama -o bundle/ --identity keys",
     ),
-    "owner": _Command("Seal data for an enclave.", "obfuscatune owner seal train.jsonl -o bundle/"),
+    "owner": _Command("Seal data for an enclave.", "obfuscatune owner seal train.jsonl -o bundle/ --identity keys"),
     "keygen": _Command(
         "Make the keys of a party: enclave, worker, provider or owner.", "obfuscatune keygen --out keys/enclave"
     ),
