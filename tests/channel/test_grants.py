@@ -287,6 +287,16 @@ def test_a_grant_of_another_bundle_ends_consents_and_one_of_the_same_does_not() 
         granted.check_export("llama", OWNER, "ft:1", NOW)
 
 
+def test_a_grant_that_is_forgotten() -> None:
+    granted, newer = registry(), signed(grant(2, owners=(OWNER,)))
+    older = granted.grants[0]
+    granted.grant(newer, NOW)
+    granted.forget(older)
+    assert granted.grants == (newer,)
+    granted.forget(newer)
+    assert granted.grants == () and granted.latest[newer.provider, "llama"].sequence == 2
+
+
 def test_models_are_bounded() -> None:
     full = GrantRegistry({("00", f"model-{number}"): Latest(1, "") for number in range(MOST_MODELS)})
     with pytest.raises(TermsError, match="1,024 models"):

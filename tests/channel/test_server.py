@@ -342,7 +342,9 @@ frames = st.one_of(
 
 @settings(max_examples=60, deadline=None)
 @given(st.booleans(), st.lists(frames, min_size=1, max_size=3))
-def test_whatever_comes_ends_in_an_error_or_an_answer(server: ChannelServer, enclave: Enclave, late: bool, data: list[bytes]) -> None:
+def test_whatever_comes_ends_in_an_error_or_an_answer(
+    server: ChannelServer, enclave: Enclave, late: bool, data: list[bytes]
+) -> None:
     session = said_hello(server, enclave)[0] if late else open_session(server.address, CLIENT)
     try:
         for part in data:
