@@ -48,9 +48,7 @@ class Evidence:
         if self.kind not in KINDS:
             raise EvidenceError(f"evidence of the kind {self.kind!r:.80}; known are {', '.join(KINDS)}")
         if len(self.parts) > MOST_PARTS or len(self.certificates) > MOST_CERTIFICATES:
-            raise EvidenceError(
-                f"evidence has at most {MOST_PARTS} parts, each at most {MOST_CERTIFICATES} certificates"
-            )
+            raise EvidenceError(f"evidence has at most {MOST_PARTS} parts, of {MOST_CERTIFICATES} certificates each")
         if any(part.parts for part in self.parts):
             raise EvidenceError("a part of evidence has no parts itself")
 

@@ -162,6 +162,8 @@ class SnpPolicy(_Section):
     require_alias_check: bool = False
     """That the firmware looked for memory that answers to two addresses (BadRAM)."""
     require_ciphertext_hiding: bool = False
+    require_crl: bool = False
+    """That the evidence brings AMD's revocation list. One that it brings is checked in any case."""
 
 
 class NvidiaPolicy(_Section):

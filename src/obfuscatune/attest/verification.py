@@ -9,17 +9,35 @@
 All is checked that can be, so that a reader sees everything that fails at once.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
+from obfuscatune.attest import amd, nvidia
 from obfuscatune.attest.binding import NONCE_BYTES
 from obfuscatune.attest.checks import ANY, Check, Checks, shown
 from obfuscatune.attest.claims import PROFILES, Claims
+from obfuscatune.attest.dcap import check_sgx, check_tdx
 from obfuscatune.attest.evidence import Evidence, check_report_data
+from obfuscatune.attest.nvidia import check_nvidia
 from obfuscatune.attest.policy import ClaimsPolicy, Policy
 from obfuscatune.attest.simulated import check_simulated
-from obfuscatune.errors import VerificationFailed
+from obfuscatune.attest.snp import check_snp
+from obfuscatune.attest.tpm import check_tpm
+from obfuscatune.errors import EvidenceError, VerificationFailed
+
+LATEST = 253402300800
+"""The year 10000, in Unix seconds."""
+
+
+@dataclass(frozen=True)
+class Roots:
+    """SHA-256 of the manufacturers' root keys. Intel's is within `dcap-qvl`."""
+
+    amd: Mapping[str, amd.Product]
+    nvidia: str
+
+
+PINNED = Roots(amd.ROOTS, nvidia.ROOT)
 
 
 @dataclass(frozen=True)
@@ -53,6 +71,7 @@ def verify(
     nonce: bytes,
     now: int,
     obtained: int | None = None,
+    roots: Roots = PINNED,
 ) -> Verified:
     """Verify evidence.
 
@@ -64,25 +83,28 @@ def verify(
         nonce: The 32 bytes that the verifier drew for this session.
         now: Unix seconds.
         obtained: When the evidence came; None is now.
+        roots: The manufacturers' keys. For tests: everybody else uses the pinned ones.
 
     Raises:
         VerificationFailed: a check failed. It carries them all.
         EvidenceError: the evidence is malformed.
     """
     check_report_data(report_data)
+    came = now if obtained is None else obtained
+    if not (0 <= now < LATEST and 0 <= came < LATEST):
+        raise EvidenceError("a time is Unix seconds between 1970 and the year 9999")
     checks = Checks()
     checks.that("policy", bool(policy.require), expected="a requirement", found=f"{len(policy.require)} of them")  # 1
     checks.that("nonce", len(nonce) == NONCE_BYTES, expected=f"{NONCE_BYTES} bytes", found=nonce)
     kinds = tuple(part.kind for part in evidence.each)
     _check_requirements(kinds, policy, checks)  # 2
-    seen: dict[str, int] = {}
-    for part in evidence.each:  # 3
-        seen[part.kind] = seen.get(part.kind, -1) + 1
-        label = f"{part.kind}[{seen[part.kind]}]" if kinds.count(part.kind) > 1 else part.kind
-        if policy.section(part.kind) is not None:
-            _VERIFIERS[part.kind](part, policy, report_data, now, checks.under(label))
+    gpus = []
+    for index, part in enumerate(evidence.each):  # 3
+        label = f"{part.kind}[{index}]" if kinds.count(part.kind) > 1 else part.kind
+        gpus.append(_check_part(part, policy, report_data, now, checks.under(label), roots))
+    if policy.nvidia is not None and any(gpus):
+        checks.at_least("gpus", len({key for key in gpus if key}), policy.nvidia.count)
     _check_claims(claims, policy.claims, checks.under("claims"))  # 4
-    came = now if obtained is None else obtained
     _check_time(policy, now, came, checks)  # 5
     if checks.failed:
         raise VerificationFailed(_message(checks), checks.all)
@@ -154,11 +176,23 @@ def _check_time(policy: Policy, now: int, obtained: int, checks: Checks) -> None
         checks.that("reference_values", left >= 0, expected="not expired", found=f"{left} s left")
 
 
-def _simulated(evidence: Evidence, policy: Policy, report_data: bytes, now: int, checks: Checks) -> None:
-    if policy.simulated is not None:
-        check_simulated(
-            evidence, policy.simulated, allowed=policy.allow_simulated, report_data=report_data, checks=checks
-        )
+def _check_part(part: Evidence, policy: Policy, report_data: bytes, now: int, checks: Checks, roots: Roots) -> str:
+    """Hold one part of the evidence against the section of its kind.
 
-
-_VERIFIERS: dict[str, Callable[[Evidence, Policy, bytes, int, Checks], Any]] = {"simulated": _simulated}
+    Returns:
+        The public key of a GPU, in hex; of other kinds nothing.
+    """
+    if part.kind == "tdx" and policy.tdx is not None:
+        check_tdx(part, policy.tdx, report_data=report_data, now=now, checks=checks)
+    elif part.kind == "sgx" and policy.sgx is not None:
+        check_sgx(part, policy.sgx, report_data=report_data, now=now, checks=checks)
+    elif part.kind == "sev-snp" and policy.sev_snp is not None:
+        check_snp(part, policy.sev_snp, report_data=report_data, now=now, checks=checks, roots=roots.amd)
+    elif part.kind == "nvidia" and policy.nvidia is not None:
+        return check_nvidia(part, policy.nvidia, report_data=report_data, now=now, checks=checks, root=roots.nvidia)
+    elif part.kind == "tpm" and policy.tpm is not None:
+        check_tpm(part, policy.tpm, report_data=report_data, checks=checks)
+    elif part.kind == "simulated" and policy.simulated is not None:
+        allowed = policy.allow_simulated
+        check_simulated(part, policy.simulated, allowed=allowed, report_data=report_data, checks=checks)
+    return ""  # without a section nothing requires it, and `_check_requirements` has refused it

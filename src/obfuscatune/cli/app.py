@@ -65,6 +65,10 @@ _COMMANDS = {
         "Verify the receipt of a job.", "obfuscatune verify-receipt receipt.json --policy policy.yaml"
     ),
     "worker": _Command("Run the untrusted worker.", "obfuscatune worker --listen unix:/run/obfuscatune.sock"),
+    "verify": _Command(
+        "Hold evidence against a policy.",
+        "obfuscatune verify evidence.json --policy policy.yaml --out verified.json",
+    ),
     "provider": _Command(
         "Seal a model, and release its key to an enclave you checked.", "obfuscatune provider seal ./llama -o bundle/"
     ),

@@ -1,4 +1,4 @@
-"""A model's files in this process's memory -> tokenizer, configuration, protected model. For the service and its trainer."""
+"""A model's files in memory -> tokenizer, configuration, protected model. For the service and its trainer."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

@@ -85,15 +85,13 @@ def make_producer(settings: Settings) -> Producer:
 
             return SimulatedProducer(_signing_key(path))
         case Tpm() as tpm:
-            from obfuscatune.attest.tpm import TpmProducer
+            from obfuscatune.attest.producers import Tpm as TpmProducer
 
-            producer: Producer = TpmProducer(tpm.device, tpm.key)
-            return producer
+            return TpmProducer(tpm.handle, tpm.pcrs, tpm.tcti)
         case _:
             from obfuscatune.attest.producers import ConfigfsTsm
 
-            platform: Producer = ConfigfsTsm()
-            return platform
+            return ConfigfsTsm()
 
 
 def make_claims(settings: Settings, measured: Measured, *, http_key: str, hpke_key: str, signing_key: str) -> Claims:

@@ -84,9 +84,12 @@ class Tpm(_Strict):
     """A TPM 2.0 quote."""
 
     producer: Literal["tpm"]
-    device: str = "/dev/tpmrm0"
-    key: str
-    """The attestation key's context file or handle."""
+    handle: str
+    """Of the attestation key: "0x81010002"."""
+    pcrs: Annotated[list[Annotated[int, Field(ge=0, le=23)]], Field(min_length=1)]
+    """Which registers of SHA-256 are quoted."""
+    tcti: str | None = None
+    """How the TPM is reached; None is the tools' own default."""
 
 
 class Simulated(_Strict):
