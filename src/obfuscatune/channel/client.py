@@ -15,7 +15,9 @@ from obfuscatune.attest.binding import NONCE_BYTES, Binding
 from obfuscatune.attest.claims import ROLE, Claims
 from obfuscatune.attest.evidence import Evidence
 from obfuscatune.attest.policy import Policy
-from obfuscatune.attest.verification import Verified, verify
+from obfuscatune.attest.record import Session as AttestedSession
+from obfuscatune.attest.record import Verification
+from obfuscatune.attest.verification import Verified
 from obfuscatune.channel.binding import release_info
 from obfuscatune.channel.hpke import seal
 from obfuscatune.channel.identity import Identity
@@ -42,16 +44,15 @@ class Attested:
 
     Attributes:
         verified: the claims, and every check that was made.
-        evidence: what was verified.
-        binding: this session, to which the evidence is bound.
+        record: evidence, claims, binding and policy: what `verification document`s are made of.
         enclave_key: fingerprint of the enclave's TLS key.
     """
 
     def __init__(
-        self, session: Session, evidence: Evidence, binding: Binding, verified: Verified, clock: Callable[[], float]
+        self, session: Session, verified: Verified, record: Verification, clock: Callable[[], float]
     ) -> None:
-        self.evidence, self.binding, self.verified = evidence, binding, verified
-        self.enclave_key = binding.attester.hex()
+        self.verified, self.record = verified, record
+        self.enclave_key = record.session.binding.attester.hex()
         self._session, self._clock = session, clock
         self._sequence = 0
         self._open = True
@@ -64,6 +65,7 @@ class Attested:
         policy: Policy,
         *,
         pinned: Collection[str] | None = None,
+        complete: Callable[[Evidence, int], Evidence] | None = None,
         clock: Callable[[], float] = time.time,
         seconds: float = CONNECT_SECONDS,
     ) -> Self:
@@ -74,6 +76,7 @@ class Attested:
             identity: ours: by its key the enclave knows us.
             policy: what is accepted.
             pinned: fingerprints of the keys that the enclave may have besides; None for any.
+            complete: adds to evidence what its verifier needs: `CollateralCache.complete`.
             clock: Unix seconds.
             seconds: for all of it.
 
@@ -97,15 +100,15 @@ class Attested:
             if not isinstance(body["claims"], dict) or not isinstance(body["evidence"], dict):
                 raise ChannelError("claims and evidence are objects")
             claims = Claims.from_document(body["claims"])
-            evidence = Evidence.from_document(body["evidence"])
-            report_data = binding.report_data(claims)
-            verified = verify(
-                evidence, policy, report_data=report_data, claims=claims, nonce=nonce, now=int(clock()), obtained=None
-            )
+            evidence, now = Evidence.from_document(body["evidence"]), int(clock())
+            if complete is not None:
+                evidence = complete(evidence, now)
+            attested = AttestedSession(evidence, claims, binding, now)
+            verified = attested.verify(policy, now)
         except BaseException:
             session.end()
             raise
-        return cls(session, evidence, binding, verified, clock)
+        return cls(session, verified, Verification(attested, policy, now, verified.checks), clock)
 
     def request(self, kind: str, document: dict[str, Any], *, seconds: float = REQUEST_SECONDS) -> dict[str, Any]:
         """Ask for something that no secret goes with: revoke, consent, status.

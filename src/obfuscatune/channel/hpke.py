@@ -9,8 +9,9 @@ from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, Suite
 
 from obfuscatune.errors import ChannelError
 
-MOST_SECRET_BYTES = 1024
-OVERHEAD_BYTES = 32 + 16
+SECRET_BYTES = 32
+"""Every secret that is released is a key of so many."""
+SEALED_BYTES = 32 + SECRET_BYTES + 16
 _SUITE = Suite(KEM.X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM)
 
 
@@ -18,10 +19,10 @@ def seal(secret: bytes, public_key: bytes, info: bytes) -> bytes:
     """Seal a secret to an X25519 public key (32 bytes).
 
     Raises:
-        ChannelError: no secret, one that is too long, or a key that is none.
+        ChannelError: a secret of another length, or a key that is none.
     """
-    if not 1 <= len(secret) <= MOST_SECRET_BYTES:
-        raise ChannelError(f"a secret has 1 to {MOST_SECRET_BYTES} bytes, not {len(secret)}")
+    if len(secret) != SECRET_BYTES:
+        raise ChannelError(f"a secret has {SECRET_BYTES} bytes, not {len(secret)}")
     try:
         return _SUITE.encrypt(secret, X25519PublicKey.from_public_bytes(public_key), info)
     except ValueError as error:  # of a wrong length, or a point of small order
@@ -34,8 +35,8 @@ def unseal(sealed: bytes, private_key: X25519PrivateKey, info: bytes) -> bytes:
     Raises:
         ChannelError: it was sealed for another key or another session, or was changed.
     """
-    if not OVERHEAD_BYTES < len(sealed) <= OVERHEAD_BYTES + MOST_SECRET_BYTES:
-        raise ChannelError(f"a sealed secret of {len(sealed)} bytes")
+    if len(sealed) != SEALED_BYTES:
+        raise ChannelError(f"a sealed secret has {SEALED_BYTES} bytes, not {len(sealed)}")
     try:
         return _SUITE.decrypt(sealed, private_key, info)
     except (InvalidTag, ValueError) as error:

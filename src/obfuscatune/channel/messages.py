@@ -13,7 +13,7 @@ from enum import IntEnum
 from typing import Any
 
 from obfuscatune import documents
-from obfuscatune.channel.hpke import MOST_SECRET_BYTES, OVERHEAD_BYTES
+from obfuscatune.channel.hpke import SEALED_BYTES
 from obfuscatune.errors import ChannelError, IntegrityError
 
 MAGIC = b"OBAC"
@@ -218,13 +218,10 @@ def _hex(text: Any, size: int, what: str) -> bytes:
 
 
 def _base64(text: Any) -> bytes:
-    most = 4 * (-(-(MOST_SECRET_BYTES + OVERHEAD_BYTES) // 3))
-    if not isinstance(text, str) or len(text) > most:
-        raise ChannelError(f"a sealed secret is a text of at most {most} characters")
     try:
-        data = base64.b64decode(text.encode("ascii"), validate=True)
-    except (binascii.Error, UnicodeEncodeError) as error:
+        data = base64.b64decode(text, validate=True) if isinstance(text, str) else b""
+    except (binascii.Error, ValueError) as error:
         raise ChannelError("a sealed secret that is no base64") from error
-    if base64.b64encode(data).decode() != text:
-        raise ChannelError("a sealed secret in a base64 that is not canonical")
+    if len(data) != SEALED_BYTES or base64.b64encode(data).decode() != text:
+        raise ChannelError(f"a sealed secret is {SEALED_BYTES} bytes in canonical base64")
     return data

@@ -63,6 +63,12 @@ class GrantRegistry:
             if older is not None and older.manifest != grant.manifest:
                 self._forget_consents(grant.model)
 
+    def forget(self, grant: Grant) -> None:
+        """Let a grant stand no more: its key does not open the bundle, say. Its sequence stays taken."""
+        with self._lock:
+            if self._grants.get(grant.model) is grant:
+                del self._grants[grant.model]
+
     def revoke(self, revocation: Revocation) -> Grant | None:
         """Take back what was granted for a model; returns the grant that stood.
 

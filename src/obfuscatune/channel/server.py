@@ -13,7 +13,6 @@ import time
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from obfuscatune import documents
@@ -25,7 +24,7 @@ from obfuscatune.channel.grants import Consent, Grant, Revocation
 from obfuscatune.channel.hpke import unseal
 from obfuscatune.channel.identity import Identity
 from obfuscatune.channel.messages import MOST_REQUESTS, Hello, MessageType, Reply, Request, pack, pack_error
-from obfuscatune.channel.session import Session, SessionEnded, tls_context
+from obfuscatune.channel.session import Session, SessionEnded, SessionStopped, tls_context
 from obfuscatune.errors import (
     ChannelError,
     ConfigError,
@@ -43,6 +42,7 @@ from obfuscatune.protocol.transport import Deadline, tune
 log = logging.getLogger(__name__)
 
 _BACKLOG = 64
+_AFTER_CUT_SECONDS = 1.0
 _WITHOUT_RESOURCES_SECONDS = 0.1
 
 
@@ -146,13 +146,12 @@ class ChannelServer:
             sessions = dict(self._sessions)
         with contextlib.suppress(OSError):
             self._waker.send(b"x")
-        for session in sessions.values():
-            session.stop_receiving()
         ends = time.monotonic() + grace_s
         for thread, session in sessions.items():
             thread.join(max(0.0, ends - time.monotonic()))
             if thread.is_alive():
                 session.cut()
+                thread.join(_AFTER_CUT_SECONDS)  # one that is in the handler ends with it
         if self._acceptor.is_alive():
             self._acceptor.join()
         for sock in (self._listener, self._wake, self._waker):
@@ -179,7 +178,7 @@ class ChannelServer:
 
     def _open(self, sock: socket.socket, peer: str) -> None:
         tune(sock, STALL_SECONDS)
-        session = Session(sock, self._context, server=True)
+        session = Session(sock, self._context, server=True, stop=self._wake)
         thread = threading.Thread(target=self._run, args=(session, peer), name=f"channel {peer}", daemon=True)
         with self._lock:
             if self._stopping or len(self._sessions) >= self._limits.connections:
@@ -197,6 +196,8 @@ class ChannelServer:
             self._serve(session)
         except SessionEnded:
             log.debug("attested channel: %s closed", peer)
+        except SessionStopped:
+            last_words = pack_error("stopping", "the enclave stops")
         except ConnectionLost as error:
             log.info("attested channel: %s: %s", peer, error)
         except DeadlineExceeded as error:
@@ -236,8 +237,7 @@ class ChannelServer:
             reply = self._answer(session, request, key)
             session.send(reply.pack(), Deadline(limits.step_s))
             if self._stopping:
-                session.end(pack_error("stopping", "the enclave stops"))
-                return
+                raise SessionStopped("stopped after a request")
         raise ChannelError(f"a session has at most {MOST_REQUESTS} requests")
 
     def _answer(self, session: Session, request: Request, key: bytes | None) -> Reply:
@@ -269,12 +269,6 @@ class ChannelServer:
         if request.kind == "owner-key" and key is not None:
             return handler.owner_key(peer, certificate, key)
         return handler.status(peer)
-
-
-def public_hpke_key(private_key: X25519PrivateKey) -> str:
-    """For the claims, in hex."""
-    raw = serialization.Encoding.Raw, serialization.PublicFormat.Raw
-    return private_key.public_key().public_bytes(*raw).hex()
 
 
 def _within(life: Deadline, seconds: float) -> Deadline:

@@ -5,6 +5,7 @@ library has no exporter (RFC 8446, section 7.5). One thread at a time uses a ses
 """
 
 import contextlib
+import math
 import select
 import socket
 from typing import Any
@@ -30,6 +31,10 @@ class SessionEnded(ConnectionLost):
     """The peer closed between two messages."""
 
 
+class SessionStopped(ConnectionLost):
+    """We were told to stop while we waited for the peer."""
+
+
 def tls_context(identity: Identity, *, server: bool) -> SSL.Context:
     """TLS 1.3 and nothing older, no tickets, a certificate of either side, and our own name for the protocol."""
     context = SSL.Context(SSL.TLS_METHOD)
@@ -49,11 +54,18 @@ def tls_context(identity: Identity, *, server: bool) -> SSL.Context:
 
 
 class Session:
-    """One connection. `handshake` comes first; then messages; `close` in the end, whatever happened."""
+    """One connection. `handshake` comes first; then messages; `end` at last, whatever happened.
 
-    def __init__(self, sock: socket.socket, context: SSL.Context, *, server: bool) -> None:
+    Args:
+        sock: connected; the session's from now on.
+        stop: when it is readable, waiting for the peer ends with `SessionStopped`.
+    """
+
+    def __init__(
+        self, sock: socket.socket, context: SSL.Context, *, server: bool, stop: socket.socket | None = None
+    ) -> None:
         sock.setblocking(False)
-        self._sock = sock
+        self._sock, self._stop = sock, stop
         self._tls = SSL.Connection(context, sock)
         if server:
             self._tls.set_accept_state()
@@ -122,21 +134,15 @@ class Session:
                     self.send(message, deadline)
                 with contextlib.suppress(SSL.Error):
                     self._tls.shutdown()
-                self._sock.shutdown(socket.SHUT_WR)
-            # To close with bytes unread would reset the connection, and take our last words from the peer.
-            if message:
-                self._drop(deadline)
+                if message:  # to close with bytes unread would reset the connection, and take it from the peer
+                    self._sock.shutdown(socket.SHUT_WR)
+                    self._drop(deadline)
         self.close()
 
     def cut(self) -> None:
         """End both directions at once: whoever waits in another thread is told. Only `close` frees the socket."""
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
-
-    def stop_receiving(self) -> None:
-        """No further message is read: a thread that waits for one sees the end; one that answers can still send."""
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RD)
 
     def close(self) -> None:
         """Give the socket up. Twice is once."""
@@ -151,7 +157,7 @@ class Session:
         return b"".join(parts)
 
     def _drop(self, deadline: Deadline) -> None:
-        dropped = 0
+        self._stop, dropped = None, 0
         while dropped < _MOST_DROPPED_BYTES:
             try:
                 came = len(self._sock.recv(_CHUNK_BYTES))
@@ -185,12 +191,17 @@ class Session:
 
     def _poll(self, events: int, deadline: Deadline) -> None:
         poll = select.poll()
+        stop = self._stop if events == select.POLLIN else None
         try:
             poll.register(self._sock, events)
+            if stop is not None:
+                poll.register(stop, select.POLLIN)
         except ValueError as error:
             raise ConnectionLost("the session is closed") from error
         seconds = deadline.remaining()
-        poll.poll(None if seconds is None else max(1, int(seconds * 1000)))
+        ready = {descriptor for descriptor, _ in poll.poll(None if seconds is None else math.ceil(seconds * 1000))}
+        if stop is not None and stop.fileno() in ready:
+            raise SessionStopped("stopped")
 
 
 def _reason(error: SSL.Error) -> str:

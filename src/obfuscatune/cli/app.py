@@ -65,14 +65,15 @@ _COMMANDS = {
         "Verify the receipt of a job.", "obfuscatune verify-receipt receipt.json --policy policy.yaml"
     ),
     "worker": _Command("Run the untrusted worker.", "obfuscatune worker --listen unix:/run/obfuscatune.sock"),
+    "provider": _Command(
+        "Seal a model, and release its key to an enclave you checked.",
+        "obfuscatune provider seal ./llama -o bundle/ --identity keys",
+    ),
+    "owner": _Command("Seal data for an enclave.", "obfuscatune owner seal train.jsonl -o bundle/ --identity keys"),
     "verify": _Command(
         "Hold evidence against a policy.",
         "obfuscatune verify evidence.json --policy policy.yaml --out verified.json",
     ),
-    "provider": _Command(
-        "Seal a model, and release its key to an enclave you checked.", "obfuscatune provider seal ./llama -o bundle/"
-    ),
-    "owner": _Command("Seal data for an enclave.", "obfuscatune owner seal train.jsonl -o bundle/"),
     "keygen": _Command(
         "Make the keys of a party: enclave, worker, provider or owner.", "obfuscatune keygen --out keys/enclave"
     ),
