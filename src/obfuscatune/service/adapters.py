@@ -126,23 +126,21 @@ class Adapters:
         self._rest()
 
     def _rest(self) -> None:
-        """The base model: whatever PEFT made active beside."""
+        """The base model, whatever PEFT made active."""
         self._activate(None)
         self._active = None
 
     def _remove(self, inner: str) -> None:
+        """Take an adapter out of the layers. With the last one, the plain layers are put back."""
         if self._peft is None or inner not in self._peft.peft_config:
             return
+        others = [name for name in self._peft.peft_config if name != inner]
+        if not others:
+            self.base, self._peft, self._active = self._peft.unload(), None, None
+            return
+        self._activate(None if PROVIDER in others else others[0])  # PEFT warns where an active one is deleted
+        self._peft.delete_adapter(inner)
         self._rest()
-        if isinstance(self._peft, ProviderPeftModel) or len(self._peft.peft_config) > 1:
-            self._peft.delete_adapter(inner)
-        else:
-            self.base, self._peft = self._peft.unload(), None  # the last one: the plain layers are put back
-        self._rest_if_any()
-
-    def _rest_if_any(self) -> None:
-        if self._peft is not None:
-            self._rest()
 
 
 def _config(files: Mapping[str, bytes]) -> Any:

@@ -18,10 +18,12 @@ import inspect
 import logging
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -153,7 +155,8 @@ class Engine:
         base = self._adapters.base.eval()
         self._config, self._device = base.config, base.device
         BatchCache(self._config)  # refused here rather than at the first request
-        self._ends = frozenset(stop_ids(tokenizer, base.generation_config))
+        self.ends = frozenset(stop_ids(tokenizer, base.generation_config))
+        """Tokens that end every answer: the tokenizer's, and those that the model names."""
         self._repetition_penalty = repetition_penalty(base.generation_config)
         self._window = context_window(self._config)
         self._vocabulary = embedding_rows(self._config) or len(tokenizer)
@@ -293,7 +296,7 @@ class Engine:
         except ObfuscaTuneError as error:
             reason = error
         except Exception as error:  # noqa: BLE001  # whatever it is: nobody may wait for an answer for ever
-            log.error("the engine stopped: %s", type(error).__name__)  # its text may hold what is private
+            log.error("the engine stopped: %s", _kind(error))
             reason = ServiceClosed("the service stopped at a failure of its own")
         self._shut(reason or ServiceClosed("the service was shut down"))
 
@@ -365,7 +368,7 @@ class Engine:
                 running = self._queue.popleft()
             with self._failing([running]):
                 self._adapters.load(running.request.adapter, self._used())
-                running.prepare(self._tokenizer, self._ends, self._repetition_penalty, self._device)
+                running.prepare(self._tokenizer, self.ends, self._repetition_penalty, self._device)
                 self._admitted.append(running)
             self._settle([running])
 
@@ -446,7 +449,7 @@ class Engine:
             raise
         except Exception as error:  # noqa: BLE001  # a failure that we do not know fails these requests alone
             if not isinstance(error, ObfuscaTuneError):
-                log.error("requests failed: %s", type(error).__name__)  # its text may hold what is private
+                log.error("requests failed: %s", _kind(error))
                 error = ServiceError("the service failed to answer; its log says at what")
             for running in sequences:
                 running.fail(_copy(error))
@@ -466,3 +469,10 @@ class Engine:
 def _copy(error: ObfuscaTuneError) -> ObfuscaTuneError:
     """The same error for one more request: each is raised in a thread of its own."""
     return copy.copy(error)
+
+
+def _kind(error: Exception) -> str:
+    """An error that is not ours, for the log: its type and where it arose, not its text, which may hold a prompt."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = ", ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames[-3:])
+    return f"{type(error).__name__} at {where}"
