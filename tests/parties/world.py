@@ -33,7 +33,9 @@ ENVIRONMENT = {
 
 def run(*arguments: object, fails: bool = False) -> str:
     """One command to its end; what it said. `fails`: it must."""
-    done = subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    done = subprocess.run(
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, env=ENVIRONMENT, timeout=120
+    )
     said = done.stdout + done.stderr
     assert (done.returncode != 0) == fails, said
     return said
@@ -52,7 +54,17 @@ class World:
         self.socket = Path(tempfile.mkdtemp(prefix="w-")) / "s"
         self.bundle = self.cloud / "bundles" / "base"
         self.bundle.parent.mkdir()
-        run("provider", "seal", tiny_model_path(), "-o", self.bundle, "--identity", root / "provider", "--key-out", self.key)
+        run(
+            "provider",
+            "seal",
+            tiny_model_path(),
+            "-o",
+            self.bundle,
+            "--identity",
+            root / "provider",
+            "--key-out",
+            self.key,
+        )
         self.configuration = self.cloud / "service.yaml"
         self._processes: dict[str, subprocess.Popen[str]] = {}
         self._ports = {"listen": 0, "channel": 0, "operator": 0}
@@ -164,18 +176,18 @@ class World:
 
 
 def _start(*arguments: str, until: str | None = None, log: Path | None = None) -> subprocess.Popen[str]:
-    """Start a command; with `until`, wait for a line that has it on stderr."""
-    with (log.open("a") if log else tempfile.TemporaryFile("a")) as errors:
+    """Start a command; with `until`, wait for a line that has it among what it says."""
+    with log.open("a") if log else tempfile.TemporaryFile("a") as errors:
         process = subprocess.Popen(
             [*COMMAND, *arguments],
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE if until else errors,
+            stderr=subprocess.STDOUT if until else errors,
             text=True,
             env=ENVIRONMENT,
             start_new_session=True,
         )
     if until:
-        for line in process.stderr:
+        for line in process.stdout:
             if until in line:
                 break
         else:

@@ -59,27 +59,24 @@ def proxy(
 ) -> None:
     """Speak plain OpenAI to any client on this machine, and forward it to an enclave that your policy accepts.
 
-    The enclave is verified before the first request and again while the proxy runs. The moment that fails, everything is
-    refused. Then: OPENAI_BASE_URL=http://127.0.0.1:8000/v1 in the client's environment.
+    The enclave is verified before the first request and again while the proxy runs. The moment that fails, everything
+    is refused. Then: OPENAI_BASE_URL=http://127.0.0.1:8000/v1 in the client's environment.
     """
     import uvicorn
 
-    from obfuscatune.attest.policy import Policy
-    from obfuscatune.channel.identity import Identity
     from obfuscatune.client.connection import open_api
     from obfuscatune.client.proxy import Standing, Supervisor, make_app
 
-    policy, identity = Policy.from_file(on.policy), Identity.load(on.identity)
+    connect, identity = on.connector()
     enclave, api = parse_enclave(on.enclave), on.api_address
     try:
         listening = socket.create_server(("127.0.0.1", port))
     except OSError as error:
         raise ConfigError(f"--port {port}: cannot listen there: {error.strerror or error}") from error
-    pinned = None if on.pin is None else {on.pin}
 
     def verify() -> Standing:
         began = time.monotonic()
-        opened = open_api(enclave, identity, policy, api=api, pinned=pinned)
+        opened = open_api(connect(), enclave, identity, api=api)
         left = opened.verified.expires - opened.verified.time
         return Standing(opened.url, opened.verified.claims.http_key, opened.context, began + left)
 

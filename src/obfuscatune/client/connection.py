@@ -147,34 +147,22 @@ class Opened:
     """The checks, the claims, and when it has to be done anew."""
 
 
-def open_api(
-    enclave: TcpAddress,
-    identity: Identity,
-    policy: Policy,
-    *,
-    api: TcpAddress | None = None,
-    pinned: Collection[str] | None = None,
-) -> Opened:
-    """Verify an enclave, release the owner's key to it, and find its API.
+def open_api(session: Attested, enclave: TcpAddress, identity: Identity, *, api: TcpAddress | None = None) -> Opened:
+    """Release the owner's key to an enclave, and find its API. Ends the session.
 
     Args:
-        enclave: Where its attested channel is.
-        policy: What is accepted.
+        session: With the enclave, which was verified in it.
+        enclave: Where that was.
         api: Where its API is, where that is not what the enclave says.
-        pinned: Fingerprints of the keys that its channel may have besides; None for any.
 
     Raises:
-        VerificationFailed, EvidenceError: the policy refuses it, and nothing was released.
-        TermsError: it knows no grant that names us.
+        TermsError: the enclave knows no grant that names us.
+        IntegrityError: what it keeps of ours is sealed under another key.
         ConnectionLost, DeadlineExceeded, ChannelError: it cannot be spoken with.
         UntrustedPeer: what listens at the API's address is not it.
     """
-    with Attested.connect(enclave, identity, policy, pinned=pinned) as session:
-        return _opened(session, enclave, identity, api)
-
-
-def _opened(session: Attested, enclave: TcpAddress, identity: Identity, api: TcpAddress | None) -> Opened:
-    told = session.release("owner-key", {}, owner_key(identity))
+    with session:
+        told = session.release("owner-key", {}, owner_key(identity))
     address = api or _address_of(told, enclave)
     context = pinned_context(address.host, address.port, identity, session.verified.claims.http_key)
     host = f"[{address.host}]" if ":" in address.host else address.host
@@ -190,8 +178,19 @@ def connect(
     api: TcpAddress | None = None,
     pinned: Collection[str] | None = None,
 ) -> Iterator[Service]:
-    """A service that is verified now, for as long as the `with` lasts. Arguments and errors: as of `open_api`."""
-    with _service(open_api(enclave, identity, policy, api=api, pinned=pinned)) as service:
+    """Verify an enclave, release the owner's key to it, and use its API for as long as the `with` lasts.
+
+    Args:
+        enclave: Where its attested channel is.
+        policy: What is accepted.
+        api: Where its API is, where that is not what the enclave says.
+        pinned: Fingerprints of the keys that its channel may have besides; None for any.
+
+    Raises:
+        VerificationFailed, EvidenceError: the policy refuses it, and nothing was released.
+        As `open_api`.
+    """
+    with use(Attested.connect(enclave, identity, policy, pinned=pinned), enclave, identity, api=api) as service:
         yield service
 
 
@@ -199,15 +198,8 @@ def connect(
 def use(
     session: Attested, enclave: TcpAddress, identity: Identity, *, api: TcpAddress | None = None
 ) -> Iterator[Service]:
-    """The service of a session that was verified already, which is closed. Errors: as of `open_api`."""
-    with session:
-        opened = _opened(session, enclave, identity, api)
-    with _service(opened) as service:
-        yield service
-
-
-@contextmanager
-def _service(opened: Opened) -> Iterator[Service]:
+    """The service of a session that was verified already, which is ended. Arguments and errors: as of `open_api`."""
+    opened = open_api(session, enclave, identity, api=api)
     timeout = httpx.Timeout(_CONNECT_SECONDS, read=_READ_SECONDS, write=60.0)
     with httpx.Client(base_url=opened.url, verify=opened.context, timeout=timeout, trust_env=False) as http:
         yield Service(opened.url, http, opened.verified)

@@ -3,6 +3,10 @@
 OpenAI's client does the first two as well; the last is ours.
 """
 
+import io
+import re
+import secrets
+import tarfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,6 +17,7 @@ from obfuscatune.errors import DataError, IntegrityError, StorageError
 
 FINISHED = frozenset({"succeeded", "failed", "cancelled"})
 _PAGE = 100
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SECONDS_BETWEEN_LOOKS = 1.0
 
 
@@ -38,7 +43,8 @@ def submit(
     settings = {"model": model, **files, "suffix": suffix, "seed": seed}
     method = {"type": "supervised", "supervised": {"hyperparameters": dict(hyperparameters)}}
     body = {name: value for name, value in settings.items() if value is not None} | {"method": method}
-    return service.document("POST", "/v1/fine_tuning/jobs", json=body)
+    again = {"idempotency-key": secrets.token_hex(16)}  # so that it is one job, however often the request arrives
+    return service.document("POST", "/v1/fine_tuning/jobs", json=body, headers=again)
 
 
 def _upload(service: Service, path: Path) -> str:
@@ -86,6 +92,34 @@ def _pages(service: Service, path: str) -> Iterator[dict[str, Any]]:
 def receipt(service: Service, job: str) -> dict[str, Any]:
     """What the job was, signed by the enclave; `obfuscatune verify-receipt` checks it."""
     return service.document("GET", f"/obfuscatune/v1/jobs/{job}/receipt")
+
+
+def audit_log(service: Service) -> bytes:
+    """The owner's copy of the audit log, others' entries as digests; `obfuscatune verify-log` checks it."""
+    return service.request("GET", "/obfuscatune/v1/audit-log").content
+
+
+def fetch_adapter(service: Service, job: str) -> dict[str, bytes]:
+    """The adapter that a job made, in PEFT's format: contents of files by name.
+
+    Raises:
+        TermsError: the provider's terms do not let it go, or not without his consent.
+        IntegrityError: what came is no adapter.
+    """
+    content = service.request("GET", f"/obfuscatune/v1/jobs/{job}/adapter").content
+    files: dict[str, bytes] = {}
+    try:
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
+            for entry in archive:
+                reader = archive.extractfile(entry) if entry.isfile() else None
+                if reader is None or not _FILE_NAME.fullmatch(entry.name) or entry.name in files:
+                    raise IntegrityError(f"the adapter of {job} holds more than files of its own")
+                files[entry.name] = reader.read()
+    except tarfile.TarError as error:
+        raise IntegrityError(f"the adapter of {job} is no archive: {error}") from error
+    if "adapter_config.json" not in files:
+        raise IntegrityError(f"the adapter of {job} has no adapter_config.json")
+    return files
 
 
 def write_new_directory(out: Path, files: Mapping[str, bytes]) -> None:
