@@ -134,6 +134,19 @@ class World:
         where = f"127.0.0.1:{self._ports['channel']}"
         return ("--enclave", where, "--policy", self.root / "policy.yaml", "--identity", self.root / party)
 
+    @contextmanager
+    def proxy(self, owner: str) -> Iterator[str]:
+        """The owner's proxy; what OPENAI_BASE_URL is to be."""
+        process = _start("owner", "proxy", *map(str, self.options(owner)), "--port", "0", log=self.root / "proxy.log")
+        try:
+            line = process.stdout.readline()
+            assert line.startswith("OPENAI_BASE_URL="), (self.root / "proxy.log").read_text()
+            yield line.strip().removeprefix("OPENAI_BASE_URL=")
+        finally:
+            process.terminate()
+            process.wait(60)
+            process.stdout.close()
+
     @property
     def channel(self) -> TcpAddress:
         address = parse_address(f"tcp:127.0.0.1:{self._ports['channel']}")
