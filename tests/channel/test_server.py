@@ -1,4 +1,4 @@
-"""The enclave's end against hostile clients: what is not of the protocol ends the session, and costs nothing for long."""
+"""The enclave's end against hostile clients: what is not of the protocol ends the session, and costs little."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ from obfuscatune.errors import (
     TermsError,
     WireError,
 )
-from obfuscatune.protocol.endpoints import TcpAddress
-from obfuscatune.protocol.transport import Deadline
+from obfuscatune.protocol.addresses import TcpAddress
+from obfuscatune.protocol.sockets import Deadline
 from tests.channel.parties import DIGEST, HERE, KEY, SOON, Adversary, Enclave, grant, open_session, read_message
 
 CLIENT = Identity.generate("provider")

@@ -13,7 +13,7 @@ import yaml
 from obfuscatune.channel.identity import Identity
 from obfuscatune.channel.server import ChannelServer
 from obfuscatune.errors import TermsError
-from obfuscatune.protocol.tls import make_identity
+from obfuscatune.protocol.certificates import make_identity
 from obfuscatune.sealing.key_file import KeyFile
 from obfuscatune.sealing.keys import BundleKey
 from obfuscatune.secret_memory import SecretBytes

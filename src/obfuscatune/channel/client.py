@@ -31,9 +31,9 @@ from obfuscatune.errors import (
     UntrustedPeer,
     VerificationFailed,
 )
-from obfuscatune.protocol.endpoints import TcpAddress
+from obfuscatune.protocol.addresses import TcpAddress
 from obfuscatune.protocol.limits import UNREACHABLE_SECONDS
-from obfuscatune.protocol.transport import Deadline, tune
+from obfuscatune.protocol.sockets import Deadline, tune
 
 CONNECT_SECONDS = 30.0
 REQUEST_SECONDS = 120.0

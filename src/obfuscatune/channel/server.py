@@ -35,9 +35,9 @@ from obfuscatune.errors import (
     ObfuscaTuneError,
     TermsError,
 )
-from obfuscatune.protocol.endpoints import TcpAddress
+from obfuscatune.protocol.addresses import TcpAddress
 from obfuscatune.protocol.limits import STALL_SECONDS
-from obfuscatune.protocol.transport import Deadline, tune
+from obfuscatune.protocol.sockets import Deadline, tune
 
 log = logging.getLogger(__name__)
 

@@ -16,11 +16,12 @@ from cryptography.hazmat.primitives import serialization
 from OpenSSL import SSL
 
 from obfuscatune.channel.binding import EXPORTER_BYTES, EXPORTER_LABEL
-from obfuscatune.channel.identity import Identity, key_digest
+from obfuscatune.channel.identity import Identity
 from obfuscatune.channel.messages import HEADER_BYTES, MessageType, parse_error, parse_header
 from obfuscatune.errors import ChannelError, ConnectionLost, WireError
+from obfuscatune.protocol.certificates import key_digest
 from obfuscatune.protocol.limits import LINGER_SECONDS
-from obfuscatune.protocol.transport import Deadline
+from obfuscatune.protocol.sockets import Deadline
 
 ALPN = b"obfuscatune-attested/1"
 _CHUNK_BYTES = 16 * 1024

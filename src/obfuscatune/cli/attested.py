@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from obfuscatune.cli import output
 from obfuscatune.errors import ConfigError, VerificationFailed
 from obfuscatune.option import Option
-from obfuscatune.protocol.endpoints import TcpAddress, parse_address
+from obfuscatune.protocol.addresses import TcpAddress, parse_address
 from obfuscatune.protocol.files import read_trusted, write_new
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def read_fingerprint(text: str, option: str) -> str:
     Raises:
         ConfigError: it is neither.
     """
-    from obfuscatune.protocol.tls import fingerprint
+    from obfuscatune.protocol.certificates import fingerprint
 
     if re.fullmatch(r"[0-9a-f]{64}", text):
         return text

@@ -1,4 +1,4 @@
-"""`obfuscatune provider grant`, `revoke`, `consent` and `status`: nothing is released before the enclave is verified."""
+"""`obfuscatune provider grant`, `revoke`, `consent`, `status`: nothing is released before the enclave is verified."""
 
 from pathlib import Path
 from typing import Annotated, Any

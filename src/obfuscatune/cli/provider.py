@@ -58,6 +58,7 @@ command_of(
 command_of(provider, f"obfuscatune provider revoke {_ENCLAVE} --key-file bundle.key --name llama")(grants.revoke)
 command_of(
     provider,
-    f"obfuscatune provider consent {_ENCLAVE} --key-file bundle.key --name llama --owner owner.pem --adapter ft:llama:1",
+    f"obfuscatune provider consent {_ENCLAVE} --key-file bundle.key --name llama --owner owner.pem "
+    "--adapter ft:llama:1",
 )(grants.consent)
 command_of(provider, f"obfuscatune provider status {_ENCLAVE}")(grants.status)
