@@ -265,8 +265,8 @@ class Engine:
             raise DataError(f"logit_bias: expected tokens from 0 to {self._vocabulary - 1}")
         if request.length > self._window:
             raise DataError(
-                f"the prompt has {len(request.prompt)} tokens and up to {request.max_tokens} are to be written, but the "
-                f"model takes {self._window} in all; shorten it or lower max_tokens"
+                f"the prompt has {len(request.prompt)} tokens and up to {request.max_tokens} are to be written, but "
+                f"the model takes {self._window} in all; shorten it or lower max_tokens"
             )
         if cells(1, request.length) > self.limits.cache_tokens:
             raise DataError(
@@ -296,7 +296,7 @@ class Engine:
         except ObfuscaTuneError as error:
             reason = error
         except Exception as error:  # noqa: BLE001  # whatever it is: nobody may wait for an answer for ever
-            log.error("the engine stopped: %s", _kind(error))
+            log.error("the engine stopped: %s", _kind(error))  # noqa: TRY400  # its text may hold what is private
             reason = ServiceClosed("the service stopped at a failure of its own")
         self._shut(reason or ServiceClosed("the service was shut down"))
 
@@ -314,9 +314,7 @@ class Engine:
         for running in left:
             running.fail(_copy(reason))
         self._settle(left)
-        self._groups.clear()
         self._admitted.clear()
-        self._prefill = None
 
     def _step(self) -> None:
         """Admit, read a chunk of prompts, choose a token for every running sequence."""
@@ -324,32 +322,27 @@ class Engine:
         self._admit()
         self._read_prompts()
         for adapter, group in list(self._groups.items()):
-            with self._failing(group.sequences):
+            sequences = list(group.sequences)
+            with self._failing(sequences):
                 logits = self._forward(adapter, group.cache, group.tokens(), all_logits=False)
-                choose(group.sequences, logits[:, -1])
-            self._settle(group.sequences, steps=1, rows=len(group.sequences))
-            group.drop_finished()
-            if not group.sequences:
-                del self._groups[adapter]
+                choose(sequences, logits[:, -1])
+            self._settle(sequences, steps=1, rows=len(sequences))
 
     def _end_early(self) -> None:
         """End what was cancelled or came to its deadline; unload adapters that nobody uses any more."""
         now = time.monotonic()
         with self._changed:
             for running in self._requests.values():
-                if running.cancelled and not running.finished:
+                if running.cancelled:
                     running.finish("cancelled")
                 elif running.deadline_s is not None and now >= running.deadline_s:
                     running.fail(RequestTimeout(f"no answer within {running.request.timeout_s:g} s"))
             ended = [running for running in self._requests.values() if running.finished]
-            if any(running in self._queue for running in ended):
-                self._queue = deque(running for running in self._queue if not running.finished)
+        if ended:
+            self._settle(ended)
+        with self._changed:
             unload = self._to_unload - self._used()
             self._to_unload -= unload
-        self._settle(ended)
-        for group in self._groups.values():
-            group.drop_finished()
-        self._groups = {adapter: group for adapter, group in self._groups.items() if group.sequences}
         for adapter in unload:
             self._adapters.unload(adapter)
 
@@ -400,13 +393,10 @@ class Engine:
             ids = prefill.chunk(self.limits.prefill_tokens)
             logits = self._forward(prefill.adapter, prefill.cache, ids, all_logits=prefill.tells_prompts)
             prefill.take(logits, ids.shape[1])
-            if prefill.is_done:
-                group = self._groups.setdefault(prefill.adapter, Group(BatchCache(self._config, self._device)))
+        if prefill.is_done and not all(sequence.finished for sequence in prefill.sequences):
+            group = self._groups.setdefault(prefill.adapter, Group(BatchCache(self._config, self._device)))
+            with self._failing([*prefill.sequences, *group.sequences]):  # a cache that was half moved is no cache
                 group.join(prefill)
-                if not group.sequences:
-                    del self._groups[prefill.adapter]
-        if prefill.is_done or all(sequence.finished for sequence in prefill.sequences):
-            self._prefill = None
         read = sum(len(running.request.prompt) for running in prefill.sequences) if prefill.is_done else 0
         self._settle(prefill.sequences, prefills=1, prompt_tokens=read)
 
@@ -449,18 +439,29 @@ class Engine:
             raise
         except Exception as error:  # noqa: BLE001  # a failure that we do not know fails these requests alone
             if not isinstance(error, ObfuscaTuneError):
-                log.error("requests failed: %s", _kind(error))
+                log.error("requests failed: %s", _kind(error))  # noqa: TRY400  # as above
                 error = ServiceError("the service failed to answer; its log says at what")
             for running in sequences:
                 running.fail(_copy(error))
 
     def _settle(self, sequences: list[Running], **counts: int) -> None:
-        """Take what has finished out of the books, and add to the statistics."""
+        """Let those go that have finished, and add to the statistics."""
+        for adapter, group in list(self._groups.items()):
+            if all(running.finished for running in group.sequences):
+                del self._groups[adapter]
+            else:
+                group.drop_finished()
+        if self._prefill is not None and (
+            self._prefill.is_done or all(running.finished for running in self._prefill.sequences)
+        ):
+            self._prefill = None
         with self._changed:
             for running in sequences:
                 if running.outcome is not None and self._requests.pop(running.handle, None) is not None:
                     self._count(completion_tokens=running.tokens, **{running.outcome: 1})
                     self._changed.notify_all()
+            if any(running.finished for running in self._queue):
+                self._queue = deque(running for running in self._queue if not running.finished)
             held = sum(group.cache.cells for group in self._groups.values())
             self._stats = replace(self._stats, cache_tokens=held)
             self._count(**counts)
