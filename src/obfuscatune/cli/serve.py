@@ -1,6 +1,9 @@
 """`obfuscatune serve`."""
 
 import logging
+import os
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,7 +30,7 @@ def serve(
     from obfuscatune.service.settings import load_settings
 
     settings, content = load_settings(config)
-    measured = measure_process(content)
+    measured = measure_process(content, environment=_environment())
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     for noisy in ("uvicorn", "httpx", "asyncio", "fsspec"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -41,12 +44,22 @@ def serve(
     def told(where: "Listening") -> None:
         if as_json:
             output.write_json({"api": where.api, "channel": where.channel, "operator": where.operator})
+            sys.stdout.flush()  # whoever waits for it reads a pipe
         else:
             output.notice(f"attested channel at {where.channel}, API at https://{where.api}")
 
     with output.progress("starting"):
         service = Service(settings, measured)
     service.run(told)
+
+
+def _environment() -> Mapping[str, str]:
+    """The environment that this process was started with; by now we have set variables of our own for libraries."""
+    try:
+        pairs = Path("/proc/self/environ").read_bytes().split(b"\0")
+    except OSError:
+        return dict(os.environ)
+    return {os.fsdecode(name): os.fsdecode(value) for name, _, value in (it.partition(b"=") for it in pairs) if name}
 
 
 def _check(settings: "Settings") -> None:

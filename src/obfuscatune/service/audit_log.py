@@ -21,6 +21,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -60,17 +61,15 @@ class AuditLog:
         self._write_lock, self._sync_lock = threading.Lock(), threading.Lock()
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            self._file = os.fdopen(descriptor, "r+b", buffering=0)
-            _lock(descriptor, path)
-            self.count, self._chain, whole, size = _read_to_end(path)
-            if whole != size:
-                os.ftruncate(descriptor, whole)
-                sync(descriptor)
-            parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                sync(parent)
-            finally:
-                os.close(parent)
+            with ExitStack() as stack:
+                self._file = stack.enter_context(os.fdopen(descriptor, "r+b", buffering=0))
+                _lock(descriptor, path)
+                self.count, self._chain, whole, size = _read_to_end(path)
+                if whole != size:
+                    os.ftruncate(descriptor, whole)
+                    sync(descriptor)
+                _sync_folder(path.parent)
+                stack.pop_all()
         except OSError as error:
             raise StorageError(f"{path}: the disk refused: {error.strerror or error}") from error
         self._synced = self.count
@@ -243,6 +242,14 @@ def _step(fields: Mapping[str, Any], chain: bytes, count: int) -> tuple[bytes, b
     if fields["chain"] != found.hex():
         raise IntegrityError(f"the chain breaks at line {count + 1} of the log: this entry or one before was changed")
     return found, "entry" in fields
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        sync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _lock(descriptor: int, path: Path) -> None:

@@ -28,7 +28,7 @@ from obfuscatune.attest.evidence import Producer
 from obfuscatune.channel.identity import Identity
 from obfuscatune.channel.measure import Measured
 from obfuscatune.channel.registry import GrantRegistry
-from obfuscatune.channel.server import ChannelServer, public_hpke_key
+from obfuscatune.channel.server import ChannelServer
 from obfuscatune.errors import ConfigError
 from obfuscatune.protocol.endpoints import TcpAddress
 from obfuscatune.protocol.files import read_secret
@@ -148,7 +148,7 @@ class Service:
             settings,
             measured,
             http_key=self._https.spki,
-            hpke_key=public_hpke_key(self._hpke_key),
+            hpke_key=self._hpke_key.public_key().public_bytes_raw().hex(),
             signing_key=signing_key.public_key().public_bytes_raw().hex(),
         )
         self._producer = make_producer(settings)
