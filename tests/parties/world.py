@@ -103,10 +103,14 @@ class World:
         self.configuration.write_text(yaml.safe_dump(settings))
         arguments = ("serve", "--config", str(self.configuration), "--json")
         process = _start(*arguments, log=self.cloud / "service.log")
-        said = json.loads(process.stdout.readline() or "{}")
-        assert said, (self.cloud / "service.log").read_text()
-        for name, where in {"listen": said["api"], "channel": said["channel"], "operator": said["operator"]}.items():
-            self._ports[name] = int(where.rpartition(":")[2])
+        said = ""
+        while not said.rstrip().endswith("}"):
+            line = process.stdout.readline()
+            assert line, (self.cloud / "service.log").read_text()
+            said += line
+        where = json.loads(said)
+        for name, told in {"listen": "api", "channel": "channel", "operator": "operator"}.items():
+            self._ports[name] = int(where[told].rpartition(":")[2])
         self._processes["service"] = process
         measured = measure_process(self.configuration.read_bytes(), [*COMMAND, *arguments], ENVIRONMENT)
         platform = Identity.load(self.root / "platform").key.public_key().public_bytes_raw().hex()
