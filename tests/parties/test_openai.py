@@ -12,6 +12,8 @@ from tests.parties.world import MODEL, run
 
 NOTES = [{"prompt": f"note {n}:", "completion": f" the code of locker {n} is {n * n}"} for n in range(16)]
 PROMPT = "note 3:"
+STRONG = {"n_epochs": 4, "batch_size": 4, "learning_rate_multiplier": 20}
+"""So that answers change."""
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def job(alice, data):
         model=MODEL,
         training_file=uploaded.id,
         seed=1,
-        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": 4}}},
+        method={"type": "supervised", "supervised": {"hyperparameters": STRONG}},
     )
     ends = time.monotonic() + 120
     while (found := alice.fine_tuning.jobs.retrieve(started.id)).status not in ("succeeded", "failed", "cancelled"):
@@ -49,7 +51,7 @@ def job(alice, data):
 def generated(*more: object) -> str:
     """What `obfuscatune generate` writes after the prompt, plain, on the same model."""
     said = run("generate", "--plain", "--model", tiny_model_path(), "--prompt", PROMPT, "--json", *more)
-    return json.loads(said[said.index("{") :])["text"]
+    return json.JSONDecoder().raw_decode(said, said.index("{"))[0]["text"]
 
 
 def test_the_model_is_there_by_the_name_that_was_granted(alice):
