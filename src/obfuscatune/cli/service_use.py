@@ -140,7 +140,7 @@ def jobs(*, on: ServiceOptions, as_json: options.AsJson = False) -> None:
     from obfuscatune.client import jobs as api
 
     with on.service() as service:
-        found = api.jobs(service)
+        found = api.list_jobs(service)
     if as_json:
         output.write_json(found)
     else:

@@ -6,6 +6,6 @@
 """
 
 from obfuscatune.client.connection import Service, connect
-from obfuscatune.client.jobs import audit_log, events, fetch_adapter, jobs, receipt, submit
+from obfuscatune.client.jobs import audit_log, events, fetch_adapter, list_jobs, receipt, submit
 
-__all__ = ["Service", "audit_log", "connect", "events", "fetch_adapter", "jobs", "receipt", "submit"]
+__all__ = ["Service", "audit_log", "connect", "events", "fetch_adapter", "list_jobs", "receipt", "submit"]

@@ -56,7 +56,7 @@ def _upload(service: Service, path: Path) -> str:
         raise DataError(f"{path}: {error.strerror or error}") from error
 
 
-def jobs(service: Service) -> list[dict[str, Any]]:
+def list_jobs(service: Service) -> list[dict[str, Any]]:
     """All jobs of this owner, the newest first."""
     return list(_pages(service, "/v1/fine_tuning/jobs"))
 
