@@ -33,8 +33,8 @@ class ErrorBody(BaseModel):
     error: ErrorDetails
 
 
-class ApiError(Exception):
-    """A failure that a client is told of."""
+class ApiError(HTTPException):
+    """A failure that a client is told of. FastAPI passes HTTP exceptions on, wherever they arise."""
 
     def __init__(
         self,
@@ -46,8 +46,8 @@ class ApiError(Exception):
         code: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
-        self.status, self.headers = status, headers
+        super().__init__(status, message, headers)
+        self.status = status
         self.body = error_body(message, kind, param, code)
 
 
@@ -114,7 +114,7 @@ def install(app: FastAPI) -> None:
 
 def answer(error: ApiError) -> JSONResponse:
     """The answer that tells of it."""
-    return JSONResponse(error.body, error.status, error.headers)
+    return JSONResponse(error.body, error.status, dict(error.headers or {}))
 
 
 def _of_validation(errors: Sequence[Any]) -> ApiError:
