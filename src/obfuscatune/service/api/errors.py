@@ -53,7 +53,13 @@ class ApiError(HTTPException):
 
 def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """The body of an error."""
-    return {"error": {"message": message[:_MOST_CHARACTERS], "type": kind, "param": param, "code": code}}
+    told = None if param is None else _encodable(param[:_MOST_CHARACTERS])
+    return {"error": {"message": _encodable(message[:_MOST_CHARACTERS]), "type": kind, "param": told, "code": code}}
+
+
+def _encodable(text: str) -> str:
+    """Text that JSON has: a client may have sent halves of surrogate pairs."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def not_found(what: str, row_id: str, code: str | None = None, param: str | None = None) -> ApiError:
