@@ -43,6 +43,8 @@ class Signed:
 
     signed_bytes: bytes
     algorithm: str
+    algorithm_bytes: bytes
+    """The whole AlgorithmIdentifier. No signature covers it: it is repeated within what is signed."""
     signature: bytes
     fields: "tuple[Value, ...]"
 
@@ -109,7 +111,7 @@ def read_certificate(data: bytes, what: str) -> Certificate:
     if len(fields) < 7 or fields[0].tag != 0xA0:
         raise EvidenceError(f"{what}: no certificate of version 3")
     _, serial, algorithm, issuer, validity, subject, key, *others = fields
-    if _algorithm(algorithm, what) != signed.algorithm:
+    if algorithm.whole != signed.algorithm_bytes:
         raise EvidenceError(f"{what}: two signature algorithms in one certificate")
     times = validity.expect(SEQUENCE, what).items()
     if len(times) != 2:
@@ -139,7 +141,7 @@ def read_revocation_list(data: bytes, what: str) -> RevocationList:
     if len(fields) < 5 or fields[0].tag != INTEGER:
         raise EvidenceError(f"{what}: no revocation list of version 2")
     _, algorithm, issuer, this_update, next_update, *others = fields
-    if _algorithm(algorithm, what) != signed.algorithm:
+    if algorithm.whole != signed.algorithm_bytes:
         raise EvidenceError(f"{what}: two signature algorithms in one revocation list")
     entries = others[0].items() if others and others[0].tag == SEQUENCE else []
     serials = (entry.expect(SEQUENCE, what).items() for entry in entries)
@@ -169,11 +171,8 @@ def _read_signed(data: bytes, what: str) -> Signed:
     if not bits or bits[0]:
         raise EvidenceError(f"{what}: a signature is whole bytes")
     fields = tuple(signed.expect(SEQUENCE, what).items())
-    return Signed(signed.whole, _algorithm(algorithm, what), bits[1:], fields)
-
-
-def _algorithm(value: Value, what: str) -> str:
-    return _oid(_first(value.expect(SEQUENCE, what).items(), what), what)
+    name = _oid(_first(algorithm.expect(SEQUENCE, what).items(), what), what)
+    return Signed(signed.whole, name, algorithm.whole, bits[1:], fields)
 
 
 def _first(items: list[Value], what: str) -> Value:

@@ -115,6 +115,8 @@ class TdxPolicy(DcapPolicy):
     mr_seam: Digests48 = ANY
     """The TDX module. Intel's collateral says which are current."""
     xfam: Masks8 = ANY
+    minimum_tee_tcb_svn: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] = "00" * 16
+    """Security version numbers of the TDX module, byte by byte."""
 
 
 class SgxPolicy(DcapPolicy):
@@ -223,7 +225,7 @@ class ReferenceValues(_Section):
 class Policy(_Section):
     """What a verifier accepts."""
 
-    version: Literal[1]
+    version: Annotated[int, Field(ge=1, le=1)]
     require: Annotated[
         tuple[Annotated[tuple[Kind, ...], Field(min_length=1)], ...],
         Field(min_length=1),
