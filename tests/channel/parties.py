@@ -24,8 +24,8 @@ from obfuscatune.channel.messages import HEADER_BYTES, MessageType, pack
 from obfuscatune.channel.server import ChannelServer, ServerLimits
 from obfuscatune.channel.session import Session, tls_context
 from obfuscatune.errors import ObfuscaTuneError
-from obfuscatune.protocol.endpoints import TcpAddress
-from obfuscatune.protocol.transport import Deadline
+from obfuscatune.protocol.addresses import TcpAddress
+from obfuscatune.protocol.sockets import Deadline
 
 DIGEST = "ab" * 32
 KEY = bytes(range(32))

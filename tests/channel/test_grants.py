@@ -177,7 +177,7 @@ def test_no_limit_of_tokens() -> None:
 
 
 def test_what_is_not_granted() -> None:
-    with pytest.raises(TermsError, match="^model: nothing is granted for 'gpt'"):
+    with pytest.raises(TermsError, match=r"^model: nothing is granted for 'gpt'"):
         registry().check("gpt", OWNER, "inference", NOW, 0)
     with pytest.raises(TermsError, match="over already"):
         GrantRegistry().grant(signed(grant()), UNTIL)
@@ -187,9 +187,9 @@ def test_older_grants_do_not_come_back() -> None:
     granted = registry()
     granted.grant(signed(grant(3, owners=(OWNER,))), NOW)
     for sequence in (1, 2):
-        with pytest.raises(TermsError, match="^sequence: "):
+        with pytest.raises(TermsError, match=r"^sequence: "):
             granted.grant(signed(grant(sequence, owners=(OWNER,), export="allowed")), NOW)
-    with pytest.raises(TermsError, match="^sequence: 3 was another document's"):
+    with pytest.raises(TermsError, match=r"^sequence: 3 was another document's"):
         granted.grant(signed(grant(3, owners=(OWNER,), export="allowed")), NOW)
     assert granted.check("llama", OWNER, "inference", NOW, 0).terms.export == "never"
 
@@ -202,9 +202,9 @@ def test_nor_after_a_restart() -> None:
     restarted = GrantRegistry(granted.latest)
     with pytest.raises(TermsError, match="nothing is granted"):
         restarted.check("llama", OWNER, "inference", NOW, 0)
-    with pytest.raises(TermsError, match="^sequence: 1 is older than 3"):
+    with pytest.raises(TermsError, match=r"^sequence: 1 is older than 3"):
         restarted.grant(signed(grant(1)), NOW)
-    with pytest.raises(TermsError, match="^sequence: 3 was another"):
+    with pytest.raises(TermsError, match=r"^sequence: 3 was another"):
         restarted.grant(signed(grant(3, owners=(OWNER,))), NOW)  # of another id
     restarted.grant(newest, NOW)
 
@@ -212,15 +212,15 @@ def test_nor_after_a_restart() -> None:
 def test_a_revocation_ends_it_for_good() -> None:
     granted = registry(export="provider-consent")
     granted.consent(signed(Consent("llama", DIGEST, OWNER, "ft:1")))
-    with pytest.raises(TermsError, match="^sequence: "):
+    with pytest.raises(TermsError, match=r"^sequence: "):
         granted.revoke(signed(Revocation("llama", DIGEST, 0)))
     taken = granted.revoke(signed(Revocation("llama", DIGEST, 5)))
     assert taken is not None and taken.sequence == 1 and granted.grants == ()
     with pytest.raises(TermsError, match="nothing is granted"):
         granted.check("llama", OWNER, "inference", NOW, 0)
-    with pytest.raises(TermsError, match="^sequence: "):
+    with pytest.raises(TermsError, match=r"^sequence: "):
         granted.grant(signed(grant(4)), NOW)
-    with pytest.raises(TermsError, match="^sequence: "):
+    with pytest.raises(TermsError, match=r"^sequence: "):
         GrantRegistry(granted.latest).grant(signed(grant(4)), NOW)
     granted.grant(signed(grant(6, owners=(OWNER,), export="provider-consent")), NOW)
     with pytest.raises(TermsError, match="has not consented"):
@@ -257,7 +257,7 @@ def test_export(export: str, consented: bool, text: str | None) -> None:
         for owner, adapter in ((OWNER, "ft:2"), (DIGEST, "ft:1")):
             with pytest.raises(TermsError):
                 granted.check_export("llama", owner, adapter, NOW)
-        with pytest.raises(TermsError, match="^until: "):
+        with pytest.raises(TermsError, match=r"^until: "):
             granted.check_export("llama", OWNER, "ft:1", UNTIL)
     if text is None:
         assert granted.check_export("llama", OWNER, "ft:1", NOW)

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,14 @@ from hypothesis import strategies as st
 
 from obfuscatune.channel.client import Attested
 from obfuscatune.channel.identity import Identity
-from obfuscatune.channel.measure import HARMLESS, MOST_BYTES, MOST_VARIABLES, measure_process
+from obfuscatune.channel.measure import (
+    HARMLESS,
+    HARMLESS_OF_SYSTEMD,
+    MOST_BYTES,
+    MOST_VARIABLES,
+    measure_process,
+    started_environment,
+)
 from obfuscatune.errors import ConfigError, VerificationFailed
 from tests.channel.parties import Enclave
 
@@ -61,7 +69,8 @@ def test_an_enclave_that_was_started_otherwise_is_refused(
 
 def test_a_process_measures_its_own_interpreter_and_environment() -> None:
     code = (
-        "import json; from obfuscatune.channel.measure import measure_process;"
+        "import json, os; os.environ['LD_BIND_NOW'] = '2'; os.environ['SET_SINCE'] = '';"
+        "from obfuscatune.channel.measure import measure_process;"
         "print(json.dumps(measure_process(b'')._asdict()))"
     )
     command = [sys.executable, "-X", "utf8", "-c", code]
@@ -69,7 +78,8 @@ def test_a_process_measures_its_own_interpreter_and_environment() -> None:
     result = subprocess.run(command, env=environment, capture_output=True, check=True, timeout=60)
     measured = json.loads(result.stdout)
     assert measured["arguments"] == command
-    assert measured["environment"]["LD_BIND_NOW"] == "1" and "LANG" not in measured["environment"]
+    assert measured["environment"]["LD_BIND_NOW"] == "1"
+    assert not {"LANG", "SET_SINCE"} & set(measured["environment"])
     assert measured["configuration"] == hashlib.sha256(b"").hexdigest()
 
 
@@ -81,7 +91,7 @@ def test_all_is_claimed_but_what_is_known_to_be_harmless(environment: dict[str, 
         assert any("\ud800" <= character <= "\udfff" for it in environment.items() for character in "".join(it))
         return
     left_out = set(environment) - set(claimed)
-    assert all(name in HARMLESS or name.startswith("LC_") for name in left_out)
+    assert all(name in HARMLESS | HARMLESS_OF_SYSTEMD or name.startswith("LC_") for name in left_out)
     assert all(environment[name] == value for name, value in claimed.items())
 
 
@@ -93,3 +103,15 @@ def test_what_cannot_be_claimed_is_refused() -> None:
     ):
         with pytest.raises(ConfigError):
             measure_process(b"", arguments, environment)
+
+
+@pytest.mark.parametrize("block", [b"A=1\0A=2\0", b"A\0"])
+def test_an_environment_that_is_ambiguous_is_refused(block: bytes, tmp_path: Path) -> None:
+    (tmp_path / "environ").write_bytes(b"B=\0" + block)
+    with pytest.raises(ConfigError, match="'A' twice"):
+        started_environment(tmp_path / "environ")
+
+
+def test_a_system_that_does_not_tell(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="Linux"):
+        started_environment(tmp_path / "nowhere")

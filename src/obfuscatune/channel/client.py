@@ -31,9 +31,9 @@ from obfuscatune.errors import (
     UntrustedPeer,
     VerificationFailed,
 )
-from obfuscatune.protocol.endpoints import TcpAddress
+from obfuscatune.protocol.addresses import TcpAddress
 from obfuscatune.protocol.limits import UNREACHABLE_SECONDS
-from obfuscatune.protocol.transport import Deadline, tune
+from obfuscatune.protocol.sockets import Deadline, tune
 
 CONNECT_SECONDS = 30.0
 REQUEST_SECONDS = 120.0
@@ -48,9 +48,7 @@ class Attested:
         enclave_key: fingerprint of the enclave's TLS key.
     """
 
-    def __init__(
-        self, session: Session, verified: Verified, record: Verification, clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, session: Session, verified: Verified, record: Verification, clock: Callable[[], float]) -> None:
         self.verified, self.record = verified, record
         self.enclave_key = record.session.binding.attester.hex()
         self._session, self._clock = session, clock

@@ -75,7 +75,9 @@ class Terms:
         if use not in self.uses:
             raise TermsError(f"uses: the provider allows {' and '.join(self.uses)}, not {use}")
         if self.tokens is not None and tokens_used + tokens_wanted > self.tokens:
-            raise TermsError(f"tokens: {tokens_used:,} of {self.tokens:,} are used, and {tokens_wanted:,} are asked for")
+            raise TermsError(
+                f"tokens: {tokens_used:,} of {self.tokens:,} are used, and {tokens_wanted:,} are asked for"
+            )
 
     def check_owner(self, owner: str, now: datetime.datetime) -> None:
         """Raises TermsError: the owner is not named, or the time is over."""

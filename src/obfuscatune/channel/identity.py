@@ -4,7 +4,6 @@ One Ed25519 key does both: it authenticates TLS 1.3, and it signs documents. The
 64 spaces in TLS (RFC 8446, section 4.4.3), "obfuscatune/" in a document, a DER sequence in the certificate.
 """
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from obfuscatune import documents
 from obfuscatune.errors import ConfigError
+from obfuscatune.protocol.certificates import key_digest, make_identity, spki_digest
 from obfuscatune.protocol.files import read_secret, read_trusted
-from obfuscatune.protocol.tls import make_identity
 
 CERTIFICATE, KEY = "cert.pem", "key.pem"
 
@@ -48,7 +47,9 @@ class Identity:
             certificate = read_trusted(folder / CERTIFICATE, "certificate")
             return cls._from_pem(certificate, read_secret(folder / KEY, "private key"), where=str(folder))
         except OSError as error:
-            raise ConfigError(f"cannot read {error.filename}: {error.strerror}; `obfuscatune keygen` makes it") from error
+            raise ConfigError(
+                f"cannot read {error.filename}: {error.strerror}; `obfuscatune keygen` makes it"
+            ) from error
 
     @classmethod
     def _from_pem(cls, certificate_pem: bytes, key_pem: bytes, where: str) -> "Identity":
@@ -59,7 +60,9 @@ class Identity:
         except (ValueError, TypeError, UnsupportedAlgorithm):
             raise ConfigError(f"{where} holds no certificate and private key: make them by `keygen`") from None
         if not isinstance(key, Ed25519PrivateKey):
-            raise ConfigError(f"{where} holds a key of another kind than Ed25519, which signs no documents: use `keygen`")
+            raise ConfigError(
+                f"{where} holds a key of another kind than Ed25519, which signs no documents: use `keygen`"
+            )
         if not matches:
             raise ConfigError(f"the certificate in {where} is not of the private key beside it")
         return cls(certificate, key)
@@ -79,24 +82,10 @@ class Identity:
         return documents.sign(document, purpose, self.key)
 
 
-def key_digest(certificate: x509.Certificate) -> bytes:
-    """SHA-256 of a certificate's public key (SubjectPublicKeyInfo).
-
-    Raises:
-        ValueError, UnsupportedAlgorithm: of a key that is none.
-    """
-    return _digest(certificate.public_key())
-
-
 def signer_fingerprint(key: str) -> str:
     """The fingerprint of the party that signs with this Ed25519 key, in hex.
 
     Raises:
         ValueError: it is no key.
     """
-    return _digest(Ed25519PublicKey.from_public_bytes(bytes.fromhex(key))).hex()
-
-
-def _digest(key: Any) -> bytes:
-    encoded = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
-    return hashlib.sha256(encoded).digest()
+    return spki_digest(Ed25519PublicKey.from_public_bytes(bytes.fromhex(key))).hex()

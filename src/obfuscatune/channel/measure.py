@@ -8,6 +8,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from obfuscatune.errors import ConfigError
@@ -35,12 +36,12 @@ class Measured(NamedTuple):
 def measure_process(
     configuration: bytes, arguments: Sequence[str] | None = None, environment: Mapping[str, str] | None = None
 ) -> Measured:
-    """What this process was started with. Call it before anything changes the environment.
+    """What this process was started with.
 
     Args:
         configuration: the bytes that were parsed, not read a second time.
         arguments: unless said, `sys.orig_argv`: the interpreter and its own options too.
-        environment: unless said, `os.environ`.
+        environment: unless said, `started_environment()`.
 
     Raises:
         ConfigError: too much of it, or text that is none.
@@ -48,7 +49,7 @@ def measure_process(
     arguments = tuple(sys.orig_argv if arguments is None else arguments)
     claimed = {
         name: value
-        for name, value in sorted((os.environ if environment is None else environment).items())
+        for name, value in sorted((started_environment() if environment is None else environment).items())
         if not _is_harmless(name)
     }
     texts = (*arguments, *claimed, *claimed.values())
@@ -62,6 +63,25 @@ def measure_process(
             f"{MOST_BYTES:,} can be claimed: start the enclave with a clean environment (env -i)"
         )
     return Measured(arguments, claimed, hashlib.sha256(configuration).hexdigest())
+
+
+def started_environment(where: Path = Path("/proc/self/environ")) -> dict[str, str]:
+    """The environment as the process was given it. `os.environ` has also what it and its libraries set since.
+
+    Raises:
+        ConfigError: the system does not tell, or a variable is there twice: which of them counts, is anybody's guess.
+    """
+    try:
+        entries = where.read_bytes().split(b"\0")
+    except OSError as error:
+        raise ConfigError(f"cannot read {where}: {error.strerror}; an enclave runs on Linux") from error
+    found: dict[str, str] = {}
+    for entry in filter(None, entries):
+        name, separator, value = os.fsdecode(entry).partition("=")
+        if not separator or name in found:
+            raise ConfigError(f"the environment has {name!r:.80} twice, or without a value: start with a clean one")
+        found[name] = value
+    return found
 
 
 def _is_harmless(name: str) -> bool:

@@ -1,5 +1,6 @@
 """What the commands of providers and owners have in common: connect to an enclave, verify it, say what was verified."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from obfuscatune.cli import output
 from obfuscatune.errors import ConfigError, VerificationFailed
 from obfuscatune.option import Option
-from obfuscatune.protocol.endpoints import TcpAddress, parse_address
+from obfuscatune.protocol.addresses import TcpAddress, parse_address
 from obfuscatune.protocol.files import read_trusted, write_new
 
 if TYPE_CHECKING:
@@ -115,17 +116,19 @@ def parse_enclave(text: str) -> TcpAddress:
     return address
 
 
-def read_fingerprint(path: Path, option: str) -> str:
-    """The fingerprint of a certificate's key.
+def read_fingerprint(text: str, option: str) -> str:
+    """The fingerprint of a party's key, of its certificate's file or as it is.
 
     Raises:
-        ConfigError: the file is no certificate.
+        ConfigError: it is neither.
     """
-    from obfuscatune.protocol.tls import fingerprint
+    from obfuscatune.protocol.certificates import fingerprint
 
+    if re.fullmatch(r"[0-9a-f]{64}", text):
+        return text
     try:
-        return fingerprint(read_trusted(path, "certificate"))
+        return fingerprint(read_trusted(Path(text), "certificate"))
     except OSError as error:
-        raise ConfigError(f"{option} {path}: {error.strerror or error}") from error
+        raise ConfigError(f"{option} {text}: {error.strerror or error}") from error
     except ValueError:
-        raise ConfigError(f"{option} {path} is no certificate, as `obfuscatune keygen` makes it") from None
+        raise ConfigError(f"{option} {text} is no certificate, as `obfuscatune keygen` makes it") from None

@@ -1,4 +1,4 @@
-"""`obfuscatune provider grant`, `revoke`, `consent` and `status`: nothing is released before the enclave is verified."""
+"""`obfuscatune provider grant`, `revoke`, `consent`, `status`: nothing is released before the enclave is verified."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +19,9 @@ def grant(
     bundle: Bundle,
     key_file: KeyFileOption,
     name: Name,
-    owner: Annotated[list[Path], Option("Certificate of an owner who may use the model; may be repeated.")],
+    owner: Annotated[
+        list[str], Option("Certificate (or fingerprint) of an owner who may use the model; may be repeated.")
+    ],
     until: Annotated[str, Option("When it ends, in UTC: 2027-01-01, or 2027-01-01T12:00:00Z.")],
     uses: Annotated[str, Option("inference, fine-tuning, or both with a comma between.")] = "inference,fine-tuning",
     export: Annotated[
@@ -57,7 +59,7 @@ def grant(
                 told = channel.release("grant", granted.sign(identity), bytes(view))
     finally:
         kept.key.close()
-    _tell({"granted": name, "grant": granted.id, "manifest": granted.manifest, **_flat(told)}, as_json)
+    _answer({"granted": name, "grant": granted.id, "manifest": granted.manifest, "enclave": told}, as_json)
 
 
 def revoke(*, on: EnclaveOptions, name: Name, key_file: KeyFileOption, as_json: options.AsJson = False) -> None:
@@ -67,7 +69,7 @@ def revoke(*, on: EnclaveOptions, name: Name, key_file: KeyFileOption, as_json: 
     manifest = _manifest(key_file)
     with on.connected() as (channel, identity):
         told = channel.request("revoke", _made(Revocation, name, manifest, next_sequence()).sign(identity))
-    _tell({"revoked": name, **_flat(told)}, as_json)
+    _answer({"revoked": name, "enclave": told}, as_json)
 
 
 def consent(
@@ -75,7 +77,7 @@ def consent(
     on: EnclaveOptions,
     name: Name,
     key_file: KeyFileOption,
-    owner: Annotated[Path, Option("Certificate of the adapter's owner.")],
+    owner: Annotated[str, Option("Certificate (or fingerprint) of the adapter's owner.")],
     adapter: Annotated[str, Option("The adapter, as the enclave names it.")],
     as_json: options.AsJson = False,
 ) -> None:
@@ -85,17 +87,14 @@ def consent(
     manifest, to = _manifest(key_file), read_fingerprint(owner, "--owner")
     with on.connected() as (channel, identity):
         told = channel.request("consent", _made(Consent, name, manifest, to, adapter).sign(identity))
-    _tell({"consented": adapter, "owner": to, **_flat(told)}, as_json)
+    _answer({"consented": adapter, "owner": to, "enclave": told}, as_json)
 
 
 def status(*, on: EnclaveOptions, as_json: options.AsJson = False) -> None:
     """Verify an enclave, and ask it what stands of your grants."""
     with on.connected() as (channel, _):
         told = channel.request("status", {})
-    if as_json:
-        output.write_json(told)
-    else:
-        _tell(_flat(told), as_json)
+    _answer(told, as_json)
 
 
 def _manifest(key_file: Path) -> str:
@@ -120,14 +119,16 @@ def _flat(told: Any, prefix: str = "") -> dict[str, Any]:
     items = told.items() if isinstance(told, dict) else enumerate(told, 1)
     lines: dict[str, Any] = {}
     for key, value in items:
-        lines |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+        label = _printable(key)
+        lines |= _flat(value, f"{prefix}.{label}" if prefix else label)
     return lines
 
 
-def _tell(lines: dict[str, Any], as_json: bool) -> None:
+def _answer(told: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        output.write_json(lines)
+        output.write_json(told)
         return
+    lines = _flat(told)
     width = max(map(len, lines), default=0)
     output.write_text("\n".join(f"{label:<{width}} {_printable(value)}" for label, value in lines.items()))
 

@@ -22,7 +22,7 @@ def keygen(
     Once for each. For TLS, give each side the other's cert.pem as --peer, over a channel you trust, and compare the
     fingerprints. A provider and an owner sign documents with the same key. key.pem stays where it is.
     """
-    from obfuscatune.protocol.tls import fingerprint, make_identity
+    from obfuscatune.protocol.certificates import fingerprint, make_identity
 
     if not 1 <= len(name) <= 64:
         raise ConfigError("--name has 1 to 64 characters")

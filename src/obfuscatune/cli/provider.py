@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from obfuscatune.cli import options, sealing
+from obfuscatune.cli import grants, options, sealing
 from obfuscatune.cli.groups import command_group, command_of
 
 provider = command_group("provider", "Seal a model, and release its key to an enclave that you have checked.")
@@ -47,3 +47,18 @@ def unseal(
     Without --out nothing is written, and objects that are not the bundle's are refused.
     """
     sealing.unseal_and_tell(bundle, key, out, as_json)
+
+
+_ENCLAVE = "--enclave enclave.example:7700 --policy policy.yaml --identity keys/provider"
+command_of(
+    provider,
+    f"obfuscatune provider grant {_ENCLAVE} --bundle bundle/ --key-file bundle.key --name llama --owner owner.pem "
+    "--uses inference,fine-tuning --export provider-consent --until 2027-01-01 --tokens 1000000",
+)(grants.grant)
+command_of(provider, f"obfuscatune provider revoke {_ENCLAVE} --key-file bundle.key --name llama")(grants.revoke)
+command_of(
+    provider,
+    f"obfuscatune provider consent {_ENCLAVE} --key-file bundle.key --name llama --owner owner.pem "
+    "--adapter ft:llama:1",
+)(grants.consent)
+command_of(provider, f"obfuscatune provider status {_ENCLAVE}")(grants.status)

@@ -130,9 +130,8 @@ def check_records(source: Path) -> None:
 
 
 def _paths(folder: Path) -> Iterator[Path]:
-    for entry in os.scandir(folder):
-        path = Path(entry.path)
-        if entry.is_dir(follow_symlinks=False):
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
             yield from _paths(path)
         else:
             yield path
