@@ -3,7 +3,8 @@
     python scripts/measure_engine.py                        # the embedded model, protected by `private`
     python scripts/measure_engine.py --shape gpt2 --plain   # random weights in GPT-2 small's shape
 
-Each client asks for one answer after another; all prompts and answers have the same lengths. The workers run on this machine.
+Each client asks for one answer after another; all prompts and answers have the same lengths. Workers run on this
+machine.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def tokens_per_second(engine: Engine, clients: int, answers: int, prompt: int, t
     def ask(client: int) -> None:
         for answer in range(answers):
             ids = tuple(3 + (31 * client + 17 * answer + 7 * place) % 300 for place in range(prompt))
-            bias = {end: -100.0 for end in engine.ends}  # answers of one length
+            bias = dict.fromkeys(engine.ends, -100.0)  # answers of one length
             events = list(engine.submit(Request(ids, tokens, SamplingParams(seed=client, logit_bias=bias))))
             if not (isinstance(events[-1], FinishEvent) and events[-1].completion_tokens == tokens):
                 raise SystemExit(f"expected {tokens} tokens, found {events[-1]}")
@@ -65,7 +66,7 @@ def main() -> None:
     model = model_of(options.shape)
     if not options.plain:
         with local_worker() as worker, local_worker() as mask_worker:
-            masks = {"mask_worker": mask_worker.address} if options.profile == "guarded" else {}
+            masks: Any = {"mask_worker": mask_worker.address} if options.profile == "guarded" else {}
             with protect(model, worker.address, options.profile, base="closed", **masks):
                 measure(model, options)
     else:

@@ -16,15 +16,23 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from obfuscatune.errors import ConfigError, ModelFileError
-from obfuscatune.training.adapter import CONFIG, WEIGHTS, set_adapter_weights, without_peft_warnings
-from obfuscatune.training.provider_adapter import PROVIDER, ProviderPeftModel, refuse_unless_additive
+from obfuscatune.training.adapter import (
+    CONFIG,
+    PROVIDER,
+    WEIGHTS,
+    check_trained_on,
+    set_adapter_weights,
+    without_peft_warnings,
+)
+from obfuscatune.training.provider_adapter import ProviderPeftModel, refuse_unless_additive
 
 AdapterSource = Callable[[str], Mapping[str, bytes]]
-"""The files of an adapter of this name, in PEFT's format, as `training.adapter.adapter_files` gives them. What it raises
-of our errors fails the requests that wait for the adapter."""
+"""The files of the adapter of this name in PEFT's format, as `training.adapter.adapter_files` gives them. An error that
+it raises fails the requests for the adapter."""
 LARGEST_RANK = 4096
 
 
@@ -51,7 +59,9 @@ class Adapters:
         self._loaded: OrderedDict[str, str] = OrderedDict()
         """PEFT's name of each adapter by ours, the one used longest ago first."""
         self._active: str | None = None
+        self._layers: list[BaseTunerLayer] = []
         self._numbers = itertools.count()
+        self._rest()
 
     def __len__(self) -> int:
         return len(self._loaded)
@@ -67,7 +77,7 @@ class Adapters:
         """Have an adapter in memory; `has_room` must have said that it can be. None is the base model.
 
         Raises:
-            ModelFileError: its files are not a LoRA adapter for this model.
+            ModelFileError: its files are not a LoRA adapter for this model, on top of this provider's adapter.
             ConfigError: it is of a kind that does not add up with another one; or there are no adapters here.
         """
         if name is None:
@@ -97,22 +107,20 @@ class Adapters:
 
     def use(self, name: str | None) -> None:
         """Have the next forward passes be of this adapter, or of the base model: what the provider gave."""
-        if self._peft is None or name == self._active:
+        if name == self._active:
             return
         self._activate(None if name is None else self._loaded[name])
         self._active = name
 
     def _activate(self, inner: str | None) -> None:
-        if isinstance(self._peft, ProviderPeftModel):
-            self._peft.set_adapter(inner or PROVIDER, inference_mode=True)
-        elif inner is None:
-            self._peft.base_model.disable_adapter_layers()
-        else:
-            self._peft.base_model.enable_adapter_layers()
-            self._peft.set_adapter(inner, inference_mode=True)
+        """Layer by layer: PEFT's own switch walks over all modules, which takes longer than a token."""
+        names = ([] if inner is None else [inner]) + ([PROVIDER] if isinstance(self._peft, ProviderPeftModel) else [])
+        for layer in self._layers:
+            layer.set_adapter(names, inference_mode=True)
 
     def _add(self, inner: str, files: Mapping[str, bytes]) -> None:
         config = _config(files)
+        check_trained_on(self.base if self._peft is None else self._peft, files[WEIGHTS], WEIGHTS)
         with torch.random.fork_rng(devices=[]), without_peft_warnings():
             try:
                 if self._peft is None:
@@ -126,7 +134,8 @@ class Adapters:
         self._rest()
 
     def _rest(self) -> None:
-        """The base model, whatever PEFT made active."""
+        """The base model, whatever PEFT made active; with the layers that there are now."""
+        self._layers = [module for module in self.base.modules() if isinstance(module, BaseTunerLayer)]
         self._activate(None)
         self._active = None
 
@@ -134,12 +143,11 @@ class Adapters:
         """Take an adapter out of the layers. With the last one, the plain layers are put back."""
         if self._peft is None or inner not in self._peft.peft_config:
             return
-        others = [name for name in self._peft.peft_config if name != inner]
-        if not others:
-            self.base, self._peft, self._active = self._peft.unload(), None, None
-            return
-        self._activate(None if PROVIDER in others else others[0])  # PEFT warns where an active one is deleted
-        self._peft.delete_adapter(inner)
+        self._rest()  # PEFT warns where an active one is deleted
+        if len(self._peft.peft_config) > 1:
+            self._peft.delete_adapter(inner)
+        else:
+            self.base, self._peft = self._peft.unload(), None
         self._rest()
 
 

@@ -29,20 +29,28 @@ LARGEST_PENALTY = 2.0
 MOST_BIASES = 1024
 MOST_LOGPROBS = 20
 """Limits of OpenAI's API."""
-_NOT_APPLIED = {
+_NOT_APPLIED: dict[str, int | None] = {
     "num_beams": 1,
+    "guidance_scale": 1,
+    "typical_p": 1,
+    "encoder_repetition_penalty": 1,
     "min_length": 0,
     "no_repeat_ngram_size": 0,
     "encoder_no_repeat_ngram_size": 0,
-    "encoder_repetition_penalty": 1,
-    "guidance_scale": 1,
-    "typical_p": 1,
     "epsilon_cutoff": 0,
     "eta_cutoff": 0,
-} | dict.fromkeys(
-    ("sequence_bias", "bad_words_ids", "min_new_tokens", "forced_bos_token_id", "forced_eos_token_id", "min_p", "top_h")
-    + ("exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "watermarking_config")
-)
+    "min_p": 0,
+    "top_h": None,
+    "min_new_tokens": None,
+    "sequence_bias": None,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+    "watermarking_config": None,
+}
 """Settings by which a model's generation config changes what `generate` draws, and the values that change nothing."""
 
 
