@@ -9,7 +9,8 @@ handler       what the attested channel brings: grants, keys, consents
 access        grants, their terms, and the tokens that were used under them
 limits        how much one owner may take
 models        a bundle and its key -> a protected model with an engine (opening)
-engine        requests -> tokens: continuous batching over one protected model (requests, batch, cache, adapters, text)
+engine        requests -> tokens: continuous batching over one protected model (engine_limits, requests, batch, cache,
+              adapters, text)
 sampling      logits -> a token and its log-probability, as `generate` draws it
 api/          FastAPI: OpenAI's routes, and ours for parties
 jobs          fine-tuning in a process of its own (job_process, trainer, job_results); resumed after a restart

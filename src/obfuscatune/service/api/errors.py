@@ -11,7 +11,15 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from obfuscatune.errors import DataError, IntegrityError, ObfuscaTuneError, StorageError, TermsError
+from obfuscatune.errors import (
+    DataError,
+    IntegrityError,
+    ObfuscaTuneError,
+    Overloaded,
+    RequestTimeout,
+    StorageError,
+    TermsError,
+)
 from obfuscatune.service.limits import Busy
 
 log = logging.getLogger(__name__)
@@ -72,8 +80,8 @@ def from_error(error: BaseException) -> ApiError:
     match error:
         case ApiError():
             return error
-        case Busy():
-            seconds = str(math.ceil(error.retry_after_s))
+        case Overloaded():
+            seconds = str(math.ceil(error.retry_after_s if isinstance(error, Busy) else 1.0))
             return ApiError(
                 429,
                 f"Rate limit reached: {error}. Try again in {seconds} s.",
@@ -81,6 +89,8 @@ def from_error(error: BaseException) -> ApiError:
                 code="rate_limit_exceeded",
                 headers={"retry-after": seconds},
             )
+        case RequestTimeout():
+            return ApiError(504, str(error), kind="server_error", code="timeout")
         case TermsError():
             return ApiError(403, str(error), kind="permission_error", code="terms")
         case DataError():
