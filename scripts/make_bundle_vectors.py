@@ -13,6 +13,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def refused(document: Document) -> Iterator[tuple[str, str, bytes]]:
         ("a file moved to another's index", "another place", lambda it: it["files"].pop(0)),
     ]
     for name in ("", ".", "..", "../x", "/x", "x/", "x//y", "x/../y", "x\\y", "x\0y", "x\ny", "x\u202ey", "y" * 256):
-        changes.append((f"the name {name[:9]!r}", "no name", lambda it, name=name: it["files"][0].update(name=name)))
+        changes.append((f"the name {name[:9]!r}", "no name", partial(_call, name)))
     for why, says, change in changes:
         changed = copy.deepcopy(document)
         change(changed)
@@ -91,6 +92,10 @@ def refused(document: Document) -> Iterator[tuple[str, str, bytes]]:
     yield "a commitment of another key", "the key is not the one", valid[:26] + bytes(32) + valid[58:]
     yield "a changed byte", "was changed", valid[:-1] + bytes([valid[-1] ^ 1])
     yield "a byte at the end", "was changed", valid + b"\0"
+
+
+def _call(name: str, document: Document) -> None:
+    document["files"][0]["name"] = name
 
 
 def _give(document: Document, source: tuple[int, int], target: tuple[int, int]) -> None:

@@ -66,7 +66,7 @@ def main() -> None:
     model = model_of(options.shape)
     if not options.plain:
         with local_worker() as worker, local_worker() as mask_worker:
-            masks = {"mask_worker": mask_worker.address} if options.profile == "guarded" else {}
+            masks: Any = {"mask_worker": mask_worker.address} if options.profile == "guarded" else {}
             with protect(model, worker.address, options.profile, base="closed", **masks):
                 measure(model, options)
     else:

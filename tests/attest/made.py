@@ -152,7 +152,9 @@ class Amd:
             return bytes([fmc, bootloader, tee, snp, 0, 0, 0, microcode])
         return bytes([bootloader, tee, 0, 0, 0, 0, snp, microcode])
 
-    def report(self, report_data: bytes = REPORT_DATA, *, vlek: bool = False, changes: dict[int, bytes] = {}) -> bytes:
+    def report(
+        self, report_data: bytes = REPORT_DATA, *, vlek: bool = False, changes: dict[int, bytes] | None = None
+    ) -> bytes:
         """A signed report; `changes` are made before it is signed."""
         report = bytearray(1184)
         cpuid = {"Milan": (0x19, 0x01), "Genoa": (0x19, 0x11), "Turin": (0x1A, 0x02)}[self.product]
@@ -170,7 +172,7 @@ class Amd:
             0x1E0: self.tcb_bytes(),
             0x1F0: self.tcb_bytes(),
         }
-        for offset, value in (fields | changes).items():
+        for offset, value in (fields | (changes or {})).items():
             report[offset : offset + len(value)] = value
         r, s = decode_dss_signature(self.chip.sign(bytes(report[:672]), ec.ECDSA(SHA384())))
         report[672:720], report[744:792] = r.to_bytes(48, "little"), s.to_bytes(48, "little")

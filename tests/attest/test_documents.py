@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from dataclasses import replace
@@ -37,13 +38,13 @@ CLAIMS_MADE = st.builds(
 )
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(EVIDENCE)
 def test_evidence_is_read_back(evidence):
     assert Evidence.from_bytes(evidence.to_bytes()) == evidence
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(CLAIMS_MADE)
 def test_claims_are_read_back_and_their_digest_is_of_the_bytes(claims):
     data = claims.to_bytes()
@@ -51,7 +52,7 @@ def test_claims_are_read_back_and_their_digest_is_of_the_bytes(claims):
     assert claims.digest == hashlib.sha256(data).digest()
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.binary(max_size=200))
 def test_bytes_that_are_no_document_are_refused(data):
     for read in (Evidence.from_bytes, Claims.from_bytes):
@@ -64,24 +65,20 @@ _JUNK = st.recursive(
 )
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.sampled_from(sorted(CLAIMS.to_document())), _JUNK)
 def test_claims_with_any_other_value_in_a_field_are_refused_or_read_as_they_are(name, junk):
     data = canonical(CLAIMS.to_document() | {name: junk})
-    try:
+    with contextlib.suppress(EvidenceError):
         assert Claims.from_bytes(data).to_bytes() == data
-    except EvidenceError:
-        pass
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.sampled_from(["version", "kind", "quote", "certificates", "collateral", "parts"]), _JUNK)
 def test_evidence_with_any_other_value_in_a_field_is_refused_or_read_as_it_is(name, junk):
     document = Evidence("tdx", b"quote").to_document() | {name: junk}
-    try:
+    with contextlib.suppress(EvidenceError):
         assert Evidence.from_bytes(canonical(document)).to_document() == document
-    except EvidenceError:
-        pass
 
 
 @pytest.mark.parametrize("name", sorted(CLAIMS.to_document()))

@@ -131,7 +131,7 @@ def test_bytes_behind_the_signature_are_refused(gpu, tail):
         parse_report(gpu.report() + tail)
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(junk=st.binary(max_size=200), at=st.integers(0, 400))
 def test_junk_is_no_report(gpu, junk, at):
     report = gpu.report()

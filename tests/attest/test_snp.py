@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import random
 import struct
 from dataclasses import replace
@@ -282,7 +283,7 @@ def test_what_is_no_report_is_refused(genoa, report):
         failures(replace(genoa.evidence(), certificates=()), snp_policy(), roots=genoa.roots)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_changed_certificates_and_lists_are_read_or_refused(data):
     amd = _once()
@@ -290,10 +291,8 @@ def test_changed_certificates_and_lists_are_read_or_refused(data):
     at = data.draw(st.integers(0, len(whole) - 1))
     changed = whole[:at] + data.draw(st.binary(max_size=6)) + whole[at + data.draw(st.integers(0, 6)) :]
     for read in (read_certificate, read_revocation_list):
-        try:
+        with contextlib.suppress(EvidenceError):
             read(changed, "it")
-        except EvidenceError:
-            pass
 
 
 _KEPT: list[Amd] = []
@@ -305,7 +304,7 @@ def _once() -> Amd:
     return _KEPT[0]
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.binary(max_size=80))
 def test_junk_is_no_certificate(junk):
     for read in (read_certificate, read_revocation_list):

@@ -68,9 +68,10 @@ def test_the_relayed_evidence_is_genuine() -> None:
         nonce = bytes(32)
         session.send(Hello("enclave", nonce).pack(), Deadline(SOON))
         body = parse_body(session.receive(MessageType.EVIDENCE, Deadline(SOON)), frozenset({"claims", "evidence"}))
-        own = Binding(
-            session.exporter(nonce), session.peer_key, bytes.fromhex(STRANGER.fingerprint), nonce
-        ).report_data(enclave.claims)
+        exporter = session._tls.export_keying_material(b"EXPERIMENTAL obfuscatune attest v1", 32, nonce)
+        own = Binding(exporter, session.peer_key, bytes.fromhex(STRANGER.fingerprint), nonce).report_data(
+            enclave.claims
+        )
         session.end()
     evidence = Evidence.from_document(body["evidence"])
     assert verify(evidence, enclave.policy(), report_data=own, claims=enclave.claims, nonce=nonce, now=0)

@@ -143,6 +143,14 @@ def test_tampering_is_refused(tamper: Callable[[Sealed], None], sealed: Sealed) 
         sealed.open().check()
 
 
+@pytest.mark.parametrize("tamper", [pipe_for_chunk, pipe_for_manifest, folder_for_chunk, link_to_device])
+@pytest.mark.timeout(20)
+def test_what_is_no_file_is_not_even_read(tamper: Callable[[Sealed], None], sealed: Sealed) -> None:
+    tamper(sealed)
+    with pytest.raises(IntegrityError, match="is no regular file"):
+        sealed.open().check()
+
+
 def test_every_single_byte_counts(sealed: Sealed) -> None:
     opened = sealed.open()
     for path, read in (sealed.folder / "manifest", sealed.open), *((it, opened.check) for it in sealed.chunks()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from obfuscatune.errors import IntegrityError
@@ -13,7 +13,7 @@ from obfuscatune.secret_memory import SecretBytes
 KEY = bytes(range(32))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.binary(max_size=200), purpose=st.text(max_size=10), name=st.text(max_size=10))
 def test_what_is_sealed_comes_back(data: bytes, purpose: str, name: str) -> None:
     blob = seal_blob(KEY, data, purpose=purpose, name=name)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from obfuscatune.errors import ConfigError, DataError, IntegrityError, ModelFileError, StorageError
@@ -28,7 +28,7 @@ trees = st.dictionaries(
 ).filter(lambda files: not any(f"{a}/" == b[: len(a) + 1] for a in files for b in files))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(files=trees, chunk_bytes=st.integers(1, 80))
 def test_any_tree_comes_back_whatever_the_chunks(files: dict[str, bytes], chunk_bytes: int) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from obfuscatune import errors
@@ -127,7 +127,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(where=st.lists(st.integers(0, 9), max_size=4), value=json_values)
 def test_any_value_anywhere_in_a_signed_manifest_is_read_or_refused(where: list[int], value: Any) -> None:
     document = json.loads(json.dumps(VECTORS["manifest_document"]))
@@ -149,7 +149,7 @@ def test_any_value_anywhere_in_a_signed_manifest_is_read_or_refused(where: list[
         assert entry.size >= 0 and ".." not in entry.name.split("/")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.binary(max_size=400), keep=st.integers(0, 58))
 def test_any_bytes_are_refused(data: bytes, keep: int) -> None:
     stored = OBJECTS["manifest"][:keep] + data

@@ -2,30 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from parties import Cloud, Party  # noqa: E402
-
-from obfuscatune.enclave.local_worker import LocalWorker  # noqa: E402
-
-
-def ready(cloud: Cloud, owner: Party) -> None:
-    """Wait until the model answers, a bounded time."""
-    with cloud.http(owner) as http:
-        for _ in range(600):
-            models = http.get("/obfuscatune/v1/status").json()["models"]
-            if models and models[0]["status"] != "loading":
-                assert models[0]["status"] == "ready", models
-                return
-            time.sleep(0.1)
-    raise AssertionError("the model was not loaded in time")
+from obfuscatune.enclave.local_worker import LocalWorker
+from tests.service.parties import Cloud, Party, ready
 
 
 @pytest.fixture(scope="session")

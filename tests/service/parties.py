@@ -8,16 +8,20 @@ import hashlib
 import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import yaml
 from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from obfuscatune.assets import tiny_model_path
 from obfuscatune.attest.policy import Policy
@@ -26,6 +30,7 @@ from obfuscatune.channel.grants import Consent, Grant, Revocation, Terms, next_s
 from obfuscatune.channel.identity import Identity
 from obfuscatune.channel.measure import measure_process
 from obfuscatune.protocol.endpoints import TcpAddress
+from obfuscatune.protocol.tls import fingerprint
 from obfuscatune.sealing.keys import BundleKey
 from obfuscatune.sealing.seal import seal
 
@@ -82,12 +87,8 @@ class Cloud:
 
     def prepare(self) -> None:
         """Seal the model, and write the configuration."""
-        from obfuscatune.attest.simulated import Simulated
-        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
         self.folder.mkdir(parents=True, exist_ok=True)
         self.simulation = Ed25519PrivateKey.generate()
-        assert Simulated(self.simulation) is not None
         path = self.folder / "simulation.pem"
         path.write_bytes(
             self.simulation.private_bytes(
@@ -115,8 +116,8 @@ class Cloud:
 
     def start(self) -> None:
         """Run the service until it says that it listens."""
-        log = (self.folder / "service.log").open("ab")
-        self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=log, env=ENVIRONMENT)
+        with (self.folder / "service.log").open("ab") as log:
+            self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=log, env=ENVIRONMENT)
         assert self.process.stdout is not None
         text = b""
         while not text.rstrip().endswith(b"}"):
@@ -194,17 +195,40 @@ class Cloud:
             return channel.release("owner-key", {}, owner.secret)
 
     def http(self, party: Party) -> httpx.Client:
-        """An HTTP client with the party's certificate, pinned to the service's key by its evidence."""
-        import ssl
+        """An HTTP client with the party's certificate."""
+        options = {"base_url": self.url, "verify": self.context(party), "timeout": 120, "trust_env": False}
+        return httpx.Client(**options)  # type: ignore[arg-type]
 
-        with self.channel(party) as channel:
-            pinned = channel.verified.claims.http_key
+    def openai(self, party: Party) -> openai.OpenAI:
+        """The official client with the party's certificate."""
+        http = openai.DefaultHttpxClient(verify=self.context(party), trust_env=False)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", http_client=http, max_retries=0)
+
+    @property
+    def url(self) -> str:
+        return f"https://{self.where['api']}"
+
+    def context(self, party: Party) -> ssl.SSLContext:
+        """TLS with the certificate of the service alone, whose key its evidence names."""
         host, _, port = str(self.where["api"]).rpartition(":")
-        certificate, key = party.files(self.folder / f"identity-{party.spki[:8]}")
+        pem = ssl.get_server_certificate((host, int(port)))
+        with self.channel(party) as channel:
+            assert fingerprint(pem.encode()) == channel.verified.claims.http_key
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-        context.load_cert_chain(certificate, key)
-        client = httpx.Client(base_url=f"https://{host}:{port}", verify=context, timeout=120, trust_env=False)
-        client.pinned = pinned  # type: ignore[attr-defined]
-        return client
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        context.load_verify_locations(cadata=pem)
+        context.load_cert_chain(*party.files(self.folder / f"identity-{party.spki[:8]}"))
+        return context
+
+
+def ready(cloud: Cloud, owner: Party) -> None:
+    """Wait until the model answers, a bounded time."""
+    with cloud.http(owner) as http:
+        for _ in range(600):
+            models = http.get("/obfuscatune/v1/status").json()["models"]
+            if models and models[0]["status"] != "loading":
+                assert models[0]["status"] == "ready", models
+                return
+            time.sleep(0.1)
+    raise AssertionError("the model was not loaded in time")

@@ -111,9 +111,7 @@ def test_bundles_lie_where_they_may(tmp_path: Path, storage: str, allowed: bool)
 
 def test_rates_are_bounded_for_each_owner() -> None:
     now = [0.0]
-    rates = RateLimits(
-        Limits(requests_per_minute=2, tokens_per_minute=60, concurrent_requests=1), clock=lambda: now[0]
-    )
+    rates = RateLimits(Limits(requests_per_minute=2, tokens_per_minute=60, concurrent_requests=1), clock=lambda: now[0])
     rates.request("a")
     rates.request("a")
     with pytest.raises(Busy) as caught:
@@ -372,9 +370,7 @@ def test_a_receipt_that_was_changed_is_refused() -> None:
     with pytest.raises(IntegrityError, match="by a key"):
         verify_receipt(signed, now=0)
     with pytest.raises(VerificationFailed):
-        verify_receipt(
-            signed, policy=Policy.from_document({**POLICY, "claims": {"configuration": ["f" * 64]}}), now=0
-        )
+        verify_receipt(signed, policy=Policy.from_document({**POLICY, "claims": {"configuration": ["f" * 64]}}), now=0)
 
 
 def test_evidence_of_another_service_is_no_receipt_s() -> None:

@@ -90,12 +90,10 @@ def check_chain(
     links = (("root", root, root), ("intermediate", intermediate, root), ("leaf", leaf, intermediate))
     signed = True
     for what, issued, by in links:
-        link = _is_issued(issued, by)
-        checks.that(f"chain.{what}", link, expected=f"signed by {by.common_name}", found=issued.common_name)
-        signed = signed and link
+        signed = signed and _is_issued(issued, by)  # a key is used once it is certified itself
+        checks.that(f"chain.{what}", signed, expected=f"signed by {by.common_name}", found=issued.common_name)
     for what, it in (("leaf", leaf), ("intermediate", intermediate), ("root", root)):
-        valid = it.not_before <= now <= it.not_after
-        checks.that(f"valid.{what}", valid, expected=f"{it.not_before} to {it.not_after}", found=now)
+        checks.within(f"valid.{what}", now, it.not_before, it.not_after)
     if crl is not None:
         _check_crl(crl, root, intermediate, now, checks)
     if not signed or product is None:
@@ -125,8 +123,7 @@ def _check_crl(crl: bytes, root: Certificate, intermediate: Certificate, now: in
     found = read_revocation_list(crl, "sev-snp: revocation list")
     genuine = found.issuer == root.subject and verifies(found.signed, root.public_key)
     checks.that("crl.signature", genuine, expected=f"by {root.common_name}", found="that" if genuine else "another")
-    current = found.this_update <= now <= found.next_update
-    checks.that("crl.current", current, expected=f"{found.this_update} to {found.next_update}", found=now)
+    checks.within("crl.current", now, found.this_update, found.next_update)
     revoked = intermediate.serial in found.serials
     checks.that("crl.revoked", not revoked, expected="not revoked", found="revoked" if revoked else "not revoked")
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 MOST_CHARACTERS = 400
 """Of what was expected or found. Both may come from the attester: they are cut and escaped before they are shown."""
@@ -59,6 +60,11 @@ class Checks:
         passed = allowed == ANY or found.hex() in allowed
         return self.that(name, passed, expected=_alternatives(allowed), found=found)
 
+    def within(self, name: str, now: int, begin: float, end: float) -> bool:
+        """Add the check that a time lies between two others, both included."""
+        expected = f"{readable_time(begin)} to {readable_time(end)}"
+        return self.that(name, begin <= now <= end, expected=expected, found=readable_time(now))
+
     def at_least(self, name: str, found: int, minimum: int) -> bool:
         """Add the check that a number is not below a minimum."""
         return self.that(name, found >= minimum, expected=f"at least {minimum}", found=found)
@@ -72,6 +78,14 @@ class Checks:
     def failed(self) -> tuple[Check, ...]:
         """Those that did not pass."""
         return tuple(check for check in self._collected if not check.passed)
+
+
+def readable_time(seconds: float) -> str:
+    """Unix seconds as people write a time."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    except (OverflowError, OSError, ValueError):
+        return f"second {seconds}"
 
 
 def _alternatives(allowed: Collection[str]) -> str:

@@ -127,6 +127,6 @@ def _is_current(kept: Mapping[str, Any], now: int) -> bool:
     """Whether it is not from the future, and Intel has not set its end before now. The verifier decides, not this."""
     try:
         ends = [json.loads(kept["collateral"][name])["nextUpdate"] for name in ("tcb_info", "qe_identity")]
-        return kept["fetched"] <= now <= min(datetime.fromisoformat(end).timestamp() for end in ends)
+        return bool(kept["fetched"] <= now <= min(datetime.fromisoformat(end).timestamp() for end in ends))
     except (KeyError, TypeError, ValueError):
         return False

@@ -84,6 +84,9 @@ def check_tdx(evidence: Evidence, policy: TdxPolicy, *, report_data: bytes, now:
     checks.that(
         "attributes", sound, expected="SEPT_VE_DISABLE; not migratable, no unknown bit", found=f"{attributes:#018x}"
     )
+    minimum = bytes.fromhex(policy.minimum_tee_tcb_svn)
+    enough = all(number >= least for number, least in zip(report.tee_tcb_svn, minimum, strict=True))
+    checks.that("tee_tcb_svn", enough, expected=f"at least {minimum.hex()}", found=report.tee_tcb_svn)
     for name, theirs in _MEASUREMENTS.items():
         if hasattr(report, theirs):  # mr_service_td: from TDX 1.5 on
             checks.measured(name, getattr(report, theirs), getattr(policy, name))

@@ -192,7 +192,7 @@ def _check_chain(certificates: list[x509.Certificate], root: str, now: int, chec
         name = issuer.subject.rfc4514_string()
         checks.that(f"chain.{index}", issued, expected=f"signed by {name}", found=certificate.subject.rfc4514_string())
         begin, end = certificate.not_valid_before_utc.timestamp(), certificate.not_valid_after_utc.timestamp()
-        checks.that(f"valid.{index}", begin <= now <= end, expected=f"{begin:.0f} to {end:.0f}", found=now)
+        checks.within(f"valid.{index}", now, begin, end)
 
 
 def _is_issued(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:

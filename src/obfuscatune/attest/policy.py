@@ -115,6 +115,8 @@ class TdxPolicy(DcapPolicy):
     mr_seam: Digests48 = ANY
     """The TDX module. Intel's collateral says which are current."""
     xfam: Masks8 = ANY
+    minimum_tee_tcb_svn: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] = "00" * 16
+    """Security version numbers of the TDX module, byte by byte."""
 
 
 class SgxPolicy(DcapPolicy):

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from obfuscatune.documents import parse, verify
+from obfuscatune.documents import canonical, parse, verify
 from obfuscatune.errors import ConfigError, IntegrityError
 
 MOST_BYTES = 2**20
@@ -40,12 +40,12 @@ def read_policy_file(path: Path, reference_model: type[BaseModel]) -> dict[str, 
     if not isinstance(wanted, dict) or {"sequence", "expires"} & set(wanted):
         raise ConfigError(f"{where} has a file, keys and, if you like, a minimum_sequence")
     try:
-        checked = reference_model.model_validate(
-            wanted | {"keys": tuple(wanted.get("keys", ()))} if isinstance(wanted.get("keys", ()), list) else wanted
-        )
+        checked = reference_model.model_validate_json(canonical(wanted)).model_dump()
     except ValidationError as error:
         raise ConfigError(explain(error, where, reference_model)) from error
-    values = _read_reference_values(path.parent / checked.model_dump()["file"], checked.model_dump())
+    except ValueError as error:  # a date, a fraction: values that documents have not
+        raise ConfigError(f"{where}: {error}") from error
+    values = _read_reference_values(path.parent / checked["file"], checked)
     document["reference_values"] = wanted | {"sequence": values["sequence"], "expires": values["expires"]}
     merge(document, values["values"])
     return document
@@ -135,7 +135,7 @@ class _UniqueKeys(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(None, None, "an alias: write values out", self.peek_event().start_mark)
+            raise yaml.YAMLError("an alias: write values out")
         return super().compose_node(parent, index)
 
 

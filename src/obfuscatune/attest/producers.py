@@ -94,7 +94,7 @@ def read_certificate_table(table: bytes) -> dict[str, bytes]:
     Raises:
         EvidenceError: an entry lies outside of the table.
     """
-    found = {}
+    found: dict[str, bytes] = {}
     for at in range(0, len(table) - 23, 24):
         guid, offset, length = struct.unpack_from("<16sII", table, at)
         if not any(guid):

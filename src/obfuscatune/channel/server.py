@@ -24,7 +24,7 @@ from obfuscatune.channel.grants import Consent, Grant, Revocation
 from obfuscatune.channel.hpke import unseal
 from obfuscatune.channel.identity import Identity
 from obfuscatune.channel.messages import MOST_REQUESTS, Hello, MessageType, Reply, Request, pack, pack_error
-from obfuscatune.channel.session import Session, SessionEnded, SessionStopped, tls_context
+from obfuscatune.channel.session import Session, SessionStopped, tls_context
 from obfuscatune.errors import (
     ChannelError,
     ConfigError,
@@ -194,8 +194,6 @@ class ChannelServer:
         last_words = b""
         try:
             self._serve(session)
-        except SessionEnded:
-            log.debug("attested channel: %s closed", peer)
         except SessionStopped:
             last_words = pack_error("stopping", "the enclave stops")
         except ConnectionLost as error:

@@ -25,11 +25,6 @@ from obfuscatune.protocol.sockets import Deadline
 
 ALPN = b"obfuscatune-attested/1"
 _CHUNK_BYTES = 16 * 1024
-_MOST_DROPPED_BYTES = 2**20
-
-
-class SessionEnded(ConnectionLost):
-    """The peer closed between two messages."""
 
 
 class SessionStopped(ConnectionLost):
@@ -113,12 +108,10 @@ class Session:
         """The body of the next message.
 
         Raises:
-            SessionEnded: the peer closed before it began.
             ChannelError: it is no message, out of turn, too long, or the peer's ERROR.
             ConnectionLost, DeadlineExceeded: it did not come whole.
         """
-        first = self._take(1, deadline, begins=True)
-        header = first + self._take(HEADER_BYTES - 1, deadline)
+        header = self._take(HEADER_BYTES, deadline)
         kind, length = parse_header(header, frozenset({expected, MessageType.ERROR}))
         body = self._take(length, deadline)
         if kind is MessageType.ERROR:
@@ -127,17 +120,12 @@ class Session:
         return body
 
     def end(self, message: bytes = b"") -> None:
-        """Send last words where they go, wait a moment for the peer to have read them, and close."""
-        deadline = Deadline(LINGER_SECONDS)
-        with contextlib.suppress(WireError, OSError):
+        """Send last words where they go without much waiting, and close."""
+        with contextlib.suppress(WireError, OSError, SSL.Error):
             if self._established:
                 if message:
-                    self.send(message, deadline)
-                with contextlib.suppress(SSL.Error):
-                    self._tls.shutdown()
-                if message:  # to close with bytes unread would reset the connection, and take it from the peer
-                    self._sock.shutdown(socket.SHUT_WR)
-                    self._drop(deadline)
+                    self.send(message, Deadline(LINGER_SECONDS))
+                self._tls.shutdown()
         self.close()
 
     def cut(self) -> None:
@@ -149,30 +137,17 @@ class Session:
         """Give the socket up. Twice is once."""
         self._sock.close()
 
-    def _take(self, size: int, deadline: Deadline, *, begins: bool = False) -> bytes:
+    def _take(self, size: int, deadline: Deadline) -> bytes:
         parts = []
         while size:
-            part = self._wait(self._tls.recv, (min(size, _CHUNK_BYTES),), deadline, begins=begins)
+            part = self._wait(self._tls.recv, (min(size, _CHUNK_BYTES),), deadline)
             parts.append(part)
             size -= len(part)
         return b"".join(parts)
 
-    def _drop(self, deadline: Deadline) -> None:
-        self._stop, dropped = None, 0
-        while dropped < _MOST_DROPPED_BYTES:
-            try:
-                came = len(self._sock.recv(_CHUNK_BYTES))
-            except BlockingIOError:
-                self._poll(select.POLLIN, deadline)
-                continue
-            if not came:
-                return
-            dropped += came
-
-    def _wait(self, call: Any, arguments: tuple[Any, ...], deadline: Deadline, *, begins: bool = False) -> Any:
+    def _wait(self, call: Any, arguments: tuple[Any, ...], deadline: Deadline) -> Any:
         """Call, again and again as the socket is ready, until it is done."""
         while True:
-            deadline.remaining()
             try:
                 return call(*arguments)
             except SSL.WantReadError:
@@ -180,11 +155,9 @@ class Session:
             except SSL.WantWriteError:
                 self._poll(select.POLLOUT, deadline)
             except SSL.ZeroReturnError:
-                kind = SessionEnded if begins else ConnectionLost
-                raise kind("the peer closed the session") from None
+                raise ConnectionLost("the peer closed the session") from None
             except SSL.SysCallError as error:
-                kind = SessionEnded if begins and self._established else ConnectionLost
-                raise kind(f"lost the connection: {error.args[-1]}") from None
+                raise ConnectionLost(f"lost the connection: {error.args[-1]}") from None
             except SSL.Error as error:
                 raise ChannelError(f"no TLS 1.3 with the peer: {_reason(error)}") from None
             except OSError as error:

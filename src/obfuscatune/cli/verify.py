@@ -39,6 +39,7 @@ def verify(
     Takes an evidence file, or a verification document that --out wrote: that is verified again from its evidence, at
     its own time and by its own policy unless others are given. Exit code 0: all holds. 1: something fails.
     """
+    from obfuscatune.attest.checks import readable_time
     from obfuscatune.attest.record import Session, examine, read_record
 
     record = read_record(file)
@@ -54,14 +55,14 @@ def verify(
     else:
         show_checks(found.checks, simulated=found.simulated)
         whose = "the document's own policy" if policy is None else "the policy"
-        output.write_text(f"at {_readable(when)}, by {whose} {found.policy.digest}")
+        output.write_text(f"at {readable_time(when)}, by {whose} {found.policy.digest}")
     if differs:
         raise VerificationFailed("the document's checks are not those that its evidence and policy give", found.checks)
     if not found.passed:
         failed = [check.name for check in found.checks if not check.passed]
         raise VerificationFailed(f"{len(failed)} of {len(found.checks)} checks fail: {', '.join(failed)}", found.checks)
     if not as_json:
-        output.write_text(f"verified: {len(found.checks)} checks hold, until {_readable(found.expires)}")
+        output.write_text(f"verified: {len(found.checks)} checks hold, until {readable_time(found.expires)}")
 
 
 def show_checks(checks: "Iterable[Check]", *, simulated: bool) -> None:
@@ -123,10 +124,3 @@ def _time(text: str | None, default: int) -> int:
     except ValueError as error:
         raise ConfigError(f"--now is a time such as 2026-11-29T12:00:00Z, or Unix seconds, not {text!r:.80}") from error
     return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
-
-
-def _readable(seconds: int) -> str:
-    try:
-        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    except (OverflowError, OSError, ValueError):
-        return f"second {seconds}"

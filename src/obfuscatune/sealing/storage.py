@@ -107,15 +107,11 @@ class LocalStorage:
             (self._folder / CHUNKS).rmdir()
 
     def read(self, name: str, most: int) -> bytes:
-        with self._opened(name) as (file, size):
-            if size > most:
-                raise IntegrityError(f"{name} has {size:,} bytes; at most {most:,} are read")
+        with self._opened(name) as file:
             return _read_at_most(file, most, name)
 
     def read_chunk(self, name: str, room: memoryview) -> None:
-        with self._opened(f"{CHUNKS}/{name}") as (file, size):
-            if size != len(room):
-                raise IntegrityError(f"{chunk_label(name)} has {size:,} bytes; expected {len(room):,}")
+        with self._opened(f"{CHUNKS}/{name}") as file:
             _fill(file, room, name)
 
     def objects(self) -> frozenset[str]:
@@ -125,16 +121,15 @@ class LocalStorage:
         return frozenset(outer - {CHUNKS} | inner)
 
     @contextlib.contextmanager
-    def _opened(self, name: str) -> Iterator[tuple[BinaryIO, int]]:
-        """A regular file and its size; no link is followed, and neither a pipe nor a device is waited for."""
+    def _opened(self, name: str) -> Iterator[BinaryIO]:
+        """A regular file; no link is followed, and neither a pipe nor a device is waited for."""
         path = self._folder / name
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             with os.fdopen(descriptor, "rb", buffering=0) as file:
-                found = os.fstat(descriptor)
-                if not stat.S_ISREG(found.st_mode):
+                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                     raise IntegrityError(f"{path} is no regular file")
-                yield cast(BinaryIO, file), found.st_size
+                yield cast(BinaryIO, file)
         except FileNotFoundError:
             raise IntegrityError(f"{path} is missing") from None
         except OSError as error:

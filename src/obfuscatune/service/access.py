@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from obfuscatune.channel.grants import Grant
 from obfuscatune.channel.registry import GrantRegistry
+from obfuscatune.errors import TermsError
 from obfuscatune.service.state import State
 
 INFERENCE, FINE_TUNING = "inference", "fine-tuning"
@@ -77,6 +78,22 @@ class Access:
             used = 0 if grant is None else self._state.tokens_used(grant.id)
             grant = self.registry.check(model, owner, FINE_TUNING, _now(), used, max(1, tokens))
             self._state.charge_job(job, grant.id, tokens)
+
+    def check_job(self, model: str, owner: str) -> None:
+        """See that a grant still lets a job run, whose tokens were taken when it began.
+
+        Raises:
+            TermsError: none does.
+        """
+        self.registry.check(model, owner, FINE_TUNING, _now(), 0, 0)
+
+    def allows_job(self, model: str, owner: str) -> bool:
+        """Whether `check_job` would let it run."""
+        try:
+            self.check_job(model, owner)
+        except TermsError:
+            return False
+        return True
 
     def check_export(self, model: str, owner: str, adapter: str) -> Grant:
         """The grant by which an adapter may leave.

@@ -22,15 +22,16 @@ from transformers import PreTrainedModel
 from obfuscatune.errors import ConfigError, ModelFileError
 from obfuscatune.training.adapter import (
     CONFIG,
+    PROVIDER,
     WEIGHTS,
     check_trained_on,
     set_adapter_weights,
     without_peft_warnings,
 )
-from obfuscatune.training.provider_adapter import PROVIDER, ProviderPeftModel, refuse_unless_additive
+from obfuscatune.training.provider_adapter import ProviderPeftModel, refuse_unless_additive
 
 AdapterSource = Callable[[str], Mapping[str, bytes]]
-"""The files of the adapter of this name, in PEFT's format, as `training.adapter.adapter_files` gives them. An error that
+"""The files of the adapter of this name in PEFT's format, as `training.adapter.adapter_files` gives them. An error that
 it raises fails the requests for the adapter."""
 LARGEST_RANK = 4096
 

@@ -6,9 +6,9 @@ newcomers  ->  Prefill: their prompts, in chunks, padded on the left     (a cach
 
 from __future__ import annotations
 
+import copy
 import math
 import time
-from collections.abc import Sequence as Sequences
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -114,16 +114,16 @@ class Running:
         self.outcome = "cancelled" if reason == "cancelled" else "finished"
 
     def fail(self, error: ObfuscaTuneError) -> None:
-        """End the request with an error."""
+        """End the request with an error. Each request gets its own: it is raised in whichever thread waits for it."""
         if not self.finished:
-            self._deliver(error)
+            self._deliver(copy.copy(error))
             self.outcome = "failed"
 
     def _deliver(self, event: Event | ObfuscaTuneError) -> None:
         self.handle.deliver(event)
 
 
-def choose(sequences: Sequences[Running], logits: Tensor) -> None:
+def choose(sequences: list[Running], logits: Tensor) -> None:
     """Choose the next token of each sequence that has not finished.
 
     Args:
@@ -171,7 +171,7 @@ class Group:
 class Prefill:
     """Prompts that are being read, of one adapter."""
 
-    def __init__(self, sequences: Sequences[Running], cache: BatchCache) -> None:
+    def __init__(self, sequences: list[Running], cache: BatchCache) -> None:
         self.sequences = sequences
         self.cache = cache
         self.adapter = sequences[0].request.adapter

@@ -22,7 +22,7 @@ import traceback
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,6 @@ from torch import Tensor
 
 from obfuscatune.errors import (
     BudgetExceeded,
-    ConfigError,
     DataError,
     ObfuscaTuneError,
     Overloaded,
@@ -43,82 +42,22 @@ from obfuscatune.errors import (
 )
 from obfuscatune.service.adapters import Adapters, AdapterSource
 from obfuscatune.service.batch import Group, Prefill, Running, choose
-from obfuscatune.service.cache import BatchCache, bytes_per_token, cells
+from obfuscatune.service.cache import BatchCache, cells
+from obfuscatune.service.engine_limits import EngineLimits, EngineStats
 from obfuscatune.service.requests import Handle, Request
 from obfuscatune.service.sampling import repetition_penalty
 from obfuscatune.training.tokens import context_window, embedding_rows, stop_ids
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Engine", "EngineLimits", "EngineStats"]
 
 log = logging.getLogger(__name__)
 
 _FINAL = (WrongProduct, BudgetExceeded, UntrustedPeer)
 """After one of these the engine stays closed: going on would use a worker that lies, or show more than is allowed."""
-
-
-@dataclass(frozen=True)
-class EngineLimits:
-    """What an engine may use.
-
-    Attributes:
-        batch: sequences that run at a time.
-        cache_tokens: places for a token in all caches, padding included. One set of prompts that is being read, of
-            `prefill_tokens` or one prompt, has its own beside.
-        queue: requests that wait to run; one more is refused.
-        prefill_tokens: tokens of prompts that are read in one step.
-        adapters: fine-tuned models in memory at a time.
-
-    Raises:
-        ConfigError: one is below 1.
-    """
-
-    batch: int = 16
-    cache_tokens: int = 65_536
-    queue: int = 256
-    prefill_tokens: int = 256
-    adapters: int = 8
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value < 1:
-                raise ConfigError(f"{name}: expected at least 1, found {value}")
-
-    def within(self, memory_bytes: int, config: PretrainedConfig, dtype: torch.dtype) -> EngineLimits:
-        """The same with as many `cache_tokens` as fit into some memory."""
-        return replace(self, cache_tokens=max(1, memory_bytes // bytes_per_token(config, dtype)))
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """What an engine did since it was made, and does now. Nothing of it depends on what is in a request.
-
-    Attributes:
-        submitted: requests that were taken; `refused` were not, for want of a place in the queue.
-        finished: answers that came to their end; `cancelled` and `failed` did not.
-        prompt_tokens: that were read; `completion_tokens` were chosen, in answers that have ended.
-        steps: forward passes for one token each; `rows` is the sum of their batch sizes, so that `rows / steps` is how
-            many requests shared one. `prefills` is the number of those for prompts.
-        queued: requests that wait now; `running` are being answered.
-        cache_tokens: places for a token in the caches now.
-        adapters: in memory now.
-    """
-
-    submitted: int = 0
-    refused: int = 0
-    finished: int = 0
-    cancelled: int = 0
-    failed: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    steps: int = 0
-    rows: int = 0
-    prefills: int = 0
-    queued: int = 0
-    running: int = 0
-    cache_tokens: int = 0
-    adapters: int = 0
 
 
 class Engine:
@@ -191,11 +130,16 @@ class Engine:
             Overloaded: too many requests wait.
             ServiceClosed: the engine is closed; or the error at which it closed itself.
         """
-        self._check(request)
+        request.check(self._vocabulary, self._window)
+        if cells(1, request.length) > self.limits.cache_tokens:
+            raise DataError(
+                f"prompt and answer have up to {request.length} tokens; there is memory for "
+                f"{self.limits.cache_tokens} with padding; shorten the prompt or lower max_tokens"
+            )
         handle = Handle(self._cancel, loop)
         with self._changed:
             if self._closed is not None:
-                raise _copy(self._closed)
+                raise copy.copy(self._closed)
             if len(self._queue) >= self.limits.queue:
                 self._count(refused=1)
                 raise Overloaded(f"{self.limits.queue} requests wait already; try again later")
@@ -254,26 +198,6 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _check(self, request: Request) -> None:
-        """
-        Raises:
-            DataError: see `submit`.
-        """
-        if not all(0 <= token < self._vocabulary for token in request.prompt):
-            raise DataError(f"the prompt: expected tokens from 0 to {self._vocabulary - 1}")
-        if not all(0 <= token < self._vocabulary for token in request.sampling.logit_bias):
-            raise DataError(f"logit_bias: expected tokens from 0 to {self._vocabulary - 1}")
-        if request.length > self._window:
-            raise DataError(
-                f"the prompt has {len(request.prompt)} tokens and up to {request.max_tokens} are to be written, but "
-                f"the model takes {self._window} in all; shorten it or lower max_tokens"
-            )
-        if cells(1, request.length) > self.limits.cache_tokens:
-            raise DataError(
-                f"prompt and answer have up to {request.length} tokens; there is memory for "
-                f"{self.limits.cache_tokens} with padding; shorten the prompt or lower max_tokens"
-            )
-
     def _cancel(self, handle: Handle) -> None:
         with self._changed:
             running = self._requests.get(handle)
@@ -311,8 +235,9 @@ class Engine:
         with self._changed:
             self._closed, self._is_stopping = reason, True
             left = list(self._requests.values())
+            self._queue.clear()
         for running in left:
-            running.fail(_copy(reason))
+            running.fail(reason)
         self._settle(left)
         self._admitted.clear()
 
@@ -338,6 +263,8 @@ class Engine:
                 elif running.deadline_s is not None and now >= running.deadline_s:
                     running.fail(RequestTimeout(f"no answer within {running.request.timeout_s:g} s"))
             ended = [running for running in self._requests.values() if running.finished]
+            if ended:
+                self._queue = deque(running for running in self._queue if not running.finished)
         if ended:
             self._settle(ended)
         with self._changed:
@@ -442,7 +369,7 @@ class Engine:
                 log.error("requests failed: %s", _kind(error))  # noqa: TRY400  # as above
                 error = ServiceError("the service failed to answer; its log says at what")
             for running in sequences:
-                running.fail(_copy(error))
+                running.fail(error)
 
     def _settle(self, sequences: list[Running], **counts: int) -> None:
         """Let those go that have finished, and add to the statistics."""
@@ -460,16 +387,9 @@ class Engine:
                 if running.outcome is not None and self._requests.pop(running.handle, None) is not None:
                     self._count(completion_tokens=running.tokens, **{running.outcome: 1})
                     self._changed.notify_all()
-            if any(running.finished for running in self._queue):
-                self._queue = deque(running for running in self._queue if not running.finished)
             held = sum(group.cache.cells for group in self._groups.values())
             self._stats = replace(self._stats, cache_tokens=held)
             self._count(**counts)
-
-
-def _copy(error: ObfuscaTuneError) -> ObfuscaTuneError:
-    """The same error for one more request: each is raised in a thread of its own."""
-    return copy.copy(error)
 
 
 def _kind(error: Exception) -> str:

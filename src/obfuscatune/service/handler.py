@@ -70,6 +70,7 @@ class ServiceHandler:
             self._keep_latest(revocation.provider, revocation.model)
             context.models.revoke(revocation.model)
             context.log.append(peer, "revoked", {"model": revocation.model, "manifest": revocation.manifest})
+        context.jobs.wake()
         return {"model": revocation.model, **self._common()}
 
     def consent(self, peer: str, consent: Consent) -> dict[str, Any]:

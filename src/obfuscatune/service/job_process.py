@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from obfuscatune.errors import DataError, TermsError
+from obfuscatune.errors import DataError, ServiceError
 from obfuscatune.secret_memory import secret_view
 from obfuscatune.service import state as rows
 from obfuscatune.service.keys import Owner, job_key
@@ -27,8 +27,8 @@ MOST_LINE_BYTES = 2**20
 class JobProcess:
     """A trainer. `start` and `events` are for one thread; `stop` and `wait` for any."""
 
-    def __init__(self, job: str) -> None:
-        self.job = job
+    def __init__(self, job: str, owner: str, model: str) -> None:
+        self.job, self.owner, self.model = job, owner, model
         self.asked: str | None = None
         """The status that the owner wants the job to have."""
         self.settled = threading.Event()
@@ -41,13 +41,13 @@ class JobProcess:
         """Start it, and hand over what it needs.
 
         Raises:
-            TermsError: the model was taken back.
+            ServiceError: the model was taken back.
             DataError: a file of the job's is not there any more.
             StorageError, IntegrityError: it cannot be read.
         """
         model = context.models.get(row.clear["model"])
         if model is None:
-            raise TermsError("model: the provider took it back")
+            raise ServiceError("the model was taken back")
         training = _content(context, owner, row.details["training_file"])
         validation = row.details["validation_file"]
         eval_content = b"" if validation is None else _content(context, owner, validation)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from obfuscatune.errors import ObfuscaTuneError
+from obfuscatune.errors import DataError, ObfuscaTuneError, TermsError
 from obfuscatune.service import state as rows
 from obfuscatune.service.job_process import JobProcess
 from obfuscatune.service.job_results import Outcome, results_csv
@@ -139,6 +139,7 @@ class Jobs:
                     return
                 room = len(self._running) < self.context.settings.limits.jobs_at_once
             try:
+                self._enforce()
                 started = room and self._start_next()
             except ObfuscaTuneError as error:
                 log.warning("jobs: %s", error)
@@ -149,6 +150,16 @@ class Jobs:
                     waits = [at - now for at in self._not_before.values() if at > now]
                     if not self._stopping:
                         self._changed.wait(min([*waits, _LOOK_EVERY_S]))
+
+    def _enforce(self) -> None:
+        """Stop jobs whose model was taken back, or whose grant is over; they wait until it is granted anew, or fail."""
+        with self._changed:
+            running = list(self._running.values())
+        for process in running:
+            if self.context.models.get(process.model) is None or not self.context.access.allows_job(
+                process.model, process.owner
+            ):
+                process.stop(at_once=True)
 
     def _start_next(self) -> bool:
         """Start the oldest job of the owner who was served longest ago; whether there was one."""
@@ -167,7 +178,7 @@ class Jobs:
         row = None if found is None else context.state.get(rows.jobs, found, job)
         if found is None or row is None or not context.state.move_job(job, (QUEUED,), RUNNING):
             return False
-        process = JobProcess(job)
+        process = JobProcess(job, spki, row.clear["model"])
         with self._changed:
             self._running[job] = process
         thread = threading.Thread(target=self._run, args=(found, row, process), name=f"job {job}", daemon=True)
@@ -179,6 +190,8 @@ class Jobs:
         try:
             outcome = self._follow(owner, row, process)
             self._settle(owner, row, process, outcome)
+        except (TermsError, DataError) as error:
+            self._fail(owner, row, Outcome({}), type(error).__name__, str(error))
         except ObfuscaTuneError as error:
             log.warning("job %s: %s", row.id, error)
             self._again(owner, row, f"{type(error).__name__}")
@@ -194,6 +207,7 @@ class Jobs:
 
     def _follow(self, owner: Owner, row: Row, process: JobProcess) -> Outcome:
         """Start the trainer, and take in what it tells until it ends."""
+        self.context.access.check_job(row.clear["model"], owner.spki)
         process.start(self.context, owner, row, _recipe(row))
         with self._changed:
             if self._stopping or process.asked:
@@ -249,7 +263,8 @@ class Jobs:
             return
         if outcome.failure is None or outcome.failure["again"]:
             reason = "the trainer ended" if outcome.failure is None else str(outcome.failure["message"])
-            self._again(owner, row, reason, outcome, counts=not (self._stopping or outcome.is_stopped))
+            is_there = self.context.models.get(process.model) is not None
+            self._again(owner, row, reason, outcome, counts=is_there and not (self._stopping or outcome.is_stopped))
             return
         self._fail(owner, row, outcome, str(outcome.failure["code"]), str(outcome.failure["message"]))
 

@@ -9,14 +9,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from obfuscatune.errors import ObfuscaTuneError
+from obfuscatune.errors import Overloaded
 from obfuscatune.service.settings import Limits
 
+_UPLOADS = 2
+"""Of one owner at a time."""
 _MOST_OWNERS = 4096
 """That are remembered. One that is forgotten has not asked for long: its buckets are full."""
 
 
-class Busy(ObfuscaTuneError):
+class Busy(Overloaded):
     """Asked for more than an owner may have now.
 
     What to do:
@@ -50,6 +52,7 @@ class _Account:
     requests: _Bucket
     tokens: _Bucket
     running: int = 0
+    uploads: int = 0
 
 
 class RateLimits:
@@ -89,6 +92,24 @@ class RateLimits:
             with self._lock:
                 account.running -= 1
 
+    @contextmanager
+    def upload(self, owner: str) -> Iterator[None]:
+        """Count an upload while it comes: each takes memory.
+
+        Raises:
+            Busy: two of this owner's are under way.
+        """
+        with self._lock:
+            account = self._account(owner)
+            if account.uploads >= _UPLOADS:
+                raise Busy(f"at most {_UPLOADS} uploads at a time", 1.0)
+            account.uploads += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                account.uploads -= 1
+
     def _take(self, bucket: _Bucket, amount: float, rule: str) -> None:
         bucket.refill(self._clock())
         wait = bucket.wait_for(amount)
@@ -103,7 +124,7 @@ class RateLimits:
             requests, tokens = (float(it) for it in (self._limits.requests_per_minute, self._limits.tokens_per_minute))
             account = _Account(_Bucket(requests, requests, now), _Bucket(tokens, tokens, now))
             while len(self._accounts) >= _MOST_OWNERS:
-                idle = next((name for name, it in self._accounts.items() if not it.running), None)
+                idle = next((name for name, it in self._accounts.items() if not it.running and not it.uploads), None)
                 if idle is None:
                     break
                 del self._accounts[idle]

@@ -71,6 +71,22 @@ class Request:
         """Tokens of prompt and answer together, at the most."""
         return len(self.prompt) + self.max_tokens
 
+    def check(self, vocabulary: int, window: int) -> None:
+        """Return where a model with so many tokens, which takes so many at once, can answer.
+
+        Raises:
+            DataError: it cannot.
+        """
+        if not all(isinstance(token, int) and 0 <= token < vocabulary for token in self.prompt):
+            raise DataError(f"the prompt: expected tokens from 0 to {vocabulary - 1}")
+        if not all(0 <= token < vocabulary for token in self.sampling.logit_bias):
+            raise DataError(f"logit_bias: expected tokens from 0 to {vocabulary - 1}")
+        if self.length > window:
+            raise DataError(
+                f"the prompt has {len(self.prompt)} tokens and up to {self.max_tokens} are to be written, but the "
+                f"model takes {window} in all; shorten it or lower max_tokens"
+            )
+
 
 @dataclass(frozen=True)
 class PromptEvent:

@@ -247,6 +247,8 @@ class State:
 
     def get(self, table: Table, owner: Sealing, row_id: str) -> Row | None:
         """A row of an owner's; None where that owner has none of that id."""
+        if not _is_id(row_id):
+            return None
         query = select(table).where(table.c.id == row_id, table.c.owner == owner.spki)
         with self._reading() as connection:
             found = connection.execute(query).mappings().first()
@@ -263,6 +265,8 @@ class State:
         **where: Any,
     ) -> Page:
         """Rows of an owner's, the newest first or last, after the one with that id."""
+        if after is not None and not _is_id(after):
+            return Page((), False)
         query = select(table).where(table.c.owner == owner.spki)
         for name, value in where.items():
             query = query.where(table.c[name] == value)
@@ -402,6 +406,11 @@ class State:
 def new_id(prefix: str) -> str:
     """A random id in OpenAI's form: `file-…`, `ftjob-…`."""
     return f"{prefix}{secrets.token_hex(12)}"
+
+
+def _is_id(text: str) -> bool:
+    """Whether a row may have that id; no other text comes near the database."""
+    return len(text) <= 64 and text.isascii() and text.isprintable()
 
 
 def _now() -> int:

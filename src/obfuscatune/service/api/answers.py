@@ -16,6 +16,7 @@ from typing import Any
 from anyio import to_thread
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from obfuscatune.errors import DataError, ObfuscaTuneError
 from obfuscatune.service.access import INFERENCE
@@ -120,7 +121,7 @@ async def _answer(body: CompletionBody | ChatBody, request: Request, context: Co
     loop = asyncio.get_running_loop()
     answer = await to_thread.run_sync(_begin, body, context, owner, loop)
     if body.stream:
-        return StreamingResponse(_stream(answer), media_type="text/event-stream", headers=_STREAM_HEADERS)
+        return _Streamed(answer)
     try:
         await _collect(answer, request)
     finally:
@@ -178,9 +179,8 @@ def _prompts(body: CompletionBody, target: Target) -> list[list[int]]:
 
 def _chat_prompt(body: ChatBody, target: Target) -> list[list[int]]:
     try:
+        _checked(json.dumps(body.messages, ensure_ascii=False))
         messages = read_messages(Line("the request", {"messages": body.messages}), "messages")
-        for message in messages:
-            _checked(message.content)
         return [render_prompt(target.model.tokenizer, messages)]
     except DataError as error:
         raise errors.ApiError(400, str(error), param="messages", code="invalid_value") from error
@@ -360,7 +360,20 @@ async def _stream(answer: Answer) -> AsyncIterator[bytes]:
     finally:
         for task in tasks:
             task.cancel()
-        await asyncio.shield(to_thread.run_sync(answer.end))
+
+
+class _Streamed(StreamingResponse):
+    """A stream; however it ends, and even if it never began, the answer is ended."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(_stream(answer), media_type="text/event-stream", headers=_STREAM_HEADERS)
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await asyncio.shield(to_thread.run_sync(self._answer.end))
 
 
 def _event(document: dict[str, Any]) -> bytes:

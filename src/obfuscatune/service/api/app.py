@@ -17,6 +17,8 @@ from obfuscatune.version import __version__
 log = logging.getLogger(__name__)
 FORM_OVERHEAD_BYTES = 64 * 2**10
 """Of an upload, besides the file."""
+_DISCARDED = 2
+"""Times the most that a body may have, up to which it is read before it is refused."""
 _FAULTS: dict[int | str, dict[str, Any]] = {
     code: {"model": errors.ErrorBody, "description": text}
     for code, text in (
@@ -96,7 +98,7 @@ class Bounds:
             await send(message)
 
         try:
-            if _length(scope) > most:
+            if _length(scope) > _DISCARDED * most:
                 await errors.answer(_too_large(most))(scope, receive, counted)
                 return
             await self._app(scope, bounded.receive, counted)
@@ -125,8 +127,19 @@ class _Body:
             self._came += len(message.get("body", b""))
             self._is_whole = not message.get("more_body", False)
             if self._came > self._most:
+                await self._discard()
                 raise _too_large(self._most)
         return message
+
+    async def _discard(self) -> None:
+        """Take what still comes, within bounds: who is cut off in the middle of sending does not read our answer."""
+        while not self._is_whole and self._came <= _DISCARDED * self._most and time.monotonic() < self._ends:
+            try:
+                message = await asyncio.wait_for(self._receive(), max(0.1, self._ends - time.monotonic()))
+            except TimeoutError:
+                return
+            self._came += len(message.get("body", b""))
+            self._is_whole = not message.get("more_body", False)
 
 
 def _too_large(most: int) -> ApiError:

@@ -1,9 +1,10 @@
 """Who asks, and what of the service a route needs."""
 
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,6 +48,8 @@ class Context:
     log: AuditLog
     attested: Attestation
     jobs: "Jobs"
+    storing: threading.Lock = field(default_factory=threading.Lock)
+    """Files are stored one at a time, so that quotas hold."""
 
     @property
     def files(self) -> Path:

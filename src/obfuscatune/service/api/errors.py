@@ -11,7 +11,15 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from obfuscatune.errors import DataError, IntegrityError, ObfuscaTuneError, StorageError, TermsError
+from obfuscatune.errors import (
+    DataError,
+    IntegrityError,
+    ObfuscaTuneError,
+    Overloaded,
+    RequestTimeout,
+    StorageError,
+    TermsError,
+)
 from obfuscatune.service.limits import Busy
 
 log = logging.getLogger(__name__)
@@ -33,8 +41,8 @@ class ErrorBody(BaseModel):
     error: ErrorDetails
 
 
-class ApiError(Exception):
-    """A failure that a client is told of."""
+class ApiError(HTTPException):
+    """A failure that a client is told of. FastAPI passes HTTP exceptions on, wherever they arise."""
 
     def __init__(
         self,
@@ -46,14 +54,20 @@ class ApiError(Exception):
         code: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
-        self.status, self.headers = status, headers
+        super().__init__(status, message, headers)
+        self.status = status
         self.body = error_body(message, kind, param, code)
 
 
 def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """The body of an error."""
-    return {"error": {"message": message[:_MOST_CHARACTERS], "type": kind, "param": param, "code": code}}
+    told = None if param is None else _encodable(param[:_MOST_CHARACTERS])
+    return {"error": {"message": _encodable(message[:_MOST_CHARACTERS]), "type": kind, "param": told, "code": code}}
+
+
+def _encodable(text: str) -> str:
+    """Text that JSON has: a client may have sent halves of surrogate pairs."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def not_found(what: str, row_id: str, code: str | None = None, param: str | None = None) -> ApiError:
@@ -66,8 +80,8 @@ def from_error(error: BaseException) -> ApiError:
     match error:
         case ApiError():
             return error
-        case Busy():
-            seconds = str(math.ceil(error.retry_after_s))
+        case Overloaded():
+            seconds = str(math.ceil(error.retry_after_s if isinstance(error, Busy) else 1.0))
             return ApiError(
                 429,
                 f"Rate limit reached: {error}. Try again in {seconds} s.",
@@ -75,6 +89,8 @@ def from_error(error: BaseException) -> ApiError:
                 code="rate_limit_exceeded",
                 headers={"retry-after": seconds},
             )
+        case RequestTimeout():
+            return ApiError(504, str(error), kind="server_error", code="timeout")
         case TermsError():
             return ApiError(403, str(error), kind="permission_error", code="terms")
         case DataError():
@@ -114,7 +130,7 @@ def install(app: FastAPI) -> None:
 
 def answer(error: ApiError) -> JSONResponse:
     """The answer that tells of it."""
-    return JSONResponse(error.body, error.status, error.headers)
+    return JSONResponse(error.body, error.status, dict(error.headers or {}))
 
 
 def _of_validation(errors: Sequence[Any]) -> ApiError:

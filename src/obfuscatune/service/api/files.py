@@ -46,11 +46,12 @@ _FORM = {
 async def upload(request: Request, context: Ctx, owner: Asker) -> dict[str, Any]:
     """Upload training data: JSON Lines of chats, or of prompts with completions."""
     content_type = request.headers.get("content-type", "")
-    form = await read_upload(content_type, request.stream(), most_bytes=context.settings.limits.file_bytes)
-    try:
-        return await to_thread.run_sync(_keep, context, owner, form)
-    finally:
-        form.close()
+    with context.rates.upload(owner.spki):
+        form = await read_upload(content_type, request.stream(), most_bytes=context.settings.limits.file_bytes)
+        try:
+            return await to_thread.run_sync(_keep, context, owner, form)
+        finally:
+            form.close()
 
 
 def _keep(context: Context, owner: Owner, form: Upload) -> dict[str, Any]:
@@ -65,20 +66,22 @@ def _keep(context: Context, owner: Owner, form: Upload) -> dict[str, Any]:
     if form.descriptor < 0:
         raise ApiError(400, "Missing required parameter: file", param="file", code="missing_required_parameter")
     filename = _clean(form.filename or "upload.jsonl")
-    count, stored = context.state.stored(owner.spki)
-    limits = context.settings.limits
-    if count >= limits.files or stored + form.size > limits.stored_bytes:
-        raise ApiError(
-            400,
-            f"An owner keeps at most {limits.files} files and {limits.stored_bytes} bytes here: delete some.",
-            code="storage_limit_exceeded",
-        )
     try:
         lines, layout = check_training_data(Path(form.path))
     except DataError as error:
         told = str(error).replace(form.path, filename)
         raise ApiError(400, told, param="file", code="invalid_file_format") from None
-    return file_object(store(context, owner, new_id("file-"), form.content(), UPLOADED, filename, lines, layout))
+    limits = context.settings.limits
+    with context.storing:
+        count, stored = context.state.stored(owner.spki)
+        if count >= limits.files or stored + form.size > limits.stored_bytes:
+            raise ApiError(
+                400,
+                f"An owner keeps at most {limits.files} files and {limits.stored_bytes} bytes here: delete some.",
+                code="storage_limit_exceeded",
+            )
+        row = store(context, owner, new_id("file-"), form.content(), UPLOADED, filename, lines, layout)
+    return file_object(row)
 
 
 def check_training_data(path: Path) -> tuple[int, str]:
@@ -149,7 +152,7 @@ def get_file(context: Context, owner: Owner, file_id: str, param: str | None = N
 def list_files(
     context: Ctx,
     owner: Asker,
-    purpose: Annotated[str | None, Query(max_length=64)] = None,
+    purpose: Annotated[str | None, Query(max_length=64, pattern=r"^[a-z_-]+$")] = None,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
     order: Literal["asc", "desc"] = "desc",
     after: After = None,

@@ -66,8 +66,9 @@ class Protocol(H11Protocol):
     """uvicorn's HTTP/1.1, with the peer's key in the scope of each request."""
 
     def connection_made(self, transport: Any) -> None:
-        """The handshake is done."""
+        """The handshake is done. Who then says nothing is cut off as an idle connection is."""
         super().connection_made(transport)
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
         peer = None
         connection = transport.get_extra_info("ssl_object")
         if connection is not None:
@@ -75,6 +76,9 @@ class Protocol(H11Protocol):
                 der = connection.getpeercert(binary_form=True)
                 peer = None if der is None else spki_of(der)
         self.app_state = {**self.app_state, EXTENSION: peer}
+        same = sum(isinstance(it, Protocol) and it.app_state.get(EXTENSION) == peer for it in self.connections)
+        if self.limit_concurrency is not None and same > max(1, self.limit_concurrency // 2):
+            transport.abort()  # one owner leaves room for others
 
 
 def peer_of(scope: Any) -> str | None:
