@@ -71,7 +71,7 @@ def test_answers_are_those_of_generate(name: str, request: pytest.FixtureRequest
     assert stats.finished == 8
 
 
-@pytest.mark.parametrize("profile", ["private", "guarded"])
+@pytest.mark.parametrize("profile", ["private", pytest.param("guarded", marks=pytest.mark.long)])
 def test_a_protected_model_answers_as_the_plain_one(
     plain: Any, profile: str, worker: LocalWorker, mask_worker: LocalWorker
 ) -> None:
@@ -91,7 +91,7 @@ def test_adapters_by_name_beside_the_base_model(plain: Any, worker: LocalWorker)
         name: with_random_lora(tiny_model(), seed) for seed, name in enumerate(("ft:a.b", "default", "provider"))
     }
     files = {name: files_of(model) for name, model in adapted.items()}
-    asked = some_requests(2, 9, 1000, (None, *adapted))
+    asked = some_requests(2, 7, 1000, (None, *adapted))
     with (
         protect(tiny_model(), worker.address, key=RootKey(bytes(32)), base="closed") as model,
         engine_of(model, source=files.__getitem__, adapters=2) as engine,
