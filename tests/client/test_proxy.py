@@ -81,7 +81,7 @@ def test_requests_and_answers_pass_as_they_are(around, upstream):
         reply = client.post("/v1/a%2Fb/teapot?x=1&x=2", content=b"z" * 100_000, headers=headers)
         assert (reply.status_code, reply.json()) == (418, {"bytes": 100_000})
         assert client.get("/obfuscatune/v1/status").status_code == 200
-        assert client.get("/elsewhere").status_code == 404
+        assert client.get("/elsewhere").json()["error"]["code"] == "not_found"
     method, path, query, headers = upstream.seen[0]
     assert (method, path, query) == ("POST", b"/v1/a%2Fb/teapot", "x=1&x=2")
     assert "authorization" not in headers

@@ -139,6 +139,7 @@ def make_app(supervisor: Supervisor, *, key: str | None = None) -> Starlette:
         key: What local clients must send as their API key; None asks for none.
     """
     from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
     from starlette.responses import JSONResponse
     from starlette.routing import Route
 
@@ -188,7 +189,7 @@ def make_app(supervisor: Supervisor, *, key: str | None = None) -> Starlette:
         Route("/v1/{path:path}", forward, methods=methods),
         Route("/obfuscatune/v1/{path:path}", forward, methods=methods),
     ]
-    return Starlette(routes=routes, lifespan=lifespan)
+    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _not_served})
 
 
 async def _forwarded(request: Request, client: httpx.AsyncClient, supervisor: Supervisor) -> Response:
@@ -254,6 +255,11 @@ def _refuse_stranger(request: Request, key: str | None) -> Response | None:
         if not hmac.compare_digest(given.encode(), key.encode()):
             return _error(401, "give the key that the proxy was started with as the API key", "invalid_api_key")
     return None
+
+
+async def _not_served(_: Request, error: Exception) -> Response:
+    """Another path than the API's, or another method."""
+    return _error(getattr(error, "status_code", 404), "there is no such path or method here", "not_found")
 
 
 def _error(status: int, message: str, code: str) -> Response:
