@@ -32,7 +32,8 @@ def test_no_request_is_a_fault_of_the_service(api, world):
     url, document = api
     schema = schemathesis.openapi.from_dict(document)
     schema.config.update(base_url=url)
-    operations = [found.ok() for found in schema.get_all_operations()]
+    found = [it.ok() for it in schema.get_all_operations()]
+    operations = [it for it in found if it.path != "/healthz"]  # of which the proxy has its own
     assert len(operations) > 15
     for operation in operations:
         _exercise(operation, url)
