@@ -127,21 +127,24 @@ class Amd:
     def hardware_id(self) -> bytes:
         return bytes(range(8 if self.product == "Turin" else 64))
 
-    def certificates(self, *, vlek: bool = False, **changes: Any) -> tuple[bytes, bytes, bytes]:
+    def certificates(
+        self, *, vlek: bool = False, product: str | None = None, middle: str | None = None
+    ) -> tuple[bytes, bytes, bytes]:
+        """The chain; with another product in the leaf, or another name of the intermediate, where they are given."""
         root = f"ARK-{self.product}"
-        middle = f"SEV-VLEK-{self.product}" if vlek else f"SEV-{self.product}"
+        middle = middle or (f"SEV-VLEK-{self.product}" if vlek else f"SEV-{self.product}")
         arc = "1.3.6.1.4.1.3704.1"
         fmc, bootloader, tee, snp, microcode = self.tcb
         numbers = {f"{arc}.3.1": bootloader, f"{arc}.3.2": tee, f"{arc}.3.3": snp, f"{arc}.3.8": microcode}
         if self.product == "Turin":
             numbers[f"{arc}.3.9"] = fmc
-        stated = self.product.encode()
+        stated = (product or self.product).encode()
         extensions = {f"{arc}.2": b"\x16" + bytes([len(stated)]) + stated}
         extensions |= {oid: _integer(number) for oid, number in numbers.items()}
         extensions |= {f"{arc}.5": b"\x16\x03csp"} if vlek else {f"{arc}.4": self.hardware_id}
         leaf = "SEV-VLEK" if vlek else "SEV-VCEK"
         return (
-            certificate(self.chip, leaf, self.intermediate, middle, extensions=extensions, **changes),
+            certificate(self.chip, leaf, self.intermediate, middle, extensions=extensions),
             certificate(self.intermediate, middle, self.root, root, authority=True),
             certificate(self.root, root, self.root, root, authority=True),
         )

@@ -148,6 +148,15 @@ def test_bytes_behind_the_quote_are_zero(evidence_of, tdx):
         }
 
 
+@pytest.mark.parametrize("at", [632, 764])
+def test_lengths_that_contradict_each_other_are_refused(tdx, at):
+    """The length of the signature data, and the type of what is within. `dcap-qvl` reads past both."""
+    changed = bytearray(tdx.quote)
+    changed[at] += 1
+    with pytest.raises(EvidenceError, match="contradict"):
+        failures(Evidence("tdx", bytes(changed), (), tdx.collateral), tdx_policy(tdx.quote))
+
+
 @pytest.mark.parametrize(
     "name", ["mr_td", "rtmr0", "rtmr1", "rtmr2", "rtmr3", "mr_config_id", "mr_owner", "mr_owner_config", "mr_seam"]
 )

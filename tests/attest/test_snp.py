@@ -19,7 +19,7 @@ from obfuscatune.attest.policy import SnpPolicy
 from obfuscatune.attest.snp import check_snp
 from obfuscatune.documents import canonical
 from obfuscatune.errors import EvidenceError
-from tests.attest.made import NOW, REPORT_DATA, SNP_POLICY, Amd
+from tests.attest.made import NOW, REPORT_DATA, SNP_POLICY, Amd, certificate
 
 TODAY = 1_795_960_000
 """2026-11-29, within the validity of the genuine certificates."""
@@ -248,6 +248,24 @@ def test_a_chip_cannot_certify_another(genoa, turin):
     evidence = Evidence("sev-snp", genoa.report(), (leaf, leaf, genoa.certificates()[2]))
     assert {"chain.intermediate", "signature"} <= failures(evidence, snp_policy(), roots=genoa.roots)
     assert "root" in failures(genoa.evidence(), snp_policy(), roots=turin.roots)
+
+
+def test_what_the_certificates_call_themselves_fits(genoa):
+    def found(**changes):
+        evidence = Evidence("sev-snp", genoa.report(vlek=changes.get("vlek", False)), genoa.certificates(**changes))
+        return failures(evidence, snp_policy(), roots=genoa.roots)
+
+    assert found(vlek=True, middle="SEV-Genoa") == {"names"}
+    assert found(middle="SEV-VLEK-Genoa") == {"names"}
+    assert found(product="Milan-B0") == {"product"}
+    assert found(product="Siena-B1") == found(product="Genoa-B1") == set()
+
+
+def test_an_intermediate_that_may_not_sign_others_is_refused(genoa):
+    leaf, _, root = genoa.certificates()
+    middle = certificate(genoa.intermediate, "SEV-Genoa", genoa.root, "ARK-Genoa", authority=False)
+    evidence = Evidence("sev-snp", genoa.report(), (leaf, middle, root))
+    assert failures(evidence, snp_policy(), roots=genoa.roots) == {"chain.leaf", "signature"}
 
 
 def test_a_revocation_list_is_checked_where_there_is_one(genoa, turin):

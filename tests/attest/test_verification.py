@@ -134,7 +134,7 @@ def test_evidence_grows_old(obtained, fresh):
 def test_reference_values_expire():
     values = {"file": "ref.json", "keys": [public_hex()], "sequence": 1, "expires": NOW}
     wanted = policy(reference_values=values)
-    verified(wanted=wanted, now=NOW)
+    assert verified(wanted=wanted, now=NOW).expires == NOW
     assert failures(wanted=wanted, now=NOW + 1) == {"reference_values"}
 
 

@@ -17,6 +17,7 @@ from obfuscatune.errors import IntegrityError, StorageError
 from obfuscatune.sealing.keys import BundleKey
 from obfuscatune.sealing.opening import Bundle
 from obfuscatune.sealing.seal import seal
+from obfuscatune.sealing.storage import LocalStorage
 from obfuscatune.secret_memory import SecretBytes
 from tests.sealing.bundles import CHUNK_BYTES, FILES, Sealed
 
@@ -209,6 +210,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from obfuscatune.sealing.keys import BundleKey
 from obfuscatune.sealing.seal import seal
+from obfuscatune.sealing.storage import LocalStorage
 
 def wait(done, total):
     print(flush=True)
@@ -252,11 +254,16 @@ def test_of_those_who_seal_into_one_folder_at_once_one_succeeds(sealed: Sealed, 
     Bundle.open(str(tmp_path / "new"), key=sealed.key, manifest_digest=digests[0], signers=sealed.signers).check()
 
 
+def test_the_place_is_taken_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "iterdir", lambda _: iter(()))  # each looks before the other has begun
+    LocalStorage(tmp_path / "new").create()
+    with pytest.raises(StorageError):
+        LocalStorage(tmp_path / "new").create()
+
+
 def test_a_full_disk_is_a_storage_error(sealed: Sealed) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full on this system")
-    from obfuscatune.sealing.storage import LocalStorage
-
     (sealed.folder / "chunks" / "full").symlink_to("/dev/full")
     with pytest.raises(StorageError):  # neither written through the link nor called a success
         LocalStorage(sealed.folder).write_chunk("full", memoryview(b"x"))

@@ -60,6 +60,7 @@ def test_nobody_can_write_to_them(sealed: Sealed) -> None:
     with sealed.open().load_into_memory() as files:
         for descriptor in files.descriptors.values():
             assert not os.get_inheritable(descriptor)
+            assert os.fstat(descriptor).st_mode & 0o777 == 0o400
             for change in (lambda fd: os.pwrite(fd, b"x", 0), lambda fd: os.ftruncate(fd, 1)):
                 with pytest.raises(PermissionError):
                     change(descriptor)

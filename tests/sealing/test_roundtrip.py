@@ -139,7 +139,8 @@ def test_a_file_that_changes_meanwhile_is_refused(tmp_path: Path) -> None:
     source = write_tree(tmp_path / "source", {"a": bytes(64), "b": bytes(64)})
 
     def grow(_done: int, _total: int) -> None:
-        (source / "b").write_bytes(bytes(65))
+        with (source / "b").open("ab") as file:
+            file.write(b"x")
 
     with pytest.raises(StorageError, match="was changed while it was sealed"):
         seal(source, str(tmp_path / "bundle"), key=KEY, signer=SIGNER, chunk_bytes=1, progress=grow)

@@ -286,6 +286,12 @@ class Policy(_Section):
         """SHA-256 of the policy as it is applied, in hex."""
         return documents.digest(self.to_document())
 
+    def expires(self, obtained: int) -> int:
+        """Until when evidence that came then is relied upon: Unix seconds, as both are."""
+        end = obtained + self.freshness_seconds
+        reference = self.reference_values
+        return end if reference is None or reference.expires is None else min(end, reference.expires)
+
     def section(self, kind: str) -> BaseModel | None:
         """The section of a kind of evidence."""
         found: BaseModel | None = getattr(self, kind.replace("-", "_"))

@@ -102,7 +102,7 @@ class Verification:
     @property
     def expires(self) -> int:
         """When it has to be verified anew, in Unix seconds."""
-        return self.session.obtained + self.policy.freshness_seconds
+        return self.policy.expires(self.session.obtained)
 
     def repeat(self) -> "Verification":
         """The same verification, made again from the evidence at the same time."""

@@ -108,7 +108,7 @@ def verify(
     _check_time(policy, now, came, checks)  # 5
     if checks.failed:
         raise VerificationFailed(_message(checks), checks.all)
-    return Verified(claims, kinds, policy.digest, report_data, nonce, now, came + policy.freshness_seconds, checks.all)
+    return Verified(claims, kinds, policy.digest, report_data, nonce, now, policy.expires(came), checks.all)
 
 
 def _message(checks: Checks) -> str:
