@@ -215,7 +215,7 @@ class Models:
         model.resources.close()
 
     def _open(self, model: ServedModel, bundle: "Bundle") -> None:
-        import obfuscatune
+        from obfuscatune.enclave.keys import RootKey
         from obfuscatune.service.engine import Engine, EngineLimits
         from obfuscatune.service.opening import open_protected, open_tokenizer
 
@@ -224,7 +224,7 @@ class Models:
             directory = stack.enter_context(bundle.in_memory())
             model.tokenizer, model.config = open_tokenizer(directory)
             with model.root_key.view as view:
-                key = obfuscatune.RootKey(bytes(view))
+                key = RootKey(bytes(view))
             protected = stack.enter_context(open_protected(directory, self._settings, key, model.grant.model))
             model.protection = protected.protection
             of_engine = EngineLimits(
