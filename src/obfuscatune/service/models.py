@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from obfuscatune.service.engine import Engine
 
 log = logging.getLogger(__name__)
+_JOIN_SECONDS = 10.0
+"""For a model that is being loaded when the service ends; then the process ends without it."""
 LOADING, READY, FAILED = "loading", "ready", "failed"
 
 
@@ -136,7 +138,9 @@ class Models:
         """Number of models by status."""
         with self._lock:
             found = [it.status for it in self._models.values()]
-        return {status: found.count(status) for status in (LOADING, READY, FAILED)}
+        return {status: found.count(status) for status in (_JOIN_SECONDS = 10.0
+"""For a model that is being loaded when the service ends; then the process ends without it."""
+LOADING, READY, FAILED)}
 
     def all(self) -> list[ServedModel]:
         """All of them."""
@@ -191,7 +195,7 @@ class Models:
             models, self._models = list(self._models.values()), {}
             threads, self._threads = self._threads, []
         for thread in threads:
-            thread.join()
+            thread.join(_JOIN_SECONDS)
         for model in models:
             self._end(model)
         self._root_key.close()
