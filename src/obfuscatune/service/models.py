@@ -138,9 +138,7 @@ class Models:
         """Number of models by status."""
         with self._lock:
             found = [it.status for it in self._models.values()]
-        return {status: found.count(status) for status in (_JOIN_SECONDS = 10.0
-"""For a model that is being loaded when the service ends; then the process ends without it."""
-LOADING, READY, FAILED)}
+        return {status: found.count(status) for status in (LOADING, READY, FAILED)}
 
     def all(self) -> list[ServedModel]:
         """All of them."""
