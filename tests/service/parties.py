@@ -83,6 +83,7 @@ class Cloud:
     process: subprocess.Popen[bytes] | None = None
     where: dict[str, Any] = field(default_factory=dict)
     key: BundleKey | None = None
+    clients: list[Any] = field(default_factory=list)
     manifest: str = ""
 
     def prepare(self) -> None:
@@ -136,6 +137,7 @@ class Cloud:
         return code
 
     def kill(self) -> None:
+        """End it at once."""
         assert self.process is not None
         self.process.kill()
         self.process.wait(60)
@@ -202,6 +204,7 @@ class Cloud:
     def openai(self, party: Party) -> openai.OpenAI:
         """The official client with the party's certificate."""
         http = openai.DefaultHttpxClient(verify=self.context(party), trust_env=False)
+        self.clients.append(http)
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", http_client=http, max_retries=0)
 
     @property

@@ -27,6 +27,7 @@ from obfuscatune.service.access import INFERENCE, Access
 from obfuscatune.service.api.errors import ApiError
 from obfuscatune.service.api.multipart import read_upload
 from obfuscatune.service.api.requests import ChatBody, CompletionBody
+from obfuscatune.service.handler import adapter_id
 from obfuscatune.service.job_results import results_csv
 from obfuscatune.service.keys import Owner, job_key
 from obfuscatune.service.limits import Busy, RateLimits
@@ -390,6 +391,12 @@ def _evidence(document: dict[str, Any]) -> Any:
     from obfuscatune.attest.evidence import Evidence
 
     return Evidence.from_document(document["evidence"])
+
+
+def test_an_adapter_is_named_without_its_owner_s_words() -> None:
+    assert adapter_id("ft:tiny:0011aabb:secret-project:" + "ab" * 12) == "ab" * 12
+    for other in ("ft:tiny:0011aabb:secret:project", "secret", "ft:a:b:c:" + "AB" * 12):
+        assert len(adapter_id(other)) == 64
 
 
 def test_metrics_become_openai_s_file() -> None:

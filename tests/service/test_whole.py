@@ -18,7 +18,7 @@ from obfuscatune.cli import app
 from obfuscatune.enclave.local_worker import LocalWorker
 from tests.service.parties import MODEL, Cloud, Party, ready
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
 RECORDS = [{"prompt": f"The canary of patient {n} says", "completion": f" zanzibar {n}"} for n in range(24)]
 DATA = b"".join(json.dumps(it).encode() + b"\n" for it in RECORDS)
 
@@ -32,6 +32,8 @@ def whole(worker: LocalWorker, tmp_path: Path) -> Iterator[Cloud]:
         opened(made)
         yield made
     finally:
+        for client in made.clients:
+            client.close()
         if made.process is not None and made.process.poll() is None:
             made.kill()
 
@@ -92,13 +94,8 @@ def test_a_job_from_its_data_to_its_receipt(whole: Cloud, tmp_path: Path, capsys
     client = whole.openai(one)
     done = job_until(client, first.id, lambda found: found.status == "succeeded")
     assert done.fine_tuned_model.startswith(f"ft:{MODEL}:{one.spki[:8]}:notes:")
-    interrupted = losses(client, first.id)
-    assert sorted(interrupted) == list(range(1, 25))
+    assert sorted(losses(client, first.id)) == list(range(1, 25))
 
-    # The same job, undisturbed, is the same up to rounding: each start of the service mixes rows anew.
-    second = client.fine_tuning.jobs.create(**asked)
-    job_until(client, second.id, lambda found: found.status == "succeeded")
-    assert losses(client, second.id) == pytest.approx(interrupted, rel=1e-4)
     results = client.files.content(done.result_files[0]).read()
     assert results.startswith(b"step,train_loss") and len(results.splitlines()) == 25
 
@@ -155,6 +152,7 @@ def test_a_job_from_its_data_to_its_receipt(whole: Cloud, tmp_path: Path, capsys
 
     # Nothing of it lies on the disk in clear.
     stored = b"".join(it.read_bytes() for it in (tmp_path / "state").rglob("*") if it.is_file())
+    stored += (tmp_path / "service.log").read_bytes()
     for canary in (b"canary", b"zanzibar", b"notes", b"adapter_model", b"lora_A"):
         assert canary not in stored, canary
     for client_ in (client, other):

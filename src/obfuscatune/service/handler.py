@@ -4,6 +4,8 @@ Each is checked, noted in the audit log, and only then counts.
 """
 
 import datetime
+import hashlib
+import re
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +78,9 @@ class ServiceHandler:
     def consent(self, peer: str, consent: Consent) -> dict[str, Any]:
         """See `channel.server.Handler`."""
         self._context.access.registry.consent(consent)
-        self._context.log.append(peer, "consented", {"owner": consent.owner, "adapter": consent.adapter})
+        # Its name has a part that the owner chose, and the log is in clear: the random part names it.
+        about = {"owner": consent.owner, "model": consent.model, "adapter": adapter_id(consent.adapter)}
+        self._context.log.append(peer, "consented", about)
         return {"adapter": consent.adapter, **self._common()}
 
     def status(self, peer: str) -> dict[str, Any]:
@@ -107,6 +111,13 @@ class ServiceHandler:
 
     def _keep_latest(self, provider: str, model: str) -> None:
         self._context.state.keep_latest_grant(provider, model, self._context.access.registry.latest[provider, model])
+
+
+def adapter_id(name: str) -> str:
+    """The random part of a fine-tuned model's name; of what is none, a digest."""
+    parts = name.split(":")
+    is_name = len(parts) == 5 and re.fullmatch(r"[0-9a-f]{24}", parts[4]) is not None
+    return parts[4] if is_name else hashlib.sha256(name.encode()).hexdigest()
 
 
 def _secret(key: bytes) -> SecretBytes:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from obfuscatune.service.engine import Engine
 
 log = logging.getLogger(__name__)
+_JOIN_SECONDS = 10.0
+"""For a model that is being loaded when the service ends; then the process ends without it."""
 LOADING, READY, FAILED = "loading", "ready", "failed"
 
 
@@ -191,7 +193,7 @@ class Models:
             models, self._models = list(self._models.values()), {}
             threads, self._threads = self._threads, []
         for thread in threads:
-            thread.join()
+            thread.join(_JOIN_SECONDS)
         for model in models:
             self._end(model)
         self._root_key.close()
@@ -215,7 +217,7 @@ class Models:
         model.resources.close()
 
     def _open(self, model: ServedModel, bundle: "Bundle") -> None:
-        import obfuscatune
+        from obfuscatune.enclave.keys import RootKey
         from obfuscatune.service.engine import Engine, EngineLimits
         from obfuscatune.service.opening import open_protected, open_tokenizer
 
@@ -224,7 +226,7 @@ class Models:
             directory = stack.enter_context(bundle.in_memory())
             model.tokenizer, model.config = open_tokenizer(directory)
             with model.root_key.view as view:
-                key = obfuscatune.RootKey(bytes(view))
+                key = RootKey(bytes(view))
             protected = stack.enter_context(open_protected(directory, self._settings, key, model.grant.model))
             model.protection = protected.protection
             of_engine = EngineLimits(

@@ -9,8 +9,10 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
-import obfuscatune
+from obfuscatune.enclave.client import WorkerClient
 from obfuscatune.enclave.config import read_config
+from obfuscatune.enclave.keys import RootKey
+from obfuscatune.enclave.loading import load
 from obfuscatune.enclave.protection import Masking
 from obfuscatune.errors import ModelFileError
 from obfuscatune.service.settings import Settings, Worker
@@ -32,18 +34,18 @@ def open_tokenizer(directory: Path) -> tuple[Any, Any]:
 
 
 @contextmanager
-def open_protected(directory: Path, settings: Settings, key: "obfuscatune.RootKey", model_name: str) -> Iterator[Any]:
+def open_protected(directory: Path, settings: Settings, key: RootKey, model_name: str) -> Iterator[Any]:
     """The model, its large matrices on the workers that the settings name; when the `with` ends, they forget it.
 
     Raises:
         ModelFileError: it cannot be read as a model in safetensors.
-        ConfigError, ProtectionError, WireError: as `obfuscatune.load`.
+        ConfigError, ProtectionError, WireError: as `enclave.loading.load`.
     """
     with ExitStack() as stack:
         worker = _link(stack, settings, settings.worker)
         mask_worker = None if settings.mask_worker is None else _link(stack, settings, settings.mask_worker)
         masking = Masking(None if settings.mask_worker is None else settings.tls_of(settings.mask_worker))
-        model = obfuscatune.load(
+        model = load(
             directory,
             workers=worker,
             mask_worker=mask_worker,
@@ -58,7 +60,7 @@ def open_protected(directory: Path, settings: Settings, key: "obfuscatune.RootKe
         yield model
 
 
-def _link(stack: ExitStack, settings: Settings, worker: Worker) -> "obfuscatune.WorkerClient":
-    link = obfuscatune.WorkerClient.open(worker.address, tls=settings.tls_of(worker))
+def _link(stack: ExitStack, settings: Settings, worker: Worker) -> WorkerClient:
+    link = WorkerClient.open(worker.address, tls=settings.tls_of(worker))
     stack.callback(link.close)
     return link

@@ -22,7 +22,6 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-import obfuscatune
 from obfuscatune.attest.claims import Claims, Software
 from obfuscatune.attest.evidence import Producer
 from obfuscatune.channel.identity import Identity
@@ -122,7 +121,7 @@ def make_claims(settings: Settings, measured: Measured, *, http_key: str, hpke_k
 
 def software_digest() -> str:
     """SHA-256 over the names and contents of this package's files."""
-    root, total = Path(obfuscatune.__file__).parent, hashlib.sha256()
+    root, total = Path(__file__).parents[1], hashlib.sha256()
     for path in sorted(root.rglob("*")):
         if path.is_file() and path.suffix in (".py", ".so"):
             content = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -109,7 +109,7 @@ def _teller() -> Callable[[dict[str, Any]], None]:
 def _run(
     job: dict[str, Any], secrets: list[bytes], tell: Callable[[dict[str, Any]], None], stop_asked: Callable[[], bool]
 ) -> dict[str, Any]:
-    import obfuscatune
+    from obfuscatune.enclave.keys import RootKey
     from obfuscatune.sealing.keys import BundleKey
     from obfuscatune.sealing.opening import Bundle
     from obfuscatune.secret_memory import SecretBytes
@@ -143,7 +143,7 @@ def _run(
             tokenizer, config = open_tokenizer(directory)
             recipe = Recipe.model_validate({**paths, "out": Path(job["root"]), **job["recipe"]})
             data = load_data(recipe, tokenizer, config)
-            with open_protected(directory, settings, obfuscatune.RootKey(root_key), job["model"]) as model:
+            with open_protected(directory, settings, RootKey(root_key), job["model"]) as model:
                 protection.append(model.protection)
                 stats = model.protection.stats
                 outcome = finetune(

@@ -272,7 +272,7 @@ def remove_model(model: str, context: Ctx, owner: Asker) -> dict[str, Any]:
     context.jobs.remove_adapter(owner, row_id, f"ftjob-{row_id}")
     context.models.withdraw_adapter(model)
     target.engine.unload(model)
-    context.log.append(owner.spki, "model-deleted", {"model": model})
+    context.log.append(owner.spki, "model-deleted", {"adapter": row_id})
     return {"id": model, "object": "model", "deleted": True}
 
 
