@@ -15,7 +15,7 @@ from obfuscatune.client.jobs import submit
 from obfuscatune.errors import ObfuscaTuneError
 from tests.parties.world import MODEL, World, run
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 CLIENTS = 50
 SECONDS = 60
 KILLS = 20

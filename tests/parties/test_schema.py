@@ -7,7 +7,7 @@ from schemathesis.checks import CHECKS
 
 from tests.parties.world import MODEL
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 EXAMPLES = 40
 """Of each operation."""
 NAMES = [

@@ -20,7 +20,7 @@ from obfuscatune.attest.policy import Policy
 from obfuscatune.channel.identity import Identity
 from obfuscatune.channel.measure import measure_process
 from obfuscatune.client.connection import Service, connect
-from obfuscatune.protocol.endpoints import TcpAddress, parse_address
+from obfuscatune.protocol.addresses import TcpAddress, parse_address
 
 COMMAND = (sys.executable, "-m", "obfuscatune")
 MODEL = "notes-base"

@@ -17,7 +17,7 @@ from obfuscatune.option import Option
 
 if TYPE_CHECKING:
     from obfuscatune.client.connection import Service
-    from obfuscatune.protocol.endpoints import TcpAddress
+    from obfuscatune.protocol.addresses import TcpAddress
 
 Job = Annotated[str, Option("The job's id, as ftjob-...; `owner jobs` lists them.")]
 

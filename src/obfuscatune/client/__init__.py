@@ -1,8 +1,8 @@
 """The owner's side: verify a service, then use it. Runs on his own machine; no torch, no enclave.
 
-    connection  an attested session -> HTTPS to the one key that its evidence names
-    proxy       a local OpenAI endpoint that refuses the moment verification fails or expires
-    jobs        submit, watch, fetch the adapter, the receipt, the log
+connection  an attested session -> HTTPS to the one key that its evidence names
+proxy       a local OpenAI endpoint that refuses the moment verification fails or expires
+jobs        submit, watch, fetch the adapter, the receipt, the log
 """
 
 from obfuscatune.client.connection import Service, connect

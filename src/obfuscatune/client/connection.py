@@ -25,9 +25,10 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from obfuscatune.attest.policy import Policy
 from obfuscatune.attest.verification import Verified
 from obfuscatune.channel.client import Attested
-from obfuscatune.channel.identity import Identity, key_digest
+from obfuscatune.channel.identity import Identity
 from obfuscatune.errors import ChannelError, ConfigError, ConnectionLost, IntegrityError, TermsError, UntrustedPeer
-from obfuscatune.protocol.endpoints import TcpAddress, parse_address
+from obfuscatune.protocol.addresses import TcpAddress, parse_address
+from obfuscatune.protocol.certificates import key_digest
 
 _CONNECT_SECONDS = 10.0
 _READ_SECONDS = 600.0
