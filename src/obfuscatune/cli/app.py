@@ -59,6 +59,11 @@ _COMMANDS = {
     "audit": _Command(
         "Measure what a worker learns.", "obfuscatune audit --model ./llama --profile private --attacker closed"
     ),
+    "serve": _Command("Run the attested service.", "obfuscatune serve --config service.yaml"),
+    "verify-log": _Command("Verify a service's audit log.", "obfuscatune verify-log audit.jsonl --key 4f2c…"),
+    "verify-receipt": _Command(
+        "Verify the receipt of a job.", "obfuscatune verify-receipt receipt.json --policy policy.yaml"
+    ),
     "worker": _Command("Run the untrusted worker.", "obfuscatune worker --listen unix:/run/obfuscatune.sock"),
     "provider": _Command(
         "Seal a model, and release its key to an enclave you checked.",

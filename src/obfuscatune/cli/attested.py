@@ -1,9 +1,10 @@
 """What the commands of providers and owners have in common: connect to an enclave, verify it, say what was verified."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -51,23 +52,13 @@ class EnclaveOptions:
             VerificationFailed: the enclave is not what the policy accepts. Nothing was released.
             ConfigError: an option cannot be used.
         """
-        from obfuscatune.attest.policy import Policy
         from obfuscatune.attest.simulated import WARNING
-        from obfuscatune.channel.client import Attested
-        from obfuscatune.channel.identity import Identity
 
-        address, policy = parse_enclave(self.enclave), Policy.from_file(self.policy)
-        identity, cache = Identity.load(self.identity), self._cache()
         if self.verification_out is not None and self.verification_out.exists():
             raise ConfigError(f"{self.verification_out} exists and is not overwritten: choose another name")
+        connect, identity = self.connector()
         try:
-            channel = Attested.connect(
-                address,
-                identity,
-                policy,
-                pinned=None if self.pin is None else {self.pin},
-                complete=None if cache is None else cache.complete,
-            )
+            channel = connect()
         except VerificationFailed as error:
             output.notice("\n".join(map(str, error.checks)))
             raise
@@ -80,6 +71,27 @@ class EnclaveOptions:
             if self.verification_out is not None:
                 _keep(record, self.verification_out)
             yield channel, identity
+
+    def connector(self) -> "tuple[Callable[[], Attested], Identity]":
+        """What opens a session and verifies it, each time it is called, and who we are. All files are read here.
+
+        Raises:
+            ConfigError: an option cannot be used.
+        """
+        from obfuscatune.attest.policy import Policy
+        from obfuscatune.channel.client import Attested
+        from obfuscatune.channel.identity import Identity
+
+        cache, identity = self._cache(), Identity.load(self.identity)
+        connect = partial(
+            Attested.connect,
+            parse_enclave(self.enclave),
+            identity,
+            Policy.from_file(self.policy),
+            pinned=None if self.pin is None else {self.pin},
+            complete=None if cache is None else cache.complete,
+        )
+        return connect, identity
 
     def _cache(self) -> "CollateralCache | None":
         from obfuscatune.attest.collateral import INTEL_PCS, CollateralCache, fetch_from
@@ -104,7 +116,7 @@ def _keep(record: "Verification", path: Path) -> None:
         raise ConfigError(f"cannot write {path}: {error.strerror or error}; nothing was released") from error
 
 
-def parse_enclave(text: str) -> TcpAddress:
+def parse_enclave(text: str, option: str = "--enclave") -> TcpAddress:
     """An address as host:port or tcp:host:port.
 
     Raises:
@@ -112,7 +124,7 @@ def parse_enclave(text: str) -> TcpAddress:
     """
     address = parse_address(text if text.startswith(("tcp:", "unix:")) else f"tcp:{text}")
     if not isinstance(address, TcpAddress) or not address.port:
-        raise ConfigError(f"--enclave {text}: expected a host and a port, as enclave.example:7700")
+        raise ConfigError(f"{option} {text}: expected a host and a port, as enclave.example:7700")
     return address
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from obfuscatune.cli import options, sealing
+from obfuscatune.cli import options, sealing, service_use
 from obfuscatune.cli.groups import command_group, command_of
 
 owner = command_group("owner", "Seal data, and use a service that you have checked.")
@@ -49,3 +49,12 @@ def unseal(
     Without --out nothing is written, and objects that are not the bundle's are refused.
     """
     sealing.unseal_and_tell(bundle, key, out, as_json)
+
+
+_ON = "--enclave enclave.example:7700 --policy policy.yaml --identity keys/me"
+command_of(owner, f"obfuscatune owner proxy {_ON}")(service_use.proxy)
+command_of(owner, f"obfuscatune owner submit {_ON} --data train.jsonl --model llama --watch")(service_use.submit)
+command_of(owner, f"obfuscatune owner jobs {_ON}")(service_use.jobs)
+command_of(owner, f"obfuscatune owner fetch-adapter {_ON} --job ftjob-abc123 --out adapter/")(service_use.fetch_adapter)
+command_of(owner, f"obfuscatune owner receipt {_ON} --job ftjob-abc123 --out receipt.json")(service_use.receipt)
+command_of(owner, f"obfuscatune owner audit-log {_ON} --out audit.jsonl")(service_use.audit_log)
