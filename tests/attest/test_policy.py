@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import yaml
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
+from obfuscatune.attest import policy as policy_module
 from obfuscatune.attest.policy import Policy
 from obfuscatune.documents import sign
 from obfuscatune.errors import ConfigError, IntegrityError
@@ -198,3 +202,30 @@ def test_the_sets_of_a_policy_have_no_order():
     one, other = ["ab" * 48, "cd" * 48], ["cd" * 48, "ab" * 48, "ab" * 48]
     digests = {policy(simulated={"keys": [public_hex()], "measurement": values}).digest for values in (one, other)}
     assert len(digests) == 1
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "attestation.md").read_text("utf-8")
+
+
+def test_the_policies_of_the_page_are_policies():
+    text = PAGE.replace("<96 hex digits>", "aa" * 48)
+    text = text.replace("<64 hex digits>", "bb" * 32).replace("<Ed25519 public key, 64 hex digits>", "cc" * 32)
+    whole, gpu, simulated = (yaml.safe_load(it) for it in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[:3])
+    found = Policy.from_document(whole)
+    assert found.tdx is not None
+    assert found.tdx.rtmr3 == ("00" * 48,)
+    assert Policy.from_document(whole | gpu | {"require": [["tdx", "sev-snp"], ["nvidia"]]}).nvidia is not None
+    development = {"require": [["simulated"]], "version": 1, "claims": whole["claims"]}
+    assert Policy.from_document(development | simulated).allow_simulated
+
+
+def test_the_page_names_every_key():
+    sections = [
+        Policy,
+        *(it for it in vars(policy_module).values() if isinstance(it, type) and issubclass(it, BaseModel)),
+    ]
+    keys = {field.alias or name for section in sections for name, field in section.model_fields.items()}
+    keys -= {"version", "rtmr1", "rtmr2", "rtmr3"}  # "`rtmr0` to `rtmr3`"
+    keys -= {"sequence", "expires"}  # of the reference values that were read
+    missing = sorted(key for key in keys if f"`{key}`" not in PAGE and f"**{key}**" not in PAGE)
+    assert missing == []

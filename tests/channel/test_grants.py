@@ -6,7 +6,7 @@ import datetime
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obfuscatune import documents
@@ -63,6 +63,7 @@ some_grants = st.builds(
 )
 
 
+@settings(max_examples=50, deadline=None)
 @given(some_grants)
 def test_a_grant_comes_back_as_it_was_signed(granted: Grant) -> None:
     back = signed(granted)
@@ -84,6 +85,7 @@ json = st.recursive(
 )
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.sampled_from(["version", "id", "model", "manifest", "storage", "terms", "sequence"]), json)
 def test_a_field_of_any_other_value_is_refused_or_kept(name: str, value: Any) -> None:
     document = grant().sign(PROVIDER)["document"]
@@ -95,6 +97,7 @@ def test_a_field_of_any_other_value_is_refused_or_kept(name: str, value: Any) ->
     assert back.sign(PROVIDER)["document"] == {**document, name: value}
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.sampled_from(["owners", "uses", "export", "until", "tokens"]), json)
 def test_a_term_of_any_other_value_is_refused_or_kept(name: str, value: Any) -> None:
     document = {**terms().to_document(), name: value}

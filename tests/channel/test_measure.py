@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obfuscatune.channel.client import Attested
@@ -83,6 +83,7 @@ def test_a_process_measures_its_own_interpreter_and_environment() -> None:
     assert measured["configuration"] == hashlib.sha256(b"").hexdigest()
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.dictionaries(st.text(max_size=20), st.text(max_size=20), max_size=10))
 def test_all_is_claimed_but_what_is_known_to_be_harmless(environment: dict[str, str]) -> None:
     try:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obfuscatune.attest.binding import Binding
@@ -112,6 +112,7 @@ def test_tables() -> None:
     assert f"{SEALED_BYTES} bytes" in SPEC and f"A secret MUST be {SECRET_BYTES} bytes" in SPEC
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.binary(max_size=600), st.sampled_from(MessageType))
 def test_any_bytes_are_a_message_or_refused(data: bytes, expected: MessageType) -> None:
     header = data[:HEADER_BYTES].ljust(HEADER_BYTES, b"\0")
@@ -128,12 +129,14 @@ def test_any_bytes_are_a_message_or_refused(data: bytes, expected: MessageType) 
             assert len(str(error)) < 700
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.text(max_size=1200))
 def test_any_text_is_told_in_printable_ascii(text: str) -> None:
     code, told = parse_error(pack_error("internal", text)[HEADER_BYTES:])
     assert code == "internal" and len(told) <= 512 and all(" " <= it <= "~" for it in told)
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.binary(min_size=32, max_size=32), st.integers(0, 79), st.integers(1, 255), st.binary(max_size=40))
 def test_a_sealed_secret_opens_unchanged_alone(secret: bytes, place: int, change: int, info: bytes) -> None:
     key = X25519PrivateKey.generate()
@@ -151,6 +154,12 @@ def test_a_sealed_secret_opens_unchanged_alone(secret: bytes, place: int, change
     if (place, change) != (31, 0x80):  # X25519 ignores the highest bit of a point (RFC 7748, section 5)
         with pytest.raises(ChannelError):
             unseal(bytes(changed), key, info)
+
+
+@pytest.mark.parametrize("size", [0, 31, 33])
+def test_a_secret_of_another_length_is_not_sealed(size: int) -> None:
+    with pytest.raises(ChannelError, match="32 bytes"):
+        seal(bytes(size), X25519PrivateKey.generate().public_key().public_bytes_raw(), b"")
 
 
 @pytest.mark.parametrize("public_key", [bytes(32), b"\1" + bytes(31), bytes(31)])

@@ -85,7 +85,8 @@ class Attested:
             ConnectionLost, DeadlineExceeded: nobody answers.
         """
         deadline = Deadline(seconds)
-        session = Session(_connected(address, deadline), tls_context(identity, server=False), server=False)
+        context = tls_context(identity, server=False)
+        session = Session(_connected(address, deadline), context, server=False)
         try:
             session.handshake(deadline)
             if pinned is not None and session.peer_key.hex() not in pinned:

@@ -234,8 +234,6 @@ class ChannelServer:
             key = None if request.sealed is None else unseal(request.sealed, self._hpke_key, info)
             reply = self._answer(session, request, key)
             session.send(reply.pack(), Deadline(limits.step_s))
-            if self._stopping:
-                raise SessionStopped("stopped after a request")
         raise ChannelError(f"a session has at most {MOST_REQUESTS} requests")
 
     def _answer(self, session: Session, request: Request, key: bytes | None) -> Reply:

@@ -159,7 +159,7 @@ class Session:
             except SSL.SysCallError as error:
                 raise ConnectionLost(f"lost the connection: {error.args[-1]}") from None
             except SSL.Error as error:
-                raise ChannelError(f"no TLS 1.3 with the peer: {_reason(error)}") from None
+                raise ChannelError(f"TLS 1.3 failed with the peer: {_reason(error)}") from None
             except OSError as error:
                 raise ConnectionLost(f"lost the connection: {error.strerror or error}") from error
 
