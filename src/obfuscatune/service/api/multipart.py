@@ -86,7 +86,7 @@ class _Reader:
         buffer += data
 
     def _end_header(self) -> None:
-        self._part.headers[self._header.decode("latin-1").lower()] = self._value.decode("utf-8", "replace")
+        self._part.headers[self._header.decode("latin-1").lower()] = self._value.decode("latin-1")
         self._header.clear()
         self._value.clear()
 
