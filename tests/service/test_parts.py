@@ -213,6 +213,16 @@ def test_an_upload_comes_as_it_was_sent(content: bytes, sizes: list[int]) -> Non
     found.close()
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.text(st.characters(exclude_characters='"\\\r\n', exclude_categories=["Cs"]), min_size=1, max_size=20))
+def test_a_file_may_have_any_name(name: str) -> None:
+    found = upload(form((f'Content-Disposition: form-data; name="file"; filename="{name}"', b"x")))
+    found.close()
+    assert isinstance(found.filename, str)
+    if name.isalnum():
+        assert found.filename == name
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=300))
 def test_whatever_is_no_upload_is_refused(content: bytes) -> None:

@@ -256,6 +256,8 @@ class Jobs:
     def _settle(self, owner: Owner, row: Row, process: JobProcess, outcome: Outcome) -> None:
         """What became of a job whose trainer has ended."""
         if outcome.is_done:
+            sent, served = outcome.done["uploads"], outcome.done["served"]
+            log.info("job %s: %d matrices were sent to the worker, which had %d already", row.id, sent, served)
             self._succeed(owner, row, outcome)
             return
         if process.asked is not None:

@@ -87,7 +87,8 @@ class Bounds:
         limits = self._context.settings.limits
         is_upload = scope["path"] == "/v1/files" and scope["method"] == "POST"
         most = limits.file_bytes + FORM_OVERHEAD_BYTES if is_upload else limits.body_bytes
-        status, began = 500, time.monotonic()
+        status: int | None = None
+        began = time.monotonic()
         bounded = _Body(receive, most, limits.body_seconds)
 
         async def counted(message: Message) -> None:
@@ -103,9 +104,14 @@ class Bounds:
                 await errors.answer(_too_large(most))(scope, receive, counted)
                 return
             await self._app(scope, bounded.receive, counted)
+        except Exception as error:  # noqa: BLE001  further out it would be logged with its text, which may be an owner's
+            if status is None:
+                await errors.answer(errors.from_error(error))(scope, receive, counted)
+            else:
+                log.warning("an answer broke off: %s", type(error).__name__)
         finally:
             route = getattr(scope.get("route"), "path", "none")
-            self._context.metrics.requests.labels(route, str(status)).inc()
+            self._context.metrics.requests.labels(route, str(status or 500)).inc()
             self._context.metrics.seconds.labels(route).observe(time.monotonic() - began)
 
 
