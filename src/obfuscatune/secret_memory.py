@@ -107,8 +107,9 @@ class SecretBytes:
         self.close()
 
     def __del__(self) -> None:
-        with contextlib.suppress(AttributeError):  # of an allocation that failed
-            self.close()
+        pages = getattr(self, "_pages", None)  # there are none where the allocation failed
+        if pages is not None and not pages.closed:  # by itself: when the interpreter ends, modules are gone
+            pages[:] = bytes(len(pages))
 
     def __len__(self) -> int:
         return self._length

@@ -2,7 +2,8 @@
 
 with connect(TcpAddress("enclave.example", 7700), identity, Policy.from_file(Path("policy.yaml"))) as service:
     service.http.get("/v1/models")
-    openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", http_client=service.http)
+    http = openai.DefaultHttpxClient(verify=service.context)
+        openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", http_client=http)
 """
 
 from __future__ import annotations
@@ -98,6 +99,8 @@ class Service:
 
     url: str
     http: httpx.Client
+    context: ssl.SSLContext
+    """For another HTTP client: TLS with that key alone, as us."""
     verified: Verified
     """What its evidence says of it, and every check of it."""
 
@@ -203,7 +206,7 @@ def use(
     opened = open_api(session, enclave, identity, api=api)
     timeout = httpx.Timeout(_CONNECT_SECONDS, read=_READ_SECONDS, write=60.0)
     with httpx.Client(base_url=opened.url, verify=opened.context, timeout=timeout, trust_env=False) as http:
-        yield Service(opened.url, http, opened.verified)
+        yield Service(opened.url, http, opened.context, opened.verified)
 
 
 def _address_of(status: dict[str, Any], enclave: TcpAddress) -> TcpAddress:
