@@ -84,18 +84,26 @@ class World:
             self.grant()
             yield self
         finally:
-            for name in ("service", "worker"):
+            for name in ("service", *self._workers):
                 self.stop(name)
 
     def start_worker(self) -> None:
-        self._processes["worker"] = _start("worker", "--listen", f"unix:{self.socket}", until="ready at")
+        for name in self._workers:
+            self._processes[name] = _start("worker", "--listen", self._address(name), until="ready at")
+
+    @property
+    def _workers(self) -> tuple[str, ...]:
+        return ("worker", "mask_worker") if self._settings.get("profile") == "guarded" else ("worker",)
+
+    def _address(self, worker: str) -> str:
+        return f"unix:{self.socket.with_name(worker)}"
 
     def start_service(self) -> None:
         """Start the service; the first time on free ports, which it keeps."""
         settings = {
             **{name: f"127.0.0.1:{port}" for name, port in self._ports.items()},
             "state": str(self.cloud / "state"),
-            "worker": {"address": f"unix:{self.socket}"},
+            **{name: {"address": self._address(name)} for name in self._workers},
             "attestation": {"producer": "simulated", "key_file": str(self.root / "platform" / "key.pem")},
             "bundles": [str(self.cloud / "bundles")],
             **self._settings,
@@ -122,6 +130,7 @@ class World:
             "claims": {
                 "configuration": [measured.configuration],
                 "arguments": [list(measured.arguments)],
+                **({"least_profile": "guarded"} if "mask_worker" in self._workers else {}),
                 "environment": {name: [value] for name, value in measured.environment.items()},
             },
         }

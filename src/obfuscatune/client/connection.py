@@ -3,7 +3,7 @@
 with connect(TcpAddress("enclave.example", 7700), identity, Policy.from_file(Path("policy.yaml"))) as service:
     service.http.get("/v1/models")
     http = openai.DefaultHttpxClient(verify=service.context)
-        openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", http_client=http)
+    openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", http_client=http)
 """
 
 from __future__ import annotations

@@ -220,6 +220,8 @@ class Models:
         from obfuscatune.enclave.keys import RootKey
         from obfuscatune.service.engine import Engine, EngineLimits
         from obfuscatune.service.opening import open_protected, open_tokenizer
+        from obfuscatune.training.run import MaskAccount
+        from obfuscatune.training.storage import RunDirectory
 
         limits = self._settings.limits
         with ExitStack() as stack:
@@ -229,6 +231,9 @@ class Models:
                 key = RootKey(bytes(view))
             protected = stack.enter_context(open_protected(directory, self._settings, key, model.grant.model))
             model.protection = protected.protection
+            # What was shown before a restart counts against the masks' budget.
+            kept = RunDirectory(self._settings.state / "masks" / model.digest)
+            stack.callback(MaskAccount.of(protected, kept).close)
             of_engine = EngineLimits(
                 batch=limits.batch_sequences,
                 cache_tokens=limits.cache_tokens,
