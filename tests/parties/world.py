@@ -18,7 +18,6 @@ import yaml
 from obfuscatune.assets import tiny_model_path
 from obfuscatune.attest.policy import Policy
 from obfuscatune.channel.identity import Identity
-from obfuscatune.channel.measure import measure_process
 from obfuscatune.client.connection import Service, connect
 from obfuscatune.protocol.addresses import TcpAddress, parse_address
 
@@ -31,14 +30,14 @@ ENVIRONMENT = {
 }
 
 
-def run(*arguments: object, fails: bool = False) -> str:
-    """One command to its end; what it said. `fails`: it must."""
+def run(*arguments: object, fails: bool = False, quiet: bool = False) -> str:
+    """One command to its end; what it said. `fails`: it must. `quiet`: what it said on stdout alone."""
     done = subprocess.run(
         [*COMMAND, *map(str, arguments)], capture_output=True, text=True, env=ENVIRONMENT, timeout=120
     )
     said = done.stdout + done.stderr
     assert (done.returncode != 0) == fails, said
-    return said
+    return done.stdout if quiet else said
 
 
 class World:
@@ -120,19 +119,13 @@ class World:
         for name, told in {"listen": "api", "channel": "channel", "operator": "operator"}.items():
             self._ports[name] = int(where[told].rpartition(":")[2])
         self._processes["service"] = process
-        measured = measure_process(self.configuration.read_bytes(), [*COMMAND, *arguments], ENVIRONMENT)
         platform = Identity.load(self.root / "platform").key.public_key().public_bytes_raw().hex()
         policy = {
             "version": 1,
             "require": [["simulated"]],
             "allow_simulated": True,
             "simulated": {"keys": [platform]},
-            "claims": {
-                "configuration": [measured.configuration],
-                "arguments": [list(measured.arguments)],
-                **({"least_profile": "guarded"} if "mask_worker" in self._workers else {}),
-                "environment": {name: [value] for name, value in measured.environment.items()},
-            },
+            **json.loads(run("serve", "--config", self.configuration, "--check", "--json", quiet=True)),
         }
         (self.root / "policy.yaml").write_text(yaml.safe_dump(policy))
 

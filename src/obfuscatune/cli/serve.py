@@ -1,11 +1,11 @@
 """`obfuscatune serve`."""
 
 import logging
-import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+
+import yaml
 
 from obfuscatune.cli import output
 from obfuscatune.cli.options import AsJson
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def serve(
     config: Annotated[Path, Option("The service's YAML file: docs/service.md.")],
-    check: Annotated[bool, Option("Read the file, connect to the workers, have evidence made, and end.")] = False,
+    check: Annotated[bool, Option("Check file, workers and evidence, print the claims for a policy, and end.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run the enclave: OpenAI's API on sealed models, for owners and providers who verify it first.
@@ -30,15 +30,22 @@ def serve(
     from obfuscatune.service.settings import load_settings
 
     settings, content = load_settings(config)
-    measured = measure_process(content, environment=_environment())
+    measured = measure_process(content)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     for noisy in ("uvicorn", "httpx", "asyncio", "fsspec"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    from obfuscatune.service.server import Service
+    from obfuscatune.service.server import Service, policy_of_claims
 
     if check:
-        _check(settings)
-        output.notice(f"{config}: can be served")
+        with output.progress("checking"):
+            _check(settings)
+        arguments = tuple(it for it in measured.arguments if it != "--check")
+        claims = {"claims": policy_of_claims(settings, measured._replace(arguments=arguments))}
+        if as_json:
+            output.write_json(claims)
+        else:
+            output.write_text(yaml.safe_dump(claims, sort_keys=False, width=4096).rstrip())
+        output.notice(f"{config}: can be served; above, what a policy accepts that accepts this service alone")
         return
 
     def told(where: "Listening") -> None:
@@ -51,15 +58,6 @@ def serve(
     with output.progress("starting"):
         service = Service(settings, measured)
     service.run(told)
-
-
-def _environment() -> Mapping[str, str]:
-    """The environment that this process was started with; by now we have set variables of our own for libraries."""
-    try:
-        pairs = Path("/proc/self/environ").read_bytes().split(b"\0")
-    except OSError:
-        return dict(os.environ)
-    return {os.fsdecode(name): os.fsdecode(value) for name, _, value in (it.partition(b"=") for it in pairs) if name}
 
 
 def _check(settings: "Settings") -> None:

@@ -100,10 +100,6 @@ def make_claims(settings: Settings, measured: Measured, *, http_key: str, hpke_k
         ConfigError: a worker's certificate cannot be read.
     """
 
-    def keys(worker: Worker | None) -> tuple[str, ...]:
-        tls = None if worker is None else settings.tls_of(worker)
-        return () if tls is None else tuple(sorted(pins(tls)))
-
     return Claims(
         software=Software("obfuscatune", __version__, software_digest()),
         configuration=measured.configuration,
@@ -114,9 +110,31 @@ def make_claims(settings: Settings, measured: Measured, *, http_key: str, hpke_k
         profile=settings.profile,
         arguments=measured.arguments,
         environment=measured.environment,
-        workers=keys(settings.worker),
-        mask_workers=keys(settings.mask_worker),
+        workers=_keys(settings, settings.worker),
+        mask_workers=_keys(settings, settings.mask_worker),
     )
+
+
+def policy_of_claims(settings: Settings, measured: Measured) -> dict[str, Any]:
+    """The section `claims` of a policy that accepts this service and no other, for whoever has read its settings.
+
+    Raises:
+        ConfigError: a worker's certificate cannot be read.
+    """
+    return {
+        "configuration": [measured.configuration],
+        "arguments": [list(measured.arguments)],
+        "environment": {name: [value] for name, value in measured.environment.items()},
+        "software": [software_digest()],
+        "workers": list(_keys(settings, settings.worker)),
+        "mask_workers": list(_keys(settings, settings.mask_worker)),
+        "least_profile": settings.profile,
+    }
+
+
+def _keys(settings: Settings, worker: Worker | None) -> tuple[str, ...]:
+    tls = None if worker is None else settings.tls_of(worker)
+    return () if tls is None else tuple(sorted(pins(tls)))
 
 
 def software_digest() -> str:
