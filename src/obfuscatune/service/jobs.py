@@ -13,12 +13,13 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from obfuscatune.errors import DataError, ObfuscaTuneError, TermsError
-from obfuscatune.service import state as rows
+from obfuscatune.service import tables as rows
 from obfuscatune.service.job_process import JobProcess
 from obfuscatune.service.job_results import Outcome, results_csv
 from obfuscatune.service.keys import Owner
 from obfuscatune.service.models import READY
-from obfuscatune.service.state import CANCELLED, ENDED, FAILED, PAUSED, QUEUED, RUNNING, SUCCEEDED, Row, new_id
+from obfuscatune.service.state import Row, new_id
+from obfuscatune.service.tables import CANCELLED, ENDED, FAILED, PAUSED, QUEUED, RUNNING, SUCCEEDED
 
 if TYPE_CHECKING:
     from obfuscatune.service.api.context import Context
