@@ -1,5 +1,6 @@
 # Everything a newcomer needs: each target sets up its own virtual environment first.
 #   make demo         fine-tune the embedded model protected and plain, side by side
+#   make demo-three-parties   a provider, a cloud and two owners: sealed, attested, granted, searched (under 6 minutes)
 #   make test         lint, the documentation's build and the default test suite (under 10 minutes on 2 cores)
 #   make test-long    the long tests too
 #   make test-extras    the tests of the optional extras (lm-eval, trl, ...), which are installed for them (600 MB)
@@ -16,10 +17,13 @@ DATA   ?= ../shared/data
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-long test-extras lint docs hooks lock reproduce-small reproduce-real benchmarks clean
+.PHONY: demo demo-three-parties test test-long test-extras lint docs hooks lock reproduce-small reproduce-real benchmarks clean
 
 demo: $(READY)
 	$(BIN)/obfuscatune demo
+
+demo-three-parties: $(READY)
+	$(BIN)/obfuscatune demo --three-parties --out demo-three-parties-out
 
 # On every core, a file of tests at a time: tests of one file share what they set up.
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
@@ -87,7 +91,7 @@ $(VENV)/.extras: requirements/extras.txt $(READY)
 	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --requirement requirements/extras.txt
 	touch $@
 
-# Both lists of exact versions and hashes anew, from pyproject.toml; versions that are listed already stay.
+# All lists of exact versions and hashes anew; versions that are listed already stay. The last three are of deploy/.
 LOCK := $(BIN)/python -m piptools compile --quiet --strip-extras --no-annotate --no-header --generate-hashes \
 	--unsafe-package torch --constraint requirements/torch.txt --no-emit-index-url --no-emit-find-links --no-emit-options
 lock: $(READY)
@@ -95,6 +99,9 @@ lock: $(READY)
 	$(LOCK) --extra dev --extra docs --extra service --output-file requirements/dev.txt pyproject.toml
 	$(LOCK) --extra lm-eval --extra trl --extra data --extra tensorboard --constraint requirements/dev.txt \
 		--output-file requirements/extras.txt pyproject.toml
+	$(LOCK) --extra service --constraint requirements/dev.txt --output-file requirements/enclave.txt pyproject.toml
+	$(LOCK) --constraint requirements/dev.txt --output-file requirements/worker.txt requirements/worker.in
+	$(LOCK) --constraint requirements/dev.txt --output-file requirements/build.txt requirements/build.in
 
 clean:
 	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,6 +1,7 @@
 """The attested channel: TLS 1.3, both sides known by key, evidence bound, secrets sealed to the attested key. No torch.
 
 identity   a party's key and certificate
+callbacks  OpenSSL's, without executable memory
 session    TLS 1.3 over a socket, with its exporter
 messages   framed, bounded, strictly parsed
 binding    what ties a session to its connection (with attest.binding), and a secret to its session

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives import serialization
 from OpenSSL import SSL
 
 from obfuscatune.channel.binding import EXPORTER_BYTES, EXPORTER_LABEL
+from obfuscatune.channel.callbacks import PROTOCOL, ask_for_any_certificate, speak_our_protocol
 from obfuscatune.channel.identity import Identity
 from obfuscatune.channel.messages import HEADER_BYTES, MessageType, parse_error, parse_header
 from obfuscatune.errors import ChannelError, ConnectionLost, WireError
@@ -23,7 +24,7 @@ from obfuscatune.protocol.certificates import key_digest
 from obfuscatune.protocol.limits import LINGER_SECONDS
 from obfuscatune.protocol.sockets import Deadline
 
-ALPN = b"obfuscatune-attested/1"
+ALPN = PROTOCOL
 _CHUNK_BYTES = 16 * 1024
 
 
@@ -41,11 +42,8 @@ def tls_context(identity: Identity, *, server: bool) -> SSL.Context:
     context.use_certificate(identity.certificate)
     context.use_privatekey(identity.key)
     # Any certificate will do: none is signed by an authority, and the key alone says who it is.
-    context.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT, lambda *_: True)
-    if server:
-        context.set_alpn_select_callback(lambda _, offered: ALPN if ALPN in offered else SSL.NO_OVERLAPPING_PROTOCOLS)
-    else:
-        context.set_alpn_protos([ALPN])
+    ask_for_any_certificate(context)
+    speak_our_protocol(context, server=server)
     return context
 
 

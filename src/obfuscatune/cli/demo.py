@@ -28,6 +28,10 @@ def demo(
     seed: Annotated[int, Option("Of order, fresh factors and dropout, in both runs.")] = 0,
     profile: options.Profile = None,
     quick: Annotated[bool, Option("A few steps and questions: seconds, and nothing learnt.")] = False,
+    three_parties: Annotated[
+        bool,
+        Option("Provider, cloud and owners in processes of their own: sealed, attested, granted; and what is refused."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Watch a model learn private notes on a worker that sees neither, beside the plain run.
@@ -35,7 +39,17 @@ def demo(
     Starts a worker process, asks the embedded model questions about invented patients, fine-tunes it with LoRA on their
     notes, and asks again; then does the same plain, with the same seeds. Ends with exit code 1 if the two do not agree,
     or fewer than 80 % of the answers are right. Two to four minutes on two cores.
+
+    With --three-parties a provider seals a model, a cloud runs it in an attested service, owners fine-tune and ask by
+    OpenAI's client, and everything that must be refused is tried; then all that left the enclave is searched for the
+    text, the adapter and the weights. Under private and, with the provider as the mask worker, guarded, unless
+    --profile names one.
     """
+    if three_parties:
+        from obfuscatune.cli.three_parties import show
+
+        show(out, seed, profile, quick=quick, as_json=as_json)
+        return
     from obfuscatune.demo.page import render
     from obfuscatune.demo.result import document
     from obfuscatune.demo.run import run_demo

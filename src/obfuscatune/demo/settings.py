@@ -1,5 +1,6 @@
 """The settings of the demo's two runs, what counts as success, and the folder that it writes to."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,8 +86,11 @@ REPORT, RESULT = "report.html", "result.json"
 SIDES = ("protected", "plain")
 
 
-def claim(out: Path) -> RunDirectory:
+def claim(out: Path, sides: Sequence[str] = SIDES) -> RunDirectory:
     """Make the folder, or empty it of an earlier demo.
+
+    Args:
+        sides: the directories in it that a demo of this kind writes.
 
     Raises:
         ConfigError: it holds something, and no demo wrote it.
@@ -96,7 +100,7 @@ def claim(out: Path) -> RunDirectory:
         raise ConfigError(f"{out}: holds something else than a demo's files; choose another --out")
     folder = RunDirectory(out)
     folder.write_file(MARK, b"Written by `obfuscatune demo`, which replaces this folder's files.\n")
-    for side in SIDES:
+    for side in sides:
         if (out / side).exists():
             folder.remove_directory(side)
     for name in (REPORT, RESULT):
