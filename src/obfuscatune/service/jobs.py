@@ -179,6 +179,7 @@ class Jobs:
         row = None if found is None else context.state.get(rows.jobs, found, job)
         if found is None or row is None or not context.state.move_job(job, (QUEUED,), RUNNING):
             return False
+        context.log.append(spki, "job-started", {"job": job, "attempt": row.clear["attempts"]})
         process = JobProcess(job, spki, row.clear["model"])
         with self._changed:
             self._running[job] = process
