@@ -12,7 +12,7 @@ from torch import Tensor
 from obfuscatune import RootKey
 from obfuscatune.enclave.mixing import KroneckerMixer, NoMixer
 from obfuscatune.enclave.transforms.structured import StructuredTransform
-from obfuscatune.enclave.verification import MARGIN, VECTORS, Probe, Verifier
+from obfuscatune.enclave.verification import MARGIN, VECTORS, Probe, Verifier, norm_of
 from obfuscatune.errors import BadReply, WrongProduct
 
 KEY = RootKey(b"v" * 32)
@@ -103,11 +103,13 @@ def test_matrices_of_rank_one_leave_as_much_room_and_stay_within_the_bound(kind:
     images = (mixing.image(rotated, probe.V) for probe in probes)
     each = zip(probes, images, strict=True)
     assert max(float(probe.excess(product, image, mixing.size, dtype)) for probe, image in each) < 0.45
-    verifier.bound(mixing.unmix(product), mixing.rows, mixing.size, dtype, transpose=False)
+    unmixed = mixing.unmix(product)
+    verifier.bound(norm_of(unmixed), unmixed.numel(), mixing.rows, mixing.size, dtype, transpose=False)
     with pytest.raises(WrongProduct, match=r"^the compute worker.*times as large as.* The compute worker is hostile"):
         verifier.bound(
-            10 * mixing.unmix(product) + 100, mixing.rows, mixing.size, dtype, transpose=False, party="compute worker"
-        )
+            norm_of(10 * unmixed + 100), unmixed.numel(), mixing.rows, mixing.size, dtype, transpose=False,
+            party="compute worker",
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", DTYPES)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from obfuscatune import native as _native
-from obfuscatune.enclave.kernels.interface import SKETCHES, Kernels, Projection
+from obfuscatune.enclave.kernels.interface import SKETCHES, Kernels, Projection, Tolerance
 from obfuscatune.enclave.kernels.native import Native
 from obfuscatune.enclave.kernels.reference import Reference
 
@@ -26,6 +26,9 @@ __all__ = [
     "Kernels",
     "Native",
     "Projection",
+    "Tolerance",
+    "directions",
+    "excess",
     "for_deviates",
     "grid_normal",
     "kernels_for",
@@ -132,6 +135,37 @@ def project(x: Tensor, v: Tensor) -> Projection:
     if found is None or not on_cpu or v.shape[1] != SKETCHES or x.stride(1) != 1 or not v.is_contiguous():
         return REFERENCE.project(x, v)
     return found.project(x, v)
+
+
+def directions(words: bytes, k: int) -> NDArray[np.float64]:
+    """Secret directions for one check: orthonormal columns (8, k), float64, as likely as any others.
+
+    Normal numbers (Box and Muller, 1958), then Gram and Schmidt. Native kernels use all 64 bits of each word.
+
+    Args:
+        words: 64·k random bytes.
+        k: even.
+    """
+    return (native_of(8) or REFERENCE).directions(words, k)
+
+
+def excess(product: Tensor, R: Tensor, U: Tensor, c: NDArray[np.float64], tolerance: Tolerance) -> tuple[float, bool]:
+    """How far a product is off: the largest |(product R - U) c| of any row over its tau.
+
+    Args:
+        product: (m, q), any floating dtype, on any device, where nobody else can write to it.
+        R: float64 (q, 8).
+        U: float64 (m, 8), contiguous, what the rows that were sent make of W* R.
+        c: float64 (8, k), contiguous.
+        tolerance: makes tau of the rows.
+
+    Returns:
+        It, infinite where anything in it is not finite; and whether all sums of squares are finite.
+    """
+    found = native_of(product.itemsize) if product.dtype in (torch.float32, torch.float64) else None
+    if found is None or product.device.type != "cpu" or product.stride(1) != 1 or not U.is_contiguous():
+        return REFERENCE.excess(product, R, U, c, tolerance)
+    return found.excess(product, R, U, c, tolerance)
 
 
 def native_of(itemsize: int) -> Native | None:
