@@ -61,8 +61,8 @@ class RowMixing:
 class Tolerance(NamedTuple):
     """What rounding explains of a product's rows: tau = unit · (|row| + expected + |rows|) + of_masks.
 
-    |rows| is the root mean square of all |row|: one may be small because large ones cancelled in mixing, and then errs as
-    they do. No row counts for more than the `largest`.
+    |rows| is the root mean square of all |row|: one may be small because large ones cancelled in mixing, and then errs
+    as they do. No row counts for more than `largest`.
     """
 
     unit: float

@@ -196,7 +196,7 @@ class MixingOfFew:
         )
 
     @property
-    def A(self) -> Tensor:
+    def A(self) -> Tensor:  # noqa: N802 - as in the formulas
         """(m, m), orthogonal, once rows were sent."""
         m = self.job.m
         return self._memory[: m * m].view(m, m)
@@ -208,7 +208,7 @@ class MixingOfFew:
         return self._memory[2 * m * m :].view(m, self.job.p)
 
     def image(self, v: Tensor) -> Tensor:
-        """A [D x R; N] v (m, 8), float64, for v (p, 8), float64, of the rows that were sent, without reading them back."""
+        """A [D x R; N] v (m, 8) for v (p, 8), float64 both, of the rows that were sent, without reading them back."""
         m, p, memory, itemsize = self.job.m, self.job.p, self.job.mixing, self._memory.itemsize
         images, squares = torch.empty(m, SKETCHES, dtype=torch.float64), torch.empty(m, dtype=torch.float64)
         self._table.project(
@@ -236,7 +236,7 @@ class RotationOfFew:
         return bool(job.finite)
 
     def receive(self, product: Tensor, mixing: MixingOfFew, bias: Tensor | None) -> Tensor | None:
-        """D⁻¹ (Aᵀ Y)[:n] R + bias (n, dim) for `product` Y (m, dim), contiguous; None where what was read is not finite.
+        """D⁻¹ (Aᵀ Y)[:n] R + bias (n, dim) for `product` Y (m, dim), contiguous; None where Y is not finite.
 
         The sum of squares without D⁻¹ and the bias is left in `mixing.job.squares`.
         """
