@@ -26,7 +26,7 @@ inline void orthogonal_factor(double *a, double *q, int64_t m) {
         signs[j] = first > 0 ? -1 : 1;
         a[j * m + j] -= diagonal;
         const double product = norm * (norm + (first > 0 ? first : -first));  // |v|² / 2
-        scales[j] = product > 0 ? 1 / product : 0;
+        scales[j] = product > 0x1p-900 ? 1 / product : 0;  // nothing is left of dependent columns: nothing is reflected
         for (int64_t k = j + 1; k < m; ++k) {
             double sum = 0;
             for (int64_t i = j; i < m; ++i) sum += a[i * m + j] * a[i * m + k];

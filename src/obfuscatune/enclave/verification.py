@@ -26,9 +26,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from obfuscatune.enclave import kernels
@@ -63,8 +61,8 @@ class Probe(NamedTuple):
     """(q, K), normal of unit variance, float64."""
     V: Tensor
     """W* R (p, K), float64."""
-    c: NDArray[np.float64]
-    """(K, k), orthonormal: the vectors are r = R c."""
+    c: Tensor
+    """(K, k), float64, orthonormal: the vectors are r = R c."""
     norm: float
     """|W*|, the root of the sum of all squares."""
     party: str = "worker"
@@ -98,7 +96,8 @@ class Probe(NamedTuple):
         Raises:
             BadReply: the product is not finite.
         """
-        excess, finite = kernels.excess(product, self.R, U, self.c, self._tolerance(*product.shape, scale, dtype))
+        tolerance = self._tolerance(product, scale, dtype)
+        excess, finite = kernels.excess(product, self.R, U, self.c, tolerance)
         if not finite:  # or it is merely large, in float64
             check_product(product, self.party)
         return excess
@@ -110,10 +109,10 @@ class Probe(NamedTuple):
         No row of the true product is larger than |X*| |W|, so a row that came counts for no more than that.
         """
         squares = kernels.project(product, self.R).squares.numpy()
-        return torch.from_numpy(self._tolerance(*product.shape, scale, dtype).of(squares))
+        return torch.from_numpy(self._tolerance(product, scale, dtype).of(squares))
 
-    def _tolerance(self, m: int, width: int, scale: float, dtype: torch.dtype) -> Tolerance:
-        """For a product of m rows of `width` elements."""
+    def _tolerance(self, product: Tensor, scale: float, dtype: torch.dtype) -> Tolerance:
+        m, width = product.shape
         eps, tiny, margin = _ROUNDING[dtype]
         expected = scale * self.norm  # the size of a row, for a matrix that amplifies all directions alike
         subnormal = tiny * (math.sqrt(width) + self.norm)  # elements below tiny err by eps tiny / 2

@@ -113,12 +113,10 @@ class Kernels(Protocol):
     def project(self, x: Tensor, v: Tensor) -> Projection:
         """x v and the squares of x (n, p), for v (p, k), float64; see `kernels.project`."""
 
-    def directions(self, words: bytes, k: int) -> NDArray[np.float64]:
-        """Orthonormal columns (8, k) from 64·k random bytes; see `kernels.directions`."""
+    def directions(self, words: bytes, k: int) -> Tensor:
+        """Orthonormal columns (8, k), float64, from 64·k random bytes; see `kernels.directions`."""
 
-    def excess(
-        self, product: Tensor, R: Tensor, U: Tensor, c: NDArray[np.float64], tolerance: Tolerance
-    ) -> tuple[float, bool]:
+    def excess(self, product: Tensor, R: Tensor, U: Tensor, c: Tensor, tolerance: Tolerance) -> tuple[float, bool]:
         """The largest |(product R - U) c| of any row over its tau, and more; see `kernels.excess`."""
 
     def deviates(self, words: NDArray[np.uint32]) -> NDArray[np.float32]:

@@ -89,23 +89,21 @@ class Native:
         """In one pass, all sums in float64; v (p, 8)."""
         images = torch.empty(x.shape[0], SKETCHES, dtype=torch.float64)
         squares = torch.empty(x.shape[0], dtype=torch.float64)
-        addresses = (t.data_ptr() for t in (x, v, images, squares))
+        addresses = x.data_ptr(), v.data_ptr(), images.data_ptr(), squares.data_ptr()
         self.table.project(native.Projection(*addresses, *x.shape, x.stride(0), torch.get_num_threads()))
         return Projection(images, squares)
 
-    def directions(self, words: bytes, k: int) -> NDArray[np.float64]:
+    def directions(self, words: bytes, k: int) -> Tensor:
         """On this thread."""
-        c = np.empty((SKETCHES, k))
-        self.table.make_directions(native.Directions(words, c.ctypes.data, k))
+        c = torch.empty(SKETCHES, k, dtype=torch.float64)
+        self.table.make_directions(native.Directions(words, c.data_ptr(), k))
         return c
 
-    def excess(
-        self, product: Tensor, R: Tensor, U: Tensor, c: NDArray[np.float64], tolerance: Tolerance
-    ) -> tuple[float, bool]:
+    def excess(self, product: Tensor, R: Tensor, U: Tensor, c: Tensor, tolerance: Tolerance) -> tuple[float, bool]:
         """In one call; `self` is for numbers of the product's size."""
         unit, expected, of_masks, largest = tolerance
         job = native.Excess(
-            product.data_ptr(), R.data_ptr(), U.data_ptr(), c.ctypes.data, *product.shape, product.stride(0),
+            product.data_ptr(), R.data_ptr(), U.data_ptr(), c.data_ptr(), *product.shape, product.stride(0),
             c.shape[1], torch.get_num_threads(), unit, expected, of_masks, largest * largest,
         )  # fmt: skip
         self.table.excess(job)
@@ -124,14 +122,14 @@ class Native:
 
     def mask_rows(self, x: Tensor, r: Tensor, grid: float, out: Tensor) -> bool:
         """In one pass; `self` is for numbers of x's size."""
-        addresses, strides = (t.data_ptr() for t in (x, r, out)), (t.stride(0) for t in (x, r, out))
+        addresses, strides = (x.data_ptr(), r.data_ptr(), out.data_ptr()), (x.stride(0), r.stride(0), out.stride(0))
         job = native.MaskRows(*addresses, *x.shape, *strides, torch.get_num_threads(), grid)
         self.table.mask_rows(job)
         return bool(job.finite)
 
     def unmask_rows(self, y: Tensor, product: Tensor, out: Tensor) -> None:
         """In one pass; `self` is for numbers of out's size."""
-        addresses = (t.data_ptr() for t in (y, product, out))
+        addresses = y.data_ptr(), product.data_ptr(), out.data_ptr()
         self.table.unmask_rows(native.UnmaskRows(*addresses, *y.shape, torch.get_num_threads()))
 
     def mixing_of_few(self, n: int, m: int, width: int, normal: Tensor, shield_size: float) -> MixingOfFew:

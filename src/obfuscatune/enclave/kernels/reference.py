@@ -59,7 +59,7 @@ class Reference:
             images += x[:, start : start + PART] @ narrow[start : start + PART]
         return Projection(images, torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).square_())
 
-    def directions(self, words: bytes, k: int) -> NDArray[np.float64]:
+    def directions(self, words: bytes, k: int) -> Tensor:
         """By Gram and Schmidt: QR takes longer. 53 bits of each word are used."""
         uniform = (np.frombuffer(words, np.uint64) >> np.uint64(11)) * 2.0**-53
         c = box_muller(uniform).reshape(SKETCHES, k)
@@ -68,15 +68,13 @@ class Reference:
             if j:
                 column -= c[:, :j] @ (column @ c[:, :j])
             column /= math.sqrt(column @ column)
-        return c
+        return torch.from_numpy(c)
 
-    def excess(
-        self, product: Tensor, R: Tensor, U: Tensor, c: NDArray[np.float64], tolerance: Tolerance
-    ) -> tuple[float, bool]:
+    def excess(self, product: Tensor, R: Tensor, U: Tensor, c: Tensor, tolerance: Tolerance) -> tuple[float, bool]:
         """By `project`, then in float64."""
         images, squares = (of_rows.cpu().numpy() for of_rows in self.project(product, R))
         with np.errstate(over="ignore", invalid="ignore"):  # numbers of the worker's, as large as it likes
-            deviation = np.abs((images - U.numpy()) @ c).max(axis=1)
+            deviation = np.abs((images - U.numpy()) @ c.numpy()).max(axis=1)
             tau = tolerance.of(squares)
             excess = float(np.where(np.isfinite(tau), deviation / tau, math.inf).max())
         return excess if math.isfinite(excess) else math.inf, bool(np.isfinite(squares).all())
