@@ -37,6 +37,7 @@ from obfuscatune.enclave.client.requests import check_finite, check_product, not
 from obfuscatune.enclave.kernels.interface import RowMixing
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.orthogonal import covering_grid, haar
+from obfuscatune.native import MOST_FEW
 
 if TYPE_CHECKING:
     from obfuscatune.enclave.kernels.native import MixingOfFew
@@ -111,7 +112,7 @@ def _sizes_by_peaks(rows: Tensor) -> NDArray[np.float64]:
     return sizes
 
 
-DENSE_BELOW = 32  # rows; up to here one dense factor costs no more than two small ones
+DENSE_BELOW = MOST_FEW  # rows; up to here one dense factor costs no more than two small ones, and kernels take them
 
 
 class Mixing(Protocol):

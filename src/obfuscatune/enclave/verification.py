@@ -111,6 +111,9 @@ class Probe(NamedTuple):
         squares = kernels.project(product, self.R).squares.numpy()
         return torch.from_numpy(self._tolerance(product, scale, dtype).of(squares))
 
+    def __repr__(self) -> str:
+        return "Probe(<redacted>)"
+
     def _tolerance(self, product: Tensor, scale: float, dtype: torch.dtype) -> Tolerance:
         m, width = product.shape
         eps, tiny, margin = _ROUNDING[dtype]

@@ -163,7 +163,8 @@ def excess(product: Tensor, R: Tensor, U: Tensor, c: Tensor, tolerance: Toleranc
         It, infinite where anything in it is not finite; and whether all sums of squares are finite.
     """
     found = native_of(product.itemsize) if product.dtype in (torch.float32, torch.float64) else None
-    if found is None or not product.is_cpu or product.stride(1) != 1 or not U.is_contiguous():
+    fits = product.is_cpu and R.is_cpu and product.stride(1) == 1 and R.shape[1] == SKETCHES
+    if found is None or not (fits and R.is_contiguous() and U.is_contiguous() and c.is_contiguous()):
         return REFERENCE.excess(product, R, U, c, tolerance)
     return found.excess(product, R, U, c, tolerance)
 

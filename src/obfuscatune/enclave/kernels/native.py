@@ -183,7 +183,7 @@ class MixingOfFew:
         """
         Args:
             kernels: for numbers of the rows' size.
-            n, m, width: rows of the request, rows that are sent, numbers in a row; m at most `native.MOST_FEW`.
+            n, m, width: rows of the request, rows that are sent, numbers in a row; n <= m <= `native.MOST_FEW`.
             normal: (m·m + (m - n)·width,), of the rows' dtype: for A, then for shield rows of that size.
             shield_size: root mean square of the numbers of shield rows.
         """
