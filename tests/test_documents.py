@@ -73,6 +73,7 @@ def test_a_signature_holds_for_its_document_its_key_and_its_purpose():
         (signed | {"document": []}, "receipt", trusted),
         (signed | {"signature": "?"}, "receipt", trusted),
         (signed | {"signature": 5}, "receipt", trusted),
+        (signed | {"key": []}, "receipt", trusted),
         (signed | {"more": 1}, "receipt", trusted),
         (sign({"n": 1}, "receipt", other) | {"key": signed["key"]}, "receipt", trusted),
     ]

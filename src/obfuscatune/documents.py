@@ -75,7 +75,7 @@ def verify(signed: Mapping[str, Any], purpose: str, keys: "frozenset[str] | set[
     """
     if set(signed) != {"document", "key", "signature"} or not isinstance(signed["document"], dict):
         raise IntegrityError("no signed document: it has a document, a key and a signature")
-    if signed["key"] not in keys:
+    if not isinstance(signed["key"], str) or signed["key"] not in keys:
         raise IntegrityError(f"signed by {signed['key']!r:.80}, which is none of the keys that are trusted here")
     try:
         signature = base64.b64decode(signed["signature"], validate=True)

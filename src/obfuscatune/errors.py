@@ -8,6 +8,10 @@
     ├── RunStopped                a run of fine-tuning ended early because it was asked to; a checkpoint is written
     ├── IntegrityError            a sealed or signed document that is not what was sealed or signed
     ├── TermsError                a grant, a consent or a quota does not allow what was asked for
+    ├── ServiceError              a request that the service does not answer
+    │   ├── Overloaded            as many requests wait as it takes
+    │   ├── RequestTimeout        the answer was not there in time
+    │   └── ServiceClosed         it takes no more requests, or stopped at a failure
     ├── AttestationError          evidence
     │   ├── EvidenceError         bytes that are no evidence of their kind, or a platform that gives none
     │   └── VerificationFailed    well-formed evidence that a policy refuses; carries every check
@@ -35,6 +39,8 @@
 A message says what was expected, what came, and what to do. Only errors of this tree cross a
 package's boundary; the command line prints their text and nothing else.
 """
+
+from typing import Any
 
 
 class ObfuscaTuneError(Exception):
@@ -102,6 +108,39 @@ class TermsError(ObfuscaTuneError):
     """
 
 
+class ServiceError(ObfuscaTuneError):
+    """A request that the service does not answer, through no fault of the request.
+
+    What to do:
+        Read the subclass. Where it is this class itself, something failed that should not have: the service's log has
+        the kind of failure, and other requests are answered.
+    """
+
+
+class Overloaded(ServiceError):
+    """As many requests wait for their answer as the service lets wait.
+
+    What to do:
+        Ask again a little later; clients of OpenAI's API do so by themselves.
+    """
+
+
+class RequestTimeout(ServiceError):
+    """The answer was not complete within the time that a request may take.
+
+    What to do:
+        Ask for fewer tokens, or ask again when the service has less to do.
+    """
+
+
+class ServiceClosed(ServiceError):
+    """The service takes no more requests: it is shutting down, or it stopped at a failure.
+
+    What to do:
+        Ask again when it is started again. If it stopped at a failure, its log says which.
+    """
+
+
 class AttestationError(ObfuscaTuneError):
     """Anything about evidence. Not raised itself.
 
@@ -125,6 +164,11 @@ class VerificationFailed(AttestationError):
     What to do:
         Run `obfuscatune verify`, which shows every check, line by line. Widen the policy only where you know why.
     """
+
+    def __init__(self, message: str, checks: "tuple[Any, ...]" = ()) -> None:
+        super().__init__(message)
+        self.checks = checks
+        """Every `attest.checks.Check`, passed or not, in order."""
 
 
 class ProtectionError(ObfuscaTuneError):

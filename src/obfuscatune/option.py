@@ -23,6 +23,8 @@ class Option:
     """What the help calls a default of None: what a recipe, a profile or the machine makes of it."""
     name: str | None = None
     """The option's name, where it is not the setting's."""
+    short: str | None = None
+    """One letter for it, as "-o"."""
     variable: str | None = None
     """The environment variable that stands for it."""
     choices: tuple[str, ...] = ()

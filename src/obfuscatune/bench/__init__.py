@@ -20,6 +20,8 @@ In the order in which data passes through:
     rotation       widths and rows   -> how long rotation and mixing take, by torch and by the kernels
     verify         a number of calls -> how often wrong products are caught, honest ones not, and what a worker can tell
                                         (verify_masks: of products under masks)
+    sealing        a size            -> a bundle sealed and opened beside AES-GCM alone and the disk
+                                        (sealing_process: one piece of that, in a process of its own)
     drift_worker   a product         -> the product plus a change that stays below the tolerance, aimed at a harm
     drift          a number of steps -> whether such a worker is caught, and what it does to loss and adapter
 """

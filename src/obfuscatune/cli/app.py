@@ -59,8 +59,24 @@ _COMMANDS = {
     "audit": _Command(
         "Measure what a worker learns.", "obfuscatune audit --model ./llama --profile private --attacker closed"
     ),
+    "serve": _Command("Run the attested service.", "obfuscatune serve --config service.yaml"),
+    "verify-log": _Command("Verify a service's audit log.", "obfuscatune verify-log audit.jsonl --key 4f2c…"),
+    "verify-receipt": _Command(
+        "Verify the receipt of a job.", "obfuscatune verify-receipt receipt.json --policy policy.yaml"
+    ),
     "worker": _Command("Run the untrusted worker.", "obfuscatune worker --listen unix:/run/obfuscatune.sock"),
-    "keygen": _Command("Make the keys of an enclave and a worker.", "obfuscatune keygen --out keys/enclave"),
+    "provider": _Command(
+        "Seal a model, and release its key to an enclave you checked.",
+        "obfuscatune provider seal ./llama -o bundle/ --identity keys",
+    ),
+    "owner": _Command("Seal data for an enclave.", "obfuscatune owner seal train.jsonl -o bundle/ --identity keys"),
+    "verify": _Command(
+        "Hold evidence against a policy.",
+        "obfuscatune verify evidence.json --policy policy.yaml --out verified.json",
+    ),
+    "keygen": _Command(
+        "Make the keys of a party: enclave, worker, provider or owner.", "obfuscatune keygen --out keys/enclave"
+    ),
 }
 """Each is the function, or the typer app, of its own name in the module of its own name; `-` is `_` there."""
 

@@ -14,7 +14,7 @@ from obfuscatune.cli.options import with_options
 from obfuscatune.cli.output import notice, write_json, write_text
 from obfuscatune.errors import ConfigError
 from obfuscatune.machine import cores
-from obfuscatune.option import Option
+from obfuscatune.option import Option, parse_size
 
 if TYPE_CHECKING:
     from obfuscatune.report.charts import Bars, Chart
@@ -323,6 +323,29 @@ def wire(
     measured = WireBench(links, counts, width, threads or cores()).run(notice)
 
     ending.show(measured, result_name("wire"), measured.picture())
+
+
+@_command("obfuscatune bench seal --size 2GiB --out benchmarks/results")
+def seal(
+    size: Annotated[str, Option("Of the file that is sealed, as 512MiB or 2GiB.")] = "2GiB",
+    rounds: Annotated[int, Option("Of each piece of work; the fastest counts.", least=1)] = 3,
+    folder: Annotated[
+        Path | None, Option("On the disk that is meant; takes three times the size.", name="dir", unset="TMPDIR")
+    ] = None,
+    *,
+    ending: Ending,
+) -> None:
+    """Time a bundle's sealing and opening beside AES-GCM alone and beside the disk, and weigh the processes.
+
+    Each piece of work has a process of its own, and they take turns. AES-GCM alone is one thread, over the same file or
+    over memory; a bundle is worked on by all cores.
+    """
+    from obfuscatune.bench.sealing import SealBench
+
+    wanted = parse_size(size)
+    if wanted < 1:
+        raise ConfigError("--size: expected at least one byte")
+    ending.show(SealBench(wanted, rounds, folder).run(notice), result_name("seal", size))
 
 
 @_command("obfuscatune bench check new/2026-01-31-step-gpt2-private.json --kept benchmarks/results")

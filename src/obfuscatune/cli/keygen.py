@@ -17,12 +17,12 @@ def keygen(
     name: Annotated[str, Option("Who it is, for people to read.")] = "obfuscatune",
     as_json: AsJson = False,
 ) -> None:
-    """Make the certificate and the private key of an enclave or a worker, for TLS.
+    """Make the certificate and the private key of a party: an enclave or a worker, a provider or an owner.
 
-    Once for each side. Then give each side the other's cert.pem as --peer, over a channel you trust, and compare the
-    fingerprints. key.pem stays where it is.
+    Once for each. For TLS, give each side the other's cert.pem as --peer, over a channel you trust, and compare the
+    fingerprints. A provider and an owner sign documents with the same key. key.pem stays where it is.
     """
-    from obfuscatune.protocol.tls import fingerprint, make_identity
+    from obfuscatune.protocol.certificates import fingerprint, make_identity
 
     if not 1 <= len(name) <= 64:
         raise ConfigError("--name has 1 to 64 characters")

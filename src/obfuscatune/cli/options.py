@@ -154,6 +154,7 @@ def _for_typer(parameter: Parameter) -> Parameter:
     default = option.unset or default_text(parameter.default)
     typer_option = typer.Option(
         f"--{(option.name or parameter.name).replace('_', '-')}",
+        *([option.short] if option.short else []),
         help=option.help + ("" if default is None else rf" [dim]\[default: {default}][/dim]"),
         show_default=False,
         rich_help_panel=option.panel,

@@ -1,7 +1,11 @@
-"""The owner's and the provider's side: verify a service, then use it. Runs on their own machines; no torch, no enclave.
+"""The owner's side: verify a service, then use it. Runs on his own machine; no torch, no enclave.
 
-identity   a party's keys, in one directory
-connection a verified service: HTTPS pinned to what its evidence names
-proxy      a local OpenAI endpoint that refuses the moment verification fails or expires
-jobs       submit, watch, fetch the adapter by consent
+connection  an attested session -> HTTPS to the one key that its evidence names
+proxy       a local OpenAI endpoint that refuses the moment verification fails or expires
+jobs        submit, watch, fetch the adapter, the receipt, the log
 """
+
+from obfuscatune.client.connection import Service, connect
+from obfuscatune.client.jobs import audit_log, events, fetch_adapter, list_jobs, receipt, submit
+
+__all__ = ["Service", "audit_log", "connect", "events", "fetch_adapter", "list_jobs", "receipt", "submit"]

@@ -8,10 +8,15 @@ In the order in which a message passes through:
     messages       a header as bytes; who speaks another protocol
     framing        messages over a transport
     transport      a stream that carries bytes within a deadline; `tls`, the same encrypted
+    sockets        deadlines, and how a connected socket is set up
+    certificates   self-signed certificates, known by their keys
     shared_memory  rows and products that need not cross a stream on one host
-    endpoints      an address, and the enclave's end of a connection to it; `listen`, the worker's
+    addresses      where somebody listens, as written on a command line
+    endpoints      the enclave's end of a connection to an address; `listen`, the worker's
     files          secrets and temporary folders
     transcript     what a worker recorded, read back
+
+`sockets`, `certificates`, `addresses` and `files` take no torch: the attested channel uses them too.
 
 The format is written down in docs/spec/wire.md.
 """

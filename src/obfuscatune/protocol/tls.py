@@ -10,8 +10,6 @@ waiting is done outside of it.
 """
 
 import contextlib
-import datetime
-import hashlib
 import select
 import socket
 import ssl
@@ -21,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from obfuscatune.errors import ConfigError, ConnectionLost, UntrustedPeer, WireError
+from obfuscatune.protocol.certificates import fingerprint as fingerprint
+from obfuscatune.protocol.certificates import key_digest
+from obfuscatune.protocol.certificates import make_identity as make_identity
 from obfuscatune.protocol.files import read_secret, read_trusted
 from obfuscatune.protocol.limits import CHUNK_BYTES, KIB, LINGER_SECONDS
 from obfuscatune.protocol.messages import (
@@ -38,9 +36,6 @@ from obfuscatune.protocol.messages import (
     what_it_spoke,
 )
 from obfuscatune.protocol.transport import Buffer, Deadline, SocketTransport, WouldBlock
-
-VALID_DAYS = 3650
-"""Of a certificate made here. What ends its use is that its pin is removed, not a date."""
 
 
 @dataclass(frozen=True)
@@ -77,14 +72,14 @@ class PinnedTls:
             read_secret(config.private_key, "private key")  # to check it: OpenSSL reads it by its name
             pem = read_trusted(config.peers, "peer certificate")
             peers = x509.load_pem_x509_certificates(pem)
-            self._pins = frozenset(_pin(peer) for peer in peers)
+            self._pins = frozenset(key_digest(peer) for peer in peers)
             self._context = _context(config, pem.decode("ascii"), server=server)
         except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
             raise ConfigError(
                 f"cannot use TLS with {config.certificate}, {config.private_key} and the peer {config.peers}: {error}; "
                 "make a pair by `obfuscatune keygen`"
             ) from error
-        if _pin(x509.load_pem_x509_certificate(config.certificate.read_bytes())) in self._pins:
+        if key_digest(x509.load_pem_x509_certificate(config.certificate.read_bytes())) in self._pins:
             raise ConfigError(
                 f"--peer {config.peers} names our own certificate ({config.certificate}): name that of the other side"
             )
@@ -104,7 +99,7 @@ class PinnedTls:
             UntrustedPeer: it is none of them.
         """
         der = sock.getpeercert(binary_form=True)
-        if der is None or (pin := _pin(x509.load_der_x509_certificate(der))) not in self._pins:
+        if der is None or (pin := key_digest(x509.load_der_x509_certificate(der))) not in self._pins:
             raise UntrustedPeer("the peer's certificate is not one of those pinned here: --peer names others")
         return pin.hex()
 
@@ -112,36 +107,6 @@ class PinnedTls:
     def peers(self) -> int:
         """How many are pinned."""
         return len(self._pins)
-
-
-def make_identity(name: str) -> tuple[bytes, bytes]:
-    """A fresh self-signed certificate and its private key (EC P-256), both PEM. `name` is for people to read."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    now = datetime.datetime.now(datetime.UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))  # the other side's clock may be behind ours
-        .not_valid_after(now + datetime.timedelta(days=VALID_DAYS))
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(
-            x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False
-        )
-        .sign(key, hashes.SHA256())
-    )
-    return (
-        certificate.public_bytes(serialization.Encoding.PEM),
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()),
-    )
-
-
-def fingerprint(certificate_pem: bytes) -> str:
-    """SHA-256 of the certificate's public key (SubjectPublicKeyInfo), in hex: what two people compare by telephone."""
-    return _pin(x509.load_pem_x509_certificate(certificate_pem)).hex()
 
 
 def pins(config: TlsConfig) -> frozenset[str]:
@@ -154,7 +119,7 @@ def pins(config: TlsConfig) -> frozenset[str]:
         peers = x509.load_pem_x509_certificates(read_trusted(config.peers, "peer certificate"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the peer certificate {config.peers}: {error}") from error
-    return frozenset(_pin(peer).hex() for peer in peers)
+    return frozenset(key_digest(peer).hex() for peer in peers)
 
 
 def _context(config: TlsConfig, peers_pem: str, *, server: bool) -> ssl.SSLContext:
@@ -168,13 +133,6 @@ def _context(config: TlsConfig, peers_pem: str, *, server: bool) -> ssl.SSLConte
     context.load_verify_locations(cadata=peers_pem)
     context.load_cert_chain(config.certificate, config.private_key)
     return context
-
-
-def _pin(certificate: x509.Certificate) -> bytes:
-    spki = certificate.public_key().public_bytes(
-        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
-    return hashlib.sha256(spki).digest()
 
 
 RECORD_BYTES = 16 * KIB

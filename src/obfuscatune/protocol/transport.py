@@ -11,47 +11,15 @@ import os
 import select
 import socket
 import struct
-import time
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
-from obfuscatune.errors import ConnectionLost, DeadlineExceeded
-from obfuscatune.protocol.limits import (
-    KEEPALIVE_INTERVAL_SECONDS,
-    KEEPALIVE_PROBES,
-    KEEPALIVE_SECONDS,
-    KIB,
-    SLOWEST_BYTES_PER_SECOND,
-    SOCKET_BUFFER_BYTES,
-)
+from obfuscatune.errors import ConnectionLost
+from obfuscatune.protocol.limits import KIB, SLOWEST_BYTES_PER_SECOND
 from obfuscatune.protocol.shared_memory import AVAILABLE
-
-
-class Deadline:
-    """A moment on the monotonic clock, handed down through every call that may wait."""
-
-    __slots__ = ("_at", "_seconds")
-
-    def __init__(self, seconds: float | None) -> None:
-        """`seconds` from now; None never passes."""
-        self._seconds = seconds
-        self._at = None if seconds is None else time.monotonic() + seconds
-
-    def remaining(self) -> float | None:
-        """Seconds left, None for ever.
-
-        Raises:
-            DeadlineExceeded: none are left.
-        """
-        if self._at is None:
-            return None
-        left = self._at - time.monotonic()
-        if left <= 0:
-            raise DeadlineExceeded(f"expected an answer within {self._seconds:g} s, none came")
-        return left
-
-
-NEVER = Deadline(None)
+from obfuscatune.protocol.sockets import NEVER as NEVER
+from obfuscatune.protocol.sockets import Deadline as Deadline
+from obfuscatune.protocol.sockets import tune as tune
 
 
 def transfer_seconds(size: int) -> float:
@@ -301,31 +269,6 @@ def _timeval(seconds: float) -> bytes:
     """struct timeval, not less than a microsecond."""
     microseconds = math.ceil(seconds * 1_000_000)
     return struct.pack("@ll", *divmod(microseconds, 1_000_000))
-
-
-def tune(sock: socket.socket, unreachable_s: float) -> None:
-    """Buffers that hold a matrix, no waiting for more bytes, and notice of a peer that vanished.
-
-    Args:
-        sock: a stream socket.
-        unreachable_s: how long the peer's system may leave what was sent over TCP unacknowledged.
-    """
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER_BYTES)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER_BYTES)
-    if sock.family == socket.AF_UNIX:
-        return
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    wanted = {
-        "TCP_KEEPIDLE": KEEPALIVE_SECONDS,
-        "TCP_KEEPINTVL": KEEPALIVE_INTERVAL_SECONDS,
-        "TCP_KEEPCNT": KEEPALIVE_PROBES,
-        "TCP_USER_TIMEOUT": unreachable_s * 1000,  # the one in milliseconds (tcp(7))
-    }
-    for name, value in wanted.items():
-        option = getattr(socket, name, None)
-        if option is not None:  # not every system has each of them
-            sock.setsockopt(socket.IPPROTO_TCP, option, int(value))
 
 
 def _address_id(sock: socket.socket) -> str:

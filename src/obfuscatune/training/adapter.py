@@ -174,14 +174,34 @@ def _wrap_as_saved(model: "PreTrainedModel", config: Any, directory: Path, **how
 
 def _refuse_other_provider(model: torch.nn.Module, directory: Path) -> None:
     """Refuse an adapter that was trained on top of a provider's adapter where the model has another one, or none."""
-    weights = directory / WEIGHTS
-    with _opened(weights) as file:
-        wanted = (file.metadata() or {}).get(_TRAINED_ON)
-    found = getattr(model, _PROVIDER_DIGEST, None)
+    with _opened(directory / WEIGHTS) as file:
+        _check_provider(model, file.metadata() or {}, str(directory))
+
+
+def check_trained_on(model: torch.nn.Module, weights: bytes, where: str) -> None:
+    """Refuse an adapter that was trained on top of a provider's adapter where the model has another one, or none.
+
+    Args:
+        weights: contents of a safetensors file.
+        where: what to call the file in an error message.
+
+    Raises:
+        ModelFileError: the model has not the provider's adapter that the file names; or the file has no header.
+    """
+    try:
+        header = json.loads(weights[8 : 8 + int.from_bytes(weights[:8], "little")])
+        metadata = header.get("__metadata__", {})
+    except (ValueError, AttributeError) as error:
+        raise ModelFileError(f"{where}: not a whole safetensors file") from error
+    _check_provider(model, metadata, where)
+
+
+def _check_provider(model: torch.nn.Module, metadata: Mapping[str, str], where: str) -> None:
+    wanted, found = metadata.get(_TRAINED_ON), getattr(model, _PROVIDER_DIGEST, None)
     if wanted is not None and wanted != found:
         has = "no provider's adapter" if found is None else f"another one, sha256 {found}"
         raise ModelFileError(
-            f"{directory}: was trained on top of the provider's adapter with sha256 {wanted}, and the model has {has}; "
+            f"{where}: was trained on top of the provider's adapter with sha256 {wanted}, and the model has {has}; "
             "give that one by --provider-adapter"
         )
 

@@ -141,6 +141,7 @@ def finetune(
     report: Callable[[Event], None],
     resume_run: bool = False,
     stop_asked: Callable[[], bool] = lambda: False,
+    directory: RunDirectory | None = None,
 ) -> Outcome:
     """Fine-tune a model, protected or plain, as the recipe says, and write the run directory.
 
@@ -154,6 +155,7 @@ def finetune(
             than the run had, it becomes longer: the learning rate then follows the schedule of the longer run from
             the next step on.
         stop_asked: Asked after each step, and while measuring: whether to end early.
+        directory: What writes `recipe.out`, where that is not in clear.
 
     Raises:
         ConfigError: the recipe does not fit the model; `out` holds a run that is not to be resumed, or
@@ -172,7 +174,7 @@ def finetune(
         )
     cadence = Cadence.of(recipe, len(data.train.examples))
     made_of = _made_of(recipe, data, fingerprint, digest)
-    directory = RunDirectory(recipe.out)
+    directory = directory or RunDirectory(recipe.out)
     with directory.locked(), ExitStack() as stack:
         _refuse_accident(directory, resume_run)
         directory.clean()

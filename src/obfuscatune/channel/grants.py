@@ -1,0 +1,289 @@
+"""What a provider signs: a grant with its terms, a consent, a revocation.
+
+Each is a signed document (`documents.sign`) with a purpose of its own. It counts when it comes, over the attested
+channel, from whoever signed it: nobody else can give it, or give it again.
+"""
+
+import datetime
+import re
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from obfuscatune import documents
+from obfuscatune.channel.identity import Identity, signer_fingerprint
+from obfuscatune.errors import IntegrityError, TermsError
+
+VERSION = 1
+USES = ("inference", "fine-tuning")
+EXPORTS = ("never", "provider-consent", "allowed")
+MOST_OWNERS = 256
+MOST_TOKENS = 2**53
+"""Every JSON reader holds integers up to here."""
+_HEX_32 = re.compile(r"[0-9a-f]{64}")
+_MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_TIME = "%Y-%m-%dT%H:%M:%SZ"
+_TEXT = re.compile(r"[ -~]{0,1024}")
+
+
+def next_sequence() -> int:
+    """Larger than before: milliseconds on the clock of whoever signs."""
+    return time.time_ns() // 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a grant allows.
+
+    Raises:
+        IntegrityError: a term is outside its range.
+    """
+
+    owners: tuple[str, ...]
+    """Fingerprints of their keys (SHA-256 of SubjectPublicKeyInfo, in hex)."""
+    uses: tuple[str, ...]
+    export: str
+    """Whether an owner may take his adapter out of the enclave."""
+    until: datetime.datetime
+    """In UTC. From then on nothing is allowed."""
+    tokens: int | None = None
+    """Most tokens, of all owners and uses together; None for any number."""
+
+    def __post_init__(self) -> None:
+        _need(1 <= len(self.owners) <= MOST_OWNERS, f"owners: 1 to {MOST_OWNERS} fingerprints")
+        _need(all(_matches(_HEX_32, owner) for owner in self.owners), "owners: SHA-256 fingerprints in small hex")
+        _need(len(set(self.owners)) == len(self.owners), "owners: each one once")
+        _need(bool(self.uses) and all(use in USES for use in self.uses), f"uses: some of {', '.join(USES)}")
+        _need(len(set(self.uses)) == len(self.uses), "uses: each one once")
+        _need(self.export in EXPORTS, f"export: one of {', '.join(EXPORTS)}")
+        _need(self.until.utcoffset() == datetime.timedelta(0) and not self.until.microsecond, "until: seconds, in UTC")
+        _need(self.tokens is None or _is_whole(self.tokens, 1, MOST_TOKENS), f"tokens: 1 to {MOST_TOKENS}, or null")
+
+    def check(self, owner: str, use: str, now: datetime.datetime, tokens_used: int, tokens_wanted: int = 1) -> None:
+        """Whether `owner` may use the model so, now.
+
+        Args:
+            tokens_used: by all owners, since the first grant of these terms.
+            tokens_wanted: at most, by what is asked for.
+
+        Raises:
+            TermsError: he may not; the message names the term.
+        """
+        self.check_owner(owner, now)
+        if use not in self.uses:
+            raise TermsError(f"uses: the provider allows {' and '.join(self.uses)}, not {use}")
+        if self.tokens is not None and tokens_used + tokens_wanted > self.tokens:
+            raise TermsError(
+                f"tokens: {tokens_used:,} of {self.tokens:,} are used, and {tokens_wanted:,} are asked for"
+            )
+
+    def check_owner(self, owner: str, now: datetime.datetime) -> None:
+        """Raises TermsError: the owner is not named, or the time is over."""
+        if owner not in self.owners:
+            raise TermsError(f"owners: the provider does not name the key {owner}")
+        if now >= self.until:
+            raise TermsError(f"until: the provider allowed it until {_write_time(self.until)}")
+
+    def to_document(self) -> dict[str, Any]:
+        """As it is signed."""
+        return {
+            "owners": list(self.owners),
+            "uses": list(self.uses),
+            "export": self.export,
+            "until": _write_time(self.until),
+            "tokens": self.tokens,
+        }
+
+    @classmethod
+    def from_document(cls, document: Any) -> "Terms":
+        """Raises IntegrityError: it is none."""
+        _need_fields(document, "terms", {"owners", "uses", "export", "until", "tokens"})
+        _need(isinstance(document["owners"], list) and isinstance(document["uses"], list), "owners and uses are lists")
+        until = _read_time(document["until"])
+        return cls(tuple(document["owners"]), tuple(document["uses"]), document["export"], until, document["tokens"])
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """A provider lets an enclave use his model.
+
+    Raises:
+        IntegrityError: a field is outside its range.
+    """
+
+    model: str
+    """The name by which clients ask for it."""
+    manifest: str
+    """Digest of the bundle's manifest: this very model and no other."""
+    storage: str
+    """Where the bundle may lie: a hint, since it opens by its manifest alone."""
+    terms: Terms
+    sequence: int
+    """Rises with each grant and revocation of a model: an older one is refused."""
+    id: str = field(default_factory=lambda: secrets.token_hex(16))
+    provider: str = ""
+    """Ed25519 key, in hex, of the signature that was verified; empty before it is signed."""
+    signed: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    """The signed document that it was read of."""
+
+    PURPOSE = "grant"
+
+    def __post_init__(self) -> None:
+        _check_model(self.model, self.manifest, self.sequence)
+        _need(_matches(_TEXT, self.storage), "storage: at most 1024 printable ASCII characters")
+        _need(_matches(re.compile(r"[0-9a-f]{32}"), self.id), "id: 16 bytes in small hex")
+
+    def sign(self, identity: Identity) -> dict[str, Any]:
+        """Signed by the provider."""
+        document = {
+            "version": VERSION,
+            "id": self.id,
+            "model": self.model,
+            "manifest": self.manifest,
+            "storage": self.storage,
+            "terms": self.terms.to_document(),
+            "sequence": self.sequence,
+        }
+        return identity.sign(document, self.PURPOSE)
+
+    @classmethod
+    def from_signed(cls, signed: Mapping[str, Any], sender: str) -> "Grant":
+        """Read a grant that its sender signed.
+
+        Args:
+            sender: fingerprint of the key that the sender proved to have.
+
+        Raises:
+            IntegrityError: it is none, or another signed it.
+        """
+        it = _verified(signed, cls.PURPOSE, sender, {"id", "model", "manifest", "storage", "terms", "sequence"})
+        terms = Terms.from_document(it["terms"])
+        key = signed["key"]
+        return cls(it["model"], it["manifest"], it["storage"], terms, it["sequence"], it["id"], key, dict(signed))
+
+
+@dataclass(frozen=True, slots=True)
+class Revocation:
+    """A provider takes back all that he granted for a model up to a sequence.
+
+    Raises:
+        IntegrityError: a field is outside its range.
+    """
+
+    model: str
+    manifest: str
+    sequence: int
+    provider: str = ""
+    signed: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    PURPOSE = "revocation"
+
+    def __post_init__(self) -> None:
+        _check_model(self.model, self.manifest, self.sequence)
+
+    def sign(self, identity: Identity) -> dict[str, Any]:
+        """Signed by the provider."""
+        document = {"version": VERSION, "model": self.model, "manifest": self.manifest, "sequence": self.sequence}
+        return identity.sign(document, self.PURPOSE)
+
+    @classmethod
+    def from_signed(cls, signed: Mapping[str, Any], sender: str) -> "Revocation":
+        """As `Grant.from_signed`."""
+        it = _verified(signed, cls.PURPOSE, sender, {"model", "manifest", "sequence"})
+        return cls(it["model"], it["manifest"], it["sequence"], signed["key"], dict(signed))
+
+
+@dataclass(frozen=True, slots=True)
+class Consent:
+    """A provider lets one adapter leave the enclave, to its owner.
+
+    Raises:
+        IntegrityError: a field is outside its range.
+    """
+
+    model: str
+    manifest: str
+    owner: str
+    adapter: str
+    """As the enclave names it."""
+    provider: str = ""
+    signed: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    PURPOSE = "consent"
+
+    def __post_init__(self) -> None:
+        _check_model(self.model, self.manifest)
+        _need(_matches(_HEX_32, self.owner), "owner: a SHA-256 fingerprint in small hex")
+        _need(_matches(re.compile(r"[!-~]{1,200}"), self.adapter), "adapter: 1 to 200 printable ASCII characters")
+
+    def sign(self, identity: Identity) -> dict[str, Any]:
+        """Signed by the provider."""
+        document = {"version": VERSION, "model": self.model, "manifest": self.manifest, "owner": self.owner}
+        return identity.sign({**document, "adapter": self.adapter}, self.PURPOSE)
+
+    @classmethod
+    def from_signed(cls, signed: Mapping[str, Any], sender: str) -> "Consent":
+        """As `Grant.from_signed`."""
+        it = _verified(signed, cls.PURPOSE, sender, {"model", "manifest", "owner", "adapter"})
+        return cls(it["model"], it["manifest"], it["owner"], it["adapter"], signed["key"], dict(signed))
+
+
+def read_time(text: str) -> datetime.datetime:
+    """A date, whose beginning is meant, or a time as 2027-01-01T12:00:00Z; both in UTC.
+
+    Raises:
+        IntegrityError: it is neither.
+    """
+    return _read_time(f"{text}T00:00:00Z" if "T" not in text else text)
+
+
+def _read_time(text: Any) -> datetime.datetime:
+    try:
+        if not _matches(re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", re.ASCII), text):
+            raise ValueError("another form")
+        return datetime.datetime.strptime(text, _TIME).replace(tzinfo=datetime.UTC)
+    except ValueError:
+        raise IntegrityError("until: expected a time in UTC as 2027-01-01T12:00:00Z") from None
+
+
+def _write_time(moment: datetime.datetime) -> str:
+    return f"{moment.year:04d}-{moment:%m-%dT%H:%M:%S}Z"
+
+
+def _verified(signed: Mapping[str, Any], purpose: str, sender: str, fields: set[str]) -> dict[str, Any]:
+    key = signed.get("key")
+    try:
+        by_sender = isinstance(key, str) and _matches(_HEX_32, key) and signer_fingerprint(key) == sender
+    except ValueError:
+        by_sender = False
+    if not by_sender:
+        raise IntegrityError(f"a {purpose} has to be signed by the key that it is sent with")
+    document = documents.verify(signed, purpose, {str(key)})
+    _need_fields(document, purpose, {"version", *fields})
+    _need(_is_whole(document["version"], VERSION, VERSION), f"a {purpose} of another version than {VERSION}")
+    return document
+
+
+def _check_model(model: Any, manifest: Any, sequence: Any = 0) -> None:
+    _need(_matches(_MODEL, model), "model: 1 to 64 letters, digits, dots, dashes and underscores")
+    _need(_matches(_HEX_32, manifest), "manifest: a SHA-256 digest in small hex")
+    _need(_is_whole(sequence, 0, MOST_TOKENS), f"sequence: 0 to {MOST_TOKENS}")
+
+
+def _need_fields(document: Any, what: str, fields: set[str]) -> None:
+    _need(isinstance(document, dict) and set(document) == fields, f"{what}: has {', '.join(sorted(fields))}, no other")
+
+
+def _need(holds: bool, what: str) -> None:
+    if not holds:
+        raise IntegrityError(what)
+
+
+def _is_whole(value: Any, least: int, most: int) -> bool:
+    return type(value) is int and least <= value <= most
+
+
+def _matches(pattern: re.Pattern[str], text: Any) -> bool:
+    return isinstance(text, str) and pattern.fullmatch(text) is not None

@@ -1,0 +1,70 @@
+"""`obfuscatune serve`."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import yaml
+
+from obfuscatune.cli import output
+from obfuscatune.cli.options import AsJson
+from obfuscatune.option import Option
+
+if TYPE_CHECKING:
+    from obfuscatune.service.server import Listening
+    from obfuscatune.service.settings import Settings
+
+
+def serve(
+    config: Annotated[Path, Option("The service's YAML file: docs/service.md.")],
+    check: Annotated[bool, Option("Check file, workers and evidence, print the claims for a policy, and end.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run the enclave: OpenAI's API on sealed models, for owners and providers who verify it first.
+
+    Keys come through the attested channel and are gone when this process ends; what lies on its disk is sealed.
+    SIGTERM ends it in good order: answers are finished, jobs write a checkpoint.
+    """
+    from obfuscatune.channel.measure import measure_process
+    from obfuscatune.service.settings import load_settings
+
+    settings, content = load_settings(config)
+    measured = measure_process(content)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    for noisy in ("uvicorn", "httpx", "asyncio", "fsspec"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    from obfuscatune.service.server import Service, policy_of_claims
+
+    if check:
+        with output.progress("checking"):
+            _check(settings)
+        arguments = tuple(it for it in measured.arguments if it != "--check")
+        claims = {"claims": policy_of_claims(settings, measured._replace(arguments=arguments))}
+        if as_json:
+            output.write_json(claims)
+        else:
+            output.write_text(yaml.safe_dump(claims, sort_keys=False, width=4096).rstrip())
+        output.notice(f"{config}: can be served; above, what a policy accepts that accepts this service alone")
+        return
+
+    def told(where: "Listening") -> None:
+        if as_json:
+            output.write_json({"api": where.api, "channel": where.channel, "operator": where.operator})
+            sys.stdout.flush()  # whoever waits for it reads a pipe
+        else:
+            output.notice(f"attested channel at {where.channel}, API at https://{where.api}")
+
+    with output.progress("starting"):
+        service = Service(settings, measured)
+    service.run(told)
+
+
+def _check(settings: "Settings") -> None:
+    from obfuscatune.enclave.client import WorkerClient
+    from obfuscatune.service.server import make_producer
+
+    make_producer(settings).attest(bytes(64))
+    for worker in (settings.worker, settings.mask_worker):
+        if worker is not None:
+            WorkerClient.open(worker.address, tls=settings.tls_of(worker)).close()

@@ -1,0 +1,261 @@
+"""The file `service.yaml`: everything that determines a service. Its digest is among the claims.
+
+Whoever verifies the enclave verifies this file with it. So nothing here is read from the environment.
+"""
+
+import hashlib
+import re
+from collections.abc import Hashable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from obfuscatune.errors import ConfigError
+from obfuscatune.protocol.endpoints import parse_address
+from obfuscatune.protocol.files import read_trusted
+from obfuscatune.protocol.tls import TlsConfig
+
+MAX_BYTES = 2**20
+"""Of the file."""
+Positive = Annotated[int, Field(ge=1, le=10**12)]
+Seconds = Annotated[int, Field(ge=1, le=7 * 86400)]
+_HOST_PORT = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<host>[A-Za-z0-9.-]+)):(?P<port>\d{1,5})")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Address(_Strict):
+    """Where something listens. Port 0 takes any that is free."""
+
+    host: str
+    port: Annotated[int, Field(ge=0, le=65535)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _parse(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        match = _HOST_PORT.fullmatch(value)
+        if match is None:
+            raise ValueError("expected HOST:PORT, such as 0.0.0.0:8443 or [::1]:8443")
+        return {"host": match["v6"] or match["host"], "port": int(match["port"])}
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+class Worker(_Strict):
+    """A worker, and the certificate that it must show."""
+
+    address: str
+    """unix:PATH or tcp:HOST:PORT."""
+    peer: Annotated[Path | None, Field(strict=False)] = None
+    """A PEM file; needed for a worker on another machine."""
+
+    @field_validator("address")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        try:
+            parse_address(value)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return value
+
+
+class Tls(_Strict):
+    """The enclave's identity towards workers, as `obfuscatune keygen` makes it."""
+
+    certificate: Annotated[Path, Field(strict=False)]
+    private_key: Annotated[Path, Field(strict=False)]
+
+
+class Configfs(_Strict):
+    """Evidence of TDX or SEV-SNP, from the kernel's configfs-tsm."""
+
+    producer: Literal["configfs"]
+
+
+class Tpm(_Strict):
+    """A TPM 2.0 quote."""
+
+    producer: Literal["tpm"]
+    handle: str
+    """Of the attestation key: "0x81010002"."""
+    pcrs: Annotated[list[Annotated[int, Field(ge=0, le=23)]], Field(min_length=1)]
+    """Which registers of SHA-256 are quoted."""
+    tcti: str | None = None
+    """How the TPM is reached; None is the tools' own default."""
+
+
+class Simulated(_Strict):
+    """Evidence that proves nothing, for development; refused unless a policy allows it."""
+
+    producer: Literal["simulated"]
+    key_file: Annotated[Path, Field(strict=False)]
+    """An Ed25519 private key in PEM."""
+
+
+class Limits(_Strict):
+    """What one owner, and all together, may ask of a service."""
+
+    requests_per_minute: Positive = 600
+    """Of one owner."""
+    tokens_per_minute: Positive = 200_000
+    """Of one owner: those of prompts and those asked for."""
+    concurrent_requests: Positive = 64
+    """Completions of one owner that are under way."""
+    connections: Positive = 512
+    """Of all owners."""
+    body_bytes: Positive = 4 * 2**20
+    """Of a request, files excepted."""
+    file_bytes: Positive = 100 * 2**20
+    """Of one uploaded file."""
+    stored_bytes: Positive = 2**30
+    """Of all files of one owner."""
+    files: Positive = 1000
+    """Of one owner."""
+    jobs_queued: Positive = 16
+    """Of one owner: those that have not ended."""
+    jobs_at_once: Positive = 1
+    """Of all owners."""
+    max_tokens: Positive = 4096
+    """Of one completion."""
+    choices: Positive = 8
+    """The largest `n`."""
+    batch_sequences: Positive = 32
+    """Sequences that are decoded together."""
+    cache_tokens: Positive = 65_536
+    """Places for a token in the caches of one model: memory."""
+    queue: Positive = 256
+    """Completions that wait for a place in the batch."""
+    adapters: Positive = 8
+    """Fine-tuned models in memory; others are read again when they are asked for."""
+    models: Positive = 4
+    """Models in memory."""
+    request_seconds: Seconds = 600
+    """For one completion."""
+    body_seconds: Seconds = 300
+    """For receiving one request."""
+    drain_seconds: Seconds = 30
+    """For what is under way, when the service is told to end."""
+    job_attempts: Positive = 5
+    """How often a job is begun again after its worker failed."""
+
+
+class Settings(_Strict):
+    """The whole file."""
+
+    listen: Address
+    """OpenAI's API, over TLS."""
+    channel: Address
+    """The attested channel."""
+    operator: Address | None = None
+    """/healthz and /metrics, in plain HTTP: for this machine or an inner network."""
+    state: Annotated[Path, Field(strict=False)]
+    """The directory of all that is kept, sealed."""
+    database: str | None = None
+    """A URL of SQLAlchemy; None is a file of SQLite in the state directory."""
+    worker: Worker
+    mask_worker: Worker | None = None
+    tls: Tls | None = None
+    profile: Literal["private", "guarded"] = "private"
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    attestation: Annotated[Configfs | Tpm | Simulated, Field(discriminator="producer")]
+    bundles: Annotated[list[str], Field(min_length=1)]
+    """Where sealed models may lie: paths or URLs, which a grant's storage must be within."""
+    providers: list[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]] | None = None
+    """Ed25519 keys of the providers whose grants are taken; None takes any."""
+    limits: Limits = Limits()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Settings":
+        masked = self.profile == "guarded"
+        if masked != (self.mask_worker is not None):
+            raise ValueError(f"profile {self.profile} takes {'a mask_worker' if masked else 'no mask_worker'}")
+        for worker in filter(None, (self.worker, self.mask_worker)):
+            if (worker.peer is not None) and self.tls is None:
+                raise ValueError("a worker's peer is given, but no tls: the enclave's certificate and key")
+        return self
+
+    @property
+    def database_url(self) -> str:
+        """The URL of the database."""
+        return self.database or f"sqlite:///{(self.state / 'state.sqlite').absolute()}"
+
+    def tls_of(self, worker: Worker) -> TlsConfig | None:
+        """How a worker is reached; None without TLS."""
+        if self.tls is None or worker.peer is None:
+            return None
+        return TlsConfig(self.tls.certificate, self.tls.private_key, worker.peer)
+
+    def may_hold(self, storage: str) -> bool:
+        """Whether a bundle at `storage` lies within one of `bundles`."""
+        if ".." in storage.replace("\\", "/").split("/") or "::" in storage:
+            return False
+        return any(storage == base or storage.startswith(base.rstrip("/") + "/") for base in self.bundles)
+
+
+def load_settings(path: Path) -> tuple[Settings, bytes]:
+    """Read a file of settings.
+
+    Returns:
+        The settings, and the file's bytes, which are measured.
+
+    Raises:
+        ConfigError: it cannot be read; a key is unknown or given twice; a value is outside its range.
+    """
+    try:
+        content = read_trusted(path, "configuration")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if len(content) > MAX_BYTES:
+        raise ConfigError(f"{path}: {len(content):,} bytes; at most {MAX_BYTES:,} are read")
+    try:
+        value = yaml.load(content.decode("utf-8"), _UniqueKeys)  # noqa: S506  a SafeLoader
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: malformed YAML: {getattr(error, 'problem', None) or error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: expected keys and values, such as `listen: 0.0.0.0:8443`")
+    try:
+        return Settings.model_validate(value), content
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_explain(error)}") from error
+
+
+def configuration_digest(content: bytes) -> str:
+    """SHA-256 of the file, in hex: the claim `configuration`."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"]) or "the file"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        key = str(first["loc"][-1])
+        known = [name for kind in (Settings, Limits, Worker, Tls, Simulated, Tpm) for name in kind.model_fields]
+        near = get_close_matches(key, known, n=1)
+        return f"unknown key {where}" + (f"; did you mean {near[0]}?" if near else "")
+    return f"{where}: {message}"
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Hashable] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.MarkedYAMLError(None, None, "a key that is no text", key_node.start_mark)
+            if key in seen:
+                raise yaml.MarkedYAMLError(None, None, f"the key {key} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)

@@ -1,0 +1,446 @@
+"""What a service must not forget: owners, files, jobs with their events and checkpoints, fine-tuned models, usage.
+
+Kept by SQLAlchemy, in SQLite or PostgreSQL, on a disk that belongs to somebody else. Columns that speak of private
+things are sealed by their owner's key, bound to table and row: names of files, hyperparameters, messages, metrics,
+digests. What schedules and separates is in clear: random ids, owners' keys, status, times, sizes.
+
+Every method of an owner's sees that owner's rows alone. What another owner has is not there.
+"""
+
+import json
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Connection,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    create_engine,
+    delete,
+    event,
+    func,
+    insert,
+    make_url,
+    select,
+    update,
+)
+from sqlalchemy.exc import IntegrityError as ConstraintError
+from sqlalchemy.exc import SQLAlchemyError
+
+from obfuscatune.channel.registry import Latest
+from obfuscatune.errors import ConfigError, IntegrityError, StorageError
+
+FORMAT = 1
+_PADDED_TO = 256
+"""Bytes that a sealed column is filled up to a multiple of: its length tells little."""
+
+QUEUED, RUNNING, PAUSED = "queued", "running", "paused"
+SUCCEEDED, FAILED, CANCELLED = "succeeded", "failed", "cancelled"
+ENDED = (SUCCEEDED, FAILED, CANCELLED)
+
+_Number = BigInteger().with_variant(Integer, "sqlite")
+metadata = MetaData()
+_about = Table("about", metadata, Column("name", String(32), primary_key=True), Column("value", String(64)))
+_owners = Table(
+    "owners",
+    metadata,
+    Column("owner", String(64), primary_key=True),
+    Column("created_at", _Number, nullable=False),
+    Column("check", LargeBinary, nullable=False),
+)
+
+
+def _table(name: str, *columns: Column[Any]) -> Table:
+    """A table of an owner's rows; `number` is their order."""
+    return Table(
+        name,
+        metadata,
+        Column("number", _Number, primary_key=True, autoincrement=True),
+        Column("id", String(64), nullable=False, unique=True),
+        Column("owner", String(64), ForeignKey("owners.owner"), nullable=False),
+        Column("created_at", _Number, nullable=False),
+        Column("details", LargeBinary, nullable=False),
+        *columns,
+        Index(f"{name}_of_owner", "owner", "number"),
+    )
+
+
+files = _table("files", Column("stored_bytes", _Number, nullable=False), Column("purpose", String(32), nullable=False))
+jobs = _table(
+    "jobs",
+    Column("model", String(128), nullable=False),
+    Column("status", String(16), nullable=False, index=True),
+    Column("attempts", Integer, nullable=False, default=0),
+    Column("charged", _Number, nullable=False, default=0),
+    Column("idempotency", String(64), unique=True),
+)
+events = _table("events", Column("job", String(64), ForeignKey("jobs.id"), nullable=False, index=True))
+checkpoints = _table("checkpoints", Column("job", String(64), ForeignKey("jobs.id"), nullable=False, index=True))
+adapters = _table(
+    "adapters",
+    Column("job", String(64), ForeignKey("jobs.id"), nullable=False, index=True),
+    Column("model", String(128), nullable=False),
+)
+receipts = _table("receipts", Column("job", String(64), ForeignKey("jobs.id"), nullable=False, unique=True))
+_usage = Table(
+    "usage",
+    metadata,
+    Column("grant", String(128), primary_key=True),
+    Column("tokens", _Number, nullable=False),
+)
+_grants = Table(
+    "grants",
+    metadata,
+    Column("provider", String(64), primary_key=True),
+    Column("model", String(64), primary_key=True),
+    Column("sequence", _Number, nullable=False),
+    Column("digest", String(64), nullable=False),
+)
+
+
+class Sealing(Protocol):
+    """An owner whose key was released."""
+
+    @property
+    def spki(self) -> str:
+        """SHA-256 of the owner's public key, in hex."""
+
+    def seal(self, data: bytes, purpose: str, name: str) -> bytes:
+        """Seal for this owner."""
+
+    def open(self, sealed: bytes, purpose: str, name: str) -> bytes:
+        """Raises IntegrityError: it was not sealed so."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of an owner's, opened."""
+
+    id: str
+    owner: str
+    created_at: int
+    details: Mapping[str, Any]
+    """What is sealed."""
+    clear: Mapping[str, Any]
+    """The table's other columns."""
+
+
+@dataclass(frozen=True)
+class Page:
+    """Rows in order, and whether there are more."""
+
+    rows: Sequence[Row]
+    has_more: bool
+
+
+class State:
+    """The database. Safe from any thread."""
+
+    def __init__(self, url: str) -> None:
+        """Connect, and make the tables if they are missing.
+
+        Raises:
+            ConfigError: the URL cannot be used, or the database is of another version.
+            StorageError: the database refused.
+        """
+        try:
+            parsed = make_url(url)
+            is_sqlite = parsed.get_backend_name() == "sqlite"
+            if is_sqlite and parsed.database:
+                Path(parsed.database).touch(mode=0o600)
+            self._engine = create_engine(
+                parsed,
+                isolation_level="AUTOCOMMIT" if is_sqlite else "SERIALIZABLE",
+                hide_parameters=True,
+                **({"connect_args": {"timeout": 30}} if is_sqlite else {"pool_pre_ping": True}),
+            )
+        except (SQLAlchemyError, ImportError, OSError) as error:
+            raise ConfigError(f"database: {_said(error)}") from error
+        self._is_sqlite = is_sqlite
+        if is_sqlite:
+            event.listen(self._engine, "connect", _settle_sqlite)
+        with self._writing() as connection:
+            metadata.create_all(connection)
+            found = connection.scalar(select(_about.c.value).where(_about.c.name == "format"))
+            if found is None:
+                connection.execute(insert(_about).values(name="format", value=str(FORMAT)))
+            elif found != str(FORMAT):
+                raise ConfigError(f"database: format {found}; this version reads format {FORMAT} alone")
+
+    def close(self) -> None:
+        """Disconnect."""
+        self._engine.dispose()
+
+    def owner_seen(self, owner: Sealing) -> bool:
+        """Note an owner whose key was released; whether it is a new one.
+
+        Raises:
+            IntegrityError: it is another key than that under which the owner's rows are sealed.
+        """
+        with self._writing() as connection:
+            found = connection.scalar(select(_owners.c.check).where(_owners.c.owner == owner.spki))
+            if found is not None:
+                owner.open(found, "owner", owner.spki)
+                return False
+            check = owner.seal(b"", "owner", owner.spki)
+            connection.execute(insert(_owners).values(owner=owner.spki, created_at=_now(), check=check))
+            return True
+
+    def latest_grants(self) -> dict[tuple[str, str], Latest]:
+        """Each provider's newest word on each model, by provider's key and model."""
+        with self._reading() as connection:
+            return {
+                (it.provider, it.model): Latest(it.sequence, it.digest) for it in connection.execute(select(_grants))
+            }
+
+    def keep_latest_grant(self, provider: str, model: str, latest: Latest) -> None:
+        """Note a provider's newest word on a model; it never becomes an older one."""
+        values = {"sequence": latest.sequence, "digest": latest.digest}
+        named = (_grants.c.provider == provider, _grants.c.model == model)
+        with self._writing() as connection:
+            known = connection.scalar(select(_grants.c.sequence).where(*named))
+            if known is None:
+                connection.execute(insert(_grants).values(provider=provider, model=model, **values))
+            elif known < latest.sequence:
+                connection.execute(update(_grants).where(*named).values(values))
+
+    def tokens_used(self, grant: str) -> int:
+        """Tokens that were read and written under a grant."""
+        with self._reading() as connection:
+            return int(connection.scalar(select(_usage.c.tokens).where(_usage.c.grant == grant)) or 0)
+
+    def use_tokens(self, grant: str, tokens: int) -> int:
+        """Add to, or take back from, what a grant has used; the sum."""
+        with self._writing() as connection:
+            raised = update(_usage).where(_usage.c.grant == grant).values(tokens=_usage.c.tokens + tokens)
+            if not connection.execute(raised).rowcount:
+                connection.execute(insert(_usage).values(grant=grant, tokens=max(0, tokens)))
+            return int(connection.scalar(select(_usage.c.tokens).where(_usage.c.grant == grant)) or 0)
+
+    def add(self, table: Table, owner: Sealing, row_id: str, details: Mapping[str, Any], **clear: Any) -> Row:
+        """Insert a row; where there is one of that id already, it stays, and is returned.
+
+        Raises:
+            StorageError: the database refused.
+        """
+        values = {"id": row_id, "owner": owner.spki, "created_at": _now(), **clear}
+        sealed = _sealed(owner, table, row_id, details)
+        with self._writing() as connection:
+            before = select(table).where(table.c.id == row_id, table.c.owner == owner.spki)
+            found = connection.execute(before).mappings().first()
+            if found is not None:
+                return _opened(owner, table, dict(found))
+            connection.execute(insert(table).values(details=sealed, **values))
+        return Row(row_id, owner.spki, values["created_at"], details, clear)
+
+    def get(self, table: Table, owner: Sealing, row_id: str) -> Row | None:
+        """A row of an owner's; None where that owner has none of that id."""
+        if not _is_id(row_id):
+            return None
+        query = select(table).where(table.c.id == row_id, table.c.owner == owner.spki)
+        with self._reading() as connection:
+            found = connection.execute(query).mappings().first()
+        return None if found is None else _opened(owner, table, dict(found))
+
+    def page(
+        self,
+        table: Table,
+        owner: Sealing,
+        *,
+        after: str | None = None,
+        limit: int = 20,
+        ascending: bool = False,
+        **where: Any,
+    ) -> Page:
+        """Rows of an owner's, the newest first or last, after the one with that id."""
+        if after is not None and not _is_id(after):
+            return Page((), False)
+        query = select(table).where(table.c.owner == owner.spki)
+        for name, value in where.items():
+            query = query.where(table.c[name] == value)
+        with self._reading() as connection:
+            if after is not None:
+                position = select(table.c.number).where(table.c.id == after, table.c.owner == owner.spki)
+                number = connection.scalar(position)
+                if number is None:
+                    return Page((), False)
+                query = query.where(table.c.number > number if ascending else table.c.number < number)
+            order = table.c.number.asc() if ascending else table.c.number.desc()
+            found = connection.execute(query.order_by(order).limit(limit + 1)).mappings().all()
+        return Page([_opened(owner, table, dict(row)) for row in found[:limit]], len(found) > limit)
+
+    def change(self, table: Table, owner: Sealing, row_id: str, details: Mapping[str, Any]) -> None:
+        """Replace a row's sealed part."""
+        sealed = _sealed(owner, table, row_id, details)
+        with self._writing() as connection:
+            mine = update(table).where(table.c.id == row_id, table.c.owner == owner.spki)
+            connection.execute(mine.values(details=sealed))
+
+    def remove(self, table: Table, owner: Sealing, row_id: str) -> bool:
+        """Delete a row; whether there was one."""
+        with self._writing() as connection:
+            mine = delete(table).where(table.c.id == row_id, table.c.owner == owner.spki)
+            return bool(connection.execute(mine).rowcount)
+
+    def stored(self, owner: str) -> tuple[int, int]:
+        """Number and bytes of an owner's files."""
+        query = select(func.count(), func.coalesce(func.sum(files.c.stored_bytes), 0)).where(files.c.owner == owner)
+        with self._reading() as connection:
+            count, size = connection.execute(query).one()
+        return int(count), int(size)
+
+    def ids(self, table: Table) -> set[str]:
+        """The ids of all owners' rows."""
+        with self._reading() as connection:
+            return set(connection.scalars(select(table.c.id)))
+
+    def add_job(
+        self, owner: Sealing, row_id: str, details: Mapping[str, Any], model: str, *, idempotency: str | None, most: int
+    ) -> Row | None:
+        """Queue a job; one of the same idempotency key is returned in its place. None where `most` have not ended."""
+        sealed = _sealed(owner, jobs, row_id, details)
+        values = {"id": row_id, "owner": owner.spki, "created_at": _now(), "details": sealed, "model": model}
+        with self._writing() as connection:
+            if idempotency is not None:
+                before = select(jobs).where(jobs.c.idempotency == idempotency, jobs.c.owner == owner.spki)
+                found = connection.execute(before).mappings().first()
+                if found is not None:
+                    return _opened(owner, jobs, dict(found))
+            going = select(func.count()).where(jobs.c.owner == owner.spki, jobs.c.status.not_in(ENDED))
+            if (connection.scalar(going) or 0) >= most:
+                return None
+            connection.execute(insert(jobs).values({**values, "status": QUEUED, "idempotency": idempotency}))
+            made = connection.execute(select(jobs).where(jobs.c.id == row_id)).mappings().one()
+            return _opened(owner, jobs, dict(made))
+
+    def move_job(
+        self,
+        job: str,
+        before: Sequence[str],
+        after: str,
+        *,
+        owner: Sealing | None = None,
+        details: Mapping[str, Any] | None = None,
+        **clear: Any,
+    ) -> bool:
+        """Change a job's status, and its sealed part, in one instant, if it is one of `before`; whether it was."""
+        if owner is not None and details is not None:
+            clear = {**clear, "details": _sealed(owner, jobs, job, details)}
+        with self._writing() as connection:
+            query = update(jobs).where(jobs.c.id == job, jobs.c.status.in_(before))
+            return bool(connection.execute(query.values(status=after, **clear)).rowcount)
+
+    def charge_job(self, job: str, grant: str, tokens: int) -> int:
+        """Add a job's tokens to what its grant has used, in one instant with the note that they are charged.
+
+        Returns:
+            What the grant has used then.
+        """
+        with self._writing() as connection:
+            connection.execute(update(jobs).where(jobs.c.id == job).values(charged=jobs.c.charged + tokens))
+            raised = update(_usage).where(_usage.c.grant == grant).values(tokens=_usage.c.tokens + tokens)
+            if not connection.execute(raised).rowcount:
+                connection.execute(insert(_usage).values(grant=grant, tokens=tokens))
+            return int(connection.scalar(select(_usage.c.tokens).where(_usage.c.grant == grant)) or 0)
+
+    def waiting_jobs(self) -> list[tuple[str, str, str, int]]:
+        """(id, owner, model, attempts) of all owners' jobs that are queued, the oldest first."""
+        query = select(jobs.c.id, jobs.c.owner, jobs.c.model, jobs.c.attempts).where(jobs.c.status == QUEUED)
+        with self._reading() as connection:
+            return [tuple(row) for row in connection.execute(query.order_by(jobs.c.number))]
+
+    def job_states(self) -> dict[str, int]:
+        """Number of jobs of each status, of all owners together."""
+        query = select(jobs.c.status, func.count()).group_by(jobs.c.status)
+        with self._reading() as connection:
+            return {str(status): int(count) for status, count in connection.execute(query)}
+
+    def requeue_running(self) -> int:
+        """Queue what was running when the service ended; how many these were."""
+        with self._writing() as connection:
+            return connection.execute(update(jobs).where(jobs.c.status == RUNNING).values(status=QUEUED)).rowcount
+
+    @contextmanager
+    def _writing(self) -> Iterator[Connection]:
+        """A transaction that nobody else's interleaves with; it is on disk when this ends."""
+        with self._failures(), self._engine.connect() as connection:
+            if not self._is_sqlite:
+                with connection.begin():
+                    yield connection
+                return
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            try:
+                yield connection
+            except BaseException:
+                connection.exec_driver_sql("ROLLBACK")
+                raise
+            connection.exec_driver_sql("COMMIT")
+
+    @contextmanager
+    def _reading(self) -> Iterator[Connection]:
+        with self._failures(), self._engine.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        try:
+            yield
+        except ConstraintError as error:
+            raise StorageError(f"the database refused a row: {_said(error)}") from None
+        except SQLAlchemyError as error:
+            raise StorageError(f"the database refused: {_said(error)}") from None
+
+
+def new_id(prefix: str) -> str:
+    """A random id in OpenAI's form: `file-…`, `ftjob-…`."""
+    return f"{prefix}{secrets.token_hex(12)}"
+
+
+def _is_id(text: str) -> bool:
+    """Whether a row may have that id; no other text comes near the database."""
+    return len(text) <= 64 and text.isascii() and text.isprintable()
+
+
+def _now() -> int:
+    return int(time.time())
+
+
+def _sealed(owner: Sealing, table: Table, row_id: str, details: Mapping[str, Any]) -> bytes:
+    content = json.dumps(dict(details), separators=(",", ":"), allow_nan=False).encode()
+    return owner.seal(content + b" " * (-len(content) % _PADDED_TO), f"row/{table.name}", row_id)
+
+
+def _opened(owner: Sealing, table: Table, row: Mapping[str, Any]) -> Row:
+    content = owner.open(row["details"], f"row/{table.name}", row["id"])
+    try:
+        details = json.loads(content)
+    except ValueError as error:
+        raise IntegrityError(f"a row of {table.name} holds no JSON") from error
+    common = {"number", "id", "owner", "created_at", "details"}
+    clear = {name: value for name, value in row.items() if name not in common}
+    return Row(row["id"], row["owner"], row["created_at"], details, clear)
+
+
+def _settle_sqlite(connection: Any, _record: Any) -> None:
+    """Every commit is on disk; readers and a writer do not wait for each other."""
+    cursor = connection.cursor()
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON", "trusted_schema=OFF"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _said(error: BaseException) -> str:
+    """The driver's own message, without the statement and its values."""
+    return " ".join(str(getattr(error, "orig", None) or type(error).__name__).split())[:200]
