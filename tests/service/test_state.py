@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import select, update
 
 from obfuscatune.channel.registry import Latest
-from obfuscatune.errors import ConfigError, IntegrityError
+from obfuscatune.errors import ConfigError, IntegrityError, StorageError
 from obfuscatune.secret_memory import SecretBytes
-from obfuscatune.service import state as rows
+from obfuscatune.service import tables as rows
 from obfuscatune.service.keys import Owner
-from obfuscatune.service.state import State, new_id
+from obfuscatune.service.state import Row, State, new_id
 
 
 def owner(name: str) -> Owner:
@@ -61,7 +62,7 @@ def state(url: str) -> Iterator[State]:
     made.close()
 
 
-def job(state: State, who: Owner, **changes: object) -> rows.Row | None:
+def job(state: State, who: Owner, **changes: object) -> Row | None:
     details = {"training_file": "canary-file"}
     return state.add_job(who, new_id("ftjob-"), details, "tiny", **{"idempotency": None, "most": 3, **changes})
 
@@ -108,8 +109,8 @@ def test_a_sealed_row_stands_for_no_other(state: State) -> None:
     assert first is not None
     assert second is not None
     with state._engine.begin() as connection:  # the disk's owner swaps what he cannot read
-        other = connection.execute(rows.select(rows.jobs.c.details).where(rows.jobs.c.id == second.id)).scalar_one()
-        connection.execute(rows.update(rows.jobs).where(rows.jobs.c.id == first.id).values(details=other))
+        other = connection.execute(select(rows.jobs.c.details).where(rows.jobs.c.id == second.id)).scalar_one()
+        connection.execute(update(rows.jobs).where(rows.jobs.c.id == first.id).values(details=other))
     with pytest.raises(IntegrityError):
         state.get(rows.jobs, one, first.id)
 
@@ -139,7 +140,7 @@ def test_one_of_many_threads_gets_the_last_place(state: State) -> None:
             try:
                 made.append(job(state, one))
                 return
-            except rows.StorageError:
+            except StorageError:
                 continue
 
     threads = [threading.Thread(target=ask) for _ in range(8)]
@@ -204,7 +205,7 @@ def test_another_version_s_database_is_refused(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'state.sqlite'}"
     made = State(url)
     with made._engine.begin() as connection:
-        connection.execute(rows.update(rows._about).values(value="9"))
+        connection.execute(update(rows.about).values(value="9"))
     made.close()
     with pytest.raises(ConfigError, match="format 9"):
         State(url)

@@ -2,7 +2,7 @@
 
 settings      a YAML file -> everything that determines a service; its digest is among the claims
 keys          the secrets that owners have released, and what is derived of them; gone with the process
-state         SQLAlchemy: owners, files, jobs, models, usage; what is private is sealed by its owner's key
+state         SQLAlchemy: owners, files, jobs, models, usage (tables); what is private is sealed by its owner's key
 sealed_files  a run directory whose files are sealed
 audit_log     hash-chained: who, what, when, digests
 handler       what the attested channel brings: grants, keys, consents

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from obfuscatune.channel.grants import Consent, Grant, Revocation
 from obfuscatune.errors import IntegrityError, TermsError
 from obfuscatune.secret_memory import SecretBytes
-from obfuscatune.service import state as rows
+from obfuscatune.service import tables as rows
 from obfuscatune.service.api.tls import HttpsIdentity
 from obfuscatune.service.keys import KEY_BYTES, Owner
 

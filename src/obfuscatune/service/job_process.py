@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from obfuscatune.errors import DataError, ServiceError
 from obfuscatune.secret_memory import secret_view
-from obfuscatune.service import state as rows
+from obfuscatune.service import tables as rows
 from obfuscatune.service.keys import Owner, job_key
 from obfuscatune.service.state import Row
 from obfuscatune.service.trainer import FRAME, STOP

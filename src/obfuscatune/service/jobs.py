@@ -13,12 +13,13 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from obfuscatune.errors import DataError, ObfuscaTuneError, TermsError
-from obfuscatune.service import state as rows
+from obfuscatune.service import tables as rows
 from obfuscatune.service.job_process import JobProcess
 from obfuscatune.service.job_results import Outcome, results_csv
 from obfuscatune.service.keys import Owner
 from obfuscatune.service.models import READY
-from obfuscatune.service.state import CANCELLED, ENDED, FAILED, PAUSED, QUEUED, RUNNING, SUCCEEDED, Row, new_id
+from obfuscatune.service.state import Row, new_id
+from obfuscatune.service.tables import CANCELLED, ENDED, FAILED, PAUSED, QUEUED, RUNNING, SUCCEEDED
 
 if TYPE_CHECKING:
     from obfuscatune.service.api.context import Context
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 _LEARNING_RATE = 2e-4
 """That a `learning_rate_multiplier` multiplies: the recipe's own."""
-_WAIT_AFTER_FAILURE_S = 5.0
+_WAIT_AFTER_FAILURE_S, _LONGEST_WAIT_S = 5.0, 60.0
 _LOOK_EVERY_S = 30.0
 _BLAMELESS = "The job will be started again."
 
@@ -279,7 +280,8 @@ class Jobs:
             self._fail(owner, row, outcome or Outcome({}), "worker_failure", reason)
             return
         with self._changed:
-            self._not_before[row.id] = time.monotonic() + (_WAIT_AFTER_FAILURE_S * attempts if counts else 0.0)
+            wait_s = min(_WAIT_AFTER_FAILURE_S * attempts, _LONGEST_WAIT_S) if counts else 0.0
+            self._not_before[row.id] = time.monotonic() + wait_s
         if counts:
             self.tell(owner, row.id, f"{reason}. {_BLAMELESS}", level="warn")
         self.context.state.move_job(row.id, (RUNNING,), QUEUED, attempts=attempts)

@@ -33,7 +33,7 @@ from obfuscatune.protocol.endpoints import TcpAddress
 from obfuscatune.protocol.files import read_secret
 from obfuscatune.protocol.tls import pins
 from obfuscatune.secret_memory import forbid_dumps
-from obfuscatune.service import state as rows
+from obfuscatune.service import tables as rows
 from obfuscatune.service.access import Access
 from obfuscatune.service.api.app import make_app, make_operator_app
 from obfuscatune.service.api.context import Context

@@ -143,7 +143,7 @@ class Limits(_Strict):
     """For receiving one request."""
     drain_seconds: Seconds = 30
     """For what is under way, when the service is told to end."""
-    job_attempts: Positive = 5
+    job_attempts: Positive = 20
     """How often a job is begun again after its worker failed."""
 
 

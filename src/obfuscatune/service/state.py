@@ -16,98 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from sqlalchemy import (
-    BigInteger,
-    Column,
-    Connection,
-    ForeignKey,
-    Index,
-    Integer,
-    LargeBinary,
-    MetaData,
-    String,
-    Table,
-    create_engine,
-    delete,
-    event,
-    func,
-    insert,
-    make_url,
-    select,
-    update,
-)
+from sqlalchemy import Connection, Table, create_engine, delete, event, func, insert, make_url, select, update
 from sqlalchemy.exc import IntegrityError as ConstraintError
 from sqlalchemy.exc import SQLAlchemyError
 
 from obfuscatune.channel.registry import Latest
 from obfuscatune.errors import ConfigError, IntegrityError, StorageError
+from obfuscatune.service.tables import ENDED, QUEUED, RUNNING, about, files, grants, jobs, metadata, owners, usage
 
 FORMAT = 1
 _PADDED_TO = 256
 """Bytes that a sealed column is filled up to a multiple of: its length tells little."""
-
-QUEUED, RUNNING, PAUSED = "queued", "running", "paused"
-SUCCEEDED, FAILED, CANCELLED = "succeeded", "failed", "cancelled"
-ENDED = (SUCCEEDED, FAILED, CANCELLED)
-
-_Number = BigInteger().with_variant(Integer, "sqlite")
-metadata = MetaData()
-_about = Table("about", metadata, Column("name", String(32), primary_key=True), Column("value", String(64)))
-_owners = Table(
-    "owners",
-    metadata,
-    Column("owner", String(64), primary_key=True),
-    Column("created_at", _Number, nullable=False),
-    Column("check", LargeBinary, nullable=False),
-)
-
-
-def _table(name: str, *columns: Column[Any]) -> Table:
-    """A table of an owner's rows; `number` is their order."""
-    return Table(
-        name,
-        metadata,
-        Column("number", _Number, primary_key=True, autoincrement=True),
-        Column("id", String(64), nullable=False, unique=True),
-        Column("owner", String(64), ForeignKey("owners.owner"), nullable=False),
-        Column("created_at", _Number, nullable=False),
-        Column("details", LargeBinary, nullable=False),
-        *columns,
-        Index(f"{name}_of_owner", "owner", "number"),
-    )
-
-
-files = _table("files", Column("stored_bytes", _Number, nullable=False), Column("purpose", String(32), nullable=False))
-jobs = _table(
-    "jobs",
-    Column("model", String(128), nullable=False),
-    Column("status", String(16), nullable=False, index=True),
-    Column("attempts", Integer, nullable=False, default=0),
-    Column("charged", _Number, nullable=False, default=0),
-    Column("idempotency", String(64), unique=True),
-)
-events = _table("events", Column("job", String(64), ForeignKey("jobs.id"), nullable=False, index=True))
-checkpoints = _table("checkpoints", Column("job", String(64), ForeignKey("jobs.id"), nullable=False, index=True))
-adapters = _table(
-    "adapters",
-    Column("job", String(64), ForeignKey("jobs.id"), nullable=False, index=True),
-    Column("model", String(128), nullable=False),
-)
-receipts = _table("receipts", Column("job", String(64), ForeignKey("jobs.id"), nullable=False, unique=True))
-_usage = Table(
-    "usage",
-    metadata,
-    Column("grant", String(128), primary_key=True),
-    Column("tokens", _Number, nullable=False),
-)
-_grants = Table(
-    "grants",
-    metadata,
-    Column("provider", String(64), primary_key=True),
-    Column("model", String(64), primary_key=True),
-    Column("sequence", _Number, nullable=False),
-    Column("digest", String(64), nullable=False),
-)
 
 
 class Sealing(Protocol):
@@ -173,9 +92,9 @@ class State:
             event.listen(self._engine, "connect", _settle_sqlite)
         with self._writing() as connection:
             metadata.create_all(connection)
-            found = connection.scalar(select(_about.c.value).where(_about.c.name == "format"))
+            found = connection.scalar(select(about.c.value).where(about.c.name == "format"))
             if found is None:
-                connection.execute(insert(_about).values(name="format", value=str(FORMAT)))
+                connection.execute(insert(about).values(name="format", value=str(FORMAT)))
             elif found != str(FORMAT):
                 raise ConfigError(f"database: format {found}; this version reads format {FORMAT} alone")
 
@@ -190,44 +109,44 @@ class State:
             IntegrityError: it is another key than that under which the owner's rows are sealed.
         """
         with self._writing() as connection:
-            found = connection.scalar(select(_owners.c.check).where(_owners.c.owner == owner.spki))
+            found = connection.scalar(select(owners.c.check).where(owners.c.owner == owner.spki))
             if found is not None:
                 owner.open(found, "owner", owner.spki)
                 return False
             check = owner.seal(b"", "owner", owner.spki)
-            connection.execute(insert(_owners).values(owner=owner.spki, created_at=_now(), check=check))
+            connection.execute(insert(owners).values(owner=owner.spki, created_at=_now(), check=check))
             return True
 
     def latest_grants(self) -> dict[tuple[str, str], Latest]:
         """Each provider's newest word on each model, by provider's key and model."""
         with self._reading() as connection:
             return {
-                (it.provider, it.model): Latest(it.sequence, it.digest) for it in connection.execute(select(_grants))
+                (it.provider, it.model): Latest(it.sequence, it.digest) for it in connection.execute(select(grants))
             }
 
     def keep_latest_grant(self, provider: str, model: str, latest: Latest) -> None:
         """Note a provider's newest word on a model; it never becomes an older one."""
         values = {"sequence": latest.sequence, "digest": latest.digest}
-        named = (_grants.c.provider == provider, _grants.c.model == model)
+        named = (grants.c.provider == provider, grants.c.model == model)
         with self._writing() as connection:
-            known = connection.scalar(select(_grants.c.sequence).where(*named))
+            known = connection.scalar(select(grants.c.sequence).where(*named))
             if known is None:
-                connection.execute(insert(_grants).values(provider=provider, model=model, **values))
+                connection.execute(insert(grants).values(provider=provider, model=model, **values))
             elif known < latest.sequence:
-                connection.execute(update(_grants).where(*named).values(values))
+                connection.execute(update(grants).where(*named).values(values))
 
     def tokens_used(self, grant: str) -> int:
         """Tokens that were read and written under a grant."""
         with self._reading() as connection:
-            return int(connection.scalar(select(_usage.c.tokens).where(_usage.c.grant == grant)) or 0)
+            return int(connection.scalar(select(usage.c.tokens).where(usage.c.grant == grant)) or 0)
 
     def use_tokens(self, grant: str, tokens: int) -> int:
         """Add to, or take back from, what a grant has used; the sum."""
         with self._writing() as connection:
-            raised = update(_usage).where(_usage.c.grant == grant).values(tokens=_usage.c.tokens + tokens)
+            raised = update(usage).where(usage.c.grant == grant).values(tokens=usage.c.tokens + tokens)
             if not connection.execute(raised).rowcount:
-                connection.execute(insert(_usage).values(grant=grant, tokens=max(0, tokens)))
-            return int(connection.scalar(select(_usage.c.tokens).where(_usage.c.grant == grant)) or 0)
+                connection.execute(insert(usage).values(grant=grant, tokens=max(0, tokens)))
+            return int(connection.scalar(select(usage.c.tokens).where(usage.c.grant == grant)) or 0)
 
     def add(self, table: Table, owner: Sealing, row_id: str, details: Mapping[str, Any], **clear: Any) -> Row:
         """Insert a row; where there is one of that id already, it stays, and is returned.
@@ -350,10 +269,10 @@ class State:
         """
         with self._writing() as connection:
             connection.execute(update(jobs).where(jobs.c.id == job).values(charged=jobs.c.charged + tokens))
-            raised = update(_usage).where(_usage.c.grant == grant).values(tokens=_usage.c.tokens + tokens)
+            raised = update(usage).where(usage.c.grant == grant).values(tokens=usage.c.tokens + tokens)
             if not connection.execute(raised).rowcount:
-                connection.execute(insert(_usage).values(grant=grant, tokens=tokens))
-            return int(connection.scalar(select(_usage.c.tokens).where(_usage.c.grant == grant)) or 0)
+                connection.execute(insert(usage).values(grant=grant, tokens=tokens))
+            return int(connection.scalar(select(usage.c.tokens).where(usage.c.grant == grant)) or 0)
 
     def waiting_jobs(self) -> list[tuple[str, str, str, int]]:
         """(id, owner, model, attempts) of all owners' jobs that are queued, the oldest first."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastapi import Depends, Request
 
 from obfuscatune.channel.grants import Grant
-from obfuscatune.service import state as rows
+from obfuscatune.service import tables as rows
 from obfuscatune.service.access import Access
 from obfuscatune.service.api.errors import ApiError
 from obfuscatune.service.api.tls import peer_of

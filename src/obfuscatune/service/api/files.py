@@ -9,7 +9,7 @@ from anyio import to_thread
 from fastapi import APIRouter, Query, Request, Response
 
 from obfuscatune.errors import DataError
-from obfuscatune.service import state as rows
+from obfuscatune.service import tables as rows
 from obfuscatune.service.api.context import Asker, Context, Ctx
 from obfuscatune.service.api.errors import ApiError, not_found
 from obfuscatune.service.api.multipart import Upload, read_upload

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Header, Query
 from pydantic import Field, model_validator
 
-from obfuscatune.service import state as rows
+from obfuscatune.service import tables as rows
 from obfuscatune.service.access import FINE_TUNING
 from obfuscatune.service.api.context import FINE_TUNED, Asker, Context, Ctx, find_target
 from obfuscatune.service.api.errors import ApiError, not_found

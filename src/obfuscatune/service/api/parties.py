@@ -9,7 +9,7 @@ from fastapi import APIRouter, Response
 from fastapi.responses import StreamingResponse
 
 from obfuscatune.errors import TermsError
-from obfuscatune.service import state as rows
+from obfuscatune.service import tables as rows
 from obfuscatune.service.api.context import Asker, Context, Ctx
 from obfuscatune.service.api.errors import ApiError, not_found
 from obfuscatune.service.api.fine_tuning import get_job
