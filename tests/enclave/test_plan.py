@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -56,6 +57,9 @@ class CountingClient(WorkerClient):
 
     computes_apart = False
     stats = ClientStats()
+
+    def refusing(self):
+        return nullcontext()
 
     def allocate(self, rows, cols, dtype):
         return torch.empty(rows, cols, dtype=dtype)
