@@ -1,8 +1,8 @@
 """The plan against what protecting a real model does, and against the published sizes of models."""
 
 import time
-from pathlib import Path
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
