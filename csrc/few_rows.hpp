@@ -4,6 +4,7 @@
 //
 //     for each piece of columns, by whichever thread is free: its sums (m, columns) fit in the second cache
 //         for each chunk of rows of w                  read from memory once, from left to right
+//             x's numbers for it turned, so that those of one row of w lie side by side
 //             for each strip of columns, a few vectors wide
 //                 its numbers side by side, widened    where several blocks of rows are to read them
 //                 for each block of rows of x
@@ -35,9 +36,10 @@ template <int64_t BYTES> INLINE void fetch(const char *place) {
     UNROLL for (int64_t line = 0; line < BYTES; line += CACHE_LINE) __builtin_prefetch(place + line, 0, 2);
 }
 
-// A strip of sums (H, …) gains x (H, rows) times rows of w, numbers of M; meanwhile the strip at `coming` is fetched.
+// A strip of sums (H, …) gains x (rows, H), of `x_step` numbers a row, transposed, times rows of w, numbers of M; meanwhile
+// the strip at `coming` is fetched.
 template <class S, class M, bool FETCH, int H>
-inline void multiply_strip(const typename S::T *x, int64_t p, const char *w, int64_t step, int64_t rows, char *sums,
+inline void multiply_strip(const typename S::T *x, int64_t x_step, const char *w, int64_t step, int64_t rows, char *sums,
                            const char *coming) {
     typedef typename S::T T;
     V<T> totals[H][S::vectors] = {};
@@ -47,7 +49,7 @@ inline void multiply_strip(const typename S::T *x, int64_t p, const char *w, int
         UNROLL for (int v = 0; v < S::vectors; ++v)
             vectors[v] = load_as<T, M>(w + (int64_t)(VECTOR_BYTES * sizeof(M) / sizeof(T)) * v);
         UNROLL for (int m = 0; m < H; ++m)
-            UNROLL for (int v = 0; v < S::vectors; ++v) totals[m][v] += vectors[v] * x[m * p + k];
+            UNROLL for (int v = 0; v < S::vectors; ++v) totals[m][v] += vectors[v] * x[k * x_step + m];
     }
     UNROLL for (int m = 0; m < H; ++m)
         UNROLL for (int v = 0; v < S::vectors; ++v) {
@@ -63,13 +65,17 @@ template <class S> void pieces_of_few_rows(const FewRows &job, Pieces &pieces, i
     constexpr int64_t UNPACKED = sizeof(M) < sizeof(T) ? 1 : 2;  // blocks that do not pay for a copy of the strip
     const int64_t m = job.m, step = job.q * (int64_t)sizeof(M), last = job.q - S::bytes / (int64_t)sizeof(T);
     const Blocks blocks(m, S::rows);
-    char *packed = scratch(S::chunk * S::bytes + m * piece * S::bytes), *sums = packed + S::chunk * S::bytes;
+    char *packed = scratch((S::chunk + m * piece) * S::bytes + S::chunk * m * (int64_t)sizeof(T));
+    char *sums = packed + S::chunk * S::bytes;
+    T *turned = reinterpret_cast<T *>(sums + m * piece * S::bytes);
     auto column_of = [&](int64_t number) { return least(number * (S::bytes / (int64_t)sizeof(T)), last); };
     for (int64_t first, stop; pieces.take(first, stop);) {
         memset(sums, 0, (size_t)(m * (stop - first) * S::bytes));  // strip by strip, (m, …) each
         for (int64_t k = 0; k < job.p; k += S::chunk) {
             const int64_t rows = least(job.p - k, S::chunk);
-            const T *x = static_cast<const T *>(job.x) + k;
+            for (int64_t row = 0; row < m; ++row)
+                for (int64_t i = 0; i < rows; ++i)
+                    turned[i * m + row] = static_cast<const T *>(job.x)[row * job.p + k + i];
             const char *w = static_cast<const char *>(job.w) + k * step;
             for (int64_t number = first; number < stop; ++number) {
                 const char *column = w + column_of(number) * (int64_t)sizeof(M), *coming;
@@ -85,7 +91,7 @@ template <class S> void pieces_of_few_rows(const FewRows &job, Pieces &pieces, i
                 };
                 if (blocks.count <= UNPACKED) {
                     blocks_by([&](auto h, int64_t block, int64_t row) {
-                        multiply_strip<S, M, true, decltype(h)::value>(x + row * job.p, job.p, column, step, rows,
+                        multiply_strip<S, M, true, decltype(h)::value>(turned + row, m, column, step, rows,
                                                                        total + row * S::bytes, block ? column : coming);
                     });
                     continue;
@@ -97,7 +103,7 @@ template <class S> void pieces_of_few_rows(const FewRows &job, Pieces &pieces, i
                                  load_as<T, M>(column + (int64_t)(VECTOR_BYTES * sizeof(M) / sizeof(T)) * v));
                 }
                 blocks_by([&](auto h, int64_t, int64_t row) {
-                    multiply_strip<S, T, false, decltype(h)::value>(x + row * job.p, job.p, packed, S::bytes, rows,
+                    multiply_strip<S, T, false, decltype(h)::value>(turned + row, m, packed, S::bytes, rows,
                                                                     total + row * S::bytes, packed);
                 });
             }

@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 
-enum { VERSION = 3 };
+enum { VERSION = 4, MOST_FEW = 32 };  // rows of a request of few, with its shield rows
 
 struct Grid {  // columns `start` to `start + a·b` of a row, as an (a, b) matrix U, become Q_aᵀ U Q_b
     int64_t start, a, b;
@@ -59,6 +59,40 @@ struct Projection {  // images (rows, 8) = x v for x (rows, width), float or dou
     const double *v;
     double *images, *squares;
     int64_t rows, width, x_stride, threads;
+    const void *left;  // where not null, (rows, rows), of x's numbers, rows <= MOST_FEW: images = left x v
+};
+
+struct FewRequest {  // out (m, p) = A [D x R; N] for x (n, p), n <= m <= MOST_FEW; then answer (n, q) = D⁻¹ (Aᵀ y)[:n] R'⁻¹ + bias
+    const void *x, *normal;  // normal: m·m numbers for A, then (m - n)·p for N
+    void *mixing;            // room for A and Aᵀ (m, m), and for [D x R; N] (m, p), which stay for `receive` and others
+    void *out;
+    const Rotation *turn;  // R, or null for none
+    int64_t n, m, p, x_stride;
+    double shield_size;  // N = normal · shield_size
+    const void *y;       // (m, q)
+    void *answer;
+    const Rotation *back;  // R'⁻¹, or null for none
+    const void *bias;      // (q,), or null
+    int64_t q;
+    int64_t finite;      // result: whether x, or what was read of y, held neither NaN nor infinity; else x is not sent
+    double mean_square;  // result of `send`: of all elements of D x
+    double squares;      // result of `receive`: the sum of squares of D (answer - bias)
+    double up[MOST_FEW];  // result of `send`: D⁻¹, powers of two, but 0 for a row of zeros
+};
+
+struct Directions {  // c (8, k), orthonormal columns, from 64·k random bytes; k even
+    const char *words;
+    double *c;
+    int64_t k;
+};
+
+struct Excess {  // of y (rows, width), float or double: the largest |(y r - images) c| of any row over its tau =
+    const void *y;  // unit·(|row| + expected + root mean square of all |row|) + of_masks, with |row|² <= largest_square
+    const double *r, *images, *c;  // (width, 8), (rows, 8), (8, k)
+    int64_t rows, width, y_stride, k, threads;
+    double unit, expected, of_masks, largest_square;
+    double excess;   // result: infinite where anything is not finite
+    int64_t finite;  // result: 0 where a row holds NaN or infinity, or squares that overflow
 };
 
 struct Deviates {  // 2·pairs random words of 32 bits become as many normal deviates, float, in their place
@@ -104,4 +138,8 @@ struct Kernels {
     void (*make_grid_normals)(GridNormals *);
     void (*mask_rows)(MaskRows *);
     void (*unmask_rows)(UnmaskRows *);
+    void (*send_few)(FewRequest *);
+    void (*receive_few)(FewRequest *);
+    void (*make_directions)(Directions *);
+    void (*excess)(Excess *);
 };

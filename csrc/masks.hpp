@@ -67,6 +67,19 @@ INLINE Doubles rounded_down(Doubles x) {
 
 INLINE Doubles with_sign(Doubles x, LongWords quarters) { return (Doubles)((LongWords)x ^ ((quarters & 2) << 62)); }
 
+// Two normal numbers of the standard deviation `scale`, of two words.
+INLINE void normal_pair(LongWords first, LongWords second, double scale, Doubles &one, Doubles &other) {
+    const Doubles radius = radius_of(first) * scale;
+    // n is q quarter turns and a rest of half a quarter at most, either way
+    constexpr uint64_t HALF = 1ull << 61, REST = (1ull << 62) - 1;
+    const LongWords n = second + HALF, quarters = n >> 62;
+    const Doubles rest = as_doubles(n & REST, 0x1p61) * 0x1p-62, square = rest * rest;
+    const Doubles s = rest * polynomial<double>(SINE_64, square), c = polynomial<double>(COSINE_64, square);
+    const Longs odd = (quarters & 1) != 0;
+    one = radius * with_sign(either(odd, s, c), quarters + 1);
+    other = radius * with_sign(either(odd, c, s), quarters);
+}
+
 void make_grid_normals(GridNormals *job) {
     constexpr int64_t TOGETHER = 1 << 11, PER_THREAD = 1 << 12;  // fewer pairs are not worth waking a thread for
     Pieces pieces(job->pairs, TOGETHER);
@@ -76,15 +89,10 @@ void make_grid_normals(GridNormals *job) {
         for (int64_t start, stop; pieces.take(start, stop);)
             for (int64_t pair = start; pair < stop; pair += Simd<double>::width) {
                 double *first = memory + pair, *second = first + job->pairs;
-                const Doubles radius = radius_of((LongWords)load<double>(first)) * scale;
-                // n is q quarter turns and a rest of half a quarter at most, either way
-                constexpr uint64_t HALF = 1ull << 61, REST = (1ull << 62) - 1;
-                const LongWords n = (LongWords)load<double>(second) + HALF, quarters = n >> 62;
-                const Doubles rest = as_doubles(n & REST, 0x1p61) * 0x1p-62, square = rest * rest;
-                const Doubles s = rest * polynomial<double>(SINE_64, square), c = polynomial<double>(COSINE_64, square);
-                const Longs odd = (quarters & 1) != 0;
-                store<double>(first, rounded_down(radius * with_sign(either(odd, s, c), quarters + 1)) * grid);
-                store<double>(second, rounded_down(radius * with_sign(either(odd, c, s), quarters)) * grid);
+                Doubles one, other;
+                normal_pair((LongWords)load<double>(first), (LongWords)load<double>(second), scale, one, other);
+                store<double>(first, rounded_down(one) * grid);
+                store<double>(second, rounded_down(other) * grid);
             }
     };
     on_threads(most(least(job->threads, job->pairs / PER_THREAD), 1), work);

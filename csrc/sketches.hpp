@@ -6,6 +6,7 @@
 //             for each vector of the strip   16 products with r, 16 with the rows' numbers of l
 #pragma once
 
+#include "few.hpp"
 #include "simd.hpp"
 
 namespace {
@@ -141,6 +142,11 @@ template <class T> void project(Projection *job) {
             with_height<PROJECTED_ROWS>(stop - start, [&](auto h) { project_rows<T, decltype(h)::value>(*job, start); });
     };
     on_threads(threads_for(job->threads, parts(job->rows, PROJECTED_ROWS), job->rows * job->width), work);
+    if (!job->left) return;
+    double left[MOST_FEW * MOST_FEW], images[MOST_FEW * SKETCHES];
+    for (int64_t i = 0; i < job->rows * job->rows; ++i) left[i] = (double)static_cast<const T *>(job->left)[i];
+    memcpy(images, job->images, (size_t)(job->rows * SKETCHES) * sizeof(double));
+    multiply_few<double>(left, false, images, job->images, job->rows, job->rows, SKETCHES);
 }
 
 }  // namespace

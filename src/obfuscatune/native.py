@@ -21,7 +21,7 @@ SWITCH = "OBFUSCATUNE_KERNELS"
 LIBRARY = Path(__file__).with_name("_kernels.so")
 ISAS = ("avx512", "avx2", "generic")
 """Instruction sets that the library knows, the best first. On ARM `generic` is NEON."""
-VERSION = 3
+VERSION = 4
 """Of the C interface, `csrc/kernels.hpp`, which the structures below mirror."""
 
 _INT, _ADDRESS = ctypes.c_int64, ctypes.c_void_p
@@ -85,7 +85,7 @@ class Projection(ctypes.Structure):
 
     _fields_ = [
         ("x", _ADDRESS), ("v", _ADDRESS), ("images", _ADDRESS), ("squares", _ADDRESS),
-        ("rows", _INT), ("width", _INT), ("x_stride", _INT), ("threads", _INT),
+        ("rows", _INT), ("width", _INT), ("x_stride", _INT), ("threads", _INT), ("left", _ADDRESS),
     ]  # fmt: skip
 
 
@@ -121,6 +121,40 @@ class UnmaskRows(ctypes.Structure):
     ]  # fmt: skip
 
 
+MOST_FEW = 32
+"""Rows of a request of few, with its shield rows."""
+
+
+class FewRequest(ctypes.Structure):
+    """A request of few rows: they are scaled, rotated and mixed; later their product is brought back."""
+
+    _fields_ = [
+        ("x", _ADDRESS), ("normal", _ADDRESS), ("mixing", _ADDRESS), ("out", _ADDRESS),
+        ("turn", ctypes.POINTER(Rotation)), ("n", _INT), ("m", _INT), ("p", _INT), ("x_stride", _INT),
+        ("shield_size", ctypes.c_double),
+        ("y", _ADDRESS), ("answer", _ADDRESS), ("back", ctypes.POINTER(Rotation)), ("bias", _ADDRESS), ("q", _INT),
+        ("finite", _INT), ("mean_square", ctypes.c_double), ("squares", ctypes.c_double),
+        ("up", ctypes.c_double * MOST_FEW),
+    ]  # fmt: skip
+
+
+class Directions(ctypes.Structure):
+    """Orthonormal columns from random words."""
+
+    _fields_ = [("words", ctypes.c_char_p), ("c", _ADDRESS), ("k", _INT)]
+
+
+class Excess(ctypes.Structure):
+    """How far a product is off, over what rounding explains."""
+
+    _fields_ = [
+        ("y", _ADDRESS), ("r", _ADDRESS), ("images", _ADDRESS), ("c", _ADDRESS),
+        ("rows", _INT), ("width", _INT), ("y_stride", _INT), ("k", _INT), ("threads", _INT),
+        ("unit", ctypes.c_double), ("expected", ctypes.c_double), ("of_masks", ctypes.c_double),
+        ("largest_square", ctypes.c_double), ("excess", ctypes.c_double), ("finite", _INT),
+    ]  # fmt: skip
+
+
 _FUNCTIONS = {
     "rotate": Rotation,
     "mix": Mixing,
@@ -132,6 +166,10 @@ _FUNCTIONS = {
     "make_grid_normals": GridNormals,
     "mask_rows": MaskRows,
     "unmask_rows": UnmaskRows,
+    "send_few": FewRequest,
+    "receive_few": FewRequest,
+    "make_directions": Directions,
+    "excess": Excess,
 }
 _Function = Callable[[ctypes.Structure], None]
 
@@ -171,6 +209,10 @@ class Kernels:
     make_grid_normals: _Function
     mask_rows: _Function
     unmask_rows: _Function
+    send_few: _Function
+    receive_few: _Function
+    make_directions: _Function
+    excess: _Function
 
 
 def kernels(itemsize: int) -> Kernels | None:

@@ -30,7 +30,7 @@ if not native.are_there():
     pytest.skip("no native kernels here; torch computes", allow_module_level=True)
 
 from obfuscatune.enclave.kernels.native import RotationOfFew
-from obfuscatune.enclave.mixing import SIZE_OF_ROWS
+from obfuscatune.enclave.mixing import SIZE_OF_ROWS, RowScales
 from tests.contract.comparison import float64_kept
 
 KEY = RootKey(b"f" * 32)
@@ -77,6 +77,20 @@ def drawn(rows: int, width: int, dtype: torch.dtype, shield: int = SHIELD) -> Fe
     return mixing
 
 
+def unrotated(dim: int, rows: int, dtype: torch.dtype) -> RotationOfFew:
+    """R = 1."""
+    found = TransformSpec.parse("none").make(dim, KEY.stream("none")).of_few(rows, dtype, undo=False)
+    assert found is not None
+    return found
+
+
+def sent_before(rows: int, width: int, dtype: torch.dtype) -> FewMixing:
+    """Secrets by which rows were sent."""
+    mixing, x = drawn(rows, width, dtype), some(rows, width, dtype=dtype)
+    assert unrotated(width, rows, dtype).send(x, mixing.secrets, torch.empty(mixing.rows, width, dtype=dtype))
+    return mixing
+
+
 def near(found: Tensor, expected: Tensor) -> bool:
     """To rounding: a few dozen sums of products of numbers of about 1 in a row."""
     size = expected.square().mean().sqrt().item()
@@ -91,16 +105,20 @@ def test_what_is_sent_is_rotated_and_mixed(dim: int, dtype: torch.dtype, undo: b
     R = structured(dim)
     for rows in range(1, most_rows(dtype) + 1):
         x, mixing = some(rows, dim, dtype=dtype) * 3, drawn(rows, dim, dtype)
-        shield, A = mixing.secrets.stack[rows:].double(), mixing.secrets.A.double()
         memory = torch.full((mixing.rows * dim + 100,), 7.0, dtype=dtype)
         sent = memory[50:-50].view(mixing.rows, dim)
-        of_few(R, rows, dtype, undo=undo).send(x, mixing.secrets, sent)
+        assert of_few(R, rows, dtype, undo=undo).send(x, mixing.secrets, sent)
+        shield, A = mixing.secrets.stack[rows:].double(), mixing.secrets.A.double()
+        torch.testing.assert_close(A @ A.T, torch.eye(mixing.rows).double(), rtol=0, atol=8 * torch.finfo(dtype).eps)
         assert shield.square().mean().sqrt().item() == pytest.approx(SIZE_OF_ROWS, rel=0.1)
-        expected = A @ torch.cat([by_torch(R, x, undo=undo), shield])
+        scales = RowScales.of(x)
+        assert list(mixing.secrets.job.up[:rows]) == scales.up.flatten().tolist()
+        assert mixing.mean_square == pytest.approx(scales.mean_square, rel=1e-6)
+        expected = A @ torch.cat([by_torch(R, scales.scaled(x), undo=undo), shield])
         assert near(sent, expected)
         assert bool((memory[:50] == 7).all() and (memory[-50:] == 7).all())
-        v = some(dim, 2, dtype=dtype)
-        torch.testing.assert_close(mixing.image(v).double(), sent.double() @ v.double(), rtol=0, atol=1e-3)
+        v = some(dim, 8)
+        torch.testing.assert_close(mixing.secrets.image(v), sent.double() @ v, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -109,12 +127,18 @@ def test_what_is_sent_is_rotated_and_mixed(dim: int, dtype: torch.dtype, undo: b
 def test_what_is_received_is_unmixed_and_rotated_back(dim: int, dtype: torch.dtype, undo: bool) -> None:
     R = structured(dim)
     for rows in range(1, most_rows(dtype) + 1):
-        mixing = drawn(rows, 70, dtype)  # of the width that was sent, which is another
-        came, found = some(mixing.rows, dim, dtype=dtype), torch.full((rows, dim), torch.nan, dtype=dtype)
+        x, mixing = some(rows, 70, dtype=dtype) * 4.0 ** torch.arange(rows)[:, None], drawn(rows, 70, dtype)
+        x[-1] *= rows > 1  # of the width that was sent, which is another; and the product of nothing is nothing
+        assert unrotated(70, rows, dtype).send(x, mixing.secrets, torch.empty(mixing.rows, 70, dtype=dtype))
+        up = RowScales.of(x).up.double()
+        came, bias = some(mixing.rows, dim, dtype=dtype), some(1, dim, dtype=dtype)[0]
         kept = came.clone()
-        assert of_few(R, rows, dtype, undo=undo).receive(came, mixing.secrets, found)
-        unmixed = (mixing.secrets.A.double().T @ came.double())[:rows]
-        assert near(found, by_torch(R, unmixed, undo=undo))
+        turned = by_torch(R, (mixing.secrets.A.double().T @ came.double())[:rows], undo=undo)
+        for plus in (None, bias):
+            found = of_few(R, rows, dtype, undo=undo).receive(came, mixing.secrets, plus)
+            assert found is not None
+            assert near((found - (0 if plus is None else plus)) / up.where(up > 0, 1).to(dtype), turned * (up > 0))
+            assert mixing.secrets.job.squares == pytest.approx(turned.square().sum().item(), rel=1e-4)
         assert torch.equal(came, kept)
 
 
@@ -122,10 +146,10 @@ def test_what_is_received_is_unmixed_and_rotated_back(dim: int, dtype: torch.dty
 def test_any_number_of_shield_rows(shield: int) -> None:
     x, mixing = some(5, 300, dtype=torch.float32), drawn(5, 300, torch.float32, shield=shield)
     assert mixing.rows == 5 + shield
-    sent, back = torch.empty(mixing.rows, 300), torch.empty(5, 300)
-    R = structured(300)
+    sent, R = torch.empty(mixing.rows, 300), structured(300)
     of_few(R, 5, torch.float32).send(x, mixing.secrets, sent)
-    of_few(R, 5, torch.float32, undo=True).receive(sent, mixing.secrets, back)
+    back = of_few(R, 5, torch.float32, undo=True).receive(sent, mixing.secrets, None)
+    assert back is not None
     assert near(back, x.double())
 
 
@@ -149,13 +173,13 @@ def test_rows_need_not_lie_side_by_side(view: str) -> None:
 @pytest.mark.parametrize("dim", [300, 331])
 def test_each_number_that_is_not_finite_shows(dim: int, dtype: torch.dtype) -> None:
     """Of what is received; numbers that are large and finite do not."""
-    mixing, back = drawn(3, dim, dtype), of_few(structured(dim), 3, dtype, undo=True)
-    y, found = some(mixing.rows, dim, dtype=dtype) * 1e30, torch.empty(3, dim, dtype=dtype)
-    assert back.receive(y, mixing.secrets, found)
+    mixing, back = sent_before(3, dim, dtype), of_few(structured(dim), 3, dtype, undo=True)
+    y = some(mixing.rows, dim, dtype=dtype) * 1e30
+    assert back.receive(y, mixing.secrets, None) is not None
     for column in range(dim):
         bad = y.clone()
         bad[column % len(y), column] = NOT_FINITE[column % 3]
-        assert not back.receive(bad, mixing.secrets, found), f"column {column}"
+        assert back.receive(bad, mixing.secrets, None) is None, f"column {column}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -169,14 +193,16 @@ def test_without_a_rotation_rows_are_mixed_alone(dim: int, dtype: torch.dtype) -
         assert turn is not None
         assert back is not None
         assert turn.dim == dim
-        sent, found = torch.empty(mixing.rows, dim, dtype=dtype), torch.empty(rows, dim, dtype=dtype)
+        sent = torch.empty(mixing.rows, dim, dtype=dtype)
         turn.send(x, mixing.secrets, sent)
-        assert near(sent, mixing.secrets.A.double() @ torch.cat([x, mixing.secrets.stack[rows:]]).double())
-        assert back.receive(sent, mixing.secrets, found)
+        scaled = RowScales.of(x).scaled(x)
+        assert near(sent, mixing.secrets.A.double() @ torch.cat([scaled, mixing.secrets.stack[rows:]]).double())
+        found = back.receive(sent, mixing.secrets, None)
+        assert found is not None
         assert near(found, x.double())
         for bad in NOT_FINITE:
             sent[-1, dim // 2] = bad
-            assert not back.receive(sent, mixing.secrets, found)
+            assert back.receive(sent, mixing.secrets, None) is None
     assert R.of_few(most_rows(dtype) + 1, dtype, undo=False) is None
 
 

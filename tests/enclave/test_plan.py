@@ -1,6 +1,7 @@
 """The plan against what protecting a real model does, and against the published sizes of models."""
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -56,6 +57,9 @@ class CountingClient(WorkerClient):
 
     computes_apart = False
     stats = ClientStats()
+
+    def refusing(self):
+        return nullcontext()
 
     def allocate(self, rows, cols, dtype):
         return torch.empty(rows, cols, dtype=dtype)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from obfuscatune import RootKey
 from obfuscatune.enclave.mixing import KroneckerMixer, NoMixer
 from obfuscatune.enclave.transforms.structured import StructuredTransform
-from obfuscatune.enclave.verification import MARGIN, VECTORS, Probe, Verifier
+from obfuscatune.enclave.verification import MARGIN, VECTORS, Probe, Verifier, norm_of
 from obfuscatune.errors import BadReply, WrongProduct
 
 KEY = RootKey(b"v" * 32)
@@ -103,11 +102,13 @@ def test_matrices_of_rank_one_leave_as_much_room_and_stay_within_the_bound(kind:
     images = (mixing.image(rotated, probe.V) for probe in probes)
     each = zip(probes, images, strict=True)
     assert max(float(probe.excess(product, image, mixing.size, dtype)) for probe, image in each) < 0.45
-    verifier.bound(mixing.unmix(product), mixing.rows, mixing.size, dtype, transpose=False)
+    unmixed = mixing.unmix(product)
+    verifier.bound(norm_of(unmixed), unmixed.numel(), mixing.rows, mixing.size, dtype, transpose=False)
     with pytest.raises(WrongProduct, match=r"^the compute worker.*times as large as.* The compute worker is hostile"):
         verifier.bound(
-            10 * mixing.unmix(product) + 100, mixing.rows, mixing.size, dtype, transpose=False, party="compute worker"
-        )
+            norm_of(10 * unmixed + 100), unmixed.numel(), mixing.rows, mixing.size, dtype, transpose=False,
+            party="compute worker",
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", DTYPES)
@@ -188,10 +189,10 @@ def test_vectors_are_fresh_and_some_requests_are_spared() -> None:
     drawn = [verifier.check_for(lambda V: x.double() @ V, 1.0, x.dtype, transpose=False) for _ in range(400)]
     assert 60 < sum(check(x @ W) for check in drawn) < 140
     probes = [verifier.probe(transpose=False) for _ in range(100)]
-    assert not torch.allclose(*(torch.from_numpy(probe.c) for probe in probes[:2]), atol=0.1)
+    assert not torch.allclose(*(probe.c for probe in probes[:2]), atol=0.1)
     for probe in probes:
-        np.testing.assert_allclose(probe.c.T @ probe.c, np.eye(VECTORS[W.dtype]), atol=1e-12)
-    r = torch.stack([probe.R @ torch.from_numpy(probe.c).double() for probe in probes])
+        torch.testing.assert_close(probe.c.T @ probe.c, torch.eye(VECTORS[W.dtype]).double(), rtol=0, atol=1e-12)
+    r = torch.stack([probe.R @ probe.c for probe in probes])
     torch.testing.assert_close(r.std(), torch.tensor(1.0).double(), atol=0.2, rtol=0)
 
 

@@ -104,7 +104,10 @@ def as_parts(y: Tensor, shape: torch.Size, widths: tuple[int, ...]) -> tuple[Ten
     parts = (y,) if len(widths) == 1 else y.split(widths, dim=1)
     own = parts if len(parts) == 1 else [part.clone(memory_format=torch.contiguous_format) for part in parts]
     each = zip(own, widths, strict=True)
-    return tuple(torch.ops.aten._unsafe_view(part, [*shape, width]) for part, width in each)
+    return tuple(_unsafe_view(part, [*shape, width]) for part, width in each)
+
+
+_unsafe_view = torch.ops.aten._unsafe_view.default
 
 
 def _side_by_side(biases: tuple[Tensor | None, ...], widths: tuple[int, ...]) -> Tensor | None:

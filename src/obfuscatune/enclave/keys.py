@@ -38,6 +38,7 @@ PAIRS_TOGETHER = 16
 GRID_NORMALS_TOGETHER = 1 << 19
 """Masks that are drawn at a time, 4 MiB: the kernel reads the words from a cache, and threads are woken seldom."""
 _BLOCK_BYTES = 16
+_FROM_ZERO = modes.CTR(bytes(_BLOCK_BYTES))
 _ZEROS = memoryview(bytes(1 << 16))
 
 
@@ -101,7 +102,7 @@ class SecretStream:
     __slots__ = ("_cipher", "_lock")
 
     def __init__(self, key: bytes) -> None:
-        self._cipher = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+        self._cipher = Cipher(algorithms.AES(key), _FROM_ZERO).encryptor()
         self._lock = threading.Lock()
 
     @staticmethod
@@ -186,10 +187,10 @@ class FreshStream(SecretStream):
 
     def random_bytes(self, count: int) -> bytes:
         """`count` bytes, of the operating system's: for a few, a key would take longer."""
-        return secrets.token_bytes(count)
+        return os.urandom(count)
 
     def _fill(self, memory: NDArray[np.uint8], size: int) -> None:
-        SecretStream(secrets.token_bytes(KEY_BYTES))._fill(memory, size)
+        SecretStream(os.urandom(KEY_BYTES))._fill(memory, size)
 
     def __repr__(self) -> str:
         return "FreshStream()"

@@ -148,7 +148,8 @@ class SharedCrossing:
             call = self.begin(x.to(dtype))
             waiting = set(range(len(self._members)))
             grad_mode, members = torch.is_grad_enabled(), self._members
-            visit = _Visit(x, _state(x), grad_mode, dtype, self._product, call, members, waiting)
+            state = _state(x) if len(members) > 1 else 0  # nobody asks whether the input of one layer alone has changed
+            visit = _Visit(x, state, grad_mode, dtype, self._product, call, members, waiting)
             self._visit = visit
         visit.waiting.remove(member)
         if not visit.waiting:

@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -34,9 +34,13 @@ from torch import Tensor
 
 from obfuscatune.enclave import kernels
 from obfuscatune.enclave.client.requests import check_finite, check_product, not_finite
-from obfuscatune.enclave.kernels.interface import MixingOfFew, RowMixing
+from obfuscatune.enclave.kernels.interface import RowMixing
 from obfuscatune.enclave.keys import SecretStream
-from obfuscatune.enclave.orthogonal import covering_grid, haar, haar_from
+from obfuscatune.enclave.orthogonal import covering_grid, haar
+from obfuscatune.native import MOST_FEW
+
+if TYPE_CHECKING:
+    from obfuscatune.enclave.kernels.native import MixingOfFew
 
 SIZE_OF_ROWS = 0.75
 """Root mean square of scaled 16-bit rows, and the middle of what others have; that of shield rows."""
@@ -108,7 +112,7 @@ def _sizes_by_peaks(rows: Tensor) -> NDArray[np.float64]:
     return sizes
 
 
-DENSE_BELOW = 32  # rows; up to here one dense factor costs no more than two small ones
+DENSE_BELOW = MOST_FEW  # rows; up to here one dense factor costs no more than two small ones, and kernels take them
 
 
 class Mixing(Protocol):
@@ -164,9 +168,7 @@ class _Scaled(ABC):
     @property
     def size(self) -> float:
         """As `Mixing.size`."""
-        n = self._scales.up.shape[0]
-        shield = (self.rows - n) * SIZE_OF_ROWS**2
-        return math.sqrt((n * self._scales.mean_square + shield) / self.rows)
+        return _size(self._scales.up.shape[0], self.rows, self._scales.mean_square)
 
     @property
     @abstractmethod
@@ -188,20 +190,27 @@ class _Scaled(ABC):
         return self._scales.undo(y)
 
 
-class FewMixing(_Scaled):
-    """The secrets of one request of few rows, as the kernels take them."""
+def _size(n: int, m: int, mean_square: float) -> float:
+    """Root mean square of the elements of n scaled rows, and the m - n shield rows beside them."""
+    return math.sqrt((n * mean_square + (m - n) * SIZE_OF_ROWS**2) / m)
 
-    def __init__(self, secrets: MixingOfFew) -> None:
-        self.secrets = secrets
+
+class FewMixing:
+    """The secrets of one request of few rows, as the kernels take them: they scale and mix, and undo both."""
+
+    def __init__(self, n: int, m: int, secrets: MixingOfFew) -> None:
+        self._n, self.rows, self.secrets = n, m, secrets
 
     @property
-    def rows(self) -> int:
-        """m."""
-        return self.secrets.A.shape[0]
+    def size(self) -> float:
+        """As `Mixing.size`, once rows were laid down."""
+        return _size(self._n, self.rows, self.mean_square)
 
-    def image(self, v: Tensor) -> Tensor:
-        """X* v (m, k), float64, for v (p, k), of the rows that were just mixed, without reading X* back."""
-        return self.secrets.A.double() @ kernels.project(self.secrets.stack, v).images
+    @property
+    def mean_square(self) -> float:
+        """As `Mixing.mean_square`, once rows were laid down."""
+        found: float = self.secrets.job.mean_square
+        return found
 
 
 class DenseMixing(_Scaled):
@@ -332,14 +341,12 @@ class KroneckerMixer:
         return (bucket(rows) if self._in_buckets else rows) + self._shield_rows
 
     def draw_few(self, rows: int, width: int, dtype: torch.dtype) -> FewMixing | None:
-        """Secrets for one request of ``rows`` >= 1 rows, if A is dense."""
-        m = self._wanted(rows)
-        if m > DENSE_BELOW:
+        """Secrets for one request of ``rows`` >= 1 rows, if A is dense and there are kernels for it."""
+        m, native = self._wanted(rows), kernels.native_of(dtype.itemsize)
+        if m > DENSE_BELOW or native is None:
             return None
         drawn = self._stream.normal(m * m + (m - rows) * width, dtype=dtype)  # at once: most of it is calls
-        A, stack = haar_from(drawn[: m * m].view(m, m).double()).to(dtype), torch.empty(m, width, dtype=dtype)
-        torch.mul(drawn[m * m :].view(m - rows, width), SIZE_OF_ROWS, out=stack[rows:])
-        return FewMixing(MixingOfFew(A, A.T.contiguous(), stack))
+        return FewMixing(rows, m, native.mixing_of_few(rows, m, width, drawn, SIZE_OF_ROWS))
 
     def draw(self, rows: int, width: int) -> Mixing:
         """Secrets for one request of ``rows`` >= 1 rows of ``width`` elements."""

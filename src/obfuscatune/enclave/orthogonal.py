@@ -13,18 +13,13 @@ if TYPE_CHECKING:
 
 
 def haar(stream: SecretStream, size: int) -> Tensor:
-    """A Haar-distributed orthogonal matrix, float64 (size, size)."""
-    return haar_from(stream.normal(size, size))
+    """A Haar-distributed orthogonal matrix, float64 (size, size).
 
-
-def haar_from(normal: Tensor) -> Tensor:
-    """A Haar-distributed orthogonal matrix, float64 (m, m), from standard normal numbers, float64 (m, m).
-
-    Their QR, with the signs of R's diagonal moved into Q (Mezzadri 2007, arXiv math-ph/0609050): without
-    that step QR's own sign convention shows in the distribution. LAPACK's two steps by themselves: `torch.linalg.qr`
-    wakes threads for small matrices, which takes longer than the QR.
+    The QR of normal numbers, with the signs of R's diagonal moved into Q (Mezzadri 2007, arXiv math-ph/0609050):
+    without that step QR's own sign convention shows in the distribution. LAPACK's two steps by themselves:
+    `torch.linalg.qr` wakes threads for small matrices, which takes longer than the QR.
     """
-    factored, tau = torch.geqrf(normal)
+    factored, tau = torch.geqrf(stream.normal(size, size))
     Q: Tensor = torch.linalg.householder_product(factored, tau)
     signs = torch.copysign(torch.ones_like(tau), factored.diagonal())
     return Q.mul_(signs).contiguous()  # LAPACK's matrices lie column by column

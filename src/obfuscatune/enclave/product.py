@@ -17,6 +17,7 @@ A crossing is started, and finished when its product is needed: in between, the 
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,14 +27,14 @@ import torch
 from torch import Tensor
 
 from obfuscatune.enclave.client import ProductRequest, WorkerClient
-from obfuscatune.enclave.client.requests import not_finite
+from obfuscatune.enclave.client.requests import check_finite, not_finite
 from obfuscatune.enclave.masks import LayerMasks, Mask, Masked
 from obfuscatune.enclave.mixing import DENSE_BELOW, FewMixing, Mixer, Mixing
 from obfuscatune.enclave.obfuscation import is_finer
 from obfuscatune.enclave.observer import span
 from obfuscatune.enclave.transforms import Transform
 from obfuscatune.enclave.transforms.base import widen
-from obfuscatune.enclave.verification import Check, Verifier
+from obfuscatune.enclave.verification import Check, Verifier, norm_of
 
 if TYPE_CHECKING:
     from obfuscatune.enclave.kernels.native import RotationOfFew
@@ -80,15 +81,20 @@ class Passage(Protocol):
     def image(self, v: Tensor) -> Tensor:
         """X* v (m, k), float64, for v (p, k), of the rows that were laid down, without reading X* back."""
 
-    def take_up(self, Y_star: Tensor) -> Tensor:
-        """Y* (m, q) -> (n, q) without the shield rows, still scaled; memory of its own.
+    def take_up(self, Y_star: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, float]:
+        """Y* (m, q) -> the rows that were asked for (n, q), in memory of their own and the dtype of what was asked.
+
+        Args:
+            Y_star: the product; it may lie where the worker can write to it, so only the result is looked at.
+            bias: (q,), to be added; or None.
+            scale: what W was multiplied by.
+
+        Returns:
+            The rows; and the norm of all of them together while they were still scaled, for `Verifier.bound`.
 
         Raises:
             BadReply: the product contains NaN or infinity.
         """
-
-    def turn_back(self, y: Tensor, bias: Tensor | None) -> Tensor:
-        """(n, q) -> the rows that were asked for, in the dtype of what was asked, plus the bias (q,), if any."""
 
 
 @dataclass(frozen=True)
@@ -104,28 +110,27 @@ class FewRows:
 
     def __init__(self, x: Tensor, way: FewWay, mixing: FewMixing) -> None:
         self.mixing = mixing
-        self._way, self._n, self._dtype = way, x.shape[0], x.dtype
-        self._scaled = mixing.scaled(x)
+        self._way, self._x = way, x if x.stride(1) == 1 else x.contiguous()
 
     def lay_down(self, X_star: Tensor) -> bool:
         """See `Passage`."""
-        self._way.turn.send(self._scaled, self.mixing.secrets, X_star)
+        if not self._way.turn.send(self._x, self.mixing.secrets, X_star):
+            check_finite(self._x)
         return True
 
     def image(self, v: Tensor) -> Tensor:
         """See `Passage`."""
-        return self.mixing.image(v)
+        return self.mixing.secrets.image(v)
 
-    def take_up(self, Y_star: Tensor) -> Tensor:
-        """See `Passage`."""
-        y = torch.empty(self._n, self._way.back.dim, dtype=self._dtype)
-        if not self._way.back.receive(Y_star, self.mixing.secrets, y):
+    def take_up(self, Y_star: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, float]:
+        """See `Passage`; no W of float32 or float64 is scaled (`obfuscation.in_range`)."""
+        fits = bias is not None and bias.dtype == Y_star.dtype and bias.is_contiguous()
+        y = self._way.back.receive(Y_star, self.mixing.secrets, bias if fits else None)
+        if y is None:
             raise not_finite()
-        return y
-
-    def turn_back(self, y: Tensor, bias: Tensor | None) -> Tensor:
-        """See `Passage`: it has been turned back."""
-        return y if bias is None else y.add_(bias)
+        if bias is not None and not fits:
+            y.add_(bias)
+        return y, math.sqrt(self.mixing.secrets.job.squares)
 
 
 class ManyRows:
@@ -153,14 +158,15 @@ class ManyRows:
         """See `Passage`."""
         return self.mixing.image(self._rotated, v)
 
-    def take_up(self, Y_star: Tensor) -> Tensor:
+    def take_up(self, Y_star: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, float]:
         """See `Passage`."""
-        return self.mixing.unmix(widen(Y_star.to(self._device)))
-
-    def turn_back(self, y: Tensor, bias: Tensor | None) -> Tensor:
-        """See `Passage`."""
+        y = self.mixing.unmix(widen(Y_star.to(self._device)))
+        norm = norm_of(y)
+        if scale != 1:
+            y.mul_(1 / scale)
+        y = self.mixing.scaled_back(y)
         with span("obfuscatune.rotate"):
-            return self._turn_back(y, bias, self._dtype)
+            return self._turn_back(y, bias, self._dtype), norm
 
 
 @dataclass(frozen=True)
@@ -290,17 +296,14 @@ class OffloadedProduct:
             self._observe(x, transpose)
         dtype = held.dtype or x.dtype
         passage = self._passage(x, dtype, transpose=transpose)
-        mixing, mask = passage.mixing, None
+        mixing, mask, mask_size = passage.mixing, None, 0.0
+        with span("obfuscatune.mix"):
+            X_star = self._memory(mixing.rows, there.dim, dtype, is_sent=self._masks is None)  # (m, p)
+            finite, size = passage.lay_down(X_star), mixing.size
         if self._masks is not None:
             with span("obfuscatune.mask"):
-                mask = self._masks.take(held.masked, x.shape[0], mixing, transpose=transpose)
-        with span("obfuscatune.mix"):
-            X_star = self._memory(mixing.rows, there.dim, dtype, is_sent=mask is None)  # (m, p)
-            finite, size = passage.lay_down(X_star), mixing.size
-        mask_size = 0.0
-        if mask is not None and self._masks is not None:
-            with span("obfuscatune.mask"):
                 mask_size = self._masks.deviation
+                mask = self._masks.take(held.masked, x.shape[0], mixing, transpose=transpose)
                 X_star = mask.hide(X_star, self._memory(mixing.rows, there.dim, torch.float64, is_sent=True))
         with span("obfuscatune.send"):
             request = self._client.submit(
@@ -356,16 +359,14 @@ class OffloadedProduct:
         passage, request, held = crossing.sent.passage, crossing.sent.request, crossing.sent.held
         Y_star = self._awaited(crossing.sent)  # (m, q)
         with span("obfuscatune.mix"), self._client.refusing():
-            y = passage.take_up(Y_star)  # (n, q)
+            y, norm = passage.take_up(Y_star, bias, held.scale)  # (n, q)
             if held.verifier is not None:
                 mixing = passage.mixing
                 held.verifier.bound(
-                    y, mixing.rows, mixing.size, request.dtype, transpose=transpose, party=crossing.sent.party
-                )
-            if held.scale != 1:
-                y.mul_(1 / held.scale)
-            y = passage.mixing.scaled_back(y)
-        return passage.turn_back(y, bias)
+                    norm, y.numel(), mixing.rows, mixing.size, request.dtype,
+                    transpose=transpose, party=crossing.sent.party,
+                )  # fmt: skip
+        return y
 
     def _awaited(self, sent: Sent) -> Tensor:
         """Wait for the product Y* (m, q), take the mask away, and verify it where it is to be verified.

@@ -24,15 +24,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from obfuscatune.enclave import kernels
 from obfuscatune.enclave.client.requests import check_product
+from obfuscatune.enclave.kernels import Tolerance
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.transforms.base import widen
 from obfuscatune.errors import WrongProduct
@@ -55,16 +54,15 @@ Check = Callable[[Tensor], bool]
 `BadReply` where it is not finite, and `WrongProduct` where it is not the product."""
 
 
-@dataclass(frozen=True)
-class Probe:
+class Probe(NamedTuple):
     """The secret vectors of one request, and what W* makes of them."""
 
     R: Tensor
     """(q, K), normal of unit variance, float64."""
     V: Tensor
     """W* R (p, K), float64."""
-    c: NDArray[np.float64]
-    """(K, k), orthonormal: the vectors are r = R c."""
+    c: Tensor
+    """(K, k), float64, orthonormal: the vectors are r = R c."""
     norm: float
     """|W*|, the root of the sum of all squares."""
     party: str = "worker"
@@ -98,13 +96,11 @@ class Probe:
         Raises:
             BadReply: the product is not finite.
         """
-        images, squares = (of_rows.numpy() for of_rows in kernels.project(product, self.R))
-        if not np.isfinite(squares).all():  # or it is merely large, in float64
+        tolerance = self._tolerance(product, scale, dtype)
+        excess, finite = kernels.excess(product, self.R, U, self.c, tolerance)
+        if not finite:  # or it is merely large, in float64
             check_product(product, self.party)
-        with np.errstate(over="ignore", invalid="ignore"):  # numbers of the worker's, as large as it likes
-            deviation = np.abs((images - U.numpy()) @ self.c).max(axis=1)
-            tau = self._tolerance(squares, product.shape[1], scale, dtype)
-            return float(np.where(np.isfinite(tau), deviation / tau, math.inf).max())
+        return excess
 
     def tolerance(self, product: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
         """tau for each row (m,) of a product (m, q), float64.
@@ -113,20 +109,24 @@ class Probe:
         No row of the true product is larger than |X*| |W|, so a row that came counts for no more than that.
         """
         squares = kernels.project(product, self.R).squares.numpy()
-        return torch.from_numpy(self._tolerance(squares, product.shape[1], scale, dtype))
+        return torch.from_numpy(self._tolerance(product, scale, dtype).of(squares))
 
-    def _tolerance(
-        self, squares: NDArray[np.float64], width: int, scale: float, dtype: torch.dtype
-    ) -> NDArray[np.float64]:
-        """By the sums of squares (m,) of the rows, of `width` elements."""
-        rounding = torch.finfo(dtype)
+    def __repr__(self) -> str:
+        return "Probe(<redacted>)"
+
+    def _tolerance(self, product: Tensor, scale: float, dtype: torch.dtype) -> Tolerance:
+        m, width = product.shape
+        eps, tiny, margin = _ROUNDING[dtype]
         expected = scale * self.norm  # the size of a row, for a matrix that amplifies all directions alike
-        largest = _largest(len(squares), self.V.shape[0], scale, self.norm)
-        squares = np.minimum(squares, largest**2)
-        subnormal = rounding.tiny * (math.sqrt(width) + self.norm)  # elements below tiny err by eps tiny / 2
-        size: NDArray[np.float64] = np.sqrt(squares) + (expected + math.sqrt(squares.mean()) + subnormal)
-        of_masks = MARGIN[torch.float64] * torch.finfo(torch.float64).eps / 2 * self.mask_size * self.norm
-        return MARGIN[dtype] * rounding.eps / 2 * size + of_masks
+        subnormal = tiny * (math.sqrt(width) + self.norm)  # elements below tiny err by eps tiny / 2
+        of_masks = _OF_MASKS * self.mask_size * self.norm
+        largest = _largest(m, self.V.shape[0], scale, self.norm)
+        return Tolerance(margin * eps / 2, expected + subnormal, of_masks, largest)
+
+
+_ROUNDING = {dtype: (torch.finfo(dtype).eps, torch.finfo(dtype).tiny, margin) for dtype, margin in MARGIN.items()}
+"""Of a dtype: eps, the smallest normal number, and the margin."""
+_OF_MASKS = MARGIN[torch.float64] * torch.finfo(torch.float64).eps / 2
 
 
 def _largest(m: int, p: int, scale: float, norm: float) -> float:
@@ -134,14 +134,10 @@ def _largest(m: int, p: int, scale: float, norm: float) -> float:
     return SCATTER * math.sqrt(m * p) * scale * norm
 
 
-def _orthonormal(c: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Orthonormal columns in the place of a few normal ones (K, k), by Gram and Schmidt: QR takes longer."""
-    for j in range(c.shape[1]):
-        column = c[:, j]
-        if j:
-            column -= c[:, :j] @ (column @ c[:, :j])
-        column /= math.sqrt(column @ column)
-    return c
+def norm_of(y: Tensor) -> float:
+    """The root of the sum of all squares; in float64 where float32 overflows before y does."""
+    norm = float(torch.linalg.vector_norm(y))
+    return norm if math.isfinite(norm) else float(torch.linalg.vector_norm(y, dtype=torch.float64))
 
 
 def _images(W: Tensor, R: Tensor, L: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -171,7 +167,7 @@ class Verifier:
     def probe(self, *, transpose: bool, party: str = "worker", mask_size: float = 0.0) -> Probe:
         """Fresh vectors for one request to that party; see `Probe`."""
         vectors, images = (self._L, self._WtL) if transpose else (self._R, self._WR)
-        c = _orthonormal(self._stream.normal(BASIS, self._vectors).numpy())
+        c = kernels.directions(self._stream.random_bytes(8 * BASIS * self._vectors), self._vectors)
         return Probe(vectors, images, c, self._norm, party, mask_size)
 
     def check_for(
@@ -210,12 +206,13 @@ class Verifier:
         return check
 
     def bound(
-        self, y: Tensor, m: int, scale: float, dtype: torch.dtype, *, transpose: bool, party: str = "worker"
-    ) -> None:
-        """Hold every product, drawn or not, against what no product exceeds: one pass, nothing secret in it.
+        self, norm: float, elements: int, m: int, scale: float, dtype: torch.dtype, *,
+        transpose: bool, party: str = "worker",
+    ) -> None:  # fmt: skip
+        """Hold every product, drawn or not, against what no product exceeds: nothing secret is in it.
 
         Args:
-            y: the unmixed rows (n, q), rotated back or not, before they are scaled back.
+            norm, elements: of the unmixed rows (n, q), rotated back or not, before they are scaled back.
             m: how many rows were sent.
             scale: see `Probe.check`.
             dtype: in which rows and product travelled.
@@ -226,17 +223,13 @@ class Verifier:
             WrongProduct: it is larger, or not finite: worse than what the check by lot would have found.
         """
         vectors = self._R if transpose else self._L
-        subnormal = torch.finfo(dtype).tiny * math.sqrt(
-            y.numel()
-        )  # to whose multiples the smallest products are rounded
-        largest = _largest(m, vectors.shape[0], scale, self._norm) + subnormal
-        if not float(torch.linalg.vector_norm(y)) <= largest:  # it overflows before y does
-            norm = float(torch.linalg.vector_norm(y, dtype=torch.float64))
-            if not norm <= largest:
-                raise WrongProduct(
-                    f"the {party}'s product is wrong: it is {norm / largest:.3g} times as large as the rows and the "
-                    f"matrix can make it. The {party} is hostile or broken; nothing was done with the product"
-                )
+        tiny = _ROUNDING[dtype][1]  # to whose multiples the smallest products are rounded
+        largest = _largest(m, vectors.shape[0], scale, self._norm) + tiny * math.sqrt(elements)
+        if not norm <= largest:
+            raise WrongProduct(
+                f"the {party}'s product is wrong: it is {norm / largest:.3g} times as large as the rows and the "
+                f"matrix can make it. The {party} is hostile or broken; nothing was done with the product"
+            )
 
     def _is_drawn(self) -> bool:
         return int.from_bytes(self._stream.random_bytes(4)) < self._share * 2**32

@@ -3,7 +3,7 @@
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
@@ -48,6 +48,7 @@ class WorkerClient:
             retry: bounds of insistence.
         """
         self._driver = Scheduler(connect, deadline_s, retry or RetryPolicy())
+        self._refusing = _Refusing(self._driver)
         self._lock = threading.RLock()
         self._closed = False
         self._owned: list[Callable[[], None]] = []
@@ -252,19 +253,13 @@ class WorkerClient:
         finally:
             self._driver.broken_off = False
 
-    @contextmanager
-    def refusing(self) -> Iterator[None]:
+    def refusing(self) -> AbstractContextManager[None]:
         """Within it products are judged: after one that is refused, the worker is asked nothing any more.
 
         Every request of any thread, those under way among them, raises an error of the same type from then on. Else a
         worker could ask, product by product, what the enclave's secret vectors do not see.
         """
-        try:
-            yield
-        except (BadReply, WrongProduct) as error:
-            self._driver.refuse(error)
-            self._driver.refusal.check()
-            raise
+        return self._refusing
 
     def own(self, close: Callable[[], None]) -> None:
         """Have `close` called once the link is closed: it ends the worker that was started for it."""
@@ -308,6 +303,23 @@ class WorkerClient:
         except BaseException:
             self._driver.give_up(request)
             raise
+
+
+class _Refusing(AbstractContextManager[None]):
+    """See `WorkerClient.refusing`. One for all threads: it keeps nothing."""
+
+    def __init__(self, driver: Scheduler) -> None:
+        self._driver = driver
+
+    def __enter__(self) -> None:
+        """Nothing is prepared."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, (BadReply, WrongProduct)):
+            self._driver.refuse(error)
+            self._driver.refusal.check()
 
 
 def _end(driver: Scheduler, owned: list[Callable[[], None]]) -> None:

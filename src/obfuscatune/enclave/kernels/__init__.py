@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from obfuscatune import native as _native
-from obfuscatune.enclave.kernels.interface import SKETCHES, Kernels, Projection
+from obfuscatune.enclave.kernels.interface import SKETCHES, Kernels, Projection, Tolerance
 from obfuscatune.enclave.kernels.native import Native
 from obfuscatune.enclave.kernels.reference import Reference
 
@@ -26,6 +26,9 @@ __all__ = [
     "Kernels",
     "Native",
     "Projection",
+    "Tolerance",
+    "directions",
+    "excess",
     "for_deviates",
     "grid_normal",
     "kernels_for",
@@ -97,8 +100,8 @@ def mask_rows(x: Tensor, r: Tensor, grid: float, out: Tensor) -> bool:
         Whether x is finite. Where it is not, neither is `out`, which must not be sent then.
     """
     found = native_of(x.itemsize) if x.dtype in (torch.float32, torch.float64) else None
-    tensors = (x, r, out)
-    if found is None or x.numel() == 0 or any(t.device.type != "cpu" or t.stride(1) != 1 for t in tensors):
+    fits = x.is_cpu and r.is_cpu and out.is_cpu and x.stride(1) == r.stride(1) == out.stride(1) == 1
+    if found is None or x.numel() == 0 or not fits:
         return REFERENCE.mask_rows(x, r, grid, out)
     return found.mask_rows(x, r, grid, out)
 
@@ -114,8 +117,8 @@ def unmask_rows(y: Tensor, product: Tensor, out: Tensor) -> None:
         out: (m, q), float32 or float64 for the native kernel, any dtype for torch.
     """
     found = native_of(out.itemsize) if out.dtype in (torch.float32, torch.float64) else None
-    tensors = (y, product, out)
-    if found is None or any(t.device.type != "cpu" or not t.is_contiguous() for t in tensors):
+    fits = y.is_cpu and product.is_cpu and out.is_cpu
+    if found is None or not (fits and y.is_contiguous() and product.is_contiguous() and out.is_contiguous()):
         return REFERENCE.unmask_rows(y, product, out)
     return found.unmask_rows(y, product, out)
 
@@ -128,10 +131,42 @@ def project(x: Tensor, v: Tensor) -> Projection:
         v: float64 (p, k); the native kernel takes 8 vectors.
     """
     found = native_of(x.itemsize) if x.dtype in (torch.float32, torch.float64) else None
-    on_cpu = x.device.type == v.device.type == "cpu"
-    if found is None or not on_cpu or v.shape[1] != SKETCHES or x.stride(1) != 1 or not v.is_contiguous():
+    fits = x.is_cpu and v.is_cpu and v.shape[1] == SKETCHES and x.stride(1) == 1 and v.is_contiguous()
+    if found is None or not fits:
         return REFERENCE.project(x, v)
     return found.project(x, v)
+
+
+def directions(words: bytes, k: int) -> Tensor:
+    """Secret directions for one check: orthonormal columns (8, k), float64, as likely as any others.
+
+    Normal numbers (Box and Muller, 1958), then Gram and Schmidt. Native kernels use all 64 bits of each word.
+
+    Args:
+        words: 64·k random bytes.
+        k: even.
+    """
+    return (native_of(8) or REFERENCE).directions(words, k)
+
+
+def excess(product: Tensor, R: Tensor, U: Tensor, c: Tensor, tolerance: Tolerance) -> tuple[float, bool]:
+    """How far a product is off: the largest |(product R - U) c| of any row over its tau.
+
+    Args:
+        product: (m, q), any floating dtype, on any device, where nobody else can write to it.
+        R: float64 (q, 8).
+        U: float64 (m, 8), contiguous, what the rows that were sent make of W* R.
+        c: float64 (8, k), contiguous.
+        tolerance: makes tau of the rows.
+
+    Returns:
+        It, infinite where anything in it is not finite; and whether all sums of squares are finite.
+    """
+    found = native_of(product.itemsize) if product.dtype in (torch.float32, torch.float64) else None
+    fits = product.is_cpu and R.is_cpu and product.stride(1) == 1 and R.shape[1] == SKETCHES
+    if found is None or not (fits and R.is_contiguous() and U.is_contiguous() and c.is_contiguous()):
+        return REFERENCE.excess(product, R, U, c, tolerance)
+    return found.excess(product, R, U, c, tolerance)
 
 
 def native_of(itemsize: int) -> Native | None:

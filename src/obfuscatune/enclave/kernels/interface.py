@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -57,16 +58,23 @@ class RowMixing:
     """What the native kernels make of it at their first call, by kernels."""
 
 
-@dataclass(frozen=True)
-class MixingOfFew:
-    """The secrets of one request of n rows, all contiguous and of one dtype."""
+class Tolerance(NamedTuple):
+    """What rounding explains of a product's rows: tau = unit · (|row| + expected + |rows|) + of_masks.
 
-    A: Tensor
-    """(m, m), orthogonal."""
-    A_transposed: Tensor
-    """(m, m), row by row as well."""
-    stack: Tensor
-    """(m, p): room for n rows above the m - n shield rows."""
+    |rows| is the root mean square of all |row|: one may be small because large ones cancelled in mixing, and then errs
+    as they do. No row counts for more than `largest`.
+    """
+
+    unit: float
+    expected: float
+    of_masks: float
+    largest: float
+
+    def of(self, squares: NDArray[np.float64]) -> NDArray[np.float64]:
+        """For each row tau (m,), by their sums of squares (m,)."""
+        squares = np.minimum(squares, self.largest**2)
+        tau: NDArray[np.float64] = self.unit * (np.sqrt(squares) + (self.expected + math.sqrt(squares.mean())))
+        return tau + self.of_masks
 
 
 class Projection(NamedTuple):
@@ -104,6 +112,12 @@ class Kernels(Protocol):
 
     def project(self, x: Tensor, v: Tensor) -> Projection:
         """x v and the squares of x (n, p), for v (p, k), float64; see `kernels.project`."""
+
+    def directions(self, words: bytes, k: int) -> Tensor:
+        """Orthonormal columns (8, k), float64, from 64·k random bytes; see `kernels.directions`."""
+
+    def excess(self, product: Tensor, R: Tensor, U: Tensor, c: Tensor, tolerance: Tolerance) -> tuple[float, bool]:
+        """The largest |(product R - U) c| of any row over its tau, and more; see `kernels.excess`."""
 
     def deviates(self, words: NDArray[np.uint32]) -> NDArray[np.float32]:
         """Uniform words (2k,) as standard normal deviates (2k,), possibly in their place; k a multiple of 16."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from dataclasses import dataclass
 
@@ -11,9 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from obfuscatune import native
-from obfuscatune.enclave.kernels.interface import SKETCHES, MixingOfFew, Projection, Rotation, RowMixing
+from obfuscatune.enclave.kernels.interface import SKETCHES, Projection, Rotation, RowMixing, Tolerance
 from obfuscatune.enclave.kernels.reference import Reference
-from obfuscatune.protocol.tensors import is_finite
 
 _REFERENCE = Reference()
 
@@ -89,9 +89,25 @@ class Native:
         """In one pass, all sums in float64; v (p, 8)."""
         images = torch.empty(x.shape[0], SKETCHES, dtype=torch.float64)
         squares = torch.empty(x.shape[0], dtype=torch.float64)
-        addresses = (t.data_ptr() for t in (x, v, images, squares))
+        addresses = x.data_ptr(), v.data_ptr(), images.data_ptr(), squares.data_ptr()
         self.table.project(native.Projection(*addresses, *x.shape, x.stride(0), torch.get_num_threads()))
         return Projection(images, squares)
+
+    def directions(self, words: bytes, k: int) -> Tensor:
+        """On this thread."""
+        c = torch.empty(SKETCHES, k, dtype=torch.float64)
+        self.table.make_directions(native.Directions(words, c.data_ptr(), k))
+        return c
+
+    def excess(self, product: Tensor, R: Tensor, U: Tensor, c: Tensor, tolerance: Tolerance) -> tuple[float, bool]:
+        """In one call; `self` is for numbers of the product's size."""
+        unit, expected, of_masks, largest = tolerance
+        job = native.Excess(
+            product.data_ptr(), R.data_ptr(), U.data_ptr(), c.data_ptr(), *product.shape, product.stride(0),
+            c.shape[1], torch.get_num_threads(), unit, expected, of_masks, largest * largest,
+        )  # fmt: skip
+        self.table.excess(job)
+        return job.excess, bool(job.finite)
 
     def deviates(self, words: NDArray[np.uint32]) -> NDArray[np.float32]:
         """In the words' place."""
@@ -106,15 +122,19 @@ class Native:
 
     def mask_rows(self, x: Tensor, r: Tensor, grid: float, out: Tensor) -> bool:
         """In one pass; `self` is for numbers of x's size."""
-        addresses, strides = (t.data_ptr() for t in (x, r, out)), (t.stride(0) for t in (x, r, out))
+        addresses, strides = (x.data_ptr(), r.data_ptr(), out.data_ptr()), (x.stride(0), r.stride(0), out.stride(0))
         job = native.MaskRows(*addresses, *x.shape, *strides, torch.get_num_threads(), grid)
         self.table.mask_rows(job)
         return bool(job.finite)
 
     def unmask_rows(self, y: Tensor, product: Tensor, out: Tensor) -> None:
         """In one pass; `self` is for numbers of out's size."""
-        addresses = (t.data_ptr() for t in (y, product, out))
+        addresses = y.data_ptr(), product.data_ptr(), out.data_ptr()
         self.table.unmask_rows(native.UnmaskRows(*addresses, *y.shape, torch.get_num_threads()))
+
+    def mixing_of_few(self, n: int, m: int, width: int, normal: Tensor, shield_size: float) -> MixingOfFew:
+        """See `MixingOfFew`; `self` is for numbers of the size of `normal`'s."""
+        return MixingOfFew(self, n, m, width, normal, shield_size)
 
     def of_few(self, R: Rotation) -> RotationOfFew:
         """A rotation, to be done with the mixing of few rows."""
@@ -156,34 +176,74 @@ class Native:
         return bool(job.finite)
 
 
+class MixingOfFew:
+    """The secrets of one request of n rows of `width` numbers, and what the kernels need to make its answer."""
+
+    def __init__(self, kernels: Native, n: int, m: int, width: int, normal: Tensor, shield_size: float) -> None:
+        """
+        Args:
+            kernels: for numbers of the rows' size.
+            n, m, width: rows of the request, rows that are sent, numbers in a row; n <= m <= `native.MOST_FEW`.
+            normal: (m·m + (m - n)·width,), of the rows' dtype: for A, then for shield rows of that size.
+            shield_size: root mean square of the numbers of shield rows.
+        """
+        self._table, self._normal = kernels.table, normal
+        self._memory = torch.empty(m * (2 * m + width), dtype=normal.dtype)
+        self.job = native.FewRequest(
+            normal=normal.data_ptr(), mixing=self._memory.data_ptr(), n=n, m=m, p=width, shield_size=shield_size
+        )
+
+    @property
+    def A(self) -> Tensor:  # noqa: N802 - as in the formulas
+        """(m, m), orthogonal, once rows were sent."""
+        m = self.job.m
+        return self._memory[: m * m].view(m, m)
+
+    @property
+    def stack(self) -> Tensor:
+        """[D x R; N] (m, width), once rows were sent."""
+        m = self.job.m
+        return self._memory[2 * m * m :].view(m, self.job.p)
+
+    def image(self, v: Tensor) -> Tensor:
+        """A [D x R; N] v (m, 8) for v (p, 8), float64 both, of the rows that were sent, without reading them back."""
+        m, p, memory, itemsize = self.job.m, self.job.p, self.job.mixing, self._memory.itemsize
+        images, squares = torch.empty(m, SKETCHES, dtype=torch.float64), torch.empty(m, dtype=torch.float64)
+        self._table.project(
+            native.Projection(
+                memory + 2 * m * m * itemsize, v.data_ptr(), images.data_ptr(), squares.data_ptr(), m, p, p,
+                torch.get_num_threads(), memory,
+            )
+        )  # fmt: skip
+        return images
+
+
 class RotationOfFew:
     """A rotation of few rows, or none (R = 1), and their mixing, one way or back."""
 
     def __init__(self, kernels: Native, R: Rotation | None, dim: int) -> None:
-        self._kernels, self._R, self.dim = kernels, R, dim
+        self._table, self.dim = kernels.table, dim
+        self._prepared = None if R is None else _Prepared.of(R)
+        self._rotation = None if self._prepared is None else ctypes.pointer(self._prepared.job)
 
-    def send(self, x: Tensor, mixing: MixingOfFew, out: Tensor) -> None:
-        """out (m, p) = A [x R; N] for x (n, p), rows contiguous.
+    def send(self, x: Tensor, mixing: MixingOfFew, out: Tensor) -> bool:
+        """out (m, p) = A [D x R; N] for x (n, p), rows contiguous; whether x is finite: else nothing is written."""
+        job = mixing.job
+        job.x, job.x_stride, job.out, job.turn = x.data_ptr(), x.stride(0), out.data_ptr(), self._rotation
+        self._table.send_few(job)
+        return bool(job.finite)
 
-        N are `mixing.stack`'s last rows, above which x R is laid.
+    def receive(self, product: Tensor, mixing: MixingOfFew, bias: Tensor | None) -> Tensor | None:
+        """D⁻¹ (Aᵀ Y)[:n] R + bias (n, dim) for `product` Y (m, dim), contiguous; None where Y is not finite.
+
+        The sum of squares without D⁻¹ and the bias is left in `mixing.job.squares`.
         """
-        if self._R is None:
-            mixing.stack[: len(x)] = x
-        else:
-            self._kernels._rotate(x, self._R, None, mixing.stack)
-        self._kernels.multiply(mixing.A, mixing.stack, out)
-
-    def receive(self, product: Tensor, mixing: MixingOfFew, out: Tensor) -> bool:
-        """out (n, p) = (Aᵀ Y)[:n] R for `product` Y (m, p), contiguous; whether that is finite.
-
-        `mixing.A_transposed` is read, and nothing else of it.
-        """
-        if self._R is None:
-            self._kernels.multiply(mixing.A_transposed[: len(out)], product, out)
-            return is_finite(out)
-        unmixed = torch.empty_like(out)
-        self._kernels.multiply(mixing.A_transposed[: len(out)], product, unmixed)
-        return self._kernels._rotate(unmixed, self._R, None, out)
+        job = mixing.job
+        answer = torch.empty(job.n, self.dim, dtype=product.dtype)
+        job.y, job.answer, job.back, job.q = product.data_ptr(), answer.data_ptr(), self._rotation, self.dim
+        job.bias = None if bias is None else bias.data_ptr()
+        self._table.receive_few(job)
+        return answer if job.finite else None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from obfuscatune.enclave.kernels.interface import Grid, Projection, Rotation, RowMixing
+from obfuscatune.enclave.kernels.interface import SKETCHES, Grid, Projection, Rotation, RowMixing, Tolerance
 from obfuscatune.enclave.orthogonal import kronecker_columns, kronecker_rows, permute_columns
 
 Float = TypeVar("Float", bound=np.floating)
@@ -58,6 +58,26 @@ class Reference:
         for start in range(0, x.shape[1], PART):
             images += x[:, start : start + PART] @ narrow[start : start + PART]
         return Projection(images, torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).square_())
+
+    def directions(self, words: bytes, k: int) -> Tensor:
+        """By Gram and Schmidt: QR takes longer. 53 bits of each word are used."""
+        uniform = (np.frombuffer(words, np.uint64) >> np.uint64(11)) * 2.0**-53
+        c = box_muller(uniform).reshape(SKETCHES, k)
+        for j in range(k):
+            column = c[:, j]
+            if j:
+                column -= c[:, :j] @ (column @ c[:, :j])
+            column /= math.sqrt(column @ column)
+        return torch.from_numpy(c)
+
+    def excess(self, product: Tensor, R: Tensor, U: Tensor, c: Tensor, tolerance: Tolerance) -> tuple[float, bool]:
+        """By `project`, then in float64."""
+        images, squares = (of_rows.cpu().numpy() for of_rows in self.project(product, R))
+        with np.errstate(over="ignore", invalid="ignore"):  # numbers of the worker's, as large as it likes
+            deviation = np.abs((images - U.numpy()) @ c.numpy()).max(axis=1)
+            tau = tolerance.of(squares)
+            excess = float(np.where(np.isfinite(tau), deviation / tau, math.inf).max())
+        return excess if math.isfinite(excess) else math.inf, bool(np.isfinite(squares).all())
 
     def deviates(self, words: NDArray[np.uint32]) -> NDArray[np.float32]:
         """24 bits of each word make a uniform number."""
