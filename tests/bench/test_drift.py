@@ -29,6 +29,7 @@ from obfuscatune.enclave.transforms import TransformSpec
 from obfuscatune.enclave.verification import Verifier
 from obfuscatune.errors import ConfigError
 
+pytestmark = pytest.mark.long
 P, Q = 64, 96
 
 

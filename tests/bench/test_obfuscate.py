@@ -18,6 +18,7 @@ from obfuscatune.bench.measures import cpu_seconds, peak_bytes, settled_bytes
 from obfuscatune.bench.obfuscate import ObfuscateBench, ObfuscateResult, write_random_checkpoint
 from obfuscatune.errors import ConfigError, StorageError
 
+pytestmark = pytest.mark.long
 CONFIG = GPT2Config(n_embd=32, n_head=2, n_layer=2, vocab_size=64, n_positions=32)
 
 
