@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from obfuscatune.documents import canonical, parse, verify
 from obfuscatune.errors import ConfigError, IntegrityError
+from obfuscatune.yaml_file import UniqueKeys, parse_mapping
 
 MOST_BYTES = 2**20
 """Of a policy, and of reference values."""
@@ -122,16 +123,14 @@ def _read_reference_values(path: Path, wanted: Mapping[str, Any]) -> dict[str, A
     return document
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys; a policy with two is a mistake."""
+class _PolicyLoader(UniqueKeys):
+    """Keys are text, and values are written out."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if not all(isinstance(key, str) for key in keys):
+        mapping = super().construct_mapping(node, deep)
+        if not all(isinstance(key, str) for key in mapping):
             raise yaml.MarkedYAMLError(None, None, "a key that is no text: put it in quotes", node.start_mark)
-        if len(set(keys)) != len(keys):
-            raise yaml.MarkedYAMLError(None, None, "one key is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+        return mapping
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -140,18 +139,8 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        value = yaml.load(_read_bytes(path).decode("utf-8"), _UniqueKeys)  # noqa: S506  a SafeLoader
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8") from error
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{path}{line}: malformed YAML: {error.problem or error.context}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: malformed YAML: {error}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: a policy has keys and values, such as `version: 1`; an empty one accepts nothing")
-    return value
+    expected = "a policy has keys and values, such as `version: 1`; an empty one accepts nothing"
+    return parse_mapping(_read_bytes(path), path, expected, _PolicyLoader)
 
 
 def _read_bytes(path: Path) -> bytes:

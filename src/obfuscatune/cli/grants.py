@@ -119,7 +119,7 @@ def _flat(told: Any, prefix: str = "") -> dict[str, Any]:
     items = told.items() if isinstance(told, dict) else enumerate(told, 1)
     lines: dict[str, Any] = {}
     for key, value in items:
-        label = _printable(key)
+        label = output.printable(key)
         lines |= _flat(value, f"{prefix}.{label}" if prefix else label)
     return lines
 
@@ -130,9 +130,4 @@ def _answer(told: dict[str, Any], as_json: bool) -> None:
         return
     lines = _flat(told)
     width = max(map(len, lines), default=0)
-    output.write_text("\n".join(f"{label:<{width}} {_printable(value)}" for label, value in lines.items()))
-
-
-def _printable(value: Any) -> str:
-    """The other side's words, without what a terminal would obey."""
-    return "".join(it if it.isprintable() else "?" for it in str(value))
+    output.write_text("\n".join(f"{label:<{width}} {output.printable(value)}" for label, value in lines.items()))

@@ -290,3 +290,8 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def printable(value: object) -> str:
+    """Another's words in one line, without what a terminal would obey."""
+    return "".join(it if it.isprintable() else "?" for it in str(value))

@@ -132,7 +132,7 @@ def submit(
     else:
         output.write_text(_job_line(job))
     if watch and job["status"] != "succeeded":
-        raise TermsError(f"the job {job['status']}: {_printable((job.get('error') or {}).get('message') or '')}")
+        raise TermsError(f"the job {job['status']}: {output.printable((job.get('error') or {}).get('message') or '')}")
 
 
 def jobs(*, on: ServiceOptions, as_json: options.AsJson = False) -> None:
@@ -202,14 +202,9 @@ def _write(content: bytes, out: Path | None) -> None:
 def _job_line(job: dict[str, Any]) -> str:
     tuned = job.get("fine_tuned_model")
     words = (str(job.get("id")), str(job.get("status")), str(job.get("model")), *([f"-> {tuned}"] if tuned else []))
-    return _printable("  ".join(words))
+    return output.printable("  ".join(words))
 
 
 def _event_line(event: dict[str, Any]) -> str:
     at = datetime.fromtimestamp(int(event["created_at"]), UTC)
-    return f"{at:%H:%M:%S}  {_printable(str(event['message']))}"
-
-
-def _printable(text: str) -> str:
-    """The other side's words, without what a terminal would obey."""
-    return "".join(it if it.isprintable() else "?" for it in text)
+    return f"{at:%H:%M:%S}  {output.printable(event['message'])}"

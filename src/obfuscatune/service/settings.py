@@ -5,18 +5,17 @@ Whoever verifies the enclave verifies this file with it. So nothing here is read
 
 import hashlib
 import re
-from collections.abc import Hashable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from obfuscatune.errors import ConfigError
 from obfuscatune.protocol.endpoints import parse_address
 from obfuscatune.protocol.files import read_trusted
 from obfuscatune.protocol.tls import TlsConfig
+from obfuscatune.yaml_file import parse_mapping
 
 MAX_BYTES = 2**20
 """Of the file."""
@@ -215,14 +214,7 @@ def load_settings(path: Path) -> tuple[Settings, bytes]:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
     if len(content) > MAX_BYTES:
         raise ConfigError(f"{path}: {len(content):,} bytes; at most {MAX_BYTES:,} are read")
-    try:
-        value = yaml.load(content.decode("utf-8"), _UniqueKeys)  # noqa: S506  a SafeLoader
-    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: malformed YAML: {getattr(error, 'problem', None) or error}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: expected keys and values, such as `listen: 0.0.0.0:8443`")
+    value = parse_mapping(content, path, "expected keys and values, such as `listen: 0.0.0.0:8443`")
     try:
         return Settings.model_validate(value), content
     except ValidationError as error:
@@ -244,18 +236,3 @@ def _explain(error: ValidationError) -> str:
         near = get_close_matches(key, known, n=1)
         return f"unknown key {where}" + (f"; did you mean {near[0]}?" if near else "")
     return f"{where}: {message}"
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Hashable] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise yaml.MarkedYAMLError(None, None, "a key that is no text", key_node.start_mark)
-            if key in seen:
-                raise yaml.MarkedYAMLError(None, None, f"the key {key} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)

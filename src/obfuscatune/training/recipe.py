@@ -5,7 +5,7 @@ files and in `Recipe(learning_rate=...)`: one table for all ways in. docs/finetu
 two.
 """
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from obfuscatune.errors import ConfigError
 from obfuscatune.option import Option
+from obfuscatune.yaml_file import parse_mapping
 
 
 @dataclass(frozen=True)
@@ -311,33 +312,9 @@ def _explain(error: ValidationError, config: Path | None, given: Mapping[str, An
     return f"{config}: {key}: {message}, found {first['input']!r}"
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys; a run file with two is a mistake."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                continue  # refused beneath
-            if key in seen:
-                raise yaml.MarkedYAMLError(None, None, f"the key {key} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
 def _read(config: Path) -> dict[str, Any]:
     try:
-        value = yaml.load(config.read_text(encoding="utf-8"), _UniqueKeys)  # noqa: S506  a SafeLoader
+        content = config.read_bytes()
     except OSError as error:
         raise ConfigError(f"{config}: cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{config}: not UTF-8") from error
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{config}{line}: malformed YAML: {error.problem or error.context}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{config}: malformed YAML: {error}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{config}: expected keys and values, such as `lr: 0.0002`")
-    return value
+    return parse_mapping(content, config, "expected keys and values, such as `lr: 0.0002`")
