@@ -200,3 +200,17 @@ def test_a_reader_that_goes_away_is_no_error():
     assert "Traceback" not in process.stderr.read()
     process.stderr.close()
     process.wait(60)
+
+
+@pytest.mark.parametrize("module", ["OpenSSL", "uvicorn"])
+def test_a_package_of_the_extra_that_is_missing_is_named_with_the_remedy(module, tmp_path):
+    code = (
+        f"import sys; sys.modules[{module!r}] = None\n"
+        "from obfuscatune.cli.app import run\n"
+        "sys.exit(run(['owner', 'proxy', '--enclave', 'x:1', '--policy', 'p', '--identity', 'i']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.strip() == (
+        f'error: {module} is not installed, which this takes: pip install "obfuscatune[service]"'
+    )

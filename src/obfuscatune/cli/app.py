@@ -29,6 +29,13 @@ _PREFIX = "OBFUSCATUNE_"
 _VARIABLES = (*ENVIRONMENT.values(), "OBFUSCATUNE_DEBUG", "OBFUSCATUNE_KERNELS")
 
 
+_OF_SERVICE = {
+    *("OpenSSL", "dcap_qvl", "fastapi", "starlette", "uvicorn", "sqlalchemy", "prometheus_client"),
+    *("python_multipart", "httpx", "fsspec"),
+}
+"""Modules of the packages that the extra `service` brings."""
+
+
 class _Command(NamedTuple):
     summary: str
     example: str
@@ -182,6 +189,10 @@ def run(arguments: list[str]) -> int:
     except Exception as error:  # noqa: BLE001  the last stop: a user gets one line whatever it is
         if debug:
             traceback.print_exc()
+        missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+        if missing in _OF_SERVICE:
+            _say(f'error: {missing} is not installed, which this takes: pip install "obfuscatune[service]"')
+            return EXIT_USAGE
         kind = type(error).__name__
         _say(f"error: unexpected {kind}: {error} (a fault of ours; --debug shows where)")
         return EXIT_FAILURE
