@@ -7,6 +7,7 @@ tls     the same with TLS 1.3, between throwaway certificates
 
 from __future__ import annotations
 
+import math
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -43,7 +44,7 @@ class LinkSettings:
             raise ConfigError(f"--link {self.kind!r} is none of {', '.join(KINDS)}")
         if self.kind == UNIX and self.is_emulated:
             raise ConfigError("--delay-ms and --gbit are of a network: take --link tcp or tls")
-        if (self.delay_ms or 0) < 0 or (self.gbit is not None and self.gbit <= 0):
+        if not 0 <= (self.delay_ms or 0) < math.inf or not 0 < (self.gbit or 1) < math.inf or self.gbit == 0:
             raise ConfigError("--delay-ms is at least 0, and --gbit more")
 
     @property
