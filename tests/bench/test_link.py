@@ -11,16 +11,20 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import GPT2Config
 
 from obfuscatune.bench import network as network_module
+from obfuscatune.bench import step as step_module
 from obfuscatune.bench.compare import compare
 from obfuscatune.bench.link import KINDS, LinkSettings, linked_worker
 from obfuscatune.bench.network import AT_A_TIME, WORKER_HOST, Link, Network, emulated_network, within
+from obfuscatune.bench.step import OWN_WAITING, StepBench
 from obfuscatune.errors import ConfigError
 
 CAN_EMULATE = os.geteuid() == 0 and shutil.which("ip") is not None and Path("/dev/net/tun").exists()
@@ -34,7 +38,7 @@ def namespaces() -> set[str]:
     return {name for line in listed.splitlines() if (name := line.split()[0]).startswith(f"obfuscatune-{os.getpid()}-")}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.long) for kind in KINDS])
 def test_a_worker_multiplies_behind_each_link(kind: str) -> None:
     rows, matrix = torch.randn(3, 8), torch.randn(8, 5)
     with linked_worker(kind, 1) as (client, worker, clock):
@@ -154,7 +158,8 @@ def test_a_round_trip_over_the_emulated_network_takes_its_delay() -> None:
         "sent = bytes(range(256)) * 4096\n"
         "sock.sendall(sent); came = b''\n"
         "while len(came) < len(sent): came += sock.recv(1 << 20)\n"
-        "print(best, came == sent)\n"
+        "from obfuscatune.protocol.transport import SocketTransport\n"
+        "print(best, came == sent, SocketTransport(sock, 'the worker').is_local)\n"
     )
     with emulated_network(20.0, None) as network:
         assert namespaces() == {network.enclave, network.worker}
@@ -163,9 +168,31 @@ def test_a_round_trip_over_the_emulated_network_takes_its_delay() -> None:
             assert answering.stdout is not None
             port = answering.stdout.readline().strip()
             here = [*within(network.enclave), sys.executable, "-c", asking, WORKER_HOST, port]
-            seconds, intact = subprocess.run(here, capture_output=True, text=True, check=True).stdout.split()
+            seconds, intact, is_local = subprocess.run(here, capture_output=True, text=True, check=True).stdout.split()
     assert 0.020 <= float(seconds) < 1.0
     assert intact == "True"
+    assert is_local == "False"  # so an enclave works on while a worker there computes
+    assert not namespaces()
+
+
+@needs_namespaces
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["tcp", "tls"])
+def test_work_is_timed_over_the_emulated_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Literal["tcp", "tls"]
+) -> None:
+    GPT2Config(n_embd=32, n_head=2, n_layer=2, vocab_size=64, n_positions=32).save_pretrained(tmp_path)
+    monkeypatch.setattr(step_module, "PLAIN_WAITING", {"brief": OWN_WAITING})
+    link = LinkSettings(kind, delay_ms=5.0, gbit=1.0)
+    bench = StepBench(
+        shape=str(tmp_path / "config.json"), length=16, threads=1, rounds=2, warmup=0, link=link, profiles=("guarded",)
+    )
+    measured = bench.run(lambda line: None)
+    guarded = measured.protected["guarded"]
+    assert measured.difference("guarded") < 1e-5
+    assert guarded.seconds > 0.005 * guarded.median("crossings")
+    assert json.loads(json.dumps(measured.as_json()))["bench"]["link"] == {"kind": kind, "delay_ms": 5.0, "gbit": 1.0}
+    assert f"link: {kind}, 5 ms, 1 Gbit/s" in measured.as_markdown()
     assert not namespaces()
 
 

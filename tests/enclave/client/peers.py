@@ -57,6 +57,7 @@ class MemoryTransport:
         self.closed = False
 
     shares_memory = False
+    is_local = False
 
     def take_descriptor(self) -> int | None:
         return None

@@ -112,7 +112,7 @@ class ClientConnection:
     @property
     def computes_apart(self) -> bool:
         """Whether the worker computes on other cores than this process's: on a device, or on another host."""
-        return bool(self.welcome.features & ACCELERATOR) or not self._transport.shares_memory
+        return bool(self.welcome.features & ACCELERATOR) or not self._transport.is_local
 
     @property
     def is_idle(self) -> bool:
