@@ -80,7 +80,9 @@ def linked_worker(
         WireError: it did not start, or cannot be reached.
     """
     with tempfile.TemporaryDirectory(prefix="obfuscatune-bench-", dir=temporary_root()) as folder:  # with mode 0700
-        listen, extra, tls = None, (), None
+        listen: str | None = None
+        extra: tuple[str, ...] = ()
+        tls: TlsConfig | None = None
         if kind != UNIX:
             host = LOOPBACK if namespace is None else WORKER_HOST
             listen = f"tcp:{host}:{free_port()}"

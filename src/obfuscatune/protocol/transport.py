@@ -60,8 +60,8 @@ class Transport(Protocol):
     def send_now(self, buffers: Sequence[Buffer]) -> Sequence[Buffer]:
         """Send what goes without waiting; the rest, for `send`. Raises ConnectionLost."""
 
-    def has_news(self) -> bool:
-        """Whether `recv_into` would return, or raise, at once."""
+    def has_news(self, seconds: float = 0.0) -> bool:
+        """Wait so long at most; whether `recv_into` would return, or raise, at once. `shutdown` ends the waiting."""
 
     def take_descriptor(self) -> int | None:
         """The descriptor that came with what was received last, for the caller to close; None where none did."""
@@ -151,11 +151,11 @@ class SocketTransport:
         self._taken += count
         return count
 
-    def has_news(self) -> bool:
+    def has_news(self, seconds: float = 0.0) -> bool:
         """See `Transport.has_news`."""
         if self._taken < self._came:
             return True
-        return self._wait_until(select.POLLIN, 0)
+        return self._wait_until(select.POLLIN, seconds)
 
     def take_descriptor(self) -> int | None:
         """See `Transport.take_descriptor`."""

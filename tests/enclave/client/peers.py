@@ -59,6 +59,10 @@ class MemoryTransport:
     shares_memory = False
     is_local = False
 
+    def has_news(self, seconds: float = 0.0) -> bool:
+        """Whoever asks reads: a reply is there, or the end."""
+        return True
+
     def take_descriptor(self) -> int | None:
         return None
 

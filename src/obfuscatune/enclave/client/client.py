@@ -10,6 +10,7 @@ from typing import Self
 
 import torch
 
+from obfuscatune.enclave.client.connection import ClientConnection
 from obfuscatune.enclave.client.requests import (
     AdapterRequest,
     MatrixSource,
@@ -26,12 +27,14 @@ from obfuscatune.protocol.endpoints import check_tls, connect, parse_address
 from obfuscatune.protocol.tls import PinnedTls, TlsConfig
 from obfuscatune.protocol.transport import Deadline, Transport
 
+LOOK_SECONDS = 1.0
+"""Longest wait of a thread for another's reading, before it looks for itself."""
 OPENING_SECONDS = 5.0
 """How long `open` waits for a worker that has never been seen: it may just be starting, or the address is wrong."""
 
 
 class WorkerClient:
-    """A worker, as the enclave sees it. Safe from any thread, which take turns.
+    """A worker, as the enclave sees it. Safe from any thread; they take turns, but not in waiting for a reply.
 
     A connection belongs to one process: a forked child that uses the link connects anew, in a session of its own, and
     has the matrices sent again that it multiplies by. What had been asked for before the fork is the parent's.
@@ -49,7 +52,7 @@ class WorkerClient:
         """
         self._driver = Scheduler(connect, deadline_s, retry or RetryPolicy())
         self._refusing = _Refusing(self._driver)
-        self._lock = threading.RLock()
+        self._take_turns()
         self._closed = False
         self._owned: list[Callable[[], None]] = []
         self._end = weakref.finalize(self, _end, self._driver, self._owned)
@@ -57,8 +60,18 @@ class WorkerClient:
 
     def begin_in_child(self) -> None:
         """See `forks.Forkable`."""
-        self._lock = threading.RLock()  # the parent's may have been held by a thread that is not here
+        self._take_turns()  # the parent's lock may have been held by a thread that is not here
         self._driver.begin_in_child()
+
+    def _take_turns(self) -> None:
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        """Notified when a thread that read has stopped reading, or has read a reply."""
+        self._is_listened = False
+        """Whether a thread waits for the next reply, whoever it is for."""
+        self._user: int | None = None
+        """The thread that submitted, while there is but one."""
+        self._driver.is_to_read = None
 
     @property
     def stats(self) -> ClientStats:
@@ -202,6 +215,7 @@ class WorkerClient:
                 raise ConfigError("no matrix was stored under this id: store it first")
             if not known_finite:
                 check_finite(rows)
+            self._note_user()
             pending = ProductRequest(
                 matrix,
                 rows.detach() if rows.requires_grad else rows,
@@ -303,6 +317,38 @@ class WorkerClient:
         except BaseException:
             self._driver.give_up(request)
             raise
+        finally:
+            self._changed.notify_all()  # a reply was read that was another's, or nobody reads any more
+
+    def _note_user(self) -> None:
+        """From the second thread on, waiting is shared; for one alone that would be two system calls more a request."""
+        own = threading.get_ident()
+        if self._user is None:
+            self._user = own
+        elif self._user != own:
+            self._driver.is_to_read = self._wait_with_others
+
+    def _wait_with_others(self, connection: ClientConnection, deadline: Deadline) -> bool:
+        """See `Scheduler.is_to_read`. Called with the lock; it is free while this waits.
+
+        One thread at a time listens, and reads whatever comes; the others are told when it has.
+        """
+        remaining = deadline.remaining()
+        seconds = LOOK_SECONDS if remaining is None else min(remaining, LOOK_SECONDS)
+        if self._is_listened:
+            self._changed.wait(seconds)
+            return False
+        if connection.has_news():
+            return True
+        self._changed.notify_all()  # what was read just now may have been another's
+        self._is_listened = True
+        self._lock.release()
+        try:
+            connection.has_news(seconds)
+        finally:
+            self._lock.acquire()
+            self._is_listened = False
+        return False
 
 
 class _Refusing(AbstractContextManager[None]):

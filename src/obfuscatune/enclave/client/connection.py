@@ -194,9 +194,13 @@ class ClientConnection:
         self._stats.bytes_received += header.message_bytes
         return header
 
-    def has_news(self) -> bool:
-        """Whether a reply is there, or the connection's end."""
-        return self._transport.has_news()
+    def has_news(self, seconds: float = 0.0) -> bool:
+        """Wait so long at most; whether a reply is there, or the connection's end."""
+        return self._transport.has_news(seconds)
+
+    def wake(self) -> None:
+        """End what waits in another thread."""
+        self._transport.shutdown()
 
     def body(self, header: Header, deadline: Deadline) -> bytes:
         """The payload of a reply that carries no matrix."""
