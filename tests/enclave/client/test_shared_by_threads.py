@@ -18,7 +18,7 @@ from obfuscatune.protocol.addresses import TcpAddress, parse_address
 from obfuscatune.protocol.endpoints import connect
 from obfuscatune.protocol.listen import Listener
 from obfuscatune.protocol.messages import HEADER_BYTES
-from obfuscatune.protocol.tls import PinnedTls
+from obfuscatune.protocol.tls import RECORD_BYTES, PinnedTls
 from obfuscatune.protocol.transport import Deadline
 from tests.protocol.peers import identity, make_identities
 from tests.worker.serving import SECONDS, serving
@@ -175,7 +175,7 @@ def test_a_deadline_is_kept_by_who_does_not_read(relay: Relay, pool: ThreadPoolE
 
 
 def test_whatever_openssl_holds_decrypted_is_news(tmp_path: Path) -> None:
-    """Two replies in one record: the second is on no socket that could be polled."""
+    """The rest of a record of which a part was read: it is on no socket that could be polled."""
     keys = make_identities(tmp_path)
     listener = Listener(parse_address("tcp:127.0.0.1:0"), PinnedTls(identity(keys, "worker", "enclave"), server=True))
 
@@ -183,7 +183,7 @@ def test_whatever_openssl_holds_decrypted_is_news(tmp_path: Path) -> None:
         transport = listener.accept()
         assert transport is not None
         transport.establish(Deadline(SECONDS))
-        transport.send([bytes(100_000)], Deadline(SECONDS))
+        transport.send([bytes(5 * RECORD_BYTES)], Deadline(SECONDS))
         transport.recv_into(memoryview(bytearray(1)), Deadline(SECONDS))
         transport.close()
 
@@ -191,7 +191,7 @@ def test_whatever_openssl_holds_decrypted_is_news(tmp_path: Path) -> None:
     thread.start()
     here = PinnedTls(identity(keys, "enclave", "worker"), server=False)
     transport = connect(listener.address, Deadline(SECONDS), here)
-    part = memoryview(bytearray(70_000))  # more than is read ahead, and no multiple of a record
+    part = memoryview(bytearray(4 * RECORD_BYTES + 100))  # more than is read ahead
     came = 0
     while came < len(part):
         came += transport.recv_into(part[came:], Deadline(SECONDS))

@@ -1,6 +1,7 @@
 """What the rest of the enclave sees of a worker: store a matrix, multiply by it, forget it."""
 
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -341,13 +342,14 @@ class WorkerClient:
         if connection.has_news():
             return True
         self._changed.notify_all()  # what was read just now may have been another's
-        self._is_listened = True
+        self._is_listened, started = True, time.monotonic()
         self._lock.release()
         try:
             connection.has_news(seconds)
         finally:
             self._lock.acquire()
             self._is_listened = False
+            self.stats.seconds_waiting += time.monotonic() - started
         return False
 
 
