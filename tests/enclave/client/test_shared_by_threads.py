@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from obfuscatune.protocol.addresses import TcpAddress, parse_address
 from obfuscatune.protocol.endpoints import connect
 from obfuscatune.protocol.listen import Listener
 from obfuscatune.protocol.messages import HEADER_BYTES
-from obfuscatune.protocol.tls import RECORD_BYTES, PinnedTls
+from obfuscatune.protocol.tls import RECORD_BYTES, PinnedTls, TlsTransport
 from obfuscatune.protocol.transport import Deadline
 from tests.protocol.peers import identity, make_identities
 from tests.worker.serving import SECONDS, serving
@@ -26,6 +27,8 @@ from tests.worker.serving import SECONDS, serving
 ID = b"m" * 16
 W = torch.arange(12, dtype=torch.float64).reshape(3, 4)
 IMPATIENT = RetryPolicy(attempts=1, patience_s=0.1, backoff_s=0.01)
+OVERHEAD = 22
+"""Bytes of a TLS 1.3 record beside what it carries."""
 REQUEST_BYTES = HEADER_BYTES + 2 * 3 * 8
 
 
@@ -192,9 +195,12 @@ def test_whatever_openssl_holds_decrypted_is_news(tmp_path: Path) -> None:
     here = PinnedTls(identity(keys, "enclave", "worker"), server=False)
     transport = connect(listener.address, Deadline(SECONDS), here)
     part = memoryview(bytearray(4 * RECORD_BYTES + 100))  # more than is read ahead
-    came = 0
-    while came < len(part):
-        came += transport.recv_into(part[came:], Deadline(SECONDS))
+    sealed, until = 5 * (RECORD_BYTES + OVERHEAD), Deadline(SECONDS)
+    assert isinstance(transport, TlsTransport)
+    select.select([transport._tls_sock], [], [], SECONDS)
+    while len(socket.socket.recv(transport._tls_sock, sealed, socket.MSG_PEEK)) < sealed:
+        until.remaining()
+    assert transport.recv_into(part, until) == len(part)
     assert transport.has_news()
     transport.send([b"x"], Deadline(SECONDS))
     thread.join(SECONDS)
