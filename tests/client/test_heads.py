@@ -25,7 +25,7 @@ class Enclave:
 
     def __init__(self, folder):
         self.folder, self.log = folder, None
-        self.status, self.cut, self.asked = 200, False, []
+        self.status, self.cut, self.asked, self.meanwhile = 200, False, [], []
         self.restart()
 
     def restart(self, lines=None):
@@ -48,6 +48,8 @@ class Enclave:
             if self.status != 200:
                 return Response(status_code=self.status)
             copy = b"".join(self.log.copy_for("one", since))
+            if self.meanwhile:
+                self.meanwhile.pop()()
             if self.cut:
                 return StreamingResponse(iter([copy[: len(copy) // 2]]), headers={"content-length": str(len(copy))})
             return StreamingResponse(iter([copy]))
@@ -200,6 +202,18 @@ def test_a_head_that_another_program_kept_meanwhile_is_no_reason_to_refuse(encla
     assert heads.read().count == 6
 
 
+def test_a_newer_head_that_another_program_keeps_meanwhile_stays(enclave, heads, look):
+    look()
+
+    def faster():
+        enclave.work(10)
+        look()
+
+    enclave.meanwhile.append(faster)
+    assert look().count == heads.read().count == 15
+    assert enclave.asked == [5, 5, 5, 15]
+
+
 def test_programs_that_share_a_file_never_set_it_back(enclave, heads, look):
     """Each sees another length of the log; what is kept in the end is the longest."""
     failed = []
@@ -222,8 +236,8 @@ def test_programs_that_share_a_file_never_set_it_back(enclave, heads, look):
 
 
 def test_addresses_have_files_of_their_own(tmp_path):
-    names = {HeadFile(tmp_path, it).path for it in ("a:1", "a:11", "[::1]:1", "../x:1", "a%3A1:1")}
-    assert len(names) == 5
+    names = {HeadFile(tmp_path, it).path for it in ("a:1", "a:11", "[::1]:1", "../x:1", "a%3A1:1", "a/:1")}
+    assert len(names) == 6
     assert {it.parent for it in names} == {tmp_path}
 
 

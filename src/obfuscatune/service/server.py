@@ -26,7 +26,6 @@ from obfuscatune.attest.claims import Claims, Software
 from obfuscatune.attest.evidence import Producer
 from obfuscatune.channel.identity import Identity
 from obfuscatune.channel.measure import Measured
-from obfuscatune.channel.registry import GrantRegistry
 from obfuscatune.channel.server import ChannelServer
 from obfuscatune.errors import ConfigError
 from obfuscatune.protocol.endpoints import TcpAddress
@@ -46,6 +45,7 @@ from obfuscatune.service.keys import Owner, Owners
 from obfuscatune.service.limits import RateLimits
 from obfuscatune.service.metrics import Metrics
 from obfuscatune.service.models import Models
+from obfuscatune.service.provider_words import ProviderWords
 from obfuscatune.service.receipt import Attestation, about_job, make_receipt, receipt_digest
 from obfuscatune.service.settings import Settings, Simulated, Tpm, Worker
 from obfuscatune.service.state import Row, State
@@ -180,7 +180,8 @@ class Service:
             owners = Owners()
             jobs = Jobs(self._record)
             models = Models(settings, owners, lambda _: jobs.wake())
-            access = Access(GrantRegistry(state.latest_grants()), state)
+            self._words = ProviderWords(state, audit)
+            access = Access(self._words.registry(), state)
             self.context = Context(
                 *(settings, state, storage, owners, access, models),
                 *(RateLimits(settings.limits), Metrics(), audit, attestation, jobs),
@@ -208,7 +209,7 @@ class Service:
             if settings.operator is not None:
                 sockets.append(stack.enter_context(_bound(settings.operator.host, settings.operator.port)))
             addresses = [_address(it) for it in sockets]
-            handler = ServiceHandler(self.context, self._https, addresses[0])
+            handler = ServiceHandler(self.context, self._words, self._https, addresses[0])
             channel = ChannelServer(
                 TcpAddress(settings.channel.host, settings.channel.port),
                 Identity.generate("obfuscatune"),
