@@ -14,8 +14,9 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from cryptography.hazmat.primitives import serialization
@@ -36,7 +37,7 @@ from obfuscatune.service import tables as rows
 from obfuscatune.service.access import Access
 from obfuscatune.service.api.app import make_app, make_operator_app
 from obfuscatune.service.api.context import Context
-from obfuscatune.service.api.tls import HttpsIdentity, Protocol
+from obfuscatune.service.api.tls import Gate, Handshakes, HttpsIdentity
 from obfuscatune.service.audit_log import SERVICE, AuditLog
 from obfuscatune.service.handler import ServiceHandler
 from obfuscatune.service.job_results import Outcome
@@ -255,14 +256,10 @@ class Service:
             "timeout_keep_alive": _KEEP_ALIVE_SECONDS,
             "timeout_graceful_shutdown": limits.drain_seconds,
         }
-        api = uvicorn.Config(
-            make_app(self.context),
-            http=Protocol,
-            limit_concurrency=limits.connections,
-            ssl_context_factory=lambda _config, _default: self._https.context,
-            **common,
-        )
-        servers = [_Server(api)]
+        handshakes = Handshakes(self._https.context, max(1, limits.connections // 2))
+        gate = cast(type[asyncio.Protocol], partial(Gate, handshakes))
+        api = uvicorn.Config(make_app(self.context), http=gate, limit_concurrency=limits.connections, **common)
+        servers = [_Server(api, handshakes)]
         if len(sockets) > 1:
             servers.append(_Server(uvicorn.Config(make_operator_app(self.context), http="h11", **common)))
         loop = asyncio.get_running_loop()
@@ -341,7 +338,16 @@ class Service:
 
 
 class _Server(uvicorn.Server):
-    """Signals are the service's: one ends all servers."""
+    """Signals are the service's: one ends all servers. Who is in a handshake then is a stranger still."""
+
+    def __init__(self, config: uvicorn.Config, handshakes: Handshakes | None = None) -> None:
+        super().__init__(config)
+        self._handshakes = handshakes
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._handshakes is not None:
+            self._handshakes.close()
+        await super().shutdown(sockets)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
