@@ -84,6 +84,7 @@ def test_a_bundle_is_sealed_to_a_bucket_and_opened_from_it(bucket: Any, tmp_path
         Sealed(tmp_path / "again")
 
 
+@pytest.mark.long
 def test_what_the_bucket_s_owner_does_is_noticed(bucket: Any, tmp_path: Path) -> None:
     made = Sealed(tmp_path)
     first, second = bucket.find("models/llama/chunks")[:2]
@@ -114,6 +115,7 @@ def test_what_the_bucket_s_owner_does_is_noticed(bucket: Any, tmp_path: Path) ->
     made.check()
 
 
+@pytest.mark.long
 def test_a_bucket_that_refuses_is_a_storage_error_without_secrets(
     bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
