@@ -1,7 +1,7 @@
 """A certificate authority, a certificate log and a transparency log of our own, in sigstore's formats.
 
-What Fulcio and Rekor (version 1) do for whoever signs: a certificate for ten minutes with the signer's identity, which a
-certificate log has; and an entry of the signature in a Merkle tree whose head the log signs.
+What Fulcio and Rekor (version 1) do for whoever signs: a certificate for ten minutes with the signer's identity, which
+a certificate log has; and an entry of the signature in a Merkle tree whose head the log signs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ IDENTITY = "https://github.com/example/release/.github/workflows/release.yml@ref
 ISSUER = "https://token.actions.githubusercontent.com"
 _ISSUER_OID = ObjectIdentifier("1.3.6.1.4.1.57264.1.1")
 _SCT_OID = ObjectIdentifier("1.3.6.1.4.1.11129.2.4.2")
-_NAME = x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, "tests"), x509.NameAttribute(NameOID.COMMON_NAME, "ca")])
+_NAME = x509.Name(
+    [x509.NameAttribute(NameOID.ORGANIZATION_NAME, "tests"), x509.NameAttribute(NameOID.COMMON_NAME, "ca")]
+)
 
 
 def new_key() -> Key:
@@ -83,7 +85,11 @@ class World:
 
         def log(key: Key) -> dict[str, Any]:
             public = {"rawBytes": b64(spki(key)), "keyDetails": "PKIX_ECDSA_P256_SHA_256", "validFor": since}
-            names = {"baseUrl": "https://log.invalid", "hashAlgorithm": "SHA2_256", "logId": {"keyId": b64(key_id(key))}}
+            names = {
+                "baseUrl": "https://log.invalid",
+                "hashAlgorithm": "SHA2_256",
+                "logId": {"keyId": b64(key_id(key))},
+            }
             return {**names, "publicKey": public}
 
         chain = {"certificates": [{"rawBytes": b64(self.ca.public_bytes(serialization.Encoding.DER))}]}

@@ -1,4 +1,4 @@
-"""Reference values that an identity of sigstore's signed: genuine ones are read, every other is refused with its reason."""
+"""Reference values that an identity of sigstore's signed: genuine ones are read, others refused with their reason."""
 
 import json
 from copy import deepcopy
@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 pytest.importorskip("sigstore", reason="the extra `sigstore` is not installed")
 
 from obfuscatune.attest.policy import Policy
-from obfuscatune.attest.simulated import Simulated
 from obfuscatune.attest.sigstore_bundle import verify_bundle
+from obfuscatune.attest.simulated import Simulated
 from obfuscatune.attest.verification import verify
 from obfuscatune.errors import ConfigError, IntegrityError
 from tests.attest.made import BINDING, CLAIMS, KEY, NOW, REPORT_DATA, public_hex, simulated_policy
@@ -139,7 +139,9 @@ def folder(tmp_path):
 
 def read(folder, **wanted):
     path = folder / "policy.yaml"
-    path.write_text(yaml.safe_dump(simulated_policy(reference_values={"file": "ref.json", "sigstore": SIGNER} | wanted)))
+    path.write_text(
+        yaml.safe_dump(simulated_policy(reference_values={"file": "ref.json", "sigstore": SIGNER} | wanted))
+    )
     return Policy.from_file(path)
 
 
@@ -162,9 +164,17 @@ def test_a_policy_takes_reference_values_from_an_identity_and_verification_says_
 @pytest.mark.parametrize(
     ("spoil", "kind", "message"),
     [
-        (lambda it: (it / "ref.json.sigstore.json").unlink(), ConfigError, r"ref\.json\.sigstore\.json: cannot be read"),
+        (
+            lambda it: (it / "ref.json.sigstore.json").unlink(),
+            ConfigError,
+            r"ref\.json\.sigstore\.json: cannot be read",
+        ),
         (lambda it: (it / "trusted_root.json").unlink(), ConfigError, r"trusted_root\.json: cannot be read"),
-        (lambda it: (it / "ref.json").write_bytes(CONTENT.replace(b"ee", b"ef")), IntegrityError, r"ref\.json: the sig"),
+        (
+            lambda it: (it / "ref.json").write_bytes(CONTENT.replace(b"ee", b"ef")),
+            IntegrityError,
+            r"ref\.json: the sig",
+        ),
         (lambda it: (it / "ref.json.sigstore.json").write_bytes(b"x" * 2**21), ConfigError, "larger than"),
     ],
 )

@@ -82,7 +82,7 @@ def test_when_the_process_that_keeps_memory_is_killed_one_line_says_so() -> None
 def test_the_enclave_holds_two_large_matrices_beside_its_own(tmp_path: Path) -> None:
     """Of 8 that the model has, 906 MB in all. A third would be seen: it is larger than all that is allowed else.
 
-    Their copies in the memory that is shared with the worker are counted by themselves: at most as large as that memory.
+    Their copies in the memory that is shared with the worker are counted by themselves.
     """
     config = GPT2Config(n_embd=3072, n_head=16, n_layer=2, vocab_size=64, n_positions=32)
     write_random_checkpoint(config, tmp_path, lambda line: None)

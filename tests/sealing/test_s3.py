@@ -1,4 +1,4 @@
-"""Bundles at s3://, with a real HTTP server that speaks S3: sealed, opened, and held against whoever owns the bucket."""
+"""Bundles at s3://, with a real server that speaks S3: sealed, opened, and held against whoever owns the bucket."""
 
 from __future__ import annotations
 

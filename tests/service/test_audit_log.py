@@ -130,9 +130,7 @@ def test_a_head_speaks_of_entries_on_disk_alone(tmp_path: Path, monkeypatch: pyt
     appending.start()
     assert writing.wait(10)
     told: list[tuple[int, int]] = []
-    asking = threading.Thread(
-        target=lambda: told.append((Head.from_signed(log.head(), KEYS).count, on_disk[0]))
-    )
+    asking = threading.Thread(target=lambda: told.append((Head.from_signed(log.head(), KEYS).count, on_disk[0])))
     asking.start()
     asking.join(0.2)
     go_on.set()

@@ -55,6 +55,7 @@ class Api:
             thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
             thread.start()
             assert started.wait(SECONDS)
+
             def stop() -> None:
                 server.should_exit = True
                 thread.join(SECONDS)

@@ -110,7 +110,7 @@ def _known(model: type[BaseModel], path: list[str]) -> Iterator[str]:
 
 
 def _read_reference_values(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """The document of a file of reference values, which one of the keys signed, or the identity of a sigstore bundle."""
+    """The document of a file of reference values, signed by one of the keys or by an identity of sigstore's."""
     content = _read_bytes(path)
     try:
         if "sigstore" in wanted:

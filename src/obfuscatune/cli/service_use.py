@@ -32,7 +32,9 @@ class ServiceOptions(EnclaveOptions):
     )
     heads: Annotated[
         Path | None,
-        Option("Folder of the newest audit-log heads that were seen.", ENCLAVE, unset="heads, in the identity's folder"),
+        Option(
+            "Folder of the newest audit-log heads that were seen.", ENCLAVE, unset="heads, in the identity's folder"
+        ),
     ] = None
 
     @property
@@ -75,7 +77,8 @@ def proxy(
     """Speak plain OpenAI to any client on this machine, and forward it to an enclave that your policy accepts.
 
     The enclave is verified before the first request and again while the proxy runs, and its audit log must go on from
-    what was seen of it. The moment that fails, everything is refused. Then: OPENAI_BASE_URL=http://127.0.0.1:8000/v1 in the client's environment.
+    what was seen of it. The moment that fails, everything is refused. Then:
+    OPENAI_BASE_URL=http://127.0.0.1:8000/v1 in the client's environment.
     """
     import uvicorn
 

@@ -121,7 +121,11 @@ class ProviderWords:
             except IntegrityError:
                 log.warning("model %s: a consent was changed on the disk, and does not count", grant.model)
                 continue
-            is_its = (consent.provider, consent.model, consent.manifest) == (grant.provider, grant.model, grant.manifest)
+            is_its = (consent.provider, consent.model, consent.manifest) == (
+                grant.provider,
+                grant.model,
+                grant.manifest,
+            )
             if is_its and kept["sequence"] > revoked:
                 yield consent
 
@@ -160,7 +164,11 @@ def _of_log(audit: AuditLog) -> tuple[dict[_Name, Latest], dict[_Name, int]]:
         if "sequence" not in about:
             continue  # of before 2026-11-29
         texts, sequence = [about.get(it) for it in ("provider", "model", "document")], about["sequence"]
-        if not all(isinstance(it, str) for it in texts) or type(sequence) is not int or not 0 <= sequence <= MOST_TOKENS:
+        if (
+            not all(isinstance(it, str) for it in texts)
+            or type(sequence) is not int
+            or not 0 <= sequence <= MOST_TOKENS
+        ):
             raise IntegrityError(f"entry {entry['n']} of the audit log is of no grant")
         provider, model, digest = map(str, texts)
         _raise_to(latest, (provider, model), Latest(sequence, digest))
