@@ -3,9 +3,9 @@
     client on this machine --HTTP--> proxy on 127.0.0.1 --mutual TLS, pinned--> enclave
 
 Nothing is forwarded but under a `Standing` that has not ended: the enclave was verified, not longer ago than the policy
-allows. Before it ends the enclave is verified again; between, its audit log must go on from what was seen of it. When that
-fails because the evidence, or the log, is refused, the proxy refuses everything from that moment until it is started
-again; when the enclave cannot be reached, until it is verified again.
+allows. Before it ends the enclave is verified again; between, its audit log must go on from what was seen of it. When
+evidence or log are refused, the proxy refuses everything from that moment until it is started again; when the enclave
+cannot be reached, until it is verified again.
 """
 
 from __future__ import annotations
