@@ -165,6 +165,25 @@ def test_what_was_asked_is_asked_again_for_all_when_the_connection_breaks(
     assert client.stats.reconnects == before + 1
 
 
+def test_to_close_waits_for_what_others_asked(relay: Relay, client: WorkerClient, pool: ThreadPoolExecutor) -> None:
+    """A thread that found the connection gone would make another, which nobody closes."""
+    assert both_ask(client, pool) == [True, True]
+    relay.shut_until(2 * REQUEST_BYTES)  # one more than is asked
+    asked = pool.submit(ask, client, 1)
+    with relay.changed:
+        assert relay.changed.wait_for(lambda: relay.asked == relay.open_at - REQUEST_BYTES, SECONDS)
+    closing = threading.Thread(target=client.close)
+    closing.start()
+    closing.join(0.2)  # were it not to wait, it would be over
+    assert closing.is_alive()
+    with relay.changed:
+        relay.open_at = 0
+        relay.changed.notify_all()
+    assert asked.result(SECONDS)
+    closing.join(SECONDS)
+    assert client.stats.reconnects == 0
+
+
 def test_a_deadline_is_kept_by_who_does_not_read(relay: Relay, pool: ThreadPoolExecutor) -> None:
     with WorkerClient.open(relay.address, deadline_s=0.3, retry=IMPATIENT) as client:
         client.store(ID, lambda: W, shape=(3, 4), dtype=W.dtype)

@@ -70,6 +70,8 @@ class WorkerClient:
         """Notified when a thread that read has stopped reading, or has read a reply."""
         self._is_listened = False
         """Whether a thread waits for the next reply, whoever it is for."""
+        self._waiting = 0
+        """Threads that wait for replies, without the lock."""
         self._user: int | None = None
         """The thread that submitted, while there is but one."""
         self._driver.is_to_read = None
@@ -287,6 +289,7 @@ class WorkerClient:
         """
         with self._lock:
             self._closed = True
+            self._changed.wait_for(lambda: not self._waiting)  # else they would connect anew
             self._end()
 
     def __enter__(self) -> Self:
@@ -336,11 +339,20 @@ class WorkerClient:
         """
         remaining = deadline.remaining()
         seconds = LOOK_SECONDS if remaining is None else min(remaining, LOOK_SECONDS)
-        if self._is_listened:
-            self._changed.wait(seconds)
-            return False
-        if connection.has_news():
+        if not self._is_listened and connection.has_news():
             return True
+        self._waiting += 1
+        try:
+            if self._is_listened:
+                self._changed.wait(seconds)
+            else:
+                self._listen(connection, seconds)
+        finally:
+            self._waiting -= 1
+        return False
+
+    def _listen(self, connection: ClientConnection, seconds: float) -> None:
+        """Wait without the lock until there is news."""
         self._changed.notify_all()  # what was read just now may have been another's
         self._is_listened, started = True, time.monotonic()
         self._lock.release()
@@ -350,7 +362,6 @@ class WorkerClient:
             self._lock.acquire()
             self._is_listened = False
             self.stats.seconds_waiting += time.monotonic() - started
-        return False
 
 
 class _Refusing(AbstractContextManager[None]):
