@@ -349,6 +349,8 @@ class WorkerClient:
                 self._listen(connection, seconds)
         finally:
             self._waiting -= 1
+            if self._closed:
+                self._changed.notify_all()  # whoever closes waits for the last of us to be done
         return False
 
     def _listen(self, connection: ClientConnection, seconds: float) -> None:
