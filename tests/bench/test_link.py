@@ -208,6 +208,17 @@ def test_after_a_failure_the_network_is_gone() -> None:
 
 
 @needs_namespaces
+def test_what_a_killed_benchmark_left_is_removed_by_the_next() -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        ended.wait(TEN_SECONDS)
+    left = f"obfuscatune-{ended.pid}-e"
+    subprocess.run(["ip", "netns", "add", left], check=True)
+    with emulated_network(1.0, None):
+        listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    assert left not in listed
+
+
+@needs_namespaces
 def test_what_fails_half_way_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     run = network_module._ip
 

@@ -75,6 +75,7 @@ def emulated_network(delay_ms: float, gbit: float | None) -> Iterator[Network]:
             "without them --link takes this machine's own network"
         )
     names = Network(f"obfuscatune-{os.getpid()}-e", f"obfuscatune-{os.getpid()}-w")
+    _remove_left_behind()
     with ExitStack() as stack:
         ends = []
         for side, (namespace, host, peer) in enumerate(
@@ -185,6 +186,14 @@ def _ip(*arguments: str) -> None:
     done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)  # noqa: S607 - as the user's PATH has it
     if done.returncode:
         raise ConfigError(f"`ip {' '.join(arguments)}` failed: {done.stderr.strip() or done.returncode}")
+
+
+def _remove_left_behind() -> None:
+    """Remove the namespaces of benchmarks that were killed."""
+    for path in Path("/run/netns").glob("obfuscatune-*-[ew]"):
+        pid = path.name.split("-")[1]
+        if pid.isascii() and pid.isdigit() and not Path("/proc", pid).exists():
+            _remove(path.name)
 
 
 def _remove(namespace: str) -> None:
