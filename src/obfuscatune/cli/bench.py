@@ -174,6 +174,7 @@ def _checked_profiles(names: str | None) -> tuple[str, ...]:
 @_command(
     "obfuscatune bench obfuscate --shape gpt2-xl --out benchmarks/results",
     "obfuscatune bench obfuscate --shape gpt2 --transform structured --transform haar",
+    "obfuscatune bench obfuscate --shape llama-3.1-8b --layers 4 --dtype bfloat16 --rounds 1",
 )
 def obfuscate(
     shape: Shape = "gpt2-xl",
@@ -184,6 +185,7 @@ def obfuscate(
     rounds: Annotated[int, Option("Loads with each transform; the fastest counts.", least=1)] = 3,
     profile: options.Profile = None,
     first_blocks: options.FirstBlocks = None,
+    dtype: options.Dtype = None,
     memory_kept: Annotated[
         bool,
         Option(
@@ -216,6 +218,7 @@ def obfuscate(
         transforms=transforms,
         profile=profile,
         first_blocks=first_blocks,
+        dtype=options.check_dtype(dtype),
         threads=threads or cores(),
         rounds=rounds,
         memory_kept=memory_kept,
