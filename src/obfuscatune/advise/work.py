@@ -217,9 +217,7 @@ class _Routed:
         hit = min(count, rows * active)
         return cls(hit, -(-rows * active // hit))
 
-    def regrouped(
-        self, products: Counter[Product], groups: list[LayerGroup]
-    ) -> tuple[Counter[Product], int]:
+    def regrouped(self, products: Counter[Product], groups: list[LayerGroup]) -> tuple[Counter[Product], int]:
         """On `meta` each row of each expert is a product of its own, by a copy of the matrix.
 
         Returns:

@@ -62,7 +62,8 @@ def main() -> None:
             "matrices": stats.uploads,
             "enclave_parameters": sum(parameter.numel() for parameter in own),
             "enclave_bytes": sum(parameter.nbytes for parameter in own),
-            "parameters": sum(parameter.numel() for parameter in own) + stats.bytes_uploaded // profile.crossing_dtype(dtype).itemsize,
+            "parameters": sum(parameter.numel() for parameter in own)
+            + stats.bytes_uploaded // profile.crossing_dtype(dtype).itemsize,
             "before_bytes": before,
             "enclave_peak_bytes": peak_bytes(),
             "enclave_anonymous_peak_bytes": sampled.anonymous_bytes,

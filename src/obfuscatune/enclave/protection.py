@@ -163,7 +163,9 @@ class Protection:
             first = group.targets[0]
             side = residual_role(first.name, first.in_features, first.out_features, self.width)
         with outside_autocast(W.device):
-            return obfuscate(W, self.key, self.profile.transform_spec, group.name, only=side, dtype=dtype, memory=memory)
+            return obfuscate(
+                W, self.key, self.profile.transform_spec, group.name, only=side, dtype=dtype, memory=memory
+            )
 
     def send(self, group: LayerGroup, obfuscated: Obfuscated, weights: WeightSource) -> Offloaded:
         """Have the worker hold W_star, whose memory is overwritten. From any thread."""

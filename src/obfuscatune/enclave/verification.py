@@ -161,13 +161,10 @@ def _images(W: Tensor, R: Tensor, L: Tensor) -> tuple[Tensor, Tensor, float]:
     return W_R, W_L, math.sqrt(squares)
 
 
-
 class Verifier:
     """Checks products of one matrix."""
 
-    def __init__(
-        self, W_star: Tensor, stream: SecretStream, share: float, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, W_star: Tensor, stream: SecretStream, share: float, dtype: torch.dtype | None = None) -> None:
         """Computes the images of `BASIS` vectors, both ways, and the norm, from W_star (p, q).
 
         Args:
