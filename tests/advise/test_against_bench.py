@@ -1,4 +1,4 @@
-"""What `advise` predicts, beside what `bench` measures of the same work on this machine. Minutes, on an idle machine."""
+"""What `advise` predicts, beside what `bench` measures of the same work. It takes minutes, and an idle machine."""
 
 import json
 import os
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.long
 SHAPE = {"shape": "gpt2", "layers": 3}
 SIZES: dict[Kind, tuple[int, int]] = {"step": (1, 128), "forward": (1, 128), "decode": (4, 32)}
 OFF_BY = 0.3
-"""A prediction may be off by so much of the ratio: the models of work and speeds are coarse, and no round is as the last."""
+"""A prediction may be off by so much of the ratio: work and speeds are coarse models, and no round is as the last."""
 
 
 @pytest.mark.parametrize("profile", ["private", "guarded"])

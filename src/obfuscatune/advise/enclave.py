@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,11 +148,11 @@ class OtherTimes:
 
 def measure_others(rows: int, width: int, *, backward: bool, dtype: torch.dtype = torch.float32) -> OtherTimes:
     """As the blocks of a model do them on (rows, width): from a small tensor, and from one of that size."""
-    (few_count, few_bytes, few), (count, nbytes, many) = (
+    (count, few_bytes, few), (_, nbytes, many) = (
         _others(*size, backward=backward, dtype=dtype) for size in ((1, 64), (max(rows, 2), max(width, 128)))
     )
     a_byte = max((many - few) / max(nbytes - few_bytes, 1), 0.0)
-    return OtherTimes(max(few - few_bytes * a_byte, 0.0) / few_count, a_byte)
+    return OtherTimes(max(few - few_bytes * a_byte, 0.0) / count, a_byte)
 
 
 def _others(rows: int, width: int, *, backward: bool, dtype: torch.dtype) -> tuple[int, int, float]:
@@ -185,9 +183,3 @@ def measure_optimizer(parameters: int, tensors: int = 64) -> float:
         weight.grad = torch.ones_like(weight)
     optimizer = torch.optim.AdamW(weights)
     return median_seconds(optimizer.step) * parameters / (size * tensors)
-
-
-def stopwatch() -> Callable[[], float]:
-    """What tells the seconds since now."""
-    started = time.perf_counter()
-    return lambda: time.perf_counter() - started

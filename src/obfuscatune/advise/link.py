@@ -23,7 +23,7 @@ from obfuscatune.advise.enclave import FEW_ROWS
 from obfuscatune.enclave.client import WorkerClient
 from obfuscatune.enclave.profiles import Profile
 from obfuscatune.enclave.protect import protect
-from obfuscatune.enclave.protection import Masking
+from obfuscatune.enclave.protection import Masking, Protection
 from obfuscatune.errors import WrongProduct
 
 Progress = Callable[[str], None]
@@ -36,6 +36,8 @@ UPLOAD_SECONDS = 1.5
 """That uploading these may take, by the bandwidth that was measured; there are fewer of them on a slow link."""
 _THIN, _LONG, _ROWS = 4, 8192, 128
 _LEAST_ROUNDS, _MOST_ROUNDS, _MOST_SECONDS = 5, 50, 0.5
+_PATIENCE_SECONDS = 10.0
+"""After which even the least number of rounds is cut short: a worker may be slow, or want to look so."""
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Of the largest element; a product that is off by more is none. What rounds in 16 bits errs by percents."""
 
@@ -89,7 +91,9 @@ def _timed(work: Callable[[], None]) -> list[float]:
     """Seconds of each call, after one that is not counted."""
     work()
     seconds: list[float] = []
-    while len(seconds) < _LEAST_ROUNDS or (len(seconds) < _MOST_ROUNDS and sum(seconds) < _MOST_SECONDS):
+    while len(seconds) < _MOST_ROUNDS and sum(seconds) < (
+        _PATIENCE_SECONDS if len(seconds) < _LEAST_ROUNDS else _MOST_SECONDS
+    ):
         started = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - started)
@@ -125,14 +129,26 @@ class RequestTimes:
         return 2e-9 / self.seconds_an_element
 
 
+class _Block(nn.Module):
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, width, bias=False, dtype=dtype)
+
+
 class _Layers(nn.Module):
     """Square layers, one a block, as `protect` finds them."""
 
+    protection: Protection
+    """Once it is protected."""
+
     def __init__(self, width: int, count: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(
-            nn.ModuleDict({"proj": nn.Linear(width, width, bias=False, dtype=dtype)}) for _ in range(count)
-        )
+        self.blocks = nn.ModuleList(_Block(width, dtype) for _ in range(count))
+
+    def forward(self, x: Tensor, index: int) -> Tensor:
+        """Through one of them."""
+        y: Tensor = self.blocks[index].get_submodule("proj")(x)
+        return y
 
 
 @dataclass(frozen=True)
@@ -188,7 +204,7 @@ def _layer_times(
 ) -> _Round:
     """Median times of a request through protected layers (width, width), which take turns."""
     layers = _Layers(width, count, dtype)
-    weights = [block["proj"].weight.detach().double() for block in layers.blocks]
+    first = next(layers.parameters()).detach().double().clone()
     protection = protect(
         layers, client, profile, base="closed", mask_worker=mask_client, masking=Masking(memory_bytes=0), first_blocks=0
     ).protection
@@ -200,15 +216,15 @@ def _layer_times(
         def ask() -> None:
             before, masked = client.stats.seconds_waiting, _mask_seconds(protection)
             started = time.perf_counter()
-            layers.blocks[next(turn)]["proj"](x)
+            layers(x, next(turn))
             passed = time.perf_counter() - started
             waited, masks = client.stats.seconds_waiting - before, _mask_seconds(protection) - masked
             rounds.append(_Round(max(passed - waited - masks, 0.0), waited, masks))
 
         with torch.inference_mode():
             _timed(ask)
-            last = layers.blocks[0]["proj"](x)
-        _check(last.double(), x.double() @ weights[0].T, profile.crossing_dtype(dtype))
+            last = layers(x, 0)
+        _check(last.double(), x.double() @ first.T, profile.crossing_dtype(dtype))
     finally:
         for one in protection.offloaded:
             one.crossing.product.drop()
@@ -216,6 +232,5 @@ def _layer_times(
     return _Round(*(statistics.median(getattr(it, part) for it in counted) for part in ("own", "waited", "masks")))
 
 
-def _mask_seconds(protection: object) -> float:
-    masks = getattr(protection, "masks", None)
-    return 0.0 if masks is None else float(masks.stats.seconds_waiting)
+def _mask_seconds(protection: Protection) -> float:
+    return 0.0 if protection.masks is None else protection.masks.stats.seconds_waiting

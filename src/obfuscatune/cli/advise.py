@@ -168,9 +168,10 @@ def _opened(stack: ExitStack, workers: Workers, profile: Any) -> tuple[dict[str,
         tls_cert=workers.tls_cert, tls_key=workers.tls_key, peer=workers.peer, mask_worker=workers.mask_worker,
         mask_peer=workers.mask_peer,
     )  # fmt: skip
+    addresses: list[str | None] = [*workers.worker] if workers.worker else [None]
     links = {
         output.printable(address or "this machine"): stack.enter_context(opened_link(address, one.tls))
-        for address in workers.worker or [None]
+        for address in addresses
     }
     mask_link = stack.enter_context(opened_link(workers.mask_worker, one.masking.tls)) if profile.masks else None
     return links, mask_link

@@ -57,9 +57,9 @@ def at_the_end(memory: Tensor, shape: tuple[int, int], dtype: torch.dtype, wide:
 
 
 def widened(W: Tensor, memory: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """W (p, q) in a wider dtype, in `memory`, at whose end it may lie: then W is overwritten. None is memory of its own.
+    """W (p, q) in a wider dtype, in `memory`, at whose end it may lie: then W is overwritten.
 
-    From the front on: where an element of the result is written, that of W has been read.
+    None is memory of its own. From the front on: where an element of the result is written, that of W has been read.
     """
     if W.dtype == dtype:
         return W

@@ -33,7 +33,6 @@ from obfuscatune.enclave import kernels
 from obfuscatune.enclave.client.requests import check_product
 from obfuscatune.enclave.kernels import Tolerance
 from obfuscatune.enclave.keys import SecretStream
-from obfuscatune.enclave.transforms.base import widen
 from obfuscatune.errors import WrongProduct
 
 CONVERTED_ELEMENTS = 1 << 22

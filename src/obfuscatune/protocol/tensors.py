@@ -3,6 +3,7 @@
 import hashlib
 import math
 import sys
+from collections.abc import Iterable
 from enum import IntEnum
 from mmap import mmap
 from typing import Any
@@ -144,8 +145,9 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return math.isfinite(total) or all(bool(torch.isfinite(tile).all()) for tile in _tiles(tensor))
 
 
-def _tiles(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _tiles(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
     """A tensor some rows at a time: torch adds 16-bit numbers up in a float32 copy of them."""
     if tensor.numel() <= _COPIED:
         return (tensor,)
-    return tensor.split(max(1, _COPIED * tensor.shape[0] // tensor.numel()))
+    parts: Iterable[torch.Tensor] = tensor.split(max(1, _COPIED * tensor.shape[0] // tensor.numel()))
+    return parts
