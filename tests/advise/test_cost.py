@@ -89,8 +89,9 @@ def test_masked_rows_are_of_float64_and_filled_up_to_a_bucket() -> None:
     private, guarded = (count("step", "gpt2", 2, profile, rows=100) for profile in ("private", "guarded"))
     assert guarded.wire_dtype == torch.float64
     assert {request.sent for request in guarded.requests} == {128}
-    assert {request.sent for request in private.requests} == {108}
-    assert guarded.crossing_bytes == private.crossing_bytes * 2 * 128 // 108
+    (sent,) = {request.sent for request in private.requests}
+    assert 100 + 8 <= sent < 128  # and the shield rows
+    assert guarded.crossing_bytes * sent == private.crossing_bytes * 2 * 128
     assert guarded.kept == private.kept
 
 
