@@ -195,6 +195,11 @@ def settled_bytes(pid: int | None = None) -> int:
     return _status("VmRSS", pid)
 
 
+def shared_bytes(pid: int | None = None) -> int:
+    """What of that is memory shared with other processes (RssShmem). Raises as `peak_bytes`."""
+    return _status("RssShmem", pid)
+
+
 class MemorySampler:
     """Watches this process's anonymous memory while the `with` lasts: what is mapped from files is not in it.
 
