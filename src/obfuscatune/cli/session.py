@@ -138,6 +138,11 @@ class Protection:
         ),
     ] = None
 
+    enclave_device: Annotated[
+        str | None,
+        Option("Where the enclave's own part lies: cpu, or cuda:N, a confidential GPU.", PROTECTION, unset="cpu"),
+    ] = None
+
     def __post_init__(self) -> None:
         if self.base not in (None, "closed", "public"):
             raise ConfigError(f"--base: expected closed or public, found {self.base}")
@@ -177,7 +182,7 @@ class Protection:
     @property
     def names_two_devices(self) -> bool:
         """Whether both workers are devices of this machine."""
-        from obfuscatune.enclave.protect import device_of
+        from obfuscatune.enclave.placement import device_of
 
         return None not in (device_of(self.worker), device_of(self.mask_worker))
 
@@ -352,6 +357,7 @@ def _with_provider_adapter(model: Any, directory: Path) -> Any:
 @contextmanager
 def _protected(files: ModelFiles, dtype: Any, protection: Protection) -> Iterator[Any]:
     import obfuscatune
+    from obfuscatune.enclave.placement import enclave_device
     from obfuscatune.enclave.protect import check_workers
 
     key = None if protection.key_file is None else obfuscatune.RootKey.from_file(protection.key_file)
@@ -363,6 +369,7 @@ def _protected(files: ModelFiles, dtype: Any, protection: Protection) -> Iterato
         output.warn_as_published()
     advise_of_public_base(protection.base, profile, files.config, files.directory)
     masking = protection.masking
+    enclave_device(protection.enclave_device, protection.worker, protection.mask_worker)
     check_workers(protection.worker, protection.mask_worker, profile, protection.tls, masking)
     if profile.masks and (protection.worker is None or protection.names_two_devices):
         output.notice(
@@ -380,6 +387,7 @@ def _protected(files: ModelFiles, dtype: Any, protection: Protection) -> Iterato
                 profile=profile,
                 dtype=dtype,
                 key=key,
+                device=protection.enclave_device,
                 progress=_forward_progress(meter),
                 base=None if profile.masks else "closed",  # what there is to say of it was said above, in our words
             )
