@@ -11,7 +11,8 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -53,21 +54,29 @@ def rotation(dim: int, dtype: torch.dtype, *, undo: bool, device: str = "cpu") -
     return R._rotation(dtype, torch.device(device), undo=undo)
 
 
+@contextmanager
+def loaded(*, interpret: bool) -> Iterator[Any]:
+    """The module of the kernels, made for Triton's interpreter or for its compiler: it asks when it is imported."""
+    before = {name: sys.modules.pop(name, None) for name in MODULES}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1" if interpret else "0")
+        module = importlib.import_module(MODULES[1])
+        if interpret:
+            patch.setattr(module, "_on", lambda x: nullcontext())
+        yield module
+    for name, found in before.items():
+        sys.modules.pop(name, None)
+        if found is not None:
+            sys.modules[name] = found
+
+
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[Kernels]:
     """The kernels, run by Triton's interpreter on the CPU."""
     if without_triton:
         pytest.skip("triton is not installed (the extra `triton`)")
-    before = {name: sys.modules.pop(name, None) for name in MODULES}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        module = importlib.import_module(MODULES[1])
-        patch.setattr(module, "_on", lambda x: nullcontext())
+    with loaded(interpret=True) as module:
         yield module.Gpu()
-    for name, found in before.items():
-        sys.modules.pop(name, None)
-        if found is not None:
-            sys.modules[name] = found
 
 
 def error(found: Tensor, exact: Tensor) -> float:
@@ -124,8 +133,17 @@ def test_what_is_not_finite_is_seen(interpreted: Kernels) -> None:
         assert not interpreted.unmix(y, A)[1]
 
 
-@pytest.mark.parametrize("profile", ["private", pytest.param("guarded", marks=pytest.mark.long)])
-def test_a_model_by_these_kernels(interpreted: Kernels, monkeypatch: pytest.MonkeyPatch, profile: str) -> None:
+@pytest.mark.parametrize(
+    ("profile", "lengths"),
+    [
+        ("private", (9,)),
+        pytest.param("private", (20, 13), marks=pytest.mark.long),
+        pytest.param("guarded", (20, 13), marks=pytest.mark.long),
+    ],
+)
+def test_a_model_by_these_kernels(
+    interpreted: Kernels, monkeypatch: pytest.MonkeyPatch, profile: str, lengths: tuple[int, ...]
+) -> None:
     """Forward and backward, with whatever falls back: gradients as of the plain model, to the rounding of float32."""
     called = set()
 
@@ -133,7 +151,7 @@ def test_a_model_by_these_kernels(interpreted: Kernels, monkeypatch: pytest.Monk
         called.add(x.shape[1])
         return interpreted
 
-    architecture, inputs = ARCHITECTURES["gpt2"], batch((20, 13), 97)
+    architecture, inputs = ARCHITECTURES["gpt2"], batch(lengths, 97)
     plain = architecture.build(torch.float32, n_embd=96, n_layer=1)
     _, expected = backward(with_lora(copy_of(plain), architecture), inputs)
     more = {"mask_worker": "device:cpu:1"} if profile == "guarded" else {}
@@ -196,21 +214,18 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_here() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from obfuscatune.enclave.kernels.gpu import OPTIONS
-    from obfuscatune.enclave.kernels.gpu_programs import mix_columns, rotate_rows, unmix_columns
-
     rows = {"A": 32, "B": 32, "R": 2, "HAS_BIAS": True}
     columns = {"A": 16, "B": 32, "C": 4}
-    for kernel, constants in ((rotate_rows, rows), (mix_columns, columns), (unmix_columns, columns)):
-        for element in ("fp32", "fp64"):
-            types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(constants, "constexpr")
+    with loaded(interpret=False) as module:
+        kernels_and_sizes = ((module.rotate_rows, rows), (module.mix_columns, columns), (module.unmix_columns, columns))
+        for (kernel, sizes), element, capability in product(kernels_and_sizes, ("fp32", "fp64"), (80, 90)):
+            types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(sizes, "constexpr")
             pointers = {"x", "y", "Q_a", "Q_b", "bias", "shield", "out"} & set(kernel.arg_names)
             types |= dict.fromkeys(pointers, f"*{element}")
             types |= dict.fromkeys({"picked", "placed", "order"} & set(kernel.arg_names), "*i32")
-            for capability in (80, 90):
-                source = ASTSource(fn=kernel, signature=types, constexprs=constants)
-                code = compiled(source, target=GPUTarget("cuda", capability, 32), options=dict(OPTIONS))
-                assert code.asm["cubin"]
+            source = ASTSource(fn=kernel, signature=types, constexprs=sizes)
+            code = compiled(source, target=GPUTarget("cuda", capability, 32), options=dict(module.OPTIONS))
+            assert code.asm["cubin"]
 
 
 @on_gpu
