@@ -90,16 +90,3 @@ def test_a_service_takes_no_two_devices_for_two_hands() -> None:
         )
     with pytest.raises(ValueError, match="write device:cuda:N"):
         Worker(address="device:gpu")
-
-
-@pytest.mark.long
-def test_an_audit_of_what_crosses_the_bus(obfuscatune: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same attacks succeed as on a process, and both parties of guarded are there."""
-    ran = obfuscatune(
-        *("audit", "--profile", "private,guarded", "--attacker", "closed", "--seeds", 1),
-        *("--worker", "device:cpu", "--out", tmp_path, "--json"),
-    )
-    assert ran.code == 0
-    cells = {(it["profile"], it["attack"]): it for it in ran.document["cells"]}
-    assert {profile for profile, _ in cells} >= {"private"}
-    assert len({profile for profile, _ in cells}) == 4
