@@ -376,8 +376,8 @@ def _protected(files: ModelFiles, dtype: Any, protection: Protection) -> Iterato
             "both workers run on this machine, in one hand: good to try it out; masks hide from two that do not collude"
         )
     with ExitStack() as stack:
-        link = stack.enter_context(_opened_link(protection.worker, protection.tls)) if profile.offload else None
-        masks = stack.enter_context(_opened_link(protection.mask_worker, masking.tls)) if profile.masks else None
+        link = stack.enter_context(opened_link(protection.worker, protection.tls)) if profile.offload else None
+        masks = stack.enter_context(opened_link(protection.mask_worker, masking.tls)) if profile.masks else None
         with output.progress("sending the transformed matrices" if profile.offload else "reading the model") as meter:
             model = obfuscatune.load(
                 files.directory,
@@ -420,7 +420,7 @@ def resolved_profile(protection: Protection) -> "Profile":
 
 
 @contextmanager
-def _opened_link(address: str | None, tls: "TlsConfig | None") -> Iterator["WorkerLink"]:
+def opened_link(address: str | None, tls: "TlsConfig | None") -> Iterator["WorkerLink"]:
     """A client of the worker that was named, or of one started for as long as the `with` lasts."""
     import obfuscatune
     from obfuscatune.enclave.client import open_link
