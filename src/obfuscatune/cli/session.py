@@ -87,7 +87,7 @@ class Protection:
     worker: Annotated[
         str | None,
         Option(
-            "Address of a running worker: unix:PATH or tcp:HOST:PORT.",
+            "Address of a running worker: unix:PATH or tcp:HOST:PORT; or a GPU of this machine: device:cuda:N.",
             PROTECTION,
             unset="starts one on this machine",
             variable=ENVIRONMENT["worker"],
@@ -173,6 +173,13 @@ class Protection:
             tls = TlsConfig(self.tls_cert, self.tls_key, self.mask_peer)
         memory = DEFAULT_MASKING.memory_bytes if self.mask_memory is None else parse_size(self.mask_memory)
         return Masking(tls, memory, self.mask_budget or DEFAULT_MASKING.budget)
+
+    @property
+    def names_two_devices(self) -> bool:
+        """Whether both workers are devices of this machine."""
+        from obfuscatune.enclave.protect import device_of
+
+        return None not in (device_of(self.worker), device_of(self.mask_worker))
 
     def unless_plain(self) -> "Protection | None":
         """None where a run is to be plain.
@@ -357,7 +364,7 @@ def _protected(files: ModelFiles, dtype: Any, protection: Protection) -> Iterato
     advise_of_public_base(protection.base, profile, files.config, files.directory)
     masking = protection.masking
     check_workers(protection.worker, protection.mask_worker, profile, protection.tls, masking)
-    if profile.masks and protection.worker is None:
+    if profile.masks and (protection.worker is None or protection.names_two_devices):
         output.notice(
             "both workers run on this machine, in one hand: good to try it out; masks hide from two that do not collude"
         )

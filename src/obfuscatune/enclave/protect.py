@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from obfuscatune.enclave.client import RetryPolicy, WorkerLink, open_link
+from obfuscatune.enclave.client import DeviceClient, RetryPolicy, WorkerLink, open_link
 from obfuscatune.enclave.experts import ProtectedExperts
 from obfuscatune.enclave.keys import RootKey
 from obfuscatune.enclave.layers import ProtectedLayer, first_protected
@@ -29,6 +29,7 @@ from obfuscatune.enclave.spill_store import SPILLED_AT_LEAST_IN, SpillStore, Wei
 from obfuscatune.enclave.target_layers import find_groups, refuse_absent_weights
 from obfuscatune.enclave.training_hooks import TrainingWatch, watch_targets
 from obfuscatune.errors import ConfigError, ProtectionError
+from obfuscatune.protocol.addresses import DeviceAddress
 from obfuscatune.protocol.tls import TlsConfig, pins
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -63,8 +64,8 @@ def protect(
 
     Args:
         model: a Hugging Face causal LM or encoder, or a PEFT model around one. Base weights become frozen.
-        workers: the worker's address (`unix:/run/x.sock`, `tcp:host:port`), or an open link. None starts a worker on
-            this machine, which ends with the model; profile `enclave` needs none.
+        workers: the worker's address (`unix:/run/x.sock`, `tcp:host:port`, `device:cuda:0`), or an open link. None
+            starts a worker on this machine, which ends with the model; profile `enclave` needs none.
         profile: name of a profile, or a profile.
         key: root key of the transforms; with the same key the worker need not be sent the same matrices again.
         tls: identity and pinned peer, for a worker across a network.
@@ -186,6 +187,11 @@ def check_workers(
     for worker in (workers, mask_worker):
         if not isinstance(worker, str | WorkerLink | None):
             raise ConfigError(f"expected a worker's address, found a {type(worker).__name__}: pass its .address")
+    if profile.lora_on == "worker" and device_of(workers) is not None:
+        raise ConfigError(
+            f"profile {profile.name!r} has LoRA on the worker, and a device only multiplies: start a worker process by "
+            "`obfuscatune worker --device cuda`, and name its address"
+        )
     if not profile.masks:
         if mask_worker is not None or masking.tls is not None:
             raise ConfigError(f"profile {profile.name!r} has no masks: a mask worker is for profile 'guarded'")
@@ -195,13 +201,26 @@ def check_workers(
             f"profile {profile.name!r} takes two workers in different hands: name both, by --worker and --mask-worker "
             "(workers= and mask_worker=), or neither, to try it out with two on this machine"
         )
-    if workers is not None and workers == mask_worker:
+    device = device_of(workers)
+    if workers is not None and (workers == mask_worker or (device is not None and device == device_of(mask_worker))):
         raise ConfigError("the mask worker is the worker: whoever holds both sees through the masks; name two")
     if tls is not None and masking.tls is not None and pins(tls) & pins(masking.tls):
         raise ConfigError(
             "worker and mask worker are pinned by the same key: whoever has it sees through the masks; have each make "
             "its own by `obfuscatune keygen`"
         )
+
+
+def device_of(worker: str | WorkerLink | None) -> DeviceAddress | None:
+    """The device that a worker is; None where it is another process, or none.
+
+    Raises:
+        ConfigError: the address of a device that cannot be read.
+    """
+    if isinstance(worker, DeviceClient):
+        return worker.address
+    is_address = isinstance(worker, str) and worker.startswith(DeviceAddress.PREFIX)
+    return DeviceAddress.parse(worker) if isinstance(worker, str) and is_address else None
 
 
 def _opened(worker: str | None, tls: TlsConfig | None, deadline_s: float, retry: RetryPolicy) -> WorkerLink:
