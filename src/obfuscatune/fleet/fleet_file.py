@@ -14,7 +14,7 @@ Paths are relative to the file. It says whom to trust: nobody else may be able t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -27,13 +27,13 @@ from obfuscatune.fleet.members import Member, Party
 from obfuscatune.fleet.placement import ALL, Plan
 from obfuscatune.fleet.policy import Operator, Policy, check_distinct, leaves_machine
 from obfuscatune.option import parse_size
-from obfuscatune.protocol.addresses import parse_address
+from obfuscatune.protocol.addresses import parse_worker_address
 from obfuscatune.protocol.authority import load_authority
 from obfuscatune.protocol.files import read_trusted
 from obfuscatune.yaml_file import parse_mapping
 
 MAX_FILE_BYTES = 1 << 20
-LOCAL = "this machine"
+LOCAL = "not named"
 """The operator of workers that are named by their addresses alone."""
 
 
@@ -49,6 +49,8 @@ class Fleet:
     """Whether a request that takes longer than the 99th percentile is sent to another replica too."""
     discover: str | None = None
     """Where a list of more members is."""
+    party: Party | None = None
+    """The one party that is meant; see `only`."""
 
     def __post_init__(self) -> None:
         if not self.members and self.discover is None:
@@ -65,6 +67,16 @@ class Fleet:
         """The members of a party that are named."""
         return tuple(member for member in self.members if member.party == party)
 
+    def only(self, party: Party) -> Fleet:
+        """One party of the fleet.
+
+        Raises:
+            ConfigError: it has no member, and none can be found.
+        """
+        if party not in self.parties:
+            raise ConfigError(f"the fleet has no member of the {party} party")
+        return replace(self, members=self.of(party), party=party)
+
     @classmethod
     def of_addresses(cls, addresses: Sequence[str], party: Party = "compute") -> Fleet:
         """A fleet of workers whose keys, if they are across a network, are pinned together by the TLS settings.
@@ -72,7 +84,8 @@ class Fleet:
         Raises:
             ConfigError: an address cannot be used, or is there twice.
         """
-        return cls(tuple(Member(address, None, f"{LOCAL} ({party})", party) for address in addresses))
+        named = [str(parse_worker_address(address)) for address in addresses]
+        return cls(tuple(Member(address, None, f"{LOCAL} ({party})", party) for address in named), party=party)
 
     @classmethod
     def read(cls, path: str | Path) -> Fleet:
@@ -86,7 +99,9 @@ class Fleet:
         if len(content) > MAX_FILE_BYTES:
             raise ConfigError(f"{path}: a fleet file has at most {MAX_FILE_BYTES:,} bytes")
         try:
-            file = _File.model_validate(parse_mapping(content, path, "expected members, discover, operators, placement"))
+            file = _File.model_validate(
+                parse_mapping(content, path, "expected members, discover, operators, placement")
+            )
             return file.fleet(path.parent)
         except ValidationError as error:
             first = error.errors()[0]
@@ -112,11 +127,10 @@ class _Member(_Strict):
     memory: str | Annotated[int, Field(ge=1)] | None = None
 
     def member(self, folder: Path) -> Member:
-        if not self.address.startswith("device:"):
-            parse_address(self.address)
+        address = str(parse_worker_address(self.address))
         certificate = None if self.certificate is None else _read(folder / self.certificate, "worker's certificate")
         memory = parse_size(self.memory) if isinstance(self.memory, str) else self.memory
-        return Member(self.address, certificate, check_operator(self.operator), self.party, memory)
+        return Member(address, certificate, check_operator(self.operator), self.party, memory)
 
 
 class _Operator(_Strict):
@@ -185,4 +199,3 @@ def _read(path: Path, what: str) -> bytes:
         return read_trusted(path, what)
     except OSError as error:
         raise ConfigError(f"cannot read the {what} {path}: {error.strerror}") from error
-

@@ -15,7 +15,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 
 from obfuscatune.errors import ConfigError, UntrustedPeer
 from obfuscatune.fleet.members import Member, Party
-from obfuscatune.protocol.addresses import TcpAddress, parse_address
+from obfuscatune.protocol.addresses import TcpAddress, parse_worker_address
 from obfuscatune.protocol.authority import check_issued, load_one
 from obfuscatune.protocol.certificates import key_digest
 
@@ -102,7 +102,9 @@ def check_distinct(members: Iterable[Member]) -> None:
         for name in names:
             if name in seen:
                 what = "address" if name == member.address else "key"
-                raise ConfigError(f"the fleet's members {seen[name]} and {member.address} have one {what}: leave one out")
+                raise ConfigError(
+                    f"the fleet's members {seen[name]} and {member.address} have one {what}: leave one out"
+                )
             seen[name] = member.address
         if parties.setdefault(member.operator, member.party) != member.party:
             raise ConfigError(
@@ -126,7 +128,5 @@ def key_of(member: Member) -> str | None:
 
 def leaves_machine(member: Member) -> bool:
     """Whether what is said to a member passes a network."""
-    if member.address.startswith("device:"):
-        return False
-    address = parse_address(member.address)
+    address = parse_worker_address(member.address)
     return isinstance(address, TcpAddress) and not address.is_loopback

@@ -14,13 +14,13 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
-from obfuscatune.enclave.client import MatrixSource, RetryPolicy, WorkerLink, check_finite
+from obfuscatune.enclave.client import MatrixSource, PendingProduct, RetryPolicy, WorkerLink, check_finite
 from obfuscatune.enclave.client.requests import AdapterRequest, StoredMatrix, check_rows
 from obfuscatune.enclave.fleet.asking import WAIT_SECONDS, Asking
 from obfuscatune.enclave.fleet.holdings import Holdings
@@ -60,6 +60,8 @@ Notice = Callable[[str], None]
 
 class FleetClient(WorkerLink):
     """See the module. Safe from any thread, and in forked children."""
+
+    corrects = True
 
     def __init__(
         self,
@@ -123,7 +125,10 @@ class FleetClient(WorkerLink):
         """Take in a member, unless it, or too many others of its operator, answered wrongly."""
         with self._lock:
             is_wrong = self._wrong[key_of(member) or member.address] or self._wrong[member.operator] >= WRONG_AT_MOST
-            if self._closed or is_wrong or member.address in self._links:
+            is_here = member.address in self._links or any(
+                it.key is not None and it.key == key_of(member) for it in self._links.values()
+            )
+            if self._closed or is_wrong or is_here:
                 return
             connect = self._connect
             link = MemberLink(member, lambda: connect(member), weakref.ref(self))
@@ -139,6 +144,15 @@ class FleetClient(WorkerLink):
                 self._empty(link)
                 del self._links[address]
 
+    def update(self, listed: Iterable[Member], fixed: Container[str]) -> None:
+        """Take in those that are listed now, and leave those that are not; but none of those at `fixed` addresses."""
+        members = {member.address: member for member in listed}
+        for link in self.links:
+            if link.name not in fixed and members.get(link.name) != link.member:
+                self.remove(link.name)
+        for member in members.values():
+            self.add(member)
+
     @property
     def links(self) -> list[MemberLink]:
         """Of all members, those away among them."""
@@ -150,6 +164,7 @@ class FleetClient(WorkerLink):
         """Totals over all members; the same object each time, brought up to date."""
         with self._lock:
             self._stats.count(link.worker.stats for link in self._links.values() if link.worker is not None)
+            self._stats.reconnects += self._stats.lost  # masks that were drawn before are not used afterwards
             self._stats.workers = len(self._holdings.active)
             self._stats.moved, self._stats.hedged = self._holdings.moved, self._asking.hedged
             return self._stats
@@ -249,7 +264,7 @@ class FleetClient(WorkerLink):
             self._broken = False
 
     def refusing(self) -> AbstractContextManager[None]:
-        """Nothing: who was wrong is found by `FleetProduct.disproved`, and the others are asked on."""
+        """Nothing: who was wrong is found by `corrected`, and the others are asked on."""
         return nullcontext()
 
     def own(self, close: Callable[[], None]) -> None:
@@ -284,8 +299,14 @@ class FleetClient(WorkerLink):
             self._check_open()
             return self._asking.hedge(product)
 
-    def disproved(self, product: FleetProduct) -> Tensor:
-        """See `FleetProduct.disproved`."""
+    def corrected(self, product: PendingProduct, error: WireError) -> Tensor:
+        """The product, computed in the enclave. Whoever sent a wrong part of it is named, and left for good.
+
+        Raises:
+            WrongProduct: no member is left.
+        """
+        if not isinstance(product, FleetProduct) or product.undone:
+            raise error
         wrong = product.wrong_members()
         with self._lock:
             for link, excess in wrong:

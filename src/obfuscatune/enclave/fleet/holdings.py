@@ -6,6 +6,7 @@ Everything here is called under the fleet's lock, and waits for nothing: members
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -14,6 +15,10 @@ from obfuscatune.enclave.fleet.link import MemberLink, State
 from obfuscatune.enclave.fleet.shards import FleetMatrix, StoredShard
 from obfuscatune.errors import QuotaExceeded
 from obfuscatune.fleet.placement import MatrixSize, Plan, Seat, Shard, place_next, rearrange
+
+
+NEARLY_EQUAL = 1.6
+"""Speeds that differ by less are taken for equal: a measurement is no more exact, and what is placed alike stays."""
 
 
 class Holdings:
@@ -104,9 +109,7 @@ class Holdings:
         planned: dict[str, list[Shard]] = {}
         for shard in after:
             planned.setdefault(shard.matrix, []).append(shard)
-        return [
-            part for matrix in self.matrices.values() for part in self._follow(matrix, planned[matrix.size.name])
-        ]
+        return [part for matrix in self.matrices.values() for part in self._follow(matrix, planned[matrix.size.name])]
 
     def _follow(self, matrix: FleetMatrix, planned: Iterable[Shard]) -> list[Part]:
         """Have the shards of one matrix sent as planned; those that are cut there are replaced."""
@@ -139,7 +142,17 @@ class Holdings:
         return upload
 
     def _seats(self) -> list[Seat]:
-        return [link.seat() for link in self.active]
+        """Of the members that can be asked; speeds over the median, those near it taken for equal."""
+        seats = [link.seat() for link in self.active]
+        if not seats:
+            return []
+        median = sorted(seat.speed for seat in seats)[(len(seats) - 1) // 2]
+        near = (1 / NEARLY_EQUAL, NEARLY_EQUAL)
+        ratios = [seat.speed / median for seat in seats]
+        return [
+            replace(seat, speed=1.0 if near[0] <= ratio <= near[1] else min(max(ratio, 1 / 16), 16.0))
+            for seat, ratio in zip(seats, ratios, strict=True)
+        ]
 
     def _sizes(self) -> dict[str, MatrixSize]:
         return {matrix.size.name: matrix.size for matrix in self.matrices.values()}

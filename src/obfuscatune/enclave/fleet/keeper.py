@@ -56,7 +56,9 @@ class Keeper:
     def start(self) -> None:
         """Begin to look, unless it has begun."""
         if self._thread is None:
-            self._thread = threading.Thread(target=_run, args=(weakref.ref(self), self._over), name="fleet", daemon=True)
+            self._thread = threading.Thread(
+                target=_run, args=(weakref.ref(self), self._over), name="fleet", daemon=True
+            )
             self._thread.start()
 
     def stop(self) -> None:

@@ -32,6 +32,8 @@ IN_FLIGHT = 8
 """Products that a member is asked for at a time."""
 CALIBRATION = 256
 """Rows and columns of the product that measures a member's speed."""
+CALIBRATIONS = 5
+"""Such products; the fastest counts."""
 
 
 class State(Enum):
@@ -107,7 +109,7 @@ class MemberLink:
     @property
     def title(self) -> str:
         """How notices call it."""
-        return f"{self.name} (operator {self.member.operator})"
+        return f"the {self.member.party} worker {self.name} (operator {self.member.operator})"
 
     def seat(self) -> Seat:
         """As placement sees it."""
@@ -273,7 +275,7 @@ def _calibrate(worker: WorkerLink) -> tuple[int, float]:
     generator = torch.Generator().manual_seed(int.from_bytes(secrets.token_bytes(7)))
     W = torch.randn(CALIBRATION, CALIBRATION, generator=generator)
     worker.store(matrix_id, W.clone, shape=(CALIBRATION, CALIBRATION), dtype=W.dtype, tensor=W.clone())
-    for _ in range(3):
+    for _ in range(CALIBRATIONS):
         started = now()
         rows = worker.allocate(CALIBRATION, CALIBRATION, W.dtype).copy_(W)
         product = worker.multiply(matrix_id, rows, transpose=False)
@@ -282,4 +284,3 @@ def _calibrate(worker: WorkerLink) -> tuple[int, float]:
     if not torch.allclose(product, W @ W, rtol=0, atol=2.0):
         raise WrongProduct("the product that measures its speed is wrong")
     return CALIBRATION**3, shortest
-

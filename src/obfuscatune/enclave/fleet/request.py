@@ -32,9 +32,6 @@ class Attendant(Protocol):
             WireError: nobody can be asked.
         """
 
-    def disproved(self, product: FleetProduct) -> Tensor:
-        """See `FleetProduct.disproved`."""
-
 
 class FleetProduct:
     """See `PendingProduct`."""
@@ -76,17 +73,6 @@ class FleetProduct:
     def own(self, product: Tensor) -> Tensor:
         """The product itself: no worker can write to it."""
         return product
-
-    def disproved(self, error: Exception) -> Tensor:
-        """The product, computed in the enclave, after a check found what came to be wrong.
-
-        Whoever sent a wrong part is named, and left for good.
-
-        Raises:
-            WrongProduct: no member is left.
-        """
-        self._product = self._fleet.disproved(self)
-        return self._product
 
     def split(self, part: Part) -> list[Part]:
         """New parts in the place of one whose shard was cut."""

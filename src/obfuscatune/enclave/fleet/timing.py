@@ -21,13 +21,14 @@ class Timing:
 
     def __init__(self) -> None:
         self.speed = UNKNOWN_SPEED
-        """Multiplications a second, in steps of a factor of 1.4: what differs by less is taken for equal."""
+        """Multiplications a second: the most that was ever measured, since other load only makes it less."""
         self._seconds: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
         self._late: deque[bool] = deque(maxlen=LATE_OF)
 
     def calibrated(self, work: int, seconds: float) -> None:
         """`work` multiplications took that long."""
-        self.speed = 2.0 ** (round(2 * math.log2(work / max(seconds, 1e-9))) / 2)
+        measured = work / max(seconds, 1e-9)
+        self.speed = measured if self.speed == UNKNOWN_SPEED else max(self.speed, measured)
 
     def took(self, kind: int, seconds: float) -> None:
         """A request of that kind was answered."""
