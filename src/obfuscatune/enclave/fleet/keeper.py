@@ -94,6 +94,10 @@ class Keeper:
             fleet = self._fleet()
             if link.busy_since != since or fleet is None:
                 return  # it was heard of meanwhile
+            if link.state is State.ACTIVE and not any(
+                it.state is State.ACTIVE for it in fleet.present if it is not link
+            ):
+                return  # nobody else could be asked: it may come to life, or another back
             link.reason = "it does not answer"
             if since is None:
                 fleet.failed(link, error, link.take_jobs())

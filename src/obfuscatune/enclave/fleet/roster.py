@@ -27,7 +27,7 @@ from obfuscatune.fleet.members import Member
 from obfuscatune.fleet.placement import Plan
 from obfuscatune.fleet.policy import key_of
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 2.0
 """Seconds before a member that failed is tried again; doubled each time."""
 SLOW_PAUSE = 30.0
 """Seconds before a member that was slow is tried again."""
