@@ -23,8 +23,8 @@ from obfuscatune.enclave.protect import open_clients
 from obfuscatune.enclave.protection import DEFAULT_MASKING, Masking
 from obfuscatune.enclave.published import Base
 from obfuscatune.errors import ConfigError
-from obfuscatune.option import parse_size
 from obfuscatune.fleet.fleet_file import Fleet
+from obfuscatune.option import parse_size
 from obfuscatune.protocol.tls import TlsConfig
 from obfuscatune.training.adapter import load_adapter
 from obfuscatune.training.provider_adapter import load_provider_adapter, refuse_lora_on_worker

@@ -294,7 +294,9 @@ def load_recipe(config: Path | None, overrides: Mapping[str, Any], defaults: Map
     given = resolve_names({key: value for key, value in overrides.items() if value is not None})
     said = {**fields, **given}
     if said.get("plain"):  # the environment names a worker for the runs that want one
-        defaults = {key: value for key, value in (defaults or {}).items() if key not in ("worker", "fleet", "mask_worker")}
+        defaults = {
+            key: value for key, value in (defaults or {}).items() if key not in ("worker", "fleet", "mask_worker")
+        }
     try:
         return Recipe.model_validate({**(defaults or {}), **said})
     except ValidationError as error:

@@ -57,7 +57,7 @@ def listed(members: list[Member]) -> Iterator[str]:
     """The URL of a list that names what `members` holds at the time."""
 
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # noqa: N802  the base class has it so
+        def do_GET(self) -> None:
             body = format_list(members, [None] * len(members))
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
