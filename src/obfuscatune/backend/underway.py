@@ -67,8 +67,11 @@ class OnStreams:
         self._event, self._kept = event, kept
 
     def is_at_rest(self) -> bool:
-        """See `Underway`."""
-        return bool(self._event.query())
+        """See `Underway`; a device that failed reads and writes nothing more."""
+        try:
+            return bool(self._event.query())
+        except RuntimeError:
+            return True
 
     def wait(self, seconds: float, broken_off: Callable[[], bool] = bool) -> None:
         """See `Underway`. `Event.synchronize` knows no deadline, and a device that hangs would hang the enclave."""

@@ -172,6 +172,6 @@ WORKLOADS: dict[str, Callable[[PreTrainedModel, int, int], Workload]] = {
 
 
 def _random_ids(model: PreTrainedModel, batch: int, length: int) -> torch.Tensor:
-    """Token ids (batch, length), int64, the same in every process."""
+    """Token ids (batch, length), int64, on the model's device, the same in every process."""
     torch.manual_seed(SEED)
-    return torch.randint(model.config.get_text_config().vocab_size, (batch, length))
+    return torch.randint(model.config.get_text_config().vocab_size, (batch, length)).to(model.device)

@@ -148,6 +148,11 @@ class Protection:
         ),
     ] = None
 
+    enclave_device: Annotated[
+        str | None,
+        Option("Where the enclave's own part lies: cpu, or cuda:N, a confidential GPU.", PROTECTION, unset="cpu"),
+    ] = None
+
     def __post_init__(self) -> None:
         if self.base not in (None, "closed", "public"):
             raise ConfigError(f"--base: expected closed or public, found {self.base}")
@@ -213,7 +218,7 @@ class Protection:
     @property
     def names_two_devices(self) -> bool:
         """Whether both workers are devices of this machine."""
-        from obfuscatune.enclave.protect import device_of
+        from obfuscatune.enclave.placement import device_of
 
         return None not in (device_of(self.worker), device_of(self.mask_worker))
 
@@ -389,6 +394,7 @@ def _with_provider_adapter(model: Any, directory: Path) -> Any:
 def _protected(files: ModelFiles, dtype: Any, protection: Protection) -> Iterator[Any]:
     import obfuscatune
     from obfuscatune.enclave.fleet import parties_of
+    from obfuscatune.enclave.placement import enclave_device
     from obfuscatune.enclave.protect import check_workers
     from obfuscatune.fleet.fleet_file import Fleet
 
@@ -402,6 +408,7 @@ def _protected(files: ModelFiles, dtype: Any, protection: Protection) -> Iterato
         output.warn_as_published()
     advise_of_public_base(protection.base, profile, files.config, files.directory)
     masking, workers = protection.masking, protection.workers
+    enclave_device(protection.enclave_device, workers, protection.mask_worker)
     check_workers(workers, protection.mask_worker, profile, protection.tls, masking)
     compute, mask = parties_of(workers, protection.mask_worker, masks=profile.masks)
     mask_tls = protection.tls if isinstance(mask, Fleet) else masking.tls
@@ -421,6 +428,7 @@ def _protected(files: ModelFiles, dtype: Any, protection: Protection) -> Iterato
                 profile=profile,
                 dtype=dtype,
                 key=key,
+                device=protection.enclave_device,
                 progress=_forward_progress(meter),
                 base=None if profile.masks else "closed",  # what there is to say of it was said above, in our words
             )

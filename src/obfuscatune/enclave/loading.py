@@ -27,6 +27,7 @@ from obfuscatune.enclave.fleet import Workers
 from obfuscatune.enclave.keys import RootKey
 from obfuscatune.enclave.keywords import HubOptions, Keywords
 from obfuscatune.enclave.observer import Observer, StageClock
+from obfuscatune.enclave.placement import enclave_device
 from obfuscatune.enclave.profiles import Profile, resolve
 from obfuscatune.enclave.protect import Progress, adopt, open_clients, released_on_failure, width_of
 from obfuscatune.enclave.protection import Masking, Protection, place
@@ -69,6 +70,7 @@ def load(
     observer: Observer | None = None,
     mask_worker: Workers = None,
     masking: Masking | None = None,
+    device: torch.device | str | None = None,
     **keywords: Any,
 ) -> PreTrainedModel:
     """A protected model from a local directory or from the Hugging Face hub.
@@ -88,7 +90,7 @@ def load(
             and warns with PublicBaseWarning. That the weights themselves are published, and workers may have them, is
             said by `public_base=True`, a knob of profile `guarded`.
         observer: told of the secrets and of every request's plain rows, by an audit.
-        mask_worker, masking: as in `protect`.
+        mask_worker, masking, device: as in `protect`.
         keywords: knobs of the profile, as in `protect`, and what `from_pretrained` takes: token, cache_dir, subfolder,
             variant, local_files_only, force_download, attn_implementation, num_labels, config, ... (keywords.py); what
             cannot be followed is refused by name.
@@ -111,7 +113,7 @@ def load(
     generation = read_generation_config(directory)
     groups = find_groups(skeleton, resolved.first_blocks) if resolved.offload else []
     weights = StoredWeights(checkpoint, skeleton)
-    masking = masking or Masking()
+    masking, own_device = masking or Masking(), enclave_device(device, workers, mask_worker)
     clients = open_clients(workers, mask_worker, resolved, tls, masking, deadline_s, retry)
     protection = Protection.start(clients, resolved, key, width_of(skeleton), observer, masking)
     clock = clock or StageClock()
@@ -126,6 +128,8 @@ def load(
                 place(skeleton, protection.layers(group, layer))
                 if progress is not None:
                     progress(done, len(groups), group.name)
+        if own_device is not None:
+            skeleton.to(own_device)
     if generation is not None:
         skeleton.generation_config = generation
     skeleton.name_or_path = str(model)  # as from_pretrained has it: adapters name their base so, not a cache's folder

@@ -15,13 +15,14 @@ from peft import PeftModel
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from obfuscatune.enclave.client import DeviceClient, RetryPolicy, WorkerLink, open_link
+from obfuscatune.enclave.client import RetryPolicy, WorkerLink, open_link
 from obfuscatune.enclave.experts import ProtectedExperts
 from obfuscatune.enclave.fleet import Worker, Workers, open_fleet, parties_of
 from obfuscatune.enclave.keys import RootKey
 from obfuscatune.enclave.layers import ProtectedLayer, first_protected
 from obfuscatune.enclave.local_worker import local_worker
 from obfuscatune.enclave.observer import Observer
+from obfuscatune.enclave.placement import device_of, enclave_device
 from obfuscatune.enclave.profiles import Profile, resolve
 from obfuscatune.enclave.protected_model import Closable, ProtectedModel, extend, has_adapter
 from obfuscatune.enclave.protection import Clients, Masking, Protection, place, refuse_provider_adapter
@@ -31,7 +32,6 @@ from obfuscatune.enclave.target_layers import find_groups, refuse_absent_weights
 from obfuscatune.enclave.training_hooks import TrainingWatch, watch_targets
 from obfuscatune.errors import ConfigError, ProtectionError
 from obfuscatune.fleet.fleet_file import Fleet
-from obfuscatune.protocol.addresses import DeviceAddress
 from obfuscatune.protocol.tls import TlsConfig, pins
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -53,6 +53,7 @@ def protect(
     observer: Observer | None = None,
     mask_worker: Workers = None,
     masking: Masking | None = None,
+    device: torch.device | str | None = None,
     **knobs: Any,
 ) -> Model:
     """Move a model's large linear layers, transformed, to a worker.
@@ -82,6 +83,8 @@ def protect(
         mask_worker: under profile `guarded`, the worker that multiplies the masks, as `workers`: one that does not
             collude with the other. None, with no `workers`, starts both on this machine, in one hand.
         masking: how the mask worker is reached, the memory of masks that are drawn ahead, and their budget.
+        device: where the enclave's own part is to lie: "cpu", or "cuda:N", a confidential GPU that belongs to the
+            enclave. None leaves it where it is.
         knobs: single settings of the profile: `shield_rows=32`, `first_blocks=1`, `transform="haar"`.
 
     Raises:
@@ -103,6 +106,7 @@ def protect(
         refuse_provider_adapter(model)
     groups = find_groups(model, resolved.first_blocks) if resolved.offload else []
     refuse_absent_weights(model, groups)
+    own_device = enclave_device(device, workers, mask_worker)
     masking = masking or Masking()
     clients = open_clients(workers, mask_worker, resolved, tls, masking, deadline_s, retry)
     protection = Protection.start(clients, resolved, key, width_of(model), observer, masking)
@@ -117,6 +121,8 @@ def protect(
             if progress is not None:
                 progress(done, len(groups), group.name)
     place(model, layers)
+    if own_device is not None:
+        model.to(own_device)
     adopt(model, protection)
     if protection.lora_on_worker and isinstance(model, PeftModel):
         with released_on_failure(protection, clients):
@@ -217,18 +223,6 @@ def check_workers(
             "worker and mask worker are pinned by the same key: whoever has it sees through the masks; have each make "
             "its own by `obfuscatune keygen`"
         )
-
-
-def device_of(worker: Worker) -> DeviceAddress | None:
-    """The device that a worker is; None where it is another process, or none.
-
-    Raises:
-        ConfigError: the address of a device that cannot be read.
-    """
-    if isinstance(worker, DeviceClient):
-        return worker.address
-    is_address = isinstance(worker, str) and worker.startswith(DeviceAddress.PREFIX)
-    return DeviceAddress.parse(worker) if isinstance(worker, str) and is_address else None
 
 
 def _opened(worker: str | Fleet | None, tls: TlsConfig | None, deadline_s: float, retry: RetryPolicy) -> WorkerLink:

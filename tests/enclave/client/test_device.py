@@ -181,8 +181,34 @@ def test_a_device_without_room() -> None:
         link.store(ID, lambda: W, shape=(60, 50), dtype=W.dtype)
         with pytest.raises(QuotaExceeded, match=r"no room for a matrix of 60 x 50.*--first-blocks"):
             link.store(OTHER, lambda: W, shape=(60, 50), dtype=W.dtype)
+        link.store(ID, lambda: W, shape=(60, 50), dtype=W.dtype)  # once more, in its own place
         link.forget(ID)
+        with pytest.raises(ConfigError, match="its source made"):
+            link.store(ID, lambda: W[:3], shape=(60, 50), dtype=W.dtype)
         link.store(OTHER, lambda: W, shape=(60, 50), dtype=W.dtype)
+
+
+def test_room_for_matrices_that_come_at_once() -> None:
+    """Of sixteen that are on their way together, as many are taken as fit."""
+    meeting = threading.Barrier(16)
+
+    class Slow(Computer):
+        def adopt(self, matrix: Tensor) -> Tensor:
+            meeting.wait(30)
+            return super().adopt(matrix)
+
+    link = DeviceClient(Slow(torch.device("cpu")), DeviceAddress("cpu"), memory_bytes=3 * W.nbytes)
+
+    def store(number: int) -> bool:
+        try:
+            link.store(number.to_bytes(16, "big"), lambda: W, shape=(60, 50), dtype=W.dtype)
+        except QuotaExceeded:
+            meeting.wait(30)
+            return False
+        return True
+
+    with ThreadPoolExecutor(16) as threads:
+        assert sum(threads.map(store, range(1, 17))) == 3
 
 
 def test_a_device_that_hangs_is_given_up_for_good() -> None:

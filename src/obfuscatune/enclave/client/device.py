@@ -103,6 +103,8 @@ class DeviceClient(WorkerLink):
         self._host = HostMemory(SHARED_BYTES, self.device)
         self._allocator = Allocator(self._host)
         self._matrices: dict[bytes, _Resident] = {}
+        self._claims: dict[bytes, int] = {}
+        """Bytes on the device, also of matrices that are on their way."""
         self._underway: weakref.WeakKeyDictionary[ProductRequest, tuple[Underway, torch.Tensor]] = (
             weakref.WeakKeyDictionary()
         )
@@ -191,17 +193,16 @@ class DeviceClient(WorkerLink):
         elements = matrix.elements()
         matrix.at_hand = None
         size = elements.numel() * (self._computer.dtype or dtype).itemsize
-        with self._lock:
-            self._check_room(size, shape)
-        if self._recorder is not None:
-            self._recorder.stored(matrix, elements)
-        with self._failures(f"a matrix of {shape[0]} x {shape[1]}"):
-            kept = self._computer.adopt(elements)
-            if kept.data_ptr() == elements.data_ptr():
-                kept = elements.clone()  # the caller's memory is used again
-        with self._lock:
-            self._refuse_if_unusable()
-            self._matrices[matrix_id] = _Resident(matrix, kept)
+        with self._claimed(matrix_id, size, shape):
+            if self._recorder is not None:
+                self._recorder.stored(matrix, elements)
+            with self._failures(f"a matrix of {shape[0]} x {shape[1]}"):
+                kept = self._computer.adopt(elements)
+                if kept.data_ptr() == elements.data_ptr():
+                    kept = elements.clone()  # the caller's memory is used again
+            with self._lock:
+                self._refuse_if_unusable()
+                self._matrices[matrix_id] = _Resident(matrix, kept)
         self._stats.uploads += 1
         self._stats.bytes_uploaded += matrix.nbytes
         self._stats.bytes_sent += matrix.nbytes
@@ -261,6 +262,7 @@ class DeviceClient(WorkerLink):
         """Drop a matrix from the device, once no product needs it. One that was never stored is fine."""
         self._refusal.check()
         with self._lock:
+            self._claims.pop(matrix_id, None)
             if self._matrices.pop(matrix_id, None) is not None and self._recorder is not None:
                 self._recorder.forgotten(matrix_id)
 
@@ -337,12 +339,22 @@ class DeviceClient(WorkerLink):
                 "protect the model again"
             )
 
-    def _check_room(self, size: int, shape: tuple[int, int]) -> None:
-        if self._most is None:
-            return
-        held = sum(it.elements.nbytes for it in self._matrices.values())
-        if held + size > self._most:
-            raise self._no_room(f"a matrix of {shape[0]} x {shape[1]}", f"{held / MIB:.0f} of {self._most / MIB:.0f}")
+    @contextmanager
+    def _claimed(self, matrix_id: bytes, size: int, shape: tuple[int, int]) -> Iterator[None]:
+        """Room for a matrix, taken before it is there, since several may come at a time; given back should it fail."""
+        with self._lock:
+            held = sum(other for name, other in self._claims.items() if name != matrix_id)
+            if self._most is not None and held + size > self._most:
+                taken = f"{held / MIB:.0f} of {self._most / MIB:.0f}"
+                raise self._no_room(f"a matrix of {shape[0]} x {shape[1]}", taken)
+            self._claims[matrix_id] = size
+        try:
+            yield
+        except BaseException:
+            with self._lock:
+                self._claims.pop(matrix_id, None)
+                self._matrices.pop(matrix_id, None)
+            raise
 
     def _no_room(self, what: str, taken: str) -> QuotaExceeded:
         return QuotaExceeded(

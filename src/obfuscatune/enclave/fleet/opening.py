@@ -110,7 +110,9 @@ def parties_of(workers: Workers, mask_worker: Workers, *, masks: bool) -> tuple[
     named = [it for one in (compute, mask) for it in (one.members if isinstance(one, Fleet) else ())]
     check_distinct(named)
     for one, other in ((compute, mask), (mask, compute)):
-        if isinstance(one, Fleet) and isinstance(other, str) and other in {it.address for it in one.members}:
+        if not isinstance(one, Fleet) or not isinstance(other, str):
+            continue
+        if str(parse_worker_address(other)) in {it.address for it in one.members}:
             raise ConfigError(f"{other} is of both parties: whoever holds both sees through the masks; name two")
     return compute, mask
 
