@@ -159,13 +159,28 @@ class Protection:
         if self.public_base and self.base == "closed":
             raise ConfigError("--public-base says that the weights are published, --base closed that they are not")
         if self.fleet is not None:
-            named = ("worker", "peer", "mask_worker", "mask_peer")
-            if beside := next((name for name in named if getattr(self, name) is not None), None):
-                raise ConfigError(
-                    f"--fleet names all workers and their certificates: leave out --{beside.replace('_', '-')}"
-                )
+            self._settle_fleet()
         if self.mask_budget is not None and not 0 < self.mask_budget < 1:
             raise ConfigError(f"--mask-budget: expected an advantage above 0 and below 1, found {self.mask_budget:g}")
+
+    def _settle_fleet(self) -> None:
+        """See that a fleet stands alone; what is named on the command line wins over the environment.
+
+        Raises:
+            ConfigError: a worker is named beside it.
+        """
+        for name in ("worker", "peer", "mask_worker", "mask_peer"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if options.is_from_environment(name, value):
+                object.__setattr__(self, name, None)
+            elif options.is_from_environment("fleet", self.fleet):
+                object.__setattr__(self, "fleet", None)
+                return
+            else:
+                option = name.replace("_", "-")
+                raise ConfigError(f"--fleet names all workers and their certificates: leave out --{option}")
 
     @property
     def tls(self) -> "TlsConfig | None":

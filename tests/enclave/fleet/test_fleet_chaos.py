@@ -164,6 +164,6 @@ def test_twenty_blows_in_a_run_leave_no_trace(
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(plain), rtol=1e-4, atol=1e-4)
     assert stats.crossings == len(waits), "each product counted once"
     load = os.getloadavg()[0] / cores()
-    if load > BUSY:
+    if max(waits) >= LONGEST_SECONDS and load > BUSY:
         pytest.skip(f"longest wait {max(waits):.2f} s, and not judged: this machine has {load:.1f} processes a core")
     assert max(waits) < LONGEST_SECONDS
