@@ -103,13 +103,16 @@ def up(options: UpOptions, as_json: AsJson = False) -> None:
     folder = StateFolder(options.state)
     with folder.locked(), contextlib.ExitStack() as stack:
         authority = Authority.load_or_create(options.authority or folder.authority, options.operator)
-        over = stack.enter_context(_until_told())
         publisher = Publisher(_address(options.publish))
         stack.callback(publisher.close)
         host = publisher.address.host
         url = f"http://{f'[{host}]' if ':' in host else host}:{publisher.address.port}{LIST_PATH}"
         engine = _engine(options, settings, memory)
-        stack.callback(engine.leave if options.engine == "ray" and options.leave_running else _end, engine, folder)
+        if options.engine == "ray" and options.leave_running:
+            stack.callback(engine.leave)
+        else:
+            stack.callback(_end, engine, folder)
+        over = stack.enter_context(_until_told())  # after Ray, which takes these signals for itself
         cluster = options.address if options.engine == "ray" else None
         folder.write(FleetState(options.name, options.engine, cluster, options.workers, url))
 

@@ -4,12 +4,15 @@ The private key is made here and stays in a folder that exists as long as this o
 certificate. An engine calls the methods of `Node` one by one; with Ray they are an actor's.
 """
 
+import contextlib
+import fcntl
 import shutil
 import socket
 import tempfile
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from obfuscatune.enclave.local_worker import LocalWorker
 from obfuscatune.errors import ConfigError, ObfuscaTuneError
@@ -19,6 +22,7 @@ from obfuscatune.protocol.files import temporary_root, write_new
 
 NEW, STARTING, RUNNING, FAILED = "new", "starting", "running", "failed"
 WILDCARDS = ("0.0.0.0", "::")  # noqa: S104  compared with
+_PREFIX, _LOCK = "obfuscatune-node-", "lock"
 _SECONDS_BETWEEN_LOOKS = 0.2
 _LONGEST_PAUSE = 30.0
 _REASON_CHARACTERS = 500
@@ -62,7 +66,7 @@ class Node:
 
     def __init__(self, name: str, settings: NodeSettings) -> None:
         self._name, self._settings = name, settings
-        self._folder = Path(tempfile.mkdtemp(prefix="obfuscatune-node-", dir=temporary_root()))  # with mode 0700
+        self._folder, self._lock = _make_folder()
         self._request, key = make_request(name)
         write_new(self._folder / "key.pem", key)
         write_new(self._folder / "peers.pem", settings.peers)
@@ -102,6 +106,7 @@ class Node:
         if self._thread is not None:
             self._thread.join()
         shutil.rmtree(self._folder, ignore_errors=True)
+        self._lock.close()
 
     def _keep_running(self) -> None:
         pause = 1.0
@@ -158,6 +163,19 @@ class Node:
             return None
         host = self._settings.advertise or self._settings.host
         return str(TcpAddress(own_address() if host in WILDCARDS else host, self._reached))
+
+
+def _make_folder() -> tuple[Path, BinaryIO]:
+    """A folder for a key, and the lock that says that its owner lives. Folders of owners that were killed go."""
+    root = temporary_root()
+    for abandoned in root.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError), (abandoned / _LOCK).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(abandoned, ignore_errors=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=root))  # with mode 0700
+    lock = (draft / _LOCK).open("wb")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return draft.rename(root / draft.name[1:]), lock  # only now can others find it
 
 
 def own_address() -> str:

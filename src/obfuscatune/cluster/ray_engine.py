@@ -196,10 +196,13 @@ def remove(cluster: str, fleet: str, names: list[str]) -> int:
     count = 0
     for name in names:
         try:
-            ray.kill(ray.get_actor(name, namespace=NAMESPACE), no_restart=True)
-            count += 1
+            actor = ray.get_actor(name, namespace=NAMESPACE)
         except ValueError:
             continue
+        with contextlib.suppress(ray.exceptions.RayError):  # it is ended all the same
+            ray.get(actor.close.remote(), timeout=_ANSWER_SECONDS)
+        ray.kill(actor, no_restart=True)
+        count += 1
     with contextlib.suppress(ValueError):  # there is none
         ray.util.remove_placement_group(ray.util.get_placement_group(fleet))
     ray.shutdown()

@@ -143,5 +143,5 @@ def _in_words(report: Report | None) -> str:
         return "no machine yet, or out of sight"
     where = "" if report.address is None else f" at {report.address}"
     why = f" ({report.reason})" if report.reason and report.state != RUNNING else ""
-    again = f", started again {report.restarts} times" if report.restarts else ""
+    again = f", restarts: {report.restarts}" if report.restarts else ""
     return f"{report.state}{where}{again}{why}"
