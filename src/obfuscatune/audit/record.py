@@ -24,7 +24,7 @@ from obfuscatune.audit.attacks.stealing import losses
 from obfuscatune.audit.attacks.view import WorkerView
 from obfuscatune.audit.parties import MaskAccount, Party, part_views
 from obfuscatune.audit.scenario import Logits, Scenario
-from obfuscatune.enclave.client import WorkerClient
+from obfuscatune.enclave.client import WorkerLink, open_link
 from obfuscatune.enclave.loading import load
 from obfuscatune.enclave.local_worker import local_worker
 from obfuscatune.enclave.profiles import Profile
@@ -97,14 +97,14 @@ def record_run(scenario: Scenario, profile: Profile, seed: int, folder: Path) ->
     return Recording(views, truth, account)
 
 
-def _recorded(stack: ExitStack, folder: Path) -> WorkerClient:
+def _recorded(stack: ExitStack, folder: Path) -> WorkerLink:
     """A client of a worker that records to `folder`; both end with the stack."""
     worker = stack.enter_context(local_worker(record=folder, threads=1))
-    return stack.enter_context(WorkerClient.open(worker.address))
+    return stack.enter_context(open_link(worker.address))
 
 
 def run_under_watch(
-    scenario: Scenario, profile: Profile, seed: int, client: WorkerClient, mask_client: WorkerClient | None = None
+    scenario: Scenario, profile: Profile, seed: int, client: WorkerLink, mask_client: WorkerLink | None = None
 ) -> tuple[Truth, MaskAccount | None]:
     """The run itself, over any link; what was true of each crossing, in order, and what was sent under masks.
 

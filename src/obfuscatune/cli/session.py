@@ -20,7 +20,7 @@ from obfuscatune.option import Option
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from obfuscatune.enclave.client import WorkerClient
+    from obfuscatune.enclave.client import WorkerLink
     from obfuscatune.enclave.local_worker import LocalWorker
     from obfuscatune.enclave.profiles import Profile
     from obfuscatune.enclave.protection import Masking
@@ -405,9 +405,10 @@ def resolved_profile(protection: Protection) -> "Profile":
 
 
 @contextmanager
-def _opened_link(address: str | None, tls: "TlsConfig | None") -> Iterator["WorkerClient"]:
+def _opened_link(address: str | None, tls: "TlsConfig | None") -> Iterator["WorkerLink"]:
     """A client of the worker that was named, or of one started for as long as the `with` lasts."""
     import obfuscatune
+    from obfuscatune.enclave.client import open_link
 
     with ExitStack() as stack:
         if address is None:
@@ -419,7 +420,7 @@ def _opened_link(address: str | None, tls: "TlsConfig | None") -> Iterator["Work
             address = worker.address
         else:
             output.notice(f"connecting to the worker at {address}")  # it may be waited for
-        link = obfuscatune.WorkerClient.open(address, tls=tls)
+        link = open_link(address, tls=tls)
         stack.callback(link.close)
         yield link
 

@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from obfuscatune.enclave.client import RetryPolicy, WorkerClient
+from obfuscatune.enclave.client import RetryPolicy, WorkerLink, open_link
 from obfuscatune.enclave.experts import ProtectedExperts
 from obfuscatune.enclave.keys import RootKey
 from obfuscatune.enclave.layers import ProtectedLayer, first_protected
@@ -38,7 +38,7 @@ Progress = Callable[[int, int, str], None]
 
 def protect(
     model: Model,
-    workers: str | WorkerClient | None = None,
+    workers: str | WorkerLink | None = None,
     profile: str | Profile = "private",
     *,
     key: RootKey | None = None,
@@ -48,7 +48,7 @@ def protect(
     progress: Progress | None = None,
     base: Base | None = None,
     observer: Observer | None = None,
-    mask_worker: str | WorkerClient | None = None,
+    mask_worker: str | WorkerLink | None = None,
     masking: Masking | None = None,
     **knobs: Any,
 ) -> Model:
@@ -134,8 +134,8 @@ def width_of(model: nn.Module) -> int | None:
 
 
 def open_clients(
-    workers: str | WorkerClient | None,
-    mask_worker: str | WorkerClient | None,
+    workers: str | WorkerLink | None,
+    mask_worker: str | WorkerLink | None,
     profile: Profile,
     tls: TlsConfig | None,
     masking: Masking,
@@ -152,10 +152,10 @@ def open_clients(
     check_workers(workers, mask_worker, profile, tls, masking)
     if not profile.offload:
         return Clients(None)
-    opened: list[WorkerClient] = []
+    opened: list[WorkerLink] = []
 
-    def client(worker: str | WorkerClient | None, tls: TlsConfig | None) -> WorkerClient:
-        if isinstance(worker, WorkerClient):
+    def client(worker: str | WorkerLink | None, tls: TlsConfig | None) -> WorkerLink:
+        if isinstance(worker, WorkerLink):
             return worker
         opened.append(_opened(worker, tls, deadline_s, retry or RetryPolicy()))
         return opened[-1]
@@ -170,8 +170,8 @@ def open_clients(
 
 
 def check_workers(
-    workers: str | WorkerClient | None,
-    mask_worker: str | WorkerClient | None,
+    workers: str | WorkerLink | None,
+    mask_worker: str | WorkerLink | None,
     profile: Profile,
     tls: TlsConfig | None,
     masking: Masking,
@@ -184,7 +184,7 @@ def check_workers(
     if not profile.offload and (workers is not None or mask_worker is not None):
         raise ConfigError(f"profile {profile.name!r} runs without a worker: name none")
     for worker in (workers, mask_worker):
-        if not isinstance(worker, str | WorkerClient | None):
+        if not isinstance(worker, str | WorkerLink | None):
             raise ConfigError(f"expected a worker's address, found a {type(worker).__name__}: pass its .address")
     if not profile.masks:
         if mask_worker is not None or masking.tls is not None:
@@ -204,14 +204,14 @@ def check_workers(
         )
 
 
-def _opened(worker: str | None, tls: TlsConfig | None, deadline_s: float, retry: RetryPolicy) -> WorkerClient:
+def _opened(worker: str | None, tls: TlsConfig | None, deadline_s: float, retry: RetryPolicy) -> WorkerLink:
     """Connected to an address, or to a worker on this machine that is started for the client and ends with it."""
     if worker is not None:
-        return WorkerClient.open(worker, tls=tls, deadline_s=deadline_s, retry=retry)
+        return open_link(worker, tls=tls, deadline_s=deadline_s, retry=retry)
     if tls is not None:
         raise ConfigError("certificates are for a worker across a network: give its address, tcp:HOST:PORT")
     started = local_worker()  # ends when nothing refers to it: should the client not connect, at once
-    client = WorkerClient.open(started.address, deadline_s=deadline_s, retry=retry)
+    client = open_link(started.address, deadline_s=deadline_s, retry=retry)
     client.own(started.close)
     return client
 

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from obfuscatune.enclave.accountant import DEFAULT_BUDGET, Accountant, check_budget
 from obfuscatune.enclave.autograd import outside_autocast
-from obfuscatune.enclave.client import ClientStats, WorkerClient
+from obfuscatune.enclave.client import ClientStats, WorkerLink
 from obfuscatune.enclave.experts import ProtectedExperts, add, protected
 from obfuscatune.enclave.keys import RootKey, SecretStream
 from obfuscatune.enclave.layers import ProtectedConv1D, ProtectedLayer, ProtectedLinear, SharedCrossing
@@ -41,11 +41,11 @@ MATRIX_ID_BYTES = 16
 class Clients:
     """Who computes for a model."""
 
-    compute: WorkerClient | None
+    compute: WorkerLink | None
     """Holds the matrices and multiplies; None where nothing is offloaded."""
-    mask: WorkerClient | None = None
+    mask: WorkerLink | None = None
     """Multiplies the masks, where the profile has any."""
-    opened: tuple[WorkerClient, ...] = ()
+    opened: tuple[WorkerLink, ...] = ()
     """Those that were connected for this model, and end with it should it not come about."""
 
 
@@ -77,7 +77,7 @@ DEFAULT_MASKING = Masking()
 class Protection:
     """Everything that a protected model needs besides itself; `model.protection`."""
 
-    client: WorkerClient | None
+    client: WorkerLink | None
     """None where nothing is offloaded."""
     profile: Profile
     key: RootKey
@@ -288,7 +288,7 @@ class Protection:
             outdated.drop()
 
     @property
-    def _worker(self) -> WorkerClient:
+    def _worker(self) -> WorkerLink:
         if self.client is None:
             raise ProtectionError("this profile offloads nothing: there is no worker")
         return self.client

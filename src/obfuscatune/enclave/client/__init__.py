@@ -7,6 +7,8 @@ that cannot deadlock).
 
 In the order in which a request passes through:
 
+    opening     an address            -> a link
+    interface   what every link can be asked
     client      store, multiply, forget: for any thread, which take turns
     allocator   rows and products in shared memory, where enclave and worker are on one host
     adapters    what a worker can be asked about an adapter that it holds
@@ -18,6 +20,8 @@ In the order in which a request passes through:
 
 from obfuscatune.enclave.client.adapters import AdapterClient
 from obfuscatune.enclave.client.client import WorkerClient
+from obfuscatune.enclave.client.interface import PendingProduct, WorkerLink
+from obfuscatune.enclave.client.opening import open_link
 from obfuscatune.enclave.client.requests import MatrixSource, ProductRequest, check_finite, check_product
 from obfuscatune.enclave.client.retry import ClientStats, RetryPolicy
 
@@ -25,9 +29,12 @@ __all__ = [
     "AdapterClient",
     "ClientStats",
     "MatrixSource",
+    "PendingProduct",
     "ProductRequest",
     "RetryPolicy",
     "WorkerClient",
+    "WorkerLink",
     "check_finite",
     "check_product",
+    "open_link",
 ]
