@@ -13,6 +13,8 @@ from obfuscatune.protocol.addresses import TcpAddress
 MOST_CONNECTIONS = 64
 REQUEST_SECONDS = 10.0
 """Longest time of a connection, however slowly its client sends or reads."""
+_CLOSE_SECONDS = 0.1
+"""Within which `close` is noticed."""
 LIST_PATH, HEALTH_PATH = "/fleet.json", "/healthz"
 
 
@@ -26,7 +28,7 @@ class Publisher:
         except OSError as error:
             raise ConfigError(f"cannot publish at {address}: {error.strerror or error}") from error
         self.address = TcpAddress(address.host, int(self._server.server_address[1]))
-        self._thread = threading.Thread(target=self._server.serve_forever, name="publisher", daemon=True)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(_CLOSE_SECONDS,), name="publisher", daemon=True)
         self._thread.start()
 
     def publish(self, data: bytes) -> None:
