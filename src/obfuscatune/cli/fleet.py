@@ -91,6 +91,7 @@ def up(options: UpOptions, as_json: AsJson = False) -> None:
     certificate. Enclaves need the list's address and the authority's certificate (docs/scale.md).
     """
     from obfuscatune.cluster.authority import Authority
+    from obfuscatune.cluster.list_file import listen_address
     from obfuscatune.cluster.publisher import LIST_PATH, Publisher
     from obfuscatune.cluster.state import FleetState, StateFolder
     from obfuscatune.cluster.supervisor import Identity, Supervisor
@@ -103,7 +104,7 @@ def up(options: UpOptions, as_json: AsJson = False) -> None:
     folder = StateFolder(options.state)
     with folder.locked(), contextlib.ExitStack() as stack:
         authority = Authority.load_or_create(options.authority or folder.authority, options.operator)
-        publisher = Publisher(_address(options.publish))
+        publisher = Publisher(listen_address(options.publish))
         stack.callback(publisher.close)
         host = publisher.address.host
         url = f"http://{f'[{host}]' if ':' in host else host}:{publisher.address.port}{LIST_PATH}"
@@ -182,6 +183,68 @@ def down(state: State, as_json: AsJson = False) -> None:
         output.write_text("the fleet has ended")
 
 
+@command_of(
+    fleet,
+    "obfuscatune fleet manifests --workers 8 --image registry.example/obfuscatune-worker@sha256:… --memory 40GiB "
+    "--operator cloud-a --authority cloud-a/ --peer enclave-cert.pem -o overlay/",
+)
+def manifests(
+    out: Annotated[Path, Option("Folder to write; it must not be there.", short="-o")],
+    authority: Annotated[Path, Option("Folder of the key that signs (fleet authority).")],
+    peer: Annotated[Path, Option("The certificates of the enclaves that may connect, one file.")],
+    image: Annotated[str, Option("The worker's image, by digest: NAME@sha256:…")],
+    memory: Annotated[str, Option("Memory of each worker for matrices, as 40GiB.")],
+    operator: Operator = "operator",
+    party: Annotated[str, Option("What its workers may be asked.", choices=("compute", "mask"))] = "compute",
+    workers: Annotated[int, Option("How many.", least=1, most=1024)] = 1,
+    gpus: Annotated[bool, Option("One NVIDIA GPU for each worker.")] = False,
+    namespace: Annotated[str, Option("Namespace of the cluster; one for each party.")] = "obfuscatune",
+    advertise: Annotated[
+        str | None,
+        Option("HOST:PORT by which enclaves reach worker {number}.", unset="its name inside the cluster"),
+    ] = None,
+    enclaves: Annotated[
+        str | None, Option("Network from which workers may be reached, as 10.1.0.0/16.", unset="any")
+    ] = None,
+    base: Annotated[str, Option("deploy/kubernetes/base of a checkout, or its URL.")] = "deploy/kubernetes/base",
+) -> None:
+    """Write a Kustomize overlay for workers on Kubernetes: their identities, their list, your numbers.
+
+    Keys are made here and go to the cluster as a Secret. Keep the folder as you keep keys.
+    """
+    from obfuscatune.cluster.authority import Authority
+    from obfuscatune.cluster.manifests import Overlay, write_overlay
+    from obfuscatune.fleet.listing import check_operator
+
+    overlay = Overlay(
+        namespace,
+        workers,
+        image,
+        check_operator(operator),
+        _party(party),
+        parse_size(memory),
+        gpus,
+        advertise,
+        enclaves,
+        base,
+    )
+    for address in write_overlay(out, overlay, Authority.load(authority), _read_peers(peer)):
+        output.write_text(address)
+    output.notice(f"apply it: kubectl apply --kustomize {out}")
+
+
+@command_of(fleet, "obfuscatune fleet publish --list overlay/fleet.json --publish 0.0.0.0:7650")
+def publish(
+    list_file: Annotated[Path, Option("The list, as `fleet manifests` or `fleet up` wrote it.", name="list")],
+    publish: Annotated[str, Option("Where to serve fleet.json, as HOST:PORT.")] = "127.0.0.1:7650",
+) -> None:
+    """Serve a list that lies in a file, until Ctrl-C. It may be replaced meanwhile."""
+    from obfuscatune.cluster.list_file import listen_address, serve
+
+    with _until_told() as over:
+        serve(list_file, listen_address(publish), over, output.notice)
+
+
 @command_of(fleet, "obfuscatune fleet authority --out cloud-a/ --operator cloud-a")
 def authority(
     out: Annotated[Path, Option("Folder for cert.pem and key.pem; made if missing.")],
@@ -225,17 +288,22 @@ class _Ready:
 
 def _node_settings(options: UpOptions) -> "NodeSettings":
     from obfuscatune.cluster.node import NodeSettings
-    from obfuscatune.protocol.files import read_trusted
 
-    try:
-        peers = read_trusted(options.peer, "peer certificate")
-    except OSError as error:
-        raise ConfigError(f"cannot read --peer {options.peer}: {error.strerror}") from error
+    peers = _read_peers(options.peer)
     host = options.listen or ("0.0.0.0" if options.engine == "ray" else "127.0.0.1")  # noqa: S104  TLS, pinned
     device = options.device or ("cuda" if options.gpus_per_worker else "cpu")
     return NodeSettings(
         host, _ports(options.ports), options.advertise, device, options.memory, options.cpus_per_worker, peers
     )
+
+
+def _read_peers(path: Path) -> bytes:
+    from obfuscatune.protocol.files import read_trusted
+
+    try:
+        return read_trusted(path, "peer certificate")
+    except OSError as error:
+        raise ConfigError(f"cannot read --peer {path}: {error.strerror}") from error
 
 
 def _ports(text: str | None) -> range:
@@ -255,12 +323,6 @@ def _party(text: str) -> "Party":
     if text == "compute" or text == "mask":  # noqa: PLR1714  mypy narrows by these
         return text
     raise ConfigError(f"--party: expected compute or mask, found {text}")
-
-
-def _address(text: str) -> Any:
-    from obfuscatune.protocol.addresses import parse_address
-
-    return parse_address(f"tcp:{text}")
 
 
 def _engine(options: UpOptions, settings: "NodeSettings", memory: int | None) -> Any:
