@@ -52,9 +52,7 @@ def test_nothing_can_be_sent(serving: Publisher) -> None:
 def test_silent_clients_lose_their_places(serving: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publisher, "REQUEST_SECONDS", 0.5)
     serving.publish(b"one")
-    silent = [
-        socket.create_connection(("127.0.0.1", serving.address.port)) for _ in range(publisher.MOST_CONNECTIONS)
-    ]
+    silent = [socket.create_connection(("127.0.0.1", serving.address.port)) for _ in range(publisher.MOST_CONNECTIONS)]
     for sock in silent:
         sock.settimeout(20)
         assert sock.recv(1) == b""  # closed, and not by us

@@ -171,9 +171,7 @@ def test_a_list_that_is_no_good_leaves_the_last_one(bad: Answer) -> None:
 def test_the_list_is_looked_at_until_closed() -> None:
     came = threading.Event()
     with serving(ok(document(entry(0)))) as server:
-        found = Discovery(
-            server.url, accepts("cloud-a"), say=pytest.fail, changed=lambda _: came.set(), interval=0.05
-        )
+        found = Discovery(server.url, accepts("cloud-a"), say=pytest.fail, changed=lambda _: came.set(), interval=0.05)
         with found:
             server.answer = ok(document(entry(0), entry(1)))
             assert came.wait(20)

@@ -107,7 +107,9 @@ def test_any_other_certificate_is_refused(make: Any) -> None:
 
 def test_a_request_that_its_key_did_not_sign_is_refused() -> None:
     mine, others = (x509.load_pem_x509_csr(make_request("w")[0]) for _ in range(2))
-    der = mine.public_bytes(Encoding.DER).replace(mine.public_key().public_bytes_raw(), others.public_key().public_bytes_raw())
+    der = mine.public_bytes(Encoding.DER).replace(
+        mine.public_key().public_bytes_raw(), others.public_key().public_bytes_raw()
+    )
     with pytest.raises(ConfigError):
         issue(x509.load_der_x509_csr(der).public_bytes(Encoding.PEM), "w", AUTHORITY, AUTHORITY_KEY)
 

@@ -42,24 +42,18 @@ class UpOptions:
     listen: Annotated[
         str | None, Option("Interface that workers listen on.", _WORKER, unset="127.0.0.1; with ray 0.0.0.0")
     ] = None
-    ports: Annotated[
-        str | None, Option("Ports to choose from, as 7600-7699.", _WORKER, unset="any free one")
-    ] = None
+    ports: Annotated[str | None, Option("Ports to choose from, as 7600-7699.", _WORKER, unset="any free one")] = None
     advertise: Annotated[
         str | None, Option("Host by which enclaves reach workers.", _WORKER, unset="each machine's address")
     ] = None
-    device: Annotated[
-        str | None, Option("cpu or cuda.", _WORKER, unset="cuda with --gpus-per-worker, else cpu")
-    ] = None
+    device: Annotated[str | None, Option("cpu or cuda.", _WORKER, unset="cuda with --gpus-per-worker, else cpu")] = None
     memory: Annotated[
         str | None, Option("Memory for matrices, as 40GiB.", _WORKER, unset="80% of its machine's, and not listed")
     ] = None
     cpus_per_worker: Annotated[int, Option("Cores, in Ray's terms and as its threads.", _WORKER, least=1)] = 1
     gpus_per_worker: Annotated[int, Option("GPUs, in Ray's terms.", _WORKER, least=0)] = 0
     operator: Operator = "operator"
-    party: Annotated[
-        str, Option("What its workers may be asked.", _LISTED, choices=("compute", "mask"))
-    ] = "compute"
+    party: Annotated[str, Option("What its workers may be asked.", _LISTED, choices=("compute", "mask"))] = "compute"
     authority: Annotated[
         Path | None, Option("Folder of the key that signs.", _LISTED, unset="in --state; made if missing")
     ] = None
@@ -127,7 +121,9 @@ def up(options: UpOptions, as_json: AsJson = False) -> None:
         supervisor.run(over, lambda: ready.tell(supervisor.running))
 
 
-@command_of(fleet, "obfuscatune fleet status --state fleet/", "obfuscatune fleet status --url http://head:7650/fleet.json")
+@command_of(
+    fleet, "obfuscatune fleet status --state fleet/", "obfuscatune fleet status --url http://head:7650/fleet.json"
+)
 def status(
     state: Annotated[Path | None, Option("Folder of the fleet.")] = None,
     url: Annotated[str | None, Option("The list's address, in place of --state.")] = None,
@@ -335,9 +331,7 @@ def _engine(options: UpOptions, settings: "NodeSettings", memory: int | None) ->
     from obfuscatune.cluster.ray_engine import RayEngine, Resources
 
     resources = Resources(options.cpus_per_worker, options.gpus_per_worker, memory)
-    return RayEngine(
-        options.address, options.name, options.place_names, settings, resources, grow=options.autoscale
-    )
+    return RayEngine(options.address, options.name, options.place_names, settings, resources, grow=options.autoscale)
 
 
 def _end(engine: Any, folder: "StateFolder") -> None:
@@ -350,7 +344,8 @@ def _until_told() -> Iterator[threading.Event]:
     """An event that SIGTERM, SIGHUP and Ctrl-C set while the `with` lasts."""
     over = threading.Event()
     before = {
-        number: signal.signal(number, lambda *_: over.set()) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+        number: signal.signal(number, lambda *_: over.set())
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
     }
     try:
         yield over

@@ -60,7 +60,9 @@ class Authority:
             write_new(folder / KEY, key, 0o600)
             write_new(folder / CERTIFICATE, certificate, 0o644)
         except FileExistsError as error:
-            raise ConfigError(f"{error.filename or folder} exists and is not overwritten: choose another folder") from None
+            raise ConfigError(
+                f"{error.filename or folder} exists and is not overwritten: choose another folder"
+            ) from None
         except OSError as error:
             raise ConfigError(f"cannot write to {folder}: {error.strerror}") from error
         return cls(certificate, key)

@@ -28,7 +28,9 @@ class Publisher:
         except OSError as error:
             raise ConfigError(f"cannot publish at {address}: {error.strerror or error}") from error
         self.address = TcpAddress(address.host, int(self._server.server_address[1]))
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(_CLOSE_SECONDS,), name="publisher", daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(_CLOSE_SECONDS,), name="publisher", daemon=True
+        )
         self._thread.start()
 
     def publish(self, data: bytes) -> None:

@@ -182,7 +182,9 @@ def connect(cluster: str) -> Any:
     try:
         import ray
     except ModuleNotFoundError:
-        raise ConfigError('--engine ray takes Ray, on the operator\'s machine: pip install "obfuscatune[ray]"') from None
+        raise ConfigError(
+            '--engine ray takes Ray, on the operator\'s machine: pip install "obfuscatune[ray]"'
+        ) from None
     try:
         ray.init(address=cluster, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:

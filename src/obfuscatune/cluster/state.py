@@ -81,7 +81,9 @@ class StateFolder:
             document = documents.parse((self.path / _FLEET).read_bytes())
             return FleetState(**document)
         except (OSError, IntegrityError, TypeError) as error:
-            raise ConfigError(f"{self.path} has no fleet: `obfuscatune fleet up --state {self.path}` makes one") from error
+            raise ConfigError(
+                f"{self.path} has no fleet: `obfuscatune fleet up --state {self.path}` makes one"
+            ) from error
 
     def forget(self) -> None:
         """The fleet has ended."""

@@ -49,7 +49,9 @@ def parse_list(data: bytes) -> tuple[Member, ...]:
     if set(document) != {"version", "members"} or type(document["version"]) is not int:
         raise DiscoveryError("the list of the fleet is malformed: expected an object of version and members alone")
     if document["version"] != VERSION:
-        raise DiscoveryError(f"the list of the fleet has another version than {VERSION}: install the same on both sides")
+        raise DiscoveryError(
+            f"the list of the fleet has another version than {VERSION}: install the same on both sides"
+        )
     entries = document["members"]
     if not isinstance(entries, list) or not 1 <= len(entries) <= MAX_MEMBERS:
         raise DiscoveryError(f"the list of the fleet is malformed: expected 1 to {MAX_MEMBERS} members")
@@ -60,7 +62,9 @@ def parse_list(data: bytes) -> tuple[Member, ...]:
         except (ValueError, ConfigError) as error:
             raise DiscoveryError(f"the list of the fleet is malformed: member {number}: {error}") from None
         if not seen.isdisjoint({member.address, key}):
-            raise DiscoveryError(f"the list of the fleet is malformed: member {number}: its address or key is there twice")
+            raise DiscoveryError(
+                f"the list of the fleet is malformed: member {number}: its address or key is there twice"
+            )
         seen |= {member.address, key}
         members.append(member)
     return tuple(members)
@@ -105,7 +109,9 @@ def check_operator(name: str) -> str:
 def _member(entry: Any) -> tuple[Member, bytes]:
     """One entry, and the digest of its key."""
     if not isinstance(entry, dict) or not _NEEDED <= set(entry) <= _NEEDED | _OPTIONAL:
-        raise ValueError(f"expected an object of {', '.join(sorted(_NEEDED))}, and at most {', '.join(sorted(_OPTIONAL))}")
+        raise ValueError(
+            f"expected an object of {', '.join(sorted(_NEEDED))}, and at most {', '.join(sorted(_OPTIONAL))}"
+        )
     for name in _NEEDED:
         if not isinstance(entry[name], str):
             raise ValueError(f"{name} is no string")
