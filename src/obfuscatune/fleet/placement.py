@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from obfuscatune.errors import ConfigError, QuotaExceeded
 
@@ -290,7 +291,7 @@ def _cyclic(matrix: str, units: int, widths: Mapping[str, int]) -> list[Shard]:
         begin = end % units
     cuts = sorted({0, units, *(edge for first, last, _ in ranges for edge in (first, last))})
     shards: list[Shard] = []
-    for first, last in zip(cuts, cuts[1:], strict=False):
+    for first, last in pairwise(cuts):
         holders = tuple(name for start, end, name in ranges if start <= first and last <= end)
         if shards and set(shards[-1].holders) == set(holders):
             shards[-1] = replace(shards[-1], last=last)
