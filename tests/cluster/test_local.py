@@ -1,4 +1,4 @@
-"""A fleet of processes on this machine: what is listed can be reached by TLS under the authority, and ends with `down`."""
+"""A fleet of processes on this machine: what is listed is reached by TLS under the authority, and ends with `down`."""
 
 from __future__ import annotations
 

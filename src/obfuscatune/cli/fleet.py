@@ -17,7 +17,6 @@ from obfuscatune.errors import ConfigError
 from obfuscatune.option import Option, parse_size
 
 if TYPE_CHECKING:
-    from obfuscatune.cluster.authority import Authority
     from obfuscatune.cluster.node import NodeSettings
     from obfuscatune.cluster.state import StateFolder
     from obfuscatune.fleet.members import Party
@@ -316,7 +315,7 @@ def _ports(text: str | None) -> range:
 
 
 def _party(text: str) -> "Party":
-    if text == "compute" or text == "mask":  # noqa: PLR1714  mypy narrows by these
+    if text == "compute" or text == "mask":
         return text
     raise ConfigError(f"--party: expected compute or mask, found {text}")
 
