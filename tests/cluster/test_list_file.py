@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from obfuscatune.cluster import list_file
+from obfuscatune.cluster.publisher import Publisher
 from obfuscatune.errors import DiscoveryError
 from obfuscatune.fleet.discovery import fetch
-from obfuscatune.fleet.listing import format_list
+from obfuscatune.fleet.listing import format_list, parse_list
 from tests.fleet.lists import member
 
 ONE = format_list([member(0)], ["cpu"])
@@ -45,7 +46,9 @@ def test_a_new_list_replaces_the_old_one_if_it_is_one(tmp_path: Path, monkeypatc
             news.notify_all()
 
     path.write_bytes(ONE)
-    serving = threading.Thread(target=list_file.serve, args=(path, list_file.listen_address("127.0.0.1:0"), over, say))
+    serving = threading.Thread(
+        target=list_file.serve, args=([str(path)], list_file.listen_address("127.0.0.1:0"), over, say)
+    )
     serving.start()
     try:
         with news:
@@ -70,7 +73,23 @@ def test_a_new_list_replaces_the_old_one_if_it_is_one(tmp_path: Path, monkeypatc
         serving.join(30)
 
 
+def test_lists_of_two_operators_become_one(tmp_path: Path) -> None:
+    (tmp_path / "one").write_bytes(ONE)
+    other = Publisher(list_file.listen_address("127.0.0.1:0"))
+    try:
+        other.publish(format_list([member(1, "cloud-b")], ["cuda"]))
+        found = list_file.read_lists([str(tmp_path / "one"), f"http://127.0.0.1:{other.address.port}"])
+        assert parse_list(found) == (member(0), member(1, "cloud-b"))
+        other.publish(ONE)  # one worker of two operators
+        with pytest.raises(DiscoveryError, match="twice"):
+            list_file.read_lists([str(tmp_path / "one"), f"http://127.0.0.1:{other.address.port}"])
+    finally:
+        other.close()
+
+
 def test_a_list_that_is_no_good_is_not_served_at_all(tmp_path: Path) -> None:
     (tmp_path / "fleet.json").write_bytes(b"{}")
     with pytest.raises(DiscoveryError):
-        list_file.serve(tmp_path / "fleet.json", list_file.listen_address("127.0.0.1:0"), threading.Event(), print)
+        list_file.serve(
+            [str(tmp_path / "fleet.json")], list_file.listen_address("127.0.0.1:0"), threading.Event(), print
+        )

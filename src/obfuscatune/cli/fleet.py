@@ -228,16 +228,23 @@ def manifests(
     output.notice(f"apply it: kubectl apply --kustomize {out}")
 
 
-@command_of(fleet, "obfuscatune fleet publish --list overlay/fleet.json --publish 0.0.0.0:7650")
+@command_of(
+    fleet,
+    "obfuscatune fleet publish --list overlay/fleet.json --publish 0.0.0.0:7650",
+    "obfuscatune fleet publish --list http://cloud-a.example:7650 --list http://cloud-b.example:7650",
+)
 def publish(
-    list_file: Annotated[Path, Option("The list, as `fleet manifests` or `fleet up` wrote it.", name="list")],
+    lists: Annotated[list[str], Option("A list: a file or another publisher's URL; may be given again.", name="list")],
     publish: Annotated[str, Option("Where to serve fleet.json, as HOST:PORT.")] = "127.0.0.1:7650",
 ) -> None:
-    """Serve a list that lies in a file, until Ctrl-C. It may be replaced meanwhile."""
+    """Serve a list that lies in a file, or the lists of several operators as one, until Ctrl-C.
+
+    Whoever runs this needs no trust: enclaves hold each member against their policy. A file may be replaced meanwhile.
+    """
     from obfuscatune.cluster.list_file import listen_address, serve
 
     with _until_told() as over:
-        serve(list_file, listen_address(publish), over, output.notice)
+        serve(lists, listen_address(publish), over, output.notice)
 
 
 @command_of(fleet, "obfuscatune fleet authority --out cloud-a/ --operator cloud-a")

@@ -95,6 +95,20 @@ def format_list(members: Sequence[Member], devices: Sequence[str | None]) -> byt
     return data
 
 
+def merge_lists(lists: Sequence[bytes]) -> bytes:
+    """One list of the members of several, as an enclave takes that works with two operators.
+
+    Raises:
+        DiscoveryError: one of them is malformed, or they have an address or a key in common.
+    """
+    for data in lists:
+        parse_list(data)
+    entries = [entry for data in lists for entry in documents.parse(data)["members"]]
+    merged = json.dumps({"version": VERSION, "members": entries}, indent=1).encode() + b"\n"
+    parse_list(merged)
+    return merged
+
+
 def check_operator(name: str) -> str:
     """The name itself, if it can be an operator's.
 
