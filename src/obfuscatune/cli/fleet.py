@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from obfuscatune.cli import output
 from obfuscatune.cli.groups import command_group, command_of
@@ -322,9 +322,9 @@ def _ports(text: str | None) -> range:
 
 
 def _party(text: str) -> "Party":
-    if text == "compute" or text == "mask":
-        return text
-    raise ConfigError(f"--party: expected compute or mask, found {text}")
+    if text not in ("compute", "mask"):
+        raise ConfigError(f"--party: expected compute or mask, found {text}")
+    return cast("Party", text)
 
 
 def _engine(options: UpOptions, settings: "NodeSettings", memory: int | None) -> Any:

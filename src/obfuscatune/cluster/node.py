@@ -169,8 +169,8 @@ def _make_folder() -> tuple[Path, BinaryIO]:
     """A folder for a key, and the lock that says that its owner lives. Folders of owners that were killed go."""
     root = temporary_root()
     for abandoned in root.glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError), (abandoned / _LOCK).open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(OSError), (abandoned / _LOCK).open("rb") as of_owner:
+            fcntl.flock(of_owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(abandoned, ignore_errors=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=root))  # with mode 0700
     lock = (draft / _LOCK).open("wb")

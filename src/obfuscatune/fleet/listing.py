@@ -55,7 +55,8 @@ def parse_list(data: bytes) -> tuple[Member, ...]:
     entries = document["members"]
     if not isinstance(entries, list) or not 1 <= len(entries) <= MAX_MEMBERS:
         raise DiscoveryError(f"the list of the fleet is malformed: expected 1 to {MAX_MEMBERS} members")
-    members, seen = [], set()
+    members: list[Member] = []
+    seen: set[str | bytes] = set()
     for number, entry in enumerate(entries):
         try:
             member, key = _member(entry)
