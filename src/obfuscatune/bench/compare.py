@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from obfuscatune.bench.link import LinkSettings
 from obfuscatune.errors import ConfigError
 from obfuscatune.report.page import markdown_table
 from obfuscatune.training.storage import RunDirectory
@@ -130,7 +131,8 @@ def _has_ratios(document: Any) -> bool:
 
 
 def _key(document: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(document["bench"][name] for name in _WORK) + _machine(document)
+    link = LinkSettings(**document["bench"].get("link", {}))  # results before 2026-11-29 are of the default
+    return (*(document["bench"][name] for name in _WORK), link, *_machine(document))
 
 
 def _machine(document: Mapping[str, Any]) -> tuple[str, ...]:

@@ -16,6 +16,8 @@ from obfuscatune.errors import ConnectionLost, WireError
 
 HEDGE_LEAST, HEDGE_MOST = 0.03, 1.0
 """Seconds after which a request is sent to another replica: at least, and at most unless it takes long by its size."""
+LATE = 2.0
+"""Times that after which a request is sent to another replica: an answer that took so long counts against a member."""
 WAIT_SECONDS = 0.5
 """Longest wait before a product that is awaited is looked at again."""
 
@@ -54,7 +56,8 @@ class Asking:
 
         What is no error of the wire is the enclave's own, and met again by whoever is asked.
         """
-        part.asked.pop(link, None)
+        if link in part.asked:
+            part.asked.remove(link)
         if part.answer is not None or part.asked:
             return
         all_refused = bool(part.refused_by) and set(part.shard.holders) <= part.refused_by
@@ -75,8 +78,8 @@ class Asking:
                 wait = min(wait, part.due - time)
             elif not part.asked:
                 product.error = ConnectionLost(
-                    f"no worker of the fleet holds a matrix that is needed; gave up after {self._patience_s:g} s: start "
-                    "the workers (again), then resume"
+                    f"no worker of the fleet holds a matrix that is needed; gave up after {self._patience_s:g} s: "
+                    "start the workers (again), then resume"
                 )
             elif self._hedges and (link := self._best(part)) is not None:
                 self.hedged += 1
@@ -87,22 +90,27 @@ class Asking:
 
     def answered(self, link: MemberLink, part: Part, seconds: float) -> None:
         """Count how long a member took."""
+        link.timing.was_late(seconds > LATE * self._patience_with(link, part))
         link.timing.took(part.kind, seconds)
-        late_at = part.asked.pop(link, None)
-        if late_at is not None:
-            link.timing.was_late(now() > late_at)
-            if link.timing.is_late_often and link.state is State.ACTIVE and len(self._holdings.active) > 1:
-                self._too_late(link)
+        if link in part.asked:
+            part.asked.remove(link)
+        if link.timing.is_late_often and link.state is State.ACTIVE and len(self._holdings.active) > 1:
+            self._too_late(link)
 
     def _send(self, part: Part, link: MemberLink) -> None:
+        expected = link.timing.expected(part.kind, part.work)
+        part.due = now() + min(HEDGE_MOST, link.queued * expected) + self._patience_with(link, part)
+        part.asked.append(link)
+        link.put(part)
+
+    def _patience_with(self, link: MemberLink, part: Part) -> float:
+        """Seconds after which an answer is late, once it is the member's turn to compute it."""
         active = self._holdings.active
         p99s = [it for it in (other.timing.p99(part.kind) for other in active) if it is not None]
         speeds = sorted(other.timing.speed for other in active)
         expected = link.timing.expected(part.kind, part.work)
         slowness = speeds[len(speeds) // 2] / link.timing.speed
-        patience = hedge_after(p99s, slowness, expected, least=HEDGE_LEAST, most=HEDGE_MOST)
-        part.due = part.asked[link] = now() + min(HEDGE_MOST, link.queued * expected) + patience
-        link.put(part)
+        return hedge_after(p99s, slowness, expected, least=HEDGE_LEAST, most=HEDGE_MOST)
 
     def _best(self, part: Part) -> MemberLink | None:
         """The holder that should answer first, of those that are not asked yet."""
@@ -112,7 +120,7 @@ class Asking:
             expected = link.timing.expected(part.kind, part.work)
             since = link.busy_since
             silent = 0.0 if since is None else max(0.0, time - since - 2 * expected)
-            return (link.queued + (since is not None) + 1) * expected + silent, link.name
+            return (link.queued + 1) * expected + silent, link.name
 
         return min(
             (

@@ -16,7 +16,6 @@ from obfuscatune.enclave.fleet.shards import FleetMatrix, StoredShard
 from obfuscatune.errors import QuotaExceeded
 from obfuscatune.fleet.placement import MatrixSize, Plan, Seat, Shard, place_next, rearrange
 
-
 NEARLY_EQUAL = 1.6
 """Speeds that differ by less are taken for equal: a measurement is no more exact, and what is placed alike stays."""
 

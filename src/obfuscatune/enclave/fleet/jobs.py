@@ -28,8 +28,8 @@ class Part:
     transpose: bool
     answer: Tensor | None = None
     answered_by: MemberLink | None = None
-    asked: dict[MemberLink, float] = field(default_factory=dict)
-    """Who was asked and has neither answered nor failed, and when the answer is late."""
+    asked: list[MemberLink] = field(default_factory=list)
+    """Who was asked and has neither answered nor failed."""
     refused_by: set[MemberLink] = field(default_factory=set)
     """Who answered with an error."""
     due: float = 0.0

@@ -55,7 +55,7 @@ class Fleet(Protocol):
         """It is connected, and its speed is known."""
 
     def answered(self, link: MemberLink, part: Part, product: torch.Tensor, seconds: float) -> None:
-        """A product came, which is finite."""
+        """A product came, which is finite, `seconds` after it was asked for and the one before it came."""
 
     def declined(self, link: MemberLink, part: Part, error: Exception) -> None:
         """It answered with an error, and can be asked other things."""
@@ -101,6 +101,8 @@ class MemberLink:
         self._breaking: ExitStack | None = None
         self.busy_since: float | None = None
         """When it was last heard of, or first asked; None while there is nothing to answer."""
+        self._flying = 0
+        self._answered_at = 0.0
 
     def begin_in_child(self) -> None:
         """In a forked child: the thread is the parent's. The link begins anew by itself."""
@@ -118,8 +120,8 @@ class MemberLink:
 
     @property
     def queued(self) -> int:
-        """Jobs that are not begun."""
-        return len(self._jobs)
+        """Jobs that are not done."""
+        return len(self._jobs) + self._flying
 
     def put(self, job: Job) -> None:
         """Have a job done, after those before it."""
@@ -177,6 +179,7 @@ class MemberLink:
                 job = self._jobs.popleft() if self._jobs and len(flying) < IN_FLIGHT else None
                 self.busy_since = self.busy_since or now()
             self._step(job, flying)
+            self._flying = len(flying)
         self.busy_since = now()
         if self.worker is not None:
             with contextlib.suppress(WireError):
@@ -212,8 +215,9 @@ class MemberLink:
                 fleet.declined(self, part, error)
             return
         flying.popleft()
+        before, self._answered_at = max(started, self._answered_at), now()
         if (fleet := self._fleet()) is not None:
-            fleet.answered(self, part, product, now() - started)
+            fleet.answered(self, part, product, self._answered_at - before)
 
     def _do(self, job: Upload | Forget | Join) -> None:
         worker, fleet = self._connected(), self._fleet()

@@ -10,7 +10,7 @@ REMEMBERED = 128
 FEWEST = 8
 """Times below which nothing is concluded from them."""
 LATE_OF = 20
-LATE_AT_MOST = 10
+LATE_AT_MOST = 4
 """Of the last `LATE_OF` requests, how many may be late before a member is left for a while."""
 UNKNOWN_SPEED = 1e9
 """Multiplications a second, before it is measured."""
@@ -50,8 +50,8 @@ class Timing:
 
     def expected(self, kind: int, work: int) -> float:
         """Seconds that a request takes as a rule."""
-        seconds = self._seconds.get(kind)
-        return sorted(seconds)[len(seconds) // 2] if seconds else work / self.speed
+        seconds = self._seconds.get(kind, ())
+        return work / self.speed if len(seconds) < FEWEST else sorted(seconds)[len(seconds) // 2]
 
     def p99(self, kind: int) -> float | None:
         """Seconds that 99 % of the latest requests of that kind took at most; None before it is known."""
