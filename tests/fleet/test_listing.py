@@ -81,7 +81,7 @@ def test_a_field_outside_its_range_is_refused(changes: dict[str, Any]) -> None:
         b"[]",
         b"\x80\x04K\x01.",
         b'{"version": 1}',
-        b'{"version": true, "members": []}',
+        json.dumps({"version": True, "members": [entry()]}).encode(),
         b'{"version": 1, "version": 1, "members": []}',
         document(),
         json.dumps({"version": 2, "members": [entry()]}).encode(),

@@ -127,7 +127,14 @@ def test_the_authority_does_not_serve() -> None:
 
 
 @pytest.mark.parametrize(
-    "pem", [b"", make_identity("w")[0], AUTHORITY + AUTHORITY, self_signed(ec.generate_private_key(ec.SECP256R1()))]
+    "pem",
+    [
+        b"",
+        make_identity("w")[0],
+        AUTHORITY + AUTHORITY,
+        self_signed(ec.generate_private_key(ec.SECP256R1())),
+        issue(make_request("w")[0], "w", AUTHORITY, AUTHORITY_KEY),  # a worker signs nobody
+    ],
 )
 def test_what_is_no_authority_is_refused(pem: bytes) -> None:
     with pytest.raises(ConfigError):
