@@ -135,7 +135,7 @@ def test_parties_are_never_mixed(tmp_path: Path) -> None:
         (addresses[:2], addresses[0]),
         (addresses[0], addresses[:2]),
     ):
-        with pytest.raises(ConfigError, match="one address|both parties"):
+        with pytest.raises(ConfigError, match=r"one address|both parties"):
             obfuscatune.protect(tiny(), compute, "guarded", mask_worker=mask)
     with pytest.raises(ConfigError, match="no member of the mask party"):
         obfuscatune.protect(tiny(), Fleet.of_addresses(addresses), "guarded")

@@ -3,7 +3,8 @@
 In the order in which a request passes through:
 
     opening    a fleet's file or addresses -> a link to the workers of one party
-    client     the link: store, submit, forget; what members tell of themselves
+    client     the link: store, submit, forget
+    roster     the members: who can be asked, who is left and why
     holdings   who holds which shards, kept as `fleet.placement` has them while members come and go
     shards     a matrix in shards
     request    a product in parts -> put together; who sent a wrong one

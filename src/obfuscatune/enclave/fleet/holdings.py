@@ -13,7 +13,7 @@ from torch import Tensor
 from obfuscatune.enclave.fleet.jobs import Forget, Part, Upload
 from obfuscatune.enclave.fleet.link import MemberLink, State
 from obfuscatune.enclave.fleet.shards import FleetMatrix, StoredShard
-from obfuscatune.errors import QuotaExceeded
+from obfuscatune.errors import QuotaExceeded, WireError
 from obfuscatune.fleet.placement import MatrixSize, Plan, Seat, Shard, place_next, rearrange
 
 NEARLY_EQUAL = 1.6
@@ -73,6 +73,11 @@ class Holdings:
         if link not in shard.coming:
             return []
         shard.coming.remove(link)
+        if upload.error is not None and not isinstance(upload.error, WireError):
+            for part in shard.waiting:  # W_star cannot be had again, by nobody's fault but ours
+                part.request.error = upload.error
+                part.request.arrived.set()
+            return []
         if upload.error is not None:
             link.full_at = sum(it.nbytes for it in self.shards if link in it.holders)
             return self.rearranged()

@@ -7,17 +7,20 @@ import weakref
 from collections.abc import Callable
 from typing import Protocol
 
-from obfuscatune.enclave.fleet.jobs import now
+from obfuscatune.enclave.fleet.jobs import Job, now
 from obfuscatune.enclave.fleet.link import MemberLink, State
 from obfuscatune.errors import ConnectionLost, DeadlineExceeded, WireError
 from obfuscatune.fleet.members import Member
 
 LOOK_SECONDS = 0.1
 """Between two looks."""
-SILENT_SECONDS = 0.7
-"""After which a member that has something to answer is asked for a sign of life."""
+SILENT_SECONDS = 0.4
+"""After which, where a member has something to answer, all members are asked for a sign of life: where one hangs others
+may, and what it held is not to be sent to those."""
 PROBE_SECONDS = 1.0
-"""Within which it must come: together with `SILENT_SECONDS` what a dead member can delay a request by."""
+"""Within which it must come: together with `SILENT_SECONDS` what dead members delay a request by."""
+PROBED_EVERY = 2.0
+"""Seconds between two probes of one member, at least: a product may just take long."""
 
 Probe = Callable[[Member], None]
 """Connects anew, and raises where nobody answers within `PROBE_SECONDS`."""
@@ -27,11 +30,14 @@ class Kept(Protocol):
     """The fleet, as its keeper sees it."""
 
     @property
-    def links(self) -> list[MemberLink]:
+    def present(self) -> list[MemberLink]:
         """Of all members."""
 
     def try_again(self, link: MemberLink) -> None:
         """Join a member that is away."""
+
+    def failed(self, link: MemberLink, error: Exception, jobs: list[Job]) -> None:
+        """It cannot be asked anything now."""
 
 
 class Keeper:
@@ -70,24 +76,36 @@ class Keeper:
         fleet = self._fleet()
         if fleet is None:
             return False
-        for link in fleet.links:
+        links = fleet.present
+        for link in links:
             if link.state is State.AWAY and now() >= link.retry_at:
                 fleet.try_again(link)
-            since = link.busy_since
-            if since is not None and now() - since > SILENT_SECONDS and now() >= self._probed.get(link, 0.0):
-                self._probed[link] = now() + SILENT_SECONDS + PROBE_SECONDS
-                threading.Thread(target=self._look_for_life, args=(link, since), daemon=True).start()
+        if any(_is_silent(link) for link in links):
+            for link in links:
+                if (link.state is State.ACTIVE or _is_silent(link)) and now() >= self._probed.get(link, 0.0):
+                    self._probed[link] = now() + PROBED_EVERY
+                    threading.Thread(target=self._look_for_life, args=(link, link.busy_since), daemon=True).start()
         return True
 
-    def _look_for_life(self, link: MemberLink, since: float) -> None:
+    def _look_for_life(self, link: MemberLink, since: float | None) -> None:
         try:
             self._probe(link.member)
-        except (ConnectionLost, DeadlineExceeded):
-            if link.busy_since == since:
-                link.reason = "it does not answer"
+        except (ConnectionLost, DeadlineExceeded) as error:
+            fleet = self._fleet()
+            if link.busy_since != since or fleet is None:
+                return  # it was heard of meanwhile
+            link.reason = "it does not answer"
+            if since is None:
+                fleet.failed(link, error, link.take_jobs())
+            else:
                 link.interrupt()
         except WireError:
             return  # somebody answers
+
+
+def _is_silent(link: MemberLink) -> bool:
+    since = link.busy_since
+    return since is not None and now() - since > SILENT_SECONDS
 
 
 def _run(reference: weakref.ref[Keeper], over: threading.Event) -> None:

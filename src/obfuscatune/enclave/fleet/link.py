@@ -237,12 +237,17 @@ class MemberLink:
     def _upload(self, worker: WorkerLink, upload: Upload) -> None:
         shard, matrix = upload.shard, upload.shard.matrix
         try:
+            elements = shard.elements() if upload.elements is None else upload.elements
+        except Exception as error:  # noqa: BLE001  the enclave's own failure, which no member is to be left for
+            upload.error = error
+            return
+        try:
             worker.store(
                 shard.shard_id,
                 shard.elements,
                 shape=(shard.rows, shard.columns),
                 dtype=matrix.dtype,
-                tensor=upload.elements,
+                tensor=elements,
                 widths=matrix.widths if matrix.whole(shard) else (),
             )
         except (WorkerRefused, LimitExceeded) as error:
