@@ -6,7 +6,6 @@ enclave's that it starts, have none.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -30,17 +29,13 @@ RAY_PYTHON = os.environ.get("RAY_PYTHON")
 ROOT = Path(__file__).parents[2]
 # float32: losses of protected and plain runs differ by rounding, which the steps before have amplified.
 LOSS_TOLERANCE = 1e-4
-STEPS = 100
+STEPS = 60
 
 pytestmark = [
     pytest.mark.long,
     pytest.mark.timeout(600),
     pytest.mark.skipif(RAY_PYTHON is None, reason="RAY_PYTHON names no environment with Ray: make test-ray"),
 ]
-
-
-def test_the_enclave_has_no_ray() -> None:
-    assert importlib.util.find_spec("ray") is None
 
 
 @dataclass(frozen=True)

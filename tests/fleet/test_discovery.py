@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +19,7 @@ from obfuscatune.fleet.listing import MAX_LIST_BYTES
 from obfuscatune.fleet.members import Member
 from tests.fleet.lists import accepts, document, entry, member
 
+ROOT = Path(__file__).parents[2]
 Answer = Callable[[socket.socket], None]
 
 
@@ -62,6 +66,15 @@ def serving(answer: Answer) -> Iterator[Server]:
 def ok(body: bytes, headers: bytes = b"") -> Answer:
     head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n%s\r\n" % (len(body), headers)
     return lambda sock: sock.sendall(head + body)
+
+
+def test_the_enclave_has_no_ray() -> None:
+    """Neither here, where the enclave's code is tested, nor among what its image installs."""
+    assert importlib.util.find_spec("ray") is None
+    for name in ("dev", "enclave"):
+        listed = re.findall(r"^([a-z0-9-]+)==", (ROOT / f"requirements/{name}.txt").read_text("utf-8"), re.MULTILINE)
+        assert "cryptography" in listed
+        assert "ray" not in listed
 
 
 def drip(sock: socket.socket) -> None:
