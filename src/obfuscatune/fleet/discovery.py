@@ -160,9 +160,10 @@ def fetch(url: str, seconds: float = FETCH_SECONDS) -> bytes:
         connection = http.client.HTTPSConnection(host, port, timeout=seconds, context=ssl.create_default_context())
     else:
         connection = http.client.HTTPConnection(host, port, timeout=seconds)
+    late = threading.Event()
     try:
         connection.connect()
-        timer = threading.Timer(seconds, _cut, [connection.sock])
+        timer = threading.Timer(seconds, _cut, [connection.sock, late])
         timer.daemon = True
         timer.start()
         try:
@@ -177,6 +178,8 @@ def fetch(url: str, seconds: float = FETCH_SECONDS) -> bytes:
         raise DiscoveryError(f"no list of the fleet at {url}: {_reason(error)}") from error
     finally:
         connection.close()
+    if late.is_set():
+        raise DiscoveryError(f"no list of the fleet at {url}: it did not end within {seconds:g} s")
     if len(data) > MAX_LIST_BYTES:
         raise DiscoveryError(f"the list of the fleet at {url} is longer than {MAX_LIST_BYTES:,} bytes")
     return data
@@ -187,7 +190,8 @@ def _reason(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
 
 
-def _cut(sock: socket.socket) -> None:
-    """End a connection whose time is over, whatever its peer sends meanwhile."""
+def _cut(sock: socket.socket, late: threading.Event) -> None:
+    """End a connection whose time is over, whatever its peer sends meanwhile; its reader takes that for the end."""
+    late.set()
     with contextlib.suppress(OSError):
         socket.socket.shutdown(sock, socket.SHUT_RDWR)

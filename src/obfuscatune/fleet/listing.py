@@ -49,18 +49,23 @@ def parse_list(data: bytes) -> tuple[Member, ...]:
     if set(document) != {"version", "members"} or type(document["version"]) is not int:
         raise DiscoveryError("the list of the fleet is malformed: expected an object of version and members alone")
     if document["version"] != VERSION:
-        raise DiscoveryError(f"the list of the fleet has another version than {VERSION}: install the same on both sides")
+        raise DiscoveryError(
+            f"the list of the fleet has another version than {VERSION}: install the same on both sides"
+        )
     entries = document["members"]
     if not isinstance(entries, list) or not 1 <= len(entries) <= MAX_MEMBERS:
         raise DiscoveryError(f"the list of the fleet is malformed: expected 1 to {MAX_MEMBERS} members")
-    members, seen = [], set()
+    members: list[Member] = []
+    seen: set[str | bytes] = set()
     for number, entry in enumerate(entries):
         try:
             member, key = _member(entry)
         except (ValueError, ConfigError) as error:
             raise DiscoveryError(f"the list of the fleet is malformed: member {number}: {error}") from None
         if not seen.isdisjoint({member.address, key}):
-            raise DiscoveryError(f"the list of the fleet is malformed: member {number}: its address or key is there twice")
+            raise DiscoveryError(
+                f"the list of the fleet is malformed: member {number}: its address or key is there twice"
+            )
         seen |= {member.address, key}
         members.append(member)
     return tuple(members)
@@ -91,6 +96,20 @@ def format_list(members: Sequence[Member], devices: Sequence[str | None]) -> byt
     return data
 
 
+def merge_lists(lists: Sequence[bytes]) -> bytes:
+    """One list of the members of several, as an enclave takes that works with two operators.
+
+    Raises:
+        DiscoveryError: one of them is malformed, or they have an address or a key in common.
+    """
+    for data in lists:
+        parse_list(data)
+    entries = [entry for data in lists for entry in documents.parse(data)["members"]]
+    merged = json.dumps({"version": VERSION, "members": entries}, indent=1).encode() + b"\n"
+    parse_list(merged)
+    return merged
+
+
 def check_operator(name: str) -> str:
     """The name itself, if it can be an operator's.
 
@@ -105,7 +124,9 @@ def check_operator(name: str) -> str:
 def _member(entry: Any) -> tuple[Member, bytes]:
     """One entry, and the digest of its key."""
     if not isinstance(entry, dict) or not _NEEDED <= set(entry) <= _NEEDED | _OPTIONAL:
-        raise ValueError(f"expected an object of {', '.join(sorted(_NEEDED))}, and at most {', '.join(sorted(_OPTIONAL))}")
+        raise ValueError(
+            f"expected an object of {', '.join(sorted(_NEEDED))}, and at most {', '.join(sorted(_OPTIONAL))}"
+        )
     for name in _NEEDED:
         if not isinstance(entry[name], str):
             raise ValueError(f"{name} is no string")

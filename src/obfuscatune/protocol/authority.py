@@ -148,9 +148,7 @@ def check_issued(certificate: x509.Certificate, authority: x509.Certificate) -> 
             raise UntrustedPeer(f"the certificate of the {who} is not valid today")
 
 
-def _builder(
-    subject: x509.Name, issuer: x509.Name, key: Ed25519PublicKey, valid_days: int
-) -> x509.CertificateBuilder:
+def _builder(subject: x509.Name, issuer: x509.Name, key: Ed25519PublicKey, valid_days: int) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.UTC)
     return (
         x509.CertificateBuilder()
@@ -182,4 +180,6 @@ def _name(text: str) -> x509.Name:
 
 
 def _pem(key: Ed25519PrivateKey) -> bytes:
-    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
