@@ -32,6 +32,7 @@ from obfuscatune.enclave.target_layers import find_groups, refuse_absent_weights
 from obfuscatune.enclave.training_hooks import TrainingWatch, watch_targets
 from obfuscatune.errors import ConfigError, ProtectionError
 from obfuscatune.fleet.fleet_file import Fleet
+from obfuscatune.fleet.policy import key_of
 from obfuscatune.protocol.tls import TlsConfig, pins
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -218,11 +219,19 @@ def check_workers(
     device = device_of(workers)
     if workers is not None and (workers == mask_worker or (device is not None and device == device_of(mask_worker))):
         raise ConfigError("the mask worker is the worker: whoever holds both sees through the masks; name two")
-    if tls is not None and masking.tls is not None and pins(tls) & pins(masking.tls):
+    mask_tls = masking.tls or (tls if isinstance(mask_worker, Fleet) else None)
+    if _keys(workers, tls) & _keys(mask_worker, mask_tls):
         raise ConfigError(
             "worker and mask worker are pinned by the same key: whoever has it sees through the masks; have each make "
             "its own by `obfuscatune keygen`"
         )
+
+
+def _keys(worker: Worker, tls: TlsConfig | None) -> frozenset[str]:
+    """The keys that a worker, or a fleet, may show."""
+    own = {key_of(member) for member in worker.members} if isinstance(worker, Fleet) else set()
+    pinned = pins(tls) if tls is not None and tls.peers else frozenset()
+    return pinned | {key for key in own if key is not None}
 
 
 def _opened(worker: str | Fleet | None, tls: TlsConfig | None, deadline_s: float, retry: RetryPolicy) -> WorkerLink:

@@ -12,10 +12,12 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import obfuscatune
-from obfuscatune import Fleet
+from obfuscatune import Fleet, Masking, TlsConfig
 from obfuscatune.enclave.fleet import FleetClient
 from obfuscatune.enclave.local_worker import LocalWorker
 from obfuscatune.errors import ConfigError, WrongProduct
+from obfuscatune.fleet.members import Member
+from obfuscatune.protocol.certificates import make_identity
 from tests.enclave.fleet.members import members
 
 IDS = torch.arange(48).view(2, 24) % 96
@@ -140,5 +142,11 @@ def test_parties_are_never_mixed(tmp_path: Path) -> None:
             obfuscatune.protect(tiny(), compute, "guarded", mask_worker=mask)
     with pytest.raises(ConfigError, match="no member of the mask party"):
         obfuscatune.protect(tiny(), Fleet.of_addresses(addresses), "guarded")
+    certificate, _ = make_identity("both")
+    (tmp_path / "both.pem").write_bytes(certificate)
+    fleet = Fleet((Member("tcp:10.0.0.7:7600", certificate, "a", "compute"),))
+    masking = Masking(TlsConfig(tmp_path / "ours.pem", tmp_path / "ours.key", tmp_path / "both.pem"))
+    with pytest.raises(ConfigError, match="pinned by the same key"):
+        obfuscatune.protect(tiny(), fleet, "guarded", mask_worker="tcp:10.0.0.8:7600", masking=masking)
     with pytest.raises(ConfigError, match="must be one"):
         obfuscatune.protect(tiny(), addresses, "paper")
