@@ -98,7 +98,8 @@ class ServiceHandler:
                 "terms": grant.terms.to_document(),
                 "tokens_used": context.state.tokens_used(grant.id),
             }
-            models.append(about | ({"reason": model.reason} if is_providers else {}))
+            asked = context.access.registry.asked(grant.model)
+            models.append(about | ({"reason": model.reason, "asked": asked} if is_providers else {}))
         jobs: list[dict[str, Any]] = []
         owner = context.owners.get(peer)
         if owner is not None:
