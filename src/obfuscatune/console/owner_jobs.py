@@ -16,7 +16,7 @@ from fastapi.responses import Response, StreamingResponse
 from obfuscatune.client import jobs as api
 from obfuscatune.console.connection import OwnerConnection
 from obfuscatune.console.owner_data import stored_files
-from obfuscatune.console.pages import format_count, format_span
+from obfuscatune.console.pages import format_count, format_span, text
 from obfuscatune.console.shell import Shell, attachment
 from obfuscatune.console.views import Event, Job, Model, Progress
 from obfuscatune.documents import canonical
@@ -200,13 +200,15 @@ def _state(job: Job, progress: Progress, events: list[Event]) -> dict[str, Any]:
         "steps": progress.steps,
         "speed": None if speed is None else f"{speed:,.0f}",
         "left": None if progress.seconds_left is None else format_span(progress.seconds_left),
-        "requests": format_count(progress.requests),
-        "verified": format_count(progress.verified),
+        "products": None if progress.verified is None else _products(progress),
         "advantage": None if progress.advantage is None else f"{progress.advantage:.2g}",
         "budget": None if progress.budget is None else f"{progress.budget:g}",
-        "rows": format_count(progress.mask_rows),
         "events": [asdict(it) for it in events],
     }
+
+
+def _products(progress: Progress) -> str:
+    return text("job.products", verified=format_count(progress.verified), requests=format_count(progress.requests))
 
 
 def _event(kind: str, data: dict[str, Any]) -> bytes:

@@ -140,6 +140,12 @@ class Jobs:
             outcome = self._outcomes.get(job)
         return None if outcome is None else outcome.progress()
 
+    def products(self) -> int:
+        """Requests to the worker of the jobs that run, so far."""
+        with self._changed:
+            running = list(self._outcomes.values())
+        return sum(it.progress()["products"]["requests"] for it in running)
+
     def _schedule(self) -> None:
         while True:
             with self._changed:

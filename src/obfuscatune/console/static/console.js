@@ -71,7 +71,7 @@ function setUpDrop(form) {
 // A job: server-sent events, a curve, a table with the same numbers.
 function setUpJob(live) {
   const trained = new Map(), measured = new Map(), host = byId("chart");
-  let plot = null;
+  let plot = null, total = 0;
   const field = (name) => live.querySelector(`[data-field="${name}"]`);
   const show = (name, value) => { const it = field(name); if (it && value) it.textContent = value; };
 
@@ -91,7 +91,7 @@ function setUpJob(live) {
     const whole = (self, values) => values.map((it) => (Number.isInteger(it) ? it : ""));
     plot = new uPlot({
       width, height: width < 500 ? 220 : 280, series, legend: { show: measured.size > 0, live: false },
-      scales: { x: { time: false } }, axes: [{ ...axis, values: whole }, { ...axis, size: 54 }], cursor: { y: false },
+      scales: { x: { time: false, range: (self, low, high) => [low, Math.max(high, total, low + 1)] } }, axes: [{ ...axis, values: whole, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000] }, { ...axis, size: 54 }], cursor: { y: false },
     }, data, host);
     byId("losses").replaceChildren(...steps.map((step) => {
       const row = element("tr"), number = (value) => (value === undefined ? "–" : value.toFixed(4));
@@ -115,10 +115,12 @@ function setUpJob(live) {
     const state = JSON.parse(message.data);
     const badge = live.querySelector(`template[data-status="${CSS.escape(state.status)}"]`);
     if (badge) field("status")?.replaceChildren(badge.content.cloneNode(true));
+    total = state.steps || total;
     state.events.forEach(happened);
     const last = Math.max(0, ...trained.keys());
     show("steps", state.steps ? `${state.step} / ${state.steps}` : last ? String(last) : "");
-    for (const name of ["speed", "left", "verified"]) show(name, state[name]);
+    for (const name of ["speed", "left"]) show(name, state[name]);
+    if (state.products) show("verified", state.products);
     if (state.advantage) {
       live.querySelector("[data-masks]")?.removeAttribute("hidden");
       show("advantage", `${state.advantage} / ${state.budget}`);
@@ -168,7 +170,7 @@ function setUpCompare(form) {
         const lines = (rest + value).split("\n");
         rest = lines.pop();
         for (const line of lines.filter(Boolean).map((it) => JSON.parse(it))) {
-          if (line.text) output.append(line.text);
+          if (line.text) output.append(output.hasChildNodes() ? line.text : line.text.trimStart());
           if (line.problem) output.append(element("p", line.problem, "verdict bad"));
           ended ||= Boolean(line.end || line.problem);
         }
