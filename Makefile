@@ -4,6 +4,8 @@
 #   make test         lint, the documentation's build and the default test suite (under 10 minutes on 2 cores)
 #   make test-long    the long tests too
 #   make test-extras    the tests of the optional extras (lm-eval, trl, ...), which are installed for them (600 MB)
+#   make test-browser each role's console in a real browser (Debian's chromium), with screenshots in browser-out/
+#   make screenshot   the README's picture of the console
 #   make docs         the documentation site into site/, without a warning
 #   make hooks        ruff and mypy before each commit
 #   make lock         requirements/*.txt anew: exact versions, by hash
@@ -17,7 +19,7 @@ DATA   ?= ../shared/data
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo demo-three-parties test test-long test-extras lint docs hooks lock reproduce-small reproduce-real benchmarks clean
+.PHONY: demo demo-three-parties test test-long test-extras test-browser screenshot lint docs hooks lock reproduce-small reproduce-real benchmarks clean
 
 demo: $(READY)
 	$(BIN)/obfuscatune demo
@@ -32,10 +34,17 @@ test: lint docs
 	$(PYTEST)
 
 test-long: lint docs
-	$(PYTEST) -m "long or not long"
+	$(PYTEST) -m "not browser"
 
 test-extras: $(VENV)/.extras
-	$(BIN)/python -m pytest -m "long or not long" tests/evaluation/test_harness.py tests/extras tests/examples
+	$(BIN)/python -m pytest -m "not browser" tests/evaluation/test_harness.py tests/extras tests/examples
+
+# Consoles, a service and workers as processes, on one core after the other: a browser is not shared.
+test-browser: $(VENV)/.browser
+	$(BIN)/python -m pytest -m browser tests/browser
+
+screenshot: $(VENV)/.browser
+	PYTHONPATH=. $(BIN)/python scripts/screenshots.py docs/images/console-owner.png
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -91,6 +100,12 @@ $(VENV)/.extras: requirements/extras.txt $(READY)
 	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --requirement requirements/extras.txt
 	touch $@
 
+# The browser itself is the system's: chromium, of any distribution.
+$(VENV)/.browser: requirements/browser.txt $(READY)
+	@test -x /usr/bin/chromium || { echo "this takes a browser: apt-get install chromium" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --requirement requirements/browser.txt
+	touch $@
+
 # All lists of exact versions and hashes anew; versions that are listed already stay. The last three are of deploy/.
 LOCK := $(BIN)/python -m piptools compile --quiet --strip-extras --no-annotate --no-header --generate-hashes \
 	--unsafe-package torch --constraint requirements/torch.txt --no-emit-index-url --no-emit-find-links --no-emit-options
@@ -99,6 +114,7 @@ lock: $(READY)
 	$(LOCK) --extra dev --extra docs --extra service --output-file requirements/dev.txt pyproject.toml
 	$(LOCK) --extra lm-eval --extra trl --extra data --extra tensorboard --constraint requirements/dev.txt \
 		--output-file requirements/extras.txt pyproject.toml
+	$(LOCK) --extra browser --constraint requirements/dev.txt --output-file requirements/browser.txt pyproject.toml
 	$(LOCK) --extra service --constraint requirements/dev.txt --output-file requirements/enclave.txt pyproject.toml
 	$(LOCK) --constraint requirements/dev.txt --output-file requirements/worker.txt requirements/worker.in
 	$(LOCK) --constraint requirements/dev.txt --output-file requirements/build.txt requirements/build.in

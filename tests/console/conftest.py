@@ -88,7 +88,7 @@ class HostileApi:
                 "data": [{"id": "e1", "created_at": 1, "level": "error", "message": ATTACK, "data": None}]
             },
             "/obfuscatune/v1/estimate": {
-                **{name: ATTACK for name in ("tokens", "examples", "steps", "tokens_left", "truncated")},
+                **dict.fromkeys(("tokens", "examples", "steps", "tokens_left", "truncated"), ATTACK),
                 "enough": False,
             },
         }
@@ -100,7 +100,9 @@ class HostileApi:
                 return JSONResponse({"error": {"message": self.error}}, 403)
             if "completions" in request.url.path:
                 text = json.dumps({"choices": [{"text": ATTACK, "delta": {"content": ATTACK}}]})
-                return StreamingResponse(iter([f"data: {text}\n\n", "data: [DONE]\n\n"]), media_type="text/event-stream")
+                return StreamingResponse(
+                    iter([f"data: {text}\n\n", "data: [DONE]\n\n"]), media_type="text/event-stream"
+                )
             return JSONResponse(self.answers.get(request.url.path, {}))
 
         return Starlette(routes=[Route("/{path:path}", answer, methods=["GET", "POST"])])
@@ -153,7 +155,12 @@ def serve(stack: ExitStack, shell: Shell, told: list[str], connection: Any, **mo
 def owner_console_served() -> Iterator[Served]:
     """An owner's console before a hostile service."""
     with ExitStack() as stack:
-        owner, http_identity, api, handler = Identity.generate("owner"), Identity.generate("api"), HostileApi(), Handler()
+        owner, http_identity, api, handler = (
+            Identity.generate("owner"),
+            Identity.generate("api"),
+            HostileApi(),
+            Handler(),
+        )
         port = stack.enter_context(served(api.app(), server_context(http_identity, owner)))
         handler.api = f"127.0.0.1:{port}"
         enclave = Enclave(http_key=http_identity.fingerprint)

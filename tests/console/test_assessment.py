@@ -29,7 +29,13 @@ def test_every_check_belongs_to_its_question() -> None:
         *("hardware", "hardware", "session", "program", "program"),
         *("program", "program", "workers", "workers", "age"),
     ]
-    names = ("sev-snp.chain.vcek", "nvidia[1].measurement.3", "sev-snp.host_data", "tpm.pcr.7", "claims.environment.PATH")
+    names = (
+        "sev-snp.chain.vcek",
+        "nvidia[1].measurement.3",
+        "sev-snp.host_data",
+        "tpm.pcr.7",
+        "claims.environment.PATH",
+    )
     assert [link_of(name) for name in names] == ["hardware", "program", "program", "program", "program"]
 
 
@@ -66,12 +72,14 @@ def test_no_checks_have_not_passed() -> None:
 @given(st.sets(st.sampled_from(TDX)), st.sets(st.sampled_from(TDX)), st.booleans())
 def test_no_green_below_what_is_not(fails: set[str], opens: set[str], simulated: bool) -> None:
     found = assess_checks(checks(fails=tuple(fails), opens=tuple(opens)), simulated=simulated)
-    assert [it.name for it in found.links] == [name for name in LINKS]
+    assert [it.name for it in found.links] == list(LINKS)
     assert sum(len(it.findings) for it in found.links) == len(TDX)
     green = True
     for link in found.links:
         if not green:
-            assert all(it.state != "holds" for it in link.findings if not it.name.startswith(("policy", "kind.", "require.")))
+            assert all(
+                it.state != "holds" for it in link.findings if not it.name.startswith(("policy", "kind.", "require."))
+            )
         green = green and (link.state == "holds" or link.name in ("workers", "age"))
     assert found.passed == (not fails)
     assert (found.state == "holds") == (not fails and not opens and not simulated)

@@ -56,7 +56,9 @@ def test_a_session_is_new_and_its_cookie_is_closed_to_scripts_and_other_sites(ow
         reply = owner_served.enter(browser)
         cookie = reply.headers["set-cookie"]
         assert chosen not in cookie
-        assert "HttpOnly" in cookie and "samesite=strict" in cookie.lower() and f"Path={owner_served.shell.base}" in cookie
+        assert (
+            "HttpOnly" in cookie and "samesite=strict" in cookie.lower() and f"Path={owner_served.shell.base}" in cookie
+        )
     with owner_served.client() as fixed:
         fixed.cookies.set(COOKIE, chosen, path=owner_served.shell.base)
         assert fixed.get("/jobs").status_code == 303
@@ -174,7 +176,8 @@ def test_bodies_are_bounded_whatever_they_say_of_their_length(owner_served: Serv
 
 def test_two_hosts_are_none(owner_served: Served) -> None:
     host = f"127.0.0.1:{owner_served.port}"
-    asked = f"GET {owner_served.shell.base}/enter HTTP/1.1\r\nHost: {host}\r\nHost: evil.example\r\nConnection: close\r\n\r\n"
+    head = f"GET {owner_served.shell.base}/enter HTTP/1.1\r\nHost: {host}\r\nHost: evil.example"
+    asked = f"{head}\r\nConnection: close\r\n\r\n"
     with socket.create_connection(("127.0.0.1", owner_served.port), 10) as sock:
         sock.sendall(asked.encode())
         answer = sock.makefile("rb").readline()

@@ -19,7 +19,15 @@ from tests.console.conftest import Served
 ROOT = Path(obfuscatune.console.__file__).parent
 TEMPLATES = sorted((ROOT / "templates").rglob("*.html"))
 DYNAMIC = ("state.", "link.", "check.", "status.", "model.", "export.", "use.", "turn.", "setting.", "problem.", "nav.")
-DYNAMIC += ("frame.role.", "frame.local.", "standing.", "enclave.verdict.", "enclave.meaning.", "operator.role.", "guard.")
+DYNAMIC += (
+    "frame.role.",
+    "frame.local.",
+    "standing.",
+    "enclave.verdict.",
+    "enclave.meaning.",
+    "operator.role.",
+    "guard.",
+)
 
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda it: it.name)
@@ -88,7 +96,8 @@ def test_consoles_start_without_torch() -> None:
     code = (
         "import time, sys, resource; import obfuscatune.console.owner, obfuscatune.console.provider, uvicorn;"
         "from obfuscatune.console.pages import environment, style_sheet; style_sheet();"
-        "print('torch' in sys.modules, 'transformers' in sys.modules, resource.getrusage(resource.RUSAGE_SELF).ru_utime)"
+        "used = resource.getrusage(resource.RUSAGE_SELF).ru_utime;"
+        "print('torch' in sys.modules, 'transformers' in sys.modules, used)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     torch, transformers, seconds = done.stdout.split()
@@ -97,7 +106,8 @@ def test_consoles_start_without_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "shown"), [(0, "0 s"), (59.4, "59 s"), (61, "1 min 1 s"), (3700, "1 h 1 min"), (90000, "1 d 1 h"), (None, "–"), (-1, "–")]
+    ("value", "shown"),
+    [(0, "0 s"), (59.4, "59 s"), (61, "1 min 1 s"), (3700, "1 h 1 min"), (90000, "1 d 1 h"), (None, "–"), (-1, "–")],
 )
 def test_spans(value: float | None, shown: str) -> None:
     assert pages.format_span(value) == shown

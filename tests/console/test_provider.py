@@ -37,7 +37,12 @@ def test_a_grant_releases_the_key_of_the_file_and_keeps_the_evidence(provider_se
     assert provider_served.handler is not None
     ((_, _, grant, released),) = [it for it in provider_served.handler.came if it[0] == "grant"]
     assert released == key
-    assert (grant.model, grant.storage, grant.terms.owners, grant.terms.tokens) == ("llama", "/bundles/llama", (DIGEST,), 1000)
+    assert (grant.model, grant.storage, grant.terms.owners, grant.terms.tokens) == (
+        "llama",
+        "/bundles/llama",
+        (DIGEST,),
+        1000,
+    )
     page = browser.get("/releases").text
     assert "simulated" in page and "llama" in page
     (kept,) = (tmp_path / "releases").glob("*.json")
@@ -112,9 +117,11 @@ def test_consents_that_owners_wait_for_are_given_and_models_revoked(provider_ser
     provider_served.connection._look = None
     assert "ft:llama:1" in browser.get("/").text
     about = {"name": "llama", "manifest": DIGEST}
-    assert browser.post("/consent", headers=headers, data={**about, "owner": DIGEST, "adapter": "ft:llama:1"}).is_success
+    assert browser.post(
+        "/consent", headers=headers, data={**about, "owner": DIGEST, "adapter": "ft:llama:1"}
+    ).is_success
     assert browser.post("/revoke", headers=headers, data=about).is_success
-    consent, revocation = ([it[2] for it in handler.came if it[0] == kind][0] for kind in ("consent", "revoke"))
+    consent, revocation = (next(it[2] for it in handler.came if it[0] == kind) for kind in ("consent", "revoke"))
     assert (consent.model, consent.owner, consent.adapter) == ("llama", DIGEST, "ft:llama:1")
     assert (revocation.model, revocation.manifest) == ("llama", DIGEST)
 

@@ -21,7 +21,16 @@ CHAT = st.builds(
     TEXT,
 )
 BAD = st.sampled_from(
-    ['{"prompt": "a"}', "[]", "no json", '{"a": 1, "a": 2}', '{"text": "t"}', '{"prompt": NaN}', "\ufeff{}", '"\\ud800"']
+    [
+        '{"prompt": "a"}',
+        "[]",
+        "no json",
+        '{"a": 1, "a": 2}',
+        '{"text": "t"}',
+        '{"prompt": NaN}',
+        "\ufeff{}",
+        '"\\ud800"',
+    ]
 )
 FILES = st.lists(GOOD | CHAT | BAD | st.sampled_from(["", "  ", "\r"]), max_size=6)
 

@@ -37,7 +37,8 @@ def provider_console(
     on: EnclaveOptions,
     keys: Annotated[Path, Option("Folder of your bundles' key files, by `provider seal --key-out`.")],
     releases: Annotated[
-        Path | None, Option("Folder that keeps on what evidence each key was released.", unset="releases, within --keys")
+        Path | None,
+        Option("Folder that keeps on what evidence each key was released.", unset="releases, within --keys"),
     ] = None,
     port: Port = 8020,
     opens: Open = False,
@@ -53,5 +54,7 @@ def provider_console(
 
     connect, identity = on.connector()
     with listen(port) as listening:
-        connection = ProviderConnection(connect, parse_enclave(on.enclave), identity, keys, releases or keys / "releases")
+        connection = ProviderConnection(
+            connect, parse_enclave(on.enclave), identity, keys, releases or keys / "releases"
+        )
         serve(make_console(connection, output.notice), listening, output.write_text, opens_browser=opens)

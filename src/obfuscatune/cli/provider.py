@@ -62,4 +62,6 @@ command_of(
     "--adapter ft:llama:1",
 )(grants.consent)
 command_of(provider, f"obfuscatune provider status {_ENCLAVE}")(grants.status)
-command_of(provider, f"obfuscatune provider console {_ENCLAVE} --keys keys --open", name="console")(console.provider_console)
+command_of(provider, f"obfuscatune provider console {_ENCLAVE} --keys keys --open", name="console")(
+    console.provider_console
+)

@@ -50,7 +50,9 @@ def serve(
 
     def told(where: "Listening") -> None:
         if as_json:
-            output.write_json({"api": where.api, "channel": where.channel, "operator": where.operator, "console": where.console})
+            output.write_json(
+                {"api": where.api, "channel": where.channel, "operator": where.operator, "console": where.console}
+            )
             sys.stdout.flush()  # whoever waits for it reads a pipe
         else:
             output.notice(f"attested channel at {where.channel}, API at https://{where.api}")

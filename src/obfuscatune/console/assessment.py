@@ -2,8 +2,8 @@
 
     asked -> hardware -> session -> program -> workers -> age
 
-A check that holds is green where all that it rests on holds too. What a program says of itself is worth what is known of
-the program; what a platform measured is worth what is known of the platform; simulated evidence is worth nothing.
+A check that holds is green where all that it rests on holds too. What a program says of itself is worth what is known
+of the program; what a platform measured is worth what is known of the platform; simulated evidence is worth nothing.
 """
 
 from collections.abc import Sequence

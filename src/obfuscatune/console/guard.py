@@ -45,8 +45,8 @@ class Guard:
 
     Args:
         app: The console's pages, all of them below `base`.
-        base: Their path. It is drawn when the console starts: cookies know no ports, so a server at another port of this
-            machine gets the cookie only if it knows the path.
+        base: Their path. It is drawn when the console starts: cookies know no ports, so a server at another port of
+            this machine gets the cookie only if it knows the path.
         hosts: The only names in `Host`; None for every address that is written as digits, and localhost.
         large: Paths below `base`, and how many bytes a body there may have.
     """
@@ -154,7 +154,7 @@ def _is_same_origin(headers: Headers) -> bool:
     """
     origin, site = headers.get("origin"), headers.get("sec-fetch-site")
     ours = f"http://{headers.get('host')}"
-    return site == "same-origin" and origin in (None, "null", ours) or site is None and origin == ours
+    return (site == "same-origin" and origin in (None, "null", ours)) or (site is None and origin == ours)
 
 
 class _TooLargeError(Exception):

@@ -39,10 +39,7 @@ def owner_console(connection: OwnerConnection, tell: Callable[[str], None]) -> S
     def enclave(request: Request) -> Response:
         """Is the enclave what it says?"""
         found = connection.found
-        if found.record is not None:
-            assessment = assess(found.record)
-        else:
-            assessment = assess_checks(found.failed, simulated=False)
+        assessment = assess(found.record) if found.record is not None else assess_checks(found.failed, simulated=False)
         models: list[Model] = []
         if connection.seconds_left is not None:
             told = connection.service.document("GET", "/obfuscatune/v1/status")
@@ -81,4 +78,3 @@ def owner_console(connection: OwnerConnection, tell: Callable[[str], None]) -> S
     owner_jobs.add(shell, connection)
     owner_compare.add(shell, connection)
     return shell
-

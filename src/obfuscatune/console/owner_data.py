@@ -52,9 +52,7 @@ def _send(connection: OwnerConnection, content: bytes, name: str) -> StoredFile:
     if not check_records(content).is_usable:
         raise DataError(f"{name}: not every line can be used")
     files = {"file": (name, content, "application/jsonl")}
-    return StoredFile.read(
-        connection.service.document("POST", "/v1/files", data={"purpose": _UPLOADED}, files=files)
-    )
+    return StoredFile.read(connection.service.document("POST", "/v1/files", data={"purpose": _UPLOADED}, files=files))
 
 
 def _name(request: Request) -> str:

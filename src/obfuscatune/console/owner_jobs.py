@@ -5,6 +5,7 @@ import io
 import json
 import secrets
 import tarfile
+import time
 from collections.abc import AsyncIterator
 from dataclasses import asdict
 from typing import Annotated, Any
@@ -23,6 +24,7 @@ from obfuscatune.documents import canonical
 from obfuscatune.errors import ObfuscaTuneError, TermsError
 
 _SECONDS_BETWEEN_LOOKS = 1.0
+_LEAST_STALL_SECONDS = 8.0
 JobId = Annotated[str, Path(pattern=r"^[A-Za-z0-9_-]{1,128}$")]
 Name = Annotated[str, Form(min_length=1, max_length=256)]
 Epochs = Annotated[int, Form(ge=1, le=50)]
@@ -164,6 +166,7 @@ def _receipt(connection: OwnerConnection, job: Job) -> dict[str, Any] | None:
 
 async def _follow(connection: OwnerConnection, job_id: str) -> AsyncIterator[bytes]:
     seen: set[str] = set()
+    step, since = -1, time.monotonic()
     while True:
         try:
             found, progress, events = await to_thread.run_sync(_look, connection, job_id, seen)
@@ -171,7 +174,9 @@ async def _follow(connection: OwnerConnection, job_id: str) -> AsyncIterator[byt
             yield _event("problem", {"message": str(error), "standing": connection.seconds_left is not None})
             return
         seen.update(it.id for it in events)
-        yield _event("state", _state(found, progress, events))
+        if progress.step != step or found.status != "running":
+            step, since = progress.step, time.monotonic()
+        yield _event("state", {**_state(found, progress, events), "stalled": _stalled(progress, since)})
         if found.is_over:
             yield _event("over", {"status": found.status})
             return
@@ -202,9 +207,17 @@ def _state(job: Job, progress: Progress, events: list[Event]) -> dict[str, Any]:
         "left": None if progress.seconds_left is None else format_span(progress.seconds_left),
         "products": None if progress.verified is None else _products(progress),
         "advantage": None if progress.advantage is None else f"{progress.advantage:.2g}",
-        "budget": None if progress.budget is None else f"{progress.budget:g}",
+        "budget": None if progress.budget is None else text("job.allowed", budget=f"{progress.budget:g}"),
         "events": [asdict(it) for it in events],
     }
+
+
+def _stalled(progress: Progress, since: float) -> str | None:
+    """What to say of a job that has made no step for long, measured by its own pace."""
+    waited, pace = time.monotonic() - since, progress.seconds_per_step
+    if pace is None or waited < max(_LEAST_STALL_SECONDS, 5 * pace):
+        return None
+    return text("job.stalled", span=format_span(waited))
 
 
 def _products(progress: Progress) -> str:
@@ -213,4 +226,3 @@ def _products(progress: Progress) -> str:
 
 def _event(kind: str, data: dict[str, Any]) -> bytes:
     return f"event: {kind}\ndata: {json.dumps(data)}\n\n".encode()
-

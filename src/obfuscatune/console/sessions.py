@@ -1,6 +1,6 @@
 """Who may use a console: whoever opened its one-time link. Everything is in memory, and ends with the process.
 
-    link (printed) -> code, once -> session: an id in a cookie, and a token that every change must carry
+link (printed) -> code, once -> session: an id in a cookie, and a token that every change must carry
 """
 
 import hashlib

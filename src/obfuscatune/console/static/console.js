@@ -123,10 +123,17 @@ function setUpJob(live) {
     if (state.products) show("verified", state.products);
     if (state.advantage) {
       live.querySelector("[data-masks]")?.removeAttribute("hidden");
-      show("advantage", `${state.advantage} / ${state.budget}`);
+      show("advantage", state.advantage);
+      show("budget", state.budget);
     }
     if (state.events.length) draw();
-    byId("live-problem").replaceChildren();
+    const problem = byId("live-problem"), told = problem.textContent;
+    if (!state.stalled) problem.replaceChildren();
+    else if (told !== state.stalled) {
+      const box = element("p", state.stalled, "verdict stalled");
+      if (!told) box.setAttribute("role", "status");
+      problem.replaceChildren(box);
+    }
   });
   source.addEventListener("problem", (message) => {
     source.close();

@@ -50,7 +50,12 @@ def evidence(context: Ctx, owner: Asker) -> dict[str, Any]:
 def progress(job_id: str, context: Ctx, owner: Asker) -> dict[str, Any]:
     """How far a job is: steps, time a step, products, masks. `running` is null where it does not run now."""
     job = get_job(context, owner, job_id)
-    return {"object": "progress", "job": job.id, "status": job.clear["status"], "running": context.jobs.progress(job.id)}
+    return {
+        "object": "progress",
+        "job": job.id,
+        "status": job.clear["status"],
+        "running": context.jobs.progress(job.id),
+    }
 
 
 @router.post("/estimate")
