@@ -81,7 +81,8 @@ def opened(chromium: Any) -> Iterator[Callable[[str], Any]]:
         complaints: list[str] = []
 
         def heard(message: Any) -> None:
-            if message.type == "error" and "Failed to load resource" not in message.text:
+            expected = ("Failed to load resource", "htmx:sendError", "htmx:afterRequest")  # consoles end before pages
+            if message.type == "error" and not any(it in message.text for it in expected):
                 complaints.append(message.text)
 
         def open_link(link: str) -> Any:

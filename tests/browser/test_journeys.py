@@ -71,6 +71,7 @@ def test_the_owner_from_the_first_page_to_the_adapter(
         page.fill("#epochs", "6")
         page.dispatch_event("#epochs", "change")
         page.wait_for_function("old => document.querySelector('#estimate .figure')?.innerText !== old", arg=before)
+        cost = page.inner_text("#estimate .value")
         page.fill("#suffix", "notes")
         eyes.look(page, "owner-new-job")
         page.click("#begin")
@@ -81,6 +82,7 @@ def test_the_owner_from_the_first_page_to_the_adapter(
         eyes.look(page, "owner-job-running")
         page.wait_for_selector("text=Signed by the enclave")
         page.wait_for_selector(".u-wrap")
+        assert cost in page.inner_text("section:has(h2:has-text('Receipt'))")  # it cost what was said
         page.click("text=As a table")
         assert page.locator("#losses tr").count() == 18
         eyes.look(page, "owner-job-done")

@@ -64,6 +64,15 @@ def test_simulated_evidence_is_nowhere_green() -> None:
     assert {link.state for link in found.links[1:]} == {"simulated"}
 
 
+def test_simulated_evidence_that_fails_is_nowhere_green() -> None:
+    simulated = [Check(it.name.replace("tdx", "simulated"), it.name != "claims.software", "", "") for it in checks()]
+    found = assess_checks(simulated)
+    assert {link.name: link.state for link in found.links} == {
+        **dict.fromkeys(("hardware", "session", "workers", "age"), "simulated"),
+        **{"asked": "holds", "program": "fails"},
+    }
+
+
 def test_no_checks_have_not_passed() -> None:
     found = assess_checks((), simulated=False)
     assert not found.passed and found.state == "fails"

@@ -12,8 +12,8 @@ from obfuscatune.errors import TermsError
 MOST_MODELS = 1024
 """Of all providers together, those that were revoked among them."""
 MOST_CONSENTS = 16384
-MOST_ASKED = 64
-"""Consents that an owner has asked for and that were not given yet, of one model; the oldest goes first."""
+MOST_ASKED, MOST_ASKED_SHOWN = 16, 256
+"""Consents that one owner waits for, of one model: the oldest goes first; and how many of all owners are told of."""
 
 
 class Latest(NamedTuple):
@@ -107,7 +107,7 @@ class GrantRegistry:
             self._asked.pop((consent.model, consent.owner, consent.adapter), None)
 
     def ask_consent(self, model: str, owner: str, adapter: str) -> bool:
-        """Note that an owner wants an adapter out, where the provider wants to be asked; whether it was noted."""
+        """Note that an owner wants an adapter out, where the provider wants to be asked. Returns whether it was."""
         with self._lock:
             grant = self._grants.get(model)
             if grant is None or owner not in grant.terms.owners or grant.terms.export != "provider-consent":
@@ -123,7 +123,8 @@ class GrantRegistry:
     def asked(self, model: str) -> list[dict[str, str]]:
         """The consents that owners wait for, the oldest first."""
         with self._lock:
-            return [{"owner": owner, "adapter": it} for name, owner, it in self._asked if name == model][:MOST_ASKED]
+            waiting = [{"owner": owner, "adapter": it} for name, owner, it in self._asked if name == model]
+        return waiting[:MOST_ASKED_SHOWN]
 
     def consents_to(self, model: str, owner: str) -> list[str]:
         """The adapters that may go to an owner by consent."""

@@ -39,8 +39,8 @@ def owner_console(connection: OwnerConnection, tell: Callable[[str], None]) -> S
     def enclave(request: Request) -> Response:
         """Is the enclave what it says?"""
         found = connection.found
-        assessment = assess(found.record) if found.record is not None else assess_checks(found.failed, simulated=False)
-        models: list[Model] = []
+        assessment = assess(found.record) if found.record is not None else assess_checks(found.failed)
+        models: list[Model] | None = None
         if connection.seconds_left is not None:
             told = connection.service.document("GET", "/obfuscatune/v1/status")
             models = [Model.read(it) for it in told.get("models", [])]

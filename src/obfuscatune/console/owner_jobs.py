@@ -60,6 +60,8 @@ def add(shell: Shell, connection: OwnerConnection) -> None:
         suffix: Suffix = "",
     ) -> Response:
         """What a job will cost, counted in the enclave by the model's own tokenizer."""
+        if any(it.name == model and it.status == "loading" for it in granted_models(connection)):
+            return shell.page(request, "parts/loading.html")
         body = _body(model, file, epochs, batch_size, rate, suffix)
         told = connection.service.document("POST", "/obfuscatune/v1/estimate", json=body)
         return shell.page(request, "parts/estimate.html", estimate=told)

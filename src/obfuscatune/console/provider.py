@@ -165,7 +165,7 @@ def provider_console(connection: ProviderConnection, tell: Callable[[str], None]
         except ObfuscaTuneError as error:
             look, refused = None, error
         checks = connection.failed.checks if connection.failed is not None else ()
-        assessment = assess(look.record) if look is not None else assess_checks(checks, simulated=False)
+        assessment = assess(look.record) if look is not None else assess_checks(checks)
         return shell.page(
             request,
             "provider/grants.html",
