@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -15,7 +16,7 @@ from obfuscatune.channel.identity import Identity
 from obfuscatune.client import proxy as module
 from obfuscatune.client.connection import pinned_context
 from obfuscatune.client.proxy import Standing, Supervisor, make_app
-from obfuscatune.errors import ConnectionLost, UntrustedPeer, VerificationFailed
+from obfuscatune.errors import ConnectionLost, IntegrityError, UntrustedPeer, VerificationFailed
 from tests.client.conftest import served, server_context
 
 # asyncio's TLS transports say so when a loop ends before the other side has closed.
@@ -193,3 +194,28 @@ def test_another_key_than_the_evidence_names_is_refused(owner, enclave):
         context = pinned_context("127.0.0.1", port, owner, enclave.fingerprint)
     with served(Upstream().app(), server_context(other, owner)) as port, pytest.raises(httpx.ConnectError):
         httpx.get(f"https://127.0.0.1:{port}/v1/models", verify=context, trust_env=False)
+
+
+def test_a_log_that_does_not_go_on_closes_the_proxy_between_two_verifications(around, upstream, monkeypatch):
+    monkeypatch.setattr(module, "SECONDS_BETWEEN_LOOKS", 0.02)
+    told = threading.Event()
+    looks = []
+
+    def look():
+        looks.append(1)
+        if len(looks) == 2:
+            raise ConnectionLost("it is busy")  # it is verified again, and looked at again
+        if len(looks) == 4:
+            raise IntegrityError("the audit log does not go on")
+
+    def verify(stand):
+        return replace(stand(), check_log=look)
+
+    with around(verify) as (supervisor, client):
+        supervisor.tell = lambda line: told.set() if "does not go on" in line else None
+        assert told.wait(10)
+        reply = client.get("/v1/models")
+        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "enclave_not_verified")
+        assert reply.json()["error"]["message"] == "the enclave is refused: the audit log does not go on"
+        assert not supervisor.check()
+    assert (len(looks), upstream.seen) == (4, [])

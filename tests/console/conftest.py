@@ -62,7 +62,7 @@ def model_document(text: str = "llama", **changes: Any) -> dict[str, Any]:
     terms = {"owners": [DIGEST], "uses": ["inference", "fine-tuning"], "export": "provider-consent"}
     terms |= {"until": text if text != "llama" else "2099-01-01T00:00:00Z", "tokens": 1000}
     about = {"model": text, "grant": text, "manifest": text if text != "llama" else DIGEST, "status": text}
-    return {**about, "terms": terms, "tokens_used": 250, "consents": [], **changes}
+    return {**about, "terms": terms, "tokens_used": 250, "consented": [], **changes}
 
 
 def job_document(text: str, status: str = "failed") -> dict[str, Any]:

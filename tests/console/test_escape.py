@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 import pytest
 
-from tests.console.conftest import ATTACK, JOB, Served
+from tests.console.conftest import ATTACK, JOB, Served, job_document
 
 ALLOWED_SCRIPTS = ("/static/vendor/htmx.min.js", "/static/vendor/uPlot.iife.min.js", "/static/console.js")
 
@@ -123,7 +123,8 @@ def test_our_scripts_make_elements_of_our_own_pages_alone() -> None:
 @pytest.mark.parametrize(
     ("path", "answer"),
     [
-        ("/v1/fine_tuning/jobs", {"data": [{"id": "../../x", "status": "queued"}]}),
+        ("/v1/fine_tuning/jobs", {"data": [{**job_document("a"), "id": "../../x"}]}),
+        ("/v1/fine_tuning/jobs", {"data": [{**job_document("a"), "status": "<b>"}]}),
         ("/v1/fine_tuning/jobs", {"data": "many"}),
         ("/v1/files", {"data": [{"id": 5}]}),
         ("/obfuscatune/v1/status", {"models": [{"model": None}]}),

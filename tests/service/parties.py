@@ -167,8 +167,8 @@ class Cloud:
         with Attested.connect(TcpAddress(host, int(port)), party.identity, self.policy) as attested:
             yield attested
 
-    def grant(self, **changes: Any) -> dict[str, Any]:
-        """The provider grants the model to all owners."""
+    def terms(self, **changes: Any) -> Terms:
+        """What the provider allows all owners."""
         terms: dict[str, Any] = {
             "owners": tuple(owner.spki for owner in self.owners),
             "uses": ("inference", "fine-tuning"),
@@ -176,8 +176,11 @@ class Cloud:
             "until": datetime.datetime(2100, 1, 1, tzinfo=datetime.UTC),
             "tokens": None,
         }
-        storage = str(self.folder / "bundle")
-        grant = Grant(MODEL, self.manifest, storage, Terms(**{**terms, **changes}), next_sequence())
+        return Terms(**{**terms, **changes})
+
+    def grant(self, **changes: Any) -> dict[str, Any]:
+        """The provider grants the model to all owners."""
+        grant = Grant(MODEL, self.manifest, str(self.folder / "bundle"), self.terms(**changes), next_sequence())
         assert self.key is not None
         with self.channel(self.provider) as channel, self.key.secret.view as view:
             return channel.release("grant", grant.sign(self.provider.identity), bytes(view))

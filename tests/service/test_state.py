@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import os
-import pwd
-import shutil
-import subprocess
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +10,6 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select, update
 
-from obfuscatune.channel.registry import Latest
 from obfuscatune.errors import ConfigError, IntegrityError, StorageError
 from obfuscatune.secret_memory import SecretBytes
 from obfuscatune.service import tables as rows
@@ -24,35 +19,6 @@ from obfuscatune.service.state import Row, State, new_id
 
 def owner(name: str) -> Owner:
     return Owner(name.encode().hex().ljust(64, "0"), b"", SecretBytes(os.urandom(32)))
-
-
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[str]:
-    """A PostgreSQL server of our own, at a unix socket."""
-    if shutil.which("initdb") is None or shutil.which("pg_ctl") is None:
-        pytest.skip("PostgreSQL is not on this machine")
-    pytest.importorskip("psycopg")
-    folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))  # its socket's path is short, and others may enter
-    user = None
-    if os.geteuid() == 0:  # which PostgreSQL refuses
-        user = "nobody"
-        os.chown(folder, pwd.getpwnam(user).pw_uid, -1)
-
-    def run(*command: str | Path) -> None:
-        subprocess.run([str(it) for it in command], check=True, stdout=-3, stderr=-3, user=user, cwd=folder)
-
-    run("initdb", "-D", folder / "data", "-A", "trust", "-U", "test")
-    run("pg_ctl", "-D", folder / "data", "-w", "-o", f"-k {folder} -c listen_addresses=", "-l", folder / "log", "start")
-    yield f"postgresql+psycopg://test@/postgres?host={folder}"
-    run("pg_ctl", "-D", folder / "data", "-m", "immediate", "stop")
-    shutil.rmtree(folder)
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'state.sqlite'}"
-    return str(request.getfixturevalue("postgres"))
 
 
 @pytest.fixture
@@ -192,13 +158,6 @@ def test_pages_go_on_where_the_last_one_ended(state: State) -> None:
     assert [it.id for it in (*first.rows, *second.rows)] == names[::-1]
     assert (first.has_more, second.has_more) == (True, False)
     assert [it.id for it in state.page(rows.files, one, ascending=True).rows] == names
-
-
-def test_grants_sequences_never_fall(state: State) -> None:
-    provider = os.urandom(32).hex()
-    state.keep_latest_grant(provider, "m", Latest(5, "a" * 64))
-    state.keep_latest_grant(provider, "m", Latest(4, "b" * 64))
-    assert state.latest_grants()[provider, "m"] == Latest(5, "a" * 64)
 
 
 def test_another_version_s_database_is_refused(tmp_path: Path) -> None:

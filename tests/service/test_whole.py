@@ -23,9 +23,11 @@ RECORDS = [{"prompt": f"The canary of patient {n} says", "completion": f" zanzib
 DATA = b"".join(json.dumps(it).encode() + b"\n" for it in RECORDS)
 
 
-@pytest.fixture
-def whole(worker: LocalWorker, tmp_path: Path) -> Iterator[Cloud]:
+@pytest.fixture(params=["sqlite", "postgresql"])
+def whole(request: pytest.FixtureRequest, worker: LocalWorker, tmp_path: Path) -> Iterator[Cloud]:
     made = Cloud(tmp_path, Party.make("provider"), [Party.make("one"), Party.make("two")], worker.address)
+    if request.param == "postgresql":
+        made.settings = {"database": request.getfixturevalue("own_postgres")}
     made.prepare()
     made.start()
     try:

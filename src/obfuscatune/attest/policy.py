@@ -65,6 +65,7 @@ Keys = Annotated[tuple[str, ...], AfterValidator(_refuse_any), AfterValidator(_h
 Workers = Annotated[tuple[str, ...], BeforeValidator(_wrap_any), AfterValidator(_none_or(_hex(32)))]
 NamedWorkers = Annotated[tuple[str, ...], AfterValidator(_refuse_any), AfterValidator(_none_or(_hex(32)))]
 Texts = Annotated[tuple[str, ...], AfterValidator(_sorted)]
+Text = Annotated[str, Field(min_length=1, max_length=1024)]
 Byte = Annotated[int, Field(ge=0, le=255)]
 Count = Annotated[int, Field(ge=0, le=2**32 - 1)]
 ZERO_48 = ("00" * 48,)
@@ -210,16 +211,41 @@ class ClaimsPolicy(_Section):
     least_profile: Literal["paper", "private", "guarded", "enclave"] = "private"
 
 
+class SigstoreSigner(_Section):
+    """Whose signature a sigstore bundle has to have. It lies beside the file, its name ending with .sigstore.json."""
+
+    identity: Text
+    """In the signing certificate: an e-mail address, or the URI of a workflow, wholly."""
+    issuer: Text
+    """The identity provider that vouched for it, as https://accounts.example."""
+    trusted_root: Text
+    """File with sigstore's certificate authorities and logs, beside the reference values."""
+
+
 class ReferenceValues(_Section):
     """A signed file, which adds values to the sets of measurements."""
 
     file: str
-    keys: Keys
+    keys: Keys | None = None
     """Ed25519 public keys, one of which signed it."""
+    sigstore: SigstoreSigner | None = None
     minimum_sequence: Count = 0
     sequence: Count | None = None
     """Of the file that was read."""
     expires: Annotated[int, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _names_one_signer(self) -> Self:
+        if (self.keys is None) == (self.sigstore is None):
+            raise ValueError("name keys, or sigstore with identity, issuer and trusted_root: who signed the file")
+        return self
+
+    @property
+    def signer(self) -> str:
+        """Who signed it, for people."""
+        if self.sigstore is not None:
+            return f"{self.sigstore.identity}, by {self.sigstore.issuer}, in a sigstore bundle"
+        return f"one of {len(self.keys or ())} keys"
 
 
 class Policy(_Section):
@@ -259,7 +285,7 @@ class Policy(_Section):
 
         Raises:
             ConfigError: it cannot be read, or is none; the message names key and remedy.
-            IntegrityError: the reference values are not signed by a key that the policy names.
+            IntegrityError: the reference values are not signed by whom the policy names.
         """
         return cls.from_document(read_policy_file(path, ReferenceValues), str(path))
 

@@ -1,4 +1,7 @@
-"""Reading a policy file: YAML without surprises, errors that name the key, and signed reference values."""
+"""Reading a policy file: YAML without surprises, errors that name the key, and signed reference values.
+
+Whoever signed reference values, an Ed25519 key or an identity of sigstore's, is named by the policy and no other file.
+"""
 
 from collections.abc import Hashable, Iterator, Mapping
 from difflib import get_close_matches
@@ -15,6 +18,8 @@ from obfuscatune.yaml_file import UniqueKeys, parse_mapping
 MOST_BYTES = 2**20
 """Of a policy, and of reference values."""
 PURPOSE = "reference-values"
+BUNDLE_SUFFIX = ".sigstore.json"
+"""Behind the name of a file that a sigstore bundle is of."""
 MERGED = {
     "tdx": ("mr_td", "rtmr0", "rtmr1", "rtmr2", "rtmr3", "mr_seam"),
     "sgx": ("mr_enclave",),
@@ -39,9 +44,9 @@ def read_policy_file(path: Path, reference_model: type[BaseModel]) -> dict[str, 
         return document
     where = f"{path}: reference_values"
     if not isinstance(wanted, dict) or {"sequence", "expires"} & set(wanted):
-        raise ConfigError(f"{where} has a file, keys and, if you like, a minimum_sequence")
+        raise ConfigError(f"{where} has a file, keys or sigstore and, if you like, a minimum_sequence")
     try:
-        checked = reference_model.model_validate_json(canonical(wanted)).model_dump()
+        checked = reference_model.model_validate_json(canonical(wanted)).model_dump(exclude_none=True)
     except ValidationError as error:
         raise ConfigError(explain(error, where, reference_model)) from error
     except ValueError as error:  # a date, a fraction: values that documents have not
@@ -105,9 +110,13 @@ def _known(model: type[BaseModel], path: list[str]) -> Iterator[str]:
 
 
 def _read_reference_values(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """The document within a file of reference values."""
+    """The document of a file of reference values, signed by one of the keys or by an identity of sigstore's."""
+    content = _read_bytes(path)
     try:
-        document = verify(parse(_read_bytes(path), most_bytes=MOST_BYTES), PURPOSE, set(wanted["keys"]))
+        if "sigstore" in wanted:
+            document = _signed_by_identity(path, content, wanted["sigstore"])
+        else:
+            document = verify(parse(content, most_bytes=MOST_BYTES), PURPOSE, set(wanted["keys"]))
     except IntegrityError as error:
         raise IntegrityError(f"{path}: {error}") from error
     expected = {"version": int, "sequence": int, "expires": int, "values": dict}
@@ -121,6 +130,16 @@ def _read_reference_values(path: Path, wanted: Mapping[str, Any]) -> dict[str, A
             f"{wanted['minimum_sequence']} of the policy"
         )
     return document
+
+
+def _signed_by_identity(path: Path, content: bytes, signer: Mapping[str, str]) -> dict[str, Any]:
+    """The document that a file is, and whose signature lies beside it in a bundle."""
+    from obfuscatune.attest.sigstore_bundle import verify_bundle
+
+    bundle = _read_bytes(path.with_name(path.name + BUNDLE_SUFFIX))
+    root = path.parent / signer["trusted_root"]
+    verify_bundle(content, bundle, root, identity=signer["identity"], issuer=signer["issuer"])
+    return parse(content, most_bytes=MOST_BYTES)
 
 
 class _PolicyLoader(UniqueKeys):

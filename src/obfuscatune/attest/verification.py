@@ -173,7 +173,8 @@ def _check_time(policy: Policy, now: int, obtained: int, checks: Checks) -> None
     reference = policy.reference_values
     if reference is not None and reference.expires is not None:
         left = reference.expires - now
-        checks.that("reference_values", left >= 0, expected="not expired", found=f"{left} s left")
+        found = f"{left} s left; sequence {reference.sequence}, signed by {reference.signer}"
+        checks.that("reference_values", left >= 0, expected="not expired", found=found)
 
 
 def _check_part(part: Evidence, policy: Policy, report_data: bytes, now: int, checks: Checks, roots: Roots) -> str:

@@ -19,7 +19,7 @@ settle_process()
 import torch
 
 from obfuscatune.bench.kept_memory import KeptMemory
-from obfuscatune.bench.measures import cpu_seconds, peak_bytes, settled_bytes
+from obfuscatune.bench.measures import cpu_seconds, peak_bytes, settled_bytes, shared_bytes
 from obfuscatune.enclave.loading import load
 from obfuscatune.enclave.local_worker import local_worker
 from obfuscatune.enclave.observer import StageClock
@@ -61,6 +61,7 @@ def main() -> None:
             "parameters": sum(parameter.numel() for parameter in own) + stats.bytes_uploaded // 4,
             "before_bytes": before,
             "enclave_peak_bytes": peak_bytes(),
+            "enclave_shared_bytes": shared_bytes(),  # of the peak: no page of it is given back before the end
             "worker_peak_bytes": peak_bytes(worker.pid),
         }
         model.protection.close()

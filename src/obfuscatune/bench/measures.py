@@ -169,6 +169,11 @@ def settled_bytes(pid: int | None = None) -> int:
     return _status("VmRSS", pid)
 
 
+def shared_bytes(pid: int | None = None) -> int:
+    """What of that is memory shared with other processes (RssShmem). Raises as `peak_bytes`."""
+    return _status("RssShmem", pid)
+
+
 def cpu_seconds(pid: int | None = None) -> float:
     """CPU time so far in seconds, user and system, of this process or another. Raises as `peak_bytes`."""
     utime, stime = _read("stat", pid).rpartition(")")[2].split()[11:13]  # after the name, which may hold blanks

@@ -9,8 +9,8 @@ import re
 import secrets
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Self
 
 from obfuscatune import documents
 from obfuscatune.channel.identity import Identity, signer_fingerprint
@@ -22,10 +22,11 @@ EXPORTS = ("never", "provider-consent", "allowed")
 MOST_OWNERS = 256
 MOST_TOKENS = 2**53
 """Every JSON reader holds integers up to here."""
-_HEX_32 = re.compile(r"[0-9a-f]{64}")
+_HEX_16, _HEX_32 = re.compile(r"[0-9a-f]{32}"), re.compile(r"[0-9a-f]{64}")
 _MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _TIME = "%Y-%m-%dT%H:%M:%SZ"
 _TEXT = re.compile(r"[ -~]{0,1024}")
+_ADAPTER = re.compile(r"[!-~]{1,200}")
 
 
 def next_sequence() -> int:
@@ -106,128 +107,123 @@ class Terms:
 
 
 @dataclass(frozen=True, slots=True)
-class Grant:
-    """A provider lets an enclave use his model.
+class Signed:
+    """What grants, revocations and consents have in common: a provider signs each, about one model.
 
     Raises:
         IntegrityError: a field is outside its range.
     """
 
+    PURPOSE: ClassVar[str]
+
     model: str
     """The name by which clients ask for it."""
     manifest: str
     """Digest of the bundle's manifest: this very model and no other."""
+    provider: str = field(default="", kw_only=True)
+    """Ed25519 key, in hex, of the signature that was verified; empty before it is signed."""
+    signed: Mapping[str, Any] = field(default_factory=dict, kw_only=True, repr=False, compare=False)
+    """The signed document that it was read of."""
+
+    def __post_init__(self) -> None:
+        _need(_matches(_MODEL, self.model), "model: 1 to 64 letters, digits, dots, dashes and underscores")
+        _need(_matches(_HEX_32, self.manifest), "manifest: a SHA-256 digest in small hex")
+        self._check()
+
+    def _check(self) -> None:
+        """Raises IntegrityError: a field that the kind alone has is outside its range."""
+
+    def to_document(self) -> dict[str, Any]:
+        """As it is signed."""
+        return {"version": VERSION} | {name: getattr(self, name) for name in self._names()}
+
+    def sign(self, identity: Identity) -> dict[str, Any]:
+        """Signed by the provider."""
+        return identity.sign(self.to_document(), self.PURPOSE)
+
+    @classmethod
+    def from_signed(cls, signed: Mapping[str, Any], sender: str | None = None) -> Self:
+        """Read what its sender signed.
+
+        Args:
+            sender: fingerprint of the key that the sender proved to have. None reads what was sent before and kept:
+                `provider` says who signed it.
+
+        Raises:
+            IntegrityError: it is none, or another signed it.
+        """
+        key = signed.get("key") if isinstance(signed, Mapping) else None
+        _need(_matches(_HEX_32, key), f"a {cls.PURPOSE} has to be signed by an Ed25519 key")
+        if sender is not None and _fingerprint(str(key)) != sender:
+            raise IntegrityError(f"a {cls.PURPOSE} has to be signed by the key that it is sent with")
+        document = documents.verify(signed, cls.PURPOSE, {str(key)})
+        _need_fields(document, cls.PURPOSE, {"version", *cls._names()})
+        version = document.pop("version")
+        _need(_is_whole(version, VERSION, VERSION), f"a {cls.PURPOSE} of another version than {VERSION}")
+        return cls(**cls._read(document), provider=str(key), signed=dict(signed))
+
+    @classmethod
+    def _read(cls, document: dict[str, Any]) -> dict[str, Any]:
+        """The values of fields. Raises IntegrityError: one cannot be read."""
+        return document
+
+    @classmethod
+    def _names(cls) -> tuple[str, ...]:
+        return tuple(it.name for it in fields(cls) if not it.kw_only)
+
+
+@dataclass(frozen=True, slots=True)
+class Grant(Signed):
+    """A provider lets an enclave use his model."""
+
+    PURPOSE = "grant"
+
     storage: str
     """Where the bundle may lie: a hint, since it opens by its manifest alone."""
     terms: Terms
     sequence: int
     """Rises with each grant and revocation of a model: an older one is refused."""
     id: str = field(default_factory=lambda: secrets.token_hex(16))
-    provider: str = ""
-    """Ed25519 key, in hex, of the signature that was verified; empty before it is signed."""
-    signed: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
-    """The signed document that it was read of."""
 
-    PURPOSE = "grant"
-
-    def __post_init__(self) -> None:
-        _check_model(self.model, self.manifest, self.sequence)
+    def _check(self) -> None:
+        _check_sequence(self.sequence)
         _need(_matches(_TEXT, self.storage), "storage: at most 1024 printable ASCII characters")
-        _need(_matches(re.compile(r"[0-9a-f]{32}"), self.id), "id: 16 bytes in small hex")
+        _need(_matches(_HEX_16, self.id), "id: 16 bytes in small hex")
 
-    def sign(self, identity: Identity) -> dict[str, Any]:
-        """Signed by the provider."""
-        document = {
-            "version": VERSION,
-            "id": self.id,
-            "model": self.model,
-            "manifest": self.manifest,
-            "storage": self.storage,
-            "terms": self.terms.to_document(),
-            "sequence": self.sequence,
-        }
-        return identity.sign(document, self.PURPOSE)
+    def to_document(self) -> dict[str, Any]:
+        """As it is signed."""
+        return {**Signed.to_document(self), "terms": self.terms.to_document()}
 
     @classmethod
-    def from_signed(cls, signed: Mapping[str, Any], sender: str) -> "Grant":
-        """Read a grant that its sender signed.
-
-        Args:
-            sender: fingerprint of the key that the sender proved to have.
-
-        Raises:
-            IntegrityError: it is none, or another signed it.
-        """
-        it = _verified(signed, cls.PURPOSE, sender, {"id", "model", "manifest", "storage", "terms", "sequence"})
-        terms = Terms.from_document(it["terms"])
-        key = signed["key"]
-        return cls(it["model"], it["manifest"], it["storage"], terms, it["sequence"], it["id"], key, dict(signed))
+    def _read(cls, document: dict[str, Any]) -> dict[str, Any]:
+        return {**document, "terms": Terms.from_document(document["terms"])}
 
 
 @dataclass(frozen=True, slots=True)
-class Revocation:
-    """A provider takes back all that he granted for a model up to a sequence.
-
-    Raises:
-        IntegrityError: a field is outside its range.
-    """
-
-    model: str
-    manifest: str
-    sequence: int
-    provider: str = ""
-    signed: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+class Revocation(Signed):
+    """A provider takes back all that he granted for a model up to a sequence."""
 
     PURPOSE = "revocation"
 
-    def __post_init__(self) -> None:
-        _check_model(self.model, self.manifest, self.sequence)
+    sequence: int
 
-    def sign(self, identity: Identity) -> dict[str, Any]:
-        """Signed by the provider."""
-        document = {"version": VERSION, "model": self.model, "manifest": self.manifest, "sequence": self.sequence}
-        return identity.sign(document, self.PURPOSE)
-
-    @classmethod
-    def from_signed(cls, signed: Mapping[str, Any], sender: str) -> "Revocation":
-        """As `Grant.from_signed`."""
-        it = _verified(signed, cls.PURPOSE, sender, {"model", "manifest", "sequence"})
-        return cls(it["model"], it["manifest"], it["sequence"], signed["key"], dict(signed))
+    def _check(self) -> None:
+        _check_sequence(self.sequence)
 
 
 @dataclass(frozen=True, slots=True)
-class Consent:
-    """A provider lets one adapter leave the enclave, to its owner.
-
-    Raises:
-        IntegrityError: a field is outside its range.
-    """
-
-    model: str
-    manifest: str
-    owner: str
-    adapter: str
-    """As the enclave names it."""
-    provider: str = ""
-    signed: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+class Consent(Signed):
+    """A provider lets one adapter leave the enclave, to its owner."""
 
     PURPOSE = "consent"
 
-    def __post_init__(self) -> None:
-        _check_model(self.model, self.manifest)
+    owner: str
+    adapter: str
+    """As the enclave names it."""
+
+    def _check(self) -> None:
         _need(_matches(_HEX_32, self.owner), "owner: a SHA-256 fingerprint in small hex")
-        _need(_matches(re.compile(r"[!-~]{1,200}"), self.adapter), "adapter: 1 to 200 printable ASCII characters")
-
-    def sign(self, identity: Identity) -> dict[str, Any]:
-        """Signed by the provider."""
-        document = {"version": VERSION, "model": self.model, "manifest": self.manifest, "owner": self.owner}
-        return identity.sign({**document, "adapter": self.adapter}, self.PURPOSE)
-
-    @classmethod
-    def from_signed(cls, signed: Mapping[str, Any], sender: str) -> "Consent":
-        """As `Grant.from_signed`."""
-        it = _verified(signed, cls.PURPOSE, sender, {"model", "manifest", "owner", "adapter"})
-        return cls(it["model"], it["manifest"], it["owner"], it["adapter"], signed["key"], dict(signed))
+        _need(_matches(_ADAPTER, self.adapter), "adapter: 1 to 200 printable ASCII characters")
 
 
 def read_time(text: str) -> datetime.datetime:
@@ -252,28 +248,19 @@ def _write_time(moment: datetime.datetime) -> str:
     return f"{moment.year:04d}-{moment:%m-%dT%H:%M:%S}Z"
 
 
-def _verified(signed: Mapping[str, Any], purpose: str, sender: str, fields: set[str]) -> dict[str, Any]:
-    key = signed.get("key")
+def _fingerprint(key: str) -> str | None:
     try:
-        by_sender = isinstance(key, str) and _matches(_HEX_32, key) and signer_fingerprint(key) == sender
+        return signer_fingerprint(key)
     except ValueError:
-        by_sender = False
-    if not by_sender:
-        raise IntegrityError(f"a {purpose} has to be signed by the key that it is sent with")
-    document = documents.verify(signed, purpose, {str(key)})
-    _need_fields(document, purpose, {"version", *fields})
-    _need(_is_whole(document["version"], VERSION, VERSION), f"a {purpose} of another version than {VERSION}")
-    return document
+        return None
 
 
-def _check_model(model: Any, manifest: Any, sequence: Any = 0) -> None:
-    _need(_matches(_MODEL, model), "model: 1 to 64 letters, digits, dots, dashes and underscores")
-    _need(_matches(_HEX_32, manifest), "manifest: a SHA-256 digest in small hex")
+def _check_sequence(sequence: Any) -> None:
     _need(_is_whole(sequence, 0, MOST_TOKENS), f"sequence: 0 to {MOST_TOKENS}")
 
 
-def _need_fields(document: Any, what: str, fields: set[str]) -> None:
-    _need(isinstance(document, dict) and set(document) == fields, f"{what}: has {', '.join(sorted(fields))}, no other")
+def _need_fields(document: Any, what: str, names: set[str]) -> None:
+    _need(isinstance(document, dict) and set(document) == names, f"{what}: has {', '.join(sorted(names))}, no other")
 
 
 def _need(holds: bool, what: str) -> None:

@@ -90,21 +90,27 @@ class GrantRegistry:
         """Let an adapter go to its owner.
 
         Raises:
+            TermsError: as `check_consent`.
+        """
+        with self._lock:
+            self._check_consent(consent)
+            self._consents[consent.model, consent.owner, consent.adapter] = consent
+            self._asked.pop((consent.model, consent.owner, consent.adapter), None)
+
+    def check_consent(self, consent: Consent) -> bool:
+        """See whether a consent can be taken; whether it is a new one.
+
+        Raises:
             TermsError: no grant for the very model stands that leaves it to the provider.
         """
         with self._lock:
-            grant = self._find(consent.model)
-            self._check_provider(consent.model, consent.provider)
-            if grant.manifest != consent.manifest:
-                raise TermsError("manifest: the consent is for another bundle than the grant")
-            if consent.owner not in grant.terms.owners:
-                raise TermsError("owners: the grant does not name the owner of the consent")
-            if grant.terms.export != "provider-consent":
-                raise TermsError(f"export: the grant says {grant.terms.export}, and asks for no consent")
-            if len(self._consents) >= MOST_CONSENTS:
-                raise TermsError(f"{MOST_CONSENTS:,} consents are kept, and there are as many")
-            self._consents[consent.model, consent.owner, consent.adapter] = consent
-            self._asked.pop((consent.model, consent.owner, consent.adapter), None)
+            self._check_consent(consent)
+            return (consent.model, consent.owner, consent.adapter) not in self._consents
+
+    def consents(self, model: str) -> int:
+        """How many count for a model."""
+        with self._lock:
+            return sum(key[0] == model for key in self._consents)
 
     def ask_consent(self, model: str, owner: str, adapter: str) -> bool:
         """Note that an owner wants an adapter out, where the provider wants to be asked. Returns whether it was."""
@@ -159,6 +165,18 @@ class GrantRegistry:
         if grant.terms.export == "provider-consent" and not consented:
             raise TermsError(f"export: the provider has not consented to {adapter}")
         return grant
+
+    def _check_consent(self, consent: Consent) -> None:
+        grant = self._find(consent.model)
+        self._check_provider(consent.model, consent.provider)
+        if grant.manifest != consent.manifest:
+            raise TermsError("manifest: the consent is for another bundle than the grant")
+        if consent.owner not in grant.terms.owners:
+            raise TermsError("owners: the grant does not name the owner of the consent")
+        if grant.terms.export != "provider-consent":
+            raise TermsError(f"export: the grant says {grant.terms.export}, and asks for no consent")
+        if len(self._consents) >= MOST_CONSENTS:
+            raise TermsError(f"{MOST_CONSENTS:,} consents are kept, and there are as many")
 
     def _find(self, model: str) -> Grant:
         if model not in self._grants:

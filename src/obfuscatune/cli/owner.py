@@ -36,19 +36,10 @@ def seal(
         sealing.seal_and_tell(data, "data", check_records, out, key_out, identity, as_json)
 
 
-@command_of(owner, "obfuscatune owner unseal bundle/ --key bundle.key -o data")
-def unseal(
-    bundle: sealing.BundleArgument,
-    *,
-    key: sealing.Key,
-    out: sealing.Extracted = None,
-    as_json: options.AsJson = False,
-) -> None:
-    """Check every byte of a bundle, and list what it holds; with --out, write its files, decrypted.
-
-    Without --out nothing is written, and objects that are not the bundle's are refused.
-    """
-    sealing.unseal_and_tell(bundle, key, out, as_json)
+command_of(
+    owner,
+    "obfuscatune owner unseal bundle/ --key bundle.key -o data",
+)(sealing.unseal)
 
 
 _ON = "--enclave enclave.example:7700 --policy policy.yaml --identity keys/me"

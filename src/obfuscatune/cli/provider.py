@@ -30,23 +30,11 @@ def seal(
     sealing.seal_and_tell(model, "model", check_model, out, key_out, identity, as_json)
 
 
-@command_of(
+command_of(
     provider,
     "obfuscatune provider unseal bundle/ --key bundle.key",
     "obfuscatune provider unseal s3://models/llama --key llama.key -o llama-again",
-)
-def unseal(
-    bundle: sealing.BundleArgument,
-    *,
-    key: sealing.Key,
-    out: sealing.Extracted = None,
-    as_json: options.AsJson = False,
-) -> None:
-    """Check every byte of a bundle, and list what it holds; with --out, write its files, decrypted.
-
-    Without --out nothing is written, and objects that are not the bundle's are refused.
-    """
-    sealing.unseal_and_tell(bundle, key, out, as_json)
+)(sealing.unseal)
 
 
 _ENCLAVE = "--enclave enclave.example:7700 --policy policy.yaml --identity keys/provider"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from obfuscatune.cli import output
+from obfuscatune.cli.options import AsJson
 from obfuscatune.errors import ConfigError, StorageError
 from obfuscatune.option import Option
 from obfuscatune.report.page import format_bytes
@@ -25,9 +26,9 @@ KeyOut = Annotated[
     ),
 ]
 Identity = Annotated[Path, Option("Folder with your cert.pem and key.pem, by `obfuscatune keygen`. Its key signs.")]
-BundleArgument = Annotated[str, typer.Argument(metavar="BUNDLE", help="Folder or URL of a bundle.")]
-Key = Annotated[Path, Option("The bundle's key file.")]
-Extracted = Annotated[Path | None, Option("A new folder for the files.", unset="checks alone", name="out", short="-o")]
+_Bundle = Annotated[str, typer.Argument(metavar="BUNDLE", help="Folder or URL of a bundle.")]
+_Key = Annotated[Path, Option("The bundle's key file.")]
+_Extracted = Annotated[Path | None, Option("A new folder for the files.", unset="checks alone", name="out", short="-o")]
 
 
 def seal_and_tell(
@@ -72,8 +73,17 @@ def seal_and_tell(
         output.write_text(f"manifest     {digest}\nkey file     {key_file}\nsigned by    {public}")
 
 
-def unseal_and_tell(bundle: str, key: Path, out: Path | None, as_json: bool) -> None:
-    """Open a bundle by its key file, and check every byte of it; write its files, if there is a folder for them."""
+def unseal(
+    bundle: _Bundle,
+    *,
+    key: _Key,
+    out: _Extracted = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check every byte of a bundle, and list what it holds; with --out, write its files, decrypted.
+
+    Without --out nothing is written, and objects that are not the bundle's are refused.
+    """
     from obfuscatune.sealing.key_file import KeyFile
     from obfuscatune.sealing.opening import Bundle
 

@@ -17,6 +17,7 @@ from obfuscatune.option import Option
 
 if TYPE_CHECKING:
     from obfuscatune.client.connection import Service
+    from obfuscatune.client.heads import HeadFile
     from obfuscatune.protocol.addresses import TcpAddress
 
 Job = Annotated[str, Option("The job's id, as ftjob-...; `owner jobs` lists them.")]
@@ -29,6 +30,19 @@ class ServiceOptions(EnclaveOptions):
     api: Annotated[str | None, Option("Its API, as enclave.example:8443.", ENCLAVE, unset="where the enclave says")] = (
         None
     )
+    heads: Annotated[
+        Path | None,
+        Option(
+            "Folder of the newest audit-log heads that were seen.", ENCLAVE, unset="heads, in the identity's folder"
+        ),
+    ] = None
+
+    @property
+    def head_file(self) -> "HeadFile":
+        """Where the newest head of this enclave's audit log is kept."""
+        from obfuscatune.client.heads import HeadFile
+
+        return HeadFile(self.heads or self.identity / "heads", self.enclave.removeprefix("tcp:"))
 
     @property
     def api_address(self) -> "TcpAddress | None":
@@ -45,7 +59,10 @@ class ServiceOptions(EnclaveOptions):
         from obfuscatune.client.connection import use
 
         api, enclave = self.api_address, parse_enclave(self.enclave)
-        with self.connected() as (session, identity), use(session, enclave, identity, api=api) as service:
+        with (
+            self.connected() as (session, identity),
+            use(session, enclave, identity, api=api, heads=self.head_file) as service,
+        ):
             yield service
 
 
@@ -59,8 +76,9 @@ def proxy(
 ) -> None:
     """Speak plain OpenAI to any client on this machine, and forward it to an enclave that your policy accepts.
 
-    The enclave is verified before the first request and again while the proxy runs. The moment that fails, everything
-    is refused. Then: OPENAI_BASE_URL=http://127.0.0.1:8000/v1 in the client's environment.
+    The enclave is verified before the first request and again while the proxy runs, and its audit log must go on from
+    what was seen of it. The moment that fails, everything is refused. Then:
+    OPENAI_BASE_URL=http://127.0.0.1:8000/v1 in the client's environment.
     """
     import uvicorn
 
@@ -68,7 +86,7 @@ def proxy(
     from obfuscatune.client.proxy import Standing, Supervisor, make_app
 
     connect, identity = on.connector()
-    enclave, api = parse_enclave(on.enclave), on.api_address
+    enclave, api, heads = parse_enclave(on.enclave), on.api_address, on.head_file
     try:
         listening = socket.create_server(("127.0.0.1", port))
     except OSError as error:
@@ -76,9 +94,10 @@ def proxy(
 
     def verify() -> Standing:
         began = time.monotonic()
-        opened = open_api(connect(), enclave, identity, api=api)
+        opened = open_api(connect(), enclave, identity, api=api, heads=heads)
         left = opened.verified.expires - opened.verified.time
-        return Standing(opened.url, opened.verified.claims.http_key, opened.context, began + left)
+        spki = opened.verified.claims.http_key
+        return Standing(opened.url, spki, opened.context, began + left, opened.check_log)
 
     with listening:
         with on.connected():  # which says what was checked, and ends the command where it fails

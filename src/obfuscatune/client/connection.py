@@ -25,8 +25,10 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from obfuscatune.attest.policy import Policy
 from obfuscatune.attest.verification import Verified
+from obfuscatune.channel.audit_chain import Head
 from obfuscatune.channel.client import Attested
 from obfuscatune.channel.identity import Identity
+from obfuscatune.client.heads import HeadFile
 from obfuscatune.errors import ChannelError, ConfigError, ConnectionLost, IntegrityError, TermsError, UntrustedPeer
 from obfuscatune.protocol.addresses import TcpAddress, parse_address
 from obfuscatune.protocol.certificates import key_digest
@@ -149,28 +151,59 @@ class Opened:
     context: ssl.SSLContext
     verified: Verified
     """The checks, the claims, and when it has to be done anew."""
+    heads: HeadFile | None = None
+    """Where the newest head of its audit log is kept."""
+    head: Head | None = None
+    """What it told before anything was released."""
+
+    @contextmanager
+    def client(self) -> Iterator[httpx.Client]:
+        """What sends to that API alone."""
+        timeout = httpx.Timeout(_CONNECT_SECONDS, read=_READ_SECONDS, write=60.0)
+        with httpx.Client(base_url=self.url, verify=self.context, timeout=timeout, trust_env=False) as http:
+            yield http
+
+    def check_log(self) -> None:
+        """See that its audit log goes on from the head that is kept, if one is. Raises as `HeadFile.follow`."""
+        if self.heads is not None and self.head is not None:
+            with self.client() as http:
+                self.heads.follow(http, self.verified.claims.signing_key, self.head)
 
 
-def open_api(session: Attested, enclave: TcpAddress, identity: Identity, *, api: TcpAddress | None = None) -> Opened:
+def open_api(
+    session: Attested,
+    enclave: TcpAddress,
+    identity: Identity,
+    *,
+    api: TcpAddress | None = None,
+    heads: HeadFile | None = None,
+) -> Opened:
     """Release the owner's key to an enclave, and find its API. Ends the session.
 
     Args:
         session: With the enclave, which was verified in it.
         enclave: Where that was.
         api: Where its API is, where that is not what the enclave says.
+        heads: Where the newest head of its audit log is kept; None does not notice a state that was set back.
 
     Raises:
         TermsError: the enclave knows no grant that names us.
-        IntegrityError: what it keeps of ours is sealed under another key.
+        IntegrityError: what it keeps of ours is sealed under another key, or its audit log does not go on.
         ConnectionLost, DeadlineExceeded, ChannelError: it cannot be spoken with.
         UntrustedPeer: what listens at the API's address is not it.
+        StorageError, ConfigError: the head cannot be kept.
     """
+    claims, head = session.verified.claims, None
     with session:
+        if heads is not None:
+            head = heads.expect(lambda: session.request("status", {}).get("head"), claims.signing_key)
         told = session.release("owner-key", {}, owner_key(identity))
     address = api or _address_of(told, enclave)
-    context = pinned_context(address.host, address.port, identity, session.verified.claims.http_key)
+    context = pinned_context(address.host, address.port, identity, claims.http_key)
     host = f"[{address.host}]" if ":" in address.host else address.host
-    return Opened(f"https://{host}:{address.port}", context, session.verified)
+    opened = Opened(f"https://{host}:{address.port}", context, session.verified, heads, head)
+    opened.check_log()
+    return opened
 
 
 @contextmanager
@@ -181,6 +214,7 @@ def connect(
     *,
     api: TcpAddress | None = None,
     pinned: Collection[str] | None = None,
+    heads: HeadFile | None = None,
 ) -> Iterator[Service]:
     """Verify an enclave, release the owner's key to it, and use its API for as long as the `with` lasts.
 
@@ -189,23 +223,29 @@ def connect(
         policy: What is accepted.
         api: Where its API is, where that is not what the enclave says.
         pinned: Fingerprints of the keys that its channel may have besides; None for any.
+        heads: As of `open_api`.
 
     Raises:
         VerificationFailed, EvidenceError: the policy refuses it, and nothing was released.
         As `open_api`.
     """
-    with use(Attested.connect(enclave, identity, policy, pinned=pinned), enclave, identity, api=api) as service:
+    session = Attested.connect(enclave, identity, policy, pinned=pinned)
+    with use(session, enclave, identity, api=api, heads=heads) as service:
         yield service
 
 
 @contextmanager
 def use(
-    session: Attested, enclave: TcpAddress, identity: Identity, *, api: TcpAddress | None = None
+    session: Attested,
+    enclave: TcpAddress,
+    identity: Identity,
+    *,
+    api: TcpAddress | None = None,
+    heads: HeadFile | None = None,
 ) -> Iterator[Service]:
     """The service of a session that was verified already, which is ended. Arguments and errors: as of `open_api`."""
-    opened = open_api(session, enclave, identity, api=api)
-    timeout = httpx.Timeout(_CONNECT_SECONDS, read=_READ_SECONDS, write=60.0)
-    with httpx.Client(base_url=opened.url, verify=opened.context, timeout=timeout, trust_env=False) as http:
+    opened = open_api(session, enclave, identity, api=api, heads=heads)
+    with opened.client() as http:
         yield Service(opened.url, http, opened.context, opened.verified)
 
 

@@ -3,8 +3,9 @@
     client on this machine --HTTP--> proxy on 127.0.0.1 --mutual TLS, pinned--> enclave
 
 Nothing is forwarded but under a `Standing` that has not ended: the enclave was verified, not longer ago than the policy
-allows. Before it ends the enclave is verified again. When that fails because the evidence is refused, the proxy refuses
-everything from that moment until it is started again; when the enclave cannot be reached, until it is verified again.
+allows. Before it ends the enclave is verified again; between, its audit log must go on from what was seen of it. When
+evidence or log are refused, the proxy refuses everything from that moment until it is started again; when the enclave
+cannot be reached, until it is verified again.
 """
 
 from __future__ import annotations
@@ -35,12 +36,16 @@ log = logging.getLogger(__name__)
 MOST_BODY_BYTES = 512 * 2**20
 """Of one request: OpenAI's limit for a file."""
 SECONDS_BETWEEN_TRIES = 2.0
+SECONDS_BETWEEN_LOOKS = 30.0
+"""At the enclave's audit log."""
 _READ_SECONDS = 600.0
 _HOP_BY_HOP = {
     *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer", "upgrade"),
     *("transfer-encoding", "host", "content-length", "authorization", "cookie", "set-cookie"),
 }
 """Headers that are of one connection only (RFC 9110, section 7.6.1), or of this machine's affairs."""
+_REFUSED = (AttestationError, IntegrityError, UntrustedPeer)
+"""What trying again does not mend."""
 _LOCAL_HOSTS = {"127.0.0.1", "localhost", "[::1]"}
 
 
@@ -56,6 +61,8 @@ class Standing:
     """Which accepts that key, and no other."""
     until: float
     """By `time.monotonic`."""
+    check_log: Callable[[], None] = lambda: None
+    """Sees that its audit log goes on from what was seen before; raises as `HeadFile.follow`."""
 
 
 @dataclass
@@ -91,15 +98,34 @@ class Supervisor:
             return False
         try:
             self._standing = self.verify()
-        except (AttestationError, IntegrityError, UntrustedPeer) as error:
-            self._standing, self._closed = None, True
-            self._refuse(f"the enclave is refused: {error}")
-            return False
+        except _REFUSED as error:
+            return self._close(error)
         except ObfuscaTuneError as error:
             self._refuse(f"the enclave cannot be verified: {error}")  # what was verified counts until it ends
             return True
         self._refusal = "the last verification has ended"
         return True
+
+    def look(self) -> bool:
+        """See that the audit log of the verified enclave goes on; where it does not answer, verify soon.
+
+        Returns:
+            As `check`.
+        """
+        standing = self.standing()
+        try:
+            if standing is not None:
+                standing.check_log()
+        except _REFUSED as error:
+            return self._close(error)
+        except ObfuscaTuneError:
+            self.soon()
+        return True
+
+    def _close(self, error: ObfuscaTuneError) -> bool:
+        self._standing, self._closed = None, True
+        self._refuse(f"the enclave is refused: {error}")
+        return False
 
     def soon(self) -> None:
         """Verify again without waiting: a request found the enclave gone."""
@@ -118,13 +144,23 @@ class Supervisor:
             thread.join()
 
     def _run(self) -> None:
+        due = self._next_check()
         while not self._over.is_set():
-            standing = self.standing()
-            left = 0.0 if standing is None else standing.until - time.monotonic()
-            self._wanted.wait(max(SECONDS_BETWEEN_TRIES, left / 2))
+            is_wanted = self._wanted.wait(max(0.0, min(due - time.monotonic(), SECONDS_BETWEEN_LOOKS)))
             self._wanted.clear()
-            if self._over.is_set() or not self.check():
+            if self._over.is_set():
                 return
+            is_due = is_wanted or time.monotonic() >= due
+            if not (self.check() if is_due else self.look()):
+                return
+            if is_due:
+                due = self._next_check()
+
+    def _next_check(self) -> float:
+        """When to verify again, by `time.monotonic`."""
+        standing, now = self.standing(), time.monotonic()
+        left = 0.0 if standing is None else standing.until - now
+        return now + max(SECONDS_BETWEEN_TRIES, left / 2)
 
     def _refuse(self, why: str) -> None:
         if why != self._refusal:

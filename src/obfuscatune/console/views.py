@@ -60,7 +60,7 @@ class Model:
             until=_text(terms.get("until")),
             tokens=None if tokens is None else _count(tokens),
             used=_count(it.get("tokens_used")),
-            consents=tuple(map(_text, _list(it.get("consents", [])))),
+            consents=tuple(map(_text, _list(it.get("consented", [])))),
             asked=tuple((_text(_object(a).get("owner")), _text(a.get("adapter"))) for a in _list(it.get("asked", []))),
             reason=_text(it.get("reason", "")),
         )

@@ -10,6 +10,7 @@ import secrets
 import stat
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from obfuscatune.errors import ConfigError, StorageError
@@ -128,6 +129,28 @@ def write_new(path: Path, content: bytes, mode: int = 0o600) -> None:
         FileExistsError: something has that name, be it a symbolic link to nowhere; it is not touched.
         OSError: it cannot be written; nothing is left.
     """
+    with _draft(path, content, mode) as draft:
+        _name_unless_taken(draft, path)
+
+
+def write_over(path: Path, content: bytes, mode: int = 0o600) -> None:
+    """Make a file, in the place of one of that name. Before and after a power failure it is one of the two, whole.
+
+    Raises:
+        OSError: it cannot be written; the old one is there.
+    """
+    with _draft(path, content, mode) as draft:
+        draft.replace(path)
+    descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        sync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _draft(path: Path, content: bytes, mode: int) -> Iterator[Path]:
+    """The file on disk, under a name that is removed when the `with` ends."""
     draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
     try:
@@ -135,7 +158,7 @@ def write_new(path: Path, content: bytes, mode: int = 0o600) -> None:
             file.write(content)
             file.flush()
             sync(file.fileno())
-        _name_unless_taken(draft, path)
+        yield draft
     finally:
         with contextlib.suppress(FileNotFoundError):
             draft.unlink()

@@ -1,16 +1,8 @@
-"""A hash-chained log: who, what, when, digests; never content.
+"""The audit log, as the service writes it: who, what, when, digests; never content. `channel.audit_chain` verifies it.
 
-A line of the file is `{"chain": <hex>, "entry": {...}}`, canonical JSON. With `digest_n` the SHA-256 of an entry's
-canonical bytes,
-
-    chain_n = SHA-256("obfuscatune/audit/v1" || chain_(n-1) || digest_n),    chain_(-1) = 32 zero bytes.
-
-In a party's copy the entries of others stand as `{"chain": ..., "digest": <hex>}`, and the chain verifies all the same;
-each entry has a random salt, so that its digest tells nothing of it. The copy ends with `{"head": <signed>}`: number of
-entries and last chain value, signed by the key that the claims name.
-
-An entry is on disk before `append` returns. A line that was being written when the power failed is cut off when the log
-is opened, and an entry says so. Anything else that is not as it was written is refused.
+An entry is on disk before `append` returns, and a head that is told speaks of entries on disk alone. A line that was
+being written when the power failed is cut off when the log is opened, and an entry says so. Anything else that is not
+as it was written is refused.
 """
 
 import errno
@@ -27,22 +19,15 @@ from typing import Any, BinaryIO
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from obfuscatune.documents import canonical, parse, sign, verify
+from obfuscatune.channel.audit_chain import MOST_LINE_BYTES, PURPOSE, START, Head, next_chain, parse_line, step
+from obfuscatune.documents import canonical, parse, sign
 from obfuscatune.errors import ConfigError, IntegrityError, StorageError
 from obfuscatune.protocol.files import NOT_OFFERED, sync
 
-PURPOSE = "audit-head"
 SERVICE = "service"
 """Who did what nobody asked for."""
-MOST_LINE_BYTES = 64 * 2**10
-START = bytes(32)
-_LABEL = b"obfuscatune/audit/v1"
-_FIELDS = {"n", "at", "who", "what", "details", "salt"}
-
-
-def next_chain(chain: bytes, digest: bytes) -> bytes:
-    """The chain's value after an entry with that digest."""
-    return hashlib.sha256(_LABEL + chain + digest).digest()
+_STRIDE = 256
+"""Entries from one offset that is remembered to the next."""
 
 
 class AuditLog:
@@ -64,7 +49,7 @@ class AuditLog:
             with ExitStack() as stack:
                 self._file = stack.enter_context(os.fdopen(descriptor, "r+b", buffering=0))
                 _lock(descriptor, path)
-                self.count, self._chain, whole, size = _read_to_end(path)
+                self.count, self._chain, self._offsets, whole, size = _read_to_end(path)
                 if whole != size:
                     os.ftruncate(descriptor, whole)
                     sync(descriptor)
@@ -72,7 +57,7 @@ class AuditLog:
                 stack.pop_all()
         except OSError as error:
             raise StorageError(f"{path}: the disk refused: {error.strerror or error}") from error
-        self._synced = self.count
+        self._synced, self._size = self.count, whole
         self._broken: str | None = None
         self.repaired = size - whole
         """Bytes of an entry that was not written to its end."""
@@ -113,11 +98,19 @@ class AuditLog:
             except OSError as error:
                 self._break(error)
                 raise StorageError(self._broken or "") from error
-            self.count, self._chain = self.count + 1, chain
+            if self.count % _STRIDE == 0:
+                self._offsets.append(self._size)
+            self.count, self._chain, self._size = self.count + 1, chain, self._size + len(line)
             mine = self.count
+        self._wait_for_disk(mine)
+
+    def _wait_for_disk(self, count: int) -> None:
+        """Return when so many entries are on disk."""
         with self._sync_lock:
-            if self._synced >= mine:
+            if self._synced >= count:
                 return
+            if self._broken:  # what a disk refused once, it may say to have written the second time
+                raise StorageError(self._broken)
             reached = self.count  # others may have written meanwhile: they need not wait for a write of their own
             try:
                 sync(self._file.fileno())
@@ -127,20 +120,30 @@ class AuditLog:
             self._synced = reached
 
     def head(self) -> dict[str, Any]:
-        """Number of entries and last chain value, signed."""
-        with self._write_lock:
-            return self._head()
+        """Number of entries and last chain value, signed. A party holds us to it: those entries are on disk.
 
-    def _head(self) -> dict[str, Any]:
-        document = {"version": 1, "count": self.count, "chain": self._chain.hex(), "at": int(time.time())}
-        return sign(document, PURPOSE, self._key)
-
-    def copy_for(self, who: str | None) -> Iterator[bytes]:
-        """The lines of a party's copy: its own entries, the service's, and others' digests. None is the whole."""
+        Raises:
+            StorageError: the disk refused.
+        """
         with self._write_lock:
-            head, count = self._head(), self.count
+            head = Head(self.count, self._chain, int(time.time()))
+        self._wait_for_disk(head.count)
+        return sign(head.to_document(), PURPOSE, self._key)
+
+    def copy_for(self, who: str | None, since: int = 0) -> Iterator[bytes]:
+        """The lines of a party's copy: its own entries, the service's, and others' digests. None is the whole.
+
+        Args:
+            since: leave out as many entries from the beginning. Where there are fewer, the head alone is left.
+        """
+        head = self.head()
+        count = head["document"]["count"]
         with self.path.open("rb") as file:
-            for _ in range(count):
+            if since < count:
+                file.seek(self._offsets[since // _STRIDE])
+                for _ in range(since % _STRIDE):
+                    _read_line(file)
+            for _ in range(since, count):
                 line = _read_line(file)
                 fields = parse(line)
                 if who is None or fields["entry"]["who"] in (who, SERVICE):
@@ -149,6 +152,17 @@ class AuditLog:
                     digest = hashlib.sha256(canonical(fields["entry"])).hexdigest()
                     yield canonical({"chain": fields["chain"], "digest": digest}) + b"\n"
         yield canonical({"head": head}) + b"\n"
+
+    def entries(self, *kinds: str) -> Iterator[dict[str, Any]]:
+        """The entries of these kinds, the oldest first."""
+        wanted = tuple(f'"what":"{it}"'.encode() for it in kinds)
+        with self._write_lock:
+            count = self.count
+        with self.path.open("rb") as file:
+            for _ in range(count):
+                line = _read_line(file)
+                if any(it in line for it in wanted) and (entry := parse(line)["entry"])["what"] in kinds:
+                    yield entry
 
     def close(self) -> None:
         """Close the file."""
@@ -160,88 +174,26 @@ class AuditLog:
         self._broken = f"{self.path}: the disk refused: {error.strerror or error}; the service records nothing more"
 
 
-def verify_copy(file: BinaryIO, keys: frozenset[str], earlier: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Verify a party's copy of a log.
-
-    Args:
-        keys: Ed25519 public keys in hex, one of which must have signed the head.
-        earlier: the document within an earlier head, which this log must go on from.
-
-    Returns:
-        The document within the head, with the number of entries in clear as `clear`.
-
-    Raises:
-        IntegrityError: entries were changed, left out or reordered; the head is missing or another's; or the log does
-            not go on from the earlier one.
-    """
-    chain, count, clear, met = START, 0, 0, earlier is None or earlier["count"] == 0
-    while line := file.readline(MOST_LINE_BYTES + 1):
-        fields = _parsed(line, count)
-        if set(fields) == {"head"}:
-            if file.read(1):
-                raise IntegrityError("something stands behind the head of the log")
-            head = verify(fields["head"] if isinstance(fields["head"], dict) else {}, PURPOSE, keys)
-            if head.get("count") != count or head.get("chain") != chain.hex():
-                raise IntegrityError(
-                    f"the head is of {head.get('count')} entries with another chain value than these {count} have"
-                )
-            if not met:
-                raise IntegrityError("this log does not go on from the earlier head: entries were taken back")
-            return head | {"clear": clear}
-        chain, is_clear = _step(fields, chain, count)
-        clear += is_clear
-        count += 1
-        if earlier is not None and earlier["count"] == count:
-            met = earlier["chain"] == chain.hex()
-    raise IntegrityError(f"the log ends after {count} entries without a signed head: its end was cut off")
-
-
-def _read_to_end(path: Path) -> tuple[int, bytes, int, int]:
-    """Number of entries, last chain value, bytes of whole lines, and of the file."""
+def _read_to_end(path: Path) -> tuple[int, bytes, list[int], int, int]:
+    """Number of entries, last chain value, offset of every `_STRIDE`th line, bytes of whole lines, and of the file."""
     chain, count, whole = START, 0, 0
+    offsets: list[int] = []
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        while line := file.readline(MOST_LINE_BYTES + 1):
+        while line := _read_line(file):
             if not line.endswith(b"\n") and whole + len(line) == size:
                 break  # was being written
-            chain, is_clear = _step(_parsed(line, count), chain, count)
+            chain, is_clear = step(parse_line(line, count), chain, count)
             if not is_clear:
                 raise IntegrityError(f"{path}: line {count + 1} is of a copy, not of the log itself")
+            if count % _STRIDE == 0:
+                offsets.append(whole)
             count, whole = count + 1, whole + len(line)
-    return count, chain, whole, size
+    return count, chain, offsets, whole, size
 
 
 def _read_line(file: BinaryIO) -> bytes:
     return file.readline(MOST_LINE_BYTES + 1)
-
-
-def _parsed(line: bytes, count: int) -> dict[str, Any]:
-    if not line.endswith(b"\n"):
-        raise IntegrityError(f"line {count + 1} of the log has no end, or more than {MOST_LINE_BYTES} bytes")
-    try:
-        return parse(line, most_bytes=MOST_LINE_BYTES)
-    except IntegrityError as error:
-        raise IntegrityError(f"line {count + 1} of the log: {error}") from error
-
-
-def _step(fields: Mapping[str, Any], chain: bytes, count: int) -> tuple[bytes, bool]:
-    """The chain's value after a line, which must be the one that the line has; and whether its entry is in clear."""
-    if set(fields) == {"chain", "entry"} and isinstance(fields["entry"], dict):
-        entry = fields["entry"]
-        if set(entry) != _FIELDS or entry["n"] != count:
-            raise IntegrityError(f"line {count + 1} of the log is not the entry of that number")
-        digest = hashlib.sha256(canonical(entry)).digest()
-    elif set(fields) == {"chain", "digest"} and isinstance(fields["digest"], str):
-        try:
-            digest = bytes.fromhex(fields["digest"])
-        except ValueError as error:
-            raise IntegrityError(f"line {count + 1} of the log has no digest") from error
-    else:
-        raise IntegrityError(f"line {count + 1} of the log is neither an entry, a digest nor a head")
-    found = next_chain(chain, digest)
-    if fields["chain"] != found.hex():
-        raise IntegrityError(f"the chain breaks at line {count + 1} of the log: this entry or one before was changed")
-    return found, "entry" in fields
 
 
 def _sync_folder(folder: Path) -> None:

@@ -3,6 +3,7 @@
 Each is checked, noted in the audit log, and only then counts.
 """
 
+import contextlib
 import datetime
 import hashlib
 import re
@@ -15,6 +16,7 @@ from obfuscatune.secret_memory import SecretBytes
 from obfuscatune.service import tables as rows
 from obfuscatune.service.api.tls import HttpsIdentity
 from obfuscatune.service.keys import KEY_BYTES, Owner
+from obfuscatune.service.provider_words import GRANTED, REVOKED, ProviderWords, log_details
 
 if TYPE_CHECKING:
     from obfuscatune.service.api.context import Context
@@ -23,8 +25,8 @@ if TYPE_CHECKING:
 class ServiceHandler:
     """The channel's `Handler`. Its methods are called by several threads."""
 
-    def __init__(self, context: "Context", https: HttpsIdentity, api_address: str) -> None:
-        self._context, self._https, self._api_address = context, https, api_address
+    def __init__(self, context: "Context", words: ProviderWords, https: HttpsIdentity, api_address: str) -> None:
+        self._context, self._words, self._https, self._api_address = context, words, https, api_address
         self._lock = threading.Lock()
         """One word of a provider's at a time: the registry and what is loaded go together."""
 
@@ -37,10 +39,18 @@ class ServiceHandler:
         secret = _secret(key)
         with self._lock:
             bundle = context.models.open(grant, secret)
-            context.access.registry.grant(grant, datetime.datetime.now(datetime.UTC))
-            self._keep_latest(grant.provider, grant.model)
-            about = {"grant": grant.id, "model": grant.model, "manifest": grant.manifest}
-            context.log.append(peer, "granted", {**about, "terms": grant.terms.to_document()})
+            registry = context.access.registry
+            registry.grant(grant, datetime.datetime.now(datetime.UTC))
+            try:
+                consents = self._words.granted(grant, secret)
+                about = {**log_details(grant), "grant": grant.id, "terms": grant.terms.to_document()}
+                context.log.append(peer, GRANTED, about)
+            except BaseException:
+                registry.forget(grant)  # what is not on disk does not count
+                raise
+            for consent in consents:
+                with contextlib.suppress(TermsError):  # the new terms may ask for none, or name its owner no more
+                    registry.consent(consent)
             context.models.granted(grant, secret, bundle)
         context.jobs.wake()
         return {"model": grant.model, "grant": grant.id, **self._common()}
@@ -69,18 +79,26 @@ class ServiceHandler:
         context = self._context
         with self._lock:
             context.access.registry.revoke(revocation)
-            self._keep_latest(revocation.provider, revocation.model)
-            context.models.revoke(revocation.model)
-            context.log.append(peer, "revoked", {"model": revocation.model, "manifest": revocation.manifest})
+            context.models.revoke(revocation.model)  # before the disk, which may refuse
+            self._words.revoked(revocation)
+            context.log.append(peer, REVOKED, log_details(revocation))
         context.jobs.wake()
         return {"model": revocation.model, **self._common()}
 
     def consent(self, peer: str, consent: Consent) -> dict[str, Any]:
         """See `channel.server.Handler`."""
-        self._context.access.registry.consent(consent)
+        registry = self._context.access.registry
         # Its name has a part that the owner chose, and the log is in clear: the random part names it.
         about = {"owner": consent.owner, "model": consent.model, "adapter": adapter_id(consent.adapter)}
-        self._context.log.append(peer, "consented", about)
+        with self._lock:
+            is_new = registry.check_consent(consent)
+            model = self._context.models.get(consent.model)
+            if model is None:
+                raise TermsError(f"model: nothing is granted for {consent.model!r}")
+            if is_new:
+                self._words.consented(consent, model.key.secret)
+            self._context.log.append(peer, "consented", about)
+            registry.consent(consent)
         return {"adapter": consent.adapter, **self._common()}
 
     def status(self, peer: str) -> dict[str, Any]:
@@ -98,8 +116,11 @@ class ServiceHandler:
                 "terms": grant.terms.to_document(),
                 "tokens_used": context.state.tokens_used(grant.id),
             }
-            asked = context.access.registry.asked(grant.model)
-            models.append(about | ({"reason": model.reason, "asked": asked} if is_providers else {}))
+            if is_providers:
+                registry = context.access.registry
+                asked = {"consents": registry.consents(grant.model), "asked": registry.asked(grant.model)}
+                about |= {"reason": model.reason, **asked}
+            models.append(about)
         jobs: list[dict[str, Any]] = []
         owner = context.owners.get(peer)
         if owner is not None:
@@ -109,9 +130,6 @@ class ServiceHandler:
 
     def _common(self) -> dict[str, Any]:
         return {"api": self._api_address, "head": self._context.log.head()}
-
-    def _keep_latest(self, provider: str, model: str) -> None:
-        self._context.state.keep_latest_grant(provider, model, self._context.access.registry.latest[provider, model])
 
 
 def adapter_id(name: str) -> str:

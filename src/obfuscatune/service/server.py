@@ -14,8 +14,9 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from cryptography.hazmat.primitives import serialization
@@ -26,7 +27,6 @@ from obfuscatune.attest.claims import Claims, Software
 from obfuscatune.attest.evidence import Producer
 from obfuscatune.channel.identity import Identity
 from obfuscatune.channel.measure import Measured
-from obfuscatune.channel.registry import GrantRegistry
 from obfuscatune.channel.server import ChannelServer
 from obfuscatune.console.operator import operator_console
 from obfuscatune.errors import ConfigError
@@ -38,7 +38,7 @@ from obfuscatune.service import tables as rows
 from obfuscatune.service.access import Access
 from obfuscatune.service.api.app import make_app, make_operator_app
 from obfuscatune.service.api.context import Context
-from obfuscatune.service.api.tls import HttpsIdentity, Protocol
+from obfuscatune.service.api.tls import Gate, Handshakes, HttpsIdentity
 from obfuscatune.service.audit_log import SERVICE, AuditLog
 from obfuscatune.service.handler import ServiceHandler
 from obfuscatune.service.job_results import Outcome
@@ -48,6 +48,7 @@ from obfuscatune.service.limits import RateLimits
 from obfuscatune.service.metrics import Metrics
 from obfuscatune.service.models import Models
 from obfuscatune.service.operator import looker
+from obfuscatune.service.provider_words import ProviderWords
 from obfuscatune.service.receipt import Attestation, about_job, make_receipt, receipt_digest
 from obfuscatune.service.settings import Settings, Simulated, Tpm, Worker
 from obfuscatune.service.state import Row, State
@@ -189,7 +190,8 @@ class Service:
             owners = Owners()
             jobs = Jobs(self._record)
             models = Models(settings, owners, lambda _: jobs.wake())
-            access = Access(GrantRegistry(state.latest_grants()), state)
+            self._words = ProviderWords(state, audit)
+            access = Access(self._words.registry(), state)
             self.context = Context(
                 *(settings, state, storage, owners, access, models),
                 *(RateLimits(settings.limits), Metrics(), audit, attestation, jobs),
@@ -219,7 +221,7 @@ class Service:
                 sockets.append(stack.enter_context(_bound(settings.operator.host, settings.operator.port)))
             addresses = [_address(it) for it in sockets]
             self._console.origin = f"http://{addresses[-1]}"
-            handler = ServiceHandler(self.context, self._https, addresses[0])
+            handler = ServiceHandler(self.context, self._words, self._https, addresses[0])
             channel = ChannelServer(
                 TcpAddress(settings.channel.host, settings.channel.port),
                 Identity.generate("obfuscatune"),
@@ -266,14 +268,10 @@ class Service:
             "timeout_keep_alive": _KEEP_ALIVE_SECONDS,
             "timeout_graceful_shutdown": limits.drain_seconds,
         }
-        api = uvicorn.Config(
-            make_app(self.context),
-            http=Protocol,
-            limit_concurrency=limits.connections,
-            ssl_context_factory=lambda _config, _default: self._https.context,
-            **common,
-        )
-        servers = [_Server(api)]
+        handshakes = Handshakes(self._https.context, max(1, limits.connections // 2))
+        gate = cast(type[asyncio.Protocol], partial(Gate, handshakes))
+        api = uvicorn.Config(make_app(self.context), http=gate, limit_concurrency=limits.connections, **common)
+        servers = [_Server(api, handshakes)]
         if len(sockets) > 1:
             console = make_operator_app(self.context, self._console.asgi(), self._console.base)
             servers.append(_Server(uvicorn.Config(console, http="h11", **common)))
@@ -353,7 +351,16 @@ class Service:
 
 
 class _Server(uvicorn.Server):
-    """Signals are the service's: one ends all servers."""
+    """Signals are the service's: one ends all servers. Who is in a handshake then is a stranger still."""
+
+    def __init__(self, config: uvicorn.Config, handshakes: Handshakes | None = None) -> None:
+        super().__init__(config)
+        self._handshakes = handshakes
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._handshakes is not None:
+            self._handshakes.close()
+        await super().shutdown(sockets)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

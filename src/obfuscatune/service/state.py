@@ -20,9 +20,8 @@ from sqlalchemy import Connection, Table, create_engine, delete, event, func, in
 from sqlalchemy.exc import IntegrityError as ConstraintError
 from sqlalchemy.exc import SQLAlchemyError
 
-from obfuscatune.channel.registry import Latest
 from obfuscatune.errors import ConfigError, IntegrityError, StorageError
-from obfuscatune.service.tables import ENDED, QUEUED, RUNNING, about, files, grants, jobs, metadata, owners, usage
+from obfuscatune.service.tables import ENDED, QUEUED, RUNNING, about, files, jobs, metadata, owners, usage
 
 FORMAT = 1
 _PADDED_TO = 256
@@ -90,7 +89,7 @@ class State:
         self._is_sqlite = is_sqlite
         if is_sqlite:
             event.listen(self._engine, "connect", _settle_sqlite)
-        with self._writing() as connection:
+        with self.writing() as connection:
             metadata.create_all(connection)
             found = connection.scalar(select(about.c.value).where(about.c.name == "format"))
             if found is None:
@@ -108,7 +107,7 @@ class State:
         Raises:
             IntegrityError: it is another key than that under which the owner's rows are sealed.
         """
-        with self._writing() as connection:
+        with self.writing() as connection:
             found = connection.scalar(select(owners.c.check).where(owners.c.owner == owner.spki))
             if found is not None:
                 owner.open(found, "owner", owner.spki)
@@ -117,32 +116,14 @@ class State:
             connection.execute(insert(owners).values(owner=owner.spki, created_at=_now(), check=check))
             return True
 
-    def latest_grants(self) -> dict[tuple[str, str], Latest]:
-        """Each provider's newest word on each model, by provider's key and model."""
-        with self._reading() as connection:
-            return {
-                (it.provider, it.model): Latest(it.sequence, it.digest) for it in connection.execute(select(grants))
-            }
-
-    def keep_latest_grant(self, provider: str, model: str, latest: Latest) -> None:
-        """Note a provider's newest word on a model; it never becomes an older one."""
-        values = {"sequence": latest.sequence, "digest": latest.digest}
-        named = (grants.c.provider == provider, grants.c.model == model)
-        with self._writing() as connection:
-            known = connection.scalar(select(grants.c.sequence).where(*named))
-            if known is None:
-                connection.execute(insert(grants).values(provider=provider, model=model, **values))
-            elif known < latest.sequence:
-                connection.execute(update(grants).where(*named).values(values))
-
     def tokens_used(self, grant: str) -> int:
         """Tokens that were read and written under a grant."""
-        with self._reading() as connection:
+        with self.reading() as connection:
             return int(connection.scalar(select(usage.c.tokens).where(usage.c.grant == grant)) or 0)
 
     def use_tokens(self, grant: str, tokens: int) -> int:
         """Add to, or take back from, what a grant has used; the sum."""
-        with self._writing() as connection:
+        with self.writing() as connection:
             raised = update(usage).where(usage.c.grant == grant).values(tokens=usage.c.tokens + tokens)
             if not connection.execute(raised).rowcount:
                 connection.execute(insert(usage).values(grant=grant, tokens=max(0, tokens)))
@@ -156,7 +137,7 @@ class State:
         """
         values = {"id": row_id, "owner": owner.spki, "created_at": _now(), **clear}
         sealed = _sealed(owner, table, row_id, details)
-        with self._writing() as connection:
+        with self.writing() as connection:
             before = select(table).where(table.c.id == row_id, table.c.owner == owner.spki)
             found = connection.execute(before).mappings().first()
             if found is not None:
@@ -169,7 +150,7 @@ class State:
         if not _is_id(row_id):
             return None
         query = select(table).where(table.c.id == row_id, table.c.owner == owner.spki)
-        with self._reading() as connection:
+        with self.reading() as connection:
             found = connection.execute(query).mappings().first()
         return None if found is None else _opened(owner, table, dict(found))
 
@@ -189,7 +170,7 @@ class State:
         query = select(table).where(table.c.owner == owner.spki)
         for name, value in where.items():
             query = query.where(table.c[name] == value)
-        with self._reading() as connection:
+        with self.reading() as connection:
             if after is not None:
                 position = select(table.c.number).where(table.c.id == after, table.c.owner == owner.spki)
                 number = connection.scalar(position)
@@ -203,26 +184,26 @@ class State:
     def change(self, table: Table, owner: Sealing, row_id: str, details: Mapping[str, Any]) -> None:
         """Replace a row's sealed part."""
         sealed = _sealed(owner, table, row_id, details)
-        with self._writing() as connection:
+        with self.writing() as connection:
             mine = update(table).where(table.c.id == row_id, table.c.owner == owner.spki)
             connection.execute(mine.values(details=sealed))
 
     def remove(self, table: Table, owner: Sealing, row_id: str) -> bool:
         """Delete a row; whether there was one."""
-        with self._writing() as connection:
+        with self.writing() as connection:
             mine = delete(table).where(table.c.id == row_id, table.c.owner == owner.spki)
             return bool(connection.execute(mine).rowcount)
 
     def stored(self, owner: str) -> tuple[int, int]:
         """Number and bytes of an owner's files."""
         query = select(func.count(), func.coalesce(func.sum(files.c.stored_bytes), 0)).where(files.c.owner == owner)
-        with self._reading() as connection:
+        with self.reading() as connection:
             count, size = connection.execute(query).one()
         return int(count), int(size)
 
     def ids(self, table: Table) -> set[str]:
         """The ids of all owners' rows."""
-        with self._reading() as connection:
+        with self.reading() as connection:
             return set(connection.scalars(select(table.c.id)))
 
     def add_job(
@@ -231,7 +212,7 @@ class State:
         """Queue a job; one of the same idempotency key is returned in its place. None where `most` have not ended."""
         sealed = _sealed(owner, jobs, row_id, details)
         values = {"id": row_id, "owner": owner.spki, "created_at": _now(), "details": sealed, "model": model}
-        with self._writing() as connection:
+        with self.writing() as connection:
             if idempotency is not None:
                 before = select(jobs).where(jobs.c.idempotency == idempotency, jobs.c.owner == owner.spki)
                 found = connection.execute(before).mappings().first()
@@ -257,7 +238,7 @@ class State:
         """Change a job's status, and its sealed part, in one instant, if it is one of `before`; whether it was."""
         if owner is not None and details is not None:
             clear = {**clear, "details": _sealed(owner, jobs, job, details)}
-        with self._writing() as connection:
+        with self.writing() as connection:
             query = update(jobs).where(jobs.c.id == job, jobs.c.status.in_(before))
             return bool(connection.execute(query.values(status=after, **clear)).rowcount)
 
@@ -267,7 +248,7 @@ class State:
         Returns:
             What the grant has used then.
         """
-        with self._writing() as connection:
+        with self.writing() as connection:
             connection.execute(update(jobs).where(jobs.c.id == job).values(charged=jobs.c.charged + tokens))
             raised = update(usage).where(usage.c.grant == grant).values(tokens=usage.c.tokens + tokens)
             if not connection.execute(raised).rowcount:
@@ -277,23 +258,27 @@ class State:
     def waiting_jobs(self) -> list[tuple[str, str, str, int]]:
         """(id, owner, model, attempts) of all owners' jobs that are queued, the oldest first."""
         query = select(jobs.c.id, jobs.c.owner, jobs.c.model, jobs.c.attempts).where(jobs.c.status == QUEUED)
-        with self._reading() as connection:
+        with self.reading() as connection:
             return [tuple(row) for row in connection.execute(query.order_by(jobs.c.number))]
 
     def job_states(self) -> dict[str, int]:
         """Number of jobs of each status, of all owners together."""
         query = select(jobs.c.status, func.count()).group_by(jobs.c.status)
-        with self._reading() as connection:
+        with self.reading() as connection:
             return {str(status): int(count) for status, count in connection.execute(query)}
 
     def requeue_running(self) -> int:
         """Queue what was running when the service ended; how many these were."""
-        with self._writing() as connection:
+        with self.writing() as connection:
             return connection.execute(update(jobs).where(jobs.c.status == RUNNING).values(status=QUEUED)).rowcount
 
     @contextmanager
-    def _writing(self) -> Iterator[Connection]:
-        """A transaction that nobody else's interleaves with; it is on disk when this ends."""
+    def writing(self) -> Iterator[Connection]:
+        """A transaction that nobody else's interleaves with; it is on disk when this ends.
+
+        Raises:
+            StorageError: the database refused, or another transaction crossed this one.
+        """
         with self._failures(), self._engine.connect() as connection:
             if not self._is_sqlite:
                 with connection.begin():
@@ -308,7 +293,8 @@ class State:
             connection.exec_driver_sql("COMMIT")
 
     @contextmanager
-    def _reading(self) -> Iterator[Connection]:
+    def reading(self) -> Iterator[Connection]:
+        """A connection to ask. Raises StorageError: the database refused."""
         with self._failures(), self._engine.connect() as connection:
             yield connection
 
@@ -336,9 +322,14 @@ def _now() -> int:
     return int(time.time())
 
 
+def padded(content: bytes) -> bytes:
+    """JSON, filled up so that its length tells little."""
+    return content + b" " * (-len(content) % _PADDED_TO)
+
+
 def _sealed(owner: Sealing, table: Table, row_id: str, details: Mapping[str, Any]) -> bytes:
     content = json.dumps(dict(details), separators=(",", ":"), allow_nan=False).encode()
-    return owner.seal(content + b" " * (-len(content) % _PADDED_TO), f"row/{table.name}", row_id)
+    return owner.seal(padded(content), f"row/{table.name}", row_id)
 
 
 def _opened(owner: Sealing, table: Table, row: Mapping[str, Any]) -> Row:

@@ -66,3 +66,21 @@ grants = Table(
     Column("sequence", Number, nullable=False),
     Column("digest", String(64), nullable=False),
 )
+revocations = Table(
+    "revocations",
+    metadata,
+    Column("provider", String(64), primary_key=True),
+    Column("model", String(64), primary_key=True),
+    Column("sequence", Number, nullable=False),
+    Column("signed", LargeBinary, nullable=False),
+)
+consents = Table(
+    "consents",
+    metadata,
+    Column("number", Number, primary_key=True, autoincrement=True),
+    Column("id", String(64), nullable=False, unique=True),
+    Column("provider", String(64), nullable=False, index=True),
+    Column("model", String(64), nullable=False),
+    Column("manifest", String(64), nullable=False),
+    Column("details", LargeBinary, nullable=False),
+)

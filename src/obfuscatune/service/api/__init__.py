@@ -4,7 +4,7 @@ tls          the certificate in memory; clients known by key; the key in each re
 errors       every failure in OpenAI's form
 context      what a route needs of the service, and who asks
 requests     bodies of completions, strictly parsed
-answers      completions and chat: the engine's events -> JSON or server-sent events
+answers      completions and chat: body -> engine_requests -> engine -> choices -> rendering
 multipart    an upload, streamed into memory
 files        /v1/files
 fine_tuning  /v1/fine_tuning/jobs, and fine-tuned models

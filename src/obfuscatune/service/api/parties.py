@@ -3,11 +3,12 @@
 import io
 import tarfile
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Query, Response
 from fastapi.responses import StreamingResponse
 
+from obfuscatune.channel.audit_chain import MOST_ENTRIES
 from obfuscatune.errors import TermsError
 from obfuscatune.service import tables as rows
 from obfuscatune.service.api.context import Asker, Context, Ctx
@@ -33,7 +34,7 @@ def status(context: Ctx, owner: Asker) -> dict[str, Any]:
                 "status": "missing" if served is None else served.status,
                 "terms": grant.terms.to_document() | {"owners": [owner.spki]},
                 "tokens_used": context.state.tokens_used(grant.id),
-                "consents": context.access.registry.consents_to(grant.model, owner.spki),
+                "consented": context.access.registry.consents_to(grant.model, owner.spki),
             }
         )
     count, stored = context.state.stored(owner.spki)
@@ -97,14 +98,17 @@ def adapter(job_id: str, context: Ctx, owner: Asker) -> Response:
     return Response(_tar(files), media_type="application/x-tar", headers=headers)
 
 
+Since = Annotated[int, Query(ge=0, le=MOST_ENTRIES, description="How many entries from the beginning to leave out.")]
+
+
 @router.get("/audit-log", response_class=Response)
-def audit_log(context: Ctx, owner: Asker) -> Response:
+def audit_log(context: Ctx, owner: Asker, since: Since = 0) -> Response:
     """The log: the owner's entries and the service's in clear, others' as digests. For `obfuscatune verify-log`."""
-    return StreamingResponse(_lines(context, owner), media_type="application/jsonl")
+    return StreamingResponse(_lines(context, owner, since), media_type="application/jsonl")
 
 
-def _lines(context: Context, owner: Owner) -> Iterator[bytes]:
-    yield from context.log.copy_for(owner.spki)
+def _lines(context: Context, owner: Owner, since: int) -> Iterator[bytes]:
+    yield from context.log.copy_for(owner.spki, since)
 
 
 def _receipt_id(job_id: str) -> str:

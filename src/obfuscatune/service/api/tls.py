@@ -3,8 +3,13 @@
 A client shows the certificate under whose key an owner released his own. Those certificates are OpenSSL's trust
 anchors, added while the server runs: whoever shows none of them fails in the handshake. Anchors cannot be taken away
 again, so each request is checked once more by key: `peer_of` reads what `Protocol` put into its scope.
+
+Until its handshake is done a client is a stranger: `Handshakes` bounds how many there are, and how long each may take.
+
+    connection  ->  Gate: TLS handshake  ->  Protocol: HTTP/1.1
 """
 
+import asyncio
 import contextlib
 import hashlib
 import os
@@ -18,6 +23,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from obfuscatune.protocol.tls import fingerprint, make_identity
 
 EXTENSION = "obfuscatune.peer"
+HANDSHAKE_SECONDS = 10.0
 
 
 class HttpsIdentity:
@@ -60,6 +66,73 @@ def spki_of(certificate_der: bytes) -> str:
     key = x509.load_der_x509_certificate(certificate_der).public_key()
     der = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     return hashlib.sha256(der).hexdigest()
+
+
+class Handshakes:
+    """Those that are under way. For one more than there may be, the oldest is cut off: it is the likeliest to stall."""
+
+    def __init__(self, context: ssl.SSLContext, most: int, seconds: float = HANDSHAKE_SECONDS) -> None:
+        self.context, self.most, self.seconds = context, most, seconds
+        self._open: dict[asyncio.Transport, None] = {}
+
+    def begin(self, transport: asyncio.Transport) -> None:
+        """Count one."""
+        while len(self._open) >= self.most:
+            oldest = next(iter(self._open))
+            self.end(oldest)
+            oldest.abort()
+        self._open[transport] = None
+
+    def end(self, transport: asyncio.Transport) -> None:
+        """It is over, well or not. Twice is once."""
+        self._open.pop(transport, None)
+
+    def close(self) -> None:
+        """Cut off all of them."""
+        for transport in list(self._open):
+            self.end(transport)
+            transport.abort()
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+
+class Gate(asyncio.Protocol):
+    """A connection until its TLS handshake is done. What a client then sent already is kept for `Protocol`."""
+
+    def __init__(self, handshakes: Handshakes, **http: Any) -> None:
+        """`http`: what uvicorn gives a protocol."""
+        self._handshakes, self._http = handshakes, http
+        self._early = bytearray()
+        self._task: asyncio.Task[None] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See `asyncio.Protocol`."""
+        if isinstance(transport, asyncio.Transport):
+            self._handshakes.begin(transport)
+            self._task = asyncio.get_running_loop().create_task(self._shake_hands(transport))
+
+    def data_received(self, data: bytes) -> None:
+        """See `asyncio.Protocol`: what came behind the handshake, in the same turn of the loop."""
+        self._early += data
+
+    async def _shake_hands(self, transport: asyncio.Transport) -> None:
+        shake, loop = self._handshakes, asyncio.get_running_loop()
+        try:
+            tls = await loop.start_tls(
+                transport, self, shake.context, server_side=True, ssl_handshake_timeout=shake.seconds
+            )
+        except OSError:  # ssl's errors, and what a connection ends with
+            return
+        finally:
+            shake.end(transport)
+        if tls is None or tls.is_closing():  # the client went away
+            return
+        protocol = Protocol(**self._http)
+        tls.set_protocol(protocol)
+        protocol.connection_made(tls)
+        if self._early:
+            protocol.data_received(bytes(self._early))
 
 
 class Protocol(H11Protocol):
