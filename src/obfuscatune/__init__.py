@@ -12,7 +12,7 @@ from obfuscatune.version import __version__
 
 if TYPE_CHECKING:
     from obfuscatune import errors as errors
-    from obfuscatune.enclave.client import RetryPolicy, WorkerClient
+    from obfuscatune.enclave.client import DeviceClient, RetryPolicy, WorkerClient
     from obfuscatune.enclave.keys import RootKey
     from obfuscatune.enclave.loading import load
     from obfuscatune.enclave.local_worker import local_worker
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from obfuscatune.training.provider_adapter import load_provider_adapter
 
 _HOMES = {
+    "DeviceClient": "enclave.client",
     "Masking": "enclave.protection",
     "ObfuscaTuneError": "errors",
     "Profile": "enclave.profiles",
@@ -65,6 +66,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "DeviceClient",
     "Masking",
     "ObfuscaTuneError",
     "Profile",

@@ -25,7 +25,7 @@ def test_the_run_file_is_one_and_shows_the_defaults(tmp_path):
     assert unmentioned == {
         *("task", "plain", "worker", "base", "first_blocks", "max_steps", "warmup_ratio"),
         "provider_adapter",
-        *("mask_worker", "mask_memory", "mask_budget", "public_base"),
+        *("mask_worker", "mask_memory", "mask_budget", "public_base", "enclave_device"),
     }
     assert all(name.replace("_", "-") in GUIDE or name in GUIDE for name in unmentioned)
 

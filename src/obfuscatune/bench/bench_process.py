@@ -20,7 +20,8 @@ settle_process()  # the same for plain and protected; the wait policy is what th
 # ruff: noqa: E402 - torch reads the environment when it is imported
 import torch
 
-from obfuscatune.bench.clocked import ClockPage, clocked_worker
+from obfuscatune.bench.clocked import ClockPage
+from obfuscatune.bench.link import linked_worker
 from obfuscatune.bench.measures import ProductCounter, measure_limits, measured_spans, peak_bytes, settled_bytes
 from obfuscatune.bench.workload import WORKLOADS, Workload, config_of, random_model
 from obfuscatune.enclave.local_worker import LocalWorker
@@ -42,14 +43,14 @@ def main() -> None:
         model = random_model(config)
         worker = clock = mask_clock = protection = None
         if settings["kind"] == "protected":
-            worker, clock = stack.enter_context(clocked_worker(settings["threads"]))
-            mask_address = None
+            where = settings["link"], settings["threads"], settings["namespace"]
+            client, worker, clock = stack.enter_context(linked_worker(*where))
+            mask_client = None
             if resolve(settings["profile"]).masks:
-                mask_worker, mask_clock = stack.enter_context(clocked_worker(settings["threads"]))
-                mask_address = mask_worker.address
+                mask_client, _, mask_clock = stack.enter_context(linked_worker(*where))
             masking = Masking(memory_bytes=AHEAD_BYTES) if settings["masks_ahead"] else None
             protection = protect(
-                model, worker.address, settings["profile"], base="closed", mask_worker=mask_address, masking=masking
+                model, client, settings["profile"], base="closed", mask_worker=mask_client, masking=masking
             ).protection
         work = WORKLOADS[settings["work"]](model, settings["batch"], settings["length"])
         stocked = protection.masks if settings["masks_ahead"] and protection is not None else None

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from obfuscatune.bench.network import within
 from obfuscatune.protocol.files import temporary_root
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class ClockPage:
 
 @contextmanager
 def clocked_worker(
-    threads: int, listen: str | None = None, extra: tuple[str, ...] = ()
+    threads: int, listen: str | None = None, extra: tuple[str, ...] = (), namespace: str | None = None
 ) -> Iterator[tuple[LocalWorker, ClockPage]]:
     """A worker process on this machine that runs the usual program with a clock on it; it ends with the `with`.
 
@@ -82,6 +83,7 @@ def clocked_worker(
         threads: that it computes with.
         listen: its address; a unix socket of its own if None.
         extra: further options of `python -m obfuscatune.worker`.
+        namespace: the network namespace that it runs in; None for this process's own.
 
     Raises:
         ConnectionLost: it did not start; the message holds the end of its stderr.
@@ -92,5 +94,6 @@ def clocked_worker(
         page = Path(folder) / "clock"
         clock = ClockPage(page, create=True)
         program = ("obfuscatune.bench.clocked_worker", str(page))
-        with LocalWorker(["--threads", str(threads), *extra], program=program, listen=listen) as worker:
+        arguments = ["--threads", str(threads), *extra]
+        with LocalWorker(arguments, program=program, listen=listen, within=within(namespace)) as worker:
             yield worker, clock

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from obfuscatune.bench.link import LinkSettings
 from obfuscatune.errors import ConfigError
 from obfuscatune.report.page import markdown_table
 from obfuscatune.training.storage import RunDirectory
@@ -95,14 +96,6 @@ def compare(document: Mapping[str, Any], kept: Path, *, but: Path | None = None)
     return found
 
 
-def kept_results(kept: Path, like: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """File names and contents of all results in a folder that have ratios, made on the same kind of machine."""
-    for path in sorted(kept.glob("*.json")):
-        for document in _read(path, None):
-            if _machine(document) == _machine(like):
-                yield path.name, document
-
-
 def as_markdown(comparisons: Sequence[Comparison], margin: float) -> str:
     """A table, and what the margin was."""
     rows = []
@@ -130,7 +123,8 @@ def _has_ratios(document: Any) -> bool:
 
 
 def _key(document: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(document["bench"][name] for name in _WORK) + _machine(document)
+    link = LinkSettings(**document["bench"].get("link", {}))  # results before 2026-11-29 are of the default
+    return (*(document["bench"][name] for name in _WORK), link, *_machine(document))
 
 
 def _machine(document: Mapping[str, Any]) -> tuple[str, ...]:

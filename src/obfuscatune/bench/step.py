@@ -17,11 +17,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any, Literal, Self
 
+from obfuscatune.bench.link import LinkSettings
 from obfuscatune.bench.measures import Limits
+from obfuscatune.bench.network import Network, within
 from obfuscatune.bench.step_result import PLAIN, Side, StepResult
 from obfuscatune.bench.workload import shape_name
 from obfuscatune.errors import ConfigError
@@ -48,19 +50,20 @@ _SILENT = {"PYTHONWARNINGS": "ignore", "KINETO_LOG_LEVEL": "99", "TRANSFORMERS_V
 class BenchProcess:
     """A process that runs `bench_process.py`. It is stopped by SIGSTOP between commands, and ends with the `with`."""
 
-    def __init__(self, settings: dict[str, Any], waiting: dict[str, str]) -> None:
+    def __init__(self, settings: dict[str, Any], waiting: dict[str, str], namespace: str | None = None) -> None:
         """Start it and wait until its model is built.
 
         Args:
             settings: the JSON argument of `bench_process.py`.
             waiting: environment variables that say how OpenMP's threads wait.
+            namespace: the network namespace that it runs in; None for this process's own.
 
         Raises:
             ConfigError: the process ended; its error is on stderr.
         """
         inherited = {name: value for name, value in os.environ.items() if name not in _WAITING_VARIABLES}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "obfuscatune.bench.bench_process", json.dumps(settings)],
+            [*within(namespace), sys.executable, "-m", "obfuscatune.bench.bench_process", json.dumps(settings)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -103,7 +106,8 @@ class StepBench:
     """Times `work` on `batch` sequences of `length` tokens, `rounds` times plain and under each of `profiles`.
 
     `warmup` further rounds come first and are not counted. `layers` is the model's depth; None for that of `shape`.
-    With `masks_ahead` one-time masks are drawn before each round, and what that takes is not counted.
+    With `masks_ahead` one-time masks are drawn before each round, and what that takes is not counted. `link` is that to
+    the workers.
     """
 
     work: Literal["step", "forward", "decode"] = "step"
@@ -116,18 +120,20 @@ class StepBench:
     warmup: int = 2
     profiles: tuple[str, ...] = ("private",)
     masks_ahead: bool = False
+    link: LinkSettings = field(default_factory=LinkSettings)
 
     def run(self, progress: Progress) -> StepResult:
         """Measure. Takes several minutes at GPT-2's shapes.
 
         Raises:
-            ConfigError: a bench process ended; its error is on stderr.
+            ConfigError: a bench process ended; its error is on stderr. Or the network cannot be made.
         """
         waiting = self._best_plain_waiting(progress)
         with ExitStack() as stack:
+            network = stack.enter_context(self.link.network())
             processes = {PLAIN: stack.enter_context(self._start(PLAIN, PLAIN_WAITING[waiting]))}
             for profile in self.profiles:
-                processes[profile] = stack.enter_context(self._start("protected", OWN_WAITING, profile))
+                processes[profile] = stack.enter_context(self._start("protected", OWN_WAITING, profile, network))
             answers: dict[str, list[dict[str, Any]]] = {name: [] for name in processes}
             for round_number in range(self.warmup + self.rounds):
                 for name, process in processes.items():
@@ -153,10 +159,14 @@ class StepBench:
             progress(f"plain, OpenMP waiting {name}: {seconds:.3f} s")
         return min(fastest, key=lambda name: fastest[name])
 
-    def _start(self, kind: str, waiting: dict[str, str], profile: str | None = None) -> BenchProcess:
+    def _start(
+        self, kind: str, waiting: dict[str, str], profile: str | None = None, network: Network | None = None
+    ) -> BenchProcess:
         wanted = ("work", "shape", "layers", "batch", "length", "threads", "masks_ahead")
         settings = {name: getattr(self, name) for name in wanted}
-        return BenchProcess(settings | {"kind": kind, "profile": profile}, waiting)
+        settings |= {"kind": kind, "profile": profile, "link": self.link.kind}
+        settings["namespace"] = None if network is None else network.worker
+        return BenchProcess(settings, waiting, None if network is None else network.enclave)
 
 
 def _profiled_and_counted(process: BenchProcess) -> tuple[dict[str, float], dict[str, int]]:

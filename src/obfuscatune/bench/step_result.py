@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from obfuscatune.bench.link import LinkSettings
 from obfuscatune.bench.measures import SEND, WAIT, Limits
 from obfuscatune.report.charts import Bar, Bars
 from obfuscatune.report.page import format_bytes
@@ -164,7 +165,7 @@ class StepResult:
         depth = "all" if b["layers"] is None else b["layers"]
         lines = [
             f"{WORK[b['work']]}, {b['shape']} ({depth} layers), batch {b['batch']} x {b['length']}, "
-            f"{b['threads']} threads, float32; medians of {b['rounds']} rounds; "
+            f"{b['threads']} threads, float32; link: {LinkSettings(**b['link'])}; medians of {b['rounds']} rounds; "
             f"plain with OpenMP waiting: {self.plain_waiting}.",
             "",
             "| | seconds | ratio | round by round | mean | crossings | bytes | difference | peak, own | peak, worker |",

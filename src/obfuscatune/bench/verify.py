@@ -19,8 +19,8 @@ from torch import Tensor
 
 from obfuscatune.audit.attacks.scoring import area_under_curve
 from obfuscatune.bench.clocked import clocked_worker
+from obfuscatune.bench.link import free_port
 from obfuscatune.bench.verify_masks import MaskedBench, MaskedResult
-from obfuscatune.bench.wire import free_port
 from obfuscatune.enclave.client import WorkerClient
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.mixing import KroneckerMixer

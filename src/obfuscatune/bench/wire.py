@@ -8,7 +8,6 @@ ours: what is left to be won is the ratio. Through shared memory only the messag
 
 from __future__ import annotations
 
-import socket
 import statistics
 import tempfile
 import time
@@ -21,19 +20,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from obfuscatune.bench.clocked import ClockPage, clocked_worker
+from obfuscatune.bench.clocked import ClockPage
+from obfuscatune.bench.link import LOOPBACK, TCP, TLS, UNIX, free_port, identities, linked_worker
 from obfuscatune.bench.ping import PingPong, ping_pong
 from obfuscatune.enclave.client import WorkerClient
-from obfuscatune.protocol.files import temporary_root, write_new
+from obfuscatune.protocol.files import temporary_root
 from obfuscatune.protocol.messages import HEADER_BYTES
 from obfuscatune.protocol.payloads import Places
-from obfuscatune.protocol.tls import TlsConfig, make_identity
 from obfuscatune.report.charts import Chart, Series
 from obfuscatune.report.page import environment, format_bytes, markdown_table
 
 ROWS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 WIDTH = 256
-LINKS = ("shared memory", "unix socket", "tcp", "tls")
+LINKS = {"shared memory": UNIX, "unix socket": UNIX, "tcp": TCP, "tls": TLS}
+"""What is measured, and the kind of link that it passes."""
 _MATRIX_ID = bytes(15) + b"\x01"
 _TICK_SECONDS = 1e-9
 """Shortest time of a round: the difference of two processes' clocks may come out negative."""
@@ -75,7 +75,7 @@ class WireRow:
 class WireBench:
     """What is measured: rows of `width` float32 numbers, times a square matrix."""
 
-    links: tuple[str, ...] = LINKS
+    links: tuple[str, ...] = tuple(LINKS)
     rows: tuple[int, ...] = ROWS
     width: int = WIDTH
     threads: int = 2
@@ -228,39 +228,12 @@ def _cell(row: WireRow | None) -> str:
 @contextmanager
 def _opened(name: str, threads: int) -> Iterator[tuple[WorkerClient, ClockPage, PingPong]]:
     """A link of that kind, its worker's clock, and a process for a bare ping-pong."""
-    with tempfile.TemporaryDirectory(
-        prefix="obfuscatune-bench-", dir=temporary_root()
-    ) as folder:  # made with mode 0700
-        listen = None if name in ("shared memory", "unix socket") else f"tcp:127.0.0.1:{free_port()}"
-        ours, theirs = _identities(Path(folder)) if name == "tls" else (None, None)
-        extra: tuple[str, ...] = ()
-        if theirs is not None:
-            extra = ("--tls-cert", str(theirs.certificate), "--tls-key", str(theirs.private_key))
-            extra += ("--peer", str(theirs.peers))
-        beside = f"unix:{folder}/pong" if listen is None else f"tcp:127.0.0.1:{free_port()}"
+    kind = LINKS[name]
+    with tempfile.TemporaryDirectory(prefix="obfuscatune-bench-", dir=temporary_root()) as folder:
+        beside = f"unix:{folder}/pong" if kind == UNIX else f"tcp:{LOOPBACK}:{free_port()}"
+        own = identities(Path(folder))[0] if kind == TLS else None
         with (
-            ping_pong(beside, None if theirs is None else (theirs.certificate, theirs.private_key)) as bare,
-            clocked_worker(threads, listen, extra) as (worker, clock),
-            WorkerClient.open(worker.address, tls=ours) as link,
+            ping_pong(beside, None if own is None else (own.certificate, own.private_key)) as bare,
+            linked_worker(kind, threads) as (link, _, clock),
         ):
             yield link, clock, bare
-
-
-def _identities(folder: Path) -> tuple[TlsConfig, TlsConfig]:
-    """The enclave's and the worker's, each with the other's certificate."""
-    for side in ("enclave", "worker"):
-        certificate, key = make_identity(side)
-        (folder / f"{side}.pem").write_bytes(certificate)
-        write_new(folder / f"{side}.key", key)
-    pem = {side: folder / f"{side}.pem" for side in ("enclave", "worker")}
-    return (
-        TlsConfig(pem["enclave"], folder / "enclave.key", pem["worker"]),
-        TlsConfig(pem["worker"], folder / "worker.key", pem["enclave"]),
-    )
-
-
-def free_port() -> int:
-    """A TCP port of this host that nobody listens on now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])

@@ -1,179 +1,42 @@
 """`obfuscatune bench`: protected work beside plain work, timed in turn on this machine."""
 
-import re
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import Annotated
 
 import typer
 
+from obfuscatune.cli import bench_device as bench_device
+from obfuscatune.cli import bench_step as bench_step
 from obfuscatune.cli import options
-from obfuscatune.cli.options import with_options
+from obfuscatune.cli.bench_group import (
+    Batch,
+    Ending,
+    Layers,
+    Length,
+    Shape,
+    Threads,
+    checked_profiles,
+    command,
+    result_name,
+)
+from obfuscatune.cli.bench_group import (
+    bench as bench,
+)
 from obfuscatune.cli.output import notice, write_json, write_text
 from obfuscatune.errors import ConfigError
 from obfuscatune.machine import cores
 from obfuscatune.option import Option, parse_size
 
-if TYPE_CHECKING:
-    from obfuscatune.report.charts import Bars, Chart
-
 KEPT = Path("benchmarks/results")
-CALIBRATED_ON = "private"
 EXIT_FAILED = 1
 """A ratio or a process has grown."""
-_SPEEDS = "Speeds other than the measured ones"
-
-bench = typer.Typer(
-    name="bench",
-    help="Time protected work beside plain work on this machine.",
-    no_args_is_help=True,
-    add_completion=False,
-)
 
 
-@bench.callback()
-def _group() -> None:
-    """Time protected work beside plain work on this machine."""
-
-
-def _command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Registers a command of `bench`, with the examples below its help."""
-
-    def register(function: Callable[..., None]) -> Callable[..., None]:
-        epilog = "\n\n".join(f"Example: {it}" for it in examples)
-        bench.command(function.__name__, epilog=epilog)(with_options(function))
-        return function
-
-    return register
-
-
-Shape = Annotated[str, Option("gpt2, gpt2-medium, gpt2-large, gpt2-xl, … or a config.json.")]
-Layers = Annotated[int | None, Option("Fewer blocks than the shape has.", unset="all")]
-Batch = Annotated[int, Option("Sequences at a time.", least=1)]
-Length = Annotated[int, Option("Tokens a sequence.", least=2)]
-Threads = Annotated[int | None, Option("For every process.", unset="all cores")]
-Rounds = Annotated[int, Option("Counted rounds of each side.", least=1)]
-Profiles = Annotated[
-    str | None, Option("Profiles to time beside plain, as private,paper,guarded.", unset="private", name="profile")
-]
-
-
-@dataclass(frozen=True)
-class Ending:
-    """What becomes of a result."""
-
-    out: Annotated[Path | None, Option("Also write JSON, Markdown and a picture, if there is one, to this folder.")] = (
-        None
-    )
-    as_json: options.AsJson = False
-
-    def show(self, result: "Result", name: str, picture: "Bars | Chart | None" = None) -> None:
-        """Write the files, if a folder was named, and print the result."""
-        from obfuscatune.bench.compare import keep
-
-        if self.out is not None:
-            svg = None if picture is None else picture.svg(alone=True) + "\n"
-            notice(f"written: {keep(self.out, name, result.as_json(), result.as_markdown(), svg)}")
-        if self.as_json:
-            write_json(result.as_json())
-        else:
-            write_text(result.as_markdown())
-
-
-class Result(Protocol):
-    """What a benchmark measured."""
-
-    def as_json(self) -> dict[str, Any]:
-        """Everything."""
-
-    def as_markdown(self) -> str:
-        """What people read."""
-
-
-def result_name(what: str, shape: str | None = None, layers: int | None = None, *parts: str) -> str:
-    """`2026-01-31-step-gpt2-4-layers-private`; what a file cannot be called, in a path or in knobs, becomes a dash."""
-    day = datetime.now(UTC).strftime("%Y-%m-%d")
-    named = [] if shape is None else [shape]
-    depth = [] if layers is None else [f"{layers}-layers"]
-    return re.sub(r"[^\w.()-]+", "-", "-".join([day, what, *named, *depth, *parts]))
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The options of `bench step` and `bench forward`."""
-
-    shape: Shape = "gpt2"
-    layers: Layers = None
-    batch: Batch = 2
-    length: Length = 256
-    threads: Threads = None
-    rounds: Rounds = 7
-    profiles: Profiles = None
-    masks_ahead: Annotated[
-        bool, Option("Draw the masks of guarded before each round: what that takes is not counted.")
-    ] = False
-
-
-@dataclass(frozen=True)
-class DecodingSizes(Sizes):
-    """The options of `bench decode`: other defaults for batch and length."""
-
-    batch: Annotated[int, Option("Sequences that are decoded together.", least=1)] = 1
-    length: Annotated[int, Option("Tokens of the prompt, which is not timed.", least=2)] = 32
-
-
-@_command("obfuscatune bench step --shape gpt2 --profile private,paper,guarded --out benchmarks/results")
-def step(sizes: Sizes, ending: Ending) -> None:
-    """Time a LoRA step (forward, backward, AdamW) protected and plain.
-
-    Each side has its own process and they take turns, so none disturbs another. Plain runs at its own best setting of
-    OpenMP's waiting, which is tried first. Weights are random: time does not depend on them. Beside the times stands
-    where they go, what the processes hold in memory, and the least that this machine could need for the same products.
-    """
-    _side_by_side("step", sizes, ending)
-
-
-@_command("obfuscatune bench forward --shape gpt2 --batch 2 --length 256")
-def forward(sizes: Sizes, ending: Ending) -> None:
-    """Time a forward pass without gradients, protected and plain, as `bench step` does."""
-    _side_by_side("forward", sizes, ending)
-
-
-@_command("obfuscatune bench decode --shape gpt2 --batch 8")
-def decode(sizes: DecodingSizes, ending: Ending) -> None:
-    """Time the decoding of 16 tokens a stream with a cache, protected and plain, as `bench step` does."""
-    _side_by_side("decode", sizes, ending)
-
-
-def _side_by_side(work: Literal["step", "forward", "decode"], sizes: Sizes, ending: Ending) -> None:
-    from obfuscatune.bench.step import StepBench
-    from obfuscatune.bench.workload import config_of, shape_name
-
-    config_of(sizes.shape, sizes.layers)  # a wrong name fails here, not in a child process
-    profiles = _checked_profiles(sizes.profiles)
-    settings = asdict(sizes) | {"threads": sizes.threads or cores(), "profiles": profiles}
-    measured = StepBench(work=work, **settings).run(notice)
-    streams = (f"{sizes.batch}-streams",) if work == "decode" else ()
-    name = result_name(work, shape_name(sizes.shape), sizes.layers, *streams, *profiles)
-
-    ending.show(measured, name, measured.picture())
-
-
-def _checked_profiles(names: str | None) -> tuple[str, ...]:
-    """The names with commas between, each known."""
-    from obfuscatune.enclave.profiles import resolve
-
-    profiles = tuple(dict.fromkeys((names or "private").split(",")))
-    for name in profiles:
-        resolve(name)
-    return profiles
-
-
-@_command(
+@command(
     "obfuscatune bench obfuscate --shape gpt2-xl --out benchmarks/results",
     "obfuscatune bench obfuscate --shape gpt2 --transform structured --transform haar",
+    "obfuscatune bench obfuscate --shape llama-3.1-8b --layers 4 --dtype bfloat16 --rounds 1",
 )
 def obfuscate(
     shape: Shape = "gpt2-xl",
@@ -184,6 +47,7 @@ def obfuscate(
     rounds: Annotated[int, Option("Loads with each transform; the fastest counts.", least=1)] = 3,
     profile: options.Profile = None,
     first_blocks: options.FirstBlocks = None,
+    dtype: options.Dtype = None,
     memory_kept: Annotated[
         bool,
         Option(
@@ -216,6 +80,7 @@ def obfuscate(
         transforms=transforms,
         profile=profile,
         first_blocks=first_blocks,
+        dtype=options.check_dtype(dtype),
         threads=threads or cores(),
         rounds=rounds,
         memory_kept=memory_kept,
@@ -224,7 +89,7 @@ def obfuscate(
     ending.show(measured, result_name("obfuscate", shape_name(shape) if model is None else model.name, layers, *parts))
 
 
-@_command("obfuscatune bench verify --out benchmarks/results")
+@command("obfuscatune bench verify --out benchmarks/results")
 def verify(
     honest_calls: Annotated[int, Option("In each dtype; under masks a tenth, at each shape.", least=1)] = 100_000,
     trials: Annotated[int, Option("Of each kind and size of tampering.", least=1)] = 1_000,
@@ -242,7 +107,7 @@ def verify(
     ending.show(VerifyBench(honest_calls, trials, requests).run(notice), result_name("verify"))
 
 
-@_command(
+@command(
     "obfuscatune bench drift --steps 1000 --out benchmarks/results",
     "obfuscatune bench drift --profile guarded --size 0.13 --json",
 )
@@ -271,14 +136,14 @@ def drift(
     """
     from obfuscatune.bench.drift import SIZES, DriftBench
 
-    profiles = _checked_profiles(profile or "private,guarded")
+    profiles = checked_profiles(profile or "private,guarded")
     bench = DriftBench(steps, profiles, tuple(sorted(size or SIZES, reverse=True)), batch)
     bench.check()
 
     ending.show(bench.run(notice), result_name("drift", None, None, *profiles))
 
 
-@_command("obfuscatune bench rotation --dim 768 --dim 3072 --rows 1 --rows 512")
+@command("obfuscatune bench rotation --dim 768 --dim 3072 --rows 1 --rows 512")
 def rotation(
     dim: Annotated[list[int] | None, Option("Width of x; may be repeated.", unset="GPT-2's")] = None,
     rows: Annotated[list[int] | None, Option("Of x; may be repeated.", unset="1, 8, 32, 512, 4096")] = None,
@@ -296,7 +161,7 @@ def rotation(
     ending.show(RotationBench(dims, counts, threads or cores()).run(notice), result_name("rotation"))
 
 
-@_command("obfuscatune bench wire --link tcp --link tls --out benchmarks/results")
+@command("obfuscatune bench wire --link tcp --link tls --out benchmarks/results")
 def wire(
     rows: Annotated[list[int] | None, Option("In a message; may be repeated.", unset="1 to 16384")] = None,
     width: Annotated[int, Option("float32 numbers in a row.", least=1, most=4096)] = 256,
@@ -310,8 +175,8 @@ def wire(
     """Time rows on their way to a worker on this machine and back, by each kind of link.
 
     What the worker takes to multiply them is on its own clock and taken off. Beside each, a bare ping-pong of two
-    processes that pass as many bytes. A line is fitted to each link: its latency and its bandwidth, which
-    `bench predict` reckons with.
+    processes that pass as many bytes. A line is fitted to each link: its latency and its bandwidth. Those to workers
+    elsewhere are measured by `obfuscatune advise`.
     """
     from obfuscatune.bench.wire import LINKS, ROWS, WireBench
 
@@ -325,7 +190,7 @@ def wire(
     ending.show(measured, result_name("wire"), measured.picture())
 
 
-@_command("obfuscatune bench seal --size 2GiB --out benchmarks/results")
+@command("obfuscatune bench seal --size 2GiB --out benchmarks/results")
 def seal(
     size: Annotated[str, Option("Of the file that is sealed, as 512MiB or 2GiB.")] = "2GiB",
     rounds: Annotated[int, Option("Of each piece of work; the fastest counts.", least=1)] = 3,
@@ -348,7 +213,7 @@ def seal(
     ending.show(SealBench(wanted, rounds, folder).run(notice), result_name("seal", size))
 
 
-@_command("obfuscatune bench check new/2026-01-31-step-gpt2-private.json --kept benchmarks/results")
+@command("obfuscatune bench check new/2026-01-31-step-gpt2-private.json --kept benchmarks/results")
 def check(
     result: Annotated[Path, typer.Argument(help="JSON file that bench step, forward or decode wrote.")],
     kept: Annotated[Path, Option("Folder with the results that were kept.")] = KEPT,
@@ -371,7 +236,7 @@ def check(
         raise typer.Exit(EXIT_FAILED)
 
 
-@_command("obfuscatune bench memory --steps 1000 --profile private,guarded --out benchmarks/results")
+@command("obfuscatune bench memory --steps 1000 --profile private,guarded --out benchmarks/results")
 def memory(
     shape: Annotated[str | None, Option("gpt2, … or a config.json.", unset="the embedded model's")] = None,
     layers: Layers = None,
@@ -401,7 +266,7 @@ def memory(
         threads=threads or cores(),
         steps=steps,
         warmup=warmup,
-        profiles=_checked_profiles(profile),
+        profiles=checked_profiles(profile),
     )
     config_of(bench.shape, layers)
     measured = bench.run(notice)
@@ -409,49 +274,3 @@ def memory(
     ending.show(measured, result_name("memory", measured.bench["shape"], layers, *bench.profiles), measured.picture())
     if measured.grows:
         raise typer.Exit(EXIT_FAILED)
-
-
-@_command(
-    "obfuscatune bench predict --from benchmarks/results/2026-01-31-step-gpt2-private.json --shape gpt2-xl "
-    "--worker-gflops 20000 --link-gbytes 1.2 --latency-us 100"
-)
-def predict(
-    measured: Annotated[Path, Option("JSON file of bench step or forward: its speeds are taken.", name="from")],
-    shape: Annotated[str, Option("gpt2, …, llama-3.2-1b, llama-3-8b, or a config.json.")] = "gpt2-xl",
-    layers: Layers = None,
-    batch: Batch = 2,
-    length: Length = 256,
-    profile: options.Profile = None,
-    worker_gflops: Annotated[float | None, Option("10⁹ operations a second of a product.", _SPEEDS)] = None,
-    link_gbytes: Annotated[float | None, Option("10⁹ bytes a second, there and back.", _SPEEDS)] = None,
-    latency_us: Annotated[float | None, Option("Of one crossing, in µs.", _SPEEDS)] = None,
-    against: Annotated[
-        Path | None, Option("Predict what was kept in this folder instead, beside the measured ratios.")
-    ] = None,
-    as_json: options.AsJson = False,
-) -> None:
-    """Predict the ratio of protected to plain from a model's shape and from speeds (docs/cost-model.md).
-
-    The speeds are those at which a kept result was made; those of a worker on an accelerator or another host are given.
-    """
-    from obfuscatune.bench.compare import kept_results, read_result
-    from obfuscatune.bench.predict import calibrated, check, check_as_markdown, count_work
-    from obfuscatune.bench.predict import predict as predicted
-    from obfuscatune.enclave.profiles import resolve
-
-    document = read_result(measured)
-    latency = None if latency_us is None else latency_us * 1e-6
-    speeds = calibrated(document, CALIBRATED_ON).with_changes(worker_gflops, link_gbytes, latency)
-    if against is not None:
-        rows = list(check(kept_results(against, document), speeds))
-        if as_json:
-            write_json([asdict(row) | {"error": row.error} for row in rows])
-        else:
-            write_text(check_as_markdown(rows))
-        return
-    work = count_work(document["bench"]["work"], shape, layers, batch, length, resolve(profile or CALIBRATED_ON))
-    found = predicted(work, speeds)
-    if as_json:
-        write_json({"work": asdict(work), "speeds": asdict(speeds), **found.as_json()})
-    else:
-        write_text(found.as_markdown())

@@ -20,7 +20,7 @@ from obfuscatune.option import Option
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from obfuscatune.enclave.client import WorkerClient
+    from obfuscatune.enclave.client import WorkerLink
     from obfuscatune.enclave.local_worker import LocalWorker
     from obfuscatune.enclave.profiles import Profile
     from obfuscatune.enclave.protection import Masking
@@ -87,7 +87,7 @@ class Protection:
     worker: Annotated[
         str | None,
         Option(
-            "Address of a running worker: unix:PATH or tcp:HOST:PORT.",
+            "Address of a running worker: unix:PATH or tcp:HOST:PORT; or a GPU of this machine: device:cuda:N.",
             PROTECTION,
             unset="starts one on this machine",
             variable=ENVIRONMENT["worker"],
@@ -138,6 +138,11 @@ class Protection:
         ),
     ] = None
 
+    enclave_device: Annotated[
+        str | None,
+        Option("Where the enclave's own part lies: cpu, or cuda:N, a confidential GPU.", PROTECTION, unset="cpu"),
+    ] = None
+
     def __post_init__(self) -> None:
         if self.base not in (None, "closed", "public"):
             raise ConfigError(f"--base: expected closed or public, found {self.base}")
@@ -173,6 +178,13 @@ class Protection:
             tls = TlsConfig(self.tls_cert, self.tls_key, self.mask_peer)
         memory = DEFAULT_MASKING.memory_bytes if self.mask_memory is None else parse_size(self.mask_memory)
         return Masking(tls, memory, self.mask_budget or DEFAULT_MASKING.budget)
+
+    @property
+    def names_two_devices(self) -> bool:
+        """Whether both workers are devices of this machine."""
+        from obfuscatune.enclave.placement import device_of
+
+        return None not in (device_of(self.worker), device_of(self.mask_worker))
 
     def unless_plain(self) -> "Protection | None":
         """None where a run is to be plain.
@@ -345,6 +357,7 @@ def _with_provider_adapter(model: Any, directory: Path) -> Any:
 @contextmanager
 def _protected(files: ModelFiles, dtype: Any, protection: Protection) -> Iterator[Any]:
     import obfuscatune
+    from obfuscatune.enclave.placement import enclave_device
     from obfuscatune.enclave.protect import check_workers
 
     key = None if protection.key_file is None else obfuscatune.RootKey.from_file(protection.key_file)
@@ -356,14 +369,15 @@ def _protected(files: ModelFiles, dtype: Any, protection: Protection) -> Iterato
         output.warn_as_published()
     advise_of_public_base(protection.base, profile, files.config, files.directory)
     masking = protection.masking
+    enclave_device(protection.enclave_device, protection.worker, protection.mask_worker)
     check_workers(protection.worker, protection.mask_worker, profile, protection.tls, masking)
-    if profile.masks and protection.worker is None:
+    if profile.masks and (protection.worker is None or protection.names_two_devices):
         output.notice(
             "both workers run on this machine, in one hand: good to try it out; masks hide from two that do not collude"
         )
     with ExitStack() as stack:
-        link = stack.enter_context(_opened_link(protection.worker, protection.tls)) if profile.offload else None
-        masks = stack.enter_context(_opened_link(protection.mask_worker, masking.tls)) if profile.masks else None
+        link = stack.enter_context(opened_link(protection.worker, protection.tls)) if profile.offload else None
+        masks = stack.enter_context(opened_link(protection.mask_worker, masking.tls)) if profile.masks else None
         with output.progress("sending the transformed matrices" if profile.offload else "reading the model") as meter:
             model = obfuscatune.load(
                 files.directory,
@@ -373,6 +387,7 @@ def _protected(files: ModelFiles, dtype: Any, protection: Protection) -> Iterato
                 profile=profile,
                 dtype=dtype,
                 key=key,
+                device=protection.enclave_device,
                 progress=_forward_progress(meter),
                 base=None if profile.masks else "closed",  # what there is to say of it was said above, in our words
             )
@@ -405,9 +420,10 @@ def resolved_profile(protection: Protection) -> "Profile":
 
 
 @contextmanager
-def _opened_link(address: str | None, tls: "TlsConfig | None") -> Iterator["WorkerClient"]:
+def opened_link(address: str | None, tls: "TlsConfig | None") -> Iterator["WorkerLink"]:
     """A client of the worker that was named, or of one started for as long as the `with` lasts."""
     import obfuscatune
+    from obfuscatune.enclave.client import open_link
 
     with ExitStack() as stack:
         if address is None:
@@ -419,7 +435,7 @@ def _opened_link(address: str | None, tls: "TlsConfig | None") -> Iterator["Work
             address = worker.address
         else:
             output.notice(f"connecting to the worker at {address}")  # it may be waited for
-        link = obfuscatune.WorkerClient.open(address, tls=tls)
+        link = open_link(address, tls=tls)
         stack.callback(link.close)
         yield link
 

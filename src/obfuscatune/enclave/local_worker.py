@@ -41,7 +41,12 @@ class LocalWorker:
     """
 
     def __init__(
-        self, arguments: list[str], *, program: tuple[str, ...] = (WORKER_MODULE,), listen: str | None = None
+        self,
+        arguments: list[str],
+        *,
+        program: tuple[str, ...] = (WORKER_MODULE,),
+        listen: str | None = None,
+        within: tuple[str, ...] = (),
     ) -> None:
         """Start it.
 
@@ -49,6 +54,7 @@ class LocalWorker:
             arguments: options of `python -m obfuscatune.worker`.
             program: the module that runs, and what it takes before the worker's arguments.
             listen: its address; a unix socket in a folder of its own if None.
+            within: a command that runs the command line after it in its own place, as `ip netns exec NAME` does.
 
         Raises:
             ConnectionLost: it did not start; the message holds the end of its stderr.
@@ -56,7 +62,8 @@ class LocalWorker:
         """
         folder = _make_folder()
         try:
-            self._worker = _Process(folder, [*program, *arguments], listen or f"unix:{folder / 'worker.sock'}")
+            address = listen or f"unix:{folder / 'worker.sock'}"
+            self._worker = _Process(folder, [*program, *arguments], address, within)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -146,10 +153,11 @@ def local_worker(
 class _Process:
     """The process of a `LocalWorker`, and its folder."""
 
-    def __init__(self, folder: Path, program: list[str], address: str) -> None:
+    def __init__(self, folder: Path, program: list[str], address: str, within: tuple[str, ...]) -> None:
         self.address = address
         self._folder = folder
         self._command = [
+            *within,
             sys.executable,
             "-P",  # else `-m` imports what lies in the folder that we were called in, a data set's torch.py say
             "-m",

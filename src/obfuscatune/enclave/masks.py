@@ -35,7 +35,7 @@ from torch import Tensor
 
 from obfuscatune.enclave import kernels
 from obfuscatune.enclave.accountant import Accountant
-from obfuscatune.enclave.client import ProductRequest, WorkerClient
+from obfuscatune.enclave.client import PendingProduct, WorkerLink
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.mixing import FewMixing, Mixing
 from obfuscatune.enclave.verification import Check, Verifier
@@ -69,14 +69,14 @@ def draw(stream: SecretStream, rows: int, width: int, deviation: float = DEVIATI
 class MaskRequest:
     """A request to the mask worker for r W*, of one mask or of several that lie one below the other."""
 
-    def __init__(self, request: ProductRequest, check: Check, client: WorkerClient) -> None:
+    def __init__(self, request: PendingProduct, check: Check, client: WorkerLink) -> None:
         """
         Args:
             request: for r W*.
             check: holds the product against secret vectors.
             client: the mask worker's.
         """
-        self._request: ProductRequest | None = request
+        self._request: PendingProduct | None = request
         self._check, self._client = check, client
         self._product = torch.empty(0, dtype=torch.float64)
 
@@ -253,7 +253,7 @@ class Masks:
 
     def __init__(
         self,
-        client: WorkerClient,
+        client: WorkerLink,
         accountant: Accountant,
         *,
         memory_bytes: int = DEFAULT_MEMORY_BYTES,

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from obfuscatune.enclave.client import ProductRequest, WorkerClient
+from obfuscatune.enclave.client import PendingProduct, WorkerLink
 from obfuscatune.enclave.client.requests import check_finite, not_finite
 from obfuscatune.enclave.masks import LayerMasks, Mask, Masked
 from obfuscatune.enclave.mixing import DENSE_BELOW, FewMixing, Mixer, Mixing
@@ -174,7 +174,7 @@ class Sent:
     """Rows that were sent, the reply to come, and what undoes what was done to them."""
 
     passage: Passage
-    request: ProductRequest
+    request: PendingProduct
     held: Held
     """The matrix that the rows were sent for."""
     check: Check | None
@@ -200,7 +200,7 @@ class OffloadedProduct:
 
     def __init__(
         self,
-        client: WorkerClient,
+        client: WorkerLink,
         held: Held,
         R_in: Transform,
         R_out: Transform,

@@ -15,12 +15,13 @@ from peft import PeftModel
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from obfuscatune.enclave.client import RetryPolicy, WorkerClient
+from obfuscatune.enclave.client import RetryPolicy, WorkerLink, open_link
 from obfuscatune.enclave.experts import ProtectedExperts
 from obfuscatune.enclave.keys import RootKey
 from obfuscatune.enclave.layers import ProtectedLayer, first_protected
 from obfuscatune.enclave.local_worker import local_worker
 from obfuscatune.enclave.observer import Observer
+from obfuscatune.enclave.placement import device_of, enclave_device
 from obfuscatune.enclave.profiles import Profile, resolve
 from obfuscatune.enclave.protected_model import Closable, ProtectedModel, extend, has_adapter
 from obfuscatune.enclave.protection import Clients, Masking, Protection, place, refuse_provider_adapter
@@ -38,7 +39,7 @@ Progress = Callable[[int, int, str], None]
 
 def protect(
     model: Model,
-    workers: str | WorkerClient | None = None,
+    workers: str | WorkerLink | None = None,
     profile: str | Profile = "private",
     *,
     key: RootKey | None = None,
@@ -48,8 +49,9 @@ def protect(
     progress: Progress | None = None,
     base: Base | None = None,
     observer: Observer | None = None,
-    mask_worker: str | WorkerClient | None = None,
+    mask_worker: str | WorkerLink | None = None,
     masking: Masking | None = None,
+    device: torch.device | str | None = None,
     **knobs: Any,
 ) -> Model:
     """Move a model's large linear layers, transformed, to a worker.
@@ -63,8 +65,8 @@ def protect(
 
     Args:
         model: a Hugging Face causal LM or encoder, or a PEFT model around one. Base weights become frozen.
-        workers: the worker's address (`unix:/run/x.sock`, `tcp:host:port`), or an open link. None starts a worker on
-            this machine, which ends with the model; profile `enclave` needs none.
+        workers: the worker's address (`unix:/run/x.sock`, `tcp:host:port`, `device:cuda:0`), or an open link. None
+            starts a worker on this machine, which ends with the model; profile `enclave` needs none.
         profile: name of a profile, or a profile.
         key: root key of the transforms; with the same key the worker need not be sent the same matrices again.
         tls: identity and pinned peer, for a worker across a network.
@@ -78,6 +80,8 @@ def protect(
         mask_worker: under profile `guarded`, the worker that multiplies the masks, as `workers`: one that does not
             collude with the other. None, with no `workers`, starts both on this machine, in one hand.
         masking: how the mask worker is reached, the memory of masks that are drawn ahead, and their budget.
+        device: where the enclave's own part is to lie: "cpu", or "cuda:N", a confidential GPU that belongs to the
+            enclave. None leaves it where it is.
         knobs: single settings of the profile: `shield_rows=32`, `first_blocks=1`, `transform="haar"`.
 
     Raises:
@@ -99,6 +103,7 @@ def protect(
         refuse_provider_adapter(model)
     groups = find_groups(model, resolved.first_blocks) if resolved.offload else []
     refuse_absent_weights(model, groups)
+    own_device = enclave_device(device, workers, mask_worker)
     masking = masking or Masking()
     clients = open_clients(workers, mask_worker, resolved, tls, masking, deadline_s, retry)
     protection = Protection.start(clients, resolved, key, width_of(model), observer, masking)
@@ -113,6 +118,8 @@ def protect(
             if progress is not None:
                 progress(done, len(groups), group.name)
     place(model, layers)
+    if own_device is not None:
+        model.to(own_device)
     adopt(model, protection)
     if protection.lora_on_worker and isinstance(model, PeftModel):
         with released_on_failure(protection, clients):
@@ -134,8 +141,8 @@ def width_of(model: nn.Module) -> int | None:
 
 
 def open_clients(
-    workers: str | WorkerClient | None,
-    mask_worker: str | WorkerClient | None,
+    workers: str | WorkerLink | None,
+    mask_worker: str | WorkerLink | None,
     profile: Profile,
     tls: TlsConfig | None,
     masking: Masking,
@@ -152,10 +159,10 @@ def open_clients(
     check_workers(workers, mask_worker, profile, tls, masking)
     if not profile.offload:
         return Clients(None)
-    opened: list[WorkerClient] = []
+    opened: list[WorkerLink] = []
 
-    def client(worker: str | WorkerClient | None, tls: TlsConfig | None) -> WorkerClient:
-        if isinstance(worker, WorkerClient):
+    def client(worker: str | WorkerLink | None, tls: TlsConfig | None) -> WorkerLink:
+        if isinstance(worker, WorkerLink):
             return worker
         opened.append(_opened(worker, tls, deadline_s, retry or RetryPolicy()))
         return opened[-1]
@@ -170,8 +177,8 @@ def open_clients(
 
 
 def check_workers(
-    workers: str | WorkerClient | None,
-    mask_worker: str | WorkerClient | None,
+    workers: str | WorkerLink | None,
+    mask_worker: str | WorkerLink | None,
     profile: Profile,
     tls: TlsConfig | None,
     masking: Masking,
@@ -184,8 +191,13 @@ def check_workers(
     if not profile.offload and (workers is not None or mask_worker is not None):
         raise ConfigError(f"profile {profile.name!r} runs without a worker: name none")
     for worker in (workers, mask_worker):
-        if not isinstance(worker, str | WorkerClient | None):
+        if not isinstance(worker, str | WorkerLink | None):
             raise ConfigError(f"expected a worker's address, found a {type(worker).__name__}: pass its .address")
+    if profile.lora_on == "worker" and device_of(workers) is not None:
+        raise ConfigError(
+            f"profile {profile.name!r} has LoRA on the worker, and a device only multiplies: start a worker process by "
+            "`obfuscatune worker --device cuda`, and name its address"
+        )
     if not profile.masks:
         if mask_worker is not None or masking.tls is not None:
             raise ConfigError(f"profile {profile.name!r} has no masks: a mask worker is for profile 'guarded'")
@@ -195,7 +207,8 @@ def check_workers(
             f"profile {profile.name!r} takes two workers in different hands: name both, by --worker and --mask-worker "
             "(workers= and mask_worker=), or neither, to try it out with two on this machine"
         )
-    if workers is not None and workers == mask_worker:
+    device = device_of(workers)
+    if workers is not None and (workers == mask_worker or (device is not None and device == device_of(mask_worker))):
         raise ConfigError("the mask worker is the worker: whoever holds both sees through the masks; name two")
     if tls is not None and masking.tls is not None and pins(tls) & pins(masking.tls):
         raise ConfigError(
@@ -204,14 +217,14 @@ def check_workers(
         )
 
 
-def _opened(worker: str | None, tls: TlsConfig | None, deadline_s: float, retry: RetryPolicy) -> WorkerClient:
+def _opened(worker: str | None, tls: TlsConfig | None, deadline_s: float, retry: RetryPolicy) -> WorkerLink:
     """Connected to an address, or to a worker on this machine that is started for the client and ends with it."""
     if worker is not None:
-        return WorkerClient.open(worker, tls=tls, deadline_s=deadline_s, retry=retry)
+        return open_link(worker, tls=tls, deadline_s=deadline_s, retry=retry)
     if tls is not None:
         raise ConfigError("certificates are for a worker across a network: give its address, tcp:HOST:PORT")
     started = local_worker()  # ends when nothing refers to it: should the client not connect, at once
-    client = WorkerClient.open(started.address, deadline_s=deadline_s, retry=retry)
+    client = open_link(started.address, deadline_s=deadline_s, retry=retry)
     client.own(started.close)
     return client
 

@@ -59,6 +59,7 @@ class ProtectedLM(HFLM):  # type: ignore[misc]  # the harness is not annotated f
         mask_peer: str | None = None,
         mask_memory: str | int | None = None,
         mask_budget: float | None = None,
+        enclave_device: str | None = None,
         trust_remote_code: bool = False,
         device: str | None = None,
         base: Base | None = None,
@@ -79,9 +80,10 @@ class ProtectedLM(HFLM):  # type: ignore[misc]  # the harness is not annotated f
             mask_worker, mask_peer: the worker that multiplies the masks, under profile guarded, and its certificate.
             mask_memory: for masks that are drawn ahead, as 512MiB; 1 GiB if None.
             mask_budget: the largest advantage in telling two inputs apart that the worker may ever have; 0.01 if None.
+            enclave_device: where the enclave's own part lies: cpu, or cuda:N, a confidential GPU.
             trust_remote_code: refused: an enclave runs no code that comes with a model.
-            device: not used: the harness says `cuda:0` where its user says nothing, and the enclave's part is on the
-                CPU. A worker is told of its GPU when it is started.
+            device: not used: the harness says `cuda:0` where its user says nothing, and an enclave's part on a GPU that
+                is not confidential shows it. That is said by `enclave_device`.
             base: closed or public, as for `load`; `public_base=True`, beside profile guarded, where the weights
                 themselves are published.
             others: for `HFLM`: batch_size, max_length, add_bos_token, ...
@@ -125,6 +127,7 @@ class ProtectedLM(HFLM):  # type: ignore[misc]  # the harness is not annotated f
                 key=key,
                 base=base,
                 mask_worker=clients.mask,
+                device=enclave_device,
                 masking=masking,
             )
             if provider_adapter is not None:

@@ -146,6 +146,8 @@ class Recipe(BaseModel):
     """For masks that are drawn ahead, as 512MiB; None is 1GiB."""
     mask_budget: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Largest advantage in telling two inputs apart that the compute worker may ever have; None is 0.01."""
+    enclave_device: str | None = None
+    """Where the enclave's own part lies: cpu, or cuda:N, a confidential GPU; None is the CPU."""
     base: Literal["closed", "public"] | None = None
     """Whether the base model's weights were ever published; None looks for signs of it, and warns."""
     public_base: bool = False

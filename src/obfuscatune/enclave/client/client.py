@@ -1,15 +1,17 @@
 """What the rest of the enclave sees of a worker: store a matrix, multiply by it, forget it."""
 
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from types import TracebackType
 from typing import Self
 
 import torch
 
+from obfuscatune.enclave.client.connection import ClientConnection
+from obfuscatune.enclave.client.interface import WorkerLink
 from obfuscatune.enclave.client.requests import (
     AdapterRequest,
     MatrixSource,
@@ -18,20 +20,22 @@ from obfuscatune.enclave.client.requests import (
     StoredMatrix,
     check_finite,
 )
-from obfuscatune.enclave.client.retry import ClientStats, RetryPolicy
+from obfuscatune.enclave.client.retry import ClientStats, Refusing, RetryPolicy
 from obfuscatune.enclave.client.scheduler import Scheduler
-from obfuscatune.errors import BadReply, ConfigError, ProtectionError, WrongProduct
+from obfuscatune.errors import ConfigError, ProtectionError
 from obfuscatune.process import begin_anew_in_children
 from obfuscatune.protocol.endpoints import check_tls, connect, parse_address
 from obfuscatune.protocol.tls import PinnedTls, TlsConfig
 from obfuscatune.protocol.transport import Deadline, Transport
 
+LOOK_SECONDS = 1.0
+"""Longest wait of a thread for another's reading, before it looks for itself."""
 OPENING_SECONDS = 5.0
 """How long `open` waits for a worker that has never been seen: it may just be starting, or the address is wrong."""
 
 
-class WorkerClient:
-    """A worker, as the enclave sees it. Safe from any thread, which take turns.
+class WorkerClient(WorkerLink):
+    """A worker, as the enclave sees it. Safe from any thread; they take turns, but not in waiting for a reply.
 
     A connection belongs to one process: a forked child that uses the link connects anew, in a session of its own, and
     has the matrices sent again that it multiplies by. What had been asked for before the fork is the parent's.
@@ -48,8 +52,8 @@ class WorkerClient:
             retry: bounds of insistence.
         """
         self._driver = Scheduler(connect, deadline_s, retry or RetryPolicy())
-        self._refusing = _Refusing(self._driver)
-        self._lock = threading.RLock()
+        self._refusing = Refusing(self._driver.refusal, self._driver.refuse)
+        self._take_turns()
         self._closed = False
         self._owned: list[Callable[[], None]] = []
         self._end = weakref.finalize(self, _end, self._driver, self._owned)
@@ -57,8 +61,18 @@ class WorkerClient:
 
     def begin_in_child(self) -> None:
         """See `forks.Forkable`."""
-        self._lock = threading.RLock()  # the parent's may have been held by a thread that is not here
+        self._take_turns()  # the parent's lock may have been held by a thread that is not here
         self._driver.begin_in_child()
+
+    def _take_turns(self) -> None:
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        """Notified when a thread that read has stopped reading, or has read a reply."""
+        self._is_listened = False
+        """Whether a thread waits for the next reply, whoever it is for."""
+        self._user: int | None = None
+        """The thread that submitted, while there is but one."""
+        self._driver.is_to_read = None
 
     @property
     def stats(self) -> ClientStats:
@@ -154,29 +168,6 @@ class WorkerClient:
         allocated = None if allocator is None else allocator.allocate(rows, cols, dtype)
         return torch.empty(rows, cols, dtype=dtype) if allocated is None else allocated
 
-    def multiply(
-        self, matrix_id: bytes, rows: torch.Tensor, *, transpose: bool, reply_dtype: torch.dtype | None = None
-    ) -> torch.Tensor:
-        """rows @ W_star, or rows @ W_star^T.
-
-        Args:
-            matrix_id: as it was stored.
-            rows: (m, p), or (m, q) when `transpose`; contiguous, on the CPU.
-            transpose: multiply by the transpose.
-            reply_dtype: of the product; None for that of `rows`.
-
-        Returns:
-            (m, q), or (m, p) when `transpose`; on the CPU, contiguous, the caller's own.
-
-        Raises:
-            NonFiniteError: `rows` contain NaN or infinity; nothing was sent.
-            ConfigError: no such matrix was stored, or the shapes do not fit.
-            ProtectionError: the link is closed.
-            WorkerRefused: the worker answered with an error that asking again does not mend.
-            WireError: the worker failed more often, or was gone longer, than the retry policy bears.
-        """
-        return self.submit(matrix_id, rows, transpose=transpose, reply_dtype=reply_dtype).result()
-
     def submit(
         self,
         matrix_id: bytes,
@@ -202,6 +193,7 @@ class WorkerClient:
                 raise ConfigError("no matrix was stored under this id: store it first")
             if not known_finite:
                 check_finite(rows)
+            self._note_user()
             pending = ProductRequest(
                 matrix,
                 rows.detach() if rows.requires_grad else rows,
@@ -274,14 +266,6 @@ class WorkerClient:
             self._closed = True
             self._end()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def _refuse_if_closed(self) -> None:
         if self._closed:
             raise ProtectionError(
@@ -303,23 +287,39 @@ class WorkerClient:
         except BaseException:
             self._driver.give_up(request)
             raise
+        finally:
+            self._changed.notify_all()  # a reply was read that was another's, or nobody reads any more
 
+    def _note_user(self) -> None:
+        """From the second thread on, waiting is shared; for one alone that would be two system calls more a request."""
+        own = threading.get_ident()
+        if self._user is None:
+            self._user = own
+        elif self._user != own:
+            self._driver.is_to_read = self._wait_with_others
 
-class _Refusing(AbstractContextManager[None]):
-    """See `WorkerClient.refusing`. One for all threads: it keeps nothing."""
+    def _wait_with_others(self, connection: ClientConnection, deadline: Deadline) -> bool:
+        """See `Scheduler.is_to_read`. Called with the lock; it is free while this waits.
 
-    def __init__(self, driver: Scheduler) -> None:
-        self._driver = driver
-
-    def __enter__(self) -> None:
-        """Nothing is prepared."""
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if isinstance(error, (BadReply, WrongProduct)):
-            self._driver.refuse(error)
-            self._driver.refusal.check()
+        One thread at a time listens, and reads whatever comes; the others are told when it has.
+        """
+        remaining = deadline.remaining()
+        seconds = LOOK_SECONDS if remaining is None else min(remaining, LOOK_SECONDS)
+        if self._is_listened:
+            self._changed.wait(seconds)
+            return False
+        if connection.has_news():
+            return True
+        self._changed.notify_all()  # what was read just now may have been another's
+        self._is_listened, started = True, time.monotonic()
+        self._lock.release()
+        try:
+            connection.has_news(seconds)
+        finally:
+            self._lock.acquire()
+            self._is_listened = False
+            self.stats.seconds_waiting += time.monotonic() - started
+        return False
 
 
 def _end(driver: Scheduler, owned: list[Callable[[], None]]) -> None:

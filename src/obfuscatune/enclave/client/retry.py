@@ -1,9 +1,12 @@
 """How long to insist on a worker that fails, what to say when that is over, when not to ask it again; and counts."""
 
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from types import TracebackType
 
-from obfuscatune.errors import BadMagic, ConnectionLost, UnsupportedVersion, WireError
+from obfuscatune.errors import BadMagic, BadReply, ConnectionLost, UnsupportedVersion, WireError, WrongProduct
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,28 @@ class Refusal:
                 f"{self._reason}. The worker is asked nothing any more: find out why, then load or protect the model "
                 "anew, which draws new secrets"
             ) from self._reason
+
+
+class Refusing(AbstractContextManager[None]):
+    """See `WorkerClient.refusing`. One for all threads: it keeps nothing."""
+
+    def __init__(self, refusal: Refusal, refuse: Callable[[WireError], None]) -> None:
+        """
+        Args:
+            refusal: of the link.
+            refuse: declares it, and wakes those that wait.
+        """
+        self._refusal, self._refuse = refusal, refuse
+
+    def __enter__(self) -> None:
+        """Nothing is prepared."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, (BadReply, WrongProduct)):
+            self._refuse(error)
+            self._refusal.check()
 
 
 class Insistence:
