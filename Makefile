@@ -6,6 +6,8 @@
 #   make test-extras    the tests of the optional extras (lm-eval, trl, ...), which are installed for them (600 MB)
 #   make test-ray     a real Ray cluster on this machine: fleet up, fine-tuning, deaths, down (Ray is installed beside; minutes)
 #   make test-kubernetes   the manifests against Kubernetes' own schemas, and put together where kubectl is
+#   make test-browser each role's console in a real browser (Debian's chromium), with screenshots in browser-out/
+#   make screenshot   the README's picture of the console
 #   make docs         the documentation site into site/, without a warning
 #   make hooks        ruff and mypy before each commit
 #   make lock         requirements/*.txt anew: exact versions, by hash
@@ -19,7 +21,7 @@ DATA   ?= ../shared/data
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo demo-three-parties test test-long test-extras test-ray test-kubernetes lint docs hooks lock reproduce-small reproduce-real benchmarks clean
+.PHONY: demo demo-three-parties test test-long test-extras test-ray test-kubernetes test-browser screenshot lint docs hooks lock reproduce-small reproduce-real benchmarks clean
 
 demo: $(READY)
 	$(BIN)/obfuscatune demo
@@ -34,10 +36,17 @@ test: lint docs
 	$(PYTEST)
 
 test-long: lint docs
-	$(PYTEST) -m "long or not long"
+	$(PYTEST) -m "not browser"
 
 test-extras: $(VENV)/.extras
-	$(BIN)/python -m pytest -m "long or not long" tests/evaluation/test_harness.py tests/extras tests/examples
+	$(BIN)/python -m pytest -m "not browser" tests/evaluation/test_harness.py tests/extras tests/examples
+
+# Consoles, a service and workers as processes, on one core after the other: a browser is not shared.
+test-browser: $(VENV)/.browser
+	$(BIN)/python -m pytest -m browser tests/browser
+
+screenshot: $(VENV)/.browser
+	PYTHONPATH=. $(BIN)/python scripts/screenshots.py docs/images/console-owner.png
 
 # Ray is in an environment beside the enclave's, which must have none; that of the tests is the enclave's.
 test-ray: $(VENV)-ray/.ready
@@ -115,6 +124,12 @@ $(VENV)-kubernetes/.ready: requirements/kubernetes.txt $(READY)
 		--requirement requirements/kubernetes.txt
 	touch $@
 
+# The browser itself is the system's: chromium, of any distribution.
+$(VENV)/.browser: requirements/browser.txt $(READY)
+	@test -x /usr/bin/chromium || { echo "this takes a browser: apt-get install chromium" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --requirement requirements/browser.txt
+	touch $@
+
 # All lists of exact versions and hashes anew; versions that are listed already stay. The last three are of deploy/.
 LOCK := $(BIN)/python -m piptools compile --quiet --strip-extras --no-annotate --no-header --generate-hashes \
 	--unsafe-package torch --constraint requirements/torch.txt --no-emit-index-url --no-emit-find-links --no-emit-options
@@ -125,6 +140,7 @@ lock: $(READY)
 		--output-file requirements/extras.txt pyproject.toml
 	$(LOCK) --constraint requirements/dev.txt --output-file requirements/ray.txt requirements/ray.in
 	$(LOCK) --constraint requirements/dev.txt --output-file requirements/kubernetes.txt requirements/kubernetes.in
+	$(LOCK) --extra browser --constraint requirements/dev.txt --output-file requirements/browser.txt pyproject.toml
 	$(LOCK) --extra service --constraint requirements/dev.txt --output-file requirements/enclave.txt pyproject.toml
 	$(LOCK) --constraint requirements/dev.txt --output-file requirements/worker.txt requirements/worker.in
 	$(LOCK) --constraint requirements/dev.txt --output-file requirements/build.txt requirements/build.in

@@ -50,13 +50,17 @@ def serve(
 
     def told(where: "Listening") -> None:
         if as_json:
-            output.write_json({"api": where.api, "channel": where.channel, "operator": where.operator})
+            output.write_json(
+                {"api": where.api, "channel": where.channel, "operator": where.operator, "console": where.console}
+            )
             sys.stdout.flush()  # whoever waits for it reads a pipe
         else:
             output.notice(f"attested channel at {where.channel}, API at https://{where.api}")
+            if where.console is not None:
+                output.notice(f"the operator's console, by a link for one use: {where.console}")
 
     with output.progress("starting"):
-        service = Service(settings, measured)
+        service = Service(settings, measured, output.notice)
     service.run(told)
 
 
