@@ -8,6 +8,7 @@ from obfuscatune.bench.measures import OTHER, SEND, WAIT, Limits
 from obfuscatune.bench.step_result import LINK, WORKER, Side, StepResult
 
 BENCH = {"work": "step", "shape": "gpt2", "layers": None, "batch": 2, "length": 256, "threads": 2, "rounds": 3}
+BENCH |= {"link": {"kind": "tcp", "delay_ms": 1.0, "gbit": None}}
 
 
 def rounds(*seconds: float, **others: Any) -> list[dict[str, Any]]:
@@ -37,4 +38,5 @@ def test_a_disturbed_run_says_so(slowest: float, told: bool) -> None:
     result = StepResult(BENCH, "brief", plain, {"private": protected}, Limits(1, 1, 1), {})
     assert result.ratio("private") == pytest.approx(1.1)
     assert result.mean_ratio("private") == pytest.approx((2.1 + slowest) / 3)
+    assert "link: tcp, 1 ms;" in result.as_markdown()
     assert ("Not an idle machine" in result.as_markdown()) is told

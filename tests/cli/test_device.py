@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from obfuscatune.audit.scenario import Size
 from obfuscatune.enclave import placement
 from obfuscatune.enclave.placement import enclave_device
 from obfuscatune.errors import ConfigError
@@ -36,10 +35,14 @@ def test_a_run_file_names_devices(obfuscatune: Run, notes: Path, tmp_path: Path)
     file.write_text(f"data: {notes}\nout: {out}\nworker: device:cpu\nenclave_device: cpu\nmax_steps: 2\n")
     assert obfuscatune("finetune", "--config", file).code == 0
     assert "enclave_device: cpu" in (out / "recipe.yaml").read_text()
-    file.write_text(f"data: {notes}\nout: {out}\nworker: device:cup\n")
-    ran = obfuscatune("finetune", "--config", file, "--out", tmp_path / "other")
-    assert ran.code == 2
-    assert "'device:cup' cannot be used: write device:cuda:N" in ran.stderr
+    for said, error in {
+        "worker: device:cup": "'device:cup' cannot be used: write device:cuda:N",
+        "enclave_device: tpu": "enclave device tpu: write cpu, cuda or cuda:N",
+    }.items():
+        file.write_text(f"data: {notes}\nout: {tmp_path / 'other'}\n{said}\n")
+        ran = obfuscatune("finetune", "--config", file)
+        assert ran.code == 2
+        assert error in ran.stderr
 
 
 @pytest.mark.parametrize(
@@ -87,17 +90,3 @@ def test_a_service_takes_no_two_devices_for_two_hands() -> None:
         )
     with pytest.raises(ValueError, match="write device:cuda:N"):
         Worker(address="device:gpu")
-
-
-@pytest.mark.long
-def test_an_audit_of_what_crosses_the_bus(obfuscatune: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same attacks succeed as on a process, and both parties of guarded are there."""
-    assert Size
-    ran = obfuscatune(
-        *("audit", "--profile", "private,guarded", "--attacker", "closed", "--seeds", 1),
-        *("--worker", "device:cpu", "--out", tmp_path, "--json"),
-    )
-    assert ran.code == 0
-    cells = {(it["profile"], it["attack"]): it for it in ran.document["cells"]}
-    assert {profile for profile, _ in cells} >= {"private"}
-    assert len({profile for profile, _ in cells}) == 4

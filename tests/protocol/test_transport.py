@@ -49,6 +49,7 @@ def test_bytes_arrive(kind: str, tmp_path: Path, identities: Path) -> None:
     accepting = Accepting(listener)
     transport = connect(listener.address, Deadline(TEN_SECONDS), here)
     try:
+        assert transport.is_local  # a worker behind it computes on the same cores
         echo(transport)
     finally:
         transport.close()

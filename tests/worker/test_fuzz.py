@@ -58,6 +58,7 @@ class Tape:
         self.closed = False
 
     shares_memory = False
+    is_local = False
 
     def take_descriptor(self) -> int | None:
         return None

@@ -7,6 +7,7 @@ tls     the same with TLS 1.3, between throwaway certificates
 
 from __future__ import annotations
 
+import math
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -43,7 +44,7 @@ class LinkSettings:
             raise ConfigError(f"--link {self.kind!r} is none of {', '.join(KINDS)}")
         if self.kind == UNIX and self.is_emulated:
             raise ConfigError("--delay-ms and --gbit are of a network: take --link tcp or tls")
-        if (self.delay_ms or 0) < 0 or (self.gbit is not None and self.gbit <= 0):
+        if not 0 <= (self.delay_ms or 0) < math.inf or not 0 < (self.gbit or 1) < math.inf or self.gbit == 0:
             raise ConfigError("--delay-ms is at least 0, and --gbit more")
 
     @property
@@ -79,7 +80,9 @@ def linked_worker(
         WireError: it did not start, or cannot be reached.
     """
     with tempfile.TemporaryDirectory(prefix="obfuscatune-bench-", dir=temporary_root()) as folder:  # with mode 0700
-        listen, extra, tls = None, (), None
+        listen: str | None = None
+        extra: tuple[str, ...] = ()
+        tls: TlsConfig | None = None
         if kind != UNIX:
             host = LOOPBACK if namespace is None else WORKER_HOST
             listen = f"tcp:{host}:{free_port()}"

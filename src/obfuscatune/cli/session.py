@@ -432,8 +432,8 @@ def _protected(files: ModelFiles, dtype: Any, protection: Protection) -> Iterato
             "both workers run on this machine, in one hand: good to try it out; masks hide from two that do not collude"
         )
     with ExitStack() as stack:
-        link = stack.enter_context(_opened_link(compute, protection.tls)) if profile.offload else None
-        masks = stack.enter_context(_opened_link(mask, mask_tls)) if profile.masks else None
+        link = stack.enter_context(opened_link(compute, protection.tls)) if profile.offload else None
+        masks = stack.enter_context(opened_link(mask, mask_tls)) if profile.masks else None
         with output.progress("sending the transformed matrices" if profile.offload else "reading the model") as meter:
             model = obfuscatune.load(
                 files.directory,
@@ -476,7 +476,7 @@ def resolved_profile(protection: Protection) -> "Profile":
 
 
 @contextmanager
-def _opened_link(worker: "Worker", tls: "TlsConfig | None") -> Iterator["WorkerLink"]:
+def opened_link(worker: "Worker", tls: "TlsConfig | None") -> Iterator["WorkerLink"]:
     """A link to the worker or fleet that was named, or to one started for as long as the `with` lasts."""
     import obfuscatune
     from obfuscatune.enclave.client import WorkerLink, open_link

@@ -3,7 +3,8 @@
 config  ->  model without weights  ->  for each group: read W, make W_star in its place, send it
                                    ->  meanwhile, read what stays in the enclave
 
-Two groups at a time, each by a thread of its own from its files to the worker: two large matrices are in memory.
+Two groups at a time, each by a thread of its own from its files to the worker: two large matrices are in memory, or of
+very large ones one.
 """
 
 from __future__ import annotations
@@ -35,12 +36,15 @@ from obfuscatune.enclave.published import Base, warn_of_public_base
 from obfuscatune.enclave.spill_store import Offloaded, WeightFromFiles
 from obfuscatune.enclave.target_layers import LayerGroup, find_groups
 from obfuscatune.enclave.threads import map_in_threads
+from obfuscatune.enclave.tiles import at_the_end, place_bytes
 from obfuscatune.enclave.weights import StoredWeights
 from obfuscatune.errors import ModelFileError
 from obfuscatune.protocol.tls import TlsConfig
 
 AT_A_TIME = 2
 """Groups that are on their way at a time: while one is read or sent, the other is transformed."""
+PLACES_BYTES = 1 << 29
+"""Memory for them together, unless one alone takes more: where matrices are very large, one at a time is enough."""
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "README.md")
 """Configuration, tokenizer, templates, the index of the weights, and the card, which may name a base model."""
 IN_FOLDERS = ("[!a]*/*", "a[!d]*/*")
@@ -119,8 +123,9 @@ def load(
     clock = clock or StageClock()
     with released_on_failure(protection, clients):
         work = partial(_offload, weights=weights, protection=protection, clock=clock)
-        size = max((group.weight_bytes for group in groups), default=0)
-        places = [torch.empty(size, dtype=torch.uint8) for _ in groups[:AT_A_TIME]]
+        size = max((place_bytes(it.shape, it.dtype, protection.transformed_in(it.dtype)) for it in groups), default=0)
+        at_a_time = max(1, min(AT_A_TIME, PLACES_BYTES // max(size, 1)))
+        places = [torch.empty(size, dtype=torch.uint8) for _ in groups[:at_a_time]]
         with map_in_threads(work, groups, places, protection.broken_off) as offloaded:
             with clock.measure("reading"):
                 weights.fill(groups)
@@ -198,9 +203,10 @@ def _offload(
 ) -> Offloaded:
     """One group from its files to the worker; W, and W_star in its place, lie in `memory`, which is free afterwards."""
     with clock.measure("reading"):
-        W = weights.joint_weight(group, memory)
+        W = at_the_end(memory, group.shape, group.dtype, protection.transformed_in(group.dtype))
+        weights.joint_weight(group, W)
     with clock.measure("transforming"):
-        obfuscated = protection.obfuscate(group, W)
+        obfuscated = protection.obfuscate(group, W, memory=memory)
     with clock.measure("sending"):
         in_turn()  # a worker is sent the matrices in the model's order
         return protection.send(group, obfuscated, WeightFromFiles(partial(weights.joint_weight, group), group.name))

@@ -188,6 +188,12 @@ class TlsTransport(SocketTransport):
             self._linger()
             raise
 
+    def has_news(self, seconds: float = 0.0) -> bool:
+        """See `Transport.has_news`: also what OpenSSL has decrypted already."""
+        with self._lock:
+            is_there = self._tls_sock.pending() > 0
+        return is_there or super().has_news(seconds)
+
     def _receive(self, view: memoryview, deadline: Deadline) -> int:
         """See `SocketTransport`; here it waits before it reads, for to read in vain takes longer."""
         with self._lock:

@@ -12,7 +12,7 @@ import select
 import socket
 import struct
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from obfuscatune.errors import ConnectionLost
 from obfuscatune.protocol.limits import KIB, SLOWEST_BYTES_PER_SECOND
@@ -47,6 +47,10 @@ class Transport(Protocol):
     def shares_memory(self) -> bool:
         """Whether a descriptor of shared memory can go along: both ends are on one host, and it has such memory."""
 
+    @property
+    def is_local(self) -> bool:
+        """Whether the peer is on this host, as far as its address tells: it computes on the same cores."""
+
     def send(self, buffers: Sequence[Buffer], deadline: Deadline, descriptor: int | None = None) -> None:
         """Send all bytes of all buffers, in order, and a copy of the descriptor.
 
@@ -56,8 +60,8 @@ class Transport(Protocol):
     def send_now(self, buffers: Sequence[Buffer]) -> Sequence[Buffer]:
         """Send what goes without waiting; the rest, for `send`. Raises ConnectionLost."""
 
-    def has_news(self) -> bool:
-        """Whether `recv_into` would return, or raise, at once."""
+    def has_news(self, seconds: float = 0.0) -> bool:
+        """Wait so long at most; whether `recv_into` would return, or raise, at once. `shutdown` ends the waiting."""
 
     def take_descriptor(self) -> int | None:
         """The descriptor that came with what was received last, for the caller to close; None where none did."""
@@ -93,6 +97,8 @@ class SocketTransport:
         self._sock = sock
         self.shares_memory = AVAILABLE and sock.family == socket.AF_UNIX
         """See `Transport.shares_memory`."""
+        self.is_local = _is_local(sock)
+        """See `Transport.is_local`."""
         self._peer = peer
         self._descriptors: list[int] = []
         self._takes_descriptor = self.shares_memory
@@ -145,11 +151,11 @@ class SocketTransport:
         self._taken += count
         return count
 
-    def has_news(self) -> bool:
+    def has_news(self, seconds: float = 0.0) -> bool:
         """See `Transport.has_news`."""
         if self._taken < self._came:
             return True
-        return self._wait_until(select.POLLIN, 0)
+        return self._wait_until(select.POLLIN, seconds)
 
     def take_descriptor(self) -> int | None:
         """See `Transport.take_descriptor`."""
@@ -278,7 +284,21 @@ def _address_id(sock: socket.socket) -> str:
             return "this host"
         credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         return f"user {_CREDENTIALS.unpack(credentials)[1]}"
-    host = ipaddress.ip_address(str(sock.getpeername()[0]).partition("%")[0])
+    host = _host(sock.getpeername())
     if isinstance(host, ipaddress.IPv6Address):
-        host = host.ipv4_mapped or ipaddress.ip_network((host, 64), strict=False).network_address
+        host = ipaddress.ip_network((host, 64), strict=False).network_address
     return f"address {host}"
+
+
+def _is_local(sock: socket.socket) -> bool:
+    """Whether the other end is a unix socket, the loopback device, or an address of this end's own."""
+    if sock.family == socket.AF_UNIX:
+        return True
+    peer = _host(sock.getpeername())
+    return peer.is_loopback or peer == _host(sock.getsockname())
+
+
+def _host(name: tuple[Any, ...]) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """The address in a socket's name."""
+    host = ipaddress.ip_address(str(name[0]).partition("%")[0])
+    return host.ipv4_mapped or host if isinstance(host, ipaddress.IPv6Address) else host

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -317,14 +317,20 @@ class TestNames:
         address = DeviceAddress(kind, index)
         assert DeviceAddress.parse(str(address)) == address
 
-    @settings(max_examples=60)
-    @given(st.text(max_size=20) | st.from_regex(r"device:[a-z]{0,4}:?-?[0-9]{0,5}\n?", fullmatch=True))
+    @settings(max_examples=200)
+    @given(st.text(max_size=20) | st.from_regex(r"device:(cpu|cuda|gpu|CPU)?:?-?[0-9]{0,4}.?\n?", fullmatch=True))
+    @example("device:cpu\n")
+    @example("device:cuda:0/../1")
+    @example("device:cuda:\u0661")
     def test_nothing_else_is_an_address(self, text: str) -> None:
         try:
             address = DeviceAddress.parse(text)
         except ConfigError:
             return
-        assert text in (str(address), f"device:{address.kind}") or int(text.rsplit(":")[-1]) == address.index
+        short, number = f"device:{address.kind}", text.rpartition(":")[2]
+        assert (text == short and address.index == 0) or (
+            text == f"{short}:{number}" and number.isascii() and number.isdigit() and int(number) == address.index
+        )
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
     def test_a_device_that_is_not_there(self) -> None:

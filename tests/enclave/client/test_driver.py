@@ -23,7 +23,7 @@ class Sharing(MemoryTransport):
 
     news = False
 
-    def has_news(self) -> bool:
+    def has_news(self, seconds: float = 0.0) -> bool:
         return self.news
 
 

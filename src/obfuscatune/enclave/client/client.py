@@ -1,6 +1,7 @@
 """What the rest of the enclave sees of a worker: store a matrix, multiply by it, forget it."""
 
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -9,6 +10,7 @@ from typing import Self
 
 import torch
 
+from obfuscatune.enclave.client.connection import ClientConnection
 from obfuscatune.enclave.client.interface import WorkerLink
 from obfuscatune.enclave.client.requests import (
     AdapterRequest,
@@ -26,12 +28,14 @@ from obfuscatune.protocol.endpoints import check_tls, connect, parse_address
 from obfuscatune.protocol.tls import PinnedTls, TlsConfig
 from obfuscatune.protocol.transport import Deadline, Transport
 
+LOOK_SECONDS = 1.0
+"""Longest wait of a thread for another's reading, before it looks for itself."""
 OPENING_SECONDS = 5.0
 """How long `open` waits for a worker that has never been seen: it may just be starting, or the address is wrong."""
 
 
 class WorkerClient(WorkerLink):
-    """A worker, as the enclave sees it. Safe from any thread, which take turns.
+    """A worker, as the enclave sees it. Safe from any thread; they take turns, but not in waiting for a reply.
 
     A connection belongs to one process: a forked child that uses the link connects anew, in a session of its own, and
     has the matrices sent again that it multiplies by. What had been asked for before the fork is the parent's.
@@ -49,7 +53,7 @@ class WorkerClient(WorkerLink):
         """
         self._driver = Scheduler(connect, deadline_s, retry or RetryPolicy())
         self._refusing = Refusing(self._driver.refusal, self._driver.refuse)
-        self._lock = threading.RLock()
+        self._take_turns()
         self._closed = False
         self._owned: list[Callable[[], None]] = []
         self._end = weakref.finalize(self, _end, self._driver, self._owned)
@@ -57,8 +61,18 @@ class WorkerClient(WorkerLink):
 
     def begin_in_child(self) -> None:
         """See `forks.Forkable`."""
-        self._lock = threading.RLock()  # the parent's may have been held by a thread that is not here
+        self._take_turns()  # the parent's lock may have been held by a thread that is not here
         self._driver.begin_in_child()
+
+    def _take_turns(self) -> None:
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        """Notified when a thread that read has stopped reading, or has read a reply."""
+        self._is_listened = False
+        """Whether a thread waits for the next reply, whoever it is for."""
+        self._user: int | None = None
+        """The thread that submitted, while there is but one."""
+        self._driver.is_to_read = None
 
     @property
     def stats(self) -> ClientStats:
@@ -179,6 +193,7 @@ class WorkerClient(WorkerLink):
                 raise ConfigError("no matrix was stored under this id: store it first")
             if not known_finite:
                 check_finite(rows)
+            self._note_user()
             pending = ProductRequest(
                 matrix,
                 rows.detach() if rows.requires_grad else rows,
@@ -272,6 +287,39 @@ class WorkerClient(WorkerLink):
         except BaseException:
             self._driver.give_up(request)
             raise
+        finally:
+            self._changed.notify_all()  # a reply was read that was another's, or nobody reads any more
+
+    def _note_user(self) -> None:
+        """From the second thread on, waiting is shared; for one alone that would be two system calls more a request."""
+        own = threading.get_ident()
+        if self._user is None:
+            self._user = own
+        elif self._user != own:
+            self._driver.is_to_read = self._wait_with_others
+
+    def _wait_with_others(self, connection: ClientConnection, deadline: Deadline) -> bool:
+        """See `Scheduler.is_to_read`. Called with the lock; it is free while this waits.
+
+        One thread at a time listens, and reads whatever comes; the others are told when it has.
+        """
+        remaining = deadline.remaining()
+        seconds = LOOK_SECONDS if remaining is None else min(remaining, LOOK_SECONDS)
+        if self._is_listened:
+            self._changed.wait(seconds)
+            return False
+        if connection.has_news():
+            return True
+        self._changed.notify_all()  # what was read just now may have been another's
+        self._is_listened, started = True, time.monotonic()
+        self._lock.release()
+        try:
+            connection.has_news(seconds)
+        finally:
+            self._lock.acquire()
+            self._is_listened = False
+            self.stats.seconds_waiting += time.monotonic() - started
+        return False
 
 
 def _end(driver: Scheduler, owned: list[Callable[[], None]]) -> None:

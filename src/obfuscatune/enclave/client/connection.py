@@ -112,7 +112,7 @@ class ClientConnection:
     @property
     def computes_apart(self) -> bool:
         """Whether the worker computes on other cores than this process's: on a device, or on another host."""
-        return bool(self.welcome.features & ACCELERATOR) or not self._transport.shares_memory
+        return bool(self.welcome.features & ACCELERATOR) or not self._transport.is_local
 
     @property
     def is_idle(self) -> bool:
@@ -194,9 +194,13 @@ class ClientConnection:
         self._stats.bytes_received += header.message_bytes
         return header
 
-    def has_news(self) -> bool:
-        """Whether a reply is there, or the connection's end."""
-        return self._transport.has_news()
+    def has_news(self, seconds: float = 0.0) -> bool:
+        """Wait so long at most; whether a reply is there, or the connection's end."""
+        return self._transport.has_news(seconds)
+
+    def wake(self) -> None:
+        """End what waits in another thread."""
+        self._transport.shutdown()
 
     def body(self, header: Header, deadline: Deadline) -> bytes:
         """The payload of a reply that carries no matrix."""

@@ -6,6 +6,7 @@ of the connection: requests that were sent go back to those that wait, and get a
 that no reply of an earlier connection, nor a reply played a second time, is ever taken for an answer.
 """
 
+import contextlib
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable
@@ -85,6 +86,9 @@ class Scheduler:
         self.broken_off = False
         """Whether nothing is to be driven on; set by another thread."""
         self.refusal = Refusal()
+        self.is_to_read: Callable[[ClientConnection, Deadline], bool] | None = None
+        """Lets other threads send until a reply is there; whether this thread is to read it, or to look again what is
+        next. None while one thread alone uses the link: it reads, and sleeps in reading."""
         self._last_id = 0
         self._uploads = Uploads(self.stats, self._next_id, deadline_s)
         self._in_flight: OrderedDict[int, Request] = OrderedDict()
@@ -164,6 +168,9 @@ class Scheduler:
         self.waiting[:0] = [request for request in self._in_flight.values() if not request.done]
         self._in_flight.clear()
         if self._connection is not None:
+            if self.is_to_read is not None:
+                with contextlib.suppress(WireError):  # lost already
+                    self._connection.wake()
             self._connection.close()
             self._connection = None
 
@@ -226,7 +233,9 @@ class Scheduler:
         elif state is State.SEND:
             self._send(connection, self.waiting[0])
         elif state is State.RECEIVE:
-            self._receive(connection)
+            deadline = next(iter(self._in_flight.values())).deadline
+            if self.is_to_read is None or self.is_to_read(connection, deadline):
+                self._receive(connection, deadline)
         elif state is State.CHECK:
             if not connection.is_alive(self._next_id()):
                 self.disconnect()
@@ -273,9 +282,8 @@ class Scheduler:
         self._in_flight[request_id] = request
         request.expect(request_id)
 
-    def _receive(self, connection: ClientConnection) -> None:
+    def _receive(self, connection: ClientConnection, deadline: Deadline) -> None:
         """Take one reply, in whatever order the worker gives them."""
-        deadline = next(iter(self._in_flight.values())).deadline
         data = connection.receive(deadline)
         for request_id, request in self._in_flight.items():
             if request.awaited is not None and request.awaited.header == data:
