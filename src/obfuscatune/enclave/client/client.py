@@ -296,7 +296,13 @@ class WorkerClient(WorkerLink):
         if self._user is None:
             self._user = own
         elif self._user != own:
-            self._driver.is_to_read = self._wait_with_others
+            waiting = weakref.WeakMethod(self._wait_with_others)  # the driver must not keep a link that nobody has
+
+            def is_to_read(connection: ClientConnection, deadline: Deadline) -> bool:
+                wait = waiting()
+                return wait is None or wait(connection, deadline)
+
+            self._driver.is_to_read = is_to_read
 
     def _wait_with_others(self, connection: ClientConnection, deadline: Deadline) -> bool:
         """See `Scheduler.is_to_read`. Called with the lock; it is free while this waits.
