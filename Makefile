@@ -6,6 +6,8 @@
 #   make test-extras    the tests of the optional extras (lm-eval, trl, ...), which are installed for them (600 MB)
 #   make test-browser each role's console in a real browser (Debian's chromium), with screenshots in browser-out/
 #   make screenshot   the README's picture of the console
+#   make test-ray     a real Ray cluster on this machine: fleet up, fine-tuning, deaths, down (Ray is installed beside; minutes)
+#   make test-kubernetes   the manifests against Kubernetes' own schemas, and put together where kubectl is
 #   make docs         the documentation site into site/, without a warning
 #   make hooks        ruff and mypy before each commit
 #   make lock         requirements/*.txt anew: exact versions, by hash
@@ -19,7 +21,7 @@ DATA   ?= ../shared/data
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo demo-three-parties test test-long test-extras test-browser screenshot lint docs hooks lock reproduce-small reproduce-real benchmarks clean
+.PHONY: demo demo-three-parties test test-long test-extras test-browser screenshot test-ray test-kubernetes lint docs hooks lock reproduce-small reproduce-real benchmarks clean
 
 demo: $(READY)
 	$(BIN)/obfuscatune demo
@@ -45,6 +47,13 @@ test-browser: $(VENV)/.browser
 
 screenshot: $(VENV)/.browser
 	PYTHONPATH=. $(BIN)/python scripts/screenshots.py docs/images/console-owner.png
+
+# Ray is in an environment beside the enclave's, which must have none; that of the tests is the enclave's.
+test-ray: $(VENV)-ray/.ready
+	RAY_PYTHON=$(abspath $(VENV)-ray/bin/python) $(BIN)/python -m pytest -m "long or not long" tests/cluster
+
+test-kubernetes: $(VENV)-kubernetes/.ready
+	PYTHONPATH=$(VENV)-kubernetes $(BIN)/python -m pytest tests/deploy/test_kubernetes.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -107,6 +116,20 @@ $(VENV)/.browser: requirements/browser.txt $(READY)
 	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --requirement requirements/browser.txt
 	touch $@
 
+# An operator's environment: all that the enclave's has, by a path, and Ray.
+$(VENV)-ray/.ready: requirements/ray.txt $(READY)
+	$(PYTHON) -m venv $(VENV)-ray
+	$(VENV)-ray/bin/python -m pip install --quiet --require-hashes --no-deps --requirement requirements/ray.txt
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib')); print('$(abspath src)')" \
+		> $$($(VENV)-ray/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/enclave.pth
+	touch $@
+
+# Kubernetes' schemas, 22 MB; what reads them is there already.
+$(VENV)-kubernetes/.ready: requirements/kubernetes.txt $(READY)
+	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --upgrade --target $(VENV)-kubernetes \
+		--requirement requirements/kubernetes.txt
+	touch $@
+
 # All lists of exact versions and hashes anew; versions that are listed already stay. The last three are of deploy/.
 LOCK := $(BIN)/python -m piptools compile --quiet --strip-extras --no-annotate --no-header --generate-hashes \
 	--unsafe-package torch --constraint requirements/torch.txt --no-emit-index-url --no-emit-find-links --no-emit-options
@@ -116,9 +139,11 @@ lock: $(READY)
 	$(LOCK) --extra lm-eval --extra trl --extra data --extra tensorboard --constraint requirements/dev.txt \
 		--output-file requirements/extras.txt pyproject.toml
 	$(LOCK) --extra browser --constraint requirements/dev.txt --output-file requirements/browser.txt pyproject.toml
+	$(LOCK) --constraint requirements/dev.txt --output-file requirements/ray.txt requirements/ray.in
+	$(LOCK) --constraint requirements/dev.txt --output-file requirements/kubernetes.txt requirements/kubernetes.in
 	$(LOCK) --extra service --constraint requirements/dev.txt --output-file requirements/enclave.txt pyproject.toml
 	$(LOCK) --constraint requirements/dev.txt --output-file requirements/worker.txt requirements/worker.in
 	$(LOCK) --constraint requirements/dev.txt --output-file requirements/build.txt requirements/build.in
 
 clean:
-	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV)-ray $(VENV)-kubernetes build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

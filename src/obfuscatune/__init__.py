@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from obfuscatune.enclave.published import PublicBaseWarning
     from obfuscatune.enclave.training_hooks import RekeyCallback
     from obfuscatune.errors import ObfuscaTuneError
+    from obfuscatune.fleet.fleet_file import Fleet
     from obfuscatune.process import settle_process
     from obfuscatune.protocol.tls import TlsConfig
     from obfuscatune.reproduction.run import reproduce
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "DeviceClient": "enclave.client",
+    "Fleet": "fleet.fleet_file",
     "Masking": "enclave.protection",
     "ObfuscaTuneError": "errors",
     "Profile": "enclave.profiles",
@@ -67,6 +69,7 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "DeviceClient",
+    "Fleet",
     "Masking",
     "ObfuscaTuneError",
     "Profile",

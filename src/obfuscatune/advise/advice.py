@@ -13,10 +13,10 @@ from obfuscatune.advise.cost import Prediction, Speeds, predict, sharded
 from obfuscatune.advise.enclave import Machine, ProductTimes, measure_machine, measure_optimizer, measure_others
 from obfuscatune.advise.link import Link, RequestTimes, measure_link, measure_requests
 from obfuscatune.advise.work import Kind, Work, count_work
-from obfuscatune.enclave.client import WorkerClient
+from obfuscatune.backend.computer import has_units_for
+from obfuscatune.enclave.client.interface import WorkerLink
 from obfuscatune.enclave.profiles import Profile
 from obfuscatune.report.page import environment, format_bytes, markdown_table
-from obfuscatune.worker.backend import has_units_for
 
 Progress = Callable[[str], None]
 FLEETS = (1, 2, 4, 8, 16)
@@ -269,8 +269,8 @@ class Question:
 
 def advise(
     question: Question,
-    links: Mapping[str, WorkerClient],
-    mask_link: WorkerClient | None,
+    links: Mapping[str, WorkerLink],
+    mask_link: WorkerLink | None,
     progress: Progress,
 ) -> Advice:
     """Count, measure and predict; some seconds, and a few for each worker.

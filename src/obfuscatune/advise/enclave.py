@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from obfuscatune.backend.computer import has_units_for
 from obfuscatune.bench.measures import Product, ProductCounter, measure_limits, median_seconds
 from obfuscatune.machine import cores, memory_bytes
-from obfuscatune.worker.backend import has_units_for
 
 COLD_BYTES = 128 << 20
 """Of matrices that few rows are multiplied by in turn: more than caches hold, as a model's matrices are."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from obfuscatune.advise.enclave import FEW_ROWS
-from obfuscatune.enclave.client import WorkerClient
+from obfuscatune.enclave.client.interface import WorkerLink
 from obfuscatune.enclave.profiles import Profile
 from obfuscatune.enclave.protect import protect
 from obfuscatune.enclave.protection import Masking, Protection
@@ -56,7 +56,7 @@ class Link:
         return up * self.up_seconds_a_byte + down * self.down_seconds_a_byte
 
 
-def measure_link(client: WorkerClient, dtype: torch.dtype) -> Link:
+def measure_link(client: WorkerLink, dtype: torch.dtype) -> Link:
     """About a second.
 
     Raises:
@@ -69,7 +69,7 @@ def measure_link(client: WorkerClient, dtype: torch.dtype) -> Link:
     return Link(latency, max(up - latency, 0.0) / nbytes, max(down - latency, 0.0) / nbytes)
 
 
-def _request_seconds(client: WorkerClient, rows: int, p: int, q: int, dtype: torch.dtype) -> float:
+def _request_seconds(client: WorkerLink, rows: int, p: int, q: int, dtype: torch.dtype) -> float:
     """Median time of a request of rows (rows, p) for a random matrix (p, q)."""
     matrix, matrix_id = torch.randn(p, q).to(dtype), secrets.token_bytes(16)
     client.store(matrix_id, lambda: matrix, shape=(p, q), dtype=dtype, tensor=matrix)
@@ -161,8 +161,8 @@ class _Round:
 
 
 def measure_requests(
-    client: WorkerClient,
-    mask_client: WorkerClient | None,
+    client: WorkerLink,
+    mask_client: WorkerLink | None,
     link: Link,
     profile: Profile,
     rows: int,
@@ -194,8 +194,8 @@ def measure_requests(
 
 
 def _layer_times(
-    client: WorkerClient,
-    mask_client: WorkerClient | None,
+    client: WorkerLink,
+    mask_client: WorkerLink | None,
     profile: Profile,
     rows: int,
     width: int,

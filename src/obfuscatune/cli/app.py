@@ -76,6 +76,10 @@ _COMMANDS = {
         "Verify the receipt of a job.", "obfuscatune verify-receipt receipt.json --policy policy.yaml"
     ),
     "worker": _Command("Run the untrusted worker.", "obfuscatune worker --listen unix:/run/obfuscatune.sock"),
+    "fleet": _Command(
+        "Run workers on many machines, and publish who they are.",
+        "obfuscatune fleet up --engine ray --workers 8 --peer enclave-cert.pem --state fleet/",
+    ),
     "provider": _Command(
         "Seal a model, and release its key to an enclave you checked.",
         "obfuscatune provider seal ./llama -o bundle/ --identity keys",

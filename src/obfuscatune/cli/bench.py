@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from obfuscatune.cli import bench_device as bench_device
+from obfuscatune.cli import bench_fleet as bench_fleet
 from obfuscatune.cli import bench_step as bench_step
 from obfuscatune.cli import options
 from obfuscatune.cli.bench_group import (

@@ -22,8 +22,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from obfuscatune.enclave.checkpoint import Checkpoint, shard_names, weights_names
-from obfuscatune.enclave.client import RetryPolicy, WorkerLink
+from obfuscatune.enclave.client import RetryPolicy
 from obfuscatune.enclave.config import empty_model, read_config, read_generation_config, with_changes
+from obfuscatune.enclave.fleet import Workers
 from obfuscatune.enclave.keys import RootKey
 from obfuscatune.enclave.keywords import HubOptions, Keywords
 from obfuscatune.enclave.observer import Observer, StageClock
@@ -57,7 +58,7 @@ _HUB_REASONS = (
 
 def load(
     model: str | Path,
-    workers: str | WorkerLink | None = None,
+    workers: Workers = None,
     profile: str | Profile = "private",
     *,
     dtype: torch.dtype | str | None = None,
@@ -71,7 +72,7 @@ def load(
     clock: StageClock | None = None,
     base: Base | None = None,
     observer: Observer | None = None,
-    mask_worker: str | WorkerLink | None = None,
+    mask_worker: Workers = None,
     masking: Masking | None = None,
     device: torch.device | str | None = None,
     **keywords: Any,

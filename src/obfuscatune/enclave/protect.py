@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from obfuscatune.enclave.client import RetryPolicy, WorkerLink, open_link
 from obfuscatune.enclave.experts import ProtectedExperts
+from obfuscatune.enclave.fleet import Worker, Workers, open_fleet, parties_of
 from obfuscatune.enclave.keys import RootKey
 from obfuscatune.enclave.layers import ProtectedLayer, first_protected
 from obfuscatune.enclave.local_worker import local_worker
@@ -30,6 +31,8 @@ from obfuscatune.enclave.spill_store import SPILLED_AT_LEAST_IN, SpillStore, Wei
 from obfuscatune.enclave.target_layers import find_groups, refuse_absent_weights
 from obfuscatune.enclave.training_hooks import TrainingWatch, watch_targets
 from obfuscatune.errors import ConfigError, ProtectionError
+from obfuscatune.fleet.fleet_file import Fleet
+from obfuscatune.fleet.policy import key_of
 from obfuscatune.protocol.tls import TlsConfig, pins
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -39,7 +42,7 @@ Progress = Callable[[int, int, str], None]
 
 def protect(
     model: Model,
-    workers: str | WorkerLink | None = None,
+    workers: Workers = None,
     profile: str | Profile = "private",
     *,
     key: RootKey | None = None,
@@ -49,7 +52,7 @@ def protect(
     progress: Progress | None = None,
     base: Base | None = None,
     observer: Observer | None = None,
-    mask_worker: str | WorkerLink | None = None,
+    mask_worker: Workers = None,
     masking: Masking | None = None,
     device: torch.device | str | None = None,
     **knobs: Any,
@@ -65,8 +68,9 @@ def protect(
 
     Args:
         model: a Hugging Face causal LM or encoder, or a PEFT model around one. Base weights become frozen.
-        workers: the worker's address (`unix:/run/x.sock`, `tcp:host:port`, `device:cuda:0`), or an open link. None
-            starts a worker on this machine, which ends with the model; profile `enclave` needs none.
+        workers: the worker's address (`unix:/run/x.sock`, `tcp:host:port`, `device:cuda:0`), or an open link; several
+            addresses, or a `Fleet`, for many workers that act as one (docs/fleet.md). None starts a worker on this
+            machine, which ends with the model; profile `enclave` needs none.
         profile: name of a profile, or a profile.
         key: root key of the transforms; with the same key the worker need not be sent the same matrices again.
         tls: identity and pinned peer, for a worker across a network.
@@ -141,8 +145,8 @@ def width_of(model: nn.Module) -> int | None:
 
 
 def open_clients(
-    workers: str | WorkerLink | None,
-    mask_worker: str | WorkerLink | None,
+    workers: Workers,
+    mask_worker: Workers,
     profile: Profile,
     tls: TlsConfig | None,
     masking: Masking,
@@ -159,17 +163,19 @@ def open_clients(
     check_workers(workers, mask_worker, profile, tls, masking)
     if not profile.offload:
         return Clients(None)
+    compute_worker, mask = parties_of(workers, mask_worker, masks=profile.masks)
     opened: list[WorkerLink] = []
 
-    def client(worker: str | WorkerLink | None, tls: TlsConfig | None) -> WorkerLink:
+    def client(worker: Worker, tls: TlsConfig | None) -> WorkerLink:
         if isinstance(worker, WorkerLink):
             return worker
         opened.append(_opened(worker, tls, deadline_s, retry or RetryPolicy()))
         return opened[-1]
 
     try:
-        compute = client(workers, tls)
-        return Clients(compute, client(mask_worker, masking.tls) if profile.masks else None, tuple(opened))
+        compute = client(compute_worker, tls)
+        mask_tls = masking.tls or (tls if isinstance(mask, Fleet) else None)
+        return Clients(compute, client(mask, mask_tls) if profile.masks else None, tuple(opened))
     except BaseException:
         for one in opened:
             one.close()
@@ -177,8 +183,8 @@ def open_clients(
 
 
 def check_workers(
-    workers: str | WorkerLink | None,
-    mask_worker: str | WorkerLink | None,
+    workers: Workers,
+    mask_worker: Workers,
     profile: Profile,
     tls: TlsConfig | None,
     masking: Masking,
@@ -191,8 +197,11 @@ def check_workers(
     if not profile.offload and (workers is not None or mask_worker is not None):
         raise ConfigError(f"profile {profile.name!r} runs without a worker: name none")
     for worker in (workers, mask_worker):
-        if not isinstance(worker, str | WorkerLink | None):
+        if not isinstance(worker, str | WorkerLink | Fleet | list | tuple | None):
             raise ConfigError(f"expected a worker's address, found a {type(worker).__name__}: pass its .address")
+    workers, mask_worker = parties_of(workers, mask_worker, masks=profile.masks)
+    if profile.lora_on == "worker" and isinstance(workers, Fleet):
+        raise ConfigError(f"profile {profile.name!r} has LoRA on the worker, which must be one: name it by --worker")
     if profile.lora_on == "worker" and device_of(workers) is not None:
         raise ConfigError(
             f"profile {profile.name!r} has LoRA on the worker, and a device only multiplies: start a worker process by "
@@ -210,15 +219,25 @@ def check_workers(
     device = device_of(workers)
     if workers is not None and (workers == mask_worker or (device is not None and device == device_of(mask_worker))):
         raise ConfigError("the mask worker is the worker: whoever holds both sees through the masks; name two")
-    if tls is not None and masking.tls is not None and pins(tls) & pins(masking.tls):
+    mask_tls = masking.tls or (tls if isinstance(mask_worker, Fleet) else None)
+    if _keys(workers, tls) & _keys(mask_worker, mask_tls):
         raise ConfigError(
             "worker and mask worker are pinned by the same key: whoever has it sees through the masks; have each make "
             "its own by `obfuscatune keygen`"
         )
 
 
-def _opened(worker: str | None, tls: TlsConfig | None, deadline_s: float, retry: RetryPolicy) -> WorkerLink:
-    """Connected to an address, or to a worker on this machine that is started for the client and ends with it."""
+def _keys(worker: Worker, tls: TlsConfig | None) -> frozenset[str]:
+    """The keys that a worker, or a fleet, may show."""
+    own = {key_of(member) for member in worker.members} if isinstance(worker, Fleet) else set()
+    pinned = pins(tls) if tls is not None and tls.peers else frozenset()
+    return pinned | {key for key in own if key is not None}
+
+
+def _opened(worker: str | Fleet | None, tls: TlsConfig | None, deadline_s: float, retry: RetryPolicy) -> WorkerLink:
+    """Connected to an address or a fleet, or to a worker that is started here for the client and ends with it."""
+    if isinstance(worker, Fleet):
+        return open_fleet(worker, tls=tls, deadline_s=deadline_s, patience_s=retry.patience_s)
     if worker is not None:
         return open_link(worker, tls=tls, deadline_s=deadline_s, retry=retry)
     if tls is not None:

@@ -118,12 +118,13 @@ class Protection:
             mixer = KroneckerMixer(profile.shield_rows, stream, in_buckets=profile.buckets == "ladder")
         masks = None
         if client is not None and clients.mask is not None:
-            stats, accountant = client.stats, Accountant(DEVIATION, masking.budget)
+            compute = client
+            accountant = Accountant(DEVIATION, masking.budget)
             masks = Masks(
                 clients.mask,
                 accountant,
                 memory_bytes=masking.memory_bytes,
-                connection=lambda: stats.reconnects,
+                connection=lambda: compute.stats.reconnects,
             )
         return cls(client, profile, key or RootKey.generate(), mixer, masks, width, observer)
 

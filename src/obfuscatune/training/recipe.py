@@ -140,6 +140,8 @@ class Recipe(BaseModel):
     """Blocks that stay in the enclave; None is as the profile says."""
     worker: str | None = None
     """Address of a running worker; None starts one on this machine."""
+    fleet: Path | None = None
+    """File that names many workers, in the place of one."""
     mask_worker: str | None = None
     """Under profile guarded, that of the worker that multiplies the masks, which must be in another hand."""
     mask_memory: str | None = None
@@ -253,7 +255,7 @@ class Recipe(BaseModel):
                 raise ValueError(f"{name} needs measurements while training goes on: give eval_every too")
         if self.warmup_ratio is not None and self.warmup_steps:
             raise ValueError("warmup_steps and warmup_ratio are both given: leave one out")
-        for name in ("worker", "mask_worker"):
+        for name in ("worker", "fleet", "mask_worker"):
             if self.plain and getattr(self, name) is not None:
                 raise ValueError(f"plain runs without a worker, yet {name} is given")
         return self
@@ -294,7 +296,9 @@ def load_recipe(config: Path | None, overrides: Mapping[str, Any], defaults: Map
     given = resolve_names({key: value for key, value in overrides.items() if value is not None})
     said = {**fields, **given}
     if said.get("plain"):  # the environment names a worker for the runs that want one
-        defaults = {key: value for key, value in (defaults or {}).items() if key not in ("worker", "mask_worker")}
+        defaults = {
+            key: value for key, value in (defaults or {}).items() if key not in ("worker", "fleet", "mask_worker")
+        }
     try:
         return Recipe.model_validate({**(defaults or {}), **said})
     except ValidationError as error:

@@ -16,6 +16,7 @@ import torch
 
 from obfuscatune.enclave.client.requests import AdapterRequest, MatrixSource
 from obfuscatune.enclave.client.retry import ClientStats
+from obfuscatune.errors import WireError
 
 
 class PendingProduct(Protocol):
@@ -42,6 +43,9 @@ class WorkerLink(ABC):
     Nothing that comes from the other end is trusted: products are checked by those who asked for them. After `refusing`
     met one that is wrong, every method but `close` raises, for good.
     """
+
+    corrects = False
+    """Whether `corrected` has an answer."""
 
     @property
     @abstractmethod
@@ -121,6 +125,14 @@ class WorkerLink(ABC):
     @abstractmethod
     def refusing(self) -> AbstractContextManager[None]:
         """Within it products are judged: after one that is refused, the worker is asked nothing any more."""
+
+    def corrected(self, product: PendingProduct, error: WireError) -> torch.Tensor:
+        """The right product in the place of one that a check refused, where there is more than one worker to ask.
+
+        Raises:
+            WireError: `error`, where there is not.
+        """
+        raise error
 
     @abstractmethod
     def own(self, close: Callable[[], None]) -> None:

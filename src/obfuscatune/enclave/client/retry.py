@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from types import TracebackType
+from typing import Self
 
 from obfuscatune.errors import BadMagic, BadReply, ConnectionLost, UnsupportedVersion, WireError, WrongProduct
 
@@ -142,11 +143,11 @@ class ClientStats:
     retries: int = 0
     """Requests to multiply that were sent again."""
 
-    def snapshot(self) -> "ClientStats":
+    def snapshot(self) -> Self:
         """A copy that stands still."""
         return replace(self)
 
-    def since(self, earlier: "ClientStats") -> "ClientStats":
+    def since(self, earlier: Self) -> Self:
         """What was added since the snapshot `earlier`."""
         before = asdict(earlier)
-        return ClientStats(**{name: value - before[name] for name, value in asdict(self).items()})
+        return type(self)(**{name: value - before[name] for name, value in asdict(self).items()})
