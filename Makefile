@@ -4,10 +4,10 @@
 #   make test         lint, the documentation's build and the default test suite (under 10 minutes on 2 cores)
 #   make test-long    the long tests too
 #   make test-extras    the tests of the optional extras (lm-eval, trl, ...), which are installed for them (600 MB)
-#   make test-browser each role's console in a real browser (Debian's chromium), with screenshots in browser-out/
-#   make screenshot   the README's picture of the console
 #   make test-ray     a real Ray cluster on this machine: fleet up, fine-tuning, deaths, down (Ray is installed beside; minutes)
 #   make test-kubernetes   the manifests against Kubernetes' own schemas, and put together where kubectl is
+#   make test-browser each role's console in a real browser (Debian's chromium), with screenshots in browser-out/
+#   make screenshot   the README's picture of the console
 #   make docs         the documentation site into site/, without a warning
 #   make hooks        ruff and mypy before each commit
 #   make lock         requirements/*.txt anew: exact versions, by hash
@@ -21,7 +21,7 @@ DATA   ?= ../shared/data
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo demo-three-parties test test-long test-extras test-browser screenshot test-ray test-kubernetes lint docs hooks lock reproduce-small reproduce-real benchmarks clean
+.PHONY: demo demo-three-parties test test-long test-extras test-ray test-kubernetes test-browser screenshot lint docs hooks lock reproduce-small reproduce-real benchmarks clean
 
 demo: $(READY)
 	$(BIN)/obfuscatune demo
@@ -110,12 +110,6 @@ $(VENV)/.extras: requirements/extras.txt $(READY)
 	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --requirement requirements/extras.txt
 	touch $@
 
-# The browser itself is the system's: chromium, of any distribution.
-$(VENV)/.browser: requirements/browser.txt $(READY)
-	@test -x /usr/bin/chromium || { echo "this takes a browser: apt-get install chromium" >&2; exit 1; }
-	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --requirement requirements/browser.txt
-	touch $@
-
 # An operator's environment: all that the enclave's has, by a path, and Ray.
 $(VENV)-ray/.ready: requirements/ray.txt $(READY)
 	$(PYTHON) -m venv $(VENV)-ray
@@ -130,6 +124,12 @@ $(VENV)-kubernetes/.ready: requirements/kubernetes.txt $(READY)
 		--requirement requirements/kubernetes.txt
 	touch $@
 
+# The browser itself is the system's: chromium, of any distribution.
+$(VENV)/.browser: requirements/browser.txt $(READY)
+	@test -x /usr/bin/chromium || { echo "this takes a browser: apt-get install chromium" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --requirement requirements/browser.txt
+	touch $@
+
 # All lists of exact versions and hashes anew; versions that are listed already stay. The last three are of deploy/.
 LOCK := $(BIN)/python -m piptools compile --quiet --strip-extras --no-annotate --no-header --generate-hashes \
 	--unsafe-package torch --constraint requirements/torch.txt --no-emit-index-url --no-emit-find-links --no-emit-options
@@ -138,9 +138,9 @@ lock: $(READY)
 	$(LOCK) --extra dev --extra docs --extra service --output-file requirements/dev.txt pyproject.toml
 	$(LOCK) --extra lm-eval --extra trl --extra data --extra tensorboard --constraint requirements/dev.txt \
 		--output-file requirements/extras.txt pyproject.toml
-	$(LOCK) --extra browser --constraint requirements/dev.txt --output-file requirements/browser.txt pyproject.toml
 	$(LOCK) --constraint requirements/dev.txt --output-file requirements/ray.txt requirements/ray.in
 	$(LOCK) --constraint requirements/dev.txt --output-file requirements/kubernetes.txt requirements/kubernetes.in
+	$(LOCK) --extra browser --constraint requirements/dev.txt --output-file requirements/browser.txt pyproject.toml
 	$(LOCK) --extra service --constraint requirements/dev.txt --output-file requirements/enclave.txt pyproject.toml
 	$(LOCK) --constraint requirements/dev.txt --output-file requirements/worker.txt requirements/worker.in
 	$(LOCK) --constraint requirements/dev.txt --output-file requirements/build.txt requirements/build.in

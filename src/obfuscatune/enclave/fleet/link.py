@@ -57,7 +57,7 @@ class Fleet(Protocol):
     def answered(self, link: MemberLink, part: Part, product: torch.Tensor, seconds: float) -> None:
         """A product came, which is finite, `seconds` after it was asked for and the one before it came."""
 
-    def declined(self, link: MemberLink, part: Part, error: Exception) -> None:
+    def refused(self, link: MemberLink, part: Part, error: Exception) -> None:
         """It answered with an error, and can be asked other things."""
 
     def uploaded(self, link: MemberLink, upload: Upload) -> None:
@@ -212,7 +212,7 @@ class MemberLink:
         except (WorkerRefused, LimitExceeded) as error:
             flying.popleft()
             if (fleet := self._fleet()) is not None:
-                fleet.declined(self, part, error)
+                fleet.refused(self, part, error)
             return
         flying.popleft()
         before, self._answered_at = max(started, self._answered_at), now()

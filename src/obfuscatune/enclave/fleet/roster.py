@@ -141,7 +141,7 @@ class Roster:
                     self.stats.crossings += 1
                 part.request.arrived.set()
 
-    def declined(self, link: MemberLink, part: Part, error: Exception) -> None:
+    def refused(self, link: MemberLink, part: Part, error: Exception) -> None:
         """It answered with an error, and can be asked other things."""
         with self.lock:
             part.refused_by.add(link)
