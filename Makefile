@@ -4,6 +4,10 @@
 #   make test         lint, the documentation's build and the default test suite (under 10 minutes on 2 cores)
 #   make test-long    the long tests too
 #   make test-extras    the tests of the optional extras (lm-eval, trl, ...), which are installed for them (600 MB)
+#   make test-ray     a real Ray cluster on this machine: fleet up, fine-tuning, deaths, down (Ray is installed beside; minutes)
+#   make test-kubernetes   the manifests against Kubernetes' own schemas, and put together where kubectl is
+#   make test-browser each role's console in a real browser (Debian's chromium), with screenshots in browser-out/
+#   make screenshot   the README's picture of the console
 #   make docs         the documentation site into site/, without a warning
 #   make hooks        ruff and mypy before each commit
 #   make lock         requirements/*.txt anew: exact versions, by hash
@@ -17,7 +21,7 @@ DATA   ?= ../shared/data
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo demo-three-parties test test-long test-extras lint docs hooks lock reproduce-small reproduce-real benchmarks clean
+.PHONY: demo demo-three-parties test test-long test-extras test-ray test-kubernetes test-browser screenshot lint docs hooks lock reproduce-small reproduce-real benchmarks clean
 
 demo: $(READY)
 	$(BIN)/obfuscatune demo
@@ -32,10 +36,24 @@ test: lint docs
 	$(PYTEST)
 
 test-long: lint docs
-	$(PYTEST) -m "long or not long"
+	$(PYTEST) -m "not browser"
 
 test-extras: $(VENV)/.extras
-	$(BIN)/python -m pytest -m "long or not long" tests/evaluation/test_harness.py tests/extras tests/examples
+	$(BIN)/python -m pytest -m "not browser" tests/evaluation/test_harness.py tests/extras tests/examples
+
+# Consoles, a service and workers as processes, on one core after the other: a browser is not shared.
+test-browser: $(VENV)/.browser
+	$(BIN)/python -m pytest -m browser tests/browser
+
+screenshot: $(VENV)/.browser
+	PYTHONPATH=. $(BIN)/python scripts/screenshots.py docs/images/console-owner.png
+
+# Ray is in an environment beside the enclave's, which must have none; that of the tests is the enclave's.
+test-ray: $(VENV)-ray/.ready
+	RAY_PYTHON=$(abspath $(VENV)-ray/bin/python) $(BIN)/python -m pytest -m "long or not long" tests/cluster
+
+test-kubernetes: $(VENV)-kubernetes/.ready
+	PYTHONPATH=$(VENV)-kubernetes $(BIN)/python -m pytest tests/deploy/test_kubernetes.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -43,9 +61,10 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The theme's authors use the build's output to speak of their plans, unless told not to.
+# The theme's authors use the build's output to speak of their plans, unless told not to. Not --quiet: what is not printed
+# is not counted, and --strict then passes whatever there is.
 docs: $(READY)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 hooks: $(READY)
 	$(BIN)/python -m pip install --quiet pre-commit==4.7.0
@@ -91,6 +110,26 @@ $(VENV)/.extras: requirements/extras.txt $(READY)
 	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --requirement requirements/extras.txt
 	touch $@
 
+# An operator's environment: all that the enclave's has, by a path, and Ray.
+$(VENV)-ray/.ready: requirements/ray.txt $(READY)
+	$(PYTHON) -m venv $(VENV)-ray
+	$(VENV)-ray/bin/python -m pip install --quiet --require-hashes --no-deps --requirement requirements/ray.txt
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib')); print('$(abspath src)')" \
+		> $$($(VENV)-ray/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/enclave.pth
+	touch $@
+
+# Kubernetes' schemas, 22 MB; what reads them is there already.
+$(VENV)-kubernetes/.ready: requirements/kubernetes.txt $(READY)
+	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --upgrade --target $(VENV)-kubernetes \
+		--requirement requirements/kubernetes.txt
+	touch $@
+
+# The browser itself is the system's: chromium, of any distribution.
+$(VENV)/.browser: requirements/browser.txt $(READY)
+	@test -x /usr/bin/chromium || { echo "this takes a browser: apt-get install chromium" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --requirement requirements/browser.txt
+	touch $@
+
 # All lists of exact versions and hashes anew; versions that are listed already stay. The last three are of deploy/.
 LOCK := $(BIN)/python -m piptools compile --quiet --strip-extras --no-annotate --no-header --generate-hashes \
 	--unsafe-package torch --constraint requirements/torch.txt --no-emit-index-url --no-emit-find-links --no-emit-options
@@ -99,9 +138,12 @@ lock: $(READY)
 	$(LOCK) --extra dev --extra docs --extra service --output-file requirements/dev.txt pyproject.toml
 	$(LOCK) --extra lm-eval --extra trl --extra data --extra tensorboard --constraint requirements/dev.txt \
 		--output-file requirements/extras.txt pyproject.toml
+	$(LOCK) --constraint requirements/dev.txt --output-file requirements/ray.txt requirements/ray.in
+	$(LOCK) --constraint requirements/dev.txt --output-file requirements/kubernetes.txt requirements/kubernetes.in
+	$(LOCK) --extra browser --constraint requirements/dev.txt --output-file requirements/browser.txt pyproject.toml
 	$(LOCK) --extra service --constraint requirements/dev.txt --output-file requirements/enclave.txt pyproject.toml
 	$(LOCK) --constraint requirements/dev.txt --output-file requirements/worker.txt requirements/worker.in
 	$(LOCK) --constraint requirements/dev.txt --output-file requirements/build.txt requirements/build.in
 
 clean:
-	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV)-ray $(VENV)-kubernetes build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

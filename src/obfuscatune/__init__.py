@@ -12,7 +12,7 @@ from obfuscatune.version import __version__
 
 if TYPE_CHECKING:
     from obfuscatune import errors as errors
-    from obfuscatune.enclave.client import RetryPolicy, WorkerClient
+    from obfuscatune.enclave.client import DeviceClient, RetryPolicy, WorkerClient
     from obfuscatune.enclave.keys import RootKey
     from obfuscatune.enclave.loading import load
     from obfuscatune.enclave.local_worker import local_worker
@@ -23,12 +23,15 @@ if TYPE_CHECKING:
     from obfuscatune.enclave.published import PublicBaseWarning
     from obfuscatune.enclave.training_hooks import RekeyCallback
     from obfuscatune.errors import ObfuscaTuneError
+    from obfuscatune.fleet.fleet_file import Fleet
     from obfuscatune.process import settle_process
     from obfuscatune.protocol.tls import TlsConfig
     from obfuscatune.reproduction.run import reproduce
     from obfuscatune.training.provider_adapter import load_provider_adapter
 
 _HOMES = {
+    "DeviceClient": "enclave.client",
+    "Fleet": "fleet.fleet_file",
     "Masking": "enclave.protection",
     "ObfuscaTuneError": "errors",
     "Profile": "enclave.profiles",
@@ -65,6 +68,8 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "DeviceClient",
+    "Fleet",
     "Masking",
     "ObfuscaTuneError",
     "Profile",

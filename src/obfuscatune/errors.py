@@ -23,6 +23,7 @@
         ├── DeadlineExceeded      the peer did not answer in time
         ├── ChannelError          bytes that break docs/spec/attested-channel.md
         ├── UntrustedPeer         the peer's certificate is not a pinned one, or ours is not for the peer
+        ├── DiscoveryError        a fleet's list that cannot be fetched, or is no list that can be used
         ├── ProtocolError         bytes that break docs/spec/wire.md
         │   ├── BadMagic          not our protocol
         │   ├── UnsupportedVersion
@@ -236,6 +237,15 @@ class UntrustedPeer(WireError):
     What to do:
         Compare fingerprints over a channel that you trust, then name the other side's `cert.pem` as `--peer`.
         If both files are right, somebody is between you.
+    """
+
+
+class DiscoveryError(WireError):
+    """A fleet's list of members that cannot be fetched, is malformed, or names nobody whom the policy accepts.
+
+    What to do:
+        Is `obfuscatune fleet up` running, and the address of its list right? Compare the authority's fingerprint with
+        the one in the policy. While a list is no good, the members known before are used.
     """
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from transformers import GPT2Config
 
+from obfuscatune.advise.work import count_work
 from obfuscatune.bench import step as step_module
-from obfuscatune.bench.predict import count_work
 from obfuscatune.bench.step import OWN_WAITING, StepBench
 from obfuscatune.bench.step_result import LINK, WORKER, StepResult
 from obfuscatune.bench.workload import NAMES, config_of, shape_name
@@ -133,7 +133,7 @@ def test_results_carry_names_and_no_paths(shape: str, name: str) -> None:
 
 
 def test_the_cost_model_counts_the_products_that_are_computed(tiny_shape: Path, measured: StepResult) -> None:
-    work = count_work("step", str(tiny_shape), None, 2, 16, resolve("private"))
+    work = count_work("step", config_of(str(tiny_shape)), 2, 16, resolve("private"))
     private = measured.protected["private"]
     assert work.plain_flops == measured.plain.products["flops"]
     assert work.worker_flops == private.products["worker_flops"]

@@ -23,7 +23,7 @@ from obfuscatune.channel.grants import (
     read_time,
 )
 from obfuscatune.channel.identity import Identity
-from obfuscatune.channel.registry import MOST_MODELS, GrantRegistry, Latest
+from obfuscatune.channel.registry import MOST_ASKED, MOST_MODELS, GrantRegistry, Latest
 from obfuscatune.errors import IntegrityError, TermsError
 from tests.channel.parties import DIGEST, NOW, UNTIL, grant, terms
 
@@ -312,3 +312,29 @@ def test_times_and_sequences() -> None:
         with pytest.raises(IntegrityError, match="2027-01-01T12:00:00Z"):
             read_time(text)
     assert 1_700_000_000_000 < next_sequence() < MOST_TOKENS
+
+
+def test_consents_that_are_asked_for_wait_until_they_are_given() -> None:
+    granted = registry(export="provider-consent")
+    assert granted.ask_consent("llama", OWNER, "ft:1") and granted.ask_consent("llama", OWNER, "ft:2")
+    assert granted.ask_consent("llama", OWNER, "ft:1")  # once more is once
+    assert granted.asked("llama") == [{"owner": OWNER, "adapter": "ft:1"}, {"owner": OWNER, "adapter": "ft:2"}]
+    granted.consent(signed(Consent("llama", DIGEST, OWNER, "ft:1")))
+    assert granted.asked("llama") == [{"owner": OWNER, "adapter": "ft:2"}]
+    assert granted.consents_to("llama", OWNER) == ["ft:1"] and not granted.consents_to("llama", DIGEST)
+    assert not granted.ask_consent("llama", OWNER, "ft:1")
+    for number in range(2 * MOST_ASKED):
+        granted.ask_consent("llama", OWNER, f"many:{number}")
+    assert [it["adapter"] for it in granted.asked("llama")][-1] == f"many:{2 * MOST_ASKED - 1}"
+    assert len(granted.asked("llama")) == MOST_ASKED
+    granted.revoke(signed(Revocation("llama", DIGEST, 9)))
+    assert granted.asked("llama") == []
+
+
+def test_nobody_is_asked_where_a_consent_would_change_nothing() -> None:
+    for export in ("never", "allowed"):
+        assert not registry(export=export).ask_consent("llama", OWNER, "ft:1")
+    granted = registry(export="provider-consent")
+    assert not granted.ask_consent("llama", DIGEST, "ft:1")  # no owner of the grant
+    assert not granted.ask_consent("gpt", OWNER, "ft:1")
+    assert granted.asked("llama") == []

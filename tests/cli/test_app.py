@@ -53,7 +53,7 @@ def test_every_command_has_help_with_an_example(obfuscatune, name):
     assert ran.stderr == ""
 
 
-GROUPS = {"bench", "provider", "owner"}
+GROUPS = {"bench", "fleet", "provider", "owner"}
 """Each of their own commands has an example."""
 
 

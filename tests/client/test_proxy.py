@@ -59,7 +59,7 @@ def around(upstream, owner, enclave):
     """A proxy before a real HTTPS server; `verify` can be replaced."""
 
     @contextmanager
-    def start(verify=None, key=None, seconds=100.0):
+    def start(verify=None, key=None, seconds=100.0, tell=module.log.info):
         with ExitStack() as stack:
             port = stack.enter_context(served(upstream.app(), server_context(enclave, owner)))
             context = pinned_context("127.0.0.1", port, owner, enclave.fingerprint)
@@ -67,7 +67,7 @@ def around(upstream, owner, enclave):
             def stand():
                 return Standing(f"https://127.0.0.1:{port}", enclave.fingerprint, context, time.monotonic() + seconds)
 
-            supervisor = Supervisor((lambda: verify(stand)) if verify else stand)
+            supervisor = Supervisor((lambda: verify(stand)) if verify else stand, tell)
             supervisor.check()
             local = stack.enter_context(served(make_app(supervisor, key=key)))
             client = stack.enter_context(httpx.Client(base_url=f"http://127.0.0.1:{local}", trust_env=False))
@@ -211,9 +211,8 @@ def test_a_log_that_does_not_go_on_closes_the_proxy_between_two_verifications(ar
     def verify(stand):
         return replace(stand(), check_log=look)
 
-    with around(verify) as (supervisor, client):
-        supervisor.tell = lambda line: told.set() if "does not go on" in line else None
-        assert told.wait(10)
+    with around(verify, tell=lambda line: told.set() if "does not go on" in line else None) as (supervisor, client):
+        assert told.wait(30)
         reply = client.get("/v1/models")
         assert (reply.status_code, reply.json()["error"]["code"]) == (503, "enclave_not_verified")
         assert reply.json()["error"]["message"] == "the enclave is refused: the audit log does not go on"

@@ -118,6 +118,7 @@ class World:
         where = json.loads(said)
         for name, told in {"listen": "api", "channel": "channel", "operator": "operator"}.items():
             self._ports[name] = int(where[told].rpartition(":")[2])
+        self.console: str = where["console"]
         self._processes["service"] = process
         platform = Identity.load(self.root / "platform").key.public_key().public_bytes_raw().hex()
         policy = {

@@ -269,3 +269,25 @@ def test_the_schema_is_there(http: httpx.Client) -> None:
     document = http.get("/openapi.json").json()
     assert "/v1/chat/completions" in document["paths"]
     assert "422" not in json.dumps(document["paths"])
+
+
+def test_what_a_job_will_cost_is_told_before_it_begins(
+    client: openai.OpenAI, http: httpx.Client, other: httpx.Client
+) -> None:
+    lines = [json.dumps({"prompt": f"note {n}", "completion": f" is {n}"}) for n in range(10)]
+    file = client.files.create(file=("n.jsonl", "\n".join(lines).encode()), purpose="fine-tune").id
+
+    before = http.get("/v1/fine_tuning/jobs").json()
+
+    def estimate(epochs: int, batch: int, asker: httpx.Client = http) -> httpx.Response:
+        method = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": epochs, "batch_size": batch}}}
+        body = {"model": MODEL, "training_file": file, "method": method}
+        return asker.post("/obfuscatune/v1/estimate", json=body)
+
+    once, thrice = estimate(1, 4).json(), estimate(3, 4).json()
+    assert (once["examples"], once["steps"], thrice["steps"]) == (10, 3, 9)
+    assert thrice["tokens"] == 3 * once["tokens"] > 30
+    assert once["tokens_left"] is None and once["enough"]
+    assert estimate(1, 4, other).status_code == 404  # another owner's file
+    assert estimate(0, 4).status_code == 400
+    assert http.get("/v1/fine_tuning/jobs").json() == before

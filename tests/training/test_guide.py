@@ -23,9 +23,9 @@ def test_the_run_file_is_one_and_shows_the_defaults(tmp_path):
     assert shown == default
     unmentioned = Recipe.model_fields.keys() - yaml.safe_load(text).keys()
     assert unmentioned == {
-        *("task", "plain", "worker", "base", "first_blocks", "max_steps", "warmup_ratio"),
+        *("task", "plain", "worker", "fleet", "base", "first_blocks", "max_steps", "warmup_ratio"),
         "provider_adapter",
-        *("mask_worker", "mask_memory", "mask_budget", "public_base"),
+        *("mask_worker", "mask_memory", "mask_budget", "public_base", "enclave_device"),
     }
     assert all(name.replace("_", "-") in GUIDE or name in GUIDE for name in unmentioned)
 

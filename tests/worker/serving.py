@@ -10,19 +10,19 @@ from types import TracebackType
 
 import torch
 
+from obfuscatune.backend import Computer
 from obfuscatune.protocol.endpoints import Address, UnixAddress, connect
 from obfuscatune.protocol.framing import recv_body, recv_header, recv_payload, send_message
 from obfuscatune.protocol.listen import Listener
 from obfuscatune.protocol.messages import FORMS, REPLIES, Header, MessageType
 from obfuscatune.protocol.payloads import Hello
+from obfuscatune.protocol.recorder import Recorder
 from obfuscatune.protocol.tensors import bytes_of
 from obfuscatune.protocol.tls import PinnedTls
 from obfuscatune.protocol.transport import Buffer, Deadline
-from obfuscatune.worker.backend import Computer
 from obfuscatune.worker.connection import Service
 from obfuscatune.worker.handlers import Answerer
 from obfuscatune.worker.quota import Quota
-from obfuscatune.worker.recorder import Recorder
 from obfuscatune.worker.served import ServedWeights
 from obfuscatune.worker.server import Server
 from obfuscatune.worker.sessions import Sessions

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from obfuscatune import native
+from obfuscatune.backend import Computer
+from obfuscatune.backend import computer as backend
 from obfuscatune.enclave.client import WorkerClient
-from obfuscatune.worker import backend
-from obfuscatune.worker.backend import Computer
 from tests.worker.serving import serving
 
 L = 2.0**28

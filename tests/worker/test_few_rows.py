@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obfuscatune import native
-from obfuscatune.worker import backend
-from obfuscatune.worker.backend import Computer
+from obfuscatune.backend import Computer
+from obfuscatune.backend import computer as backend
 
 if not native.are_there():
     pytest.skip("no native kernels here; torch computes", allow_module_level=True)

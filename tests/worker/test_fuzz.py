@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from obfuscatune.backend import Computer
 from obfuscatune.errors import ConnectionLost, WireError
 from obfuscatune.protocol.limits import MAX_WINDOW_BYTES
 from obfuscatune.protocol.messages import DROPOUT, Header, MessageType
@@ -15,7 +16,6 @@ from obfuscatune.protocol.payloads import Attachment, Hello, Method, Offer, Part
 from obfuscatune.protocol.tensors import DType
 from obfuscatune.protocol.transport import Buffer, Deadline
 from obfuscatune.worker import buffers as buffers_module
-from obfuscatune.worker.backend import Computer
 from obfuscatune.worker.buffers import Buffers
 from obfuscatune.worker.connection import Connection, Service
 from obfuscatune.worker.handlers import Answerer, Request

@@ -13,8 +13,8 @@ import torch
 from obfuscatune.enclave.client import WorkerClient
 from obfuscatune.errors import ProtocolError, StorageError
 from obfuscatune.protocol.messages import Header, MessageType
+from obfuscatune.protocol.recorder import Recorder
 from obfuscatune.protocol.transcript import FRAMES, INDEX, TranscriptEntry, read_transcript
-from obfuscatune.worker.recorder import Recorder
 from tests.worker.serving import RawClient, serving
 
 ID = bytes(range(1, 17))

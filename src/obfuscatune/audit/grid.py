@@ -16,6 +16,7 @@ from obfuscatune.audit.attacks.registry import ATTACKS
 from obfuscatune.audit.parties import MaskAccount, column
 from obfuscatune.audit.record import Recording, parties_of, record_run
 from obfuscatune.audit.scenario import Scenario
+from obfuscatune.protocol.addresses import DeviceAddress
 from obfuscatune.protocol.files import temporary_root
 
 SIGMAS = 3.0
@@ -115,12 +116,14 @@ def run_grid(
     *,
     recording: Progress,
     done: Progress,
+    device: DeviceAddress | None = None,
 ) -> Grid:
     """Record one run for each scenario, variant and seed, and try every attack on it, for each of its columns.
 
     Args:
         recording: called before each recording.
         done: called after each recording and each attack on a column.
+        device: the worker; None starts a process for each run.
 
     Raises:
         ObfuscaTuneError: as `record_run` does.
@@ -130,7 +133,7 @@ def run_grid(
     for scenario in scenarios:
         for variant in variants:
             for seed in range(seeds):
-                recorded = _recorded(scenario, variant, seed, recording, done)
+                recorded = _recorded(scenario, variant, seed, recording, done, device)
                 for name, attack, result in _attacked(scenario, variant, recorded, attacks, seed, done):
                     results.setdefault((scenario.name, name, attack.name), []).append(result)
                 if recorded.masks is not None:
@@ -146,12 +149,19 @@ def run_grid(
     return Grid(cells, seeds, {scenario.name: scenario.drift for scenario in scenarios}, masks)
 
 
-def _recorded(scenario: Scenario, variant: Variant, seed: int, recording: Progress, done: Progress) -> Recording:
+def _recorded(
+    scenario: Scenario,
+    variant: Variant,
+    seed: int,
+    recording: Progress,
+    done: Progress,
+    device: DeviceAddress | None,
+) -> Recording:
     """Record one run."""
     run = f"{scenario.name}, {variant.name}, seed {seed}"
     recording(f"{run}: recording")
     with tempfile.TemporaryDirectory(prefix="obfuscatune-audit-", dir=temporary_root()) as folder:
-        recorded = record_run(scenario, variant.profile, seed, Path(folder))
+        recorded = record_run(scenario, variant.profile, seed, Path(folder), device)
     done(f"{run}: recorded")
     return recorded
 

@@ -24,12 +24,13 @@ from obfuscatune.audit.attacks.stealing import losses
 from obfuscatune.audit.attacks.view import WorkerView
 from obfuscatune.audit.parties import MaskAccount, Party, part_views
 from obfuscatune.audit.scenario import Logits, Scenario
-from obfuscatune.enclave.client import WorkerClient
+from obfuscatune.enclave.client import DeviceClient, WorkerLink, open_link
 from obfuscatune.enclave.loading import load
 from obfuscatune.enclave.local_worker import local_worker
 from obfuscatune.enclave.profiles import Profile
 from obfuscatune.enclave.remote_lora.adapter import RemoteAdapter
 from obfuscatune.errors import ConnectionLost
+from obfuscatune.protocol.addresses import DeviceAddress
 from obfuscatune.protocol.transcript import read_transcript
 from obfuscatune.training.adapter import add_lora
 from obfuscatune.training.data import Example
@@ -70,8 +71,12 @@ def parties_of(profile: Profile) -> list[Party]:
     return [*Party] if profile.masks else [Party.COMPUTE]
 
 
-def record_run(scenario: Scenario, profile: Profile, seed: int, folder: Path) -> Recording:
+def record_run(
+    scenario: Scenario, profile: Profile, seed: int, folder: Path, device: DeviceAddress | None = None
+) -> Recording:
     """Protect, fine-tune, generate, with workers of its own that record to folders in `folder`.
+
+    They are processes; or `device`, and for masks `device:cpu` beside it, on whose buses what crosses is recorded.
 
     What crossed is read from there when it is used; the folder may be removed all the same.
 
@@ -82,8 +87,9 @@ def record_run(scenario: Scenario, profile: Profile, seed: int, folder: Path) ->
     """
     of_compute, of_masks = folder / "compute", folder / "mask"
     with ExitStack() as stack:
-        client = _recorded(stack, of_compute)
-        mask_client = _recorded(stack, of_masks) if profile.masks else None
+        client = _recorded(stack, of_compute, device)
+        mask_device = None if device is None else DeviceAddress("cpu", index=device.index + 1)
+        mask_client = _recorded(stack, of_masks, mask_device) if profile.masks else None
         truth, account = run_under_watch(scenario, profile, seed, client, mask_client)
     view = WorkerView.from_entries(read_transcript(of_compute, mapped=True))
     if len(view.calls) != len(truth.calls):
@@ -97,14 +103,16 @@ def record_run(scenario: Scenario, profile: Profile, seed: int, folder: Path) ->
     return Recording(views, truth, account)
 
 
-def _recorded(stack: ExitStack, folder: Path) -> WorkerClient:
+def _recorded(stack: ExitStack, folder: Path, device: DeviceAddress | None) -> WorkerLink:
     """A client of a worker that records to `folder`; both end with the stack."""
+    if device is not None:
+        return stack.enter_context(DeviceClient.open(device, record=folder))
     worker = stack.enter_context(local_worker(record=folder, threads=1))
-    return stack.enter_context(WorkerClient.open(worker.address))
+    return stack.enter_context(open_link(worker.address))
 
 
 def run_under_watch(
-    scenario: Scenario, profile: Profile, seed: int, client: WorkerClient, mask_client: WorkerClient | None = None
+    scenario: Scenario, profile: Profile, seed: int, client: WorkerLink, mask_client: WorkerLink | None = None
 ) -> tuple[Truth, MaskAccount | None]:
     """The run itself, over any link; what was true of each crossing, in order, and what was sent under masks.
 

@@ -14,7 +14,6 @@ In the order in which data passes through:
     loading        a model on disk   -> seconds and memory of a load under protection, in a process of its own
     kept_memory    a size            -> a process that holds so much, and lets it go bit by bit
 
-    predict        a shape, speeds   -> the work of a step, seconds protected and plain, and the ratio
     wire           numbers of rows   -> how long they take over each kind of link, and a line fitted to that
     memory         a number of steps -> what enclave and worker hold after each, and whether it grows
     rotation       widths and rows   -> how long rotation and mixing take, by torch and by the kernels

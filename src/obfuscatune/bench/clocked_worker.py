@@ -18,10 +18,10 @@ settle_process()
 # ruff: noqa: E402 - torch reads the environment when it is imported
 import torch
 
+from obfuscatune.backend import Computer
 from obfuscatune.bench.clocked import ClockPage, Totals
 from obfuscatune.bench.measures import ProductCounter
 from obfuscatune.process import settle_process
-from obfuscatune.worker.backend import Computer
 from obfuscatune.worker.options import parse_arguments
 from obfuscatune.worker.server import run
 

@@ -96,14 +96,6 @@ def compare(document: Mapping[str, Any], kept: Path, *, but: Path | None = None)
     return found
 
 
-def kept_results(kept: Path, like: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """File names and contents of all results in a folder that have ratios, made on the same kind of machine."""
-    for path in sorted(kept.glob("*.json")):
-        for document in _read(path, None):
-            if _machine(document) == _machine(like):
-                yield path.name, document
-
-
 def as_markdown(comparisons: Sequence[Comparison], margin: float) -> str:
     """A table, and what the margin was."""
     rows = []

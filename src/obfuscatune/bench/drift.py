@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from obfuscatune.assets import clinic_notes_path, tiny_model_path
+from obfuscatune.backend import Computer
 from obfuscatune.bench.drift_worker import Aim, DriftingComputer, Push, Way, serving
 from obfuscatune.enclave.config import read_config
 from obfuscatune.enclave.profiles import resolve
@@ -35,7 +36,6 @@ from obfuscatune.training.adapter import add_lora
 from obfuscatune.training.data import IGNORED, Example, Source, load_dataset
 from obfuscatune.training.loop import Batch, OptimizerSettings, Plan, collate, make_optimizer, mean_loss, train
 from obfuscatune.training.run import load_plain
-from obfuscatune.worker.backend import Computer
 
 if TYPE_CHECKING:
     from peft import PeftModel

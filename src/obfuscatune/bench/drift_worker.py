@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from obfuscatune.backend import Computer
 from obfuscatune.enclave.masks import DEVIATION
 from obfuscatune.enclave.mixing import SIZE_OF_ROWS
 from obfuscatune.enclave.verification import MARGIN
@@ -29,7 +30,6 @@ from obfuscatune.protocol.endpoints import parse_address
 from obfuscatune.protocol.files import temporary_root
 from obfuscatune.protocol.limits import GIB
 from obfuscatune.protocol.listen import Listener
-from obfuscatune.worker.backend import Computer
 from obfuscatune.worker.connection import Service
 from obfuscatune.worker.handlers import Answerer
 from obfuscatune.worker.quota import Quota

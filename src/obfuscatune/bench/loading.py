@@ -19,10 +19,11 @@ settle_process()
 import torch
 
 from obfuscatune.bench.kept_memory import KeptMemory
-from obfuscatune.bench.measures import cpu_seconds, peak_bytes, settled_bytes, shared_bytes
+from obfuscatune.bench.measures import MemorySampler, cpu_seconds, peak_bytes, settled_bytes, shared_bytes
 from obfuscatune.enclave.loading import load
 from obfuscatune.enclave.local_worker import local_worker
 from obfuscatune.enclave.observer import StageClock
+from obfuscatune.enclave.profiles import resolve
 from obfuscatune.enclave.protect import Progress
 
 
@@ -30,22 +31,25 @@ def main() -> None:
     """Load with a worker process beside it, as the JSON argument says."""
     settings = json.loads(sys.argv[1])
     torch.set_num_threads(settings["threads"])
-    clock = StageClock()
+    clock, dtype = StageClock(), getattr(torch, settings["dtype"])
+    profile = resolve(settings["profile"], **settings["knobs"])
     with local_worker(threads=settings["threads"]) as worker, ExitStack() as stack:
+        mask_worker = stack.enter_context(local_worker(threads=settings["threads"])) if profile.masks else None
         progress = _giving_back(stack, settings["kept_bytes"])
         before = settled_bytes()
         computed, computed_by_worker = cpu_seconds(), cpu_seconds(worker.pid)
         started = time.perf_counter()
-        model = load(
-            settings["model"],
-            worker.address,
-            settings["profile"],
-            dtype=torch.float32,
-            clock=clock,
-            progress=progress,
-            base="closed",  # random weights of a known shape
-            **settings["knobs"],
-        )
+        with MemorySampler() as sampled:
+            model = load(
+                settings["model"],
+                worker.address,
+                profile,
+                dtype=dtype,
+                clock=clock,
+                progress=progress,
+                base="closed",  # random weights of a known shape
+                mask_worker=None if mask_worker is None else mask_worker.address,
+            )
         seconds = time.perf_counter() - started
         own = {id(parameter): parameter for parameter in model.parameters()}.values()
         stats = model.protection.stats
@@ -58,9 +62,11 @@ def main() -> None:
             "matrices": stats.uploads,
             "enclave_parameters": sum(parameter.numel() for parameter in own),
             "enclave_bytes": sum(parameter.nbytes for parameter in own),
-            "parameters": sum(parameter.numel() for parameter in own) + stats.bytes_uploaded // 4,
+            "parameters": sum(parameter.numel() for parameter in own)
+            + stats.bytes_uploaded // profile.crossing_dtype(dtype).itemsize,
             "before_bytes": before,
             "enclave_peak_bytes": peak_bytes(),
+            "enclave_anonymous_peak_bytes": sampled.anonymous_bytes,
             "enclave_shared_bytes": shared_bytes(),  # of the peak: no page of it is given back before the end
             "worker_peak_bytes": peak_bytes(worker.pid),
         }

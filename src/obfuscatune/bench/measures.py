@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import statistics
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -20,6 +23,21 @@ from obfuscatune.errors import StorageError
 _aten = torch.ops.aten
 _FACTORS = {_aten.mm: (0, 1), _aten.bmm: (0, 1), _aten.addmm: (1, 2), _aten.baddbmm: (1, 2)}
 """Which arguments are multiplied."""
+
+
+class Product(NamedTuple):
+    """The shape of a product: (rows, inner) by (inner, columns)."""
+
+    rows: int
+    inner: int
+    columns: int
+    transposed: bool = False
+    """Whether the second factor lies in memory by columns, as the weight of an `nn.Linear` does."""
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations."""
+        return 2 * self.rows * self.inner * self.columns
 
 
 class ProductCounter(TorchDispatchMode):
@@ -35,6 +53,9 @@ class ProductCounter(TorchDispatchMode):
         """Bytes of both factors and the result, summed over all products."""
         self.other_nbytes = 0
         """Bytes written by other operations."""
+        self.others = 0
+        """How many of these there were."""
+        self.products: Counter[Product] = Counter()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -48,6 +69,7 @@ class ProductCounter(TorchDispatchMode):
                 return parts
             result = func(*args, **(kwargs or {}))
             if not func.is_view:
+                self.others += 1
                 results = result if isinstance(result, tuple | list) else (result,)
                 self.other_nbytes += sum(x.numel() * x.itemsize for x in results if isinstance(x, Tensor))
             return result
@@ -59,6 +81,9 @@ class ProductCounter(TorchDispatchMode):
         """One product of a (…, n, k) by b with that result."""
         self.flops += 2 * result.numel() * a.shape[-1]
         self.nbytes += sum(x.numel() * x.itemsize for x in (a, b, result))
+        rows, inner = a.shape[-2:]
+        product = Product(rows, inner, b.shape[-1], transposed=b.stride(-1) != 1)
+        self.products[product] += a.shape[:-2].numel()
 
 
 OWN = "obfuscatune."
@@ -111,6 +136,7 @@ SIDE = 1536
 LARGE_BYTES = 256 << 20
 """Bytes of the array that is copied and summed."""
 REPEATS = 5
+_SAMPLE_SECONDS = 0.01
 
 
 @dataclass(frozen=True)
@@ -172,6 +198,37 @@ def settled_bytes(pid: int | None = None) -> int:
 def shared_bytes(pid: int | None = None) -> int:
     """What of that is memory shared with other processes (RssShmem). Raises as `peak_bytes`."""
     return _status("RssShmem", pid)
+
+
+class MemorySampler:
+    """Watches this process's anonymous memory while the `with` lasts: what is mapped from files is not in it.
+
+    Pages of a file are the kernel's to drop when memory is short, and to read again; anonymous ones are not.
+    """
+
+    def __init__(self) -> None:
+        self.anonymous_bytes = 0
+        """The most that was sampled, memory shared with the worker included."""
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._sample, name="memory-sampler", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while True:
+            over = self._over.wait(_SAMPLE_SECONDS)
+            held = _status("RssAnon", None) + _status("RssShmem", None)
+            self.anonymous_bytes = max(self.anonymous_bytes, held)
+            if over:
+                return
 
 
 def cpu_seconds(pid: int | None = None) -> float:

@@ -34,29 +34,34 @@ SPARE_BYTES = 1_000_000_000
 """Left free on the disk: what a full disk breaks is other people's work."""
 STANDARD_DEVIATION = 0.02  # as GPT-2 is initialised
 _SEED = 0
+_SIZES = ("enclave_peak_bytes", "enclave_anonymous_peak_bytes", "worker_peak_bytes", "bytes_uploaded")
 
 Progress = Callable[[str], None]
 _Shapes = dict[str, torch.Size]
 
 
-def write_random_checkpoint(config: PretrainedConfig, folder: Path, progress: Progress) -> None:
-    """`config.json` and float32 safetensors of a causal language model with that configuration.
+def write_random_checkpoint(
+    config: PretrainedConfig, folder: Path, progress: Progress, dtype: torch.dtype = torch.float32
+) -> None:
+    """`config.json` and safetensors of a causal language model with that configuration, block by block.
 
     Raises:
         StorageError: the disk has no room for it.
     """
-    shards = list(_sharded(_shapes(config)))
-    _check_room(folder, sum(_size(shape) for shard in shards for shape in shard.values()))
+    shards = list(_sharded(_shapes(config), dtype))
+    _check_room(folder, sum(_size(shape, dtype) for shard in shards for shape in shard.values()))
     generator = torch.Generator().manual_seed(_SEED)
     index: dict[str, str] = {}
     single, _, index_file = weights_names()
     for number, shard in enumerate(shards, start=1):
         name = single if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({tensor: _draw(shape, generator) for tensor, shape in shard.items()}, folder / name, {"format": "pt"})
+        tensors = {tensor: _draw(shape, generator, dtype) for tensor, shape in shard.items()}
+        save_file(tensors, folder / name, {"format": "pt"})
         index |= dict.fromkeys(shard, name)
         progress(f"wrote {name}, {number} of {len(shards)}")
     if len(shards) > 1:
         (folder / index_file).write_text(json.dumps({"metadata": {}, "weight_map": index}), encoding="utf-8")
+    config.dtype = dtype
     config.save_pretrained(folder)
 
 
@@ -68,22 +73,22 @@ def _shapes(config: PretrainedConfig) -> _Shapes:
     return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
-def _sharded(shapes: _Shapes) -> Iterator[_Shapes]:
+def _sharded(shapes: _Shapes, dtype: torch.dtype) -> Iterator[_Shapes]:
     shard: _Shapes = {}
     for name, shape in shapes.items():
-        if shard and sum(map(_size, shard.values())) + _size(shape) > SHARD_BYTES:
+        if shard and sum(_size(it, dtype) for it in shard.values()) + _size(shape, dtype) > SHARD_BYTES:
             yield shard
             shard = {}
         shard[name] = shape
     yield shard
 
 
-def _size(shape: torch.Size) -> int:
-    return shape.numel() * torch.float32.itemsize
+def _size(shape: torch.Size, dtype: torch.dtype) -> int:
+    return shape.numel() * dtype.itemsize
 
 
-def _draw(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    return torch.empty(shape).normal_(0.0, STANDARD_DEVIATION, generator=generator)
+def _draw(shape: torch.Size, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype).normal_(0.0, STANDARD_DEVIATION, generator=generator)
 
 
 def _check_room(folder: Path, size: int) -> None:
@@ -105,6 +110,8 @@ class ObfuscateBench:
     transforms: tuple[str, ...] = ("structured",)
     profile: str = "private"
     first_blocks: int | None = None
+    dtype: str = "float32"
+    """Of the weights, in the files and in both processes."""
     threads: int = 2
     rounds: int = 3
     memory_kept: bool = False
@@ -120,8 +127,13 @@ class ObfuscateBench:
         if self.model is not None:
             return self._measure(self.model, progress)
         with tempfile.TemporaryDirectory(prefix="obfuscatune-bench-", dir=temporary_root()) as folder:
-            write_random_checkpoint(config_of(self.shape, self.layers), Path(folder), progress)
+            write_random_checkpoint(config_of(self.shape, self.layers), Path(folder), progress, self._dtype)
             return self._measure(Path(folder), progress)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
 
     def _measure(self, model: Path, progress: Progress) -> ObfuscateResult:
         rounds: dict[str, list[dict[str, Any]]] = {transform: [] for transform in self.transforms}
@@ -138,6 +150,7 @@ class ObfuscateBench:
         settings = {
             "model": str(model),
             "profile": self.profile,
+            "dtype": self.dtype,
             "knobs": {name: value for name, value in knobs.items() if value is not None},
             "threads": self.threads,
             "kept_bytes": kept_bytes,
@@ -188,7 +201,7 @@ class ObfuscateResult:
             f"`{b.profile}`" if b.first_blocks is None else f"`{b.profile}` with {b.first_blocks} first blocks kept"
         )
         columns = ["transform", "seconds", "processor seconds, enclave + worker", "reading", "transforming", "sending"]
-        columns += ["enclave's peak", "worker's peak", "sent", "stays in the enclave"]
+        columns += ["enclave's peak", "of it anonymous", "worker's peak", "sent", "stays in the enclave"]
         rows = []
         for transform in self.rounds:
             it = self.best(transform)
@@ -199,7 +212,7 @@ class ObfuscateResult:
                     f"**{it['seconds']:.1f}**",
                     f"{it['enclave_cpu_seconds']:.1f} + {it['worker_cpu_seconds']:.1f}",
                     *(f"{it['stages'][stage]:.1f}" for stage in ("reading", "transforming", "sending")),
-                    *(format_bytes(it[name]) for name in ("enclave_peak_bytes", "worker_peak_bytes", "bytes_uploaded")),
+                    *(format_bytes(it[name]) for name in _SIZES),
                     f"{format_bytes(it['enclave_bytes'])}, {share}",
                 )
             )
@@ -207,7 +220,7 @@ class ObfuscateResult:
         cost = self.new_memory_seconds_per_byte * taken
         kept = "\nA process beside it held as much, and gave it back as the worker took it." if b.memory_kept else ""
         parts = (
-            f"Obfuscating {name}{depth}, profile {profile}, float32, {b.threads} threads; best of {b.rounds}.",
+            f"Obfuscating {name}{depth}, profile {profile}, {b.dtype}, {b.threads} threads; best of {b.rounds}.",
             markdown_table(columns, rows),
             f"To take {format_bytes(taken)} of new memory costs one core {cost:.1f} s here.{kept}",
             ", ".join(f"{name} {value}" for name, value in self.environment.items()),

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from obfuscatune.backend import Computer
 from obfuscatune.enclave import kernels
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.masks import DEVIATION, GRID, draw
 from obfuscatune.enclave.mixing import KroneckerMixer
 from obfuscatune.enclave.verification import Verifier
 from obfuscatune.report.page import markdown_table
-from obfuscatune.worker.backend import Computer
 
 SHAPES = ((1, 256, 768), (9, 768, 256), (64, 256, 1024), (24, 3072, 768))
 """(n, p, q) of the honest calls."""

@@ -10,7 +10,15 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+)
 
 from obfuscatune.enclave.config import read_config
 from obfuscatune.errors import ConfigError, ModelFileError
@@ -23,10 +31,19 @@ _GPT2 = {  # width, heads, layers
     "gpt2-large": (1280, 20, 36),
     "gpt2-xl": (1600, 25, 48),
 }
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
-NAMES = (*_GPT2, "llama-3.2-1b", "llama-3-8b")
+NAMES = (*_GPT2, "llama-3.2-1b", "llama-3.1-8b", "qwen3-moe")
 """The known shapes."""
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+LORA_BESIDE_EXPERTS = LORA | {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+"""PEFT has no dropout for stacks of experts, and `protect` none of their factors."""
 RATE = 1e-4
 SEED = 0
 NEW_TOKENS = 16
@@ -65,11 +82,20 @@ def _named(shape: str) -> PretrainedConfig | None:
         return LlamaConfig(
             vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
             num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
+            max_position_embeddings=131072, rms_norm_eps=1e-5, rope_parameters=_LLAMA3_ROPE | {"factor": 32.0},
         )  # fmt: skip
-    if shape == "llama-3-8b":
+    if shape == "llama-3.1-8b":
         return LlamaConfig(
             vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-            num_attention_heads=32, num_key_value_heads=8,
+            num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=False,
+            max_position_embeddings=131072, rms_norm_eps=1e-5, rope_parameters=_LLAMA3_ROPE | {"factor": 8.0},
+        )  # fmt: skip
+    if shape == "qwen3-moe":  # Qwen3-30B-A3B
+        return Qwen3MoeConfig(
+            vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=48,
+            num_attention_heads=32, num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8,
+            moe_intermediate_size=768, norm_topk_prob=True, tie_word_embeddings=False,
+            max_position_embeddings=40960, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         )  # fmt: skip
     return None
 
@@ -88,6 +114,11 @@ def random_model(config: PretrainedConfig) -> PreTrainedModel:
     torch.manual_seed(SEED)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     return model
+
+
+def lora_of(config: PretrainedConfig) -> LoraConfig:
+    """The adapter that a step trains: on all linear layers, of a mixture of experts on those of attention."""
+    return LoraConfig(**(LORA_BESIDE_EXPERTS if getattr(config, "num_experts", None) else LORA))
 
 
 class Workload:
@@ -110,7 +141,7 @@ class LoraStep(Workload):
     def __init__(self, model: PreTrainedModel, batch: int, length: int) -> None:
         torch.manual_seed(SEED)
         with without_peft_warnings():
-            self._model = get_peft_model(model, LoraConfig(**LORA)).train()
+            self._model = get_peft_model(model, lora_of(model.config)).train()
         self._optimizer = make_optimizer(self._model, lr=RATE, weight_decay=0.01)
         self._ids = _random_ids(model, batch, length)
 
@@ -172,6 +203,6 @@ WORKLOADS: dict[str, Callable[[PreTrainedModel, int, int], Workload]] = {
 
 
 def _random_ids(model: PreTrainedModel, batch: int, length: int) -> torch.Tensor:
-    """Token ids (batch, length), int64, the same in every process."""
+    """Token ids (batch, length), int64, on the model's device, the same in every process."""
     torch.manual_seed(SEED)
-    return torch.randint(model.config.get_text_config().vocab_size, (batch, length))
+    return torch.randint(model.config.get_text_config().vocab_size, (batch, length)).to(model.device)

@@ -12,6 +12,8 @@ from obfuscatune.errors import TermsError
 MOST_MODELS = 1024
 """Of all providers together, those that were revoked among them."""
 MOST_CONSENTS = 16384
+MOST_ASKED, MOST_ASKED_SHOWN = 16, 256
+"""Consents that one owner waits for, of one model: the oldest goes first; and how many of all owners are told of."""
 
 
 class Latest(NamedTuple):
@@ -33,6 +35,7 @@ class GrantRegistry:
         self._latest = dict(latest or {})
         self._grants: dict[str, Grant] = {}
         self._consents: dict[tuple[str, str, str], Consent] = {}
+        self._asked: dict[tuple[str, str, str], None] = {}
         self._lock = threading.Lock()
 
     @property
@@ -92,6 +95,7 @@ class GrantRegistry:
         with self._lock:
             self._check_consent(consent)
             self._consents[consent.model, consent.owner, consent.adapter] = consent
+            self._asked.pop((consent.model, consent.owner, consent.adapter), None)
 
     def check_consent(self, consent: Consent) -> bool:
         """See whether a consent can be taken; whether it is a new one.
@@ -107,6 +111,31 @@ class GrantRegistry:
         """How many count for a model."""
         with self._lock:
             return sum(key[0] == model for key in self._consents)
+
+    def ask_consent(self, model: str, owner: str, adapter: str) -> bool:
+        """Note that an owner wants an adapter out, where the provider wants to be asked. Returns whether it was."""
+        with self._lock:
+            grant = self._grants.get(model)
+            if grant is None or owner not in grant.terms.owners or grant.terms.export != "provider-consent":
+                return False
+            if (model, owner, adapter) in self._consents:
+                return False
+            self._asked.setdefault((model, owner, adapter))
+            own = [key for key in self._asked if key[0] == model and key[1] == owner]
+            for key in own[: max(0, len(own) - MOST_ASKED)]:
+                del self._asked[key]
+            return True
+
+    def asked(self, model: str) -> list[dict[str, str]]:
+        """The consents that owners wait for, the oldest first."""
+        with self._lock:
+            waiting = [{"owner": owner, "adapter": it} for name, owner, it in self._asked if name == model]
+        return waiting[:MOST_ASKED_SHOWN]
+
+    def consents_to(self, model: str, owner: str) -> list[str]:
+        """The adapters that may go to an owner by consent."""
+        with self._lock:
+            return [it for name, whose, it in self._consents if (name, whose) == (model, owner)]
 
     def check(
         self, model: str, owner: str, use: str, now: datetime.datetime, tokens_used: int, tokens_wanted: int = 1
@@ -171,3 +200,4 @@ class GrantRegistry:
 
     def _forget_consents(self, model: str) -> None:
         self._consents = {key: it for key, it in self._consents.items() if key[0] != model}
+        self._asked = {key: it for key, it in self._asked.items() if key[0] != model}

@@ -59,6 +59,10 @@ _COMMANDS = {
         "obfuscatune lm-eval run --model obfuscatune --model_args pretrained=./llama --tasks sciq",
     ),
     "inspect": _Command("Show where each layer runs and what crosses.", "obfuscatune inspect --model ./llama"),
+    "advise": _Command(
+        "Say what to expect on this machine, with these workers.",
+        "obfuscatune advise --shape llama-3.1-8b --work decode --batch 8 --worker tcp:10.0.0.2:7600",
+    ),
     "bench": _Command("Time a protected step beside a plain one.", "obfuscatune bench step"),
     "reproduce": _Command(
         "Make the paper's tables anew.", "obfuscatune reproduce --preset cpu --data-root data --out reproduce-out"
@@ -72,6 +76,10 @@ _COMMANDS = {
         "Verify the receipt of a job.", "obfuscatune verify-receipt receipt.json --policy policy.yaml"
     ),
     "worker": _Command("Run the untrusted worker.", "obfuscatune worker --listen unix:/run/obfuscatune.sock"),
+    "fleet": _Command(
+        "Run workers on many machines, and publish who they are.",
+        "obfuscatune fleet up --engine ray --workers 8 --peer enclave-cert.pem --state fleet/",
+    ),
     "provider": _Command(
         "Seal a model, and release its key to an enclave you checked.",
         "obfuscatune provider seal ./llama -o bundle/ --identity keys",

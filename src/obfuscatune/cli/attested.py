@@ -68,8 +68,7 @@ class EnclaveOptions:
                 output.stderr().print(WARNING, style="bold red", soft_wrap=True)
             output.notice("\n".join(map(str, record.checks)))
             output.notice(f"verified {self.enclave}, whose key is {channel.enclave_key}")
-            if self.verification_out is not None:
-                _keep(record, self.verification_out)
+            self.keep(record)
             yield channel, identity
 
     def connector(self) -> "tuple[Callable[[], Attested], Identity]":
@@ -93,6 +92,22 @@ class EnclaveOptions:
         )
         return connect, identity
 
+    def keep(self, record: "Verification | None") -> None:
+        """Write the verification document where --verification-out says.
+
+        Raises:
+            ConfigError: it cannot be written.
+        """
+        from obfuscatune.attest.record import to_file_bytes
+
+        path = self.verification_out
+        if path is None or record is None:
+            return
+        try:
+            write_new(path, to_file_bytes(record), 0o644)
+        except OSError as error:
+            raise ConfigError(f"cannot write {path}: {error.strerror or error}; nothing was released") from error
+
     def _cache(self) -> "CollateralCache | None":
         from obfuscatune.attest.collateral import INTEL_PCS, CollateralCache, fetch_from
 
@@ -105,15 +120,6 @@ class EnclaveOptions:
             raise ConfigError(f"--fetch-collateral is intel, or the https:// address of a PCCS, not {source!r:.80}")
         fetch = None if source is None else fetch_from(INTEL_PCS if source == "intel" else source)
         return CollateralCache(self.collateral, fetch)
-
-
-def _keep(record: "Verification", path: Path) -> None:
-    from obfuscatune.attest.record import to_file_bytes
-
-    try:
-        write_new(path, to_file_bytes(record), 0o644)
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror or error}; nothing was released") from error
 
 
 def parse_enclave(text: str, option: str = "--enclave") -> TcpAddress:

@@ -13,6 +13,7 @@ from obfuscatune.cli import options, output
 from obfuscatune.cli.session import open_files
 from obfuscatune.errors import ConfigError
 from obfuscatune.option import Option
+from obfuscatune.protocol.addresses import DeviceAddress
 from obfuscatune.protocol.files import temporary_root
 
 if TYPE_CHECKING:
@@ -55,6 +56,13 @@ def audit(
             least=16,
         ),
     ] = 32,
+    worker: Annotated[
+        str | None,
+        Option(
+            "device:cuda:N or device:cpu: record what crosses the bus to that device, and on device:cpu for masks.",
+            unset="processes on this machine",
+        ),
+    ] = None,
     out: Annotated[Path, Option("Folder for report.html, audit.json and audit.md.")] = Path("runs/audit"),
     fail_above: Annotated[
         float | None,
@@ -78,6 +86,7 @@ def audit(
     from obfuscatune.audit.grid import attacks_of, columns_of, run_grid
     from obfuscatune.audit.verdict import exceeding
 
+    device = None if worker is None else DeviceAddress.parse(worker)
     variants = parse_variants(profile or ",".join(default_names()))
     attacks = attacks_of(_attacker(attacker))
     with ExitStack() as stack:
@@ -94,7 +103,7 @@ def audit(
             tried = sum(1 + len(attacks) * len(columns_of(variant)) for variant in variants)
             meter.expect(len(scenarios) * seeds * tried)
             done = partial(meter.advance, 1)
-            grid = run_grid(scenarios, variants, attacks, seeds, recording=meter.begin, done=done)
+            grid = run_grid(scenarios, variants, attacks, seeds, recording=meter.begin, done=done, device=device)
     _write(grid, out)
     if as_json:
         output.write_json(json.loads((out / FIGURES).read_text("utf-8")))

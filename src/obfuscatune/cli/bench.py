@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from obfuscatune.cli import bench_device as bench_device
+from obfuscatune.cli import bench_fleet as bench_fleet
 from obfuscatune.cli import bench_step as bench_step
 from obfuscatune.cli import options
 from obfuscatune.cli.bench_group import (
@@ -28,15 +30,14 @@ from obfuscatune.machine import cores
 from obfuscatune.option import Option, parse_size
 
 KEPT = Path("benchmarks/results")
-CALIBRATED_ON = "private"
 EXIT_FAILED = 1
 """A ratio or a process has grown."""
-_SPEEDS = "Speeds other than the measured ones"
 
 
 @command(
     "obfuscatune bench obfuscate --shape gpt2-xl --out benchmarks/results",
     "obfuscatune bench obfuscate --shape gpt2 --transform structured --transform haar",
+    "obfuscatune bench obfuscate --shape llama-3.1-8b --layers 4 --dtype bfloat16 --rounds 1",
 )
 def obfuscate(
     shape: Shape = "gpt2-xl",
@@ -47,6 +48,7 @@ def obfuscate(
     rounds: Annotated[int, Option("Loads with each transform; the fastest counts.", least=1)] = 3,
     profile: options.Profile = None,
     first_blocks: options.FirstBlocks = None,
+    dtype: options.Dtype = None,
     memory_kept: Annotated[
         bool,
         Option(
@@ -79,6 +81,7 @@ def obfuscate(
         transforms=transforms,
         profile=profile,
         first_blocks=first_blocks,
+        dtype=options.check_dtype(dtype),
         threads=threads or cores(),
         rounds=rounds,
         memory_kept=memory_kept,
@@ -173,8 +176,8 @@ def wire(
     """Time rows on their way to a worker on this machine and back, by each kind of link.
 
     What the worker takes to multiply them is on its own clock and taken off. Beside each, a bare ping-pong of two
-    processes that pass as many bytes. A line is fitted to each link: its latency and its bandwidth, which
-    `bench predict` reckons with.
+    processes that pass as many bytes. A line is fitted to each link: its latency and its bandwidth. Those to workers
+    elsewhere are measured by `obfuscatune advise`.
     """
     from obfuscatune.bench.wire import LINKS, ROWS, WireBench
 
@@ -272,49 +275,3 @@ def memory(
     ending.show(measured, result_name("memory", measured.bench["shape"], layers, *bench.profiles), measured.picture())
     if measured.grows:
         raise typer.Exit(EXIT_FAILED)
-
-
-@command(
-    "obfuscatune bench predict --from benchmarks/results/2026-01-31-step-gpt2-private.json --shape gpt2-xl "
-    "--worker-gflops 20000 --link-gbytes 1.2 --latency-us 100"
-)
-def predict(
-    measured: Annotated[Path, Option("JSON file of bench step or forward: its speeds are taken.", name="from")],
-    shape: Annotated[str, Option("gpt2, …, llama-3.2-1b, llama-3-8b, or a config.json.")] = "gpt2-xl",
-    layers: Layers = None,
-    batch: Batch = 2,
-    length: Length = 256,
-    profile: options.Profile = None,
-    worker_gflops: Annotated[float | None, Option("10⁹ operations a second of a product.", _SPEEDS)] = None,
-    link_gbytes: Annotated[float | None, Option("10⁹ bytes a second, there and back.", _SPEEDS)] = None,
-    latency_us: Annotated[float | None, Option("Of one crossing, in µs.", _SPEEDS)] = None,
-    against: Annotated[
-        Path | None, Option("Predict what was kept in this folder instead, beside the measured ratios.")
-    ] = None,
-    as_json: options.AsJson = False,
-) -> None:
-    """Predict the ratio of protected to plain from a model's shape and from speeds (docs/cost-model.md).
-
-    The speeds are those at which a kept result was made; those of a worker on an accelerator or another host are given.
-    """
-    from obfuscatune.bench.compare import kept_results, read_result
-    from obfuscatune.bench.predict import calibrated, check, check_as_markdown, count_work
-    from obfuscatune.bench.predict import predict as predicted
-    from obfuscatune.enclave.profiles import resolve
-
-    document = read_result(measured)
-    latency = None if latency_us is None else latency_us * 1e-6
-    speeds = calibrated(document, CALIBRATED_ON).with_changes(worker_gflops, link_gbytes, latency)
-    if against is not None:
-        rows = list(check(kept_results(against, document), speeds))
-        if as_json:
-            write_json([asdict(row) | {"error": row.error} for row in rows])
-        else:
-            write_text(check_as_markdown(rows))
-        return
-    work = count_work(document["bench"]["work"], shape, layers, batch, length, resolve(profile or CALIBRATED_ON))
-    found = predicted(work, speeds)
-    if as_json:
-        write_json({"work": asdict(work), "speeds": asdict(speeds), **found.as_json()})
-    else:
-        write_text(found.as_markdown())

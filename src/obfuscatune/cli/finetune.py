@@ -96,7 +96,7 @@ def finetune(
     wanted = replace(protection, plain=recipe.plain).unless_plain()
     if wanted is not None:
         of_recipe = (
-            *("worker", "mask_worker", "mask_memory", "mask_budget"),
+            *("worker", "fleet", "mask_worker", "mask_memory", "mask_budget", "enclave_device"),
             *("profile", "first_blocks", "base", "public_base"),
         )
         wanted = replace(wanted, **{name: getattr(recipe, name) for name in of_recipe})

@@ -14,14 +14,17 @@ def command_group(name: str, help_text: str) -> typer.Typer:
     return group
 
 
-def command_of(group: typer.Typer, *examples: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Registers a function as a command of the group, its name with dashes, with the examples below its help."""
+def command_of(
+    group: typer.Typer, *examples: str, name: str | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Registers a function as a command of the group, by its name with dashes, with the examples below its help."""
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         epilog = "\n\n".join(f"Example: {it}" for it in examples)
         help_text = "\n\n".join(" ".join(part.split()) for part in (function.__doc__ or "").split("\n\n"))
-        name = function.__name__.replace("_", "-")
-        group.command(name, help=help_text, epilog=epilog)(with_options(function))
+        group.command(name or function.__name__.replace("_", "-"), help=help_text, epilog=epilog)(
+            with_options(function)
+        )
         return function
 
     return register

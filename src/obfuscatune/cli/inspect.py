@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from obfuscatune.cli import options
+from obfuscatune.cli.fleet_table import placed_document, placed_table
 from obfuscatune.cli.output import progress, write_json
 from obfuscatune.cli.session import advise_of_public_base
 from obfuscatune.option import Option
@@ -28,6 +29,9 @@ def inspect(
     base: options.Base = None,
     first_blocks: options.FirstBlocks = None,
     dtype: options.Dtype = None,
+    fleet: Annotated[
+        Path | None, Option("Also show which of the workers that a fleet.yaml names would hold what.")
+    ] = None,
     full: Annotated[bool, Option("List every layer; else blocks that are alike share a line.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -38,10 +42,11 @@ def inspect(
     numbers = options.check_dtype(dtype)
     with progress("reading the configuration"):
         plan, provider = _make_plan(model, profile or "private", first_blocks, numbers, base, provider_adapter)
+    placed = None if fleet is None else placed_document(plan, fleet)
     if as_json:
-        write_json(_document(plan) | {"provider_adapter": provider})
+        write_json(_document(plan) | {"provider_adapter": provider} | ({} if placed is None else {"fleet": placed}))
     else:
-        _print(plan, full, provider)
+        _print(plan, full, provider, placed)
 
 
 def _make_plan(
@@ -108,7 +113,7 @@ def _layer_document(layer: "LayerPlan") -> dict[str, object]:
     }
 
 
-def _print(plan: "Plan", full: bool, provider: dict[str, Any] | None) -> None:
+def _print(plan: "Plan", full: bool, provider: dict[str, Any] | None, placed: dict[str, Any] | None) -> None:
     from rich.console import Console
 
     from obfuscatune.report.page import format_count
@@ -120,6 +125,9 @@ def _print(plan: "Plan", full: bool, provider: dict[str, Any] | None) -> None:
     console.print()
     console.print(_enclave_table(plan))
     console.print()
+    for party, own in (placed or {}).items():
+        console.print(placed_table(party, own))
+        console.print()
     if provider is not None:
         console.print(
             f"provider   {format_count(provider['parameters'])} parameters of the provider's adapter stay here"

@@ -19,6 +19,7 @@ ENVIRONMENT = {
     "base": "OBFUSCATUNE_BASE",
     "provider_adapter": "OBFUSCATUNE_PROVIDER_ADAPTER",
     "worker": "OBFUSCATUNE_WORKER",
+    "fleet": "OBFUSCATUNE_FLEET",
     "profile": "OBFUSCATUNE_PROFILE",
     "key_file": "OBFUSCATUNE_KEY_FILE",
     "tls_cert": "OBFUSCATUNE_TLS_CERT",

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from obfuscatune.cli import options, sealing, service_use
+from obfuscatune.cli import console, options, sealing, service_use
 from obfuscatune.cli.groups import command_group, command_of
 
 owner = command_group("owner", "Seal data, and use a service that you have checked.")
@@ -49,3 +49,4 @@ command_of(owner, f"obfuscatune owner jobs {_ON}")(service_use.jobs)
 command_of(owner, f"obfuscatune owner fetch-adapter {_ON} --job ftjob-abc123 --out adapter/")(service_use.fetch_adapter)
 command_of(owner, f"obfuscatune owner receipt {_ON} --job ftjob-abc123 --out receipt.json")(service_use.receipt)
 command_of(owner, f"obfuscatune owner audit-log {_ON} --out audit.jsonl")(service_use.audit_log)
+command_of(owner, f"obfuscatune owner console {_ON} --open", name="console")(console.owner_console)

@@ -194,7 +194,7 @@ def _dry_run_document(
         "provider_adapter": provider_summary(below),
         "enclave": {"parameters": plan.enclave_parameters, "bytes": plan.enclave_parameters * dtype.itemsize},
         "worker": {
-            "address": None if protection is None else protection.worker,
+            "address": None if protection is None else protection.named_workers,
             "parameters": plan.worker_parameters,
             "bytes_sent_once": plan.upload_bytes,
         },

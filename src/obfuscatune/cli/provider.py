@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from obfuscatune.cli import grants, options, sealing
+from obfuscatune.cli import console, grants, options, sealing
 from obfuscatune.cli.groups import command_group, command_of
 
 provider = command_group("provider", "Seal a model, and release its key to an enclave that you have checked.")
@@ -50,3 +50,6 @@ command_of(
     "--adapter ft:llama:1",
 )(grants.consent)
 command_of(provider, f"obfuscatune provider status {_ENCLAVE}")(grants.status)
+command_of(provider, f"obfuscatune provider console {_ENCLAVE} --keys keys --open", name="console")(
+    console.provider_console
+)

@@ -50,21 +50,25 @@ def serve(
 
     def told(where: "Listening") -> None:
         if as_json:
-            output.write_json({"api": where.api, "channel": where.channel, "operator": where.operator})
+            output.write_json(
+                {"api": where.api, "channel": where.channel, "operator": where.operator, "console": where.console}
+            )
             sys.stdout.flush()  # whoever waits for it reads a pipe
         else:
             output.notice(f"attested channel at {where.channel}, API at https://{where.api}")
+            if where.console is not None:
+                output.notice(f"the operator's console, by a link for one use: {where.console}")
 
     with output.progress("starting"):
-        service = Service(settings, measured)
+        service = Service(settings, measured, output.notice)
     service.run(told)
 
 
 def _check(settings: "Settings") -> None:
-    from obfuscatune.enclave.client import WorkerClient
+    from obfuscatune.enclave.client import open_link
     from obfuscatune.service.server import make_producer
 
     make_producer(settings).attest(bytes(64))
     for worker in (settings.worker, settings.mask_worker):
         if worker is not None:
-            WorkerClient.open(worker.address, tls=settings.tls_of(worker)).close()
+            open_link(worker.address, tls=settings.tls_of(worker)).close()

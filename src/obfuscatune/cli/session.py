@@ -20,10 +20,12 @@ from obfuscatune.option import Option
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from obfuscatune.enclave.client import WorkerClient
+    from obfuscatune.enclave.client import WorkerLink
+    from obfuscatune.enclave.fleet import Worker
     from obfuscatune.enclave.local_worker import LocalWorker
     from obfuscatune.enclave.profiles import Profile
     from obfuscatune.enclave.protection import Masking
+    from obfuscatune.fleet.fleet_file import Fleet
     from obfuscatune.protocol.tls import TlsConfig
 
 
@@ -87,10 +89,18 @@ class Protection:
     worker: Annotated[
         str | None,
         Option(
-            "Address of a running worker: unix:PATH or tcp:HOST:PORT.",
+            "Address of a running worker: unix:PATH or tcp:HOST:PORT; or a GPU of this machine: device:cuda:N.",
             PROTECTION,
             unset="starts one on this machine",
             variable=ENVIRONMENT["worker"],
+        ),
+    ] = None
+    fleet: Annotated[
+        Path | None,
+        Option(
+            "File that names many workers, which act as one: fleet.yaml (docs/fleet.md).",
+            PROTECTION,
+            variable=ENVIRONMENT["fleet"],
         ),
     ] = None
     profile: options.Profile = None
@@ -138,19 +148,47 @@ class Protection:
         ),
     ] = None
 
+    enclave_device: Annotated[
+        str | None,
+        Option("Where the enclave's own part lies: cpu, or cuda:N, a confidential GPU.", PROTECTION, unset="cpu"),
+    ] = None
+
     def __post_init__(self) -> None:
         if self.base not in (None, "closed", "public"):
             raise ConfigError(f"--base: expected closed or public, found {self.base}")
         if self.public_base and self.base == "closed":
             raise ConfigError("--public-base says that the weights are published, --base closed that they are not")
+        if self.fleet is not None:
+            self._settle_fleet()
         if self.mask_budget is not None and not 0 < self.mask_budget < 1:
             raise ConfigError(f"--mask-budget: expected an advantage above 0 and below 1, found {self.mask_budget:g}")
+
+    def _settle_fleet(self) -> None:
+        """See that a fleet stands alone; what is named on the command line wins over the environment.
+
+        Raises:
+            ConfigError: a worker is named beside it.
+        """
+        for name in ("worker", "peer", "mask_worker", "mask_peer"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if options.is_from_environment(name, value):
+                object.__setattr__(self, name, None)
+            elif options.is_from_environment("fleet", self.fleet):
+                object.__setattr__(self, "fleet", None)
+                return
+            else:
+                option = name.replace("_", "-")
+                raise ConfigError(f"--fleet names all workers and their certificates: leave out --{option}")
 
     @property
     def tls(self) -> "TlsConfig | None":
         """Our identity, and the worker's certificate."""
         from obfuscatune.protocol.tls import TlsConfig
 
+        if self.fleet is not None and self.tls_cert is not None and self.tls_key is not None:
+            return TlsConfig(self.tls_cert, self.tls_key, b"")  # each member of a fleet has its own
         if self.peer is None and self.mask_peer is not None:  # the worker is on this host, the mask worker is not
             return None
         return TlsConfig.from_options(self.tls_cert, self.tls_key, self.peer)
@@ -173,6 +211,31 @@ class Protection:
             tls = TlsConfig(self.tls_cert, self.tls_key, self.mask_peer)
         memory = DEFAULT_MASKING.memory_bytes if self.mask_memory is None else parse_size(self.mask_memory)
         return Masking(tls, memory, self.mask_budget or DEFAULT_MASKING.budget)
+
+    @property
+    def named_workers(self) -> str | None:
+        """What was named: an address, or a fleet's file; None where a worker is started."""
+        return self.worker if self.fleet is None else str(self.fleet)
+
+    @property
+    def workers(self) -> "str | Fleet | None":
+        """The worker's address, or the fleet.
+
+        Raises:
+            ConfigError: the fleet's file cannot be used.
+        """
+        if self.fleet is None:
+            return self.worker
+        from obfuscatune.fleet.fleet_file import Fleet
+
+        return Fleet.read(self.fleet)
+
+    @property
+    def names_two_devices(self) -> bool:
+        """Whether both workers are devices of this machine."""
+        from obfuscatune.enclave.placement import device_of
+
+        return None not in (device_of(self.worker), device_of(self.mask_worker))
 
     def unless_plain(self) -> "Protection | None":
         """None where a run is to be plain.
@@ -345,25 +408,32 @@ def _with_provider_adapter(model: Any, directory: Path) -> Any:
 @contextmanager
 def _protected(files: ModelFiles, dtype: Any, protection: Protection) -> Iterator[Any]:
     import obfuscatune
+    from obfuscatune.enclave.fleet import parties_of
+    from obfuscatune.enclave.placement import enclave_device
     from obfuscatune.enclave.protect import check_workers
+    from obfuscatune.fleet.fleet_file import Fleet
 
     key = None if protection.key_file is None else obfuscatune.RootKey.from_file(protection.key_file)
     profile = resolved_profile(protection)
     named = protection.worker is not None and not options.is_from_environment("worker", protection.worker)
-    if named and not profile.offload:
-        raise ConfigError(f"--profile {profile.name} runs without a worker: leave out --worker")
+    if (named or protection.fleet is not None) and not profile.offload:
+        option = "--worker" if named else "--fleet"
+        raise ConfigError(f"--profile {profile.name} runs without a worker: leave out {option}")
     if profile.is_as_published:
         output.warn_as_published()
     advise_of_public_base(protection.base, profile, files.config, files.directory)
-    masking = protection.masking
-    check_workers(protection.worker, protection.mask_worker, profile, protection.tls, masking)
-    if profile.masks and protection.worker is None:
+    masking, workers = protection.masking, protection.workers
+    enclave_device(protection.enclave_device, workers, protection.mask_worker)
+    check_workers(workers, protection.mask_worker, profile, protection.tls, masking)
+    compute, mask = parties_of(workers, protection.mask_worker, masks=profile.masks)
+    mask_tls = protection.tls if isinstance(mask, Fleet) else masking.tls
+    if profile.masks and (workers is None or protection.names_two_devices):
         output.notice(
             "both workers run on this machine, in one hand: good to try it out; masks hide from two that do not collude"
         )
     with ExitStack() as stack:
-        link = stack.enter_context(_opened_link(protection.worker, protection.tls)) if profile.offload else None
-        masks = stack.enter_context(_opened_link(protection.mask_worker, masking.tls)) if profile.masks else None
+        link = stack.enter_context(opened_link(compute, protection.tls)) if profile.offload else None
+        masks = stack.enter_context(opened_link(mask, mask_tls)) if profile.masks else None
         with output.progress("sending the transformed matrices" if profile.offload else "reading the model") as meter:
             model = obfuscatune.load(
                 files.directory,
@@ -373,6 +443,7 @@ def _protected(files: ModelFiles, dtype: Any, protection: Protection) -> Iterato
                 profile=profile,
                 dtype=dtype,
                 key=key,
+                device=protection.enclave_device,
                 progress=_forward_progress(meter),
                 base=None if profile.masks else "closed",  # what there is to say of it was said above, in our words
             )
@@ -405,21 +476,34 @@ def resolved_profile(protection: Protection) -> "Profile":
 
 
 @contextmanager
-def _opened_link(address: str | None, tls: "TlsConfig | None") -> Iterator["WorkerClient"]:
-    """A client of the worker that was named, or of one started for as long as the `with` lasts."""
+def opened_link(worker: "Worker", tls: "TlsConfig | None") -> Iterator["WorkerLink"]:
+    """A link to the worker or fleet that was named, or to one started for as long as the `with` lasts."""
     import obfuscatune
+    from obfuscatune.enclave.client import WorkerLink, open_link
+    from obfuscatune.enclave.fleet import open_fleet
+    from obfuscatune.fleet.fleet_file import Fleet
 
     with ExitStack() as stack:
+        if isinstance(worker, WorkerLink):
+            yield worker
+            return
+        if isinstance(worker, Fleet):
+            output.notice(f"connecting to the {worker.party} workers of the fleet")
+            fleet = open_fleet(worker, tls=tls, notice=output.notice)
+            stack.callback(fleet.close)
+            yield fleet
+            return
+        address = worker
         if address is None:
             if tls is not None:
                 raise ConfigError("certificates are for a worker across a network: name it by --worker tcp:HOST:PORT")
             with output.progress("starting a worker on this machine"):
-                worker = stack.enter_context(obfuscatune.local_worker())
-            stack.enter_context(_restarted_when_it_dies(worker))
-            address = worker.address
+                started = stack.enter_context(obfuscatune.local_worker())
+            stack.enter_context(_restarted_when_it_dies(started))
+            address = started.address
         else:
             output.notice(f"connecting to the worker at {address}")  # it may be waited for
-        link = obfuscatune.WorkerClient.open(address, tls=tls)
+        link = open_link(address, tls=tls)
         stack.callback(link.close)
         yield link
 

@@ -58,7 +58,7 @@ def _upload(service: Service, path: Path) -> str:
 
 def list_jobs(service: Service) -> list[dict[str, Any]]:
     """All jobs of this owner, the newest first."""
-    return list(_pages(service, "/v1/fine_tuning/jobs"))
+    return list(pages(service, "/v1/fine_tuning/jobs"))
 
 
 def events(service: Service, job: str, *, wait: Callable[[float], None] = time.sleep) -> Iterator[dict[str, Any]]:
@@ -66,7 +66,7 @@ def events(service: Service, job: str, *, wait: Callable[[float], None] = time.s
     seen: set[str] = set()
     while True:
         over = service.document("GET", f"/v1/fine_tuning/jobs/{job}")["status"] in FINISHED
-        for event in reversed(list(_pages(service, f"/v1/fine_tuning/jobs/{job}/events"))):
+        for event in reversed(list(pages(service, f"/v1/fine_tuning/jobs/{job}/events"))):
             if event["id"] not in seen:
                 seen.add(event["id"])
                 yield event
@@ -75,7 +75,7 @@ def events(service: Service, job: str, *, wait: Callable[[float], None] = time.s
         wait(_SECONDS_BETWEEN_LOOKS)
 
 
-def _pages(service: Service, path: str) -> Iterator[dict[str, Any]]:
+def pages(service: Service, path: str) -> Iterator[dict[str, Any]]:
     """Every element of one of OpenAI's lists."""
     after: dict[str, str] = {}
     while True:

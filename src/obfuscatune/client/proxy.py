@@ -163,9 +163,9 @@ class Supervisor:
         return now + max(SECONDS_BETWEEN_TRIES, left / 2)
 
     def _refuse(self, why: str) -> None:
-        if why != self._refusal:
+        is_new, self._refusal = why != self._refusal, why
+        if is_new:
             self.tell(why)
-        self._refusal = why
 
 
 def make_app(supervisor: Supervisor, *, key: str | None = None) -> Starlette:

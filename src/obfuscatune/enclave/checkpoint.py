@@ -1,12 +1,15 @@
 """A model directory of safetensors shards, read tensor by tensor.
 
 Only safetensors are read: they hold numbers and nothing that runs. A tensor is read when it is asked for, into
-memory of its own, and nothing is mapped: so memory holds what is being worked on and no more.
+memory of its own: so memory holds what is being worked on and no more. A very large one that is to stay, an embedding
+or a head, can be mapped instead: its pages are read when they are touched, and the kernel may drop them again
+(docs/adr/0029).
 """
 
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import weakref
 from dataclasses import dataclass
@@ -19,6 +22,8 @@ from torch import Tensor
 from obfuscatune.errors import ModelFileError
 from obfuscatune.protocol.tensors import bytes_of
 
+MAPPED_FROM_BYTES = 256 << 20
+"""Smallest tensor that `mapped` maps. Of smaller ones memory of their own is faster, and little is won."""
 TILE_BYTES = 1 << 20
 """Most bytes of rows read at a time, unless one row is longer: they stay in the cache until they are used."""
 _LENGTH_BYTES = 8
@@ -50,6 +55,18 @@ class _Shard:
             raise ModelFileError(f"{self._path} cannot be read: {error.strerror}") from error
         if view:
             raise ModelFileError(f"{self._path} is not a whole safetensors file: it ends too early; load it anew")
+
+    def map(self, offset: int, nbytes: int) -> mmap.mmap | None:
+        """A private mapping of the file up to the end of these bytes; None where the file is shorter.
+
+        What is written to it stays with this process. It outlives the descriptor.
+        """
+        try:
+            if os.fstat(self._descriptor).st_size < offset + nbytes:
+                return None
+            return mmap.mmap(self._descriptor, offset + nbytes, access=mmap.ACCESS_COPY)
+        except OSError as error:
+            raise ModelFileError(f"{self._path} cannot be mapped: {error.strerror}") from error
 
 
 @dataclass(frozen=True)
@@ -91,6 +108,21 @@ class Checkpoint:
         tensor = torch.empty(shape, dtype=stored)
         entry.shard.fill(bytes_of(tensor), entry.begin)
         return tensor.to(dtype)
+
+    def mapped(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """As `read`; a tensor of `MAPPED_FROM_BYTES` or more that is stored in that dtype is mapped from its file.
+
+        Raises:
+            ModelFileError: as `read`.
+        """
+        entry, stored = self._checked(name, shape, dtype)
+        nbytes = shape.numel() * stored.itemsize
+        if stored != dtype or nbytes < MAPPED_FROM_BYTES or entry.begin % stored.itemsize:
+            return self.read(name, shape, dtype)
+        memory = entry.shard.map(entry.begin, nbytes)
+        if memory is None:  # `read` says so
+            return self.read(name, shape, dtype)
+        return torch.frombuffer(memory, dtype=stored, count=shape.numel(), offset=entry.begin).view(shape)
 
     def read_one_of(self, name: str, shape: torch.Size, index: int) -> Tensor:
         """The matrix (a, b) at `index` of a stack (n, a, b), in the dtype that it is stored in.

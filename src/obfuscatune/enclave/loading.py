@@ -3,7 +3,8 @@
 config  ->  model without weights  ->  for each group: read W, make W_star in its place, send it
                                    ->  meanwhile, read what stays in the enclave
 
-Two groups at a time, each by a thread of its own from its files to the worker: two large matrices are in memory.
+Two groups at a time, each by a thread of its own from its files to the worker: two large matrices are in memory, or of
+very large ones one.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from obfuscatune.enclave.checkpoint import Checkpoint, shard_names, weights_names
-from obfuscatune.enclave.client import RetryPolicy, WorkerClient
+from obfuscatune.enclave.client import RetryPolicy
 from obfuscatune.enclave.config import empty_model, read_config, read_generation_config, with_changes
+from obfuscatune.enclave.fleet import Workers
 from obfuscatune.enclave.keys import RootKey
 from obfuscatune.enclave.keywords import HubOptions, Keywords
 from obfuscatune.enclave.observer import Observer, StageClock
+from obfuscatune.enclave.placement import enclave_device
 from obfuscatune.enclave.profiles import Profile, resolve
 from obfuscatune.enclave.protect import Progress, adopt, open_clients, released_on_failure, width_of
 from obfuscatune.enclave.protection import Masking, Protection, place
@@ -33,12 +36,15 @@ from obfuscatune.enclave.published import Base, warn_of_public_base
 from obfuscatune.enclave.spill_store import Offloaded, WeightFromFiles
 from obfuscatune.enclave.target_layers import LayerGroup, find_groups
 from obfuscatune.enclave.threads import map_in_threads
+from obfuscatune.enclave.tiles import at_the_end, place_bytes
 from obfuscatune.enclave.weights import StoredWeights
 from obfuscatune.errors import ModelFileError
 from obfuscatune.protocol.tls import TlsConfig
 
 AT_A_TIME = 2
 """Groups that are on their way at a time: while one is read or sent, the other is transformed."""
+PLACES_BYTES = 1 << 29
+"""Memory for them together, unless one alone takes more: where matrices are very large, one at a time is enough."""
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "README.md")
 """Configuration, tokenizer, templates, the index of the weights, and the card, which may name a base model."""
 IN_FOLDERS = ("[!a]*/*", "a[!d]*/*")
@@ -52,7 +58,7 @@ _HUB_REASONS = (
 
 def load(
     model: str | Path,
-    workers: str | WorkerClient | None = None,
+    workers: Workers = None,
     profile: str | Profile = "private",
     *,
     dtype: torch.dtype | str | None = None,
@@ -66,8 +72,9 @@ def load(
     clock: StageClock | None = None,
     base: Base | None = None,
     observer: Observer | None = None,
-    mask_worker: str | WorkerClient | None = None,
+    mask_worker: Workers = None,
     masking: Masking | None = None,
+    device: torch.device | str | None = None,
     **keywords: Any,
 ) -> PreTrainedModel:
     """A protected model from a local directory or from the Hugging Face hub.
@@ -87,7 +94,7 @@ def load(
             and warns with PublicBaseWarning. That the weights themselves are published, and workers may have them, is
             said by `public_base=True`, a knob of profile `guarded`.
         observer: told of the secrets and of every request's plain rows, by an audit.
-        mask_worker, masking: as in `protect`.
+        mask_worker, masking, device: as in `protect`.
         keywords: knobs of the profile, as in `protect`, and what `from_pretrained` takes: token, cache_dir, subfolder,
             variant, local_files_only, force_download, attn_implementation, num_labels, config, ... (keywords.py); what
             cannot be followed is refused by name.
@@ -110,14 +117,15 @@ def load(
     generation = read_generation_config(directory)
     groups = find_groups(skeleton, resolved.first_blocks) if resolved.offload else []
     weights = StoredWeights(checkpoint, skeleton)
-    masking = masking or Masking()
+    masking, own_device = masking or Masking(), enclave_device(device, workers, mask_worker)
     clients = open_clients(workers, mask_worker, resolved, tls, masking, deadline_s, retry)
     protection = Protection.start(clients, resolved, key, width_of(skeleton), observer, masking)
     clock = clock or StageClock()
     with released_on_failure(protection, clients):
         work = partial(_offload, weights=weights, protection=protection, clock=clock)
-        size = max((group.weight_bytes for group in groups), default=0)
-        places = [torch.empty(size, dtype=torch.uint8) for _ in groups[:AT_A_TIME]]
+        size = max((place_bytes(it.shape, it.dtype, protection.transformed_in(it.dtype)) for it in groups), default=0)
+        at_a_time = max(1, min(AT_A_TIME, PLACES_BYTES // max(size, 1)))
+        places = [torch.empty(size, dtype=torch.uint8) for _ in groups[:at_a_time]]
         with map_in_threads(work, groups, places, protection.broken_off) as offloaded:
             with clock.measure("reading"):
                 weights.fill(groups)
@@ -125,6 +133,8 @@ def load(
                 place(skeleton, protection.layers(group, layer))
                 if progress is not None:
                     progress(done, len(groups), group.name)
+        if own_device is not None:
+            skeleton.to(own_device)
     if generation is not None:
         skeleton.generation_config = generation
     skeleton.name_or_path = str(model)  # as from_pretrained has it: adapters name their base so, not a cache's folder
@@ -193,9 +203,10 @@ def _offload(
 ) -> Offloaded:
     """One group from its files to the worker; W, and W_star in its place, lie in `memory`, which is free afterwards."""
     with clock.measure("reading"):
-        W = weights.joint_weight(group, memory)
+        W = at_the_end(memory, group.shape, group.dtype, protection.transformed_in(group.dtype))
+        weights.joint_weight(group, W)
     with clock.measure("transforming"):
-        obfuscated = protection.obfuscate(group, W)
+        obfuscated = protection.obfuscate(group, W, memory=memory)
     with clock.measure("sending"):
         in_turn()  # a worker is sent the matrices in the model's order
         return protection.send(group, obfuscated, WeightFromFiles(partial(weights.joint_weight, group), group.name))

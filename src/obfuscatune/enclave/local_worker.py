@@ -19,7 +19,6 @@ from types import TracebackType
 from typing import Self
 
 from obfuscatune.errors import ConfigError, ConnectionLost, StorageError
-from obfuscatune.native import bound_cores
 from obfuscatune.process import begin_anew_in_children
 from obfuscatune.protocol.files import temporary_root
 
@@ -249,7 +248,12 @@ def _make_folder() -> Path:
 @contextlib.contextmanager
 def _on_all_cores() -> Iterator[None]:
     """Within it, what is started may use all of this process's cores, though OpenMP bound this thread to one."""
-    cores = bound_cores() if any(name in os.environ for name in _BINDING) else set()
+    if not any(name in os.environ for name in _BINDING):
+        yield
+        return
+    from obfuscatune.native import bound_cores  # imports torch, which who only starts workers need not have in memory
+
+    cores = bound_cores()
     if not cores:
         yield
         return

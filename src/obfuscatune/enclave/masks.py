@@ -35,11 +35,11 @@ from torch import Tensor
 
 from obfuscatune.enclave import kernels
 from obfuscatune.enclave.accountant import Accountant
-from obfuscatune.enclave.client import ProductRequest, WorkerClient
+from obfuscatune.enclave.client import PendingProduct, WorkerLink
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.mixing import FewMixing, Mixing
 from obfuscatune.enclave.verification import Check, Verifier
-from obfuscatune.errors import NonFiniteError, ProtectionError, WireError
+from obfuscatune.errors import BadReply, NonFiniteError, ProtectionError, WireError, WrongProduct
 from obfuscatune.machine import cores
 from obfuscatune.native import compute_on
 from obfuscatune.process import begin_anew_in_children
@@ -69,14 +69,14 @@ def draw(stream: SecretStream, rows: int, width: int, deviation: float = DEVIATI
 class MaskRequest:
     """A request to the mask worker for r W*, of one mask or of several that lie one below the other."""
 
-    def __init__(self, request: ProductRequest, check: Check, client: WorkerClient) -> None:
+    def __init__(self, request: PendingProduct, check: Check, client: WorkerLink) -> None:
         """
         Args:
             request: for r W*.
             check: holds the product against secret vectors.
             client: the mask worker's.
         """
-        self._request: ProductRequest | None = request
+        self._request: PendingProduct | None = request
         self._check, self._client = check, client
         self._product = torch.empty(0, dtype=torch.float64)
 
@@ -89,13 +89,19 @@ class MaskRequest:
         """
         request, self._request = self._request, None
         if request is not None:
-            product = request.result()
-            request.rows.zero_()  # our own copy of r, or the mask worker's
-            with self._client.refusing():
-                product = request.own(product)
-                self._check(product)
-            self._product = product
+            try:
+                self._product = self._checked(request, request.result())
+            except (BadReply, WrongProduct) as error:
+                self._product = self._checked(request, self._client.corrected(request, error))
+            finally:
+                request.rows.zero_()  # our own copy of r, or the mask worker's
         return self._product
+
+    def _checked(self, request: PendingProduct, product: Tensor) -> Tensor:
+        with self._client.refusing():
+            product = request.own(product)
+            self._check(product)
+        return product
 
 
 class Mask:
@@ -135,19 +141,24 @@ class Mask:
             raise NonFiniteError("rows to be masked contain NaN or infinity; they were not sent")
         return out
 
-    def reveal(self, Y_masked: Tensor, dtype: torch.dtype) -> Tensor:
+    def reveal(self, Y_masked: Tensor, dtype: torch.dtype, *, again: bool = False) -> Tensor:
         """X* W* (m, q) in `dtype`, in memory of its own, for X' W* (m, q), float64; then r W* is overwritten.
 
-        X' W* is read once, and may lie where the compute worker can write to it.
+        X' W* is read once, and may lie where the compute worker can write to it. With `again`, r W* is kept for another
+        X' W* of the same rows, should this one prove wrong.
 
         Raises:
             ProtectionError: no rows were hidden, or their product has been revealed before.
             WireError: see `MaskRequest.product`.
         """
-        request, self._request = self._request, None
+        request = self._request
         if request is None or self._r is not None:
             raise ProtectionError("this mask hides no product, or has revealed it before")
         product = request.product()[self._rows]
+        if again:
+            product = product.clone()
+        else:
+            self._request = None
         Y_star = torch.empty(product.shape, dtype=dtype)
         kernels.unmask_rows(Y_masked, product, Y_star)
         return Y_star
@@ -253,7 +264,7 @@ class Masks:
 
     def __init__(
         self,
-        client: WorkerClient,
+        client: WorkerLink,
         accountant: Accountant,
         *,
         memory_bytes: int = DEFAULT_MEMORY_BYTES,
@@ -330,12 +341,12 @@ class Masks:
         finally:
             self._stocked = False
 
-    def reveal(self, mask: Mask, Y_masked: Tensor, dtype: torch.dtype) -> Tensor:
+    def reveal(self, mask: Mask, Y_masked: Tensor, dtype: torch.dtype, *, again: bool = False) -> Tensor:
         """See `Mask.reveal`; what it waits for the mask worker is counted."""
         started = time.perf_counter()
         mask.settle()
         self.stats.seconds_waiting += time.perf_counter() - started
-        return mask.reveal(Y_masked, dtype)
+        return mask.reveal(Y_masked, dtype, again=again)
 
     def account(self) -> dict[str, Any]:
         """What was sent under masks, and the most that the compute worker can have learned: for run.json and reports.

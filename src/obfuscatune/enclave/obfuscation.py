@@ -14,7 +14,7 @@ from torch import Tensor
 
 from obfuscatune.enclave.keys import KEY_BYTES, RootKey
 from obfuscatune.enclave.target_layers import ResidualRole
-from obfuscatune.enclave.tiles import transform_in_place
+from obfuscatune.enclave.tiles import sum_of_squares, transform_in_place, widened
 from obfuscatune.enclave.transforms import Transform, TransformSpec
 from obfuscatune.protocol.tensors import bytes_of
 
@@ -83,6 +83,7 @@ def obfuscate(
     epoch: int = 0,
     only: ResidualRole | None = None,
     dtype: torch.dtype | None = None,
+    memory: Tensor | None = None,
 ) -> Obfuscated:
     """Compute W_star = R_in⁻¹ W R_out for W (p, q), contiguous. W is overwritten, unless `dtype` is wider than W's.
 
@@ -97,6 +98,7 @@ def obfuscate(
     Args:
         dtype: of W_star, if wider than W's; None for W's.
         only: the one side that is rotated, as in the paper; the other transform is then 1. None for both sides.
+        memory: bytes for a wider W_star, at whose end W may lie (`tiles.widened`); None for memory of its own.
     """
     p, q = W.shape
     fingerprint = Fingerprint.of(W, key)
@@ -108,7 +110,8 @@ def obfuscate(
         return spec.make(dim, key.stream("transform", str(spec), fingerprint.tag.hex(), epoch, name, only or side))
 
     R_in, R_out = draw(p, "in", "reads"), draw(q, "out", "writes")
-    W_star = transform_in_place(as_fine_as(W, dtype or W.dtype), R_in, R_out, wide=wide)
+    finer = dtype if dtype is not None and is_finer(dtype, W.dtype) else W.dtype
+    W_star = transform_in_place(widened(W, memory, finer), R_in, R_out, wide=wide)
     return Obfuscated(W_star, R_in, R_out, fingerprint, W.dtype, wide, only)
 
 
@@ -128,7 +131,7 @@ def in_range(W_star: Tensor, dtype: torch.dtype) -> float:
     It brings |W_star| / sqrt(max(p, q)) to (1/2, 1]: scaled rows and their products, both ways, are then numbers around
     1, and float16 holds from 6e-8 to 65,504.
     """
-    norm = float(torch.linalg.vector_norm(W_star, dtype=torch.float64)) if dtype == torch.float16 else 0.0
+    norm = math.sqrt(sum_of_squares(W_star)) if dtype == torch.float16 else 0.0
     if norm == 0:
         return 1.0
     mantissa, exponent = math.frexp(norm / math.sqrt(max(W_star.shape)))

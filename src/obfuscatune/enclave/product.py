@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from obfuscatune.enclave.client import ProductRequest, WorkerClient
+from obfuscatune.enclave.client import PendingProduct, WorkerLink
 from obfuscatune.enclave.client.requests import check_finite, not_finite
 from obfuscatune.enclave.masks import LayerMasks, Mask, Masked
 from obfuscatune.enclave.mixing import DENSE_BELOW, FewMixing, Mixer, Mixing
@@ -35,6 +35,7 @@ from obfuscatune.enclave.observer import span
 from obfuscatune.enclave.transforms import Transform
 from obfuscatune.enclave.transforms.base import widen
 from obfuscatune.enclave.verification import Check, Verifier, norm_of
+from obfuscatune.errors import BadReply, WrongProduct
 
 if TYPE_CHECKING:
     from obfuscatune.enclave.kernels.native import RotationOfFew
@@ -174,7 +175,7 @@ class Sent:
     """Rows that were sent, the reply to come, and what undoes what was done to them."""
 
     passage: Passage
-    request: ProductRequest
+    request: PendingProduct
     held: Held
     """The matrix that the rows were sent for."""
     check: Check | None
@@ -200,7 +201,7 @@ class OffloadedProduct:
 
     def __init__(
         self,
-        client: WorkerClient,
+        client: WorkerLink,
         held: Held,
         R_in: Transform,
         R_out: Transform,
@@ -354,40 +355,47 @@ class OffloadedProduct:
 
         Whatever the lot says, no product passes that is larger than rows and matrix can make it (`Verifier.bound`).
         """
-        if crossing.sent is None:
+        sent = crossing.sent
+        if sent is None:
             return crossing.like
-        passage, request, held = crossing.sent.passage, crossing.sent.request, crossing.sent.held
-        Y_star = self._awaited(crossing.sent)  # (m, q)
-        with span("obfuscatune.mix"), self._client.refusing():
-            y, norm = passage.take_up(Y_star, bias, held.scale)  # (n, q)
-            if held.verifier is not None:
-                mixing = passage.mixing
-                held.verifier.bound(
-                    norm, y.numel(), mixing.rows, mixing.size, request.dtype,
-                    transpose=transpose, party=crossing.sent.party,
-                )  # fmt: skip
-        return y
+        with span("obfuscatune.wait"):
+            Y_star = sent.request.result()  # (m, q)
+        own = self._own(sent, Y_star, again=self._client.corrects)
+        try:
+            return self._taken_up(sent, own, bias, transpose=transpose)
+        except (BadReply, WrongProduct) as error:
+            Y_star = self._client.corrected(sent.request, error)
+        return self._taken_up(sent, self._own(sent, Y_star), bias, transpose=transpose)
 
-    def _awaited(self, sent: Sent) -> Tensor:
-        """Wait for the product Y* (m, q), take the mask away, and verify it where it is to be verified.
+    def _own(self, sent: Sent, Y_star: Tensor, *, again: bool = False) -> Tensor:
+        """A product Y* (m, q) without its mask, out of the worker's reach where it is to be verified.
 
         Where some products are verified every one is copied out of the worker's reach, and only then the lot is drawn:
         a check of what the worker can still change would be none, and a copy of the checked ones alone would show.
+
+        Args:
+            again: keep what takes the mask away, for a corrected product.
         """
-        request, check, mask = sent.request, sent.check, sent.mask
-        with span("obfuscatune.wait"):
-            Y_star = request.result()
-        if check is None and mask is None:
-            return Y_star
-        if mask is not None and self._masks is not None:
+        if sent.mask is not None and self._masks is not None:
             with span("obfuscatune.mask"):
-                own = self._masks.masks.reveal(mask, Y_star, sent.held.dtype or torch.float64)
-        else:
-            own = widen(request.own(Y_star))
-        if check is not None:
+                dtype = sent.held.dtype or torch.float64
+                return self._masks.masks.reveal(sent.mask, Y_star, dtype, again=again)
+        return Y_star if sent.check is None else widen(sent.request.own(Y_star))
+
+    def _taken_up(self, sent: Sent, Y_star: Tensor, bias: Tensor | None, *, transpose: bool) -> Tensor:
+        """Verify a product where the lot falls on it, take it up and turn it back."""
+        held, mixing = sent.held, sent.passage.mixing
+        if sent.check is not None:
             with span("obfuscatune.verify"), self._client.refusing():
-                self._client.stats.verified += check(own)
-        return own
+                self._client.stats.verified += sent.check(Y_star)
+        with span("obfuscatune.mix"), self._client.refusing():
+            y, norm = sent.passage.take_up(Y_star, bias, held.scale)  # (n, q)
+            if held.verifier is not None:
+                held.verifier.bound(
+                    norm, y.numel(), mixing.rows, mixing.size, sent.request.dtype,
+                    transpose=transpose, party=sent.party,
+                )  # fmt: skip
+        return y
 
     def _turn_back_product(self, y: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         if bias is not None and bias.dtype == y.dtype == dtype:

@@ -15,12 +15,14 @@ from peft import PeftModel
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from obfuscatune.enclave.client import RetryPolicy, WorkerClient
+from obfuscatune.enclave.client import RetryPolicy, WorkerLink, open_link
 from obfuscatune.enclave.experts import ProtectedExperts
+from obfuscatune.enclave.fleet import Worker, Workers, open_fleet, parties_of
 from obfuscatune.enclave.keys import RootKey
 from obfuscatune.enclave.layers import ProtectedLayer, first_protected
 from obfuscatune.enclave.local_worker import local_worker
 from obfuscatune.enclave.observer import Observer
+from obfuscatune.enclave.placement import device_of, enclave_device
 from obfuscatune.enclave.profiles import Profile, resolve
 from obfuscatune.enclave.protected_model import Closable, ProtectedModel, extend, has_adapter
 from obfuscatune.enclave.protection import Clients, Masking, Protection, place, refuse_provider_adapter
@@ -29,6 +31,8 @@ from obfuscatune.enclave.spill_store import SPILLED_AT_LEAST_IN, SpillStore, Wei
 from obfuscatune.enclave.target_layers import find_groups, refuse_absent_weights
 from obfuscatune.enclave.training_hooks import TrainingWatch, watch_targets
 from obfuscatune.errors import ConfigError, ProtectionError
+from obfuscatune.fleet.fleet_file import Fleet
+from obfuscatune.fleet.policy import key_of
 from obfuscatune.protocol.tls import TlsConfig, pins
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -38,7 +42,7 @@ Progress = Callable[[int, int, str], None]
 
 def protect(
     model: Model,
-    workers: str | WorkerClient | None = None,
+    workers: Workers = None,
     profile: str | Profile = "private",
     *,
     key: RootKey | None = None,
@@ -48,8 +52,9 @@ def protect(
     progress: Progress | None = None,
     base: Base | None = None,
     observer: Observer | None = None,
-    mask_worker: str | WorkerClient | None = None,
+    mask_worker: Workers = None,
     masking: Masking | None = None,
+    device: torch.device | str | None = None,
     **knobs: Any,
 ) -> Model:
     """Move a model's large linear layers, transformed, to a worker.
@@ -63,8 +68,9 @@ def protect(
 
     Args:
         model: a Hugging Face causal LM or encoder, or a PEFT model around one. Base weights become frozen.
-        workers: the worker's address (`unix:/run/x.sock`, `tcp:host:port`), or an open link. None starts a worker on
-            this machine, which ends with the model; profile `enclave` needs none.
+        workers: the worker's address (`unix:/run/x.sock`, `tcp:host:port`, `device:cuda:0`), or an open link; several
+            addresses, or a `Fleet`, for many workers that act as one (docs/fleet.md). None starts a worker on this
+            machine, which ends with the model; profile `enclave` needs none.
         profile: name of a profile, or a profile.
         key: root key of the transforms; with the same key the worker need not be sent the same matrices again.
         tls: identity and pinned peer, for a worker across a network.
@@ -78,6 +84,8 @@ def protect(
         mask_worker: under profile `guarded`, the worker that multiplies the masks, as `workers`: one that does not
             collude with the other. None, with no `workers`, starts both on this machine, in one hand.
         masking: how the mask worker is reached, the memory of masks that are drawn ahead, and their budget.
+        device: where the enclave's own part is to lie: "cpu", or "cuda:N", a confidential GPU that belongs to the
+            enclave. None leaves it where it is.
         knobs: single settings of the profile: `shield_rows=32`, `first_blocks=1`, `transform="haar"`.
 
     Raises:
@@ -99,6 +107,7 @@ def protect(
         refuse_provider_adapter(model)
     groups = find_groups(model, resolved.first_blocks) if resolved.offload else []
     refuse_absent_weights(model, groups)
+    own_device = enclave_device(device, workers, mask_worker)
     masking = masking or Masking()
     clients = open_clients(workers, mask_worker, resolved, tls, masking, deadline_s, retry)
     protection = Protection.start(clients, resolved, key, width_of(model), observer, masking)
@@ -113,6 +122,8 @@ def protect(
             if progress is not None:
                 progress(done, len(groups), group.name)
     place(model, layers)
+    if own_device is not None:
+        model.to(own_device)
     adopt(model, protection)
     if protection.lora_on_worker and isinstance(model, PeftModel):
         with released_on_failure(protection, clients):
@@ -134,8 +145,8 @@ def width_of(model: nn.Module) -> int | None:
 
 
 def open_clients(
-    workers: str | WorkerClient | None,
-    mask_worker: str | WorkerClient | None,
+    workers: Workers,
+    mask_worker: Workers,
     profile: Profile,
     tls: TlsConfig | None,
     masking: Masking,
@@ -152,17 +163,19 @@ def open_clients(
     check_workers(workers, mask_worker, profile, tls, masking)
     if not profile.offload:
         return Clients(None)
-    opened: list[WorkerClient] = []
+    compute_worker, mask = parties_of(workers, mask_worker, masks=profile.masks)
+    opened: list[WorkerLink] = []
 
-    def client(worker: str | WorkerClient | None, tls: TlsConfig | None) -> WorkerClient:
-        if isinstance(worker, WorkerClient):
+    def client(worker: Worker, tls: TlsConfig | None) -> WorkerLink:
+        if isinstance(worker, WorkerLink):
             return worker
         opened.append(_opened(worker, tls, deadline_s, retry or RetryPolicy()))
         return opened[-1]
 
     try:
-        compute = client(workers, tls)
-        return Clients(compute, client(mask_worker, masking.tls) if profile.masks else None, tuple(opened))
+        compute = client(compute_worker, tls)
+        mask_tls = masking.tls or (tls if isinstance(mask, Fleet) else None)
+        return Clients(compute, client(mask, mask_tls) if profile.masks else None, tuple(opened))
     except BaseException:
         for one in opened:
             one.close()
@@ -170,8 +183,8 @@ def open_clients(
 
 
 def check_workers(
-    workers: str | WorkerClient | None,
-    mask_worker: str | WorkerClient | None,
+    workers: Workers,
+    mask_worker: Workers,
     profile: Profile,
     tls: TlsConfig | None,
     masking: Masking,
@@ -184,8 +197,16 @@ def check_workers(
     if not profile.offload and (workers is not None or mask_worker is not None):
         raise ConfigError(f"profile {profile.name!r} runs without a worker: name none")
     for worker in (workers, mask_worker):
-        if not isinstance(worker, str | WorkerClient | None):
+        if not isinstance(worker, str | WorkerLink | Fleet | list | tuple | None):
             raise ConfigError(f"expected a worker's address, found a {type(worker).__name__}: pass its .address")
+    workers, mask_worker = parties_of(workers, mask_worker, masks=profile.masks)
+    if profile.lora_on == "worker" and isinstance(workers, Fleet):
+        raise ConfigError(f"profile {profile.name!r} has LoRA on the worker, which must be one: name it by --worker")
+    if profile.lora_on == "worker" and device_of(workers) is not None:
+        raise ConfigError(
+            f"profile {profile.name!r} has LoRA on the worker, and a device only multiplies: start a worker process by "
+            "`obfuscatune worker --device cuda`, and name its address"
+        )
     if not profile.masks:
         if mask_worker is not None or masking.tls is not None:
             raise ConfigError(f"profile {profile.name!r} has no masks: a mask worker is for profile 'guarded'")
@@ -195,23 +216,34 @@ def check_workers(
             f"profile {profile.name!r} takes two workers in different hands: name both, by --worker and --mask-worker "
             "(workers= and mask_worker=), or neither, to try it out with two on this machine"
         )
-    if workers is not None and workers == mask_worker:
+    device = device_of(workers)
+    if workers is not None and (workers == mask_worker or (device is not None and device == device_of(mask_worker))):
         raise ConfigError("the mask worker is the worker: whoever holds both sees through the masks; name two")
-    if tls is not None and masking.tls is not None and pins(tls) & pins(masking.tls):
+    mask_tls = masking.tls or (tls if isinstance(mask_worker, Fleet) else None)
+    if _keys(workers, tls) & _keys(mask_worker, mask_tls):
         raise ConfigError(
             "worker and mask worker are pinned by the same key: whoever has it sees through the masks; have each make "
             "its own by `obfuscatune keygen`"
         )
 
 
-def _opened(worker: str | None, tls: TlsConfig | None, deadline_s: float, retry: RetryPolicy) -> WorkerClient:
-    """Connected to an address, or to a worker on this machine that is started for the client and ends with it."""
+def _keys(worker: Worker, tls: TlsConfig | None) -> frozenset[str]:
+    """The keys that a worker, or a fleet, may show."""
+    own = {key_of(member) for member in worker.members} if isinstance(worker, Fleet) else set()
+    pinned = pins(tls) if tls is not None and tls.peers else frozenset()
+    return pinned | {key for key in own if key is not None}
+
+
+def _opened(worker: str | Fleet | None, tls: TlsConfig | None, deadline_s: float, retry: RetryPolicy) -> WorkerLink:
+    """Connected to an address or a fleet, or to a worker that is started here for the client and ends with it."""
+    if isinstance(worker, Fleet):
+        return open_fleet(worker, tls=tls, deadline_s=deadline_s, patience_s=retry.patience_s)
     if worker is not None:
-        return WorkerClient.open(worker, tls=tls, deadline_s=deadline_s, retry=retry)
+        return open_link(worker, tls=tls, deadline_s=deadline_s, retry=retry)
     if tls is not None:
         raise ConfigError("certificates are for a worker across a network: give its address, tcp:HOST:PORT")
     started = local_worker()  # ends when nothing refers to it: should the client not connect, at once
-    client = WorkerClient.open(started.address, deadline_s=deadline_s, retry=retry)
+    client = open_link(started.address, deadline_s=deadline_s, retry=retry)
     client.own(started.close)
     return client
 

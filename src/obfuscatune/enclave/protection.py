@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from obfuscatune.enclave.accountant import DEFAULT_BUDGET, Accountant, check_budget
 from obfuscatune.enclave.autograd import outside_autocast
-from obfuscatune.enclave.client import ClientStats, WorkerClient
+from obfuscatune.enclave.client import ClientStats, WorkerLink
 from obfuscatune.enclave.experts import ProtectedExperts, add, protected
 from obfuscatune.enclave.keys import RootKey, SecretStream
 from obfuscatune.enclave.layers import ProtectedConv1D, ProtectedLayer, ProtectedLinear, SharedCrossing
@@ -28,6 +28,7 @@ from obfuscatune.enclave.profiles import Profile
 from obfuscatune.enclave.remote_lora.adapters import RemoteAdapters
 from obfuscatune.enclave.spill_store import Offloaded, WeightSource
 from obfuscatune.enclave.target_layers import Expert, LayerGroup, experts_matrices, residual_role
+from obfuscatune.enclave.tiles import narrowed
 from obfuscatune.enclave.verification import Verifier
 from obfuscatune.errors import ConfigError, ProtectionError
 from obfuscatune.protocol.tls import TlsConfig
@@ -41,11 +42,11 @@ MATRIX_ID_BYTES = 16
 class Clients:
     """Who computes for a model."""
 
-    compute: WorkerClient | None
+    compute: WorkerLink | None
     """Holds the matrices and multiplies; None where nothing is offloaded."""
-    mask: WorkerClient | None = None
+    mask: WorkerLink | None = None
     """Multiplies the masks, where the profile has any."""
-    opened: tuple[WorkerClient, ...] = ()
+    opened: tuple[WorkerLink, ...] = ()
     """Those that were connected for this model, and end with it should it not come about."""
 
 
@@ -77,7 +78,7 @@ DEFAULT_MASKING = Masking()
 class Protection:
     """Everything that a protected model needs besides itself; `model.protection`."""
 
-    client: WorkerClient | None
+    client: WorkerLink | None
     """None where nothing is offloaded."""
     profile: Profile
     key: RootKey
@@ -117,12 +118,13 @@ class Protection:
             mixer = KroneckerMixer(profile.shield_rows, stream, in_buckets=profile.buckets == "ladder")
         masks = None
         if client is not None and clients.mask is not None:
-            stats, accountant = client.stats, Accountant(DEVIATION, masking.budget)
+            compute = client
+            accountant = Accountant(DEVIATION, masking.budget)
             masks = Masks(
                 clients.mask,
                 accountant,
                 memory_bytes=masking.memory_bytes,
-                connection=lambda: stats.reconnects,
+                connection=lambda: compute.stats.reconnects,
             )
         return cls(client, profile, key or RootKey.generate(), mixer, masks, width, observer)
 
@@ -141,23 +143,33 @@ class Protection:
         )
         return f"matrices served by the workers themselves: {', '.join(counts)}"
 
-    def obfuscate(self, group: LayerGroup, W: Tensor, dtype: torch.dtype | None = None) -> Obfuscated:
+    def transformed_in(self, dtype: torch.dtype, at_least: torch.dtype | None = None) -> torch.dtype:
+        """In which dtype W_star of a W of that dtype is computed: a finer one where it crosses in a finer one."""
+        crossing, wanted = self.profile.crossing_dtype(dtype), at_least or dtype
+        if is_finer(crossing, wanted):
+            return torch.promote_types(crossing, torch.float32)  # to be scaled before it is rounded
+        return wanted
+
+    def obfuscate(
+        self, group: LayerGroup, W: Tensor, dtype: torch.dtype | None = None, memory: Tensor | None = None
+    ) -> Obfuscated:
         """W (p, q) of a group as W_star, and the transforms that undo it.
 
-        W_star takes W's place in memory, unless `dtype`, or what it crosses in, is finer than W's: then it is in that.
+        W_star takes W's place in memory, unless `dtype`, or what it crosses in, is finer than W's: then it is in that,
+        and in `memory` where there is some (`obfuscation.obfuscate`).
         """
-        crossing = self.profile.crossing_dtype(W.dtype)
-        if is_finer(crossing, dtype or W.dtype):
-            dtype = torch.promote_types(crossing, torch.float32)  # to be scaled before it is rounded
+        dtype = self.transformed_in(W.dtype, dtype)
         side = None
         if self.profile.sides == "paper":
             first = group.targets[0]
             side = residual_role(first.name, first.in_features, first.out_features, self.width)
         with outside_autocast(W.device):
-            return obfuscate(W, self.key, self.profile.transform_spec, group.name, only=side, dtype=dtype)
+            return obfuscate(
+                W, self.key, self.profile.transform_spec, group.name, only=side, dtype=dtype, memory=memory
+            )
 
     def send(self, group: LayerGroup, obfuscated: Obfuscated, weights: WeightSource) -> Offloaded:
-        """Have the worker hold W_star, which may be overwritten afterwards. From any thread."""
+        """Have the worker hold W_star, whose memory is overwritten. From any thread."""
         dtype, observe = self.profile.crossing_dtype(obfuscated.dtype), self._observe(group.name)
         product = self._send(group.name, group.widths, obfuscated, weights, dtype, observe)
         crossing = SharedCrossing(product, group.widths)
@@ -288,7 +300,7 @@ class Protection:
             outdated.drop()
 
     @property
-    def _worker(self) -> WorkerClient:
+    def _worker(self) -> WorkerLink:
         if self.client is None:
             raise ProtectionError("this profile offloads nothing: there is no worker")
         return self.client
@@ -312,7 +324,10 @@ class Protection:
         dtype: torch.dtype,
         observe: Observe | None,
     ) -> OffloadedProduct:
-        """Have the worker, and the mask worker if there is one, hold W_star in that dtype; the product with it."""
+        """Have the worker, and the mask worker if there is one, hold W_star in that dtype; the product with it.
+
+        The memory of W_star is overwritten.
+        """
         client, share, masks = self._worker, self.profile.verify, self.masks
         shape = obfuscated.R_in.dim, obfuscated.R_out.dim
         again = weights.keep(obfuscated)
@@ -330,7 +345,8 @@ class Protection:
                 return Held(matrix_id, dtype, Verifier(W_star, SecretStream.fresh(), share) if share else None, scale)
             masked_id = secrets.token_bytes(MATRIX_ID_BYTES)
             masks.client.store(masked_id, make_again, shape=shape, dtype=dtype, tensor=W_star, widths=widths)
-            verifier = Verifier(W_star.double(), SecretStream.fresh(), share)  # as fine as masks and their products
+            # As fine as masks and their products.
+            verifier = Verifier(W_star, SecretStream.fresh(), share, dtype=torch.float64)
             return Held(matrix_id, dtype, verifier, scale, Masked(masked_id, shape, verifier))
 
         with outside_autocast():
@@ -352,8 +368,9 @@ class Protection:
 
 
 def _rounded(W_star: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """scale W_star in `dtype`; itself where neither changes anything."""
-    return (W_star if scale == 1 else W_star * scale).to(dtype)
+    """scale W_star in `dtype`; in its own memory, unless `dtype` is wider."""
+    W_star = W_star if scale == 1 else W_star.mul_(scale)
+    return narrowed(W_star, dtype) if dtype.itemsize <= W_star.itemsize else W_star.to(dtype)
 
 
 def place(model: nn.Module, layers: dict[str, ProtectedLayer | ProtectedExperts]) -> None:

@@ -33,9 +33,10 @@ from obfuscatune.enclave import kernels
 from obfuscatune.enclave.client.requests import check_product
 from obfuscatune.enclave.kernels import Tolerance
 from obfuscatune.enclave.keys import SecretStream
-from obfuscatune.enclave.transforms.base import widen
 from obfuscatune.errors import WrongProduct
 
+CONVERTED_ELEMENTS = 1 << 22
+"""Of a matrix that are converted to another dtype at a time, for the images."""
 BASIS = 8
 """K: vectors whose images are computed once. Each request is checked by fresh combinations of them."""
 VECTORS = {torch.float64: 2, torch.float32: 2, torch.bfloat16: 4, torch.float16: 4}
@@ -141,27 +142,42 @@ def norm_of(y: Tensor) -> float:
 
 
 def _images(W: Tensor, R: Tensor, L: Tensor) -> tuple[Tensor, Tensor, float]:
-    """W R (p, K), Wᵀ L (q, K) and |W| for R (q, K) and L (p, K)."""
-    return kernels.kernels_for(W).sketch(W, R, L)
+    """W R (p, K), Wᵀ L (q, K) and |W| for R (q, K) and L (p, K), in their dtype.
+
+    A W of another dtype is converted some rows at a time: it may be as large as memory allows.
+    """
+    if W.dtype == R.dtype:
+        return kernels.kernels_for(W).sketch(W, R, L)
+    (p, q), rows = W.shape, max(1, CONVERTED_ELEMENTS // W.shape[1])
+    W_R, W_L, squares = torch.empty(p, R.shape[1], dtype=R.dtype), torch.zeros(q, L.shape[1], dtype=torch.float64), 0.0
+    memory = torch.empty(min(rows, p), q, dtype=R.dtype)  # the same for all: else the heap grows with each
+    for start in range(0, p, rows):
+        stop = min(start + rows, p)
+        wide = memory[: stop - start].copy_(W[start:stop])
+        W_R[start:stop], of_tile, norm = kernels.kernels_for(wide).sketch(wide, R, L[start:stop])
+        W_L += of_tile
+        squares += norm**2
+    return W_R, W_L, math.sqrt(squares)
 
 
 class Verifier:
     """Checks products of one matrix."""
 
-    def __init__(self, W_star: Tensor, stream: SecretStream, share: float) -> None:
+    def __init__(self, W_star: Tensor, stream: SecretStream, share: float, dtype: torch.dtype | None = None) -> None:
         """Computes the images of `BASIS` vectors, both ways, and the norm, from W_star (p, q).
 
         Args:
             stream: nothing that a worker knows or can repeat.
             share: of the requests that are checked, drawn by lot; above 0.
+            dtype: in which rows and products travel, where that is wider than W_star's; None for W_star's.
         """
         self._stream, self._share = stream, share
-        self._vectors = VECTORS[W_star.dtype]
-        W = widen(W_star)
-        p, q = W.shape
-        self._R = stream.normal(q, BASIS, dtype=W.dtype)
-        self._L = stream.normal(p, BASIS, dtype=W.dtype)
-        W_R, W_L, self._norm = _images(W, self._R, self._L)
+        self._vectors = VECTORS[dtype or W_star.dtype]
+        p, q = W_star.shape
+        wide = torch.promote_types(dtype or W_star.dtype, torch.float32)
+        self._R = stream.normal(q, BASIS, dtype=wide)
+        self._L = stream.normal(p, BASIS, dtype=wide)
+        W_R, W_L, self._norm = _images(W_star, self._R, self._L)
         self._R, self._L, self._WR, self._WtL = (x.double() for x in (self._R, self._L, W_R, W_L))
 
     def probe(self, *, transpose: bool, party: str = "worker", mask_size: float = 0.0) -> Probe:

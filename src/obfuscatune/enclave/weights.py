@@ -90,17 +90,14 @@ class StoredWeights:
             raise ModelFileError("the model whose weights are to be read again is gone")
         return model
 
-    def joint_weight(self, group: LayerGroup, memory: Tensor | None = None) -> Tensor:
+    def joint_weight(self, group: LayerGroup, W: Tensor | None = None) -> Tensor:
         """W (p, q) of a group: the weights of layers that share an input side by side, y = x W.
 
         Args:
-            memory: bytes, enough of them, to hold it; memory of its own if None.
+            W: what is to hold it; memory of its own if None.
         """
-        p, q = group.shape
-        if memory is None:
-            W = torch.empty(p, q, dtype=group.dtype)
-        else:
-            W = memory[: group.weight_bytes].view(group.dtype).view(p, q)
+        if W is None:
+            W = torch.empty(group.shape, dtype=group.dtype)
         for target, own in zip(group.targets, W.split(list(group.widths), dim=1), strict=True):
             if isinstance(target.layer, Expert):
                 own.copy_(target.layer.oriented(self._one_of(target.parameter, target.layer.index)))
@@ -121,7 +118,7 @@ class StoredWeights:
             if name in away or name in self._new:
                 continue
             if name in self._recipes:
-                set_tensor(model, name, self._read(name).to(like.dtype))
+                set_tensor(model, name, self._kept(name).to(like.dtype))
             elif self._tied[name] in away:
                 set_tensor(model, name, self._read(self._tied[name]).to(like.dtype))
             else:
@@ -198,6 +195,14 @@ class StoredWeights:
             converter.collected_tensors[pattern] = tensors
         made = converter.convert(recipe.name, model=self._model, config=self._model.config)
         return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+
+    def _kept(self, name: str) -> Tensor:
+        """A tensor that stays in this process: mapped from its file where it is very large and stored as it is used."""
+        recipe = self._recipe(name)
+        if recipe.converter is not None:
+            return self._read(name)
+        like = self._expected[recipe.name]
+        return self._checkpoint.mapped(recipe.stored, like.shape, like.dtype)
 
     def _read(self, name: str) -> Tensor:
         recipe = self._recipe(name)

@@ -23,6 +23,7 @@ from obfuscatune.enclave.protect import open_clients
 from obfuscatune.enclave.protection import DEFAULT_MASKING, Masking
 from obfuscatune.enclave.published import Base
 from obfuscatune.errors import ConfigError
+from obfuscatune.fleet.fleet_file import Fleet
 from obfuscatune.option import parse_size
 from obfuscatune.protocol.tls import TlsConfig
 from obfuscatune.training.adapter import load_adapter
@@ -46,6 +47,7 @@ class ProtectedLM(HFLM):  # type: ignore[misc]  # the harness is not annotated f
         pretrained: str,
         profile: str = "private",
         worker: str | None = None,
+        fleet: str | None = None,
         peft: str | None = None,
         provider_adapter: str | None = None,
         dtype: str = "float32",
@@ -59,6 +61,7 @@ class ProtectedLM(HFLM):  # type: ignore[misc]  # the harness is not annotated f
         mask_peer: str | None = None,
         mask_memory: str | int | None = None,
         mask_budget: float | None = None,
+        enclave_device: str | None = None,
         trust_remote_code: bool = False,
         device: str | None = None,
         base: Base | None = None,
@@ -70,6 +73,7 @@ class ProtectedLM(HFLM):  # type: ignore[misc]  # the harness is not annotated f
             pretrained: a directory with `config.json` and safetensors, or a hub id.
             profile: name of a profile; its knobs may stand beside it: `first_blocks=0`, `transform=haar`.
             worker: address of a running worker; one is started on this machine, and ends with this object, if None.
+            fleet: file that names many workers, in the place of one (docs/fleet.md); with tls_cert and tls_key.
             peft: directory of a LoRA adapter.
             provider_adapter: directory of a provider's LoRA adapter, under that one.
             dtype: float32, bfloat16, float64, or auto for that of the model's configuration.
@@ -79,9 +83,10 @@ class ProtectedLM(HFLM):  # type: ignore[misc]  # the harness is not annotated f
             mask_worker, mask_peer: the worker that multiplies the masks, under profile guarded, and its certificate.
             mask_memory: for masks that are drawn ahead, as 512MiB; 1 GiB if None.
             mask_budget: the largest advantage in telling two inputs apart that the worker may ever have; 0.01 if None.
+            enclave_device: where the enclave's own part lies: cpu, or cuda:N, a confidential GPU.
             trust_remote_code: refused: an enclave runs no code that comes with a model.
-            device: not used: the harness says `cuda:0` where its user says nothing, and the enclave's part is on the
-                CPU. A worker is told of its GPU when it is started.
+            device: not used: the harness says `cuda:0` where its user says nothing, and an enclave's part on a GPU that
+                is not confidential shows it. That is said by `enclave_device`.
             base: closed or public, as for `load`; `public_base=True`, beside profile guarded, where the weights
                 themselves are published.
             others: for `HFLM`: batch_size, max_length, add_bos_token, ...
@@ -106,13 +111,18 @@ class ProtectedLM(HFLM):  # type: ignore[misc]  # the harness is not annotated f
         cert, cert_key, worker_peer, other_peer = (
             None if path is None else Path(path) for path in (tls_cert, tls_key, peer, mask_peer)
         )
-        tls = TlsConfig.from_options(cert, cert_key, worker_peer) if peer or not mask_peer else None
+        tls = TlsConfig.from_options(cert, cert_key, worker_peer) if peer or not (mask_peer or fleet) else None
+        if fleet is not None:
+            if worker or mask_worker or peer or mask_peer:
+                raise ConfigError("fleet names all workers and their certificates: leave out worker, mask_worker, peer")
+            tls = None if cert is None or cert_key is None else TlsConfig(cert, cert_key, b"")
         masking = Masking(
             TlsConfig.from_options(cert, cert_key, other_peer) if mask_peer else None,
             DEFAULT_MASKING.memory_bytes if mask_memory is None else parse_size(str(mask_memory)),
             DEFAULT_MASKING.budget if mask_budget is None else mask_budget,
         )
-        clients = open_clients(worker, mask_worker, resolved, tls, masking, deadline_s=120.0, retry=None)
+        workers = worker if fleet is None else Fleet.read(fleet)
+        clients = open_clients(workers, mask_worker, resolved, tls, masking, deadline_s=120.0, retry=None)
         with ExitStack() as stack:
             for client in clients.opened:
                 stack.callback(client.close)
@@ -125,6 +135,7 @@ class ProtectedLM(HFLM):  # type: ignore[misc]  # the harness is not annotated f
                 key=key,
                 base=base,
                 mask_worker=clients.mask,
+                device=enclave_device,
                 masking=masking,
             )
             if provider_adapter is not None:

@@ -14,7 +14,8 @@ In the order in which a message passes through:
     addresses      where somebody listens, as written on a command line
     endpoints      the enclave's end of a connection to an address; `listen`, the worker's
     files          secrets and temporary folders
-    transcript     what a worker recorded, read back
+    recorder       writes down what an untrusted party sees
+    transcript     what was recorded, read back
 
 `sockets`, `certificates`, `addresses` and `files` take no torch: the attested channel uses them too.
 

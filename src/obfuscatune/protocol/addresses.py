@@ -2,8 +2,10 @@
 
 import ipaddress
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, Self
 
 from obfuscatune.errors import ConfigError
 from obfuscatune.protocol.files import MAX_UNIX_PATH_BYTES
@@ -42,7 +44,47 @@ class TcpAddress:
             return False
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceAddress:
+    """A device of the enclave's own machine, which nothing listens at; `cpu` may be named several times, by number."""
+
+    kind: str
+    """cpu or cuda."""
+    index: int = 0
+
+    PREFIX: ClassVar[str] = "device:"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read device:cuda:N, device:cuda or device:cpu.
+
+        Raises:
+            ConfigError: anything else.
+        """
+        found = re.fullmatch(r"device:(cpu|cuda)(?::([0-9]{1,3}))?", text)
+        if found is None:
+            raise ConfigError(f"the address {text!r} cannot be used: write device:cuda:N, or device:cpu for tests")
+        return cls(found[1], int(found[2] or 0))
+
+    @property
+    def device(self) -> str:
+        """As torch calls it."""
+        return "cpu" if self.kind == "cpu" else f"cuda:{self.index}"
+
+    def __str__(self) -> str:
+        return f"{self.PREFIX}{self.kind}:{self.index}"
+
+
 Address = UnixAddress | TcpAddress
+
+
+def parse_worker_address(text: str) -> Address | DeviceAddress:
+    """As `parse_address`; or device:cuda:N.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    return DeviceAddress.parse(text) if text.startswith(DeviceAddress.PREFIX) else parse_address(text)
 
 
 def parse_address(text: str) -> Address:

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import sys
+from collections.abc import Iterable
 from enum import IntEnum
 from mmap import mmap
 from typing import Any
@@ -121,6 +122,10 @@ def weight_digest(W: torch.Tensor) -> bytes:
     return content_digest(narrow if exact else W.contiguous())
 
 
+_COPIED = 1 << 22
+"""Elements that torch may copy at a time to look at them."""
+
+
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether no element is NaN or infinite.
 
@@ -136,5 +141,13 @@ def is_finite(tensor: torch.Tensor) -> bool:
             with np.errstate(over="ignore", invalid="ignore"):
                 total = float(np.add.reduce(elements, axis=None))
     else:
-        total = float(tensor.sum(dtype=torch.float32))
-    return math.isfinite(total) or bool(torch.isfinite(tensor).all())
+        total = sum(float(tile.sum(dtype=torch.float32)) for tile in _tiles(tensor))
+    return math.isfinite(total) or all(bool(torch.isfinite(tile).all()) for tile in _tiles(tensor))
+
+
+def _tiles(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
+    """A tensor some rows at a time: torch adds 16-bit numbers up in a float32 copy of them."""
+    if tensor.numel() <= _COPIED:
+        return (tensor,)
+    parts: Iterable[torch.Tensor] = tensor.split(max(1, _COPIED * tensor.shape[0] // tensor.numel()))
+    return parts

@@ -46,8 +46,9 @@ class TlsConfig:
     """Ours. The other side pins it."""
     private_key: Path
     """Belonging to `certificate`; not encrypted, readable by us alone (`secret_files.read_secret` says who else)."""
-    peers: Path
-    """The certificate of the other side; several, one after the other, where several may be there."""
+    peers: Path | bytes
+    """The certificate of the other side; several, one after the other, where several may be there. A file, or what it
+    would hold."""
 
     @classmethod
     def from_options(cls, tls_cert: Path | None, tls_key: Path | None, peer: Path | None) -> "TlsConfig | None":
@@ -62,6 +63,20 @@ class TlsConfig:
             raise ConfigError("TLS takes --tls-cert, --tls-key and --peer, all three")
         return cls(tls_cert, tls_key, peer)
 
+    def peers_pem(self) -> bytes:
+        """The certificates of the other side.
+
+        Raises:
+            ConfigError: others may have written the file.
+            OSError: it cannot be read.
+        """
+        return self.peers if isinstance(self.peers, bytes) else read_trusted(self.peers, "peer certificate")
+
+    @property
+    def named_peers(self) -> str:
+        """How an error calls them."""
+        return "the peer's certificate" if isinstance(self.peers, bytes) else f"the peer certificate {self.peers}"
+
 
 class PinnedTls:
     """The files of a `TlsConfig`, read and checked once."""
@@ -70,18 +85,18 @@ class PinnedTls:
         """Raises ConfigError: a file is missing, unreadable, or not what it should be, or others can read the key."""
         try:
             read_secret(config.private_key, "private key")  # to check it: OpenSSL reads it by its name
-            pem = read_trusted(config.peers, "peer certificate")
+            pem = config.peers_pem()
             peers = x509.load_pem_x509_certificates(pem)
             self._pins = frozenset(key_digest(peer) for peer in peers)
             self._context = _context(config, pem.decode("ascii"), server=server)
         except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
             raise ConfigError(
-                f"cannot use TLS with {config.certificate}, {config.private_key} and the peer {config.peers}: {error}; "
+                f"cannot use TLS with {config.certificate}, {config.private_key} and {config.named_peers}: {error}; "
                 "make a pair by `obfuscatune keygen`"
             ) from error
         if key_digest(x509.load_pem_x509_certificate(config.certificate.read_bytes())) in self._pins:
             raise ConfigError(
-                f"--peer {config.peers} names our own certificate ({config.certificate}): name that of the other side"
+                f"{config.named_peers} is our own certificate ({config.certificate}): name that of the other side"
             )
         self.is_server = server
 
@@ -116,9 +131,9 @@ def pins(config: TlsConfig) -> frozenset[str]:
         ConfigError: the file of the peers is missing or not what it should be.
     """
     try:
-        peers = x509.load_pem_x509_certificates(read_trusted(config.peers, "peer certificate"))
+        peers = x509.load_pem_x509_certificates(config.peers_pem())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read the peer certificate {config.peers}: {error}") from error
+        raise ConfigError(f"cannot read {config.named_peers}: {error}") from error
     return frozenset(key_digest(peer).hex() for peer in peers)
 
 

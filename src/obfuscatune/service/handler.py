@@ -117,7 +117,9 @@ class ServiceHandler:
                 "tokens_used": context.state.tokens_used(grant.id),
             }
             if is_providers:
-                about |= {"reason": model.reason, "consents": context.access.registry.consents(grant.model)}
+                registry = context.access.registry
+                asked = {"consents": registry.consents(grant.model), "asked": registry.asked(grant.model)}
+                about |= {"reason": model.reason, **asked}
             models.append(about)
         jobs: list[dict[str, Any]] = []
         owner = context.owners.get(peer)

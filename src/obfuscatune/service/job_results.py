@@ -32,6 +32,26 @@ class Outcome:
     adapter: dict[str, str] = field(default_factory=dict)
     """SHA-256 of its files, in hex."""
     losses_digest: str = ""
+    steps: int = 0
+    seconds: float = 0.0
+    """Of the steps of this attempt."""
+    attempted: int = 0
+    """Steps of this attempt."""
+    live: dict[str, Any] = field(default_factory=dict)
+    """Products and masks up to the newest event, those of steps that a restart repeats among them."""
+
+    def progress(self) -> dict[str, Any]:
+        """How far it is: for whoever watches."""
+        products = self.live.get("products") or {}
+        return {
+            "step": self.steps,
+            "total_steps": self.total_steps,
+            "tokens": self.tokens,
+            "examples": self.examples,
+            "seconds_per_step": self.seconds / self.attempted if self.attempted else None,
+            "products": {it: self.before.get(it, 0) + int(products.get(it, 0)) for it in ("requests", "verified")},
+            "masks": self.live.get("masks"),
+        }
 
     @property
     def products(self) -> dict[str, int]:
@@ -40,12 +60,16 @@ class Outcome:
 
     def take(self, event: dict[str, Any]) -> None:
         """Take in an event."""
+        if "products" in event and "masks" in event:
+            self.live = {"products": event["products"], "masks": event["masks"]}
         match event["kind"]:
             case "started":
                 self.total_steps, self.tokens = int(event["total_steps"]), int(event["tokens"])
                 self.examples = int(event["examples"])
             case "step":
                 self.losses[int(event["step"])] = finite(float(event["loss"]))
+                self.steps, self.attempted = int(event["step"]), self.attempted + 1
+                self.seconds += float(event["seconds"])
             case "measured":
                 self.measured[int(event["step"])] = finite(float(event["loss"]))
             case "checkpoint":

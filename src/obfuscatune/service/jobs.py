@@ -44,6 +44,7 @@ class Jobs:
         self._context: Context | None = None
         self._changed = threading.Condition()
         self._running: dict[str, JobProcess] = {}
+        self._outcomes: dict[str, Outcome] = {}
         self._not_before: dict[str, float] = {}
         self._served: dict[str, float] = {}
         self._stopping = False
@@ -133,6 +134,18 @@ class Jobs:
         with self._changed:
             return len(self._running)
 
+    def progress(self, job: str) -> dict[str, Any] | None:
+        """How far a job is that runs; None where it does not."""
+        with self._changed:
+            outcome = self._outcomes.get(job)
+        return None if outcome is None else outcome.progress()
+
+    def products(self) -> int:
+        """Requests to the worker of the jobs that run, so far."""
+        with self._changed:
+            running = list(self._outcomes.values())
+        return sum(it.progress()["products"]["requests"] for it in running)
+
     def _schedule(self) -> None:
         while True:
             with self._changed:
@@ -204,17 +217,20 @@ class Jobs:
             process.end()
             with self._changed:
                 self._running.pop(row.id, None)
+                self._outcomes.pop(row.id, None)
                 self._changed.notify_all()
             process.settled.set()
 
     def _follow(self, owner: Owner, row: Row, process: JobProcess) -> Outcome:
         """Start the trainer, and take in what it tells until it ends."""
         self.context.access.check_job(row.clear["model"], owner.spki)
-        process.start(self.context, owner, row, _recipe(row))
+        process.start(self.context, owner, row, recipe_of(row.details))
         with self._changed:
             if self._stopping or process.asked:
                 process.stop()
         outcome = Outcome(dict(row.details.get("products") or {}))
+        with self._changed:
+            self._outcomes[row.id] = outcome
         for event in process.events():
             self._take(owner, row, process, outcome, event)
         return outcome
@@ -335,15 +351,15 @@ class Jobs:
 _CHECKPOINTS_KEPT = 3
 
 
-def _recipe(row: Row) -> dict[str, Any]:
+def recipe_of(details: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe of a job, as `Recipe` takes it."""
-    asked = row.details["hyperparameters"]
+    asked = details["hyperparameters"]
     recipe: dict[str, Any] = {
         "epochs": asked["n_epochs"],
         "batch_size": asked["batch_size"],
         "lr": _LEARNING_RATE * asked["learning_rate_multiplier"],
-        "seed": row.details["seed"],
+        "seed": details["seed"],
         "checkpoint_every": "epoch",
         "checkpoints_kept": _CHECKPOINTS_KEPT,
     }
-    return {**recipe, **row.details["recipe"]}
+    return {**recipe, **details["recipe"]}

@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
-from obfuscatune.enclave.client import WorkerClient
+from obfuscatune.enclave.client import WorkerLink, open_link
 from obfuscatune.enclave.config import read_config
 from obfuscatune.enclave.keys import RootKey
 from obfuscatune.enclave.loading import load
@@ -60,7 +60,7 @@ def open_protected(directory: Path, settings: Settings, key: RootKey, model_name
         yield model
 
 
-def _link(stack: ExitStack, settings: Settings, worker: Worker) -> WorkerClient:
-    link = WorkerClient.open(worker.address, tls=settings.tls_of(worker))
+def _link(stack: ExitStack, settings: Settings, worker: Worker) -> WorkerLink:
+    link = open_link(worker.address, tls=settings.tls_of(worker))
     stack.callback(link.close)
     return link

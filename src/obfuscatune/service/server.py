@@ -28,6 +28,7 @@ from obfuscatune.attest.evidence import Producer
 from obfuscatune.channel.identity import Identity
 from obfuscatune.channel.measure import Measured
 from obfuscatune.channel.server import ChannelServer
+from obfuscatune.console.operator import operator_console
 from obfuscatune.errors import ConfigError
 from obfuscatune.protocol.endpoints import TcpAddress
 from obfuscatune.protocol.files import read_secret
@@ -46,6 +47,7 @@ from obfuscatune.service.keys import Owner, Owners
 from obfuscatune.service.limits import RateLimits
 from obfuscatune.service.metrics import Metrics
 from obfuscatune.service.models import Models
+from obfuscatune.service.operator import looker
 from obfuscatune.service.provider_words import ProviderWords
 from obfuscatune.service.receipt import Attestation, about_job, make_receipt, receipt_digest
 from obfuscatune.service.settings import Settings, Simulated, Tpm, Worker
@@ -57,6 +59,8 @@ log = logging.getLogger(__name__)
 AUDIT_LOG = "audit.jsonl"
 _MAX_HEADER_BYTES = 32 * 2**10
 _KEEP_ALIVE_SECONDS = 30
+_MEASURED = frozenset({".py", ".so", ".html", ".css", ".js", ".toml"})
+"""Kinds of the package's files that decide what it does: templates are programs, too."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ class Listening:
     api: str
     channel: str
     operator: str | None
+    console: str | None
+    """The operator's one-time link."""
     signing_key: str
     http_key: str
     warnings: tuple[str, ...]
@@ -142,7 +148,7 @@ def software_digest() -> str:
     """SHA-256 over the names and contents of this package's files."""
     root, total = Path(__file__).parents[1], hashlib.sha256()
     for path in sorted(root.rglob("*")):
-        if path.is_file() and path.suffix in (".py", ".so"):
+        if path.is_file() and path.suffix in _MEASURED:
             content = hashlib.sha256(path.read_bytes()).hexdigest()
             total.update(f"{path.relative_to(root).as_posix()} {content}\n".encode())
     return total.hexdigest()
@@ -151,8 +157,11 @@ def software_digest() -> str:
 class Service:
     """A service, from start to stop."""
 
-    def __init__(self, settings: Settings, measured: Measured) -> None:
+    def __init__(self, settings: Settings, measured: Measured, tell: Callable[[str], None] = log.info) -> None:
         """Make its parts; nothing listens yet.
+
+        Args:
+            tell: Says something to the operator: a new link to his console.
 
         Raises:
             ConfigError, StorageError, IntegrityError, EvidenceError: a part cannot be had.
@@ -187,6 +196,7 @@ class Service:
                 *(settings, state, storage, owners, access, models),
                 *(RateLimits(settings.limits), Metrics(), audit, attestation, jobs),
             )
+            self._console = operator_console(looker(self.context), tell)
             self._sweep()
             audit.append(
                 SERVICE, "started", {"signing_key": self._claims.signing_key, "claims": self._claims.digest.hex()}
@@ -210,6 +220,7 @@ class Service:
             if settings.operator is not None:
                 sockets.append(stack.enter_context(_bound(settings.operator.host, settings.operator.port)))
             addresses = [_address(it) for it in sockets]
+            self._console.origin = f"http://{addresses[-1]}"
             handler = ServiceHandler(self.context, self._words, self._https, addresses[0])
             channel = ChannelServer(
                 TcpAddress(settings.channel.host, settings.channel.port),
@@ -226,6 +237,7 @@ class Service:
                 addresses[0],
                 f"{channel.address.host}:{channel.address.port}",
                 addresses[1] if len(addresses) > 1 else None,
+                self._console.link() if len(addresses) > 1 else None,
                 self._claims.signing_key,
                 self._https.spki,
                 self._warnings,
@@ -261,7 +273,8 @@ class Service:
         api = uvicorn.Config(make_app(self.context), http=gate, limit_concurrency=limits.connections, **common)
         servers = [_Server(api, handshakes)]
         if len(sockets) > 1:
-            servers.append(_Server(uvicorn.Config(make_operator_app(self.context), http="h11", **common)))
+            console = make_operator_app(self.context, self._console.asgi(), self._console.base)
+            servers.append(_Server(uvicorn.Config(console, http="h11", **common)))
         loop = asyncio.get_running_loop()
 
         def end() -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from obfuscatune.errors import ConfigError
-from obfuscatune.protocol.endpoints import parse_address
+from obfuscatune.protocol.addresses import DeviceAddress, parse_worker_address
 from obfuscatune.protocol.files import read_trusted
 from obfuscatune.protocol.tls import TlsConfig
 from obfuscatune.yaml_file import parse_mapping
@@ -52,7 +52,7 @@ class Worker(_Strict):
     """A worker, and the certificate that it must show."""
 
     address: str
-    """unix:PATH or tcp:HOST:PORT."""
+    """unix:PATH, tcp:HOST:PORT or device:cuda:N."""
     peer: Annotated[Path | None, Field(strict=False)] = None
     """A PEM file; needed for a worker on another machine."""
 
@@ -60,7 +60,7 @@ class Worker(_Strict):
     @classmethod
     def _known(cls, value: str) -> str:
         try:
-            parse_address(value)
+            parse_worker_address(value)
         except ConfigError as error:
             raise ValueError(str(error)) from error
         return value
@@ -179,6 +179,12 @@ class Settings(_Strict):
         for worker in filter(None, (self.worker, self.mask_worker)):
             if (worker.peer is not None) and self.tls is None:
                 raise ValueError("a worker's peer is given, but no tls: the enclave's certificate and key")
+        named = [it.address.startswith(DeviceAddress.PREFIX) for it in (self.worker, self.mask_worker) if it]
+        if masked and all(named):
+            raise ValueError(
+                "worker and mask_worker are both devices of this machine, in one hand, which sees through the masks: "
+                "name a mask_worker on another machine"
+            )
         return self
 
     @property

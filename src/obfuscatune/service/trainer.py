@@ -128,6 +128,13 @@ def _run(
         stats = protection[0].stats if protection else None
         return {} if stats is None else {"requests": stats.crossings, "verified": stats.verified}
 
+    def masked() -> dict[str, Any] | None:
+        masks = protection[0].masks if protection else None
+        if masks is None:
+            return None
+        account = masks.account()
+        return {name: account[name] for name in ("rows", "advantage", "budget")}
+
     def placed(name: str) -> None:
         if name.startswith("checkpoints/step-"):
             tell({"kind": "checkpoint", "step": int(name.rpartition("-")[2]), "products": products()})
@@ -152,7 +159,7 @@ def _run(
                     recipe,
                     data,
                     fingerprint=job["manifest"],
-                    report=lambda event: tell(_told(event, recipe)),
+                    report=lambda event: tell({**_told(event, recipe), "products": products(), "masks": masked()}),
                     resume_run=True,
                     stop_asked=stop_asked,
                     directory=SealedDirectory(Path(job["root"]), SecretBytes(job_key), job["id"], placed),

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 _SAMPLE_BYTES = 64 * 2**10
 
 _NOT_INGREDIENTS = {
-    *("model", "provider_adapter", "data", "eval", "out", "worker", "base", "public_base"),
+    *("model", "provider_adapter", "data", "eval", "out", "worker", "fleet", "base", "public_base"),
     *("mask_worker", "mask_memory", "mask_budget"),
     *("checkpoint_every", "checkpoints_kept", "tensorboard", "logging_steps"),
     *("patience", "load_best"),

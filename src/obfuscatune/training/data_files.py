@@ -115,12 +115,24 @@ def read_jsonl(path: Path) -> Iterator[Line]:
                 raw = _without_bom(path, raw)
             if raw.strip():
                 found = True
-                text = _decoded(where, raw)
-                with _parsing(where):
-                    value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
-                yield _line(where, value, text)
+                yield parse_jsonl_line(where, raw)
     if not found:
         raise DataError(f"{path}: the file holds no record; expected one JSON object a line")
+
+
+def parse_jsonl_line(where: str, raw: bytes) -> Line:
+    """The object of one line that is not blank.
+
+    Args:
+        where: What errors call the line.
+
+    Raises:
+        DataError: as `read_jsonl`.
+    """
+    text = _decoded(where, raw)
+    with _parsing(where):
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+    return _line(where, value, text)
 
 
 def is_json_array(path: Path) -> bool:

@@ -204,6 +204,8 @@ LAYOUTS = (
     Layout("text", ("text",), (), _text),
 )
 """In the order in which they are tried: a `text` beside a prompt and its completion repeats them."""
+UPLOADED_LAYOUTS = ("conversations (messages)", "prompt and completion")
+"""Names of those that the service takes: OpenAI's two."""
 
 
 _SHAREGPT_ROLES = {

@@ -140,12 +140,16 @@ class Recipe(BaseModel):
     """Blocks that stay in the enclave; None is as the profile says."""
     worker: str | None = None
     """Address of a running worker; None starts one on this machine."""
+    fleet: Path | None = None
+    """File that names many workers, in the place of one."""
     mask_worker: str | None = None
     """Under profile guarded, that of the worker that multiplies the masks, which must be in another hand."""
     mask_memory: str | None = None
     """For masks that are drawn ahead, as 512MiB; None is 1GiB."""
     mask_budget: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Largest advantage in telling two inputs apart that the compute worker may ever have; None is 0.01."""
+    enclave_device: str | None = None
+    """Where the enclave's own part lies: cpu, or cuda:N, a confidential GPU; None is the CPU."""
     base: Literal["closed", "public"] | None = None
     """Whether the base model's weights were ever published; None looks for signs of it, and warns."""
     public_base: bool = False
@@ -251,7 +255,7 @@ class Recipe(BaseModel):
                 raise ValueError(f"{name} needs measurements while training goes on: give eval_every too")
         if self.warmup_ratio is not None and self.warmup_steps:
             raise ValueError("warmup_steps and warmup_ratio are both given: leave one out")
-        for name in ("worker", "mask_worker"):
+        for name in ("worker", "fleet", "mask_worker"):
             if self.plain and getattr(self, name) is not None:
                 raise ValueError(f"plain runs without a worker, yet {name} is given")
         return self
@@ -292,7 +296,9 @@ def load_recipe(config: Path | None, overrides: Mapping[str, Any], defaults: Map
     given = resolve_names({key: value for key, value in overrides.items() if value is not None})
     said = {**fields, **given}
     if said.get("plain"):  # the environment names a worker for the runs that want one
-        defaults = {key: value for key, value in (defaults or {}).items() if key not in ("worker", "mask_worker")}
+        defaults = {
+            key: value for key, value in (defaults or {}).items() if key not in ("worker", "fleet", "mask_worker")
+        }
     try:
         return Recipe.model_validate({**(defaults or {}), **said})
     except ValidationError as error:

@@ -7,10 +7,10 @@ In the order in which a request passes through:
     request_reader  the next request, within the limits that were announced; `buffers`, its memory
     handlers        decides what is done; `adapter_handlers`, the same for LoRA on the worker
     store           holds matrices in memory and on disk
-    backend         multiplies; `adapters` and `lora`, beside a product
     replies         a result or a refusal
-    recorder        writes down all that passed, where it is asked to
 
-`sessions` keeps those who are connected apart and whose turn it is, and `quota` divides what they share. `__main__` and
-`options` start a worker.
+Products are computed by `obfuscatune.backend`, which an enclave's own devices have too; `adapters` and `lora` compute
+what goes beside a product. `protocol/recorder` writes down all that passed, where it is asked to. `sessions` keeps
+those who are connected apart and whose turn it is, and `quota` divides what they share. `__main__` and `options` start
+a worker.
 """

@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import torch
 
+from obfuscatune.backend import Computer
 from obfuscatune.protocol.messages import DROPOUT, NO_MATRIX, ErrorCode, MessageType
 from obfuscatune.protocol.payloads import Attachment, Step
 from obfuscatune.worker.adapters import Adapter, AdapterStore
-from obfuscatune.worker.backend import Computer
 from obfuscatune.worker.buffers import Buffers, MatrixBuffer
 from obfuscatune.worker.lora import Kept, add_backward, add_forward
 from obfuscatune.worker.quota import SessionKey

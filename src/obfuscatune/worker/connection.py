@@ -27,13 +27,13 @@ from obfuscatune.protocol.limits import (
 )
 from obfuscatune.protocol.messages import ErrorCode, Header, MessageType
 from obfuscatune.protocol.payloads import SHARED_MEMORY, Hello, Welcome
+from obfuscatune.protocol.recorder import Recorder
 from obfuscatune.protocol.tensors import bytes_of
 from obfuscatune.protocol.transcript import Direction
 from obfuscatune.protocol.transport import Buffer, Deadline, Transport, transfer_seconds
 from obfuscatune.worker.buffers import Buffers
 from obfuscatune.worker.handlers import Answerer
 from obfuscatune.worker.quota import SessionKey
-from obfuscatune.worker.recorder import Recorder
 from obfuscatune.worker.replies import Reply, Request, refusal
 from obfuscatune.worker.request_reader import RequestReader
 from obfuscatune.worker.sessions import Session, Sessions, session_key, session_label

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from obfuscatune.backend import Computer
 from obfuscatune.errors import AdapterLost, MalformedMessage, QuotaExceeded, StorageError, UnknownMatrix
 from obfuscatune.protocol.limits import MAX_MATRIX_BYTES
 from obfuscatune.protocol.messages import NO_MATRIX, ErrorCode, MessageType
 from obfuscatune.protocol.payloads import ACCELERATOR, CONTENT_STORE, NO_DIGEST, SERVES_WEIGHTS, Offer
 from obfuscatune.worker.adapter_handlers import AdapterAnswerer
-from obfuscatune.worker.backend import Computer
 from obfuscatune.worker.buffers import Buffers
 from obfuscatune.worker.quota import SessionKey
 from obfuscatune.worker.replies import Reply, Request, RequestError, product_of, refusal, room_for, short

@@ -14,20 +14,20 @@ from typing import TypeVar
 
 import torch
 
+from obfuscatune.backend import Computer, find_device
 from obfuscatune.errors import ConfigError, ConnectionLost, WireError
 from obfuscatune.machine import memory_bytes
 from obfuscatune.option import parse_size
 from obfuscatune.protocol.endpoints import check_tls, parse_address
 from obfuscatune.protocol.limits import HANDSHAKE_SECONDS, MAX_HANDSHAKES, MAX_SESSION_CONNECTIONS
 from obfuscatune.protocol.listen import Listener
+from obfuscatune.protocol.recorder import Recorder
 from obfuscatune.protocol.tls import PinnedTls, TlsConfig
 from obfuscatune.protocol.transport import Deadline, SocketTransport
-from obfuscatune.worker.backend import Computer
 from obfuscatune.worker.connection import Connection, Service
 from obfuscatune.worker.handlers import Answerer
 from obfuscatune.worker.options import WorkerOptions
 from obfuscatune.worker.quota import Quota
-from obfuscatune.worker.recorder import Recorder
 from obfuscatune.worker.served import ServedWeights
 from obfuscatune.worker.sessions import Sessions
 from obfuscatune.worker.store import ContentStore, MatrixStore, WhenFull
@@ -152,13 +152,13 @@ def run(options: WorkerOptions, computer_class: type[Computer] = Computer) -> in
     check_tls(address, tls=tls is not None, plain_tcp=options.unsafe_plain_tcp)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # else parts of a sum are rounded,
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # which verification takes for a lie
     _make_room_for_descriptors(options.max_sessions)
     when_full = _chosen(POLICIES, options.when_full, "--when-full")
     quota = _quota(options, when_full, 1 if tls is None else tls.peers)
     store = MatrixStore(quota, when_full)
-    computer = computer_class(_device(options.device), _chosen(DTYPES, options.dtype, "--dtype"))
+    computer = computer_class(
+        find_device(options.device, f"--device {options.device}"), _chosen(DTYPES, options.dtype, "--dtype")
+    )
     disk = None if options.store is None else ContentStore(options.store, Quota(_store_bytes(options, quota)))
     served = None if not options.serve_model else ServedWeights(options.serve_model)
     recorder = None if options.record is None else Recorder(options.record)
@@ -252,20 +252,6 @@ def _make_room_for_descriptors(sessions: int) -> None:
             f"--max-sessions {sessions} may take {needed} open files, this system allows {hard}: lower it, or raise "
             "the limit (ulimit -Hn)"
         ) from error
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"--device {name}: write cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"--device {name}: write cpu, cuda or cuda:N")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"--device {name}: this machine has no CUDA device; use --device cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"--device {name}: this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}")
-    return device
 
 
 def _chosen(choices: dict[str, T], name: str, option: str) -> T:

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import torch
 
+from obfuscatune.backend import Computer
 from obfuscatune.errors import ConnectionLost, DeadlineExceeded
 from obfuscatune.protocol.messages import HEADER_BYTES, REQUESTS, WITH_ROWS, Header, MessageType
 from obfuscatune.protocol.payloads import Hello
 from obfuscatune.protocol.transport import Buffer, Deadline
-from obfuscatune.worker.backend import Computer
 from obfuscatune.worker.buffers import Buffers
 from obfuscatune.worker.connection import welcome
 from obfuscatune.worker.handlers import Answerer, Request

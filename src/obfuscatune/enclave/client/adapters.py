@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
-from obfuscatune.enclave.client.client import WorkerClient
+from obfuscatune.enclave.client.interface import WorkerLink
 from obfuscatune.enclave.client.requests import RESUME, AdapterRequest, ExpectedTensor
 from obfuscatune.errors import AdapterLost, BadReply
 from obfuscatune.protocol.messages import DROPOUT, LAST_NUMBER, MessageType
@@ -20,9 +20,7 @@ class AdapterClient:
 
     _numbers = itertools.count(1)
 
-    def __init__(
-        self, client: WorkerClient, attachment: Attachment, shape: tuple[int, int], dtype: torch.dtype
-    ) -> None:
+    def __init__(self, client: WorkerLink, attachment: Attachment, shape: tuple[int, int], dtype: torch.dtype) -> None:
         """Have the worker make room for it; factors and moments are zero until `put`.
 
         Args:
@@ -134,19 +132,19 @@ class AdapterClient:
         return matrix
 
 
-def step_all(client: WorkerClient, step: Step) -> None:
+def step_all(client: WorkerLink, step: Step) -> None:
     """Have every adapter of the session take one step."""
     with _told():
         client.order(AdapterRequest(MessageType.STEP, body=step.pack(), once=True))
 
 
-def zero_all(client: WorkerClient) -> None:
+def zero_all(client: WorkerLink) -> None:
     """Set every gradient of the session's adapters to zero."""
     with _told():
         client.order(AdapterRequest(MessageType.ZERO))
 
 
-def gradient_norm(client: WorkerClient) -> float:
+def gradient_norm(client: WorkerLink) -> float:
     """Of all gradients of the session's adapters together; NaN where one is not finite."""
     with _told():
         answer = client.order(AdapterRequest(MessageType.NORM, wanted=ExpectedTensor((1, 1), torch.float64)))

@@ -1,4 +1,4 @@
-"""The enclave's end of shared memory: which parts of it are in use."""
+"""The enclave's end of memory that a worker also reads and writes: which parts of it are in use."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
+from obfuscatune.backend import HostMemory
 from obfuscatune.protocol.shared_memory import ALIGNMENT, SharedMemory
 from obfuscatune.protocol.tensors import array_in, matrix_of
 
@@ -21,7 +22,7 @@ class Allocator:
     touched, and those again and again.
     """
 
-    def __init__(self, memory: SharedMemory) -> None:
+    def __init__(self, memory: SharedMemory | HostMemory) -> None:
         self._memory = memory
         self._start = torch.frombuffer(memory.buffer, dtype=torch.uint8).data_ptr()
         self._blocks: dict[int, int] = {}  # offset -> bytes, in the order of the offsets; allocated or free

@@ -6,12 +6,12 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from types import TracebackType
 from typing import Self
 
 import torch
 
 from obfuscatune.enclave.client.connection import ClientConnection
+from obfuscatune.enclave.client.interface import WorkerLink
 from obfuscatune.enclave.client.requests import (
     AdapterRequest,
     MatrixSource,
@@ -20,9 +20,9 @@ from obfuscatune.enclave.client.requests import (
     StoredMatrix,
     check_finite,
 )
-from obfuscatune.enclave.client.retry import ClientStats, RetryPolicy
+from obfuscatune.enclave.client.retry import ClientStats, Refusing, RetryPolicy
 from obfuscatune.enclave.client.scheduler import Scheduler
-from obfuscatune.errors import BadReply, ConfigError, ProtectionError, WrongProduct
+from obfuscatune.errors import ConfigError, ProtectionError
 from obfuscatune.process import begin_anew_in_children
 from obfuscatune.protocol.endpoints import check_tls, connect, parse_address
 from obfuscatune.protocol.tls import PinnedTls, TlsConfig
@@ -34,7 +34,7 @@ OPENING_SECONDS = 5.0
 """How long `open` waits for a worker that has never been seen: it may just be starting, or the address is wrong."""
 
 
-class WorkerClient:
+class WorkerClient(WorkerLink):
     """A worker, as the enclave sees it. Safe from any thread; they take turns, but not in waiting for a reply.
 
     A connection belongs to one process: a forked child that uses the link connects anew, in a session of its own, and
@@ -52,7 +52,7 @@ class WorkerClient:
             retry: bounds of insistence.
         """
         self._driver = Scheduler(connect, deadline_s, retry or RetryPolicy())
-        self._refusing = _Refusing(self._driver)
+        self._refusing = Refusing(self._driver.refusal, self._driver.refuse)
         self._take_turns()
         self._closed = False
         self._owned: list[Callable[[], None]] = []
@@ -170,29 +170,6 @@ class WorkerClient:
         allocated = None if allocator is None else allocator.allocate(rows, cols, dtype)
         return torch.empty(rows, cols, dtype=dtype) if allocated is None else allocated
 
-    def multiply(
-        self, matrix_id: bytes, rows: torch.Tensor, *, transpose: bool, reply_dtype: torch.dtype | None = None
-    ) -> torch.Tensor:
-        """rows @ W_star, or rows @ W_star^T.
-
-        Args:
-            matrix_id: as it was stored.
-            rows: (m, p), or (m, q) when `transpose`; contiguous, on the CPU.
-            transpose: multiply by the transpose.
-            reply_dtype: of the product; None for that of `rows`.
-
-        Returns:
-            (m, q), or (m, p) when `transpose`; on the CPU, contiguous, the caller's own.
-
-        Raises:
-            NonFiniteError: `rows` contain NaN or infinity; nothing was sent.
-            ConfigError: no such matrix was stored, or the shapes do not fit.
-            ProtectionError: the link is closed.
-            WorkerRefused: the worker answered with an error that asking again does not mend.
-            WireError: the worker failed more often, or was gone longer, than the retry policy bears.
-        """
-        return self.submit(matrix_id, rows, transpose=transpose, reply_dtype=reply_dtype).result()
-
     def submit(
         self,
         matrix_id: bytes,
@@ -292,14 +269,6 @@ class WorkerClient:
             self._changed.wait_for(lambda: not self._waiting)  # else they would connect anew
             self._end()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def _refuse_if_closed(self) -> None:
         if self._closed:
             raise ProtectionError(
@@ -330,7 +299,13 @@ class WorkerClient:
         if self._user is None:
             self._user = own
         elif self._user != own:
-            self._driver.is_to_read = self._wait_with_others
+            waiting = weakref.WeakMethod(self._wait_with_others)  # the driver must not keep a link that nobody has
+
+            def is_to_read(connection: ClientConnection, deadline: Deadline) -> bool:
+                wait = waiting()
+                return wait is None or wait(connection, deadline)
+
+            self._driver.is_to_read = is_to_read
 
     def _wait_with_others(self, connection: ClientConnection, deadline: Deadline) -> bool:
         """See `Scheduler.is_to_read`. Called with the lock; it is free while this waits.
@@ -364,23 +339,6 @@ class WorkerClient:
             self._lock.acquire()
             self._is_listened = False
             self.stats.seconds_waiting += time.monotonic() - started
-
-
-class _Refusing(AbstractContextManager[None]):
-    """See `WorkerClient.refusing`. One for all threads: it keeps nothing."""
-
-    def __init__(self, driver: Scheduler) -> None:
-        self._driver = driver
-
-    def __enter__(self) -> None:
-        """Nothing is prepared."""
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if isinstance(error, (BadReply, WrongProduct)):
-            self._driver.refuse(error)
-            self._driver.refusal.check()
 
 
 def _end(driver: Scheduler, owned: list[Callable[[], None]]) -> None:

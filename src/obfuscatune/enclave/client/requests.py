@@ -214,7 +214,7 @@ class ProductRequest(Request):
         product_unchecked: bool = False,
     ) -> None:
         inner, outer = matrix.shape[::-1] if transpose else matrix.shape
-        _check_rows(rows, inner)
+        check_rows(rows, inner)
         matrix_id, shape = matrix.matrix_id, (rows.shape[0], outer)
         super().__init__(matrix_id, matrix_id, rows, shape, dtype, product_unchecked=product_unchecked)
         self.transpose = transpose
@@ -255,7 +255,7 @@ class ProductRequest(Request):
         return product.clone() if product is self.output else product
 
 
-def _check_rows(rows: torch.Tensor, inner: int) -> None:
+def check_rows(rows: torch.Tensor, inner: int) -> None:
     if rows.dim() != 2 or rows.shape[0] < 1 or rows.shape[1] != inner:
         raise ConfigError(f"expected rows of (m, {inner}), got {tuple(rows.shape)}")
     if not rows.is_cpu or not rows.is_contiguous():

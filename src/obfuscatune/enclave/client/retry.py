@@ -1,9 +1,13 @@
 """How long to insist on a worker that fails, what to say when that is over, when not to ask it again; and counts."""
 
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from types import TracebackType
+from typing import Self
 
-from obfuscatune.errors import BadMagic, ConnectionLost, UnsupportedVersion, WireError
+from obfuscatune.errors import BadMagic, BadReply, ConnectionLost, UnsupportedVersion, WireError, WrongProduct
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,28 @@ class Refusal:
                 f"{self._reason}. The worker is asked nothing any more: find out why, then load or protect the model "
                 "anew, which draws new secrets"
             ) from self._reason
+
+
+class Refusing(AbstractContextManager[None]):
+    """See `WorkerClient.refusing`. One for all threads: it keeps nothing."""
+
+    def __init__(self, refusal: Refusal, refuse: Callable[[WireError], None]) -> None:
+        """
+        Args:
+            refusal: of the link.
+            refuse: declares it, and wakes those that wait.
+        """
+        self._refusal, self._refuse = refusal, refuse
+
+    def __enter__(self) -> None:
+        """Nothing is prepared."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, (BadReply, WrongProduct)):
+            self._refuse(error)
+            self._refusal.check()
 
 
 class Insistence:
@@ -117,11 +143,11 @@ class ClientStats:
     retries: int = 0
     """Requests to multiply that were sent again."""
 
-    def snapshot(self) -> "ClientStats":
+    def snapshot(self) -> Self:
         """A copy that stands still."""
         return replace(self)
 
-    def since(self, earlier: "ClientStats") -> "ClientStats":
+    def since(self, earlier: Self) -> Self:
         """What was added since the snapshot `earlier`."""
         before = asdict(earlier)
-        return ClientStats(**{name: value - before[name] for name, value in asdict(self).items()})
+        return type(self)(**{name: value - before[name] for name, value in asdict(self).items()})

@@ -1,8 +1,9 @@
-"""Rotation, mixing, masks, sketches and normal deviates, each in two ways: by torch's operations, and in C++.
+"""Rotation, mixing, masks, sketches and normal deviates, each by torch's operations, and in C++ or Triton.
 
     interface   what a kernel is asked for, and the structured matrices that it is given
     reference   by torch: on every device, differentiable
     native      by the library of `csrc/`: one pass each, on the CPU
+    gpu         by Triton, on a CUDA device: rotation and mixing; `gpu_programs`, what it compiles
 
 Which of them computes is chosen here, from the tensor alone.
 """
@@ -10,6 +11,7 @@ Which of them computes is chosen here, from the tensor alone.
 from __future__ import annotations
 
 import functools
+import importlib.util
 
 import numpy as np
 import torch
@@ -43,7 +45,26 @@ REFERENCE = Reference()
 
 def kernels_for(x: Tensor) -> Kernels:
     """The kernels that compute on x (n, p)."""
-    return native_for(x) or REFERENCE
+    return native_for(x) or gpu_for(x) or REFERENCE
+
+
+def gpu_for(x: Tensor) -> Kernels | None:
+    """The kernels on a CUDA device where they apply to x, and Triton is installed, else None."""
+    if x.device.type != "cuda" or x.dtype not in (torch.float32, torch.float64):
+        return None
+    if x.dim() != 2 or x.shape[0] < 1 or (x.requires_grad and torch.is_grad_enabled()):
+        return None
+    return _gpu()
+
+
+@functools.cache
+def _gpu() -> Kernels | None:
+    """Triton comes with a torch for CUDA; it takes seconds to import, so nothing else imports it."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from obfuscatune.enclave.kernels.gpu import Gpu
+
+    return Gpu()
 
 
 def native_for(x: Tensor) -> Native | None:

@@ -14,7 +14,7 @@ from peft.tuners import lora
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from obfuscatune.enclave.client import AdapterClient, WorkerClient
+from obfuscatune.enclave.client import AdapterClient, WorkerLink
 from obfuscatune.enclave.layers import ProtectedConv1D, ProtectedLinear, SharedCrossing
 from obfuscatune.enclave.spill_store import Offloaded
 from obfuscatune.enclave.transforms import Transform
@@ -32,7 +32,7 @@ class RemoteAdapter:
     """The adapters of the layers that share one matrix."""
 
     def __init__(
-        self, client: WorkerClient, offloaded: Offloaded, layers: list[AdaptedLayer], widths: tuple[int, ...]
+        self, client: WorkerLink, offloaded: Offloaded, layers: list[AdaptedLayer], widths: tuple[int, ...]
     ) -> None:
         """Nothing is sent before `attach`."""
         if len(widths) > 1 and offloaded.R_out.name != "identity":

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from obfuscatune.enclave.client import WorkerClient
+from obfuscatune.enclave.client import WorkerLink
 from obfuscatune.enclave.client.adapters import zero_all
 from obfuscatune.enclave.protected_model import extend
 from obfuscatune.enclave.remote_lora.adapter import AdaptedLayer, RemoteAdapter, find_adapted, walk
@@ -28,7 +28,7 @@ class RemoteAdapters:
     `load_state_dict` puts what it read.
     """
 
-    def __init__(self, client: WorkerClient, offloaded: list[Offloaded], model: nn.Module) -> None:
+    def __init__(self, client: WorkerLink, offloaded: list[Offloaded], model: nn.Module) -> None:
         """Move the one adapter of a PEFT model.
 
         Raises:

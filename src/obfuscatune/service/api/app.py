@@ -162,12 +162,19 @@ def _length(scope: Scope) -> int:
     return 0
 
 
-def make_operator_app(context: Context) -> ASGIApp:
-    """/healthz and /metrics, for the operator's machine: they tell how busy the service is, and nothing of whom."""
+def make_operator_app(context: Context, console: ASGIApp, base: str) -> ASGIApp:
+    """/healthz, /metrics and the console, for the operator's machine: how busy the service is, and nothing of whom.
+
+    Args:
+        console: What is below `base`, for whoever opened its link.
+    """
     from obfuscatune.service.metrics import CONTENT_TYPE
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
+            return
+        if scope["path"].startswith(base + "/"):
+            await console(scope, receive, send)
             return
         known = {"/healthz": (b'{"status":"ok"}', "application/json"), "/metrics": (b"", CONTENT_TYPE)}
         body, kind = known.get(scope["path"], (b"", ""))

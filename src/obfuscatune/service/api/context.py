@@ -50,6 +50,8 @@ class Context:
     jobs: "Jobs"
     storing: threading.Lock = field(default_factory=threading.Lock)
     """Files are stored one at a time, so that quotas hold."""
+    estimating: threading.Lock = field(default_factory=threading.Lock)
+    """Of `estimate`: one at a time."""
 
     @property
     def files(self) -> Path:

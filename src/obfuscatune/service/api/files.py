@@ -16,12 +16,11 @@ from obfuscatune.service.api.multipart import Upload, read_upload
 from obfuscatune.service.keys import Owner
 from obfuscatune.service.state import Row, new_id
 from obfuscatune.training.data_files import read_jsonl
-from obfuscatune.training.layouts import detect_format
+from obfuscatune.training.layouts import UPLOADED_LAYOUTS, detect_format
 
 router = APIRouter(tags=["files"])
 UPLOADED, RESULTS = "fine-tune", "fine-tune-results"
 SEALED_AS = "file"
-LAYOUTS = ("conversations (messages)", "prompt and completion")
 After = Annotated[str | None, Query(max_length=128)]
 _FORM = {
     "requestBody": {
@@ -94,7 +93,7 @@ def check_training_data(path: Path) -> tuple[int, str]:
     for line in read_jsonl(path):
         if found is None:
             found = detect_format(line)
-            if found.layout.name not in LAYOUTS:
+            if found.layout.name not in UPLOADED_LAYOUTS:
                 raise DataError(f"{line.where}: expected `messages`, or `prompt` and `completion`")
         found.read(line)
         lines += 1

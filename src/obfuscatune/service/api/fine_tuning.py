@@ -98,6 +98,33 @@ def create(
     if target.adapter is not None:
         raise ApiError(400, "A fine-tuned model is not fine-tuned further.", param="model", code="model_not_available")
     context.access.check(target.grant.model, owner.spki, FINE_TUNING)
+    details = job_details(context, owner, body)
+    key = None
+    if idempotency_key is not None:
+        key = hashlib.sha256(f"{owner.spki}/{idempotency_key}".encode()).hexdigest()
+    job_id, most = new_id("ftjob-"), context.settings.limits.jobs_queued
+    row = context.state.add_job(owner, job_id, details, target.grant.model, idempotency=key, most=most)
+    if row is None:
+        raise ApiError(
+            429, f"At most {most} jobs of an owner wait or run.", kind="rate_limit_error", code="too_many_jobs"
+        )
+    if row.id == job_id:
+        context.jobs.tell(owner, job_id, f"Created fine-tuning job: {job_id}")
+        context.log.append(
+            owner.spki,
+            "job-created",
+            {"job": job_id, "model": target.grant.model, "grant": target.grant.id, "data": details["data"]["training"]},
+        )
+        context.jobs.wake()
+    return job_object(row)
+
+
+def job_details(context: Context, owner: Owner, body: JobBody) -> dict[str, Any]:
+    """What is kept of a job that was asked for.
+
+    Raises:
+        ApiError: a file is not there, or is for something else.
+    """
     training = _data_file(context, owner, body.training_file, "training_file")
     validation = None
     if body.validation_file is not None:
@@ -106,7 +133,7 @@ def create(
         name: default if value == "auto" else value
         for (name, value), default in zip(body.asked.model_dump().items(), (3, 8, 1.0), strict=True)
     }
-    details: dict[str, Any] = {
+    return {
         "training_file": training.id,
         "validation_file": None if validation is None else validation.id,
         "data": {
@@ -126,24 +153,6 @@ def create(
         "result_files": [],
         "products": {"requests": 0, "verified": 0},
     }
-    key = None
-    if idempotency_key is not None:
-        key = hashlib.sha256(f"{owner.spki}/{idempotency_key}".encode()).hexdigest()
-    job_id, most = new_id("ftjob-"), context.settings.limits.jobs_queued
-    row = context.state.add_job(owner, job_id, details, target.grant.model, idempotency=key, most=most)
-    if row is None:
-        raise ApiError(
-            429, f"At most {most} jobs of an owner wait or run.", kind="rate_limit_error", code="too_many_jobs"
-        )
-    if row.id == job_id:
-        context.jobs.tell(owner, job_id, f"Created fine-tuning job: {job_id}")
-        context.log.append(
-            owner.spki,
-            "job-created",
-            {"job": job_id, "model": target.grant.model, "grant": target.grant.id, "data": details["data"]["training"]},
-        )
-        context.jobs.wake()
-    return job_object(row)
 
 
 def _data_file(context: Context, owner: Owner, file_id: str, param: str) -> Row:

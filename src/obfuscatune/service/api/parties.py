@@ -13,7 +13,8 @@ from obfuscatune.errors import TermsError
 from obfuscatune.service import tables as rows
 from obfuscatune.service.api.context import Asker, Context, Ctx
 from obfuscatune.service.api.errors import ApiError, not_found
-from obfuscatune.service.api.fine_tuning import get_job
+from obfuscatune.service.api.estimate import estimate_job
+from obfuscatune.service.api.fine_tuning import JobBody, get_job
 from obfuscatune.service.keys import Owner
 
 router = APIRouter(prefix="/obfuscatune/v1", tags=["obfuscatune"])
@@ -33,6 +34,7 @@ def status(context: Ctx, owner: Asker) -> dict[str, Any]:
                 "status": "missing" if served is None else served.status,
                 "terms": grant.terms.to_document() | {"owners": [owner.spki]},
                 "tokens_used": context.state.tokens_used(grant.id),
+                "consented": context.access.registry.consents_to(grant.model, owner.spki),
             }
         )
     count, stored = context.state.stored(owner.spki)
@@ -43,6 +45,24 @@ def status(context: Ctx, owner: Asker) -> dict[str, Any]:
 def evidence(context: Ctx, owner: Asker) -> dict[str, Any]:
     """The service's claims, with evidence that belongs to no session: what receipts hold. See the attested channel."""
     return {"object": "evidence", **context.attested.to_document()}
+
+
+@router.get("/jobs/{job_id}/progress")
+def progress(job_id: str, context: Ctx, owner: Asker) -> dict[str, Any]:
+    """How far a job is: steps, time a step, products, masks. `running` is null where it does not run now."""
+    job = get_job(context, owner, job_id)
+    return {
+        "object": "progress",
+        "job": job.id,
+        "status": job.clear["status"],
+        "running": context.jobs.progress(job.id),
+    }
+
+
+@router.post("/estimate")
+def estimate(body: JobBody, context: Ctx, owner: Asker) -> dict[str, Any]:
+    """What a job would cost, counted by the model's tokenizer: the body is that of a job, and nothing is begun."""
+    return {"object": "estimate", **estimate_job(context, owner, body)}
 
 
 @router.get("/jobs/{job_id}/receipt")
@@ -65,6 +85,7 @@ def adapter(job_id: str, context: Ctx, owner: Asker) -> Response:
     try:
         context.access.check_export(row.clear["model"], owner.spki, row.details["model"])
     except TermsError as error:
+        context.access.registry.ask_consent(row.clear["model"], owner.spki, row.details["model"])
         context.log.append(owner.spki, "export-refused", {"job": job.id})
         raise ApiError(403, str(error), kind="permission_error", code="export_not_allowed") from error
     served = context.models.get(row.clear["model"])

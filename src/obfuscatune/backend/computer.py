@@ -1,4 +1,4 @@
-"""All that a worker computes: rows @ W*, or rows @ W*ᵀ; and whose turn it is to compute.
+"""All that is computed outside of the enclave: rows @ W*, or rows @ W*ᵀ; and whose turn it is to compute.
 
 Few rows, as decoding has them, go through a kernel that reads W* once. A BLAS copies the matrix into another order
 first, which pays with many rows; with few it takes several times as long as reading it (docs/adr/0011).
@@ -11,14 +11,18 @@ reads. For all others the matrix is widened strip by strip, into memory that is 
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
 from obfuscatune import native
+from obfuscatune.backend.streams import Streams, full_precision
+from obfuscatune.backend.underway import Deferred, Underway
+from obfuscatune.process import begin_anew_in_children
 
 FEWEST, MOST = 2, 128
 """Rows between which the kernel wins: of one alone BLAS makes no copy, and many are worth one."""
@@ -71,37 +75,78 @@ class Computer:
         self.dtype = dtype
         self._lock = threading.Lock()
         self._wide = torch.empty(0)
+        self._streams = Streams(device) if device.type == "cuda" else None
+        begin_anew_in_children(self)
+
+    def begin_in_child(self) -> None:
+        """See `process.Forkable`. On a CUDA device nothing can be computed there."""
+        self._lock = threading.Lock()  # the parent's may have been held by a thread that is not here
 
     def adopt(self, matrix: Tensor) -> Tensor:
-        """A received (p, q) matrix as it is kept; the same memory when neither device nor dtype change."""
-        return matrix.to(device=self.device, dtype=self.dtype or matrix.dtype)
+        """A received (p, q) matrix as it is kept; the same memory when neither device nor dtype change.
+
+        Raises:
+            RuntimeError: the device has no room for it (torch.OutOfMemoryError), or failed.
+        """
+        kept = matrix.to(device=self.device, dtype=self.dtype or matrix.dtype)
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # products are computed on another stream
+        return kept
 
     @contextmanager
     def turn(self) -> Iterator[torch.device]:
         """The device, for one computation alone. Nothing in it is differentiated by torch."""
-        with self._lock, torch.inference_mode():
+        precisely = full_precision() if self.device.type == "cuda" else nullcontext()
+        with self._lock, torch.inference_mode(), precisely:
             yield self.device
 
     def multiply(self, rows: Tensor, matrix: Tensor, out: Tensor, *, transpose: bool) -> None:
-        """Write the product into `out`, in its dtype: computed in float64 where rows or matrix are float64.
+        """`start`, and wait until it is done."""
+        self.start(rows, matrix, out, transpose=transpose).wait(math.inf)
+
+    def start(self, rows: Tensor, matrix: Tensor, out: Tensor, *, transpose: bool) -> Underway:
+        """Have the product written into `out`, in its dtype: computed in float64 where rows or matrix are float64.
+
+        Neither rows nor `out` may be touched until it is done. On the CPU, whoever waits for it computes it.
 
         Args:
             rows: (m, p), or (m, q) when `transpose`; on the CPU.
-            matrix: (p, q), on this computer's device.
+            matrix: (p, q), as it was adopted.
             out: (m, q), or (m, p) when `transpose`; contiguous, on the CPU.
             transpose: multiply by the transpose.
+
+        Raises:
+            RuntimeError: the device has no room for rows and product (torch.OutOfMemoryError), or failed.
         """
+        if self._streams is None:
+            return Deferred(functools.partial(self._compute, rows, matrix, out, transpose))
+
+        def product(there: Tensor) -> Tensor:
+            return self._product(there, matrix, None, out.dtype, transpose)
+
         with self._lock, torch.inference_mode():
-            dtype = self._dtype_for(rows, matrix)
-            rows = rows.to(device=self.device, dtype=dtype)
-            direct = self.device.type == "cpu" and out.dtype == dtype
-            product = out if direct else torch.empty(out.shape, dtype=dtype, device=self.device)
-            if matrix.dtype == dtype or (not transpose and few_rows_apply(rows, matrix, product)):
-                _multiply(rows, matrix, product, transpose=transpose)
-            else:
-                self._multiply_widened(rows, matrix, product, transpose=transpose)
-            if not direct:
+            return self._streams.start(rows, matrix, out, product)
+
+    def _compute(self, rows: Tensor, matrix: Tensor, out: Tensor, transpose: bool) -> None:
+        """The product, on the CPU."""
+        with self._lock, torch.inference_mode():
+            product = self._product(rows, matrix, out, out.dtype, transpose)
+            if product is not out:
                 out.copy_(product)
+
+    def _product(
+        self, rows: Tensor, matrix: Tensor, out: Tensor | None, out_dtype: torch.dtype, transpose: bool
+    ) -> Tensor:
+        """The product (m, q) of rows on the matrix's device; in `out` where it is computed in that dtype."""
+        dtype = self._dtype_for(rows, matrix)
+        rows = rows.to(dtype)
+        if out is None or dtype != out_dtype:
+            out = torch.empty(len(rows), matrix.shape[0 if transpose else 1], dtype=dtype, device=rows.device)
+        if matrix.dtype == dtype or (not transpose and few_rows_apply(rows, matrix, out)):
+            _multiply(rows, matrix, out, transpose=transpose)
+        else:
+            self._multiply_widened(rows, matrix, out, transpose=transpose)
+        return out.to(out_dtype)
 
     def _dtype_for(self, rows: Tensor, matrix: Tensor) -> torch.dtype:
         """What is computed in: float64 where either is, else as the matrix is kept, or float32 where that is slow."""

@@ -1,4 +1,4 @@
-"""Writes down all that a worker sees. `protocol/transcript.py` has the format, and reads it back."""
+"""Writes down all that a worker or a device sees. `protocol/transcript.py` has the format, and reads it back."""
 
 import errno
 import json

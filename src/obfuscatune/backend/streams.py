@@ -1,0 +1,73 @@
+"""Products on a CUDA device, several at a time: rows go up while the last product is computed and another comes down.
+
+    up        rows      host -> device           from registered memory, by the copy engine
+    compute   product   on the device            waits for its rows
+    down      product   device -> host           waits for its product, on the other copy engine
+
+Three streams: were rows and products copied on one, rows of the next request would wait behind the last product.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from obfuscatune.backend.underway import OnStreams
+
+
+class Streams:
+    """The streams of one device. Not safe from several threads."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._up, self._compute, self._down = (torch.cuda.Stream(device) for _ in range(3))
+
+    def start(self, rows: Tensor, matrix: Tensor, out: Tensor, product: Callable[[Tensor], Tensor]) -> OnStreams:
+        """Have `product` of the rows written into `out`; nothing is waited for where both lie in registered memory.
+
+        Args:
+            rows: on the CPU.
+            matrix: that it is a product with; kept until it is done.
+            out: on the CPU, contiguous, of the product's dtype.
+            product: launches it on the device, of the rows there.
+        """
+        with torch.cuda.device(self._device), torch.cuda.stream(self._up):
+            there = rows.to(self._device, non_blocking=True)
+            self._compute.wait_stream(self._up)
+            with torch.cuda.stream(self._compute), full_precision():
+                result = product(there)
+            self._down.wait_stream(self._compute)
+            with torch.cuda.stream(self._down):
+                out.copy_(result, non_blocking=True)
+                done = self._down.record_event()
+        return OnStreams(done, (rows, there, matrix, result, out))
+
+
+_changing = threading.Lock()
+"""Held by whoever changed the settings and has not put them back."""
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Within it, products are launched that round as their dtype says: parts of a sum are not rounded to 16 bits, and
+    float32 is not cut to TF32. Verification would take either for a lie.
+
+    Both are settings of the process, which somebody else may have chosen for other work: they are put back.
+    """
+    with _changing:
+        cuda = torch.backends.cuda.matmul
+        before = cuda.allow_fp16_reduced_precision_reduction, cuda.allow_bf16_reduced_precision_reduction
+        precision = torch.get_float32_matmul_precision()
+        cuda.allow_fp16_reduced_precision_reduction = cuda.allow_bf16_reduced_precision_reduction = False
+        if precision != "highest":
+            torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            cuda.allow_fp16_reduced_precision_reduction, cuda.allow_bf16_reduced_precision_reduction = before
+            if precision != "highest":
+                torch.set_float32_matmul_precision(precision)

@@ -1,0 +1,221 @@
+"""A fleet acts as one worker: products are the products, whoever answers, fails, hangs or lies."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from obfuscatune.errors import ConfigError, ProtectionError, QuotaExceeded, WrongProduct
+from obfuscatune.fleet.placement import ALL, Plan
+from tests.enclave.fleet.members import Made, holders, made, stored
+
+NARROW = 16
+"""So that small matrices are cut."""
+
+
+def product(fleet: Made, matrix_id: bytes, rows: torch.Tensor, *, transpose: bool = False) -> torch.Tensor:
+    return fleet.client.multiply(matrix_id, rows, transpose=transpose)
+
+
+@pytest.mark.parametrize("replicas", [1, 2, ALL])
+def test_products_are_those_of_the_matrix(replicas: int) -> None:
+    with made(3, Plan(replicas, least_columns=NARROW)) as fleet:
+
+        @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+        @given(
+            st.integers(1, 40), st.integers(1, 60), st.integers(1, 200),
+            st.sampled_from([torch.float32, torch.float64, torch.bfloat16]), st.booleans(),
+        )  # fmt: skip
+        def check(m: int, p: int, q: int, dtype: torch.dtype, transpose: bool) -> None:
+            W = torch.randn(p, q).to(dtype)
+            rows = torch.randn(m, q if transpose else p).to(dtype)
+            matrix_id = stored(fleet.client, W)
+            came = product(fleet, matrix_id, rows, transpose=transpose)
+            exact = rows.double() @ (W.double().T if transpose else W.double())
+            size = rows.double().norm() * W.double().norm()
+            assert came.dtype == dtype
+            assert (came.double() - exact).norm() <= 4 * torch.finfo(dtype).eps * size, "as exact as one product"
+            fleet.client.forget(matrix_id)
+
+        check()
+        assert fleet.notices == []
+
+
+def test_sums_over_shards_do_not_depend_on_who_is_first() -> None:
+    """Backward products are summed in the order of the columns."""
+    W, g = torch.randn(24, 96), torch.randn(5, 96)
+    with made(3, Plan(least_columns=NARROW)) as fleet:
+        matrix_id = stored(fleet.client, W)
+        assert len(holders(fleet)) == 3
+        first = product(fleet, matrix_id, g, transpose=True)
+        slow = fleet.members[fleet.client.placement()[0].holders[0]]
+        slow.free.clear()
+        pending = fleet.client.submit(matrix_id, g, transpose=True)
+        deadline = time.monotonic() + 20
+        while len(pending.undone) > 1 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        slow.free.set()
+        assert torch.equal(pending.result(), first)
+
+
+def test_a_late_answer_is_asked_of_another_replica_and_the_first_counts() -> None:
+    W, x = torch.randn(20, 40), torch.randn(3, 20)
+    with made(2, Plan(2, shard=False)) as fleet:
+        matrix_id = stored(fleet.client, W)
+        for it in fleet.members.values():
+            it.free.clear()
+        pending = fleet.client.submit(matrix_id, x, transpose=False)
+        (asked,) = pending.parts[0].asked
+        for it in fleet.members.values():
+            if it is not fleet.members[asked.name]:
+                it.free.set()
+        for _ in range(3):
+            started = time.monotonic()
+            came = pending.result()
+            assert time.monotonic() - started < 3
+            torch.testing.assert_close(came, x @ W)
+            pending = fleet.client.submit(matrix_id, x, transpose=False)
+        assert fleet.client.stats.hedged >= 1
+        assert fleet.client.stats.lost == 0, "it answers probes: it is slow, not dead"
+        fleet.members[asked.name].free.set()
+        torch.testing.assert_close(product(fleet, matrix_id, 2 * x), 2 * x @ W)
+
+
+def test_without_hedging_a_late_answer_is_waited_for() -> None:
+    W, x = torch.randn(20, 40), torch.randn(3, 20)
+    with made(2, Plan(2, shard=False), hedge=False) as fleet:
+        matrix_id = stored(fleet.client, W)
+        for it in fleet.members.values():
+            it.free.clear()
+        pending = fleet.client.submit(matrix_id, x, transpose=False)
+        assert not pending.arrived.wait(0.2)
+        for it in fleet.members.values():
+            it.free.set()
+        torch.testing.assert_close(pending.result(), x @ W)
+        assert fleet.client.stats.hedged == 0
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("plan", [Plan(least_columns=NARROW), Plan(2, shard=False)], ids=["shards", "replicas"])
+def test_who_answers_wrongly_is_named_and_left_for_good(plan: Plan, transpose: bool) -> None:
+    """As a check of the whole product has it: `corrected` finds who was wrong, and has the right product."""
+    W, x = torch.randn(20, 96), torch.randn(3, 96 if transpose else 20)
+    with made(3, plan) as fleet:
+        matrix_id = stored(fleet.client, W)
+        liar = holders(fleet)[0][0]
+        fleet.members[liar].lie = 1e-2
+        exact = x @ (W.T if transpose else W)
+        for _ in range(20):  # a replica may answer in its place
+            pending = fleet.client.submit(matrix_id, x, transpose=transpose)
+            if not torch.allclose(pending.result(), exact, atol=1e-3):
+                break
+        came = fleet.client.corrected(pending, WrongProduct("a check refused it"))
+        torch.testing.assert_close(came, exact)
+        assert fleet.named("answered wrongly") == [liar]
+        assert fleet.client.stats.left_wrong == 1
+        before = fleet.members[liar].products
+        for _ in range(20):
+            torch.testing.assert_close(product(fleet, matrix_id, x, transpose=transpose), exact)
+        assert fleet.members[liar].products == before, "it is asked nothing any more"
+        assert not any(liar in of_shard for of_shard in holders(fleet))
+
+
+def test_what_a_liar_answered_and_nobody_used_is_asked_again() -> None:
+    W, x = torch.randn(20, 96), torch.randn(3, 20)
+    with made(3, Plan(least_columns=NARROW)) as fleet:
+        matrix_id = stored(fleet.client, W)
+        liar = holders(fleet)[1][0]
+        fleet.members[liar].lie = 1e-2
+        first, second = (fleet.client.submit(matrix_id, rows, transpose=False) for rows in (x, 2 * x))
+        first.result()
+        deadline = time.monotonic() + 20
+        while second.undone and time.monotonic() < deadline:
+            time.sleep(0.001)
+        fleet.client.corrected(first, WrongProduct("a check refused it"))
+        torch.testing.assert_close(second.result(), 2 * x @ W)
+
+
+def test_when_all_were_wrong_nothing_is_asked_any_more() -> None:
+    W, x = torch.randn(20, 40), torch.randn(3, 20)
+    with made(2, Plan(shard=False)) as fleet:
+        matrix_id = stored(fleet.client, W)
+        for it in fleet.members.values():
+            it.lie = 1.0
+        for _ in range(2):
+            pending = fleet.client.submit(matrix_id, x, transpose=False)
+            pending.result()
+            try:
+                fleet.client.corrected(pending, WrongProduct("a check refused it"))
+            except WrongProduct:
+                break
+        with pytest.raises(WrongProduct, match="load or protect the model anew"):
+            fleet.client.submit(matrix_id, x, transpose=False)
+        with pytest.raises(WrongProduct, match="load or protect the model anew"):
+            stored(fleet.client, W, b"n" * 16)
+
+
+def test_a_product_that_is_not_finite_is_never_taken() -> None:
+    W, x = torch.randn(20, 96), torch.randn(3, 20)
+    with made(3, Plan(least_columns=NARROW)) as fleet:
+        matrix_id = stored(fleet.client, W)
+        liar = holders(fleet)[0][0]
+        fleet.members[liar].lie = float("nan")
+        torch.testing.assert_close(product(fleet, matrix_id, x), x @ W)
+        assert fleet.named("answered wrongly") == [liar]
+
+
+def test_who_is_slow_again_and_again_is_left_for_a_while() -> None:
+    W, x = torch.randn(20, 40), torch.randn(3, 20)
+    with made(3, Plan(ALL, shard=False)) as fleet:
+        matrix_id = stored(fleet.client, W)
+        slow = sorted(fleet.members)[0]
+        member = fleet.members[slow]
+        honest = member.multiply
+
+        def slowly(*args: torch.Tensor, transpose: bool) -> None:
+            time.sleep(0.15)
+            honest(*args, transpose=transpose)
+
+        for _ in range(30):
+            product(fleet, matrix_id, x)
+        member.multiply = slowly  # type: ignore[method-assign]
+        pending = [fleet.client.submit(matrix_id, x, transpose=False) for _ in range(150)]
+        for it in pending:
+            torch.testing.assert_close(it.result(), x @ W)
+        deadline = time.monotonic() + 20
+        while not fleet.named("slow again and again") and time.monotonic() < deadline:
+            product(fleet, matrix_id, x)
+        assert fleet.named("slow again and again") == [slow]
+        assert fleet.client.stats.left_slow == 1
+        assert not any(slow in of_shard for of_shard in holders(fleet))
+
+
+def test_memory_is_kept_to_and_too_little_of_it_is_said() -> None:
+    with made(2, Plan(least_columns=NARROW)) as fleet:
+        links = fleet.client.links
+        links[0].full_at, links[1].full_at = 20 * 32 * 4, 20 * 96 * 4
+        W = torch.randn(20, 128)
+        matrix_id = stored(fleet.client, W)
+        columns = {shard.holders[0]: shard.columns for shard in fleet.client.placement()}
+        assert columns == {links[0].name: 32, links[1].name: 96}
+        x = torch.randn(2, 20)
+        torch.testing.assert_close(product(fleet, matrix_id, x), x @ W)
+        with pytest.raises(QuotaExceeded, match="add workers, or memory"):
+            stored(fleet.client, W, b"n" * 16)
+        torch.testing.assert_close(product(fleet, matrix_id, x), x @ W)
+
+
+def test_nothing_is_asked_after_close() -> None:
+    W = torch.randn(20, 40)
+    with made(2, Plan()) as fleet:
+        matrix_id = stored(fleet.client, W)
+        with pytest.raises(ConfigError, match="no matrix was stored"):
+            product(fleet, b"x" * 16, torch.randn(2, 20))
+        fleet.client.close()
+        fleet.client.close()
+        with pytest.raises(ProtectionError, match="closed"):
+            product(fleet, matrix_id, torch.randn(2, 20))
