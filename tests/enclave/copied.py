@@ -30,6 +30,8 @@ WIDTH = 512
 class Recorder:
     """A link that keeps what is sent, and answers with it."""
 
+    corrects = False
+
     def __init__(self) -> None:
         self.sent: list[Tensor] = []
         self.stats = ClientStats()

@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from obfuscatune import RootKey, native, protect
 from obfuscatune.enclave.autograd import OffloadedCall
-from obfuscatune.enclave.client import ClientStats
+from obfuscatune.enclave.client import ClientStats, WorkerLink
 from obfuscatune.enclave.kernels import REFERENCE
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.local_worker import LocalWorker
@@ -226,6 +226,8 @@ def test_the_same_input_gives_unrelated_requests() -> None:
 
 class Worker:
     """A link to one that multiplies at once."""
+
+    corrects, corrected = WorkerLink.corrects, WorkerLink.corrected
 
     def __init__(self, W_star: Tensor) -> None:
         self.W_star, self.stats = W_star, ClientStats()

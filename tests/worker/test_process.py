@@ -86,7 +86,11 @@ def copy_without(folder: Path, *absent: str) -> Path:
 
 
 def test_it_serves_with_the_enclave_s_files_absent(tmp_path: Path) -> None:
-    others = [entry.name for entry in PACKAGE.iterdir() if entry.is_dir() and entry.name not in ("protocol", "worker")]
+    others = [
+        entry.name
+        for entry in PACKAGE.iterdir()
+        if entry.is_dir() and entry.name not in ("backend", "protocol", "worker")
+    ]
     assert "enclave" in others
     alone = copy_without(tmp_path, *others)
     with process(listen=f"unix:{tmp_path}/s", package_at=alone) as (_, address):
@@ -116,7 +120,7 @@ import obfuscatune.worker.__main__
 assert "torch" not in sys.modules  # or the process would be settled too late
 import obfuscatune.worker.server
 loaded = {name for name in sys.modules if name.startswith("obfuscatune.")}
-shared = {"protocol", "errors", "native", "option", "version", "process", "machine"}
+shared = {"backend", "protocol", "errors", "native", "option", "version", "process", "machine"}
 assert {name.split(".")[1] for name in loaded} <= {"worker", *shared}, loaded
 assert not {"transformers", "peft", "typer", "pydantic"} & set(sys.modules)
 """

@@ -30,7 +30,8 @@ SECONDS = 600.0
 """For all the lines behind a head."""
 MOST_BYTES = 4 * 2**30
 """Of these lines."""
-_TRIES = 8
+_TRIES = 64
+"""Of writing a head: each that fails is one of another program that went on."""
 _PATH = "/obfuscatune/v1/audit-log"
 
 
