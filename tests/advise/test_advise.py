@@ -26,6 +26,7 @@ def shape(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+@pytest.mark.long
 def test_a_machine_and_a_worker_are_measured_and_the_parts_add_up(
     shape: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -110,6 +110,8 @@ def test_no_text_of_a_bundle_can_be_changed(root, path, data):
     if path[-1] == "envelope":  # the name before a signature is not signed: the key is found by its id
         named = text.index("— ") + 2
         places = [it for it in places if not named <= it < named + len("log.invalid")]
+    # Of the last character of padded base64 not all bits count.
+    places = [it for it in places if text[it + 1 : it + 2] != "="]
     at = data.draw(st.sampled_from(places))
     other = data.draw(st.sampled_from([it for it in "A5z+" if it != text[at]]))
     inner[path[-1]] = text[:at] + other + text[at + 1 :]

@@ -19,6 +19,9 @@ from obfuscatune.enclave.profiles import resolve
 from obfuscatune.errors import ConfigError
 
 
+pytestmark = pytest.mark.long
+
+
 @pytest.fixture(scope="module")
 def tiny_shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shape")

@@ -200,6 +200,7 @@ def wait_until(condition, seconds=60):
         time.sleep(0.02)
 
 
+@pytest.mark.long
 def test_a_run_killed_from_outside_is_resumed(finetune, tmp_path):
     whole, _ = finetune("whole", "--checkpoint-every", 2)
     out = tmp_path / "killed"
@@ -215,6 +216,7 @@ def test_a_run_killed_from_outside_is_resumed(finetune, tmp_path):
     assert losses(out) == pytest.approx(losses(whole), abs=LOSS_TOLERANCE)
 
 
+@pytest.mark.long
 def test_a_run_survives_the_death_of_its_worker(finetune, worker, tmp_path):
     whole, _ = finetune("whole", "--worker", worker.address)
     recipe = yaml.safe_load((whole / "recipe.yaml").read_text()) | {"worker": None}

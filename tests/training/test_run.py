@@ -186,6 +186,7 @@ def test_a_run_that_diverges_keeps_its_last_checkpoint(run, model, tmp_path):
     assert (tmp_path / "out" / "checkpoints" / "step-000001").is_dir()
 
 
+@pytest.mark.long
 def test_death_at_any_moment_costs_nothing(model, tokenizer, jsonl, tmp_path):
     model_dir = tmp_path / "model"
     model.save_pretrained(model_dir)
