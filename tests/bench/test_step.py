@@ -18,7 +18,6 @@ from obfuscatune.bench.workload import NAMES, config_of, shape_name
 from obfuscatune.enclave.profiles import resolve
 from obfuscatune.errors import ConfigError
 
-
 pytestmark = pytest.mark.long
 
 
