@@ -31,10 +31,8 @@ class Workers:
         list[str] | None,
         Option("Address of a running worker; may be repeated.", PROTECTION, unset="starts one on this machine"),
     ] = None
-    tls_cert: Annotated[
-        Path | None, Option("This enclave's certificate.", PROTECTION, variable=ENVIRONMENT["tls_cert"])
-    ] = None
-    tls_key: Annotated[Path | None, Option("Its private key.", PROTECTION, variable=ENVIRONMENT["tls_key"])] = None
+    tls_cert: options.TlsCert = None
+    tls_key: options.TlsKey = None
     peer: Annotated[
         Path | None,
         Option("The certificates that the workers must show, in one file.", PROTECTION, variable=ENVIRONMENT["peer"]),
@@ -48,10 +46,7 @@ class Workers:
             variable=ENVIRONMENT["mask_worker"],
         ),
     ] = None
-    mask_peer: Annotated[
-        Path | None,
-        Option("The certificate the mask worker must show.", PROTECTION, variable=ENVIRONMENT["mask_peer"]),
-    ] = None
+    mask_peer: options.MaskPeer = None
 
 
 @dataclass(frozen=True)

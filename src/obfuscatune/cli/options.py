@@ -82,6 +82,12 @@ PublicBase = Annotated[
 FirstBlocks = Annotated[
     int | None, Option("How many of the first blocks stay in the enclave.", PROTECTION, unset="the profile's")
 ]
+TlsCert = Annotated[Path | None, Option("This enclave's certificate.", PROTECTION, variable=ENVIRONMENT["tls_cert"])]
+TlsKey = Annotated[Path | None, Option("Its private key.", PROTECTION, variable=ENVIRONMENT["tls_key"])]
+MaskPeer = Annotated[
+    Path | None,
+    Option("The certificate the mask worker must show.", PROTECTION, variable=ENVIRONMENT["mask_peer"]),
+]
 AsJson = Annotated[bool, Option("Print one JSON document on stdout, and nothing else.", name="json")]
 
 

@@ -116,10 +116,8 @@ class Protection:
             variable=ENVIRONMENT["key_file"],
         ),
     ] = None
-    tls_cert: Annotated[
-        Path | None, Option("This enclave's certificate.", PROTECTION, variable=ENVIRONMENT["tls_cert"])
-    ] = None
-    tls_key: Annotated[Path | None, Option("Its private key.", PROTECTION, variable=ENVIRONMENT["tls_key"])] = None
+    tls_cert: options.TlsCert = None
+    tls_key: options.TlsKey = None
     peer: Annotated[
         Path | None, Option("The certificate the worker must show.", PROTECTION, variable=ENVIRONMENT["peer"])
     ] = None
@@ -132,10 +130,7 @@ class Protection:
             variable=ENVIRONMENT["mask_worker"],
         ),
     ] = None
-    mask_peer: Annotated[
-        Path | None,
-        Option("The certificate the mask worker must show.", PROTECTION, variable=ENVIRONMENT["mask_peer"]),
-    ] = None
+    mask_peer: options.MaskPeer = None
     mask_memory: Annotated[
         str | None, Option("For masks that are drawn ahead, as 512MiB; 0 draws none.", PROTECTION, unset="1GiB")
     ] = None
