@@ -1,5 +1,6 @@
 """What the rest of the enclave sees of a worker: store a matrix, multiply by it, forget it."""
 
+import math
 import threading
 import time
 import weakref
@@ -10,11 +11,12 @@ from typing import Self
 
 import torch
 
+from obfuscatune.enclave.client.adapters import AdapterRequest
 from obfuscatune.enclave.client.connection import ClientConnection
-from obfuscatune.enclave.client.interface import WorkerLink
+from obfuscatune.enclave.client.interface import PendingProduct, WorkerLink
 from obfuscatune.enclave.client.requests import (
-    AdapterRequest,
     MatrixSource,
+    ProductInParts,
     ProductRequest,
     Request,
     StoredMatrix,
@@ -25,11 +27,15 @@ from obfuscatune.enclave.client.scheduler import Scheduler
 from obfuscatune.errors import ConfigError, ProtectionError
 from obfuscatune.process import begin_anew_in_children
 from obfuscatune.protocol.endpoints import check_tls, connect, parse_address
+from obfuscatune.protocol.limits import MIB
 from obfuscatune.protocol.tls import PinnedTls, TlsConfig
 from obfuscatune.protocol.transport import Deadline, Transport
 
 LOOK_SECONDS = 1.0
 """Longest wait of a thread for another's reading, before it looks for itself."""
+MOST_PARTS, PART_BYTES, PART_ROWS = 4, MIB, 64
+"""Requests that are made of one whose worker is elsewhere, at most; and bytes there and back, and rows, that each of
+them has at least. With several the link is busy both ways while the worker computes."""
 OPENING_SECONDS = 5.0
 """How long `open` waits for a worker that has never been seen: it may just be starting, or the address is wrong."""
 
@@ -179,7 +185,7 @@ class WorkerClient(WorkerLink):
         reply_dtype: torch.dtype | None = None,
         known_finite: bool = False,
         product_unchecked: bool = False,
-    ) -> ProductRequest:
+    ) -> PendingProduct:
         """As `multiply`, but return once it is sent; `Pending.result` waits. `rows` must not change until then.
 
         Args:
@@ -204,9 +210,21 @@ class WorkerClient(WorkerLink):
                 self._finish,
                 product_unchecked,
             )
-            driver.waiting.append(pending)
-            self._drive_for(pending, lambda: pending not in driver.waiting)
-            return pending
+            parts = pending.in_parts(self._parts_of(pending))
+            for part in parts:
+                self._send(part)
+            return pending if len(parts) == 1 else ProductInParts(pending, parts)
+
+    def _send(self, request: ProductRequest) -> None:
+        self._driver.waiting.append(request)
+        self._drive_for(request, lambda: request not in self._driver.waiting)
+
+    def _parts_of(self, request: ProductRequest) -> int:
+        """How many requests to make of one: no more where the worker computes on these cores, or little travels."""
+        if not self._driver.computes_apart or self._driver.allocator is not None:
+            return 1
+        size = request.nbytes + math.prod(request.shape) * request.dtype.itemsize
+        return max(1, min(MOST_PARTS, size // PART_BYTES, request.shape[0] // PART_ROWS))
 
     def order(self, order: AdapterRequest) -> torch.Tensor | None:
         """Ask for something else than a product of a stored matrix, and wait: `adapters.py` says what there is.

@@ -22,11 +22,11 @@ from typing import Self
 import torch
 
 from obfuscatune.backend import Computer, HostMemory, Underway, find_device
+from obfuscatune.enclave.client.adapters import AdapterRequest
 from obfuscatune.enclave.client.allocator import Allocator
 from obfuscatune.enclave.client.interface import WorkerLink
 from obfuscatune.enclave.client.recording import BusRecorder
 from obfuscatune.enclave.client.requests import (
-    AdapterRequest,
     MatrixSource,
     ProductRequest,
     StoredMatrix,

@@ -10,13 +10,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import torch
 
-from obfuscatune.enclave.client.requests import AdapterRequest, MatrixSource
+from obfuscatune.enclave.client.requests import MatrixSource
 from obfuscatune.enclave.client.retry import ClientStats
 from obfuscatune.errors import WireError
+
+if TYPE_CHECKING:
+    from obfuscatune.enclave.client.adapters import AdapterRequest
 
 
 class PendingProduct(Protocol):

@@ -1,8 +1,6 @@
 """What was asked of a worker and has no answer yet, and how to make again what it lacks.
 
-A `ProductRequest` leaves no trace on the worker and is sent again after a failure. An `AdapterRequest` adds to a
-gradient or takes a step, which must not be done twice: it is sent once. Should the connection break before its reply is
-there, nobody knows whether it was done, and the one way on is back to the last checkpoint.
+A `ProductRequest` leaves no trace on the worker and is sent again after a failure. `adapters` has those that leave one.
 """
 
 from collections.abc import Callable
@@ -12,7 +10,6 @@ from typing import NamedTuple
 import torch
 
 from obfuscatune.errors import (
-    AdapterLost,
     BadReply,
     ConfigError,
     LimitExceeded,
@@ -21,7 +18,7 @@ from obfuscatune.errors import (
     WireError,
 )
 from obfuscatune.protocol.limits import MAX_DIM, MAX_JOINED, MAX_MATRIX_BYTES, MAX_WINDOW_BYTES
-from obfuscatune.protocol.messages import NO_MATRIX, SHARED, TRANSPOSED, Header, MessageType
+from obfuscatune.protocol.messages import SHARED, TRANSPOSED, Header, MessageType
 from obfuscatune.protocol.payloads import NO_DIGEST, NUMBER_BYTES, Offer, Places
 from obfuscatune.protocol.tensors import DType, bytes_of, content_digest, is_finite, weight_digest
 from obfuscatune.protocol.transport import NEVER
@@ -165,7 +162,7 @@ class Request:
 
     def expect(self, request_id: int) -> None:
         """It was sent: have all ready for its product while the worker computes."""
-        product = torch.empty(*self.shape, dtype=self.dtype) if self.output is None else self.output
+        product = self.memory() if self.output is None else self.output
         payload = bytes_of(product) if self.output is None else NO_BYTES
         header = Header(
             MessageType.PRODUCT,
@@ -177,6 +174,10 @@ class Request:
             flags=0 if self.output is None else SHARED,
         )
         self.awaited = Awaited(header.pack(), product, payload)
+
+    def memory(self) -> torch.Tensor:
+        """The enclave's own, for the product."""
+        return torch.empty(*self.shape, dtype=self.dtype)
 
     def other_product(self, header: Header) -> BadReply:
         """What to say of a PRODUCT that answers it and is not the one that it awaits."""
@@ -212,13 +213,25 @@ class ProductRequest(Request):
         dtype: torch.dtype,
         wait: Callable[["ProductRequest"], None],
         product_unchecked: bool = False,
+        into: torch.Tensor | None = None,
     ) -> None:
+        """A product that was not asked for yet.
+
+        Args:
+            matrix: what the rows are multiplied by.
+            rows: (m, p), or (m, q) when `transpose`; contiguous, on the CPU.
+            transpose: multiply by the transpose.
+            dtype: of the product.
+            wait: returns once it is answered.
+            product_unchecked: the caller looks for NaN and infinity itself.
+            into: memory of the enclave's own for the product, where that is not in shared memory; None for new.
+        """
         inner, outer = matrix.shape[::-1] if transpose else matrix.shape
         check_rows(rows, inner)
         matrix_id, shape = matrix.matrix_id, (rows.shape[0], outer)
         super().__init__(matrix_id, matrix_id, rows, shape, dtype, product_unchecked=product_unchecked)
         self.transpose = transpose
-        self._wait = wait
+        self._matrix, self._wait, self._into = matrix, wait, into
 
     def header(self, request_id: int, *, shared: bool = False) -> Header:
         """See `Request`: MULTIPLY."""
@@ -233,6 +246,20 @@ class ProductRequest(Request):
             reply_dtype=DType.of(self.dtype),
             flags=(TRANSPOSED if self.transpose else 0) | (SHARED if shared else 0),
         )
+
+    def in_parts(self, count: int) -> list["ProductRequest"]:
+        """So many requests that ask for the same together, each for some of the rows, in their order."""
+        if count == 1:
+            return [self]
+        if self._into is None:
+            self._into = super().memory()
+        parts = zip(self.rows.tensor_split(count), self._into.tensor_split(count), strict=True)
+        how = self.transpose, self.dtype, self._wait, self.product_unchecked
+        return [ProductRequest(self._matrix, rows, *how, into) for rows, into in parts]
+
+    def memory(self) -> torch.Tensor:
+        """See `Request`."""
+        return super().memory() if self._into is None else self._into
 
     def result(self) -> torch.Tensor:
         """Wait for the product: (m, q), or (m, p) when transposed; on the CPU, contiguous.
@@ -253,6 +280,28 @@ class ProductRequest(Request):
     def own(self, product: torch.Tensor) -> torch.Tensor:
         """What `result` returned, where the worker cannot write to it: a copy, where it lies in shared memory."""
         return product.clone() if product is self.output else product
+
+
+class ProductInParts:
+    """A product that is asked for part by part: while the worker multiplies one, others are on the way.
+
+    The worker sees the rows that it would see in one request, in the same order.
+    """
+
+    def __init__(self, whole: ProductRequest, parts: list[ProductRequest]) -> None:
+        """The parts are those that `whole.in_parts` made."""
+        self.rows, self.dtype = whole.rows, whole.dtype
+        self._product, self._parts = whole.memory(), parts
+
+    def result(self) -> torch.Tensor:
+        """As `ProductRequest.result`, of all rows; in memory of the enclave's own."""
+        for part in self._parts:
+            part.result()
+        return self._product
+
+    def own(self, product: torch.Tensor) -> torch.Tensor:
+        """What `result` returned: nobody else can write to it."""
+        return product
 
 
 def check_rows(rows: torch.Tensor, inner: int) -> None:
@@ -293,114 +342,3 @@ def check_finite(rows: torch.Tensor) -> None:
             "the rows to be multiplied contain NaN or infinity; they were not sent. "
             "Lower the learning rate, or compute in a wider dtype"
         )
-
-
-RESUME = "it exists nowhere else: resume from the last checkpoint"
-
-
-@dataclass(frozen=True)
-class ExpectedTensor:
-    """The matrix that a reply is to bring."""
-
-    shape: tuple[int, int]
-    dtype: torch.dtype
-
-
-class AdapterRequest(Request):
-    """One such request. `WorkerClient.order` sends it and waits."""
-
-    def __init__(
-        self,
-        kind: MessageType,
-        adapter_id: bytes = NO_MATRIX,
-        *,
-        rows: torch.Tensor | None = None,
-        body: bytes = b"",
-        like: tuple[torch.dtype, int, int] | None = None,
-        needs: bytes = NO_MATRIX,
-        number: int = 0,
-        flags: int = 0,
-        wanted: ExpectedTensor | None = None,
-        once: bool = False,
-        known_finite: bool = False,
-        product_unchecked: bool = False,
-    ) -> None:
-        """What to ask.
-
-        Args:
-            kind: one of `wire.messages.ON_ADAPTERS`.
-            adapter_id: which adapter; zeros for all.
-            rows: the matrix to send, contiguous and on the CPU.
-            body: what to send where it is no matrix.
-            like: dtype and shape that the header states where no matrix is sent.
-            needs: the matrix that the worker must hold, to be uploaded again should it lack it.
-            number: of a part, or of a forward pass.
-            flags: of the header.
-            wanted: what comes back; None for no more than that it was done.
-            once: it must not be done twice.
-            known_finite: the caller has made sure that `rows` contain neither NaN nor infinity.
-            product_unchecked: it will make sure of what comes back.
-
-        Raises:
-            NonFiniteError: `rows` contain NaN or infinity.
-        """
-        if rows is not None and not known_finite and not is_finite(rows):
-            raise NonFiniteError(
-                f"what {kind.name} was to send contains NaN or infinity; it was not sent. "
-                "Lower the learning rate, or compute in a wider dtype"
-            )
-        if rows is None:
-            rows = torch.frombuffer(bytearray(body), dtype=torch.uint8) if body else torch.empty(0, dtype=torch.uint8)
-        else:
-            like = rows.dtype, rows.shape[0], rows.shape[1]
-        shape, dtype = ((0, 0), torch.float64) if wanted is None else (wanted.shape, wanted.dtype)
-        super().__init__(adapter_id, needs, rows, shape, dtype, product_unchecked=product_unchecked)
-        self._kind, self._like = kind, like
-        self._number, self._flags = number, flags
-        self._wanted, self._once = wanted, once
-        self._is_done = False
-
-    @property
-    def done(self) -> bool:
-        """Whether it was answered, one way or the other."""
-        return self._is_done or super().done
-
-    def header(self, request_id: int, *, shared: bool = False) -> Header:
-        """The message that asks for it, with what it sends as payload or in shared memory."""
-        dtype, rows, cols = (DType.NONE, 0, 0) if self._like is None else (DType.of(self._like[0]), *self._like[1:])
-        multiplies = self._kind in (MessageType.FORWARD, MessageType.BACKWARD)
-        return Header(
-            self._kind,
-            request_id,
-            self.matrix_id,
-            dtype,
-            rows=rows,
-            cols=cols,
-            payload_bytes=Places.BYTES if shared else self.nbytes,
-            reply_dtype=DType.of(self.dtype) if multiplies else DType.NONE,
-            flags=self._flags | (SHARED if shared else 0),
-            code=self._number,
-        )
-
-    def expect(self, request_id: int) -> None:
-        """See `Request`; most are answered by no matrix."""
-        if self._wanted is not None:
-            super().expect(request_id)
-
-    def interrupted(self) -> None:
-        """The connection that it was sent on is lost: what must not be done twice is given up."""
-        if self._once and not self.done:
-            self.error = AdapterLost(
-                f"the connection broke before the worker had answered {self._kind.name}; whether the adapter that it "
-                f"holds was changed is not known, and {RESUME}"
-            )
-
-    def acknowledged(self, header: Header) -> None:
-        """DONE came for it.
-
-        Raises:
-            BadReply: a matrix was asked for, or it is about another adapter.
-        """
-        if self._wanted is not None or header.matrix_id != self.matrix_id:
-            raise BadReply(f"{header.type.name} came, which does not answer {self._kind.name}")
-        self._is_done = True

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from obfuscatune.enclave.client import MatrixSource, PendingProduct, RetryPolicy, WorkerLink, check_finite
-from obfuscatune.enclave.client.requests import AdapterRequest, StoredMatrix, check_rows
+from obfuscatune.enclave.client.adapters import AdapterRequest
+from obfuscatune.enclave.client.requests import StoredMatrix, check_rows
 from obfuscatune.enclave.fleet.asking import WAIT_SECONDS
 from obfuscatune.enclave.fleet.jobs import now
 from obfuscatune.enclave.fleet.keeper import Keeper, Probe
