@@ -84,7 +84,10 @@ _COMMANDS = {
         "Seal a model, and release its key to an enclave you checked.",
         "obfuscatune provider seal ./llama -o bundle/ --identity keys",
     ),
-    "owner": _Command("Seal data for an enclave.", "obfuscatune owner seal train.jsonl -o bundle/ --identity keys"),
+    "owner": _Command(
+        "Seal data, and use a service that you have checked.",
+        "obfuscatune owner seal train.jsonl -o bundle/ --identity keys",
+    ),
     "verify": _Command(
         "Hold evidence against a policy.",
         "obfuscatune verify evidence.json --policy policy.yaml --out verified.json",
