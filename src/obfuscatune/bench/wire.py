@@ -22,7 +22,8 @@ import torch
 
 from obfuscatune.bench.clocked import ClockPage
 from obfuscatune.bench.link import LOOPBACK, TCP, TLS, UNIX, free_port, identities, linked_worker
-from obfuscatune.bench.ping import PingPong, ping_pong
+from obfuscatune.bench.ping_pong import PingPong, ping_pong
+from obfuscatune.bench.processes import Progress
 from obfuscatune.enclave.client import WorkerClient
 from obfuscatune.protocol.files import temporary_root
 from obfuscatune.protocol.messages import HEADER_BYTES
@@ -42,7 +43,6 @@ _LEAST_SHARE = 0.1
 _LEAST_ROUNDS, _MOST_ROUNDS = 10, 1000
 _MOST_SECONDS = 0.5
 """Longest measurement for one number of rows on one link."""
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)

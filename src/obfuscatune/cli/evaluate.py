@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from obfuscatune.cli import options, output
 from obfuscatune.cli.decoding import Pacing, counted, tell_late
-from obfuscatune.cli.session import ModelFiles, Protection, Session, open_files, open_session
+from obfuscatune.cli.protection import Protection
+from obfuscatune.cli.session import ModelFiles, Session, open_files, open_session
 from obfuscatune.errors import ConfigError
 from obfuscatune.option import Option
 
@@ -60,10 +61,8 @@ def evaluate(
         with opening as session:
             results.append(_measure(ask, session, files, pacing if session.protected else Pacing()))
     comparisons = _compare(results)
-    if as_json:
-        output.write_json(_document(task or str(data), results, comparisons, answers=answers))
-    else:
-        _tell(results, comparisons)
+    document = _document(task or str(data), results, comparisons, answers=answers)
+    output.write_result(document, _readable(results, comparisons), as_json=as_json)
 
 
 @dataclass(frozen=True)
@@ -178,14 +177,16 @@ def _metric(metric: "Metric", *, answers: bool) -> dict[str, object]:
     return summary | ({"answers": [asdict(verdict) for verdict in metric.verdicts]} if answers else {})
 
 
-def _tell(results: Sequence[_Result], comparisons: "Sequence[Comparison]") -> None:
+def _readable(results: Sequence[_Result], comparisons: "Sequence[Comparison]") -> str:
+    lines = []
     for result in results:
-        output.write_text(f"{'protected' if result.protected else 'plain'} ({result.seconds:.1f} s)")
+        lines.append(f"{'protected' if result.protected else 'plain'} ({result.seconds:.1f} s)")
         for metric in result.metrics:
             asked = len(metric.verdicts)
-            output.write_text(f"  {metric.name:<12} {metric.value:.4f} +- {metric.stderr:.4f}  ({asked} questions)")
+            lines.append(f"  {metric.name:<12} {metric.value:.4f} +- {metric.stderr:.4f}  ({asked} questions)")
         if result.link is not None:
-            output.write_text(f"  {output.readable_link(result.link)}")
+            lines.append(f"  {output.readable_link(result.link)}")
     for comparison in comparisons:
         count, ties = len(comparison.differing), len(comparison.ties)
-        output.write_text(f"answered differently by {comparison.metric}: {count}, of which ties: {ties}")
+        lines.append(f"answered differently by {comparison.metric}: {count}, of which ties: {ties}")
+    return "\n".join(lines)

@@ -66,5 +66,4 @@ def _show(document: Any) -> None:
         "steps": f"{document['steps']}, {document['tokens']:,} tokens; losses {document['losses']}",
         "time": f"{moment(document['began'])} to {moment(document['ended'])}",
     }
-    for name, value in lines.items():
-        output.write_text(f"{name:<9} {value}")
+    output.write_text(output.labelled(lines))
