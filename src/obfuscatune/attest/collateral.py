@@ -16,7 +16,7 @@ from typing import Any
 
 from obfuscatune.attest.dcap import parse_quote
 from obfuscatune.attest.evidence import Evidence
-from obfuscatune.documents import canonical, parse
+from obfuscatune.documents import canonical, read
 from obfuscatune.errors import ConfigError, EvidenceError, IntegrityError
 
 INTEL_PCS = "https://api.trustedservices.intel.com"
@@ -113,8 +113,7 @@ class CollateralCache:
 def _read(path: Path) -> dict[str, Any] | None:
     """What is kept; None where nothing is, or nothing of use: then it is fetched anew."""
     try:
-        with path.open("rb") as file:
-            document = parse(file.read(MOST_BYTES + 1), most_bytes=MOST_BYTES)
+        document = read(path, most_bytes=MOST_BYTES)
     except (OSError, IntegrityError):
         return None
     collateral = document.get("collateral")
