@@ -20,7 +20,7 @@ from obfuscatune.report.page import format_seconds
 
 if TYPE_CHECKING:
     from obfuscatune.demo.result import Name
-    from obfuscatune.report.braille import Curve
+    from obfuscatune.report.terminal import Curve
     from obfuscatune.training.journal import Event
     from obfuscatune.training.storage import RunDirectory
 
@@ -144,7 +144,7 @@ class _Screen:
     @contextmanager
     def training(self, name: "Name") -> Iterator[Callable[["Event"], None]]:
         from obfuscatune.demo.terminal import STYLES, live_curve
-        from obfuscatune.report.braille import Curve
+        from obfuscatune.report.terminal import Curve
         from obfuscatune.training.loop import StepEvent
 
         console = output.stderr()
