@@ -30,7 +30,7 @@ CHANGED = (32, 256, 256)
 """(n, p, q) of the calls whose product is changed."""
 COMPUTE, MASK, UNMASKED = "compute worker", "mask worker", "worker, no masks"
 PARTIES = (COMPUTE, MASK, UNMASKED)
-HALF, NEARLY_ALL = 0.5, 0.99
+NEARLY_ALL = 0.99
 """Shares of the trials in which a change is caught, of which the size is told."""
 _RENEWED = 20
 """Honest calls with one matrix."""
@@ -61,9 +61,9 @@ class PassingRow:
     kind: str
     trials: int
     half: float
-    """Norm of a row's change that is caught in `HALF` of the trials, over the root mean square norm of y's rows."""
+    """Norm of a row's change that is caught in half of the trials, over the root mean square norm of y's rows."""
     nearly_all: float
-    """The same for `NEARLY_ALL`."""
+    """The same for `NEARLY_ALL` of them."""
     never: float
     """The smallest that was caught in any trial: smaller ones passed in all of them."""
     tolerance: float
