@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,11 +19,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from obfuscatune.bench.kept_memory import SAMPLE_BYTES, SPARE, seconds_for_a_new_byte
-from obfuscatune.bench.processes import Progress, run_module
+from obfuscatune.bench.processes import Progress, run_module, scratch_folder
 from obfuscatune.bench.workload import config_of
 from obfuscatune.enclave.checkpoint import weights_names
 from obfuscatune.errors import StorageError
-from obfuscatune.protocol.files import temporary_root
 from obfuscatune.report.page import environment, format_bytes, format_share, markdown_table
 
 SHARD_BYTES = 1_000_000_000
@@ -124,7 +122,7 @@ class ObfuscateBench:
         """
         if self.model is not None:
             return self._measure(self.model, progress)
-        with tempfile.TemporaryDirectory(prefix="obfuscatune-bench-", dir=temporary_root()) as folder:
+        with scratch_folder() as folder:
             write_random_checkpoint(config_of(self.shape, self.layers), Path(folder), progress, self._dtype)
             return self._measure(Path(folder), progress)
 

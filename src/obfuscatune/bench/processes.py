@@ -6,18 +6,25 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from obfuscatune.errors import ConfigError, StorageError
+from obfuscatune.protocol.files import temporary_root
 
 Progress = Callable[[str], None]
 """Called with a line of text after each measurement."""
 _END_SECONDS = 60.0
 """For a process to end by itself, once its stdin is closed."""
 _SAMPLE_SECONDS = 0.01
+
+
+def scratch_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder for this user alone, for as long as the `with` lasts."""
+    return tempfile.TemporaryDirectory(prefix="obfuscatune-bench-", dir=temporary_root())
 
 
 def run_module(module: str, *arguments: str) -> dict[str, Any]:

@@ -8,7 +8,6 @@ request that came next, and says by that which requests are checked. The enclave
 from __future__ import annotations
 
 import statistics
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 from obfuscatune.audit.attacks.scoring import area_under_curve
 from obfuscatune.bench.clocked import clocked_worker
 from obfuscatune.bench.link import free_port
-from obfuscatune.bench.processes import Progress
+from obfuscatune.bench.processes import Progress, scratch_folder
 from obfuscatune.bench.verify_masks import MaskedBench, MaskedResult, noise, one_element, two_that_cancel
 from obfuscatune.enclave.client import WorkerClient
 from obfuscatune.enclave.keys import SecretStream
@@ -28,7 +27,6 @@ from obfuscatune.enclave.mixing import KroneckerMixer
 from obfuscatune.enclave.product import Held, OffloadedProduct
 from obfuscatune.enclave.transforms.structured import StructuredTransform
 from obfuscatune.enclave.verification import VECTORS, Verifier
-from obfuscatune.protocol.files import temporary_root
 from obfuscatune.protocol.messages import MessageType
 from obfuscatune.protocol.transcript import read_transcript
 from obfuscatune.report.page import environment, markdown_table
@@ -254,7 +252,7 @@ class LotBench:
         return measured
 
     def _measured(self, name: str, rows: int) -> LotRow:
-        with tempfile.TemporaryDirectory(prefix="obfuscatune-bench-", dir=temporary_root()) as folder:
+        with scratch_folder() as folder:
             listen = f"tcp:127.0.0.1:{free_port()}" if name == "tcp" else None
             with (
                 clocked_worker(1, listen, ("--record", folder)) as (worker, _),

@@ -9,7 +9,7 @@ from obfuscatune.channel.identity import Identity
 from obfuscatune.channel.messages import Hello, MessageType, pack, parse_body
 from obfuscatune.channel.session import Session, tls_context
 from obfuscatune.errors import ObfuscaTuneError
-from obfuscatune.protocol.transport import Deadline
+from obfuscatune.protocol.sockets import Deadline
 
 _SECONDS = 30.0
 
