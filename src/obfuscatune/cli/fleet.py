@@ -253,8 +253,9 @@ def authority(
     Enclaves trust cert.pem by their policy, for that operator's party alone: hand it over by a channel that both
     trust, and compare the fingerprints. key.pem stays where `fleet up` runs.
     """
-    from obfuscatune.cluster.authority import CERTIFICATE, Authority
+    from obfuscatune.cluster.authority import Authority
     from obfuscatune.fleet.listing import check_operator
+    from obfuscatune.protocol.certificates import CERTIFICATE
 
     made = Authority.create(out, check_operator(operator))
     result = {"certificate": str(out / CERTIFICATE), "fingerprint": made.fingerprint}

@@ -8,8 +8,6 @@ from obfuscatune.cli.options import AsJson
 from obfuscatune.errors import ConfigError
 from obfuscatune.option import Option
 
-CERTIFICATE, KEY = "cert.pem", "key.pem"
-
 
 def keygen(
     out: Annotated[Path, Option("Folder for cert.pem and key.pem; made if missing.")],
@@ -21,7 +19,7 @@ def keygen(
     Once for each. For TLS, give each side the other's cert.pem as --peer, over a channel you trust, and compare the
     fingerprints. A provider and an owner sign documents with the same key. key.pem stays where it is.
     """
-    from obfuscatune.protocol.certificates import fingerprint, make_identity
+    from obfuscatune.protocol.certificates import CERTIFICATE, KEY, fingerprint, make_identity
 
     if not 1 <= len(name) <= 64:
         raise ConfigError("--name has 1 to 64 characters")
