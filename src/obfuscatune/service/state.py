@@ -124,10 +124,7 @@ class State:
     def use_tokens(self, grant: str, tokens: int) -> int:
         """Add to, or take back from, what a grant has used; the sum."""
         with self.writing() as connection:
-            raised = update(usage).where(usage.c.grant == grant).values(tokens=usage.c.tokens + tokens)
-            if not connection.execute(raised).rowcount:
-                connection.execute(insert(usage).values(grant=grant, tokens=max(0, tokens)))
-            return int(connection.scalar(select(usage.c.tokens).where(usage.c.grant == grant)) or 0)
+            return _use_tokens(connection, grant, tokens)
 
     def add(self, table: Table, owner: Sealing, row_id: str, details: Mapping[str, Any], **clear: Any) -> Row:
         """Insert a row; where there is one of that id already, it stays, and is returned.
@@ -250,10 +247,7 @@ class State:
         """
         with self.writing() as connection:
             connection.execute(update(jobs).where(jobs.c.id == job).values(charged=jobs.c.charged + tokens))
-            raised = update(usage).where(usage.c.grant == grant).values(tokens=usage.c.tokens + tokens)
-            if not connection.execute(raised).rowcount:
-                connection.execute(insert(usage).values(grant=grant, tokens=tokens))
-            return int(connection.scalar(select(usage.c.tokens).where(usage.c.grant == grant)) or 0)
+            return _use_tokens(connection, grant, tokens)
 
     def waiting_jobs(self) -> list[tuple[str, str, str, int]]:
         """(id, owner, model, attempts) of all owners' jobs that are queued, the oldest first."""
@@ -306,6 +300,13 @@ class State:
             raise StorageError(f"the database refused a row: {_said(error)}") from None
         except SQLAlchemyError as error:
             raise StorageError(f"the database refused: {_said(error)}") from None
+
+
+def _use_tokens(connection: Connection, grant: str, tokens: int) -> int:
+    raised = update(usage).where(usage.c.grant == grant).values(tokens=usage.c.tokens + tokens)
+    if not connection.execute(raised).rowcount:
+        connection.execute(insert(usage).values(grant=grant, tokens=max(0, tokens)))
+    return int(connection.scalar(select(usage.c.tokens).where(usage.c.grant == grant)) or 0)
 
 
 def new_id(prefix: str) -> str:
