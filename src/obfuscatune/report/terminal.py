@@ -12,7 +12,7 @@ from obfuscatune.report.axes import Axis, linear_axis
 _FIRST = 0x2800  # the braille pattern without dots
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # by row and column within a cell
 _MARGIN = 7
-_PIPE_WIDTH = 140
+_PIPE_WIDTH = 160
 
 
 def result_console() -> Console:
