@@ -11,8 +11,10 @@ import base64
 import binascii
 import hashlib
 import json
+import re
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeGuard
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -50,6 +52,36 @@ def parse(data: bytes, *, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise IntegrityError(f"expected a JSON object, found {type(document).__name__}")
     return document
+
+
+def read(path: Path, *, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
+    """Read the JSON object that a file holds, as `parse` does. Of a larger file no more is read than shows that.
+
+    Raises:
+        OSError: the file cannot be read.
+        IntegrityError: it holds none.
+    """
+    with path.open("rb") as file:
+        return parse(file.read(most_bytes + 1), most_bytes=most_bytes)
+
+
+def has_fields(value: Any, kinds: Mapping[str, type]) -> TypeGuard[dict[str, Any]]:
+    """Whether it is an object with these fields and no other, each of its very type: a bool is no int."""
+    return (
+        isinstance(value, dict)
+        and set(value) == set(kinds)
+        and all(type(value[name]) is kind for name, kind in kinds.items())
+    )
+
+
+def is_whole(value: Any, least: int, most: int) -> TypeGuard[int]:
+    """Whether it is a whole number of that range; a bool is none."""
+    return type(value) is int and least <= value <= most
+
+
+def is_hex(value: Any, size: int = 32) -> TypeGuard[str]:
+    """Whether it is so many bytes in lower-case hex: by default a digest, or a public key."""
+    return isinstance(value, str) and re.fullmatch(rf"[0-9a-f]{{{2 * size}}}", value) is not None
 
 
 def digest(document: Any) -> str:

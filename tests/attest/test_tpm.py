@@ -1,4 +1,4 @@
-"""TPM 2.0 quotes, of swtpm where it and tpm2-tools are installed."""
+"""TPM 2.0 quotes, made by hand, and of swtpm where it and tpm2-tools are installed."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ import hashlib
 import os
 import shutil
 import signal
+import struct
 import subprocess
 from dataclasses import replace
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,12 +23,14 @@ from obfuscatune.attest.evidence import Evidence
 from obfuscatune.attest.policy import TpmPolicy
 from obfuscatune.attest.producers import Joined, Tpm
 from obfuscatune.attest.simulated import Simulated
-from obfuscatune.attest.tpm import check_tpm
+from obfuscatune.attest.tpm import check_tpm, tpm_nonce
 from obfuscatune.attest.verification import verify
 from obfuscatune.errors import ConfigError, EvidenceError
 from tests.attest.made import BINDING, CLAIMS, KEY, NOW, REPORT_DATA, policy
 
 HANDLE = "0x81010002"
+EXTENDED = hashlib.sha256(bytes(32) + b"\xab" * 32).digest()
+"""PCR 7, extended once."""
 ATTRIBUTES = "fixedtpm|fixedparent|sensitivedataorigin|userwithauth|restricted|sign"
 
 
@@ -53,13 +60,38 @@ def tcti(tmp_path_factory):
         os.kill(int((folder / "pid").read_text()), signal.SIGTERM)
 
 
-@pytest.fixture(scope="module")
-def quoted(tcti):
-    """Evidence over our report data, and the policy that it meets."""
-    evidence = Tpm(HANDLE, [7, 0, 10], tcti).attest(REPORT_DATA)
-    extended = hashlib.sha256(bytes(32) + b"\xab" * 32).hexdigest()
+def quote_by_hand():
+    """A quote as the TPM's specification lays it out, of PCRs 0, 7 and 10."""
+
+    def sized(field):
+        return struct.pack(">H", len(field)) + field
+
+    key, values = ec.generate_private_key(ec.SECP256R1()), {0: bytes(32), 7: EXTENDED, 10: bytes(32)}
+    digest = hashlib.sha256(b"".join(values.values())).digest()
+    selection = struct.pack(">IHB", 1, 0x000B, 3) + (1 << 0 | 1 << 7 | 1 << 10).to_bytes(3, "little")
+    attest = struct.pack(">IH", 0xFF544347, 0x8018) + sized(b"\0\x0b" + bytes(32)) + sized(tpm_nonce(REPORT_DATA))
+    attest += bytes(17 + 8) + selection + sized(digest)
+    r, s = decode_dss_signature(key.sign(attest, ec.ECDSA(SHA256())))
+    signature = struct.pack(">HH", 0x0018, 0x000B) + sized(r.to_bytes(32, "big")) + sized(s.to_bytes(32, "big"))
+    spki = key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    collateral = {f"pcr.{index}": value.hex() for index, value in values.items()}
+    return Evidence("tpm", sized(attest) + signature, (spki,), collateral)
+
+
+def policy_of(evidence):
+    """The policy that evidence of that key and of these registers meets."""
     key = hashlib.sha256(evidence.certificates[0]).hexdigest()
-    return evidence, TpmPolicy(attestation_keys=(key,), pcrs={"0": ("00" * 32,), "7": (extended,)})
+    return TpmPolicy(attestation_keys=(key,), pcrs={"0": ("00" * 32,), "7": (EXTENDED.hex(),)})
+
+
+@pytest.fixture(scope="module", params=["by hand", "of swtpm"])
+def quoted(request):
+    """Evidence over our report data, and the policy that it meets."""
+    if request.param == "by hand":
+        evidence = quote_by_hand()
+    else:
+        evidence = Tpm(HANDLE, [7, 0, 10], request.getfixturevalue("tcti")).attest(REPORT_DATA)
+    return evidence, policy_of(evidence)
 
 
 def failures(evidence, wanted, report_data=REPORT_DATA):
@@ -99,9 +131,9 @@ def test_each_changed_byte_of_a_quote_is_refused(quoted):
             continue
 
 
-def test_the_policy_asks_for_it_beside_other_evidence(quoted, tcti):
-    _, wanted = quoted
+def test_the_policy_asks_for_it_beside_other_evidence(tcti):
     both = Joined(Simulated(KEY), Tpm(HANDLE, [0, 7], tcti)).attest(REPORT_DATA)
+    wanted = policy_of(both.parts[0])
     required = policy(require=[["simulated"], ["tpm"]], tpm=wanted.model_dump(mode="json"))
     found = verify(both, required, report_data=REPORT_DATA, claims=CLAIMS, nonce=BINDING.nonce, now=NOW)
     assert found.kinds == ("simulated", "tpm")

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from obfuscatune.bench import obfuscate
 from obfuscatune.bench.kept_memory import AHEAD_BYTES, PART_BYTES, KeptMemory
-from obfuscatune.bench.measures import cpu_seconds, peak_bytes, settled_bytes
 from obfuscatune.bench.obfuscate import ObfuscateBench, ObfuscateResult, write_random_checkpoint
+from obfuscatune.bench.processes import cpu_seconds, peak_bytes, settled_bytes
 from obfuscatune.errors import ConfigError, StorageError
 from obfuscatune.protocol.limits import SHARED_BYTES
 

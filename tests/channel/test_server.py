@@ -21,10 +21,9 @@ from obfuscatune import documents
 from obfuscatune.attest.binding import Binding
 from obfuscatune.attest.claims import Claims
 from obfuscatune.attest.evidence import Evidence
-from obfuscatune.channel.binding import release_info
 from obfuscatune.channel.client import Attested
 from obfuscatune.channel.grants import Consent, Revocation
-from obfuscatune.channel.hpke import seal
+from obfuscatune.channel.hpke import release_info, seal
 from obfuscatune.channel.identity import Identity
 from obfuscatune.channel.messages import (
     HEADER_BYTES,

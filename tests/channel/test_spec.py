@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from obfuscatune.attest.binding import Binding
 from obfuscatune.attest.claims import Claims
-from obfuscatune.channel.binding import EXPORTER_LABEL, release_info
-from obfuscatune.channel.hpke import SEALED_BYTES, SECRET_BYTES, seal, unseal
+from obfuscatune.channel.hpke import SEALED_BYTES, SECRET_BYTES, release_info, seal, unseal
 from obfuscatune.channel.messages import (
     ERRORS,
     HEADER_BYTES,
@@ -33,7 +32,7 @@ from obfuscatune.channel.messages import (
     parse_header,
 )
 from obfuscatune.channel.server import ServerLimits
-from obfuscatune.channel.session import ALPN
+from obfuscatune.channel.session import EXPORTER_LABEL, PROTOCOL
 from obfuscatune.errors import ChannelError
 
 SPEC = (Path(__file__).parents[2] / "docs" / "spec" / "attested-channel.md").read_text("utf-8")
@@ -108,7 +107,7 @@ def test_tables() -> None:
         "session": found.session_s,
         "requests": MOST_REQUESTS,
     }
-    assert f"`{ALPN.decode()}`" in SPEC and f'"{EXPORTER_LABEL.decode()}"' in SPEC
+    assert f"`{PROTOCOL.decode()}`" in SPEC and f'"{EXPORTER_LABEL.decode()}"' in SPEC
     assert f"{SEALED_BYTES} bytes" in SPEC and f"A secret MUST be {SECRET_BYTES} bytes" in SPEC
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from obfuscatune.cli.session import Protection
+from obfuscatune.cli.protection import Protection
 from obfuscatune.errors import ConfigError
 from tests.cli.conftest import Ran
 from tests.enclave.fleet.members import members

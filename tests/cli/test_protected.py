@@ -18,7 +18,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from obfuscatune.cli.session import Protection, open_files, open_session
+from obfuscatune.cli.protection import Protection
+from obfuscatune.cli.session import open_files, open_session
 
 STORY = ", there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red ball."
 

@@ -5,7 +5,7 @@ import io
 from rich.console import Console
 
 from obfuscatune.demo.terminal import live_curve
-from obfuscatune.report.braille import Curve
+from obfuscatune.report.terminal import Curve
 from obfuscatune.training.journal import Started
 from obfuscatune.training.loop import StepEvent
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
 import tracemalloc
@@ -74,6 +75,24 @@ def test_objects_of_a_url_are_bounded_and_compared_too(tmp_path: Path, sealed: S
     store.pipe_file(f"{tmp_path}/manifest", bytes(2**25))
     with pytest.raises(IntegrityError, match="longer than"):
         Bundle.open(where, key=KEY, manifest_digest=digest, signers=SIGNERS)
+
+
+def test_a_write_that_is_refused_is_the_error_and_leaves_nothing(
+    tmp_path: Path, sealed: Sealed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    write, written = MemoryFileSystem.pipe_file, itertools.count()
+
+    def refuse_the_third(store: MemoryFileSystem, path: str, value: bytes) -> None:
+        if next(written) >= 2:
+            raise OSError("the disk is full")
+        write(store, path, value)
+
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", refuse_the_third)
+    with pytest.raises(StorageError, match="the disk is full"):
+        seal(sealed.source, f"memory://{tmp_path}", key=KEY, signer=SIGNER, chunk_bytes=16)
+    assert MemoryFileSystem().find(str(tmp_path)) == []
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from obfuscatune.training.data_files import ROLES, Line
-from obfuscatune.training.layouts import parse_record
+from obfuscatune.training.layouts import detect_format
 from obfuscatune.training.recipe import Recipe, load_recipe
 from obfuscatune.training.tasks import TASKS
 
@@ -32,7 +32,8 @@ def test_the_run_file_is_one_and_shows_the_defaults(tmp_path):
 
 def test_the_example_record_is_one():
     (text,) = re.findall(r'`(\{"prompt".*?\})`', GUIDE)
-    parse_record(Line("guide:1", json.loads(text)))
+    line = Line("guide:1", json.loads(text))
+    detect_format(line).read(line)
 
 
 def test_every_task_is_in_the_table():

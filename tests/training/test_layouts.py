@@ -3,14 +3,15 @@
 import pytest
 
 from obfuscatune.training.data_files import Conversation, Line, Message, split_turns
-from obfuscatune.training.layouts import parse_record
+from obfuscatune.training.layouts import detect_format
 
 ASKED, ANSWERED = Message("user", "Who?"), Message("assistant", "Lily")
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
 
 
 def parse(**fields):
-    return parse_record(Line("notes.jsonl:7", fields))
+    line = Line("notes.jsonl:7", fields)
+    return detect_format(line).read(line)
 
 
 @pytest.mark.parametrize("context", [{}, {"input": ""}, {"input": None}, {"input": " "}])

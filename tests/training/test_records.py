@@ -11,9 +11,10 @@ from obfuscatune.training.data_files import (
     Conversation,
     Line,
     Message,
+    Record,
     Text,
 )
-from obfuscatune.training.layouts import parse_record, parse_task_record
+from obfuscatune.training.layouts import detect_format, parse_task_record
 from obfuscatune.training.tasks import TASKS
 
 words = st.text(min_size=1).filter(str.strip)
@@ -26,26 +27,30 @@ def line(fields: dict) -> Line:
     return Line("notes.jsonl:7", fields)
 
 
+def read(found: Line) -> Record:
+    return detect_format(found).read(found)
+
+
 @given(words)
 def test_text(text):
-    assert parse_record(line({"text": text})) == Text(text)
+    assert read(line({"text": text})) == Text(text)
 
 
 @given(st.text().filter(lambda text: text == "" or text.strip()), words)
 def test_prompt_and_completion(prompt, completion):
-    assert parse_record(line({"prompt": prompt, "completion": completion})) == Completion(prompt, completion)
+    assert read(line({"prompt": prompt, "completion": completion})) == Completion(prompt, completion)
 
 
 @given(messages)
 def test_messages(turns):
     fields = {"messages": [{"role": turn.role, "content": turn.content} for turn in turns]}
-    assert parse_record(line(fields)) == Conversation(tuple(turns))
+    assert read(line(fields)) == Conversation(tuple(turns))
 
 
 @given(st.dictionaries(st.sampled_from(["text", "prompt", "completion", "messages", "label"]), st.integers() | words))
 def test_any_fields_are_a_record_or_a_data_error(fields):
     try:
-        parse_record(line(fields))
+        read(line(fields))
     except DataError as error:
         assert "notes.jsonl:7" in str(error)
 
@@ -102,7 +107,7 @@ def test_any_fields_are_a_record_or_a_data_error(fields):
 )
 def test_each_fault_is_named_with_its_line(fields, message):
     with pytest.raises(DataError, match=message) as caught:
-        parse_record(line(fields))
+        read(line(fields))
     assert str(caught.value).startswith("notes.jsonl:7: ")
 
 

@@ -6,6 +6,7 @@ evidence       a quote or report with its certificates and collateral, as one JS
 producers      the platform's evidence over the report data: configfs-tsm, TPM, several joined
 checks         what was checked, one line each
 dcap, snp, nvidia, tpm, simulated    one verifier each: signatures up to a pinned root, and the fields that say what ran
+fields         fields one behind another, and signatures of two numbers, as several of them have
 amd, der       AMD's certificates, and X.509 as far as they need it
 collateral     Intel's, in a folder: the one file beside policy_file and producers that reads anything
 policy_file    YAML and signed reference values, read strictly

@@ -47,6 +47,10 @@ class Checks:
         self._collected.append(Check(self._prefix + name, passed, shown(expected), shown(found)))
         return passed
 
+    def signed(self, genuine: bool, by: str) -> bool:
+        """Add the check that a signature is valid."""
+        return self.that("signature", genuine, expected=f"by {by}", found="valid" if genuine else "invalid")
+
     def equal(self, name: str, found: object, expected: object) -> bool:
         """Add the check that two values of one type are equal."""
         return self.that(name, type(found) is type(expected) and found == expected, expected=expected, found=found)

@@ -1,12 +1,11 @@
 """What an attested program says of itself. The SHA-256 of these bytes is part of the report data."""
 
 import hashlib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from obfuscatune.documents import canonical, parse
+from obfuscatune.documents import canonical, is_hex, parse
 from obfuscatune.errors import EvidenceError, IntegrityError
 
 VERSION = 1
@@ -15,8 +14,6 @@ MOST_BYTES = 256 * 1024
 """Of claims. Arguments and environment are the larger part of them."""
 PROFILES = ("paper", "private", "guarded", "enclave")
 """From the one that hides least to the one that hides most."""
-
-_HEX_32 = re.compile(r"[0-9a-f]{64}\Z")
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,7 @@ class Claims:
             "mask_workers": self.mask_workers,
         }
         for name, values in digests.items():
-            if not all(isinstance(value, str) and _HEX_32.match(value) for value in values):
+            if not all(map(is_hex, values)):
                 raise EvidenceError(f"claims: {name} is 32 bytes in lower-case hex")
         if self.profile not in PROFILES:
             raise EvidenceError(f"claims: profile is one of {', '.join(PROFILES)}")

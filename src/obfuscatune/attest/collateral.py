@@ -4,10 +4,8 @@ A verifier that fetches it itself does not depend on what the attester sends, wh
 """
 
 import asyncio
-import contextlib
 import json
 import re
-import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import datetime
@@ -16,8 +14,9 @@ from typing import Any
 
 from obfuscatune.attest.dcap import parse_quote
 from obfuscatune.attest.evidence import Evidence
-from obfuscatune.documents import canonical, parse
+from obfuscatune.documents import canonical, read
 from obfuscatune.errors import ConfigError, EvidenceError, IntegrityError
+from obfuscatune.protocol.files import write_over
 
 INTEL_PCS = "https://api.trustedservices.intel.com"
 REFRESH_SECONDS = 24 * 3600
@@ -99,22 +98,17 @@ class CollateralCache:
         return self._directory / f"{part.kind}-{names[0]}-{names[1]}.json"
 
     def _write(self, path: Path, document: Mapping[str, Any]) -> None:
-        draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            draft.write_bytes(canonical(dict(document)))
-            draft.replace(path)
+            write_over(path, canonical(dict(document)), 0o644)
         except (OSError, ValueError) as error:
-            with contextlib.suppress(OSError):
-                draft.unlink()
             raise ConfigError(f"cannot keep collateral in {self._directory}: {error}") from error
 
 
 def _read(path: Path) -> dict[str, Any] | None:
     """What is kept; None where nothing is, or nothing of use: then it is fetched anew."""
     try:
-        with path.open("rb") as file:
-            document = parse(file.read(MOST_BYTES + 1), most_bytes=MOST_BYTES)
+        document = read(path, most_bytes=MOST_BYTES)
     except (OSError, IntegrityError):
         return None
     collateral = document.get("collateral")

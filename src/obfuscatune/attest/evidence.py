@@ -146,16 +146,17 @@ def _read_own_fields(document: Any) -> tuple[Kind, bytes, tuple[bytes, ...], dic
         raise EvidenceError("evidence: kind is a text")
     return (
         cast(Kind, kind),  # held against KINDS by Evidence itself
-        _decode(document["quote"], "quote"),
-        tuple(_decode(certificate, "a certificate") for certificate in certificates),
+        decode_base64(document["quote"], "evidence: quote"),
+        tuple(decode_base64(certificate, "evidence: a certificate") for certificate in certificates),
         collateral,
     )
 
 
-def _decode(text: Any, what: str) -> bytes:
+def decode_base64(text: Any, what: str) -> bytes:
+    """The bytes that a text stands for. Raises EvidenceError: it is no base64; the message begins with `what`."""
     try:
         if not isinstance(text, str):
             raise binascii.Error("no text")
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise EvidenceError(f"evidence: {what} is base64, and this is none: {error}") from error
+        raise EvidenceError(f"{what} is base64, and this is none: {error}") from error

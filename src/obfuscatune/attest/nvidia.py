@@ -11,19 +11,18 @@ versions and measurements itself, or takes them from signed reference values.
 """
 
 import hashlib
-import struct
 from dataclasses import dataclass
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from cryptography.hazmat.primitives.hashes import SHA384
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from obfuscatune.attest.checks import Checks
 from obfuscatune.attest.der import OCTET_STRING, SEQUENCE, read, read_certificate
 from obfuscatune.attest.evidence import Evidence
+from obfuscatune.attest.fields import Reader, ecdsa_verifies
 from obfuscatune.attest.policy import NvidiaPolicy
 from obfuscatune.errors import EvidenceError
 
@@ -91,8 +90,9 @@ def check_nvidia(
     if not isinstance(key := leaf.public_key(), ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
         raise EvidenceError("nvidia: the GPU's public key is not one of P-384")
     _check_chain(certificates, root, now, checks)  # 2
-    genuine = _verifies(report, key)  # 3
-    checks.that("signature", genuine, expected="by the GPU's key", found="valid" if genuine else "invalid")
+    half = _SIGNATURE_BYTES // 2
+    r, s = (int.from_bytes(part, "big") for part in (report.signature[:half], report.signature[half:]))
+    checks.signed(ecdsa_verifies(key, r, s, report.signed_bytes, SHA384()), by="the GPU's key")  # 3
     checks.equal("nonce", report.nonce.hex(), gpu_nonce(report_data).hex())  # 4
     checks.equal("firmware_id", report.opaque.get(_FWID, b"").hex(), _firmware_id(leaf).hex())
     checks.one_of("driver_version", report.driver_version, policy.driver_versions)  # 5
@@ -110,14 +110,14 @@ def parse_report(data: bytes) -> Report:
     """
     if len(data) > MOST_REPORT_BYTES:
         raise EvidenceError(f"nvidia: a report of {len(data):,} bytes; at most {MOST_REPORT_BYTES:,} are read")
-    reader = _Reader(data)
+    reader = Reader(data, "nvidia: the report")
     request = reader.take(_REQUEST_BYTES)
     answer = reader.take(8)
     if request[:2] != bytes([_SPDM_1_1, _GET_MEASUREMENTS]) or answer[:2] != bytes([_SPDM_1_1, _MEASUREMENTS]):
         raise EvidenceError("nvidia: no GET_MEASUREMENTS and MEASUREMENTS of SPDM 1.1")
     record = reader.take(int.from_bytes(answer[5:8], "little"))
     reader.take(_NONCE_BYTES)  # the GPU's own
-    opaque = reader.take(int.from_bytes(reader.take(2), "little"))
+    opaque = reader.sized("<H")
     end = reader.at
     signature = reader.take(_SIGNATURE_BYTES)
     if reader.rest not in (b"", b"\0"):
@@ -125,43 +125,27 @@ def parse_report(data: bytes) -> Report:
     return Report(request[4:36], _read_blocks(record, answer[4]), _read_opaque(opaque), data[:end], signature)
 
 
-class _Reader:
-    def __init__(self, data: bytes) -> None:
-        self._data, self.at = data, 0
-
-    def take(self, count: int) -> bytes:
-        if count > len(self._data) - self.at:
-            raise EvidenceError("nvidia: the report ends too early")
-        self.at += count
-        return self._data[self.at - count : self.at]
-
-    @property
-    def rest(self) -> bytes:
-        return self._data[self.at :]
-
-
 def _read_blocks(record: bytes, count: int) -> dict[int, bytes]:
-    reader, found = _Reader(record), {}
+    reader, found = Reader(record, "nvidia: the record of measurements"), {}
     for _ in range(count):
-        index, specification, size = struct.unpack("<BBH", reader.take(4))
-        block = _Reader(reader.take(size))
-        _, length = struct.unpack("<BH", block.take(3))
-        value = block.take(length)
+        index, specification = reader.unpack("<BB")
+        block = Reader(reader.sized("<H"), f"nvidia: the measurement block {index}")
+        block.take(1)  # the type of the measurement
+        value = block.sized("<H")
         if specification != _DMTF or block.rest or index in found:
             raise EvidenceError(f"nvidia: the measurement block {index} is malformed, or there twice")
         found[index] = value
-    if reader.rest:
-        raise EvidenceError("nvidia: bytes behind the measurement blocks")
+    reader.end()
     return found
 
 
 def _read_opaque(data: bytes) -> dict[int, bytes]:
-    reader, found = _Reader(data), {}
+    reader, found = Reader(data, "nvidia: the opaque fields"), {}
     while reader.rest:
-        kind, size = struct.unpack("<HH", reader.take(4))
+        (kind,) = reader.unpack("<H")
         if kind in found:
             raise EvidenceError(f"nvidia: the opaque field {kind} is there twice")
-        found[kind] = reader.take(size)
+        found[kind] = reader.sized("<H")
     return found
 
 
@@ -202,16 +186,6 @@ def _is_issued(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
     except (InvalidSignature, ValueError, TypeError, x509.ExtensionNotFound, x509.DuplicateExtension):
         return False
     return is_authority
-
-
-def _verifies(report: Report, key: ec.EllipticCurvePublicKey) -> bool:
-    half = _SIGNATURE_BYTES // 2
-    r, s = (int.from_bytes(part, "big") for part in (report.signature[:half], report.signature[half:]))
-    try:
-        key.verify(encode_dss_signature(r, s), report.signed_bytes, ec.ECDSA(SHA384()))
-    except (InvalidSignature, ValueError):
-        return False
-    return True
 
 
 def _firmware_id(leaf: x509.Certificate) -> bytes:

@@ -11,7 +11,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from obfuscatune.documents import canonical, parse, verify
+from obfuscatune.documents import canonical, has_fields, parse, verify
 from obfuscatune.errors import ConfigError, IntegrityError
 from obfuscatune.yaml_file import UniqueKeys, parse_mapping
 
@@ -120,7 +120,7 @@ def _read_reference_values(path: Path, wanted: Mapping[str, Any]) -> dict[str, A
     except IntegrityError as error:
         raise IntegrityError(f"{path}: {error}") from error
     expected = {"version": int, "sequence": int, "expires": int, "values": dict}
-    if set(document) != set(expected) or any(type(document[name]) is not kind for name, kind in expected.items()):
+    if not has_fields(document, expected):
         raise ConfigError(f"{path}: reference values have a version, sequence, expires (Unix seconds) and values")
     if document["version"] != 1:
         raise ConfigError(f"{path}: reference values of version {document['version']}; this program reads 1")

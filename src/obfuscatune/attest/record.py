@@ -17,7 +17,7 @@ from obfuscatune.attest.claims import Claims
 from obfuscatune.attest.evidence import Evidence
 from obfuscatune.attest.policy import Policy
 from obfuscatune.attest.verification import Verified, verify
-from obfuscatune.documents import canonical, parse
+from obfuscatune.documents import canonical, has_fields, read
 from obfuscatune.errors import ConfigError, EvidenceError, IntegrityError, VerificationFailed
 
 VERSION = 1
@@ -162,8 +162,7 @@ def read_record(path: Path) -> Session | Verification:
         EvidenceError: it is neither.
     """
     try:
-        with path.open("rb") as file:
-            document = parse(file.read(MOST_BYTES + 1), most_bytes=MOST_BYTES)
+        document = read(path, most_bytes=MOST_BYTES)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
     except IntegrityError as error:
@@ -183,15 +182,13 @@ def to_file_bytes(record: Session | Verification) -> bytes:
 
 def _check_fields(document: Mapping[str, Any], kind: str, fields: Mapping[str, type]) -> None:
     expected = {"version": int, "type": str, **fields}
-    if set(document) != set(expected) or any(type(document[name]) is not it for name, it in expected.items()):
+    if not has_fields(document, expected):
         raise EvidenceError(f"{kind}: expected {', '.join(expected)}, each of its type")
     if document["version"] != VERSION or document["type"] != kind:
         raise EvidenceError(f"{kind}: this program reads version {VERSION}")
 
 
 def _read_check(document: Any) -> Check:
-    fields = {"name": str, "passed": bool, "expected": str, "found": str}
-    is_check = isinstance(document, dict) and set(document) == set(fields)
-    if not is_check or any(type(document[name]) is not kind for name, kind in fields.items()):
+    if not has_fields(document, {"name": str, "passed": bool, "expected": str, "found": str}):
         raise EvidenceError("a check has a name, passed, expected and found")
     return Check(shown(document["name"]), document["passed"], shown(document["expected"]), shown(document["found"]))

@@ -4,14 +4,13 @@ It proves that somebody holds that key, and nothing about where a program runs. 
 `allow_simulated: true` and names the key.
 """
 
-import re
 from typing import TYPE_CHECKING, Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from obfuscatune.attest.checks import Checks
 from obfuscatune.attest.evidence import Evidence, check_report_data
-from obfuscatune.documents import canonical, parse, sign, verify
+from obfuscatune.documents import canonical, is_hex, parse, sign, verify
 from obfuscatune.errors import EvidenceError, IntegrityError
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 WARNING = "SIMULATED: proves nothing"
 """Shown wherever simulated evidence appears."""
 PURPOSE = "simulated-evidence"
-_MEASUREMENT = re.compile(r"[0-9a-f]{96}\Z")
+_MEASUREMENT_BYTES = 48
 _MOST_QUOTE_BYTES = 4096
 
 
@@ -32,8 +31,8 @@ class Simulated:
         measurement: 48 bytes in hex, what a launch digest would be.
     """
 
-    def __init__(self, key: Ed25519PrivateKey, measurement: str = "00" * 48) -> None:
-        if not _MEASUREMENT.match(measurement):
+    def __init__(self, key: Ed25519PrivateKey, measurement: str = "00" * _MEASUREMENT_BYTES) -> None:
+        if not is_hex(measurement, _MEASUREMENT_BYTES):
             raise EvidenceError("a simulated measurement is 48 bytes in lower-case hex")
         self._key, self._measurement = key, measurement
 
@@ -72,7 +71,7 @@ def check_simulated(
     if set(document) != {"version", "warning", "measurement", "report_data"} or document["version"] != 1:
         raise EvidenceError("simulated evidence has a version, warning, measurement and report data")
     checks.equal("report_data", document["report_data"], report_data.hex())
-    if not isinstance(document["measurement"], str) or not _MEASUREMENT.match(document["measurement"]):
+    if not is_hex(document["measurement"], _MEASUREMENT_BYTES):
         raise EvidenceError("simulated evidence: a measurement is 48 bytes in lower-case hex")
     checks.measured("measurement", bytes.fromhex(document["measurement"]), policy.measurement)
 

@@ -8,19 +8,15 @@
 6. What the policy says of platform and guest.
 """
 
-import base64
-import binascii
 import struct
 from collections.abc import Mapping
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from cryptography.hazmat.primitives.hashes import SHA384
 
 from obfuscatune.attest.amd import ROOTS, Chip, Product, check_chain
 from obfuscatune.attest.checks import Checks
-from obfuscatune.attest.evidence import Evidence
+from obfuscatune.attest.evidence import Evidence, decode_base64
+from obfuscatune.attest.fields import ecdsa_verifies
 from obfuscatune.attest.policy import SnpPolicy
 from obfuscatune.errors import EvidenceError
 
@@ -79,22 +75,13 @@ def check_snp(
     if chip is None:
         checks.that("signature", False, expected="by a certified key", found="no certified key")
         return
-    genuine = _verifies(report, chip.key)  # 3
-    checks.that("signature", genuine, expected=f"by the {chip.kind.upper()}", found="valid" if genuine else "invalid")
+    r, s = (int.from_bytes(report[at : at + 72], "little") for at in (SIGNED_BYTES, SIGNED_BYTES + 72))
+    genuine = ecdsa_verifies(chip.key, r, s, report[:SIGNED_BYTES], SHA384())
+    checks.signed(genuine, by=f"the {chip.kind.upper()}")  # 3
     _check_chip(report, version, chip, checks)  # 4
     checks.equal("report_data", report[0x50:0x90].hex(), report_data.hex())  # 5
     _check_platform(report, chip, policy, checks)  # 6
     _check_guest(report, policy, checks)
-
-
-def _verifies(report: bytes, key: ec.EllipticCurvePublicKey) -> bool:
-    r = int.from_bytes(report[SIGNED_BYTES : SIGNED_BYTES + 72], "little")
-    s = int.from_bytes(report[SIGNED_BYTES + 72 : SIGNED_BYTES + 144], "little")
-    try:
-        key.verify(encode_dss_signature(r, s), report[:SIGNED_BYTES], ec.ECDSA(SHA384()))
-    except (InvalidSignature, ValueError):
-        return False
-    return True
 
 
 def _check_chip(report: bytes, version: int, chip: Chip, checks: Checks) -> None:
@@ -185,9 +172,4 @@ def _readable(tcb: Mapping[str, int]) -> str:
 
 def _crl(evidence: Evidence) -> bytes | None:
     text = evidence.collateral.get("crl")
-    if text is None:
-        return None
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise EvidenceError("sev-snp: crl is base64, and this is none") from error
+    return None if text is None else decode_base64(text, "sev-snp: crl")

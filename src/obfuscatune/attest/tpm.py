@@ -9,17 +9,16 @@ than this trusts the operator. Beside a TEE it adds the measurements of the boot
 """
 
 import hashlib
-import struct
 from collections.abc import Mapping
 
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
 from obfuscatune.attest.checks import Checks
 from obfuscatune.attest.evidence import Evidence
+from obfuscatune.attest.fields import Reader, ecdsa_verifies
 from obfuscatune.attest.policy import TpmPolicy
 from obfuscatune.errors import EvidenceError
 
@@ -48,8 +47,7 @@ def check_tpm(evidence: Evidence, policy: TpmPolicy, *, report_data: bytes, chec
     if not checks.one_of("attestation_key", hashlib.sha256(spki).hexdigest(), policy.attestation_keys):
         return
     attest, r, s = _split(evidence.quote)
-    genuine = _verifies(spki, attest, r, s)
-    checks.that("signature", genuine, expected="by the attestation key", found="valid" if genuine else "invalid")
+    checks.signed(_verifies(spki, attest, r, s), by="the attestation key")
     nonce, selected, digest = _parse_attest(attest)
     checks.equal("nonce", nonce.hex(), tpm_nonce(report_data).hex())
     values = _values(evidence.collateral, selected)
@@ -62,23 +60,23 @@ def _split(quote: bytes) -> tuple[bytes, int, int]:
     """TPMS_ATTEST, and r and s of the signature."""
     if len(quote) > MOST_QUOTE_BYTES:
         raise EvidenceError(f"tpm: a quote of {len(quote):,} bytes; at most {MOST_QUOTE_BYTES:,} are read")
-    reader = _Reader(quote)
-    attest = reader.sized()
+    reader = Reader(quote, "tpm: the quote")
+    attest = reader.sized(">H")
     if reader.unpack(">HH") != (_ECDSA, _SHA256):
         raise EvidenceError("tpm: expected a signature by ECDSA with SHA-256")
-    r, s = (int.from_bytes(reader.sized(), "big") for _ in range(2))
+    r, s = (int.from_bytes(reader.sized(">H"), "big") for _ in range(2))
     reader.end()
     return attest, r, s
 
 
 def _parse_attest(attest: bytes) -> tuple[bytes, list[int], bytes]:
     """Qualifying data, the PCRs selected, and the digest of their values."""
-    reader = _Reader(attest)
+    reader = Reader(attest, "tpm: what was attested")
     magic, kind = reader.unpack(">IH")
     if magic != _GENERATED or kind != _ATTEST_QUOTE:
         raise EvidenceError("tpm: no quote that a TPM made")
-    reader.sized()  # name of the key that signed
-    nonce = reader.sized()
+    reader.sized(">H")  # name of the key that signed
+    nonce = reader.sized(">H")
     reader.take(17 + 8)  # clock, resets, restarts, safe; firmware version
     (banks,) = reader.unpack(">I")
     if banks != 1:
@@ -87,7 +85,7 @@ def _parse_attest(attest: bytes) -> tuple[bytes, list[int], bytes]:
     if algorithm != _SHA256 or size * 8 > 32:
         raise EvidenceError("tpm: expected the bank of SHA-256")
     bits = int.from_bytes(reader.take(size), "little")
-    digest = reader.sized()
+    digest = reader.sized(">H")
     reader.end()
     return nonce, [index for index in range(size * 8) if bits >> index & 1], digest
 
@@ -105,32 +103,6 @@ def _values(collateral: Mapping[str, str], selected: list[int]) -> dict[int, byt
 def _verifies(spki: bytes, attest: bytes, r: int, s: int) -> bool:
     try:
         key = load_der_public_key(spki)
-        if not isinstance(key, ec.EllipticCurvePublicKey):
-            return False
-        key.verify(encode_dss_signature(r, s), attest, ec.ECDSA(SHA256()))
-    except (InvalidSignature, UnsupportedAlgorithm, ValueError):
+    except (UnsupportedAlgorithm, ValueError):
         return False
-    return True
-
-
-class _Reader:
-    """Reads big-endian fields."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data, self._at = data, 0
-
-    def take(self, count: int) -> bytes:
-        if count > len(self._data) - self._at:
-            raise EvidenceError("tpm: the quote ends too early")
-        self._at += count
-        return self._data[self._at - count : self._at]
-
-    def unpack(self, form: str) -> tuple[int, ...]:
-        return struct.unpack(form, self.take(struct.calcsize(form)))
-
-    def sized(self) -> bytes:
-        return self.take(self.unpack(">H")[0])
-
-    def end(self) -> None:
-        if self._at != len(self._data):
-            raise EvidenceError("tpm: bytes behind the quote")
+    return isinstance(key, ec.EllipticCurvePublicKey) and ecdsa_verifies(key, r, s, attest, SHA256())

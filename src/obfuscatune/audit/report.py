@@ -17,8 +17,6 @@ from obfuscatune.report.page import Facts, HeatCell, HeatMap, Section, Table, Ve
 MOST_SERIES = 4
 MOST_TEXTS = 12
 LONGEST_TEXT = 160
-_PIPE_WIDTH = 160
-"""A pipe has no width of its own: let no line be cut."""
 _STYLES = {State.BROKEN: "bold red", State.OPEN: "yellow", State.HOLDS: "green", State.UNKNOWN: "dim"}
 _HEAT = {State.BROKEN: 1.0, State.OPEN: 0.3, State.HOLDS: 0.0, State.UNKNOWN: None}
 
@@ -142,21 +140,19 @@ def _short(value: float) -> str:
 
 def print_grid(grid: Grid) -> None:
     """What to do, a table for each model with chance beside each figure, what was not run, and all in words."""
-    from rich.console import Console
-    from rich.table import Table as TerminalTable
     from rich.text import Text
+
+    from obfuscatune.report.terminal import plain_table, result_console
 
     def shown(cell: Cell) -> Text:
         if not cell.findings:
             return Text("not run", style="dim")
         return Text(f"{cell.value:.3f} ({cell.chance:.3f})", style="red" if cell.succeeds else "green")
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = _PIPE_WIDTH
+    console = result_console()
     for model, attacks in _by_model(grid):
         title = f"{model}: value (chance), mean of {grid.seeds} seeds"
-        table = TerminalTable("attack", "attacker", *_profiles(grid), title=title, title_justify="left", box=None)
+        table = plain_table("attack", "attacker", *_profiles(grid), title=title)
         for attack, cells in attacks:
             table.add_row(attack.name, attack.needs.value, *map(shown, cells))
         console.print(table)

@@ -22,16 +22,14 @@ import torch
 
 from obfuscatune.bench.clocked import ClockPage
 from obfuscatune.bench.link import linked_worker
-from obfuscatune.bench.measures import ProductCounter, measure_limits, measured_spans, peak_bytes, settled_bytes
-from obfuscatune.bench.workload import WORKLOADS, Workload, config_of, random_model
+from obfuscatune.bench.measures import ProductCounter, measure_limits, measured_spans
+from obfuscatune.bench.processes import peak_bytes, settled_bytes
+from obfuscatune.bench.workload import ALL_AHEAD, WORKLOADS, Workload, config_of, random_model
 from obfuscatune.enclave.local_worker import LocalWorker
 from obfuscatune.enclave.masks import Masks
 from obfuscatune.enclave.profiles import resolve
 from obfuscatune.enclave.protect import protect
-from obfuscatune.enclave.protection import Masking, Protection
-
-AHEAD_BYTES = 8 << 30
-"""Memory for masks that are all drawn before what is timed."""
+from obfuscatune.enclave.protection import Protection
 
 
 def main() -> None:
@@ -48,7 +46,7 @@ def main() -> None:
             mask_client = None
             if resolve(settings["profile"]).masks:
                 mask_client, _, mask_clock = stack.enter_context(linked_worker(*where))
-            masking = Masking(memory_bytes=AHEAD_BYTES) if settings["masks_ahead"] else None
+            masking = ALL_AHEAD if settings["masks_ahead"] else None
             protection = protect(
                 model, client, settings["profile"], base="closed", mask_worker=mask_client, masking=masking
             ).protection

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import mmap
 import struct
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from obfuscatune.bench.network import within
-from obfuscatune.protocol.files import temporary_root
+from obfuscatune.bench.processes import scratch_folder
 
 if TYPE_CHECKING:
     from obfuscatune.enclave.local_worker import LocalWorker
@@ -90,7 +89,7 @@ def clocked_worker(
     """
     from obfuscatune.enclave.local_worker import LocalWorker
 
-    with tempfile.TemporaryDirectory(prefix="obfuscatune-bench-", dir=temporary_root()) as folder:
+    with scratch_folder() as folder:
         page = Path(folder) / "clock"
         clock = ClockPage(page, create=True)
         program = ("obfuscatune.bench.clocked_worker", str(page))

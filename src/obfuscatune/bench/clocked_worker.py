@@ -21,7 +21,6 @@ import torch
 from obfuscatune.backend import Computer
 from obfuscatune.bench.clocked import ClockPage, Totals
 from obfuscatune.bench.measures import ProductCounter
-from obfuscatune.process import settle_process
 from obfuscatune.worker.options import parse_arguments
 from obfuscatune.worker.server import run
 
@@ -60,5 +59,4 @@ class ClockedComputer(Computer):
 
 if __name__ == "__main__":
     ClockedComputer.page = ClockPage(Path(sys.argv[_PAGE_ARGUMENT]))
-    settle_process()
     sys.exit(run(parse_arguments(sys.argv[_PAGE_ARGUMENT + 1 :]), ClockedComputer))

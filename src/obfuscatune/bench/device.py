@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -18,19 +18,16 @@ from typing import Any
 import torch
 
 from obfuscatune.backend import Computer, find_device
-from obfuscatune.bench.workload import WORKLOADS, Workload, config_of, random_model, shape_name
+from obfuscatune.bench.processes import Progress
+from obfuscatune.bench.workload import ALL_AHEAD, WORKLOADS, Workload, config_of, random_model, shape_name
 from obfuscatune.enclave.client import DeviceClient
 from obfuscatune.enclave.profiles import resolve
 from obfuscatune.enclave.protect import protect
-from obfuscatune.enclave.protection import Masking
 from obfuscatune.protocol.addresses import DeviceAddress
-from obfuscatune.report.page import environment, format_bytes
+from obfuscatune.report.page import environment, format_bytes, markdown_table
 
-AHEAD_BYTES = 8 << 30
-"""Memory for masks that are all drawn before what is timed."""
 ANOTHER = 999
 """A number that no device has: the mask worker's link to the same device goes by it."""
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -70,22 +67,22 @@ class DeviceResult:
         """A row for each comparison."""
         b = self.bench
         depth = "all" if b["layers"] is None else b["layers"]
-        lines = [
+        about = (
             f"{b['work']}, {b['shape']} ({depth} layers), batch {b['batch']} x {b['length']}; medians of {b['rounds']} "
-            f"rounds; worker and plain on {b['worker']} ({self.environment['device']}).",
-            "",
-            "| dtype | profile | enclave on | plain, s | protected, s | ratio | round by round | requests | bus | "
-            "difference | device memory |",
-            "|---|---|---|---|---|---|---|---|---|---|---|",
-        ]
-        for row in self.rows:
-            difference = "" if row.difference is None else f"{row.difference:.1e}"
-            lines.append(
-                f"| {row.dtype} | `{row.profile}` | {row.enclave} | {row.plain_seconds:.4f} | {row.seconds:.4f} | "
-                f"**{row.ratio:.2f}** | {min(row.ratios):.2f} to {max(row.ratios):.2f} | {row.crossings} | "
-                f"{format_bytes(row.bytes)} | {difference} | {format_bytes(row.peak_bytes)} |"
+            f"rounds; worker and plain on {b['worker']} ({self.environment['device']})."
+        )
+        columns = ["dtype", "profile", "enclave on", "plain, s", "protected, s", "ratio", "round by round", "requests"]
+        rows = [
+            (
+                *(it.dtype, f"`{it.profile}`", it.enclave, f"{it.plain_seconds:.4f}", f"{it.seconds:.4f}"),
+                *(f"**{it.ratio:.2f}**", f"{min(it.ratios):.2f} to {max(it.ratios):.2f}", it.crossings),
+                *(format_bytes(it.bytes), "" if it.difference is None else f"{it.difference:.1e}"),
+                format_bytes(it.peak_bytes),
             )
-        return "\n".join(lines) + "\n"
+            for it in self.rows
+        ]
+        table = markdown_table([*columns, "bus", "difference", "device memory"], rows, text_columns=3)
+        return f"{about}\n\n{table}\n"
 
 
 @dataclass(frozen=True)
@@ -168,8 +165,7 @@ class DeviceBench:
             if resolve(profile).masks:
                 another = DeviceAddress(self.worker.kind, ANOTHER)
                 masks = stack.enter_context(DeviceClient(Computer(device), another))
-            masking = Masking(memory_bytes=AHEAD_BYTES)
-            model = protect(self._model(dtype), link, profile, base="closed", mask_worker=masks, masking=masking)
+            model = protect(self._model(dtype), link, profile, base="closed", mask_worker=masks, masking=ALL_AHEAD)
             stack.callback(model.close)
             model.to(enclave)
             yield WORKLOADS[self.work](model, self.batch, self.length), model.protection

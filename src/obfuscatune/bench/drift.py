@@ -13,18 +13,18 @@ What it aims at, with the base model and every secret transform at hand, and aim
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from obfuscatune.assets import clinic_notes_path, tiny_model_path
 from obfuscatune.backend import Computer
 from obfuscatune.bench.drift_worker import Aim, DriftingComputer, Push, Way, serving
+from obfuscatune.bench.processes import Progress
 from obfuscatune.enclave.config import read_config
 from obfuscatune.enclave.profiles import resolve
 from obfuscatune.enclave.protect import protect
@@ -36,6 +36,7 @@ from obfuscatune.training.adapter import add_lora
 from obfuscatune.training.data import IGNORED, Example, Source, load_dataset
 from obfuscatune.training.loop import Batch, OptimizerSettings, Plan, collate, make_optimizer, mean_loss, train
 from obfuscatune.training.run import load_plain
+from obfuscatune.training.tokens import read_tokenizer
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -52,7 +53,6 @@ _AIMED_EVERY = 100
 """Steps after which it takes them anew."""
 _RANK, _ALPHA, _SEED = 16, 32.0, 0
 _MEASURED_AT_ONCE = 30
-Progress = Callable[[str], None]
 Factors = dict[str, Tensor]
 """Of an adapter, by name, float64."""
 
@@ -213,7 +213,7 @@ class _Task:
     @classmethod
     def read(cls, bench: DriftBench) -> _Task:
         """The embedded model's."""
-        tokenizer = AutoTokenizer.from_pretrained(tiny_model_path(), trust_remote_code=False)
+        tokenizer = read_tokenizer(tiny_model_path())
         sets = (
             load_dataset(Source.of(clinic_notes_path() / f"{name}.jsonl", None, "train"), tokenizer, 256, "error")
             for name in ("train", "heldout")
@@ -244,7 +244,7 @@ class _Task:
                         self._aim(computer, goal, groups, secrets, tuned)
                 return self._measured(row, tuned, computer)
             except WrongProduct:
-                return DriftRow(**asdict(row) | {"products": computer.products, "caught": step + 1})
+                return replace(row, products=computer.products, caught=step + 1)
 
     def _steps(self, model: PeftModel) -> Iterator[int]:
         """Fine-tune; the number of steps taken, after each."""
@@ -256,25 +256,24 @@ class _Task:
             yield event.step
 
     def _measured(self, row: DriftRow, model: PeftModel, computer: DriftingComputer | None) -> DriftRow:
-        factors = {name: it.detach().double().clone() for name, it in model.named_parameters() if ".lora_" in name}
-        self._judge.load_state_dict(factors, strict=False)
+        factors = self._judge_adapter(model)
         loss = mean_loss(self._judge, self._held_out, batch_size=_MEASURED_AT_ONCE, pad_id=self._pad)
         logits = self._target_logits(self._judge)
-        if self._exact is None:
-            self._exact = factors, logits
-        exact, exact_logits = self._exact
-        planted = logits - exact_logits
-        measured = asdict(row) | {
-            "loss": loss,
-            "adapter": _distance(factors, exact),
-            "planted": float(planted.mean()),
-            "largest_planted": float(planted.abs().max()),
-        }
-        if computer is not None:
-            served = self._target_logits(model) - logits
-            measured |= {"served": float(served.mean()), "largest_served": float(served.abs().max())}
-            measured["products"] = computer.products
-        return DriftRow(**measured)
+        self._exact = self._exact or (factors, logits)
+        planted = logits - self._exact[1]
+        row = replace(row, loss=loss, adapter=_distance(factors, self._exact[0]))
+        row = replace(row, planted=float(planted.mean()), largest_planted=float(planted.abs().max()))
+        if computer is None:
+            return row
+        served = self._target_logits(model) - logits
+        row = replace(row, served=float(served.mean()), largest_served=float(served.abs().max()))
+        return replace(row, products=computer.products)
+
+    def _judge_adapter(self, model: PeftModel) -> Factors:
+        """Put a model's adapter, as it is now, on the plain float64 model; its factors."""
+        factors = {name: it.detach().double().clone() for name, it in model.named_parameters() if ".lora_" in name}
+        self._judge.load_state_dict(factors, strict=False)
+        return factors
 
     @torch.no_grad()
     def _target_logits(self, model: PeftModel) -> Tensor:
@@ -283,7 +282,8 @@ class _Task:
         found = []
         for start in range(0, len(self._held_out), _MEASURED_AT_ONCE):
             batch = collate(self._held_out[start : start + _MEASURED_AT_ONCE], self._pad, torch.device("cpu"))
-            found.append(_predictions(model, batch)[:, self.token].double())
+            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+            found.append(logits[:, :-1][batch.labels[:, 1:] != IGNORED][:, self.token].double())
         return torch.cat(found)
 
     def _aim(
@@ -292,8 +292,7 @@ class _Task:
         """Give the worker its directions, for the adapter as it is now."""
         if not computer.size:
             return
-        factors = {name: it.detach().double().clone() for name, it in model.named_parameters() if ".lora_" in name}
-        self._judge.load_state_dict(factors, strict=False)
+        self._judge_adapter(model)
         batch = collate(self._trained[:_AIMED_AT], self._pad, torch.device("cpu"))
         token = None if goal == "loss" else self.token
         sign = -1.0 if goal == "plant" else 1.0
@@ -354,13 +353,6 @@ def _gain(x: Tensor, W: Tensor) -> float:
     rows = x[x.norm(dim=1) > 0]
     relative = (rows @ W).norm(dim=1) / rows.norm(dim=1)
     return float(relative.square().mean().sqrt()) * math.sqrt(x.shape[1]) / float(W.norm())
-
-
-def _predictions(model: PeftModel, batch: Batch) -> Tensor:
-    """Logits (tokens, V) from which the trained tokens of a batch are predicted."""
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-    predicted: Tensor = logits[:, :-1][batch.labels[:, 1:] != IGNORED]
-    return predicted
 
 
 def _distance(factors: Factors, exact: Factors) -> float:

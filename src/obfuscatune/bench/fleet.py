@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from transformers import GPT2Config
 
-from obfuscatune.bench.measures import cpu_seconds
+from obfuscatune.bench.processes import Progress, cpu_seconds
 from obfuscatune.bench.throttled_worker import throttled_workers
 from obfuscatune.bench.workload import random_model
 from obfuscatune.enclave.protect import protect
@@ -33,7 +32,6 @@ VOCABULARY = 512
 """Small: the head stays in the enclave, and its part is not what is measured here."""
 STREAMS = 2
 """For each worker, with replicas."""
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-import subprocess
 import sys
 import time
-from types import TracebackType
-from typing import Self
 
-from obfuscatune.errors import ConfigError
+from obfuscatune.bench.processes import Child
 
 PART_BYTES = 128 << 20
 AHEAD_BYTES = 512 << 20
@@ -28,7 +25,7 @@ SAMPLE_BYTES = 2 << 30
 """Bytes that are written in a trial."""
 
 
-class KeptMemory:
+class KeptMemory(Child):
     """A process that holds `nbytes` bytes of memory, and releases them part by part."""
 
     def __init__(self, nbytes: int) -> None:
@@ -36,20 +33,9 @@ class KeptMemory:
         Raises:
             ConfigError: there is not so much memory.
         """
+        super().__init__("obfuscatune.bench.kept_memory", str(nbytes))
         self._nbytes = nbytes
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "obfuscatune.bench.kept_memory", str(nbytes)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        if self._process.stdout is not None and not self._process.stdout.readline():
-            raise self._ended()
-
-    @property
-    def pid(self) -> int:
-        """Process id."""
-        return self._process.pid
+        self.answer()
 
     def keep_ahead_of(self, nbytes: int) -> None:
         """So many bytes have been taken by others.
@@ -57,26 +43,11 @@ class KeptMemory:
         Raises:
             ConfigError: the process has ended.
         """
-        if self._process.stdin is not None:
-            try:
-                self._process.stdin.write(f"{nbytes + AHEAD_BYTES}\n")
-                self._process.stdin.flush()
-            except BrokenPipeError:
-                raise self._ended() from None
+        self.say(str(nbytes + AHEAD_BYTES))
 
-    def _ended(self) -> ConfigError:
-        self._process.communicate()
-        size, status = self._nbytes / 1e9, self._process.returncode
-        return ConfigError(f"the process that kept {size:.1f} GB ended with status {status}: is there so much memory?")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._process.kill()
-        self._process.communicate()
+    def last_words(self, status: int) -> str:
+        """See `Child`."""
+        return f"the process that kept {self._nbytes / 1e9:.1f} GB ended with status {status}: is there so much memory?"
 
 
 def seconds_for_a_new_byte(nbytes: int) -> float:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import socket
-import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,10 +16,11 @@ from pathlib import Path
 
 from obfuscatune.bench.clocked import ClockPage, clocked_worker
 from obfuscatune.bench.network import WORKER_HOST, Network, emulated_network
+from obfuscatune.bench.processes import scratch_folder
 from obfuscatune.enclave.client import WorkerClient
 from obfuscatune.enclave.local_worker import LocalWorker
 from obfuscatune.errors import ConfigError
-from obfuscatune.protocol.files import temporary_root, write_new
+from obfuscatune.protocol.files import write_new
 from obfuscatune.protocol.tls import TlsConfig, make_identity
 
 UNIX, TCP, TLS = KINDS = ("unix", "tcp", "tls")
@@ -79,7 +79,7 @@ def linked_worker(
     Raises:
         WireError: it did not start, or cannot be reached.
     """
-    with tempfile.TemporaryDirectory(prefix="obfuscatune-bench-", dir=temporary_root()) as folder:  # with mode 0700
+    with scratch_folder() as folder:
         listen: str | None = None
         extra: tuple[str, ...] = ()
         tls: TlsConfig | None = None

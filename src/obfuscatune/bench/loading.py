@@ -19,7 +19,7 @@ settle_process()
 import torch
 
 from obfuscatune.bench.kept_memory import KeptMemory
-from obfuscatune.bench.measures import MemorySampler, cpu_seconds, peak_bytes, settled_bytes, shared_bytes
+from obfuscatune.bench.processes import MemorySampler, cpu_seconds, peak_bytes, settled_bytes, shared_bytes
 from obfuscatune.enclave.loading import load
 from obfuscatune.enclave.local_worker import local_worker
 from obfuscatune.enclave.observer import StageClock

@@ -1,24 +1,18 @@
-"""What a piece of work did: its products, where its time went, what it held; and what the machine can do at most."""
+"""What a piece of work did: its products, and where its time went; and what the machine can do at most."""
 
 from __future__ import annotations
 
-import os
 import statistics
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from obfuscatune.errors import StorageError
 
 _aten = torch.ops.aten
 _FACTORS = {_aten.mm: (0, 1), _aten.bmm: (0, 1), _aten.addmm: (1, 2), _aten.baddbmm: (1, 2)}
@@ -136,7 +130,6 @@ SIDE = 1536
 LARGE_BYTES = 256 << 20
 """Bytes of the array that is copied and summed."""
 REPEATS = 5
-_SAMPLE_SECONDS = 0.01
 
 
 @dataclass(frozen=True)
@@ -179,73 +172,3 @@ def median_seconds(work: Callable[[], object], *, repeats: int = REPEATS, least_
         work()
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds)
-
-
-def peak_bytes(pid: int | None = None) -> int:
-    """The most that was ever resident (VmHWM), of this process or another; since it was executed, not forked.
-
-    Raises:
-        StorageError: there is no such process, or this is no Linux.
-    """
-    return _status("VmHWM", pid)
-
-
-def settled_bytes(pid: int | None = None) -> int:
-    """Resident memory now (VmRSS), of this process or another. Raises as `peak_bytes`."""
-    return _status("VmRSS", pid)
-
-
-def shared_bytes(pid: int | None = None) -> int:
-    """What of that is memory shared with other processes (RssShmem). Raises as `peak_bytes`."""
-    return _status("RssShmem", pid)
-
-
-class MemorySampler:
-    """Watches this process's anonymous memory while the `with` lasts: what is mapped from files is not in it.
-
-    Pages of a file are the kernel's to drop when memory is short, and to read again; anonymous ones are not.
-    """
-
-    def __init__(self) -> None:
-        self.anonymous_bytes = 0
-        """The most that was sampled, memory shared with the worker included."""
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._sample, name="memory-sampler", daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _sample(self) -> None:
-        while True:
-            over = self._over.wait(_SAMPLE_SECONDS)
-            held = _status("RssAnon", None) + _status("RssShmem", None)
-            self.anonymous_bytes = max(self.anonymous_bytes, held)
-            if over:
-                return
-
-
-def cpu_seconds(pid: int | None = None) -> float:
-    """CPU time so far in seconds, user and system, of this process or another. Raises as `peak_bytes`."""
-    utime, stime = _read("stat", pid).rpartition(")")[2].split()[11:13]  # after the name, which may hold blanks
-    return (int(utime) + int(stime)) / os.sysconf("SC_CLK_TCK")
-
-
-def _status(name: str, pid: int | None) -> int:
-    return next(
-        int(line.split()[1]) * 1024 for line in _read("status", pid).splitlines() if line.startswith(f"{name}:")
-    )
-
-
-def _read(file: str, pid: int | None) -> str:
-    path = Path("/proc") / ("self" if pid is None else str(pid)) / file
-    try:
-        return path.read_text("ascii")
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror}") from error

@@ -7,13 +7,13 @@ is a leak. So a line is fitted to the second half of the samples, for each proce
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from obfuscatune.assets import tiny_model_path
+from obfuscatune.bench.processes import Progress
 from obfuscatune.bench.step import BenchProcess
 from obfuscatune.bench.workload import shape_name
 from obfuscatune.report.charts import Chart, Series
@@ -26,7 +26,6 @@ activation of the embedded model, 2 x 64 x 256 float32 numbers, would add 66 MB 
 _KEPT_SAMPLES = 200
 _EVERY = 50
 """Steps between two lines of progress."""
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)

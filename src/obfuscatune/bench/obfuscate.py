@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,10 +19,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from obfuscatune.bench.kept_memory import SAMPLE_BYTES, SPARE, seconds_for_a_new_byte
+from obfuscatune.bench.processes import Progress, run_module, scratch_folder
 from obfuscatune.bench.workload import config_of
 from obfuscatune.enclave.checkpoint import weights_names
-from obfuscatune.errors import ConfigError, StorageError
-from obfuscatune.protocol.files import temporary_root
+from obfuscatune.errors import StorageError
 from obfuscatune.report.page import environment, format_bytes, format_share, markdown_table
 
 SHARD_BYTES = 1_000_000_000
@@ -36,7 +33,6 @@ STANDARD_DEVIATION = 0.02  # as GPT-2 is initialised
 _SEED = 0
 _SIZES = ("enclave_peak_bytes", "enclave_anonymous_peak_bytes", "worker_peak_bytes", "bytes_uploaded")
 
-Progress = Callable[[str], None]
 _Shapes = dict[str, torch.Size]
 
 
@@ -126,7 +122,7 @@ class ObfuscateBench:
         """
         if self.model is not None:
             return self._measure(self.model, progress)
-        with tempfile.TemporaryDirectory(prefix="obfuscatune-bench-", dir=temporary_root()) as folder:
+        with scratch_folder() as folder:
             write_random_checkpoint(config_of(self.shape, self.layers), Path(folder), progress, self._dtype)
             return self._measure(Path(folder), progress)
 
@@ -155,16 +151,7 @@ class ObfuscateBench:
             "threads": self.threads,
             "kept_bytes": kept_bytes,
         }
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", "obfuscatune.bench.loading", json.dumps(settings)],
-            stdout=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
-        if done.returncode != 0:
-            raise ConfigError(f"loading ended with status {done.returncode}; what it said stands above")
-        answer: dict[str, Any] = json.loads(done.stdout)
-        return answer
+        return run_module("obfuscatune.bench.loading", json.dumps(settings))
 
 
 @dataclass(frozen=True)

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from obfuscatune.bench.measures import measure_limits
+from obfuscatune.bench.measures import measure_limits, median_seconds
+from obfuscatune.bench.processes import Progress
 from obfuscatune.enclave import kernels
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.mixing import KroneckerMixer, KroneckerMixing
 from obfuscatune.enclave.transforms.structured import StructuredTransform
 from obfuscatune.errors import ConfigError
 from obfuscatune.native import SWITCH
-from obfuscatune.report.page import environment
+from obfuscatune.report.page import environment, markdown_table
 
 DIMS = (768, 1024, 1280, 1600, 2304, 3072, 4800, 5120, 6400)
 """Widths of the layers of GPT-2 small to XL."""
@@ -28,7 +28,6 @@ PAIRS = 6
 """Matrices that are worked on in turn: together they are more than a core's own caches hold."""
 _LEAST_SECONDS = 0.05
 """For each measurement."""
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -145,28 +144,24 @@ class RotationResult:
 
     def as_markdown(self) -> str:
         """One table."""
-        lines = [
+        about = (
             f"float32, {self.bench.threads} threads. This machine: {self.machine_gflops:.0f} GFLOP/s in a product, "
-            f"{self.machine_gbytes:.0f} GB/s in a copy.",
-            "",
-            "| operation | rows | width | torch, ms | kernel, ms | faster | GFLOP/s | GB/s |",
-            "|---|---|---|---|---|---|---|---|",
+            f"{self.machine_gbytes:.0f} GB/s in a copy."
+        )
+        columns = ("operation", "rows", "width", "torch, ms", "kernel, ms", "faster", "GFLOP/s", "GB/s")
+        rows = [
+            (
+                *(it.what, it.rows, it.dim, f"{it.torch_seconds * 1e3:.3f}", f"{it.kernel_seconds * 1e3:.3f}"),
+                *(f"{it.torch_seconds / it.kernel_seconds:.1f}x", f"{it.kernel_gflops:.0f}", f"{it.kernel_gbytes:.1f}"),
+            )
+            for it in self.rows
         ]
-        lines += [
-            f"| {r.what} | {r.rows} | {r.dim} | {r.torch_seconds * 1e3:.3f} | {r.kernel_seconds * 1e3:.3f} | "
-            f"{r.torch_seconds / r.kernel_seconds:.1f}x | {r.kernel_gflops:.0f} | {r.kernel_gbytes:.1f} |"
-            for r in self.rows
-        ]
-        return "\n".join(lines) + "\n"
+        return f"{about}\n\n{markdown_table(columns, rows)}\n"
 
 
 def _median(work: Callable[[int], object]) -> float:
-    """Seconds of one call."""
+    """Seconds of one call, each with the next of the matrices."""
     for i in range(PAIRS):
         work(i)
-    seconds: list[float] = []
-    while len(seconds) < PAIRS or sum(seconds) < _LEAST_SECONDS:
-        started = time.perf_counter()
-        work(len(seconds) % PAIRS)
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
+    turns = cycle(range(PAIRS))
+    return median_seconds(lambda: work(next(turns)), repeats=PAIRS, least_seconds=_LEAST_SECONDS)

@@ -4,19 +4,17 @@ AES-GCM alone is what one would do without bundles: one thread reads a file, enc
 one file; or reads that and decrypts it. A bundle is hashed besides, and worked on by all cores.
 """
 
-import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from obfuscatune.bench.processes import Progress, run_module
 from obfuscatune.bench.sealing_process import WORKS
-from obfuscatune.errors import ConfigError, StorageError
+from obfuscatune.errors import StorageError
 from obfuscatune.machine import cores
 from obfuscatune.protocol.files import temporary_root
 from obfuscatune.report.page import environment, format_bytes, markdown_table
@@ -38,7 +36,7 @@ class SealBench:
     folder: Path | None = None
     """None takes the one for temporary files."""
 
-    def run(self, progress: Callable[[str], None]) -> "SealResult":
+    def run(self, progress: Progress) -> "SealResult":
         """Measure; a minute or two with 2 GiB.
 
         Raises:
@@ -125,8 +123,4 @@ class SealResult:
 
 def _took(work: str, folder: Path) -> Took:
     os.sync()  # nothing that was written before goes to the disk while this is timed
-    command = [sys.executable, "-m", "obfuscatune.bench.sealing_process", work, str(folder)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise ConfigError(f"{work}: the measuring process ended with code {done.returncode}")
-    return Took(**json.loads(done.stdout))
+    return Took(**run_module("obfuscatune.bench.sealing_process", work, str(folder)))

@@ -15,6 +15,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from obfuscatune.bench.processes import peak_bytes
 from obfuscatune.sealing.key_file import KeyFile
 from obfuscatune.sealing.keys import TAG_BYTES, BundleKey
 from obfuscatune.sealing.opening import Bundle
@@ -30,9 +31,7 @@ def main() -> None:
     cpu, began = time.process_time(), time.perf_counter()
     work(folder)
     took = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu}
-    status = Path("/proc/self/status").read_text("ascii")
-    peak = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
-    sys.stdout.write(json.dumps(took | {"peak_bytes": peak}) + "\n")
+    sys.stdout.write(json.dumps(took | {"peak_bytes": peak_bytes()}) + "\n")
 
 
 def _seal(folder: Path) -> None:

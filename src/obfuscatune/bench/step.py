@@ -13,20 +13,16 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from obfuscatune.bench.link import LinkSettings
 from obfuscatune.bench.measures import Limits
 from obfuscatune.bench.network import Network, within
+from obfuscatune.bench.processes import Child, Progress
 from obfuscatune.bench.step_result import PLAIN, Side, StepResult
 from obfuscatune.bench.workload import shape_name
-from obfuscatune.errors import ConfigError
 from obfuscatune.report.page import environment
 
 OWN_WAITING: dict[str, str] = {}
@@ -41,13 +37,11 @@ CALIBRATION_STEPS = 3
 """Timed steps of each try."""
 CALIBRATION_PASSES = 2
 """Tries of each way, one after the other, so that a slow minute of the machine does not hit one way alone."""
-Progress = Callable[[str], None]
-"""Called with a line of text after each measurement."""
 _WAITING_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 _SILENT = {"PYTHONWARNINGS": "ignore", "KINETO_LOG_LEVEL": "99", "TRANSFORMERS_VERBOSITY": "error"}
 
 
-class BenchProcess:
+class BenchProcess(Child):
     """A process that runs `bench_process.py`. It is stopped by SIGSTOP between commands, and ends with the `with`."""
 
     def __init__(self, settings: dict[str, Any], waiting: dict[str, str], namespace: str | None = None) -> None:
@@ -62,13 +56,8 @@ class BenchProcess:
             ConfigError: the process ended; its error is on stderr.
         """
         inherited = {name: value for name, value in os.environ.items() if name not in _WAITING_VARIABLES}
-        self._process = subprocess.Popen(
-            [*within(namespace), sys.executable, "-m", "obfuscatune.bench.bench_process", json.dumps(settings)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**inherited, **_SILENT, **waiting, "OMP_NUM_THREADS": str(settings["threads"])},
-        )
+        env = {**inherited, **_SILENT, **waiting, "OMP_NUM_THREADS": str(settings["threads"])}
+        super().__init__("obfuscatune.bench.bench_process", json.dumps(settings), env=env, within=within(namespace))
         self._read_answer()
 
     def tell(self, word: str) -> dict[str, Any]:
@@ -78,27 +67,18 @@ class BenchProcess:
             ConfigError: the process ended; its error is on stderr.
         """
         self._process.send_signal(signal.SIGCONT)
-        if self._process.stdin is not None:
-            print(word, file=self._process.stdin, flush=True)
+        self.say(word)
         return self._read_answer()
 
     def _read_answer(self) -> dict[str, Any]:
         """Read the next answer, and stop the process."""
-        line = self._process.stdout.readline() if self._process.stdout is not None else ""
-        if not line:
-            raise ConfigError(f"a bench process ended with status {self._process.wait()}; its error stands above")
+        answer: dict[str, Any] = json.loads(self.answer())
         self._process.send_signal(signal.SIGSTOP)
-        answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._process.send_signal(signal.SIGCONT)
-        self._process.communicate("quit\n")
+        super().__exit__()
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from obfuscatune.bench.link import LinkSettings
 from obfuscatune.bench.measures import SEND, WAIT, Limits
 from obfuscatune.report.charts import Bar, Bars
-from obfuscatune.report.page import format_bytes
+from obfuscatune.report.page import format_bytes, markdown_table
 
 PLAIN = "plain"
 WORKER = "the worker computes"
@@ -145,84 +144,86 @@ class StepResult:
             "environment": self.environment,
         }
 
+    @property
+    def sides(self) -> dict[str, Side]:
+        """Plain, and each profile."""
+        return {PLAIN: self.plain} | self.protected
+
     def picture(self) -> Bars:
         """One bar for each side, stacked by where its time goes; a line where the least possible time lies."""
-        sides = {PLAIN: self.plain} | self.protected
-        parts = [side.breakdown() for side in sides.values()]
+        parts = [side.breakdown() for side in self.sides.values()]
         categories = dict.fromkeys(category for part in reversed(parts) for category in part)
         return Bars(
             "Where the time goes",
-            list(sides),
+            list(self.sides),
             {name: [Bar(part[name]) if name in part else None for part in parts] for name in categories},
             y_label="seconds",
             stacked=True,
-            least=("least possible", [side.least_seconds(self.limits) for side in sides.values()]),
+            least=("least possible", [side.least_seconds(self.limits) for side in self.sides.values()]),
         )
 
     def as_markdown(self) -> str:
         """What was measured, a row for each side, and where its time went."""
         b = self.bench
         depth = "all" if b["layers"] is None else b["layers"]
-        lines = [
+        parts = (
             f"{WORK[b['work']]}, {b['shape']} ({depth} layers), batch {b['batch']} x {b['length']}, "
             f"{b['threads']} threads, float32; link: {LinkSettings(**b['link'])}; medians of {b['rounds']} rounds; "
             f"plain with OpenMP waiting: {self.plain_waiting}.",
-            "",
-            "| | seconds | ratio | round by round | mean | crossings | bytes | difference | peak, own | peak, worker |",
-            "|---|---|---|---|---|---|---|---|---|---|",
-            f"| plain | {self.plain.seconds:.3f} | | | | | | | {format_bytes(self.plain.rounds[-1]['peak_bytes'])} | |",
-            *(self._row(profile) for profile in self.protected),
-            "",
-            *self._disturbed(),
-            *self._breakdown(),
-            "",
-            *self._roofline(),
-        ]
-        return "\n".join(lines) + "\n"
+            self._times(),
+            self._disturbed(),
+            self._breakdown(),
+            f"Measured on the spot, plain torch: {self.limits.gflops:.0f} GFLOP/s in a product, "
+            f"{self.limits.copied_gbytes:.1f} GB/s read and written by a copy, {self.limits.read_gbytes:.1f} GB/s read "
+            "by a sum.",
+            self._roofline(),
+        )
+        return "\n\n".join(part for part in parts if part) + "\n"
 
-    def _disturbed(self) -> Iterator[str]:
-        """A warning where rounds of one side took so differently long that something else must have been at work."""
-        sides = {PLAIN: self.plain} | self.protected
-        spreads = {name: side.slowest_over_fastest for name, side in sides.items()}
-        worst = max(spreads, key=lambda name: spreads[name])
-        if spreads[worst] > QUIET_SPREAD:
-            yield f"**Not an idle machine**: the slowest round of {worst} took {spreads[worst]:.1f} times the fastest."
-            yield ""
+    def _times(self) -> str:
+        columns = ["", "seconds", "ratio", "round by round", "mean", "crossings", "bytes", "difference"]
+        columns += ["peak, own", "peak, worker"]
+        plain = (PLAIN, f"{self.plain.seconds:.3f}", *[""] * 6, format_bytes(self.plain.rounds[-1]["peak_bytes"]), "")
+        return markdown_table(columns, [plain, *map(self._row, self.protected)])
 
-    def _row(self, profile: str) -> str:
+    def _row(self, profile: str) -> tuple[str, ...]:
         side, ratios = self.protected[profile], self.ratios(profile)
         last = side.rounds[-1]
         return (
-            f"| `{profile}` | {side.seconds:.3f} | **{self.ratio(profile):.2f}** | {min(ratios):.2f} to "
-            f"{max(ratios):.2f} | {self.mean_ratio(profile):.2f} | {side.median('crossings'):.0f} | "
-            f"{format_bytes(side.median('bytes'))} | {self.difference(profile):.1e} | "
-            f"{format_bytes(last['peak_bytes'])} | {format_bytes(last.get('worker_peak_bytes', 0))} |"
+            *(f"`{profile}`", f"{side.seconds:.3f}", f"**{self.ratio(profile):.2f}**"),
+            *(f"{min(ratios):.2f} to {max(ratios):.2f}", f"{self.mean_ratio(profile):.2f}"),
+            *(f"{side.median('crossings'):.0f}", format_bytes(side.median("bytes")), f"{self.difference(profile):.1e}"),
+            *(format_bytes(last["peak_bytes"]), format_bytes(last.get("worker_peak_bytes", 0))),
         )
 
-    def _breakdown(self) -> Iterator[str]:
-        sides = {PLAIN: self.plain} | {f"`{name}`": side for name, side in self.protected.items()}
-        parts = {name: side.breakdown() for name, side in sides.items()}
-        yield f"| where it goes, seconds | {' | '.join(sides)} |"
-        yield "|---" * (1 + len(sides)) + "|"
-        for category in dict.fromkeys(category for side in reversed(parts.values()) for category in side):
-            cells = [
-                f"{side[category]:.3f}, {side[category] / sum(side.values()):.0%}" if category in side else ""
-                for side in parts.values()
-            ]
-            yield f"| {category} | {' | '.join(cells)} |"
-        yield f"| in all | {' | '.join(f'{sum(side.values()):.3f}' for side in parts.values())} |"
+    def _disturbed(self) -> str:
+        """A warning where rounds of one side took so differently long that something else must have been at work."""
+        worst = max(self.sides, key=lambda name: self.sides[name].slowest_over_fastest)
+        spread = self.sides[worst].slowest_over_fastest
+        if spread <= QUIET_SPREAD:
+            return ""
+        return f"**Not an idle machine**: the slowest round of {worst} took {spread:.1f} times the fastest."
 
-    def _roofline(self) -> Iterator[str]:
-        limits = self.limits
-        yield (
-            f"Measured on the spot, plain torch: {limits.gflops:.0f} GFLOP/s in a product, {limits.copied_gbytes:.1f} "
-            f"GB/s read and written by a copy, {limits.read_gbytes:.1f} GB/s read by a sum."
-        )
-        yield ""
-        yield "| | GFLOP in products | of them by the worker | worker's GFLOP/s | least possible seconds | reached |"
-        yield "|---|---|---|---|---|---|"
-        for name, side in ({PLAIN: self.plain} | {f"`{name}`": side for name, side in self.protected.items()}).items():
+    def _breakdown(self) -> str:
+        parts = [side.breakdown() for side in self.sides.values()]
+        rows = [
+            (category, *(_share(part[category], part) if category in part else "" for part in parts))
+            for category in dict.fromkeys(category for part in reversed(parts) for category in part)
+        ]
+        rows.append(("in all", *(f"{sum(part.values()):.3f}" for part in parts)))
+        return markdown_table(("where it goes, seconds", PLAIN, *map("`{}`".format, self.protected)), rows)
+
+    def _roofline(self) -> str:
+        columns = ["", "GFLOP in products", "of them by the worker", "worker's GFLOP/s", "least possible seconds"]
+        rows = []
+        for name, side in self.sides.items():
             by_worker, busy = side.products.get("worker_flops", 0), side.median("worker_seconds")
-            least = side.least_seconds(limits)
-            worker = f"{by_worker / 1e9:.1f} | {by_worker / busy / 1e9:.0f}" if busy else " | "
-            yield f"| {name} | {side.flops / 1e9:.1f} | {worker} | {least:.3f} | {least / side.seconds:.0%} |"
+            worker = (f"{by_worker / 1e9:.1f}", f"{by_worker / busy / 1e9:.0f}") if busy else ("", "")
+            least = side.least_seconds(self.limits)
+            shown = name if side is self.plain else f"`{name}`"
+            rows.append((shown, f"{side.flops / 1e9:.1f}", *worker, f"{least:.3f}", f"{least / side.seconds:.0%}"))
+        return markdown_table([*columns, "reached"], rows)
+
+
+def _share(seconds: float, whole: dict[str, float]) -> str:
+    return f"{seconds:.3f}, {seconds / sum(whole.values()):.0%}"

@@ -6,9 +6,7 @@ must be faster than all of them together. It writes their addresses as JSON, and
 
 from __future__ import annotations
 
-import contextlib
 import json
-import subprocess
 import sys
 import threading
 import time
@@ -25,7 +23,7 @@ from torch import Tensor
 
 from obfuscatune.backend import Computer
 from obfuscatune.bench.drift_worker import serving
-from obfuscatune.errors import ConfigError
+from obfuscatune.bench.processes import Child
 
 
 class ThrottledComputer(Computer):
@@ -51,21 +49,8 @@ def throttled_workers(count: int, gflops: float) -> Iterator[list[str]]:
     Raises:
         ConfigError: they did not start.
     """
-    command = [sys.executable, "-P", "-m", __name__, str(count), str(gflops)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            line = "" if process.stdout is None else process.stdout.readline()
-            if not line:
-                raise ConfigError("the throttled workers did not start; what they said stands above")
-            yield json.loads(line)
-        finally:
-            if process.stdin is not None:
-                with contextlib.suppress(BrokenPipeError):
-                    process.stdin.close()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
+    with Child(__name__, str(count), str(gflops)) as process:
+        yield json.loads(process.answer())
 
 
 def main(count: int, gflops: float) -> None:

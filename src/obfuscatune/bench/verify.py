@@ -8,8 +8,7 @@ request that came next, and says by that which requests are checked. The enclave
 from __future__ import annotations
 
 import statistics
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,14 @@ from torch import Tensor
 from obfuscatune.audit.attacks.scoring import area_under_curve
 from obfuscatune.bench.clocked import clocked_worker
 from obfuscatune.bench.link import free_port
-from obfuscatune.bench.verify_masks import MaskedBench, MaskedResult
+from obfuscatune.bench.processes import Progress, scratch_folder
+from obfuscatune.bench.verify_masks import MaskedBench, MaskedResult, noise, one_element, two_that_cancel
 from obfuscatune.enclave.client import WorkerClient
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.mixing import KroneckerMixer
 from obfuscatune.enclave.product import Held, OffloadedProduct
 from obfuscatune.enclave.transforms.structured import StructuredTransform
 from obfuscatune.enclave.verification import VECTORS, Verifier
-from obfuscatune.protocol.files import temporary_root
 from obfuscatune.protocol.messages import MessageType
 from obfuscatune.protocol.transcript import read_transcript
 from obfuscatune.report.page import environment, markdown_table
@@ -45,7 +44,6 @@ _MASKED_SHARE = 10
 """How many times fewer honest calls there are under masks, at each shape: they are larger."""
 _SHIELD_ROWS = 8
 _MATRIX_ID = bytes(15) + b"\x01"
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ class VerifyBench:
                     if trial % 4 == 0:
                         request.renew()
                         rms = float(request.product.square().mean().sqrt())
-                        changed = tamper(request.product, size * rms)
+                        changed = request.product + size * rms * tamper(request.product, request.stream)
                         stated += request.stated(changed) / -(-self.trials // 4)
                     caught += request.excess(changed) > 1
                 row = TamperingRow(name, kind, size, caught / self.trials, stated)
@@ -149,16 +147,10 @@ class VerifyResult:
         calls = self.bench.honest_calls
         honest = [(name, calls, self.alarms[name], f"{worst:.2f}") for name, worst in self.worst.items()]
         tampered = [(it.dtype, it.kind, f"{it.size:g}", f"{it.caught:.1%}", f">= {it.stated:.1%}") for it in self.rows]
-        lots = [
-            (
-                it.link,
-                it.rows,
-                it.requests,
-                f"{it.area:.3f} ± {it.error:.3f}",
-                *map(round, (it.checked_us, it.spared_us)),
-            )
-            for it in self.lots
-        ]
+        lots = []
+        for it in self.lots:
+            area, pauses = f"{it.area:.3f} ± {it.error:.3f}", (round(it.checked_us), round(it.spared_us))
+            lots.append((it.link, it.rows, it.requests, area, *pauses))
         tables = (
             markdown_table(("dtype", "honest calls", "false alarms", "nearest to the tolerance"), honest),
             markdown_table(
@@ -177,17 +169,17 @@ class _Request:
 
     def __init__(self, size: tuple[int, int, int], dtype: torch.dtype) -> None:
         self._size, self._dtype = size, dtype
-        self._stream = SecretStream.fresh()
+        self.stream = SecretStream.fresh()
         self.renew()
 
     def renew(self) -> None:
         """Other weights, other rows; with outlier features, as language models have."""
         n, p, q = self._size
-        self._W = self._stream.normal(p, q).mul(0.02).to(self._dtype)
-        self._verifier = Verifier(self._W, self._stream, 1.0)
-        self._x = self._stream.normal(n, p, dtype=torch.float32)
+        self._W = self.stream.normal(p, q).mul(0.02).to(self._dtype)
+        self._verifier = Verifier(self._W, self.stream, 1.0)
+        self._x = self.stream.normal(n, p, dtype=torch.float32)
         self._x[:, 0] *= 30
-        self._mixing = KroneckerMixer(8, self._stream).draw(n, p)
+        self._mixing = KroneckerMixer(8, self.stream).draw(n, p)
         self._x = self._mixing.scaled(self._x)
         rows = self._x.new_empty(self._mixing.rows, p)
         self._mixing.mix(self._x, rows)
@@ -206,34 +198,17 @@ class _Request:
         return 1 - min(1.0, missed) ** VECTORS[self._dtype]
 
 
-def _one_element(product: Tensor, size: float) -> Tensor:
-    changed = product.clone()
-    changed[0, 0] += size
-    return changed
-
-
-def _two_that_cancel(product: Tensor, size: float) -> Tensor:
-    changed = _one_element(product, size)
-    changed[0, 1] -= size
-    return changed
-
-
-def _one_row(product: Tensor, size: float) -> Tensor:
-    changed = product.clone()
-    changed[0] += size * torch.randn(product.shape[1])
-    return changed
-
-
-def _noise(product: Tensor, size: float) -> Tensor:
-    return product + size * torch.randn(product.shape)
+def _one_row(product: Tensor, stream: SecretStream) -> Tensor:
+    return torch.cat([noise(product[:1], stream), torch.zeros_like(product[1:])])
 
 
 TAMPERING = {
-    "one element": _one_element,
-    "two elements that cancel": _two_that_cancel,
+    "one element": one_element,
+    "two elements that cancel": two_that_cancel,
     "one row, noise": _one_row,
-    "all, noise": _noise,
+    "all, noise": noise,
 }
+"""Changes (m, q) of a product (m, q), whose changed elements are about 1."""
 
 
 @dataclass(frozen=True)
@@ -277,7 +252,7 @@ class LotBench:
         return measured
 
     def _measured(self, name: str, rows: int) -> LotRow:
-        with tempfile.TemporaryDirectory(prefix="obfuscatune-bench-", dir=temporary_root()) as folder:
+        with scratch_folder() as folder:
             listen = f"tcp:127.0.0.1:{free_port()}" if name == "tcp" else None
             with (
                 clocked_worker(1, listen, ("--record", folder)) as (worker, _),

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from obfuscatune.backend import Computer
+from obfuscatune.bench.processes import Progress
 from obfuscatune.enclave import kernels
 from obfuscatune.enclave.keys import SecretStream
 from obfuscatune.enclave.masks import DEVIATION, GRID, draw
@@ -29,14 +30,13 @@ CHANGED = (32, 256, 256)
 """(n, p, q) of the calls whose product is changed."""
 COMPUTE, MASK, UNMASKED = "compute worker", "mask worker", "worker, no masks"
 PARTIES = (COMPUTE, MASK, UNMASKED)
-HALF, NEARLY_ALL = 0.5, 0.99
+NEARLY_ALL = 0.99
 """Shares of the trials in which a change is caught, of which the size is told."""
 _RENEWED = 20
 """Honest calls with one matrix."""
 _SHIELD_ROWS = 8
 _SIZES = (1e-12, 1e12)
 """Norms of a change that passes and of one that is caught, for certain, relative to a row of the product."""
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ class PassingRow:
     kind: str
     trials: int
     half: float
-    """Norm of a row's change that is caught in `HALF` of the trials, over the root mean square norm of y's rows."""
+    """Norm of a row's change that is caught in half of the trials, over the root mean square norm of y's rows."""
     nearly_all: float
-    """The same for `NEARLY_ALL`."""
+    """The same for `NEARLY_ALL` of them."""
     never: float
     """The smallest that was caught in any trial: smaller ones passed in all of them."""
     tolerance: float
@@ -100,7 +100,7 @@ class MaskedBench:
         request, sizes, tolerances = MaskedRequest(CHANGED), {party: [0.0] for party in PARTIES}, dict[str, float]()
         for trial in range(self.trials):
             request.renew(matrix=trial % 4 == 0)
-            change = KINDS[kind](request.stream, request.product(UNMASKED))
+            change = torch.nn.functional.normalize(KINDS[kind](request.product(UNMASKED), request.stream), dim=1)
             for party in PARTIES:
                 sizes[party].append(_smallest_caught(request, party, change) / request.row_norm)
                 tolerances[party] = request.tolerance(party) / request.row_norm
@@ -226,33 +226,33 @@ def _smallest_caught(request: MaskedRequest, party: str, change: Tensor) -> floa
     return caught
 
 
-def _one_element(stream: SecretStream, product: Tensor) -> Tensor:
+def one_element(product: Tensor, stream: SecretStream) -> Tensor:
+    """A change (m, q) of one element by 1."""
     change = torch.zeros_like(product)
     change[0, 0] = 1
     return change
 
 
-def _two_that_cancel(stream: SecretStream, product: Tensor) -> Tensor:
-    change = torch.zeros_like(product)
-    change[0, 0], change[0, 1] = math.sqrt(0.5), -math.sqrt(0.5)
+def two_that_cancel(product: Tensor, stream: SecretStream) -> Tensor:
+    """A change of two elements by 1 and -1."""
+    change = one_element(product, stream)
+    change[0, 1] = -1
     return change
 
 
-def _one_row(stream: SecretStream, product: Tensor) -> Tensor:
-    change = torch.zeros_like(product)
-    change[0] = product[0] / torch.linalg.vector_norm(product[0])
-    return change
+def noise(product: Tensor, stream: SecretStream) -> Tensor:
+    """A change of every element by a random number of variance 1."""
+    return stream.normal(*product.shape, dtype=product.dtype)
 
 
-def _noise(stream: SecretStream, product: Tensor) -> Tensor:
-    change = stream.normal(*product.shape, dtype=product.dtype)
-    return change.div_(torch.linalg.vector_norm(change, dim=1, keepdim=True))
+def _in_its_own_direction(product: Tensor, stream: SecretStream) -> Tensor:
+    return torch.cat([product[:1], torch.zeros_like(product[1:])])
 
 
 KINDS = {
-    "one element": _one_element,
-    "two elements that cancel": _two_that_cancel,
-    "one row, in its own direction": _one_row,
-    "all rows, noise": _noise,
+    "one element": one_element,
+    "two elements that cancel": two_that_cancel,
+    "one row, in its own direction": _in_its_own_direction,
+    "all rows, noise": noise,
 }
-"""Changes (m, q) of a product (m, q) whose changed rows have the norm 1."""
+"""How a product (m, q) is changed; rows that are, by a change of norm 1."""

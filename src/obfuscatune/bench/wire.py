@@ -9,7 +9,6 @@ ours: what is left to be won is the ratio. Through shared memory only the messag
 from __future__ import annotations
 
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,9 +21,9 @@ import torch
 
 from obfuscatune.bench.clocked import ClockPage
 from obfuscatune.bench.link import LOOPBACK, TCP, TLS, UNIX, free_port, identities, linked_worker
-from obfuscatune.bench.ping import PingPong, ping_pong
+from obfuscatune.bench.ping_pong import PingPong, ping_pong
+from obfuscatune.bench.processes import Progress, scratch_folder
 from obfuscatune.enclave.client import WorkerClient
-from obfuscatune.protocol.files import temporary_root
 from obfuscatune.protocol.messages import HEADER_BYTES
 from obfuscatune.protocol.payloads import Places
 from obfuscatune.report.charts import Chart, Series
@@ -42,7 +41,6 @@ _LEAST_SHARE = 0.1
 _LEAST_ROUNDS, _MOST_ROUNDS = 10, 1000
 _MOST_SECONDS = 0.5
 """Longest measurement for one number of rows on one link."""
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -229,7 +227,7 @@ def _cell(row: WireRow | None) -> str:
 def _opened(name: str, threads: int) -> Iterator[tuple[WorkerClient, ClockPage, PingPong]]:
     """A link of that kind, its worker's clock, and a process for a bare ping-pong."""
     kind = LINKS[name]
-    with tempfile.TemporaryDirectory(prefix="obfuscatune-bench-", dir=temporary_root()) as folder:
+    with scratch_folder() as folder:
         beside = f"unix:{folder}/pong" if kind == UNIX else f"tcp:{LOOPBACK}:{free_port()}"
         own = identities(Path(folder))[0] if kind == TLS else None
         with (

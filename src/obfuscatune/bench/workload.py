@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from obfuscatune.enclave.config import read_config
+from obfuscatune.enclave.protection import Masking
 from obfuscatune.errors import ConfigError, ModelFileError
 from obfuscatune.training.adapter import after_step, without_peft_warnings
 from obfuscatune.training.loop import make_optimizer
@@ -44,6 +45,8 @@ NAMES = (*_GPT2, "llama-3.2-1b", "llama-3.1-8b", "qwen3-moe")
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 LORA_BESIDE_EXPERTS = LORA | {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 """PEFT has no dropout for stacks of experts, and `protect` none of their factors."""
+ALL_AHEAD = Masking(memory_bytes=8 << 30)
+"""Room for masks that are all drawn before what is timed."""
 RATE = 1e-4
 SEED = 0
 NEW_TOKENS = 16

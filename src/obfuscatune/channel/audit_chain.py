@@ -11,12 +11,11 @@ that a later log goes on from it.
 """
 
 import hashlib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO
 
-from obfuscatune.documents import canonical, parse, verify
+from obfuscatune.documents import canonical, has_fields, is_hex, parse, verify
 from obfuscatune.errors import IntegrityError
 
 PURPOSE = "audit-head"
@@ -26,7 +25,6 @@ MOST_ENTRIES = 2**53
 START = bytes(32)
 _LABEL = b"obfuscatune/audit/v1"
 _FIELDS = {"n", "at", "who", "what", "details", "salt"}
-_HEX_32 = re.compile(r"[0-9a-f]{64}")
 
 
 def next_chain(chain: bytes, digest: bytes) -> bytes:
@@ -54,14 +52,14 @@ class Head:
     @classmethod
     def from_document(cls, document: Any) -> "Head":
         """Raises IntegrityError: it is none."""
-        is_head = isinstance(document, dict) and set(document) == {"version", "count", "chain", "at"}
-        if not is_head or any(type(document[name]) is not int for name in ("version", "count", "at")):
+        if not has_fields(document, {"version": int, "count": int, "chain": str, "at": int}):
             raise IntegrityError("no head of a log: it has a version, a count, a chain and a time")
-        if document["version"] != 1 or not (0 <= document["count"] <= MOST_ENTRIES and 0 <= document["at"] < 2**33):
+        count, chain, at = document["count"], document["chain"], document["at"]
+        if document["version"] != 1 or not (0 <= count <= MOST_ENTRIES and 0 <= at < 2**33):
             raise IntegrityError("a head of a log outside its range, or of another version than 1")
-        if not isinstance(document["chain"], str) or not _HEX_32.fullmatch(document["chain"]):
+        if not is_hex(chain):
             raise IntegrityError("a head of a log without a chain value")
-        return cls(document["count"], bytes.fromhex(document["chain"]), document["at"])
+        return cls(count, bytes.fromhex(chain), at)
 
     @classmethod
     def from_signed(cls, signed: Any, keys: frozenset[str]) -> "Head":
@@ -134,7 +132,7 @@ def step(fields: Mapping[str, Any], chain: bytes, count: int) -> tuple[bytes, bo
             raise IntegrityError(f"line {count + 1} of the log is not the entry of that number")
         digest = hashlib.sha256(canonical(entry)).digest()
     elif set(fields) == {"chain", "digest"}:
-        if not isinstance(fields["digest"], str) or not _HEX_32.fullmatch(fields["digest"]):
+        if not is_hex(fields["digest"]):
             raise IntegrityError(f"line {count + 1} of the log has no digest")
         digest = bytes.fromhex(fields["digest"])
     else:

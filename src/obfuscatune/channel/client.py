@@ -7,7 +7,6 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Collection
-from types import TracebackType
 from typing import Any, Self
 
 from obfuscatune import documents
@@ -18,8 +17,7 @@ from obfuscatune.attest.policy import Policy
 from obfuscatune.attest.record import Session as AttestedSession
 from obfuscatune.attest.record import Verification
 from obfuscatune.attest.verification import Verified
-from obfuscatune.channel.binding import release_info
-from obfuscatune.channel.hpke import seal
+from obfuscatune.channel.hpke import release_info, seal
 from obfuscatune.channel.identity import Identity
 from obfuscatune.channel.messages import KINDS, Hello, MessageType, Reply, Request, parse_body
 from obfuscatune.channel.session import Session, tls_context
@@ -138,7 +136,7 @@ class Attested:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _ask(self, kind: str, document: dict[str, Any], secret: bytes | None, seconds: float) -> dict[str, Any]:

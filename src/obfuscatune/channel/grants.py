@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self
 
 from obfuscatune import documents
 from obfuscatune.channel.identity import Identity, signer_fingerprint
+from obfuscatune.documents import is_hex, is_whole
 from obfuscatune.errors import IntegrityError, TermsError
 
 VERSION = 1
@@ -22,7 +23,6 @@ EXPORTS = ("never", "provider-consent", "allowed")
 MOST_OWNERS = 256
 MOST_TOKENS = 2**53
 """Every JSON reader holds integers up to here."""
-_HEX_16, _HEX_32 = re.compile(r"[0-9a-f]{32}"), re.compile(r"[0-9a-f]{64}")
 _MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _TIME = "%Y-%m-%dT%H:%M:%SZ"
 _TEXT = re.compile(r"[ -~]{0,1024}")
@@ -54,13 +54,13 @@ class Terms:
 
     def __post_init__(self) -> None:
         _need(1 <= len(self.owners) <= MOST_OWNERS, f"owners: 1 to {MOST_OWNERS} fingerprints")
-        _need(all(_matches(_HEX_32, owner) for owner in self.owners), "owners: SHA-256 fingerprints in small hex")
+        _need(all(map(is_hex, self.owners)), "owners: SHA-256 fingerprints in small hex")
         _need(len(set(self.owners)) == len(self.owners), "owners: each one once")
         _need(bool(self.uses) and all(use in USES for use in self.uses), f"uses: some of {', '.join(USES)}")
         _need(len(set(self.uses)) == len(self.uses), "uses: each one once")
         _need(self.export in EXPORTS, f"export: one of {', '.join(EXPORTS)}")
         _need(self.until.utcoffset() == datetime.timedelta(0) and not self.until.microsecond, "until: seconds, in UTC")
-        _need(self.tokens is None or _is_whole(self.tokens, 1, MOST_TOKENS), f"tokens: 1 to {MOST_TOKENS}, or null")
+        _need(self.tokens is None or is_whole(self.tokens, 1, MOST_TOKENS), f"tokens: 1 to {MOST_TOKENS}, or null")
 
     def check(self, owner: str, use: str, now: datetime.datetime, tokens_used: int, tokens_wanted: int = 1) -> None:
         """Whether `owner` may use the model so, now.
@@ -127,7 +127,7 @@ class Signed:
 
     def __post_init__(self) -> None:
         _need(_matches(_MODEL, self.model), "model: 1 to 64 letters, digits, dots, dashes and underscores")
-        _need(_matches(_HEX_32, self.manifest), "manifest: a SHA-256 digest in small hex")
+        _need(is_hex(self.manifest), "manifest: a SHA-256 digest in small hex")
         self._check()
 
     def _check(self) -> None:
@@ -153,13 +153,13 @@ class Signed:
             IntegrityError: it is none, or another signed it.
         """
         key = signed.get("key") if isinstance(signed, Mapping) else None
-        _need(_matches(_HEX_32, key), f"a {cls.PURPOSE} has to be signed by an Ed25519 key")
+        _need(is_hex(key), f"a {cls.PURPOSE} has to be signed by an Ed25519 key")
         if sender is not None and _fingerprint(str(key)) != sender:
             raise IntegrityError(f"a {cls.PURPOSE} has to be signed by the key that it is sent with")
         document = documents.verify(signed, cls.PURPOSE, {str(key)})
         _need_fields(document, cls.PURPOSE, {"version", *cls._names()})
         version = document.pop("version")
-        _need(_is_whole(version, VERSION, VERSION), f"a {cls.PURPOSE} of another version than {VERSION}")
+        _need(is_whole(version, VERSION, VERSION), f"a {cls.PURPOSE} of another version than {VERSION}")
         return cls(**cls._read(document), provider=str(key), signed=dict(signed))
 
     @classmethod
@@ -188,7 +188,7 @@ class Grant(Signed):
     def _check(self) -> None:
         _check_sequence(self.sequence)
         _need(_matches(_TEXT, self.storage), "storage: at most 1024 printable ASCII characters")
-        _need(_matches(_HEX_16, self.id), "id: 16 bytes in small hex")
+        _need(is_hex(self.id, 16), "id: 16 bytes in small hex")
 
     def to_document(self) -> dict[str, Any]:
         """As it is signed."""
@@ -222,7 +222,7 @@ class Consent(Signed):
     """As the enclave names it."""
 
     def _check(self) -> None:
-        _need(_matches(_HEX_32, self.owner), "owner: a SHA-256 fingerprint in small hex")
+        _need(is_hex(self.owner), "owner: a SHA-256 fingerprint in small hex")
         _need(_matches(_ADAPTER, self.adapter), "adapter: 1 to 200 printable ASCII characters")
 
 
@@ -256,7 +256,7 @@ def _fingerprint(key: str) -> str | None:
 
 
 def _check_sequence(sequence: Any) -> None:
-    _need(_is_whole(sequence, 0, MOST_TOKENS), f"sequence: 0 to {MOST_TOKENS}")
+    _need(is_whole(sequence, 0, MOST_TOKENS), f"sequence: 0 to {MOST_TOKENS}")
 
 
 def _need_fields(document: Any, what: str, names: set[str]) -> None:
@@ -266,10 +266,6 @@ def _need_fields(document: Any, what: str, names: set[str]) -> None:
 def _need(holds: bool, what: str) -> None:
     if not holds:
         raise IntegrityError(what)
-
-
-def _is_whole(value: Any, least: int, most: int) -> bool:
-    return type(value) is int and least <= value <= most
 
 
 def _matches(pattern: re.Pattern[str], text: Any) -> bool:

@@ -15,10 +15,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from obfuscatune import documents
 from obfuscatune.errors import ConfigError
-from obfuscatune.protocol.certificates import key_digest, make_identity, spki_digest
+from obfuscatune.protocol.certificates import CERTIFICATE, KEY, key_digest, make_identity, spki_digest
 from obfuscatune.protocol.files import read_secret, read_trusted
-
-CERTIFICATE, KEY = "cert.pem", "key.pem"
 
 
 @dataclass(frozen=True, slots=True, repr=False)

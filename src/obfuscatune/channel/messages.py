@@ -119,11 +119,13 @@ class Hello:
     def parse(cls, data: bytes) -> "Hello":
         """Raises ChannelError: it is none of this version."""
         body = parse_body(data, frozenset({"version", "role", "nonce"}))
-        if type(body["version"]) is not int or body["version"] != VERSION:
+        if not documents.is_whole(body["version"], VERSION, VERSION):
             raise ChannelError(f"expected version {VERSION} of the attested channel, found {body['version']!r:.20}")
         if not (isinstance(body["role"], str) and re.fullmatch(r"[a-z][a-z-]{0,31}", body["role"])):
             raise ChannelError("a role has 1 to 32 small letters and dashes")
-        return cls(body["role"], _hex(body["nonce"], 32, "nonce"))
+        if not documents.is_hex(body["nonce"]):
+            raise ChannelError("nonce: expected 64 small hexadecimal digits")
+        return cls(body["role"], bytes.fromhex(body["nonce"]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,14 +209,8 @@ def _text(text: str) -> str:
 
 
 def _check_sequence(found: Any, expected: int) -> None:
-    if type(found) is not int or found != expected:
+    if not documents.is_whole(found, expected, expected):
         raise ChannelError(f"expected the message with number {expected}, found {found!r:.20}")
-
-
-def _hex(text: Any, size: int, what: str) -> bytes:
-    if not isinstance(text, str) or not re.fullmatch(rf"[0-9a-f]{{{2 * size}}}", text):
-        raise ChannelError(f"{what}: expected {2 * size} small hexadecimal digits")
-    return bytes.fromhex(text)
 
 
 def _base64(text: Any) -> bytes:

@@ -19,9 +19,8 @@ from obfuscatune import documents
 from obfuscatune.attest.binding import Binding
 from obfuscatune.attest.claims import ROLE, Claims
 from obfuscatune.attest.evidence import Producer
-from obfuscatune.channel.binding import release_info
 from obfuscatune.channel.grants import Consent, Grant, Revocation
-from obfuscatune.channel.hpke import unseal
+from obfuscatune.channel.hpke import release_info, unseal
 from obfuscatune.channel.identity import Identity
 from obfuscatune.channel.messages import MOST_REQUESTS, Hello, MessageType, Reply, Request, pack, pack_error
 from obfuscatune.channel.session import Session, SessionStopped, tls_context

@@ -15,7 +15,6 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from OpenSSL import SSL
 
-from obfuscatune.channel.binding import EXPORTER_BYTES, EXPORTER_LABEL
 from obfuscatune.channel.callbacks import PROTOCOL, ask_for_any_certificate, speak_our_protocol
 from obfuscatune.channel.identity import Identity
 from obfuscatune.channel.messages import HEADER_BYTES, MessageType, parse_error, parse_header
@@ -24,7 +23,9 @@ from obfuscatune.protocol.certificates import key_digest
 from obfuscatune.protocol.limits import LINGER_SECONDS
 from obfuscatune.protocol.sockets import Deadline
 
-ALPN = PROTOCOL
+EXPORTER_LABEL = b"EXPERIMENTAL obfuscatune attest v1"
+"""RFC 5705, section 4: labels that begin with EXPERIMENTAL need no registration."""
+_EXPORTER_BYTES = 32
 _CHUNK_BYTES = 16 * 1024
 
 
@@ -71,8 +72,8 @@ class Session:
     def handshake(self, deadline: Deadline) -> None:
         """Raises ChannelError: no TLS 1.3, no certificate, or another protocol. ConnectionLost, DeadlineExceeded."""
         self._wait(self._tls.do_handshake, (), deadline)
-        if self._tls.get_alpn_proto_negotiated() != ALPN:
-            raise ChannelError(f"the peer does not speak {ALPN.decode()}")
+        if self._tls.get_alpn_proto_negotiated() != PROTOCOL:
+            raise ChannelError(f"the peer does not speak {PROTOCOL.decode()}")
         certificate = self._tls.get_peer_certificate(as_cryptography=True)
         if certificate is None:
             raise ChannelError("the peer shows no certificate")
@@ -93,7 +94,7 @@ class Session:
 
     def exporter(self, nonce: bytes) -> bytes:
         """A value that both ends of this very TLS session have, and nobody in between."""
-        return bytes(self._tls.export_keying_material(EXPORTER_LABEL, EXPORTER_BYTES, nonce))
+        return bytes(self._tls.export_keying_material(EXPORTER_LABEL, _EXPORTER_BYTES, nonce))
 
     def send(self, message: bytes, deadline: Deadline) -> None:
         """Raises ConnectionLost, DeadlineExceeded, ChannelError: TLS failed."""

@@ -9,7 +9,8 @@ import typer
 
 from obfuscatune.cli import options, output
 from obfuscatune.cli.options import ENVIRONMENT, PROTECTION
-from obfuscatune.cli.session import Protection, opened_link
+from obfuscatune.cli.protection import Protection
+from obfuscatune.cli.session import opened_link
 from obfuscatune.errors import ConfigError
 from obfuscatune.machine import cores
 from obfuscatune.option import Option
@@ -111,10 +112,7 @@ def advise(
 
         with output.progress("measuring") as meter:
             found = advised(question, links, mask_link, meter.begin)
-    if as_json:
-        output.write_json(found.as_json())
-    else:
-        output.write_text(found.as_markdown())
+    output.write_result(found.as_json(), found.as_markdown(), as_json=as_json)
 
 
 def _question(

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from obfuscatune.cli.options import ENVIRONMENT, with_options
+from obfuscatune.cli.groups import command_of
+from obfuscatune.cli.options import ENVIRONMENT
 from obfuscatune.cli.output import settle_streams
 from obfuscatune.errors import ConfigError, ObfuscaTuneError
 from obfuscatune.machine import refusal
@@ -24,11 +25,8 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 # typer exports BadParameter alone; its base is that of all usage errors, whether typer brings click or imports it.
 _UsageError: Any = typer.BadParameter.__bases__[0]
 
-
 _PREFIX = "OBFUSCATUNE_"
 _VARIABLES = (*ENVIRONMENT.values(), "OBFUSCATUNE_DEBUG", "OBFUSCATUNE_KERNELS")
-
-
 _OF_SERVICE = {
     *("OpenSSL", "dcap_qvl", "fastapi", "starlette", "uvicorn", "sqlalchemy", "prometheus_client"),
     *("python_multipart", "httpx", "fsspec"),
@@ -118,15 +116,8 @@ def _import_command(name: str) -> Any:
     if isinstance(found, typer.Typer):
         return typer.main.get_command(found)
     app = typer.Typer(add_completion=False)
-    app.command(name, help=_unwrapped(found.__doc__ or ""), epilog=f"Example: {_COMMANDS[name].example}")(
-        with_options(found)
-    )
+    command_of(app, _COMMANDS[name].example, name=name)(found)
     return typer.main.get_command(app)
-
-
-def _unwrapped(text: str) -> str:
-    """A docstring with its paragraphs in one line each, for the terminal to break where it ends."""
-    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 
 def _with_dashes(name: str) -> str:

@@ -12,7 +12,7 @@ from obfuscatune.cli import output
 from obfuscatune.errors import ConfigError, VerificationFailed
 from obfuscatune.option import Option
 from obfuscatune.protocol.addresses import TcpAddress, parse_address
-from obfuscatune.protocol.files import read_trusted, write_new
+from obfuscatune.protocol.files import read_trusted
 
 if TYPE_CHECKING:
     from obfuscatune.attest.collateral import CollateralCache
@@ -81,7 +81,7 @@ class EnclaveOptions:
         from obfuscatune.channel.client import Attested
         from obfuscatune.channel.identity import Identity
 
-        cache, identity = self._cache(), Identity.load(self.identity)
+        cache, identity = collateral_cache(self.collateral, self.fetch_collateral), Identity.load(self.identity)
         connect = partial(
             Attested.connect,
             parse_enclave(self.enclave),
@@ -100,26 +100,26 @@ class EnclaveOptions:
         """
         from obfuscatune.attest.record import to_file_bytes
 
-        path = self.verification_out
-        if path is None or record is None:
-            return
-        try:
-            write_new(path, to_file_bytes(record), 0o644)
-        except OSError as error:
-            raise ConfigError(f"cannot write {path}: {error.strerror or error}; nothing was released") from error
+        if self.verification_out is not None and record is not None:
+            output.write_file(self.verification_out, to_file_bytes(record))
 
-    def _cache(self) -> "CollateralCache | None":
-        from obfuscatune.attest.collateral import INTEL_PCS, CollateralCache, fetch_from
 
-        source = self.fetch_collateral
-        if self.collateral is None:
-            if source is not None:
-                raise ConfigError("--fetch-collateral takes --collateral: the folder that it is kept in")
-            return None
-        if source is not None and source != "intel" and not source.startswith("https://"):
-            raise ConfigError(f"--fetch-collateral is intel, or the https:// address of a PCCS, not {source!r:.80}")
-        fetch = None if source is None else fetch_from(INTEL_PCS if source == "intel" else source)
-        return CollateralCache(self.collateral, fetch)
+def collateral_cache(folder: Path | None, source: str | None) -> "CollateralCache | None":
+    """What --collateral and --fetch-collateral say; None where they say nothing.
+
+    Raises:
+        ConfigError: they do not go together, or the source is none.
+    """
+    from obfuscatune.attest.collateral import INTEL_PCS, CollateralCache, fetch_from
+
+    if folder is None:
+        if source is not None:
+            raise ConfigError("--fetch-collateral takes --collateral: the folder that it is kept in")
+        return None
+    if source is not None and source != "intel" and not source.startswith("https://"):
+        raise ConfigError(f"--fetch-collateral is intel, or the https:// address of a PCCS, not {source!r:.80}")
+    fetch = None if source is None else fetch_from(INTEL_PCS if source == "intel" else source)
+    return CollateralCache(folder, fetch)
 
 
 def parse_enclave(text: str, option: str = "--enclave") -> TcpAddress:

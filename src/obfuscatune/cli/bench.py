@@ -2,36 +2,36 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
-from obfuscatune.cli import bench_device as bench_device
-from obfuscatune.cli import bench_fleet as bench_fleet
-from obfuscatune.cli import bench_step as bench_step
 from obfuscatune.cli import options
 from obfuscatune.cli.bench_group import (
     Batch,
     Ending,
     Layers,
     Length,
+    Profiles,
+    Rounds,
     Shape,
     Threads,
     checked_profiles,
     command,
     result_name,
 )
-from obfuscatune.cli.bench_group import (
-    bench as bench,
-)
-from obfuscatune.cli.output import notice, write_json, write_text
+from obfuscatune.cli.bench_group import bench as bench
+from obfuscatune.cli.bench_step import Work
+from obfuscatune.cli.output import notice, write_result
 from obfuscatune.errors import ConfigError
 from obfuscatune.machine import cores
 from obfuscatune.option import Option, parse_size
+from obfuscatune.protocol.addresses import DeviceAddress
 
 KEPT = Path("benchmarks/results")
 EXIT_FAILED = 1
 """A ratio or a process has grown."""
+_PLACEMENTS = ("shards", "replicas")
 
 
 @command(
@@ -169,7 +169,7 @@ def wire(
     link: Annotated[
         list[str] | None, Option("shared memory, unix socket, tcp or tls; may be repeated.", unset="all of them")
     ] = None,
-    threads: Annotated[int | None, Option("Of both processes.", unset="all cores")] = None,
+    threads: Threads = None,
     *,
     ending: Ending,
 ) -> None:
@@ -229,10 +229,8 @@ def check(
     from obfuscatune.bench.compare import as_markdown, compare, read_result
 
     comparisons = compare(read_result(result), kept, but=result)
-    if as_json:
-        write_json([asdict(one) | {"change": one.change, "verdict": one.verdict(margin)} for one in comparisons])
-    else:
-        write_text(as_markdown(comparisons, margin))
+    document = [asdict(one) | {"change": one.change, "verdict": one.verdict(margin)} for one in comparisons]
+    write_result(document, as_markdown(comparisons, margin), as_json=as_json)
     if any(one.is_worse(margin) for one in comparisons):
         raise typer.Exit(EXIT_FAILED)
 
@@ -243,10 +241,10 @@ def memory(
     layers: Layers = None,
     batch: Batch = 2,
     length: Length = 64,
-    threads: Annotated[int | None, Option("For both processes.", unset="all cores")] = None,
+    threads: Threads = None,
     steps: Annotated[int, Option("After the warm-up.", least=4)] = 1000,
     warmup: Annotated[int, Option("Steps before these.", least=0)] = 100,
-    profile: Annotated[str | None, Option("One after the other, as private,guarded.", unset="private")] = None,
+    profiles: Profiles = None,
     *,
     ending: Ending,
 ) -> None:
@@ -267,7 +265,7 @@ def memory(
         threads=threads or cores(),
         steps=steps,
         warmup=warmup,
-        profiles=checked_profiles(profile),
+        profiles=checked_profiles(profiles),
     )
     config_of(bench.shape, layers)
     measured = bench.run(notice)
@@ -275,3 +273,81 @@ def memory(
     ending.show(measured, result_name("memory", measured.bench["shape"], layers, *bench.profiles), measured.picture())
     if measured.grows:
         raise typer.Exit(EXIT_FAILED)
+
+
+@command("obfuscatune bench fleet --workers 1,2,4,8,16 --rate 0.2 --out benchmarks/results")
+def fleet(
+    workers: Annotated[str, Option("Numbers of workers, as 1,2,4.")] = "1,2,4,8,16",
+    rate: Annotated[float, Option("10⁹ operations a second of each worker.")] = 0.2,
+    placement: Annotated[str | None, Option("shards or replicas.", unset="both", choices=_PLACEMENTS)] = None,
+    width: Annotated[int, Option("Of the model.", least=64)] = 1024,
+    layers: Annotated[int, Option("Its blocks.", least=1)] = 1,
+    batch: Annotated[int, Option("Sequences of a pass.", least=1)] = 1,
+    length: Annotated[int, Option("Tokens a sequence.", least=2)] = 64,
+    rounds: Annotated[int, Option("Passes of each stream.", least=1)] = 1,
+    *,
+    ending: Ending,
+) -> None:
+    """Measure how throughput grows with the number of workers, each throttled to a known rate.
+
+    A throttled worker computes real products and then waits until their time is over, so many of them fit on one
+    machine. Shards: all workers share each product of one stream. Replicas: each product of many streams goes to one of
+    them. Beside it stands the enclave's own part, which is the limit.
+    """
+    from obfuscatune.bench.fleet import FleetBench
+
+    try:
+        counts = tuple(sorted({int(it) for it in workers.split(",")}))
+    except ValueError as error:
+        raise ConfigError(f"--workers: expected numbers, as 1,2,4, found {workers}") from error
+    if not counts or counts[0] < 1 or counts[-1] > 256:
+        raise ConfigError("--workers: expected 1 to 256")
+    if not rate > 0:
+        raise ConfigError(f"--rate: expected more than 0, found {rate:g}")
+    if placement not in (None, *_PLACEMENTS):
+        raise ConfigError(f"--placement: expected shards or replicas, found {placement}")
+    placements = _PLACEMENTS if placement is None else (placement,)
+    bench = FleetBench(counts, rate, width, layers, batch, length, rounds, placements)
+    ending.show(bench.run(notice), result_name("fleet"))
+
+
+@command(
+    "obfuscatune bench device --shape gpt2-xl --profile private,guarded --enclave-device cpu,cuda:0 "
+    "--dtype float32,bfloat16 --out benchmarks/results",
+    "obfuscatune bench device --worker device:cpu --layers 2 --rounds 3",
+)
+def device(
+    worker: Annotated[str, Option("The device: device:cuda:N, or device:cpu.")] = "device:cuda:0",
+    enclave_device: Annotated[
+        str, Option("Where the enclave's own part lies: cpu, cuda:N, or several with commas between.")
+    ] = "cpu",
+    dtype: Annotated[str, Option("float32, bfloat16 or float64, or several with commas between.")] = "float32",
+    work: Annotated[str, Option("step, forward or decode.", choices=get_args(Work))] = "step",
+    shape: Shape = "gpt2",
+    layers: Layers = None,
+    batch: Batch = 2,
+    length: Length = 256,
+    rounds: Rounds = 7,
+    profiles: Profiles = None,
+    *,
+    ending: Ending,
+) -> None:
+    """Time work with a device of this machine as the worker, and plain work on that device, in turn.
+
+    The enclave's own part lies on the CPU or on a GPU. A machine with one GPU can time both: the GPU then plays every
+    part, which protects nothing and shows what each takes. Masks are drawn before each round, which is not counted.
+    """
+    from obfuscatune.bench.device import DeviceBench
+    from obfuscatune.bench.workload import config_of, shape_name
+
+    config_of(shape, layers)  # a wrong name fails here
+    named = DeviceAddress.parse(worker)
+    if work not in get_args(Work):
+        raise ConfigError(f"--work: expected one of {', '.join(get_args(Work))}, found {work}")
+    places, dtypes = (tuple(dict.fromkeys(said.split(","))) for said in (enclave_device, dtype))
+    checked = checked_profiles(profiles)
+    measured = DeviceBench(
+        named, places, tuple(map(options.check_dtype, dtypes)), checked, work, shape, layers, batch, length, rounds
+    ).run(notice)
+    name = result_name(f"{named.kind}-{work}", shape_name(shape), layers, *checked, *dtypes)
+    ending.show(measured, name)

@@ -1,45 +1,23 @@
 """What the commands of `obfuscatune bench` share: their group, options, and what becomes of their results."""
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
-import typer
-
 from obfuscatune.cli import options
-from obfuscatune.cli.options import with_options
-from obfuscatune.cli.output import notice, write_json, write_text
+from obfuscatune.cli.groups import command_group, command_of
+from obfuscatune.cli.output import notice, write_result
 from obfuscatune.option import Option
 
 if TYPE_CHECKING:
     from obfuscatune.report.charts import Bars, Chart
 
-bench = typer.Typer(
-    name="bench",
-    help="Time protected work beside plain work on this machine.",
-    no_args_is_help=True,
-    add_completion=False,
-)
-
-
-@bench.callback()
-def _group() -> None:
-    """Time protected work beside plain work on this machine."""
-
-
-def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Registers a command of `bench`, with the examples below its help."""
-
-    def register(function: Callable[..., None]) -> Callable[..., None]:
-        epilog = "\n\n".join(f"Example: {it}" for it in examples)
-        bench.command(function.__name__, epilog=epilog)(with_options(function))
-        return function
-
-    return register
-
+bench = command_group("bench", "Time protected work beside plain work on this machine.")
+command = partial(command_of, bench)
+"""Registers a command of `bench`, with the examples below its help."""
 
 Shape = Annotated[str, Option("gpt2, gpt2-medium, gpt2-large, gpt2-xl, … or a config.json.")]
 Layers = Annotated[int | None, Option("Fewer blocks than the shape has.", unset="all")]
@@ -68,10 +46,7 @@ class Ending:
         if self.out is not None:
             svg = None if picture is None else picture.svg(alone=True) + "\n"
             notice(f"written: {keep(self.out, name, result.as_json(), result.as_markdown(), svg)}")
-        if self.as_json:
-            write_json(result.as_json())
-        else:
-            write_text(result.as_markdown())
+        write_result(result.as_json(), result.as_markdown(), as_json=self.as_json)
 
 
 class Result(Protocol):

@@ -20,6 +20,7 @@ from obfuscatune.cli.output import notice
 from obfuscatune.machine import cores
 from obfuscatune.option import Option
 
+Work = Literal["step", "forward", "decode"]
 _LINK = "The link to the worker"
 
 
@@ -89,7 +90,7 @@ def decode(sizes: DecodingSizes, ending: Ending) -> None:
     _side_by_side("decode", sizes, ending)
 
 
-def _side_by_side(work: Literal["step", "forward", "decode"], sizes: Sizes, ending: Ending) -> None:
+def _side_by_side(work: Work, sizes: Sizes, ending: Ending) -> None:
     from obfuscatune.bench.link import LinkSettings
     from obfuscatune.bench.step import StepBench
     from obfuscatune.bench.workload import config_of, shape_name

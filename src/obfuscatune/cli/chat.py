@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from obfuscatune.cli import options, output
 from obfuscatune.cli.decoding import TEXT, AnswerPacing, Sampling, counted, decode, tell_late
-from obfuscatune.cli.session import ModelFiles, Protection, open_files, open_session
+from obfuscatune.cli.protection import Protection
+from obfuscatune.cli.session import ModelFiles, open_files, open_session
 from obfuscatune.option import Option
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from obfuscatune.cli import output
 from obfuscatune.cli.options import PROTECTION
-from obfuscatune.cli.session import ModelFiles, Protection, Session, resolved_profile
+from obfuscatune.cli.protection import Protection, resolved_profile
+from obfuscatune.cli.session import ModelFiles, Session
 from obfuscatune.errors import ConfigError, DataError
 from obfuscatune.option import Option
 

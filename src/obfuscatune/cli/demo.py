@@ -1,24 +1,28 @@
-"""`obfuscatune demo`: runs it, and shows it on the terminal. What it does is in obfuscatune/demo/."""
+"""`obfuscatune demo`: runs it, and shows it on the terminal. What it does is in
+obfuscatune/demo/, and with --three-parties in obfuscatune/demo/parties/."""
 
 import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from obfuscatune.cli import options, output
 from obfuscatune.cli.options import AsJson
-from obfuscatune.cli.session import Protection, Session, open_files, open_session
+from obfuscatune.cli.protection import Protection
+from obfuscatune.cli.session import Session, open_files, open_session
 from obfuscatune.option import Option
 from obfuscatune.report.page import format_seconds
 
 if TYPE_CHECKING:
     from obfuscatune.demo.result import Name
-    from obfuscatune.report.braille import Curve
+    from obfuscatune.report.terminal import Curve
     from obfuscatune.training.journal import Event
+    from obfuscatune.training.storage import RunDirectory
 
 EXIT_FAILED = 1
 
@@ -45,15 +49,64 @@ def demo(
     text, the adapter and the weights. Under private and, with the provider as the mask worker, guarded, unless
     --profile names one.
     """
-    if three_parties:
-        from obfuscatune.cli.three_parties import show
+    play = _three_parties if three_parties else _two_runs
+    shown = play(out, seed, profile, quick=quick)
+    if as_json:
+        output.write_json(shown.document)
+    else:
+        shown.print()
+    if not shown.passed:
+        raise typer.Exit(EXIT_FAILED)
 
-        show(out, seed, profile, quick=quick, as_json=as_json)
-        return
+
+@dataclass(frozen=True)
+class _Shown:
+    """What came of a demo, whose files are written; `print` tells it on the terminal."""
+
+    document: dict[str, Any]
+    passed: bool
+    print: Callable[[], None]
+
+
+def _written(folder: "RunDirectory", document: dict[str, Any], page: str) -> None:
+    from obfuscatune.demo.settings import REPORT, RESULT
+
+    folder.write_file(RESULT, json.dumps(document, indent=2, ensure_ascii=False).encode() + b"\n")
+    folder.write_file(REPORT, page.encode())
+
+
+def _three_parties(out: Path, seed: int, profile: str | None, *, quick: bool) -> _Shown:
+    from obfuscatune.demo.parties.machines import why_not_isolated
+    from obfuscatune.demo.parties.page import render
+    from obfuscatune.demo.parties.result import document
+    from obfuscatune.demo.parties.run import PROFILES, PartiesSettings, run_parties
+    from obfuscatune.demo.parties.terminal import TerminalScreen, print_result
+    from obfuscatune.demo.settings import claim
+
+    missing = why_not_isolated()
+    settings = PartiesSettings(PROFILES if profile is None else (profile,), quick, seed, isolated=missing is None)
+    folder = claim(out, PROFILES)
+    output.notice(
+        "A provider, a cloud and two owners, who need not trust each other. The enclave is an ordinary process here, "
+        "and its evidence is SIMULATED: it proves nothing."
+    )
+    if missing is None:
+        output.notice("Each machine has a network namespace of its own.")
+    else:
+        output.notice(f"No network namespaces ({missing}): all machines are on 127.0.0.1.")
+    screen = TerminalScreen(output.stderr())
+    with screen.shown():
+        result = run_parties(settings, folder.root.resolve(), screen)
+    found = document(result)
+    _written(folder, found, render(result))
+    return _Shown(found, result.passed, lambda: print_result(result, out))
+
+
+def _two_runs(out: Path, seed: int, profile: str | None, *, quick: bool) -> _Shown:
     from obfuscatune.demo.page import render
     from obfuscatune.demo.result import document
     from obfuscatune.demo.run import run_demo
-    from obfuscatune.demo.settings import REPORT, RESULT, Settings, claim
+    from obfuscatune.demo.settings import Settings, claim
     from obfuscatune.demo.terminal import print_result
 
     settings = Settings(seed, quick, profile or "private")
@@ -71,14 +124,8 @@ def demo(
 
     result = run_demo(settings, out, files.directory, files.tokenizer, opening, _Screen())
     found = document(result)
-    folder.write_file(RESULT, json.dumps(found, indent=2, ensure_ascii=False).encode() + b"\n")
-    folder.write_file(REPORT, render(result).encode())
-    if as_json:
-        output.write_json(found)
-    else:
-        print_result(result, out)
-    if not result.passed:
-        raise typer.Exit(EXIT_FAILED)
+    _written(folder, found, render(result))
+    return _Shown(found, result.passed, lambda: print_result(result, out))
 
 
 class _Screen:
@@ -97,7 +144,7 @@ class _Screen:
     @contextmanager
     def training(self, name: "Name") -> Iterator[Callable[["Event"], None]]:
         from obfuscatune.demo.terminal import STYLES, live_curve
-        from obfuscatune.report.braille import Curve
+        from obfuscatune.report.terminal import Curve
         from obfuscatune.training.loop import StepEvent
 
         console = output.stderr()

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 from obfuscatune.cli import options, output
 from obfuscatune.cli.decoding import Pacing, counted, tell_late
-from obfuscatune.cli.session import ModelFiles, Protection, Session, open_files, open_session
+from obfuscatune.cli.protection import Protection
+from obfuscatune.cli.session import ModelFiles, Session, open_files, open_session
 from obfuscatune.errors import ConfigError
 from obfuscatune.option import Option
 
 if TYPE_CHECKING:
     from obfuscatune.evaluation.scoring import Comparison, Metric
+    from obfuscatune.training.data_files import Completion
+    from obfuscatune.training.tasks import Question, Task
 
 _QUESTIONS = "Questions"
 
@@ -47,35 +50,78 @@ def evaluate(
     for name, value in (("--limit", limit), ("--batch-size", batch_size)):
         if value is not None and value < 1:
             raise ConfigError(f"{name}: expected at least 1, found {value}")
-    ask = _load_questions(task, data_dir, data, limit, batch_size)
+    questions = _load_questions(task, data_dir, data, limit, batch_size)
     wanted = protection.unless_plain()
     pacing.check(wanted)
     files = open_files(model)
-    ask.check(files)
+    questions.check(files)
     results = []
     for chosen in [wanted, None] if compare_plain else [wanted]:
         opening = open_session(
             files, dtype=dtype, protection=chosen, adapter=adapter, provider_adapter=provider_adapter
         )
         with opening as session:
-            results.append(_measure(ask, session, files, pacing if session.protected else Pacing()))
+            results.append(_measure(questions, session, files, pacing if session.protected else Pacing()))
     comparisons = _compare(results)
-    if as_json:
-        output.write_json(_document(task or str(data), results, comparisons, answers=answers))
-    else:
-        _tell(results, comparisons)
+    document = _document(task or str(data), results, comparisons, answers=answers)
+    output.write_result(document, _readable(results, comparisons), as_json=as_json)
 
 
 @dataclass(frozen=True)
-class _Questions:
-    """Questions, and how to ask a model all of them; `units` counts what `advance` is called with.
+class _TaskQuestions:
+    """Those of a public question set. Every choice is scored, and counted as done."""
 
-    `check` raises a DataError, before a model is read, where a question does not fit it.
-    """
+    task: "Task"
+    questions: "Sequence[Question]"
+    batch_size: int
 
-    units: int
-    ask: "Callable[[Session, ModelFiles, Callable[[int], None]], Sequence[Metric]]"
-    check: Callable[[ModelFiles], None]
+    @property
+    def units(self) -> int:
+        """How many there are to count."""
+        return sum(len(question.choices) for question in self.questions)
+
+    def check(self, files: ModelFiles) -> None:
+        """Raises DataError: a question does not fit the model, which was not read yet."""
+        from obfuscatune.evaluation.questions import check_questions
+
+        check_questions(self.questions, files.tokenizer, files.config)
+
+    def ask(self, session: Session, files: ModelFiles, advance: Callable[[int], None]) -> "Sequence[Metric]":
+        """Ask a model all of them; `advance` is called with the number of units done since the last call."""
+        from obfuscatune.evaluation.questions import evaluate_task
+
+        return evaluate_task(
+            session.model, files.tokenizer, self.task, self.questions, batch_size=self.batch_size, advance=advance
+        )
+
+
+@dataclass(frozen=True)
+class _OwnQuestions:
+    """Prompts and completions of a file. Each prompt is answered, and counted as done."""
+
+    path: Path
+    completions: "Sequence[Completion]"
+    batch_size: int
+
+    @property
+    def units(self) -> int:
+        """How many there are to count."""
+        return len(self.completions)
+
+    def check(self, files: ModelFiles) -> None:
+        """As of `_TaskQuestions`."""
+        from obfuscatune.evaluation.questions import check_completions
+
+        check_completions(self.path, self.completions, files.tokenizer, files.config)
+
+    def ask(self, session: Session, files: ModelFiles, advance: Callable[[int], None]) -> "Sequence[Metric]":
+        """As of `_TaskQuestions`."""
+        from obfuscatune.evaluation.questions import evaluate_completions
+
+        metric = evaluate_completions(
+            session.model, files.tokenizer, self.completions, batch_size=self.batch_size, advance=advance
+        )
+        return (metric,)
 
 
 @dataclass(frozen=True)
@@ -89,51 +135,20 @@ class _Result:
 
 def _load_questions(
     task: str | None, data_dir: Path | None, data: Path | None, limit: int | None, batch_size: int
-) -> _Questions:
-    from obfuscatune.training.tasks import find_task, load_questions
-
+) -> _TaskQuestions | _OwnQuestions:
     if task is not None and data_dir is not None and data is None:
-        questions = load_questions(find_task(task), data_dir, limit)
+        from obfuscatune.training.tasks import find_task, load_questions
 
-        def ask_task(session: Session, files: ModelFiles, advance: Callable[[int], None]) -> "Sequence[Metric]":
-            from obfuscatune.evaluation.questions import evaluate_task
-
-            return evaluate_task(
-                session.model, files.tokenizer, find_task(task), questions, batch_size=batch_size, advance=advance
-            )
-
-        def check_task(files: ModelFiles) -> None:
-            from obfuscatune.training.tokens import check_ids, embedding_rows, encode_open
-
-            rows = embedding_rows(files.config)
-            for question in questions:
-                for text in (question.prompt, *question.choices):
-                    check_ids(files.tokenizer, encode_open(files.tokenizer, text), rows)
-
-        return _Questions(sum(len(question.choices) for question in questions), ask_task, check_task)
+        found = find_task(task)
+        return _TaskQuestions(found, load_questions(found, data_dir, limit), batch_size)
     if data is not None and task is None and data_dir is None:
         from obfuscatune.evaluation.questions import load_completions
 
-        completions = load_completions(data, limit)
-
-        def ask_own(session: Session, files: ModelFiles, advance: Callable[[int], None]) -> "Sequence[Metric]":
-            from obfuscatune.evaluation.questions import evaluate_completions
-
-            metric = evaluate_completions(
-                session.model, files.tokenizer, completions, batch_size=batch_size, advance=advance
-            )
-            return (metric,)
-
-        def check_own(files: ModelFiles) -> None:
-            from obfuscatune.evaluation.questions import check_completions
-
-            check_completions(data, completions, files.tokenizer, files.config)
-
-        return _Questions(len(completions), ask_own, check_own)
+        return _OwnQuestions(data, load_completions(data, limit), batch_size)
     raise ConfigError("give --task with --data-dir, or --data alone")
 
 
-def _measure(questions: _Questions, session: Session, files: ModelFiles, pacing: Pacing) -> _Result:
+def _measure(questions: _TaskQuestions | _OwnQuestions, session: Session, files: ModelFiles, pacing: Pacing) -> _Result:
     began = time.perf_counter()
     with (
         pacing.kept(session) as pace,
@@ -178,14 +193,16 @@ def _metric(metric: "Metric", *, answers: bool) -> dict[str, object]:
     return summary | ({"answers": [asdict(verdict) for verdict in metric.verdicts]} if answers else {})
 
 
-def _tell(results: Sequence[_Result], comparisons: "Sequence[Comparison]") -> None:
+def _readable(results: Sequence[_Result], comparisons: "Sequence[Comparison]") -> str:
+    lines = []
     for result in results:
-        output.write_text(f"{'protected' if result.protected else 'plain'} ({result.seconds:.1f} s)")
+        lines.append(f"{'protected' if result.protected else 'plain'} ({result.seconds:.1f} s)")
         for metric in result.metrics:
             asked = len(metric.verdicts)
-            output.write_text(f"  {metric.name:<12} {metric.value:.4f} +- {metric.stderr:.4f}  ({asked} questions)")
+            lines.append(f"  {metric.name:<12} {metric.value:.4f} +- {metric.stderr:.4f}  ({asked} questions)")
         if result.link is not None:
-            output.write_text(f"  {output.readable_link(result.link)}")
+            lines.append(f"  {output.readable_link(result.link)}")
     for comparison in comparisons:
         count, ties = len(comparison.differing), len(comparison.ties)
-        output.write_text(f"answered differently by {comparison.metric}: {count}, of which ties: {ties}")
+        lines.append(f"answered differently by {comparison.metric}: {count}, of which ties: {ties}")
+    return "\n".join(lines)

@@ -12,16 +12,9 @@ import typer
 
 from obfuscatune.cli import options, output
 from obfuscatune.cli.options import default_text, is_from_environment
-from obfuscatune.cli.session import (
-    Protection,
-    StopSignals,
-    Terminated,
-    check_adapters,
-    empty_model,
-    open_files,
-    open_session,
-    resolved_profile,
-)
+from obfuscatune.cli.protection import Protection, resolved_profile
+from obfuscatune.cli.session import check_adapters, empty_model, open_files, open_session
+from obfuscatune.cli.signals import StopSignals, Terminated, stop_signals
 from obfuscatune.errors import RunStopped
 from obfuscatune.option import Option, split_annotation
 
@@ -182,7 +175,7 @@ def _resumption_told(recipe: "Recipe") -> Iterator[StopSignals]:
         if written.exists():
             output.notice(f"to go on: obfuscatune finetune --config {written} --resume")
 
-    with StopSignals() as signals:
+    with stop_signals() as signals:
         try:
             yield signals
         except KeyboardInterrupt:

@@ -2,10 +2,7 @@
 
 import contextlib
 import json
-import signal
 import socket
-import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -13,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 from obfuscatune.cli import output
 from obfuscatune.cli.groups import command_group, command_of
 from obfuscatune.cli.options import AsJson
+from obfuscatune.cli.signals import until_told
 from obfuscatune.errors import ConfigError
 from obfuscatune.option import Option, parse_size
 
@@ -106,7 +104,7 @@ def up(options: UpOptions, as_json: AsJson = False) -> None:
             stack.callback(engine.leave)
         else:
             stack.callback(_end, engine, folder)
-        over = stack.enter_context(_until_told())  # after Ray, which takes these signals for itself
+        over = stack.enter_context(until_told())  # after Ray, which takes these signals for itself
         cluster = options.address if options.engine == "ray" else None
         folder.write(FleetState(options.name, options.engine, cluster, options.workers, url))
 
@@ -172,10 +170,7 @@ def down(state: State, as_json: AsJson = False) -> None:
             left = remove(found.cluster, found.name, [f"{found.name}-{it}" for it in range(found.workers)])
     folder.forget()
     result = {"supervisor_stopped": stopped, "actors_ended": left}
-    if as_json:
-        output.write_json(result)
-    else:
-        output.write_text("the fleet has ended")
+    output.write_result(result, "the fleet has ended", as_json=as_json)
 
 
 @command_of(
@@ -243,7 +238,7 @@ def publish(
     """
     from obfuscatune.cluster.list_file import listen_address, serve
 
-    with _until_told() as over:
+    with until_told() as over:
         serve(lists, listen_address(publish), over, output.notice)
 
 
@@ -258,15 +253,13 @@ def authority(
     Enclaves trust cert.pem by their policy, for that operator's party alone: hand it over by a channel that both
     trust, and compare the fingerprints. key.pem stays where `fleet up` runs.
     """
-    from obfuscatune.cluster.authority import CERTIFICATE, Authority
+    from obfuscatune.cluster.authority import Authority
     from obfuscatune.fleet.listing import check_operator
+    from obfuscatune.protocol.certificates import CERTIFICATE
 
     made = Authority.create(out, check_operator(operator))
     result = {"certificate": str(out / CERTIFICATE), "fingerprint": made.fingerprint}
-    if as_json:
-        output.write_json(result)
-    else:
-        output.write_text("\n".join(f"{label:<12} {value}" for label, value in result.items()))
+    output.write_result(result, output.labelled(result), as_json=as_json)
 
 
 class _Ready:
@@ -343,21 +336,6 @@ def _engine(options: UpOptions, settings: "NodeSettings", memory: int | None) ->
 def _end(engine: Any, folder: "StateFolder") -> None:
     engine.close()
     folder.forget()
-
-
-@contextlib.contextmanager
-def _until_told() -> Iterator[threading.Event]:
-    """An event that SIGTERM, SIGHUP and Ctrl-C set while the `with` lasts."""
-    over = threading.Event()
-    before = {
-        number: signal.signal(number, lambda *_: over.set())
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
-    }
-    try:
-        yield over
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _is_reachable(address: str) -> bool:

@@ -60,15 +60,10 @@ def placed_document(plan: Plan, path: Path) -> dict[str, Any]:
 
 def placed_table(party: str, document: dict[str, Any]) -> Table:
     """What each worker of a party would hold."""
-    from rich.table import Table
-
     from obfuscatune.report.page import format_bytes
+    from obfuscatune.report.terminal import plain_table
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column(f"{party} worker")
-    table.add_column("operator")
-    for heading in ("shards", "would hold", "memory"):
-        table.add_column(heading, justify="right")
+    table = plain_table(f"{party} worker", "operator", numbers=("shards", "would hold", "memory"))
     counts = Counter(name for shard in document["shards"] for name in shard["holders"])
     for it in document["workers"]:
         memory = "" if it["memory"] is None else format_bytes(it["memory"])

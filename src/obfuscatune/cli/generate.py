@@ -6,7 +6,8 @@ from typing import Annotated
 
 from obfuscatune.cli import options, output
 from obfuscatune.cli.decoding import TEXT, AnswerPacing, Sampling, counted, decode, tell_late
-from obfuscatune.cli.session import Protection, open_files, open_session
+from obfuscatune.cli.protection import Protection
+from obfuscatune.cli.session import open_files, open_session
 from obfuscatune.errors import ConfigError
 from obfuscatune.option import Option
 

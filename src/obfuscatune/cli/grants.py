@@ -125,9 +125,4 @@ def _flat(told: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _answer(told: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        output.write_json(told)
-        return
-    lines = _flat(told)
-    width = max(map(len, lines), default=0)
-    output.write_text("\n".join(f"{label:<{width}} {output.printable(value)}" for label, value in lines.items()))
+    output.write_result(told, output.labelled(_flat(told)), as_json=as_json)

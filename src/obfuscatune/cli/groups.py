@@ -1,4 +1,4 @@
-"""Commands that have commands of their own: `provider`, `owner`."""
+"""Commands that have commands of their own: `bench`, `fleet`, `provider`, `owner`."""
 
 from collections.abc import Callable
 
@@ -21,13 +21,16 @@ def command_of(
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         epilog = "\n\n".join(f"Example: {it}" for it in examples)
-        help_text = "\n\n".join(" ".join(part.split()) for part in (function.__doc__ or "").split("\n\n"))
-        group.command(name or function.__name__.replace("_", "-"), help=help_text, epilog=epilog)(
-            with_options(function)
-        )
+        command = group.command(name or function.__name__.replace("_", "-"), help=help_of(function), epilog=epilog)
+        command(with_options(function))
         return function
 
     return register
+
+
+def help_of(command: Callable[..., None]) -> str:
+    """A command's docstring with its paragraphs in one line each, for the terminal to break where it ends."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in (command.__doc__ or "").split("\n\n"))
 
 
 def _nothing() -> None:

@@ -114,13 +114,10 @@ def _layer_document(layer: "LayerPlan") -> dict[str, object]:
 
 
 def _print(plan: "Plan", full: bool, provider: dict[str, Any] | None, placed: dict[str, Any] | None) -> None:
-    from rich.console import Console
-
     from obfuscatune.report.page import format_count
+    from obfuscatune.report.terminal import result_console
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 140  # a pipe has no width: let no line be cut
+    console = result_console()
     console.print(_layers_table(plan, full))
     console.print()
     console.print(_enclave_table(plan))
@@ -139,19 +136,15 @@ def _print(plan: "Plan", full: bool, provider: dict[str, Any] | None, placed: di
 
 
 def _layers_table(plan: "Plan", full: bool) -> "RenderableType":
-    from rich.table import Table
     from rich.text import Text
 
     from obfuscatune.report.page import format_bytes, format_count
+    from obfuscatune.report.terminal import plain_table
 
     dtype = str(plan.dtype).removeprefix("torch.")
     title = f"{plan.model}, {format_count(plan.parameters)} parameters, profile {plan.profile.name}, {dtype}"
-    table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left", title_style="bold")
-    table.add_column("layer")
-    table.add_column("runs on")
     numbers = ("W (p x q)", "parameters", "crossings\nforward", "\nbackward", "bytes/token\nforward", "\nbackward")
-    for heading in numbers:
-        table.add_column(heading, justify="right")
+    table = plain_table("layer", "runs on", numbers=numbers, title=title)
 
     def add(name: str, layers: "tuple[LayerPlan, ...]") -> None:
         one = layers[0]
@@ -180,14 +173,10 @@ def _layers_table(plan: "Plan", full: bool) -> "RenderableType":
 
 
 def _enclave_table(plan: "Plan") -> "RenderableType":
-    from rich.table import Table
-
     from obfuscatune.report.page import format_count, format_share
+    from obfuscatune.report.terminal import plain_table
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("parameters")
-    table.add_column("count", justify="right")
-    table.add_column("share", justify="right")
+    table = plain_table("parameters", numbers=("count", "share"))
     for kind, count in plan.enclave.items():
         if count:
             table.add_row(f"  {kind.replace('_', ' ')}", format_count(count), format_share(count / plan.parameters))

@@ -7,9 +7,6 @@ from obfuscatune.cli import output
 from obfuscatune.cli.options import AsJson
 from obfuscatune.errors import ConfigError
 from obfuscatune.option import Option
-from obfuscatune.protocol.files import write_new
-
-CERTIFICATE, KEY = "cert.pem", "key.pem"
 
 
 def keygen(
@@ -22,27 +19,16 @@ def keygen(
     Once for each. For TLS, give each side the other's cert.pem as --peer, over a channel you trust, and compare the
     fingerprints. A provider and an owner sign documents with the same key. key.pem stays where it is.
     """
-    from obfuscatune.protocol.certificates import fingerprint, make_identity
+    from obfuscatune.protocol.certificates import CERTIFICATE, KEY, fingerprint, make_identity
 
     if not 1 <= len(name) <= 64:
         raise ConfigError("--name has 1 to 64 characters")
     certificate, key = make_identity(name)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        _write_new(out / KEY, key, 0o600)
-        _write_new(out / CERTIFICATE, certificate, 0o644)
     except OSError as error:
         raise ConfigError(f"cannot write to {out}: {error.strerror or error}") from error
+    output.write_file(out / KEY, key, 0o600)  # keys in use are never overwritten
+    output.write_file(out / CERTIFICATE, certificate)
     result = {"certificate": str(out / CERTIFICATE), "key": str(out / KEY), "fingerprint": fingerprint(certificate)}
-    if as_json:
-        output.write_json(result)
-    else:
-        output.write_text("\n".join(f"{label:<12} {value}" for label, value in result.items()))
-
-
-def _write_new(path: Path, data: bytes, mode: int) -> None:
-    """Write a file that must not be there yet: keys in use are never overwritten."""
-    try:
-        write_new(path, data, mode)
-    except FileExistsError:
-        raise ConfigError(f"{path} exists and is not overwritten: choose another folder, or remove it") from None
+    output.write_result(result, output.labelled(result), as_json=as_json)

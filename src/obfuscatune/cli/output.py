@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -26,7 +27,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from obfuscatune.errors import DataError
+from obfuscatune.errors import ConfigError, DataError
+from obfuscatune.protocol.files import write_new
 from obfuscatune.report.page import format_bytes
 
 LONGEST_INPUT = 16 * 2**20
@@ -145,6 +147,34 @@ def write_text(text: str) -> None:
     """Print a result for people."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
+
+
+def write_result(document: object, text: str, *, as_json: bool) -> None:
+    """Print a result: the document with --json, else the text."""
+    if as_json:
+        write_json(document)
+    else:
+        write_text(text)
+
+
+def labelled(values: Mapping[str, object]) -> str:
+    """Names and values, a line for each."""
+    width = max(map(len, values), default=0)
+    return "\n".join(f"{label:<{width}} {printable(value)}" for label, value in values.items())
+
+
+def write_file(path: Path, content: bytes, mode: int = 0o644) -> None:
+    """Write a file of the user's, which must not be there yet.
+
+    Raises:
+        ConfigError: it is, or it cannot be written.
+    """
+    try:
+        write_new(path, content, mode)
+    except FileExistsError:
+        raise ConfigError(f"{path} exists and is not overwritten: choose another name, or remove it") from None
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def write_part(text: str) -> None:

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.text import Text
 
 from obfuscatune.cli import output
-from obfuscatune.cli.session import ModelFiles, Protection, check_adapters, resolved_profile
+from obfuscatune.cli.protection import Protection, resolved_profile
+from obfuscatune.cli.session import ModelFiles, check_adapters
 from obfuscatune.report.page import format_bytes, format_count
 
 if TYPE_CHECKING:
@@ -142,10 +143,9 @@ def show_dry_run(
     """
     with output.progress("counting"):
         document = _dry_run_document(recipe, files, data, protection)
-    if as_json:
-        output.write_json(document)
-    else:
-        _print_dry_run(document)
+    output.write_result(document, _readable(document), as_json=as_json)
+    if not as_json:
+        output.notice("a dry run: nothing was sent, nothing was written")
 
 
 def _dry_run_document(
@@ -204,7 +204,7 @@ def _dry_run_document(
     }
 
 
-def _print_dry_run(run: dict[str, Any]) -> None:
+def _readable(run: dict[str, Any]) -> str:
     data, adapter, enclave, worker = (run[name] for name in ("data", "adapter", "enclave", "worker"))
     lines = [
         f"data       {data['examples']} examples, {format_count(data['tokens'])} tokens an epoch, "
@@ -231,6 +231,4 @@ def _print_dry_run(run: dict[str, Any]) -> None:
     else:
         lines.append("worker     none: a plain run")
     lines.append(f"out        {run['out']}")
-    for line in lines:
-        output.write_text(line)
-    output.notice("a dry run: nothing was sent, nothing was written")
+    return "\n".join(lines)

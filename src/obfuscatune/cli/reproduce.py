@@ -1,7 +1,5 @@
 """`obfuscatune reproduce`."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -40,7 +38,7 @@ def reproduce(
     """
     from obfuscatune.reproduction.run import reproduce as run
 
-    with _resumption_told():
+    try:
         found = run(
             out,
             preset=preset,
@@ -54,21 +52,11 @@ def reproduce(
             limit=limit,
             watch=output.progress,
         )
-    if as_json:
-        output.write_json(_document(found))
-    else:
-        output.write_text(found.markdown.read_text("utf-8"))
-        output.write_text(f"report: {found.report}")
-
-
-@contextmanager
-def _resumption_told() -> Iterator[None]:
-    """Say how to go on, when Ctrl-C ends a run."""
-    try:
-        yield
     except KeyboardInterrupt:
         output.notice("what is done is kept: the same command goes on from there")
         raise
+    text = f"{found.markdown.read_text('utf-8')}\nreport: {found.report}"
+    output.write_result(_document(found), text, as_json=as_json)
 
 
 def _names(text: str) -> list[str]:

@@ -64,13 +64,9 @@ def seal_and_tell(
         raise StorageError(f"cannot write {key_file}: {error.strerror or error}; nothing opens {out} now") from error
     finally:
         key.close()
-    if as_json:
-        output.write_json(
-            {"bundle": out, "manifest": digest, "key_file": str(key_file), "signer": public, "kind": kind}
-        )
-    else:
-        output.write_text(f"bundle       {out} ({kind}, {format_bytes(size)})")
-        output.write_text(f"manifest     {digest}\nkey file     {key_file}\nsigned by    {public}")
+    document = {"bundle": out, "manifest": digest, "key_file": str(key_file), "signer": public, "kind": kind}
+    told = {"bundle": f"{out} ({kind}, {format_bytes(size)})", "manifest": digest, "key file": key_file}
+    output.write_result(document, output.labelled({**told, "signed by": public}), as_json=as_json)
 
 
 def unseal(
@@ -98,12 +94,10 @@ def unseal(
     finally:
         kept.key.close()
     files = dict(opened.files)
-    if as_json:
-        output.write_json({"bundle": bundle, "manifest": kept.manifest_digest, "kind": opened.kind, "files": files})
-        return
-    width = max(map(len, files))
-    output.write_text("\n".join(f"{name:<{width}}  {format_bytes(size)}" for name, size in files.items()))
-    output.write_text(f"{opened.kind} {kept.manifest_digest}: every byte is as it was sealed")
+    document = {"bundle": bundle, "manifest": kept.manifest_digest, "kind": opened.kind, "files": files}
+    listed = output.labelled({name: format_bytes(size) for name, size in files.items()})
+    told = f"{listed}\n{opened.kind} {kept.manifest_digest}: every byte is as it was sealed"
+    output.write_result(document, told, as_json=as_json)
 
 
 def _refuse_key_file(path: Path, out: str) -> None:

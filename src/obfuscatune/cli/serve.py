@@ -41,10 +41,7 @@ def serve(
             _check(settings)
         arguments = tuple(it for it in measured.arguments if it != "--check")
         claims = {"claims": policy_of_claims(settings, measured._replace(arguments=arguments))}
-        if as_json:
-            output.write_json(claims)
-        else:
-            output.write_text(yaml.safe_dump(claims, sort_keys=False, width=4096).rstrip())
+        output.write_result(claims, yaml.safe_dump(claims, sort_keys=False, width=4096).rstrip(), as_json=as_json)
         output.notice(f"{config}: can be served; above, what a policy accepts that accepts this service alone")
         return
 

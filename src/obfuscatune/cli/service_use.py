@@ -146,10 +146,7 @@ def submit(
             for event in api.events(service, job["id"]):
                 output.notice(_event_line(event))
             job = service.document("GET", f"/v1/fine_tuning/jobs/{job['id']}")
-    if as_json:
-        output.write_json(job)
-    else:
-        output.write_text(_job_line(job))
+    output.write_result(job, _job_line(job), as_json=as_json)
     if watch and job["status"] != "succeeded":
         raise TermsError(f"the job {job['status']}: {output.printable((job.get('error') or {}).get('message') or '')}")
 
@@ -160,10 +157,7 @@ def jobs(*, on: ServiceOptions, as_json: options.AsJson = False) -> None:
 
     with on.service() as service:
         found = api.list_jobs(service)
-    if as_json:
-        output.write_json(found)
-    else:
-        output.write_text("\n".join(map(_job_line, found)) or "no jobs")
+    output.write_result(found, "\n".join(map(_job_line, found)) or "no jobs", as_json=as_json)
 
 
 def fetch_adapter(
@@ -205,17 +199,10 @@ def audit_log(*, on: ServiceOptions, out: Annotated[Path | None, Option("A new f
 
 
 def _write(content: bytes, out: Path | None) -> None:
-    from obfuscatune.protocol.files import write_new
-
     if out is None:
         output.write_text(content.decode())
-        return
-    try:
-        write_new(out, content, 0o644)
-    except FileExistsError:
-        raise ConfigError(f"--out {out} exists and is not overwritten: choose another name") from None
-    except OSError as error:
-        raise ConfigError(f"--out {out}: {error.strerror or error}") from error
+    else:
+        output.write_file(out, content)
 
 
 def _job_line(job: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from obfuscatune.cli import output
+from obfuscatune.cli.attested import collateral_cache
 from obfuscatune.cli.options import AsJson
 from obfuscatune.errors import ConfigError, VerificationFailed
 from obfuscatune.option import Option
-from obfuscatune.protocol.files import write_new
 
 if TYPE_CHECKING:
     from obfuscatune.attest.checks import Check
@@ -40,16 +41,19 @@ def verify(
     its own time and by its own policy unless others are given. Exit code 0: all holds. 1: something fails.
     """
     from obfuscatune.attest.checks import readable_time
-    from obfuscatune.attest.record import Session, examine, read_record
+    from obfuscatune.attest.record import Session, examine, read_record, to_file_bytes
 
     record = read_record(file)
     session = record if isinstance(record, Session) else record.session
     when = _time(now, int(time.time()) if isinstance(record, Session) else record.time)
-    session = _with_collateral(session, collateral, fetch_collateral, when)
+    cache = collateral_cache(collateral, fetch_collateral)
+    if cache is not None:
+        with output.progress("collateral"):
+            session = replace(session, evidence=cache.complete(session.evidence, when))
     found = examine(session, _policy(record, policy), when)
     differs = not isinstance(record, Session) and record.repeat().checks != record.checks
     if out is not None:
-        _write(out, found)
+        output.write_file(out, to_file_bytes(found))
     if as_json:
         output.write_json({**found.to_document(), "recorded_checks_differ": differs})
     else:
@@ -85,33 +89,6 @@ def _policy(record: "Session | Verification", path: Path | None) -> "Policy":
     if isinstance(record, Session):
         raise ConfigError("an evidence file takes --policy: what is to be accepted")
     return record.policy
-
-
-def _with_collateral(session: "Session", folder: Path | None, source: str | None, now: int) -> "Session":
-    from dataclasses import replace
-
-    from obfuscatune.attest.collateral import INTEL_PCS, CollateralCache, fetch_from
-
-    if folder is None:
-        if source is not None:
-            raise ConfigError("--fetch-collateral takes --collateral: the folder that it is kept in")
-        return session
-    if source is not None and source != "intel" and not source.startswith("https://"):
-        raise ConfigError(f"--fetch-collateral is intel, or the https:// address of a PCCS, not {source!r:.80}")
-    fetch = None if source is None else fetch_from(INTEL_PCS if source == "intel" else source)
-    with output.progress("collateral"):
-        return replace(session, evidence=CollateralCache(folder, fetch).complete(session.evidence, now))
-
-
-def _write(path: Path, found: "Verification") -> None:
-    from obfuscatune.attest.record import to_file_bytes
-
-    try:
-        write_new(path, to_file_bytes(found), 0o644)
-    except FileExistsError:
-        raise ConfigError(f"{path} exists and is not overwritten: choose another name, or remove it") from None
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _time(text: str | None, default: int) -> int:

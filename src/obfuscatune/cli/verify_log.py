@@ -8,7 +8,7 @@ import typer
 
 from obfuscatune.cli import output
 from obfuscatune.cli.options import AsJson
-from obfuscatune.errors import ConfigError
+from obfuscatune.errors import ConfigError, IntegrityError
 from obfuscatune.option import Option
 
 if TYPE_CHECKING:
@@ -33,19 +33,14 @@ def verify_log(
 
     keys = frozenset({key.lower()})
     try:
-        earlier = None
-        if since is not None:
-            earlier = last_head(since)
+        earlier = None if since is None else last_head(since)
         with file.open("rb") as opened:
             head, clear = verify_copy(opened, keys, earlier)
     except OSError as error:
         raise ConfigError(f"{error.filename}: cannot be read: {error.strerror}") from error
-    if as_json:
-        output.write_json({**head.to_document(), "clear": clear})
-        return
     when = datetime.datetime.fromtimestamp(head.at, datetime.UTC).isoformat(timespec="seconds")
-    output.write_text(f"{head.count} entries, {clear} of them in clear; signed at {when}")
-    output.write_text(f"chain {head.chain.hex()}")
+    text = f"{head.count} entries, {clear} of them in clear; signed at {when}\nchain {head.chain.hex()}"
+    output.write_result({**head.to_document(), "clear": clear}, text, as_json=as_json)
 
 
 def last_head(path: Path) -> "Head":
@@ -56,7 +51,6 @@ def last_head(path: Path) -> "Head":
     """
     from obfuscatune.channel.audit_chain import MOST_LINE_BYTES, Head
     from obfuscatune.documents import parse
-    from obfuscatune.errors import IntegrityError
 
     last = b""
     with path.open("rb") as file:

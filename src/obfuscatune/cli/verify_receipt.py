@@ -22,13 +22,13 @@ def verify_receipt(
     as_json: AsJson = False,
 ) -> None:
     """Verify the receipt of a job of fine-tuning: who signed it, where that ran, and that its parts belong together."""
+    from obfuscatune import documents
     from obfuscatune.attest.policy import Policy
-    from obfuscatune.documents import parse
     from obfuscatune.service.receipt import file_digests
     from obfuscatune.service.receipt import verify_receipt as verify
 
     try:
-        signed = parse(file.read_bytes())
+        signed = documents.read(file)
         accepted = None if policy is None else Policy.from_file(policy)
         verified = verify(signed, key=key, policy=accepted, now=int(time.time()) if now is None else now)
         if adapter is not None:
@@ -66,5 +66,4 @@ def _show(document: Any) -> None:
         "steps": f"{document['steps']}, {document['tokens']:,} tokens; losses {document['losses']}",
         "time": f"{moment(document['began'])} to {moment(document['ended'])}",
     }
-    for name, value in lines.items():
-        output.write_text(f"{name:<9} {value}")
+    output.write_text(output.labelled(lines))

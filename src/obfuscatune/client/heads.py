@@ -10,7 +10,6 @@ is kept here; `HeadFile` then raises IntegrityError, and whoever asked releases 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import os
 import time
@@ -24,7 +23,7 @@ import httpx
 from obfuscatune.channel.audit_chain import MOST_LINE_BYTES, Head, verify_copy
 from obfuscatune.documents import canonical, parse
 from obfuscatune.errors import ChannelError, ConnectionLost, DeadlineExceeded, IntegrityError, StorageError
-from obfuscatune.protocol.files import NOT_OFFERED, read_trusted, write_over
+from obfuscatune.protocol.files import lock, read_trusted, write_over
 
 SECONDS = 600.0
 """For all the lines behind a head."""
@@ -142,11 +141,7 @@ def _locked(folder: Path) -> Iterator[None]:
     """One program at a time; a file system without locks has none."""
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in NOT_OFFERED:
-                raise
+        lock(descriptor, wait=True)
         yield
     finally:
         os.close(descriptor)

@@ -5,10 +5,8 @@ from pathlib import Path
 
 from obfuscatune.errors import ConfigError
 from obfuscatune.protocol.authority import issue, load_authority, make_authority
-from obfuscatune.protocol.certificates import fingerprint
+from obfuscatune.protocol.certificates import CERTIFICATE, KEY, fingerprint
 from obfuscatune.protocol.files import read_secret, read_trusted, write_new
-
-CERTIFICATE, KEY = "cert.pem", "key.pem"
 
 
 @dataclass(frozen=True, repr=False)

@@ -8,13 +8,13 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from obfuscatune.demo.page import COLUMNS, table_rows
 from obfuscatune.demo.result import Result
 from obfuscatune.demo.settings import REPORT
-from obfuscatune.report.braille import Curve, draw, legend
+from obfuscatune.report.terminal import Curve, draw, legend, plain_table, result_console
 from obfuscatune.training.journal import Event, Measured, Started
 
 STYLES = {"protected": "cyan", "plain": "yellow"}
@@ -71,19 +71,13 @@ def live_curve(console: Console, name: str, earlier: Sequence[Curve]) -> Iterato
         yield see
 
 
-_PIPE_WIDTH = 120
-"""A pipe has no width of its own: let no line be cut."""
-
-
 def print_result(result: Result, out: Path) -> None:
     """Curves (on a terminal), the table, a few questions, what failed, where the files are, and what to try next."""
-    console = Console(highlight=False)
+    console = result_console()
     sides = (result.protected, result.plain)
     if console.is_terminal:
         curves = [Curve(side.name, side.losses, STYLES[side.name]) for side in sides]
         console.print(chart(curves, len(result.plain.steps), console.width))
-    else:
-        console.width = _PIPE_WIDTH
     for part in ("", _beside(result), "", _samples(result), "", _verdict(result), ""):
         console.print(part)
     files = {"report": out / REPORT} | {f"{side.name} adapter": side.adapter for side in sides}
@@ -96,19 +90,18 @@ def print_result(result: Result, out: Path) -> None:
 
 
 def _beside(result: Result) -> Table:
-    beside = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
-    for index, column in enumerate(COLUMNS):
-        beside.add_column(column, style="" if index else "bold")
+    name, *others = COLUMNS
+    beside = plain_table(Column(name, style="bold"), *others, gap=3)
     for row in table_rows(result):
         beside.add_row(*map(Text, row))
     return beside
 
 
 def _samples(result: Result) -> Table:
-    samples = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    samples.add_column("asked")
-    for heading in ("true", "before", "protected", "plain"):
-        samples.add_column(heading, max_width=18, no_wrap=True, overflow="ellipsis")
+    answers = ("true", "before", "protected", "plain")
+    samples = plain_table(
+        "asked", *(Column(it, max_width=18, no_wrap=True, overflow="ellipsis") for it in answers), gap=2
+    )
     for it in result.samples():
         after = (Text(answer, style="green" if answer == it.truth else "red") for answer in (it.protected, it.plain))
         samples.add_row(Text(it.question), Text(it.truth), Text(it.before, style="dim"), *after)

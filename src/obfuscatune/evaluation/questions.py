@@ -20,6 +20,7 @@ from obfuscatune.training.tokens import (
     check_ids,
     context_window,
     embedding_rows,
+    encode_open,
     encode_pair,
     encode_prompt,
     end_id,
@@ -91,6 +92,18 @@ def check_completions(
                 f"{path}: record {number}: a prompt of {len(context)} tokens leaves no room for an answer of {longest} "
                 f"in the model's window of {window}"
             )
+
+
+def check_questions(questions: Sequence[Question], tokenizer: "PreTrainedTokenizerBase", config: Any) -> None:
+    """See, before a model is read, that it has embeddings for all tokens of a task's questions. `config`: the model's.
+
+    Raises:
+        DataError: it has not.
+    """
+    rows = embedding_rows(config)
+    for question in questions:
+        for text in (question.prompt, *question.choices):
+            check_ids(tokenizer, encode_open(tokenizer, text), rows)
 
 
 def evaluate_completions(

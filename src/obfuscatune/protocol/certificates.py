@@ -9,6 +9,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+CERTIFICATE, KEY = "cert.pem", "key.pem"
+"""What `obfuscatune keygen` and `fleet authority` call their files."""
 VALID_DAYS = 3650
 """Of a certificate made here. What ends its use is that its pin is removed, not a date."""
 

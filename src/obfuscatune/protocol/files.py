@@ -5,6 +5,7 @@ Also what not every disk offers: a folder for temporary files that can be writte
 
 import contextlib
 import errno
+import fcntl
 import os
 import secrets
 import stat
@@ -141,11 +142,32 @@ def write_over(path: Path, content: bytes, mode: int = 0o600) -> None:
     """
     with _draft(path, content, mode) as draft:
         draft.replace(path)
-    descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder be on disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         sync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def lock(descriptor: int, *, wait: bool = False) -> bool:
+    """Lock an open file against other processes, until it is closed; False where its file system has no locks.
+
+    Raises:
+        BlockingIOError: another process has the lock, and this one is not to `wait`.
+        OSError: the file cannot be locked for another reason.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in NOT_OFFERED:
+            raise
+        return False
+    return True
 
 
 @contextlib.contextmanager

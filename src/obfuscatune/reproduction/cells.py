@@ -65,6 +65,11 @@ class Measured:
     seconds: float
     environment: Mapping[str, str]
 
+    @property
+    def subject(self) -> str:
+        """The model that an error was measured on: the cell's name without the method's."""
+        return self.name.removesuffix(f" {self.settings['method']}")
+
 
 class CellStore:
     """The cells under one folder."""

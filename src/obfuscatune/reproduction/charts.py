@@ -48,14 +48,14 @@ def _condition(cells: Sequence[Measured]) -> Iterator[Chart]:
     ]
     if len({kappa for kappa, _ in found}) < 2:
         return
-    subjects = list(dict.fromkeys(cell.name.removesuffix(f" {cell.settings['method']}") for _, cell in found))
+    subjects = list(dict.fromkeys(cell.subject for _, cell in found))
     series = []
     for index, dtype in enumerate(found[0][1].result["errors"]):
         for line, subject in zip(_LINES, subjects, strict=False):
             points = sorted(
                 (float(kappa), float(cell.result["errors"][dtype][-1]))
                 for kappa, cell in found
-                if cell.name.startswith(subject + " ")
+                if cell.subject == subject
             )
             series.append(Series(f"{subject}, {dtype}", tuple(points), marks=True, line=line, colour=index))
     yield Chart(

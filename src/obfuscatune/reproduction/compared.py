@@ -13,6 +13,11 @@ from obfuscatune.reproduction.cells import Measured
 from obfuscatune.reproduction.presets import KAPPAS
 
 
+def right(cell: Measured, which: str) -> float:
+    """Per cent of a cell's `test` or `recall` questions answered right."""
+    return 100 * float(cell.result[which][headline(cell.settings["task"])]["value"])
+
+
 @dataclass(frozen=True)
 class Pairing:
     """One method on one task, and plain: two lists of cells, seed by seed."""
@@ -24,7 +29,7 @@ class Pairing:
 
     def accuracies(self, cells: Iterable[Measured], which: str) -> list[float]:
         """Per cent of `test` or `recall` questions right, for each seed."""
-        return [100 * cell.result[which][headline(self.task)]["value"] for cell in cells]
+        return [right(cell, which) for cell in cells]
 
     def difference(self, which: str) -> float:
         """Points: the mean over seeds of protected less plain."""
@@ -90,8 +95,7 @@ class Gain:
 
     def accuracy(self, which: str) -> tuple[float, float]:
         """Per cent of `test` or `recall` questions right, before and after; after is the mean over seeds."""
-        before, *after = (100 * cell.result[which][headline(self.task)]["value"] for cell in (self.before, *self.after))
-        return before, fmean(after)
+        return right(self.before, which), fmean(right(cell, which) for cell in self.after)
 
     @property
     def standard_error(self) -> float:
@@ -191,8 +195,7 @@ def _monotone(cells: Iterable[Measured]) -> Iterator[Check]:
     by_subject: dict[str, dict[str, Measured]] = {}
     for cell in cells:
         if cell.kind == "error":
-            subject = cell.name.removesuffix(f" {cell.settings['method']}")
-            by_subject.setdefault(subject, {})[cell.settings["method"]] = cell
+            by_subject.setdefault(cell.subject, {})[cell.settings["method"]] = cell
     for subject, methods in by_subject.items():
         order = ("paper", *(f"conditioned({kappa})" for kappa in KAPPAS if kappa > 1), "gaussian")
         rows = [method for method in order if method in methods]

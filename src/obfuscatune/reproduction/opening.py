@@ -18,10 +18,10 @@ from obfuscatune.enclave.local_worker import local_worker
 from obfuscatune.enclave.profiles import resolve
 from obfuscatune.enclave.protect import protect
 from obfuscatune.enclave.published import Base
-from obfuscatune.errors import ModelFileError
 from obfuscatune.reproduction.presets import Method
 from obfuscatune.training.checkpoint import model_fingerprint
 from obfuscatune.training.run import load_plain
+from obfuscatune.training.tokens import read_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,15 +43,8 @@ class Subject:
         Raises:
             ModelFileError: there is no such model, or its configuration or tokenizer cannot be read.
         """
-        from transformers import AutoTokenizer
-
         directory = find_directory(model if model is not None else tiny_model_path())
-        config = read_config(directory)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        except Exception as error:  # transformers and tokenizers raise what they like, Exception itself too
-            raise ModelFileError(f"{directory} has no tokenizer that can be used: {error}") from error
-        return cls(directory, tokenizer, config, model_fingerprint(directory))
+        return cls(directory, read_tokenizer(directory), read_config(directory), model_fingerprint(directory))
 
 
 _UNSAID: Base = "closed"

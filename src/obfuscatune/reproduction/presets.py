@@ -103,32 +103,31 @@ class Preset:
 
     name: str
     epochs: int
-    batch_size: int
     lr: float
-    schedule: str
     records: int | None
     heldout: int
     questions: int | None
     recalled: int
     seeds: tuple[int, ...]
-    methods: tuple[str, ...]
     ablations: tuple[str, ...]
     ablation_tasks: tuple[str, ...]
-    ablation_seeds: int | None
-    untuned: bool
-    sixteen_bits: tuple[str, ...]
     depths: tuple[int, ...]
-    error_shapes: tuple[ShapeDepth, ...]
     error_tokens: int
-    slowdown: tuple[ShapeDepth, ...]
-    slowdown_rounds: int
-    step_batch: int
-    step_length: int
-    obfuscate: tuple[ShapeDepth, ...]
+    batch_size: int = 8
+    schedule: str = "linear"
+    methods: tuple[str, ...] = ("plain", "paper", "private")
+    ablation_seeds: int | None = None
+    untuned: bool = False
+    sixteen_bits: tuple[str, ...] = SIXTEEN_BITS
+    error_shapes: tuple[ShapeDepth, ...] = ()
+    slowdown: tuple[ShapeDepth, ...] = ()
+    slowdown_rounds: int = 5
+    step_batch: int = 2
+    step_length: int = 256
+    obfuscate: tuple[ShapeDepth, ...] = ()
 
 
 _SIZES = tuple(map(ShapeDepth, ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")))
-_MAIN = ("plain", "paper", "private")
 
 PRESETS: Mapping[str, Preset] = {
     preset.name: preset
@@ -147,35 +146,25 @@ PRESETS: Mapping[str, Preset] = {
             methods=("plain", "enclave", "paper", "private"),
             ablations=ABLATIONS,
             ablation_tasks=TASKS,
-            ablation_seeds=None,
-            untuned=False,
-            sixteen_bits=SIXTEEN_BITS,
             depths=(1, 2, 4, 8, 12, 24, 36, 48),
             error_shapes=_SIZES,
             error_tokens=256,
             slowdown=_SIZES,
             slowdown_rounds=11,
-            step_batch=2,
-            step_length=256,
             obfuscate=_SIZES,
         ),
         Preset(
             "cpu",
             epochs=10,
-            batch_size=8,
             lr=1e-3,
-            schedule="linear",
             records=64,
             heldout=64,
             questions=300,
             recalled=64,
             seeds=(0, 1, 2),
-            methods=_MAIN,
             ablations=ABLATIONS[1:],  # condition number 1 is that of `paper`
             ablation_tasks=("sciq",),
             ablation_seeds=1,
-            untuned=False,
-            sixteen_bits=SIXTEEN_BITS,
             depths=(1, 2, 4, 8, 12),
             error_shapes=(ShapeDepth("gpt2"),),
             error_tokens=64,
@@ -185,54 +174,36 @@ PRESETS: Mapping[str, Preset] = {
                 ShapeDepth("gpt2-large", 6),
                 ShapeDepth("gpt2-xl", 4),
             ),
-            slowdown_rounds=5,
-            step_batch=2,
-            step_length=256,
             obfuscate=_SIZES,
         ),
         Preset(
             "real",
             epochs=2,
-            batch_size=8,
             lr=3e-4,
-            schedule="linear",
             records=128,
             heldout=32,
             questions=100,
             recalled=16,
             seeds=(0,),
-            methods=_MAIN,
             ablations=("conditioned(128)", "gaussian"),
             ablation_tasks=("piqa",),
             ablation_seeds=1,
             untuned=True,
             sixteen_bits=("bfloat16",),
             depths=(1, 2, 4, 8, 16, 30),
-            error_shapes=(),
             error_tokens=64,
-            slowdown=(),
-            slowdown_rounds=5,
-            step_batch=2,
-            step_length=256,
-            obfuscate=(),
         ),
         Preset(
             "smoke",
             epochs=2,
-            batch_size=8,
             lr=2e-3,
-            schedule="linear",
             records=16,
             heldout=8,
             questions=16,
             recalled=16,
             seeds=(0, 1),
-            methods=_MAIN,
             ablations=("conditioned(8)", "gaussian"),
             ablation_tasks=("sciq",),
-            ablation_seeds=None,
-            untuned=False,
-            sixteen_bits=SIXTEEN_BITS,
             depths=(1, 2),
             error_shapes=(ShapeDepth("gpt2", 2),),
             error_tokens=16,

@@ -103,15 +103,14 @@ def reproduce(
         with watch("reading models and questions"):
             cells = plan_cells(request, Opening(stack), directory)
         missing = store.missing(cells)
-        done = len(cells) - len(missing)
-        for number, cell in enumerate(missing, start=done + 1):
-
-            def numbered(what: str, place: str = f"{number}/{len(cells)}") -> object:
-                return watch(f"[{place}] {what}")
-
-            store.measure(cell, numbered)  # type: ignore[arg-type]
+        for number, cell in enumerate(missing, start=len(cells) - len(missing) + 1):
+            store.measure(cell, _numbered(watch, f"[{number}/{len(cells)}]"))
         measured = [found for cell in cells if (found := store.read(cell)) is not None]
         return _write(request, measured, directory)
+
+
+def _numbered(watch: Watch, number: str) -> Watch:
+    return lambda what: watch(f"{number} {what}")
 
 
 def _write(request: Request, cells: Sequence[Measured], directory: RunDirectory) -> Reproduction:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
 from obfuscatune.report.page import Table, format_bytes, format_count, format_seconds, format_share, format_small
-from obfuscatune.reproduction.accuracy import headline
 from obfuscatune.reproduction.cells import Measured
-from obfuscatune.reproduction.compared import Check, Gain, Pairing, deviation, gains, pairings
+from obfuscatune.reproduction.compared import Check, Gain, Pairing, deviation, gains, pairings, right
 from obfuscatune.reproduction.presets import find_method
 
 _SIZES = ("enclave_peak_bytes", "worker_peak_bytes", "bytes_uploaded")
@@ -133,7 +132,7 @@ def _condition(cells: Sequence[Measured]) -> Iterator[Table]:
             row = [method, _kappa(method)]
             for dtype in dtypes:
                 own = [c for c in asked if (c.settings["method"], c.settings["dtype"]) == (method, dtype)]
-                row += [_right(own, task, which) for which in ("test", "recall")]
+                row += [_spread([right(cell, which) for cell in own]) for which in ("test", "recall")]
             rows.append(tuple(row))
         yield Table(
             f"2. Accuracy over the condition number: {task}",
@@ -146,8 +145,8 @@ def _condition(cells: Sequence[Measured]) -> Iterator[Table]:
 
 def _error_by_depth(cells: Sequence[Measured]) -> Iterator[Table]:
     found = [cell for cell in cells if cell.kind == "error"]
-    for subject in dict.fromkeys(_subject(cell) for cell in found):
-        own = [cell for cell in found if _subject(cell) == subject]
+    for subject in dict.fromkeys(cell.subject for cell in found):
+        own = [cell for cell in found if cell.subject == subject]
         depths = own[0].result["depths"]
         rows = [
             (cell.settings["method"], _kappa(cell.settings["method"]), dtype, *map(format_small, errors))
@@ -242,12 +241,9 @@ def _depth(settings: Mapping[str, Any]) -> str:
     return "all" if settings["layers"] is None else str(settings["layers"])
 
 
-def _right(cells: Iterable[Measured], task: str, which: str) -> str:
-    values = [100 * cell.result[which][headline(task)]["value"] for cell in cells]
-    return _spread(values) if values else ""
-
-
 def _spread(values: Sequence[float], digits: int = 2) -> str:
+    if not values:
+        return ""
     mean = f"{fmean(values):.{digits}f}"
     return f"{mean} ± {deviation(values):.{digits}f}" if len(values) > 1 else mean
 
@@ -257,7 +253,3 @@ def _kappa(method: str) -> str:
         return "any"
     kappa = find_method(method).condition_number
     return "" if kappa is None else f"{kappa:g}"
-
-
-def _subject(cell: Measured) -> str:
-    return cell.name.removesuffix(f" {cell.settings['method']}")

@@ -7,7 +7,7 @@ from obfuscatune import documents
 from obfuscatune.errors import ConfigError, IntegrityError
 from obfuscatune.protocol.files import read_secret, write_new
 from obfuscatune.sealing.keys import BundleKey
-from obfuscatune.sealing.manifest import HEX_32, KINDS, as_hex
+from obfuscatune.sealing.manifest import KINDS
 from obfuscatune.secret_memory import SecretBytes
 
 _HEX_FIELDS = ("key", "manifest", "signer")
@@ -49,9 +49,7 @@ class KeyFile:
             document = {}
         if set(document) != {"version", "kind", *_HEX_FIELDS} or document["version"] != 1:
             raise ConfigError(f"{path} is no key file of a bundle, as `provider seal --key-out` writes it")
-        if document["kind"] not in KINDS or not all(
-            as_hex(document[it], HEX_32) for it in ("key", "manifest", "signer")
-        ):
+        if document["kind"] not in KINDS or not all(documents.is_hex(document[name]) for name in _HEX_FIELDS):
             raise ConfigError(f"{path}: a field of the key file is not what it should be")
         key = BundleKey(SecretBytes(bytes.fromhex(document["key"])))
         return cls(key, document["manifest"], document["signer"], document["kind"])

@@ -4,7 +4,6 @@ What reads it touches neither disk nor network. Everything in it is checked befo
 """
 
 import hashlib
-import re
 from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -36,8 +35,6 @@ MAX_FILE_BYTES = 2**44
 MAX_NAME_BYTES = 1024
 MAX_PART_BYTES = 255
 """Of a file's or a folder's name: what file systems take."""
-
-HEX_16, HEX_32 = re.compile(r"[0-9a-f]{32}"), re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +160,7 @@ def _entry(index: int, listed: Any, chunk_bytes: int) -> FileEntry:
         raise IntegrityError("a file's name is no string")
     if not isinstance(chunks, list) or len(chunks) != chunk_count(size, chunk_bytes):
         raise IntegrityError("a file has not as many chunks as its size takes")
-    if not all(as_hex(name, HEX_32) for name in chunks):
+    if not all(map(documents.is_hex, chunks)):
         raise IntegrityError("a chunk is not named by a SHA-256")
     return FileEntry(index, listed["name"], size, tuple(chunks))
 
@@ -197,11 +194,6 @@ def _fields(value: Any, names: set[str]) -> None:
 
 
 def _number(value: Any, least: int, most: int) -> int:
-    if type(value) is not int or not least <= value <= most:  # a bool is an int
+    if not documents.is_whole(value, least, most):
         raise IntegrityError(f"expected a number from {least} to {most:,}")
     return value
-
-
-def as_hex(value: Any, pattern: re.Pattern[str]) -> bool:
-    """Whether it is a string of that many lower-case hexadecimal digits."""
-    return isinstance(value, str) and pattern.fullmatch(value) is not None

@@ -167,9 +167,13 @@ class UrlStorage:
         self._try(lambda: self._filesystem.pipe_file(f"{self._root}/{MANIFEST}", contents))
 
     def remove(self, chunks: Set[str]) -> None:
-        with contextlib.suppress(StorageError):
+        def remove() -> None:
             for name in chunks:
-                self._try(lambda name=name: self._filesystem.rm_file(f"{self._root}/{CHUNKS}/{name}"))  # type: ignore[misc]
+                with contextlib.suppress(FileNotFoundError):  # it was never written
+                    self._filesystem.rm_file(f"{self._root}/{CHUNKS}/{name}")
+
+        with contextlib.suppress(StorageError):
+            self._try(remove)
 
     def read(self, name: str, most: int) -> bytes:
         def read() -> bytes:

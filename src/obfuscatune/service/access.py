@@ -43,9 +43,12 @@ class Access:
         Raises:
             TermsError: none does, or its tokens are used up.
         """
+        return self._check(model, owner, use)
+
+    def _check(self, model: str, owner: str, use: str, tokens: int = 1) -> Grant:
         grant = self.find(model, owner)
         used = 0 if grant is None else self._state.tokens_used(grant.id)
-        return self.registry.check(model, owner, use, _now(), used)
+        return self.registry.check(model, owner, use, _now(), used, tokens)
 
     def reserve(self, model: str, owner: str, use: str, tokens: int) -> Reservation:
         """Take tokens from what a grant has left, before they are used: a service that is killed gives none back.
@@ -54,9 +57,7 @@ class Access:
             TermsError: no grant allows it, or it has fewer left.
         """
         with self._lock:
-            grant = self.find(model, owner)
-            used = 0 if grant is None else self._state.tokens_used(grant.id)
-            grant = self.registry.check(model, owner, use, _now(), used, tokens)
+            grant = self._check(model, owner, use, tokens)
             if grant.terms.tokens is not None:
                 self._state.use_tokens(grant.id, tokens)
                 return Reservation(grant.id, tokens)
@@ -74,9 +75,7 @@ class Access:
             TermsError: no grant allows it, or it has fewer left.
         """
         with self._lock:
-            grant = self.find(model, owner)
-            used = 0 if grant is None else self._state.tokens_used(grant.id)
-            grant = self.registry.check(model, owner, FINE_TUNING, _now(), used, max(1, tokens))
+            grant = self._check(model, owner, FINE_TUNING, max(1, tokens))
             self._state.charge_job(job, grant.id, tokens)
 
     def check_job(self, model: str, owner: str) -> None:

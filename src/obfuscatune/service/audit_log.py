@@ -6,7 +6,6 @@ as it was written is refused.
 """
 
 import errno
-import fcntl
 import hashlib
 import os
 import secrets
@@ -22,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from obfuscatune.channel.audit_chain import MOST_LINE_BYTES, PURPOSE, START, Head, next_chain, parse_line, step
 from obfuscatune.documents import canonical, parse, sign
 from obfuscatune.errors import ConfigError, IntegrityError, StorageError
-from obfuscatune.protocol.files import NOT_OFFERED, sync
+from obfuscatune.protocol.files import lock, sync, sync_folder
 
 SERVICE = "service"
 """Who did what nobody asked for."""
@@ -48,13 +47,15 @@ class AuditLog:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             with ExitStack() as stack:
                 self._file = stack.enter_context(os.fdopen(descriptor, "r+b", buffering=0))
-                _lock(descriptor, path)
+                lock(descriptor)
                 self.count, self._chain, self._offsets, whole, size = _read_to_end(path)
                 if whole != size:
                     os.ftruncate(descriptor, whole)
                     sync(descriptor)
-                _sync_folder(path.parent)
+                sync_folder(path.parent)
                 stack.pop_all()
+        except BlockingIOError:
+            raise ConfigError(f"{path}: another service is writing here; choose another state directory") from None
         except OSError as error:
             raise StorageError(f"{path}: the disk refused: {error.strerror or error}") from error
         self._synced, self._size = self.count, whole
@@ -194,21 +195,3 @@ def _read_to_end(path: Path) -> tuple[int, bytes, list[int], int, int]:
 
 def _read_line(file: BinaryIO) -> bytes:
     return file.readline(MOST_LINE_BYTES + 1)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        sync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, path: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ConfigError(f"{path}: another service is writing here; choose another state directory") from None
-    except OSError as error:
-        if error.errno not in NOT_OFFERED:
-            raise

@@ -73,14 +73,17 @@ class Outcome:
             case "measured":
                 self.measured[int(event["step"])] = finite(float(event["loss"]))
             case "checkpoint":
-                self.counted = {name: int(value) for name, value in event["products"].items()}
+                self._count(event)
             case "done":
                 self.is_done, self.done = True, event
-                self.counted = {name: int(value) for name, value in event["products"].items()}
+                self._count(event)
             case "stopped":
                 self.is_stopped = True
             case "failed":
                 self.failure = event
+
+    def _count(self, event: dict[str, Any]) -> None:
+        self.counted = {name: int(value) for name, value in event["products"].items()}
 
 
 def finite(value: float) -> float:

@@ -28,24 +28,9 @@ PURPOSE = "receipt"
 VERSION = 1
 NO_SESSION = bytes(32)
 """In the place of a TLS exporter and of a verifier's key: no session has either."""
-_FIELDS = frozenset(
-    {
-        *("version", "job", "owner", "model", "data", "adapter", "recipe", "profile", "workers", "mask_workers"),
-        *(
-            "products",
-            "masks",
-            "losses",
-            "steps",
-            "tokens",
-            "began",
-            "ended",
-            "claims",
-            "evidence",
-            "nonce",
-            "attester",
-        ),
-    }
-)
+_OF_JOB = "job owner model data adapter recipe products masks losses steps tokens began ended"
+_OF_PLACE = "profile workers mask_workers claims evidence nonce attester"
+_FIELDS = frozenset(["version", *_OF_JOB.split(), *_OF_PLACE.split()])
 
 
 @dataclass(frozen=True)

@@ -14,32 +14,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from sqlalchemy import Connection, Table, create_engine, delete, event, func, insert, make_url, select, update
 from sqlalchemy.exc import IntegrityError as ConstraintError
 from sqlalchemy.exc import SQLAlchemyError
 
 from obfuscatune.errors import ConfigError, IntegrityError, StorageError
+from obfuscatune.service.keys import Owner
 from obfuscatune.service.tables import ENDED, QUEUED, RUNNING, about, files, jobs, metadata, owners, usage
 
 FORMAT = 1
 _PADDED_TO = 256
 """Bytes that a sealed column is filled up to a multiple of: its length tells little."""
-
-
-class Sealing(Protocol):
-    """An owner whose key was released."""
-
-    @property
-    def spki(self) -> str:
-        """SHA-256 of the owner's public key, in hex."""
-
-    def seal(self, data: bytes, purpose: str, name: str) -> bytes:
-        """Seal for this owner."""
-
-    def open(self, sealed: bytes, purpose: str, name: str) -> bytes:
-        """Raises IntegrityError: it was not sealed so."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +88,7 @@ class State:
         """Disconnect."""
         self._engine.dispose()
 
-    def owner_seen(self, owner: Sealing) -> bool:
+    def owner_seen(self, owner: Owner) -> bool:
         """Note an owner whose key was released; whether it is a new one.
 
         Raises:
@@ -124,12 +111,9 @@ class State:
     def use_tokens(self, grant: str, tokens: int) -> int:
         """Add to, or take back from, what a grant has used; the sum."""
         with self.writing() as connection:
-            raised = update(usage).where(usage.c.grant == grant).values(tokens=usage.c.tokens + tokens)
-            if not connection.execute(raised).rowcount:
-                connection.execute(insert(usage).values(grant=grant, tokens=max(0, tokens)))
-            return int(connection.scalar(select(usage.c.tokens).where(usage.c.grant == grant)) or 0)
+            return _use_tokens(connection, grant, tokens)
 
-    def add(self, table: Table, owner: Sealing, row_id: str, details: Mapping[str, Any], **clear: Any) -> Row:
+    def add(self, table: Table, owner: Owner, row_id: str, details: Mapping[str, Any], **clear: Any) -> Row:
         """Insert a row; where there is one of that id already, it stays, and is returned.
 
         Raises:
@@ -145,7 +129,7 @@ class State:
             connection.execute(insert(table).values(details=sealed, **values))
         return Row(row_id, owner.spki, values["created_at"], details, clear)
 
-    def get(self, table: Table, owner: Sealing, row_id: str) -> Row | None:
+    def get(self, table: Table, owner: Owner, row_id: str) -> Row | None:
         """A row of an owner's; None where that owner has none of that id."""
         if not _is_id(row_id):
             return None
@@ -157,7 +141,7 @@ class State:
     def page(
         self,
         table: Table,
-        owner: Sealing,
+        owner: Owner,
         *,
         after: str | None = None,
         limit: int = 20,
@@ -181,14 +165,14 @@ class State:
             found = connection.execute(query.order_by(order).limit(limit + 1)).mappings().all()
         return Page([_opened(owner, table, dict(row)) for row in found[:limit]], len(found) > limit)
 
-    def change(self, table: Table, owner: Sealing, row_id: str, details: Mapping[str, Any]) -> None:
+    def change(self, table: Table, owner: Owner, row_id: str, details: Mapping[str, Any]) -> None:
         """Replace a row's sealed part."""
         sealed = _sealed(owner, table, row_id, details)
         with self.writing() as connection:
             mine = update(table).where(table.c.id == row_id, table.c.owner == owner.spki)
             connection.execute(mine.values(details=sealed))
 
-    def remove(self, table: Table, owner: Sealing, row_id: str) -> bool:
+    def remove(self, table: Table, owner: Owner, row_id: str) -> bool:
         """Delete a row; whether there was one."""
         with self.writing() as connection:
             mine = delete(table).where(table.c.id == row_id, table.c.owner == owner.spki)
@@ -207,7 +191,7 @@ class State:
             return set(connection.scalars(select(table.c.id)))
 
     def add_job(
-        self, owner: Sealing, row_id: str, details: Mapping[str, Any], model: str, *, idempotency: str | None, most: int
+        self, owner: Owner, row_id: str, details: Mapping[str, Any], model: str, *, idempotency: str | None, most: int
     ) -> Row | None:
         """Queue a job; one of the same idempotency key is returned in its place. None where `most` have not ended."""
         sealed = _sealed(owner, jobs, row_id, details)
@@ -231,7 +215,7 @@ class State:
         before: Sequence[str],
         after: str,
         *,
-        owner: Sealing | None = None,
+        owner: Owner | None = None,
         details: Mapping[str, Any] | None = None,
         **clear: Any,
     ) -> bool:
@@ -250,10 +234,7 @@ class State:
         """
         with self.writing() as connection:
             connection.execute(update(jobs).where(jobs.c.id == job).values(charged=jobs.c.charged + tokens))
-            raised = update(usage).where(usage.c.grant == grant).values(tokens=usage.c.tokens + tokens)
-            if not connection.execute(raised).rowcount:
-                connection.execute(insert(usage).values(grant=grant, tokens=tokens))
-            return int(connection.scalar(select(usage.c.tokens).where(usage.c.grant == grant)) or 0)
+            return _use_tokens(connection, grant, tokens)
 
     def waiting_jobs(self) -> list[tuple[str, str, str, int]]:
         """(id, owner, model, attempts) of all owners' jobs that are queued, the oldest first."""
@@ -308,6 +289,13 @@ class State:
             raise StorageError(f"the database refused: {_said(error)}") from None
 
 
+def _use_tokens(connection: Connection, grant: str, tokens: int) -> int:
+    raised = update(usage).where(usage.c.grant == grant).values(tokens=usage.c.tokens + tokens)
+    if not connection.execute(raised).rowcount:
+        connection.execute(insert(usage).values(grant=grant, tokens=max(0, tokens)))
+    return int(connection.scalar(select(usage.c.tokens).where(usage.c.grant == grant)) or 0)
+
+
 def new_id(prefix: str) -> str:
     """A random id in OpenAI's form: `file-…`, `ftjob-…`."""
     return f"{prefix}{secrets.token_hex(12)}"
@@ -327,12 +315,12 @@ def padded(content: bytes) -> bytes:
     return content + b" " * (-len(content) % _PADDED_TO)
 
 
-def _sealed(owner: Sealing, table: Table, row_id: str, details: Mapping[str, Any]) -> bytes:
+def _sealed(owner: Owner, table: Table, row_id: str, details: Mapping[str, Any]) -> bytes:
     content = json.dumps(dict(details), separators=(",", ":"), allow_nan=False).encode()
     return owner.seal(padded(content), f"row/{table.name}", row_id)
 
 
-def _opened(owner: Sealing, table: Table, row: Mapping[str, Any]) -> Row:
+def _opened(owner: Owner, table: Table, row: Mapping[str, Any]) -> Row:
     content = owner.open(row["details"], f"row/{table.name}", row["id"])
     try:
         details = json.loads(content)

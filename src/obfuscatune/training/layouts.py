@@ -105,15 +105,6 @@ def check_columns(columns: Mapping[str, str]) -> None:
         raise ConfigError(f"--fields: no layout has the fields {', '.join(columns)} together; they are: {known}")
 
 
-def parse_record(line: Line) -> Record:
-    """Read one record that stands for itself.
-
-    Raises:
-        DataError: as `detect_format` and `Format.read`.
-    """
-    return detect_format(line).read(line)
-
-
 def parse_task_record(task: Task, line: Line) -> Completion:
     """Read one of a task's own records as its evaluation prompt and the gold answer.
 

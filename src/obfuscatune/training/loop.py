@@ -124,6 +124,21 @@ class OptimizerSettings:
     clip: float
     total_steps: int
 
+    def lr_at(self, step: int) -> float:
+        """The rate that step `step` (from 0) is taken with.
+
+        It rises linearly from 0 over `warmup_steps`, then stays (`constant`), or falls to 0 at `total_steps`
+        linearly or along half a cosine: `transformers.get_scheduler`.
+        """
+        if step < self.warmup_steps:
+            return self.lr * step / self.warmup_steps
+        if self.schedule == "constant":
+            return self.lr
+        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        if self.schedule == "linear":
+            return self.lr * max(0.0, 1.0 - progress)
+        return self.lr * max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+
 
 def make_optimizer(peft_model: "PeftModel", *, weight_decay: float, lr: float = 0.0) -> torch.optim.Optimizer:
     """AdamW with PyTorch's betas (0.9, 0.999) on all trainable parameters. `train` sets `lr` at each step.
@@ -161,13 +176,7 @@ def train(
         began = time.perf_counter()
         chosen = [[examples[index] for index in indices] for indices in plan.micro_batches(step)]
         batches = [collate(micro, pad_id, peft_model.device) for micro in chosen]
-        rate = learning_rate(
-            optimizer_settings.lr,
-            optimizer_settings.schedule,
-            optimizer_settings.warmup_steps,
-            optimizer_settings.total_steps,
-            step,
-        )
+        rate = optimizer_settings.lr_at(step)
         peft_model.train()
         loss = _accumulate(peft_model, batches, f"{plan.seed}/{step}")
         norm = clip_gradients(optimizer, optimizer_settings.clip)
@@ -245,22 +254,6 @@ def _refuse_non_finite(step: int, loss: float, norm: float) -> None:
 
 def _seed(label: str) -> int:
     return int.from_bytes(hashlib.sha256(label.encode()).digest()[:8], "big") >> 1
-
-
-def learning_rate(peak: float, schedule: Schedule, warmup_steps: int, total_steps: int, step: int) -> float:
-    """The rate that step `step` (from 0) is taken with.
-
-    It rises linearly from 0 over `warmup_steps`, then stays (`constant`), or falls to 0 at `total_steps`
-    linearly or along half a cosine: `transformers.get_scheduler`.
-    """
-    if step < warmup_steps:
-        return peak * step / warmup_steps
-    if schedule == "constant":
-        return peak
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    if schedule == "linear":
-        return peak * max(0.0, 1.0 - progress)
-    return peak * max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
 @dataclass(frozen=True)

@@ -183,65 +183,29 @@ def finetune(
         if recipe.gradient_checkpointing:
             _enable_gradient_checkpointing(model)
         optimizer = make_optimizer(peft_model, weight_decay=recipe.weight_decay)
-        progress = saved = resume(directory, peft_model, optimizer, made_of)
+        progress = resume(directory, peft_model, optimizer, made_of)
         directory.write_file("recipe.yaml", recipe.to_yaml().encode())
         if recipe.tensorboard:
             report = stack.enter_context(also_on_board(report, directory, progress, recipe.logging_steps))
         journal = Journal(directory, progress, report)
         account = MaskAccount.of(model, directory)
         report(Started(progress.step, cadence.total_steps, data, cadence.planned_before(before)))
-        pad_id = end_id(tokenizer)
-
-        def measure() -> None:
-            """Measure what is due; a measurement that is broken off is made when the run goes on."""
-            if data.eval is None or journal.progress.is_measured or not cadence.measures_at(journal.progress.step):
-                return
-            with suppress(_StopAskedError):
-                loss = mean_loss(
-                    peft_model,
-                    data.eval.examples,
-                    batch_size=recipe.batch_size,
-                    pad_id=pad_id,
-                    before_batch=partial(_raise_if, stop_asked),
-                )
-                journal.measured(loss)
-
-        def settle() -> bool:
-            """What is due after the steps so far: measure, save, end where asked to. Whether the run is complete."""
-            nonlocal saved
-            measure()
-            now = journal.progress
-            complete = now.step == cadence.total_steps or now.is_stopped(recipe.patience)
-            stopping = not complete and stop_asked()
-            is_best = recipe.keeps_best and now.best is not None and now.best[0] == now.step
-            due = complete or stopping or is_best or cadence.saves_at(now.step)
-            if due and now.step and now != saved:
-                save_checkpoint(
-                    directory,
-                    peft_model,
-                    optimizer,
-                    now,
-                    made_of,
-                    kept=recipe.checkpoints_kept,
-                    keep_best=recipe.keeps_best,
-                )
-                saved = now
-            if stopping:
-                written = "a checkpoint is written" if now.step else "there is nothing to save yet"
-                raise RunStopped(f"stopped after step {now.step} of {cadence.total_steps}: {written}")
-            return complete
-
-        complete = settle()
+        course = _Course(
+            *(recipe, cadence, data, directory, peft_model, optimizer, journal, made_of, progress),
+            pad_id=end_id(tokenizer),
+            stop_asked=stop_asked,
+        )
+        complete = course.settle()
         if not complete:
             directory.remove_file("run.json")  # of the shorter run that this one goes on from
         steps = train(
             *(peft_model, optimizer, data.train.examples, cadence.plan, cadence.optimizer_settings),
-            pad_id=pad_id,
+            pad_id=course.pad_id,
             first_step=progress.step,
         )
         while not complete:
             journal.stepped(next(steps))
-            complete = settle()
+            complete = course.settle()
 
         stopped_early = journal.progress.step < cadence.total_steps
         best_step = load_best(directory, peft_model, journal.progress) if recipe.load_best else None
@@ -250,6 +214,67 @@ def finetune(
         made = summary(journal.progress) | account.as_json() | ({} if provider is None else {PROVIDER_KEY: provider})
         directory.write_file("run.json", json.dumps(made, indent=2).encode() + b"\n")
     return Outcome(peft_model.eval(), journal.progress, recipe.out / "adapter", best_step, stopped_early)
+
+
+@dataclass
+class _Course:
+    """A run on its way: after each step it measures and saves what is due, and knows when it is over."""
+
+    recipe: Recipe
+    cadence: Cadence
+    data: Data
+    directory: RunDirectory
+    peft_model: PeftModel
+    optimizer: torch.optim.Optimizer
+    journal: Journal
+    made_of: Mapping[str, Any]
+    saved: Progress
+    """As far as the newest checkpoint goes."""
+    pad_id: int
+    stop_asked: Callable[[], bool]
+
+    def settle(self) -> bool:
+        """Do what is due after the steps so far. Whether the run is complete.
+
+        Raises:
+            RunStopped: it was asked to end early, and what it did is saved.
+        """
+        self._measure()
+        now = self.journal.progress
+        complete = now.step == self.cadence.total_steps or now.is_stopped(self.recipe.patience)
+        stopping = not complete and self.stop_asked()
+        is_best = self.recipe.keeps_best and now.best is not None and now.best[0] == now.step
+        if complete or stopping or is_best or self.cadence.saves_at(now.step):
+            self._save(now)
+        if stopping:
+            written = "a checkpoint is written" if now.step else "there is nothing to save yet"
+            raise RunStopped(f"stopped after step {now.step} of {self.cadence.total_steps}: {written}")
+        return complete
+
+    def _measure(self) -> None:
+        """Measure, if it is due; a measurement that is broken off is made when the run goes on."""
+        now = self.journal.progress
+        if self.data.eval is None or now.is_measured or not self.cadence.measures_at(now.step):
+            return
+        with suppress(_StopAskedError):
+            loss = mean_loss(
+                self.peft_model,
+                self.data.eval.examples,
+                batch_size=self.recipe.batch_size,
+                pad_id=self.pad_id,
+                before_batch=partial(_raise_if, self.stop_asked),
+            )
+            self.journal.measured(loss)
+
+    def _save(self, now: Progress) -> None:
+        if not now.step or now == self.saved:
+            return
+        save_checkpoint(
+            *(self.directory, self.peft_model, self.optimizer, now, self.made_of),
+            kept=self.recipe.checkpoints_kept,
+            keep_best=self.recipe.keeps_best,
+        )
+        self.saved = now
 
 
 def summary(progress: Progress) -> dict[str, object]:

@@ -5,7 +5,6 @@ followed: each path is opened folder by folder, and what is found under another'
 """
 
 import errno
-import fcntl
 import logging
 import os
 import shutil
@@ -15,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from obfuscatune.errors import ConfigError, StorageError
-from obfuscatune.protocol.files import NOT_OFFERED, sync
+from obfuscatune.protocol.files import lock, sync
 
 _UNFINISHED = ".unfinished-"
 _DISCARDED = ".discarded-"
@@ -53,13 +52,12 @@ class RunDirectory:
 
     def _lock(self, descriptor: int) -> None:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not lock(descriptor):
+                log.warning("%s: this file system has no locks: see that no other run writes here", self.root)
         except BlockingIOError:
             raise ConfigError(f"{self.root}: another run is writing here; choose another --out") from None
         except OSError as error:
-            if error.errno not in NOT_OFFERED:
-                raise StorageError(f"{self.root / '.lock'}: the disk refused: {error.strerror}") from error
-            log.warning("%s: this file system has no locks: see that no other run writes here", self.root)
+            raise StorageError(f"{self.root / '.lock'}: the disk refused: {error.strerror}") from error
 
     def clean(self) -> None:
         """Remove what a killed process left half written or half deleted."""

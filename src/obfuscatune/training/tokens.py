@@ -8,9 +8,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from obfuscatune.errors import ConfigError, DataError
+from obfuscatune.errors import ConfigError, DataError, ModelFileError
 from obfuscatune.training.data_files import Completion, Conversation, Message, Record, Text
 
 if TYPE_CHECKING:
@@ -36,6 +37,20 @@ class Encoded:
     def first(self, count: int) -> "Encoded":
         """The first `count` tokens."""
         return Encoded(self.input_ids[:count], self.trained[:count])
+
+
+def read_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a model's directory; no code of its own is run.
+
+    Raises:
+        ModelFileError: there is none, or it cannot be used.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers raise what they like, Exception itself too
+        raise ModelFileError(f"{directory} has no tokenizer that can be used: {error}") from error
 
 
 def context_window(config: Any) -> int:

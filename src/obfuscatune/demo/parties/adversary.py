@@ -3,14 +3,13 @@
 import contextlib
 import socket
 import threading
-from types import TracebackType
 from typing import Self
 
 from obfuscatune.channel.identity import Identity
 from obfuscatune.channel.messages import Hello, MessageType, pack, parse_body
 from obfuscatune.channel.session import Session, tls_context
 from obfuscatune.errors import ObfuscaTuneError
-from obfuscatune.protocol.transport import Deadline
+from obfuscatune.protocol.sockets import Deadline
 
 _SECONDS = 30.0
 
@@ -34,9 +33,7 @@ class RelayingAdversary:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._thread.join()

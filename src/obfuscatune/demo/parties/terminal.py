@@ -7,15 +7,15 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.status import Status
-from rich.table import Table
+from rich.table import Column
 from rich.text import Text
 
 from obfuscatune.demo.parties.result import Refusal, Result, Searched, Step
 from obfuscatune.demo.settings import REPORT
 from obfuscatune.report.page import format_seconds
+from obfuscatune.report.terminal import plain_table, result_console
 
 _STYLES = {"provider": "magenta", "cloud": "blue", "alice": "cyan", "bob": "cyan", "mallory": "red", "all": "white"}
-_PIPE_WIDTH = 140
 _SECONDS_BETWEEN_LINES = 10.0
 """Where there is no terminal to show what is being done."""
 
@@ -77,12 +77,9 @@ class TerminalScreen:
 
 def print_result(result: Result, out: Path) -> None:
     """The verdict, how training went, and where the files are."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = _PIPE_WIDTH
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
-    for column in ("", "loss", "answered right", "refused", "searched, found nothing", "controls, found"):
-        table.add_column(column, style="" if column else "bold")
+    console = result_console()
+    headings = ("loss", "answered right", "refused", "searched, found nothing", "controls, found")
+    table = plain_table(Column("", style="bold"), *headings, gap=3)
     for scene in result.scenes:
         quiet = [it for it in scene.searches if not it.is_control]
         loud = [it for it in scene.searches if it.is_control]

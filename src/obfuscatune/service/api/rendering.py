@@ -29,18 +29,25 @@ def _chat_choice(answer: Answer, choice: Choice) -> dict[str, Any]:
     tokenizer = answer.target.model.tokenizer
     told = logprobs.of_chat(tokenizer, choice.tokens) if answer.body.logprobs else None
     message = {"role": "assistant", "content": "".join(choice.text), "refusal": None}
-    return {"index": choice.index, "message": message, "logprobs": told, "finish_reason": _reason(choice)}
+    return _part(choice, {"message": message}, told, _reason(choice))
 
 
 def _text_choice(answer: Answer, choice: Choice) -> dict[str, Any]:
-    tokenizer, echoed, told = answer.target.model.tokenizer, "", None
-    if isinstance(answer.body, CompletionBody) and answer.body.echo:
-        echoed = tokenizer.decode(choice.prompt, skip_special_tokens=False)
+    tokenizer, told = answer.target.model.tokenizer, None
+    echoed = _prompt_text(answer, choice) if isinstance(answer.body, CompletionBody) and answer.body.echo else ""
     if answer.body.logprobs is not None:
         before = () if choice.prompt_logprobs is None else choice.prompt_logprobs.logprobs
         told = logprobs.of_text(tokenizer, choice.prompt if echoed else (), before, choice.tokens, 0)
-    text = echoed + "".join(choice.text)
-    return {"index": choice.index, "text": text, "logprobs": told, "finish_reason": _reason(choice)}
+    return _part(choice, {"text": echoed + "".join(choice.text)}, told, _reason(choice))
+
+
+def _part(choice: Choice, said: dict[str, Any], told: Any = None, reason: str | None = None) -> dict[str, Any]:
+    """A choice, or a piece of one that is still coming."""
+    return {"index": choice.index, **said, "logprobs": told, "finish_reason": reason}
+
+
+def _prompt_text(answer: Answer, choice: Choice) -> str:
+    return str(answer.target.model.tokenizer.decode(choice.prompt, skip_special_tokens=False))
 
 
 def _reason(choice: Choice) -> str:
@@ -110,10 +117,9 @@ def _chunk(answer: Answer, choice: dict[str, Any]) -> dict[str, Any]:
 def _first_chunks(answer: Answer, choice: Choice) -> list[dict[str, Any]]:
     if answer.is_chat:
         delta = {"role": "assistant", "content": "", "refusal": None}
-        return [_chunk(answer, {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None})]
+        return [_chunk(answer, _part(choice, {"delta": delta}))]
     if isinstance(answer.body, CompletionBody) and answer.body.echo and answer.body.logprobs is None:
-        text = answer.target.model.tokenizer.decode(choice.prompt, skip_special_tokens=False)
-        return [_chunk(answer, {"index": choice.index, "text": text, "logprobs": None, "finish_reason": None})]
+        return [_chunk(answer, _part(choice, {"text": _prompt_text(answer, choice)}))]
     return []
 
 
@@ -124,21 +130,18 @@ def _chunks(answer: Answer, choice: Choice, event: Any, offsets: dict[int, int])
     if answer.is_chat:
         if wants and tokens:
             told = logprobs.of_chat(tokenizer, tokens)
-        part: dict[str, Any] = {"delta": {"content": text} if text or told else {}}
+        said: dict[str, Any] = {"delta": {"content": text} if text or told else {}}
     else:
         prompt: Sequence[int] = ()
         before: Any = ()
         if isinstance(event, PromptEvent):
             prompt, before = choice.prompt, event.logprobs
-            text = tokenizer.decode(choice.prompt, skip_special_tokens=False)
+            text = _prompt_text(answer, choice)
         if wants is not None and (tokens or prompt):
             told = logprobs.of_text(tokenizer, prompt, before, tokens, offsets[choice.index])
             offsets[choice.index] += sum(len(token) for token in told["tokens"])
-        part = {"text": text}
-    if not isinstance(event, FinishEvent):
-        empty = {"index": choice.index, **part, "logprobs": told, "finish_reason": None}
-        return [_chunk(answer, empty)] if text or told else []
-    found = [_chunk(answer, {"index": choice.index, **part, "logprobs": None, "finish_reason": None})] if text else []
-    last: dict[str, Any] = {"delta": {}} if answer.is_chat else {"text": ""}
-    end = {"index": choice.index, **last, "logprobs": None, "finish_reason": _reason(choice)}
-    return [*found, _chunk(answer, end)]
+        said = {"text": text}
+    found = [_part(choice, said, told)] if text or told else []
+    if isinstance(event, FinishEvent):
+        found.append(_part(choice, {"delta": {}} if answer.is_chat else {"text": ""}, None, _reason(choice)))
+    return [_chunk(answer, it) for it in found]

@@ -11,16 +11,14 @@ Until its handshake is done a client is a stranger: `Handshakes` bounds how many
 
 import asyncio
 import contextlib
-import hashlib
 import os
 import ssl
 from typing import Any
 
 from cryptography import x509
-from cryptography.hazmat.primitives import serialization
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from obfuscatune.protocol.tls import fingerprint, make_identity
+from obfuscatune.protocol.certificates import fingerprint, key_digest, make_identity
 
 EXTENSION = "obfuscatune.peer"
 HANDSHAKE_SECONDS = 10.0
@@ -59,13 +57,6 @@ def _load(context: ssl.SSLContext, certificate: bytes, key: bytes) -> None:
         os.pwrite(descriptor, bytes(len(certificate + key)), 0)
     finally:
         os.close(descriptor)
-
-
-def spki_of(certificate_der: bytes) -> str:
-    """SHA-256 of a certificate's public key, in hex."""
-    key = x509.load_der_x509_certificate(certificate_der).public_key()
-    der = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
-    return hashlib.sha256(der).hexdigest()
 
 
 class Handshakes:
@@ -147,7 +138,7 @@ class Protocol(H11Protocol):
         if connection is not None:
             with contextlib.suppress(ValueError):
                 der = connection.getpeercert(binary_form=True)
-                peer = None if der is None else spki_of(der)
+                peer = None if der is None else key_digest(x509.load_der_x509_certificate(der)).hex()
         self.app_state = {**self.app_state, EXTENSION: peer}
         same = sum(isinstance(it, Protocol) and it.app_state.get(EXTENSION) == peer for it in self.connections)
         if self.limit_concurrency is not None and same > max(1, self.limit_concurrency // 2):

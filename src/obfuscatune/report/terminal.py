@@ -1,8 +1,10 @@
-"""Curves on a terminal: eight dots in every character cell, with a scale at the left and steps below."""
+"""A result on a terminal: where it is printed, tables without rules, and curves of eight dots in every character."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from rich.console import Console
+from rich.table import Column, Table
 from rich.text import Text
 
 from obfuscatune.report.axes import Axis, linear_axis
@@ -10,6 +12,30 @@ from obfuscatune.report.axes import Axis, linear_axis
 _FIRST = 0x2800  # the braille pattern without dots
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # by row and column within a cell
 _MARGIN = 7
+_PIPE_WIDTH = 160
+
+
+def result_console() -> Console:
+    """Standard output. A pipe has no width of its own: it is taken to be so wide that no line is cut."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _PIPE_WIDTH
+    return console
+
+
+def plain_table(*text: str | Column, numbers: Sequence[str] = (), gap: int = 2, title: str | None = None) -> Table:
+    """A table without rules, to be filled: columns of text first, then those of numbers, `gap` spaces between them."""
+    columns = (*text, *(Column(heading, justify="right") for heading in numbers))
+    return Table(
+        *columns,
+        box=None,
+        pad_edge=False,
+        padding=(0, gap, 0, 0),
+        header_style="bold",
+        title=title,
+        title_justify="left",
+        title_style="bold",
+    )
 
 
 @dataclass(frozen=True)

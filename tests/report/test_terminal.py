@@ -1,8 +1,8 @@
-"""Curves of characters."""
+"""Tables and curves of characters."""
 
 import pytest
 
-from obfuscatune.report.braille import Curve, draw, legend
+from obfuscatune.report.terminal import Curve, draw, legend, plain_table, result_console
 
 
 def lines(*values, steps=10, columns=40, rows=5):
@@ -37,3 +37,15 @@ def test_short_runs_are_drawn(values):
 
 def test_the_legend_names_every_curve():
     assert "━━ a   ━━ b" in legend([Curve("a", [], "red"), Curve("b", [], "blue")]).plain
+
+
+def test_a_pipe_is_as_wide_as_its_longest_row(capsys):
+    table = plain_table("layer", numbers=("count",), title="many layers")
+    table.add_row("x" * 100, "7")
+    table.add_row("y", "12")
+    result_console().print(table)
+    title, headings, first, second = capsys.readouterr().out.splitlines()
+    assert title.rstrip() == "many layers"
+    assert headings.split() == ["layer", "count"]
+    assert first == "x" * 100 + "  " + "7".rjust(5)
+    assert second == "y".ljust(100) + "  " + "12".rjust(5)

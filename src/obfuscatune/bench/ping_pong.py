@@ -1,9 +1,17 @@
-"""A bare ping-pong of two Python processes: what a request of as many bytes takes at the least."""
+"""A bare ping-pong of two Python processes: what a request of as many bytes takes at the least.
+
+run as:  python -m obfuscatune.bench.ping_pong unix:/path | tcp:host:port [CERTIFICATE KEY]    the other end
+
+Each connection says first how many bytes go there and back (two u64), then plays until it is closed: with Python's
+sockets and nothing else.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import time
@@ -11,8 +19,61 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from obfuscatune.bench.pong import SIZES, receive
 from obfuscatune.errors import ConnectionLost
+
+SIZES = struct.Struct("<QQ")
+
+
+def receive(sock: socket.socket, view: memoryview) -> bool:
+    """Fill the view; whether the peer sent so much."""
+    done = 0
+    while done < len(view):
+        came = sock.recv_into(view[done:])
+        if not came:
+            return False
+        done += came
+    return True
+
+
+def play(sock: socket.socket) -> None:
+    """Answer until the peer closes."""
+    sizes = bytearray(SIZES.size)
+    if not receive(sock, memoryview(sizes)):
+        return
+    there, back = SIZES.unpack(sizes)
+    view, answer = memoryview(bytearray(there)), bytes(back)
+    while receive(sock, view):
+        sock.sendall(answer)
+
+
+def listen(address: str) -> socket.socket:
+    """A socket that listens at unix:/path or tcp:host:port."""
+    kind, _, place = address.partition(":")
+    if kind == "unix":
+        sock = socket.socket(socket.AF_UNIX)
+        sock.bind(place)
+    else:
+        host, _, port = place.rpartition(":")
+        sock = socket.create_server((host, int(port)))
+    sock.listen()
+    return sock
+
+
+def main(address: str, *identity: str) -> None:
+    """Play with one after another, for ever."""
+    tls = None
+    if identity:
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.load_cert_chain(*identity)
+    with listen(address) as listener:
+        sys.stdout.write("ready\n")
+        sys.stdout.flush()
+        while True:
+            accepted, peer = listener.accept()
+            if peer:
+                accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with contextlib.suppress(OSError), accepted if tls is None else tls.wrap_socket(accepted, True) as sock:
+                play(sock)
 
 
 class PingPong:
@@ -45,7 +106,7 @@ def ping_pong(address: str, identity: tuple[Path, Path] | None = None) -> Iterat
     Raises:
         ConnectionLost: it did not start.
     """
-    program = [sys.executable, "-m", "obfuscatune.bench.pong", address, *map(str, identity or ())]
+    program = [sys.executable, "-m", __name__, address, *map(str, identity or ())]
     with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as process:
         try:
             if process.stdout is None or process.stdout.readline() != "ready\n":
@@ -70,3 +131,7 @@ def _connected(address: str, identity: tuple[Path, Path] | None) -> socket.socke
     tls.check_hostname = False
     tls.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     return tls.wrap_socket(sock)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
