@@ -41,9 +41,11 @@ def run(*arguments: object, fails: bool = False, quiet: bool = False) -> str:
 
 
 class World:
-    """`root` holds a directory for each party; the cloud's is what the cloud's owner sees."""
+    """`root` holds a directory for each party; the cloud's is what the cloud's owner sees. `model`: what is sealed."""
 
-    def __init__(self, root: Path, owners: Sequence[str] = ("alice", "bob"), **settings: object) -> None:
+    def __init__(
+        self, root: Path, owners: Sequence[str] = ("alice", "bob"), *, model: Path | None = None, **settings: object
+    ) -> None:
         self.root, self.cloud = root, root / "cloud"
         self.cloud.mkdir()
         for name in ("provider", *owners):
@@ -56,7 +58,7 @@ class World:
         run(
             "provider",
             "seal",
-            tiny_model_path(),
+            model or tiny_model_path(),
             "-o",
             self.bundle,
             "--identity",

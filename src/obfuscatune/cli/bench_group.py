@@ -56,9 +56,9 @@ Profiles = Annotated[
 class Ending:
     """What becomes of a result."""
 
-    out: Annotated[Path | None, Option("Also write JSON, Markdown and a picture, if there is one, to this folder.")] = (
-        None
-    )
+    out: Annotated[
+        Path | None, Option("Also write JSON, Markdown, an HTML page and a picture, if there is one, to this folder.")
+    ] = None
     as_json: options.AsJson = False
 
     def show(self, result: "Result", name: str, picture: "Bars | Chart | None" = None) -> None:
@@ -66,8 +66,7 @@ class Ending:
         from obfuscatune.bench.compare import keep
 
         if self.out is not None:
-            svg = None if picture is None else picture.svg(alone=True) + "\n"
-            notice(f"written: {keep(self.out, name, result.as_json(), result.as_markdown(), svg)}")
+            notice(f"written: {keep(self.out, name, result.as_json(), result.as_markdown(), picture)}")
         if self.as_json:
             write_json(result.as_json())
         else:

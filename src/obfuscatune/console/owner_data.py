@@ -7,6 +7,7 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from obfuscatune.console.connection import OwnerConnection
+from obfuscatune.console.pages import text
 from obfuscatune.console.records import check_records
 from obfuscatune.console.shell import Shell
 from obfuscatune.console.views import StoredFile
@@ -44,13 +45,13 @@ def stored_files(connection: OwnerConnection) -> list[StoredFile]:
     told = connection.service.document("GET", "/v1/files", params={"purpose": _UPLOADED, "limit": 1000})
     found = told.get("data")
     if not isinstance(found, list):
-        raise IntegrityError("expected a list of files in the service's answer")
+        raise IntegrityError(text("error.answer_list"))
     return [StoredFile.read(it) for it in found]
 
 
 def _send(connection: OwnerConnection, content: bytes, name: str) -> StoredFile:
     if not check_records(content).is_usable:
-        raise DataError(f"{name}: not every line can be used")
+        raise DataError(text("error.lines", name=name))
     files = {"file": (name, content, "application/jsonl")}
     return StoredFile.read(connection.service.document("POST", "/v1/files", data={"purpose": _UPLOADED}, files=files))
 

@@ -21,7 +21,7 @@ from obfuscatune.console.pages import format_count, format_span, text
 from obfuscatune.console.shell import Shell, attachment
 from obfuscatune.console.views import Event, Job, Model, Progress
 from obfuscatune.documents import canonical
-from obfuscatune.errors import ObfuscaTuneError, TermsError
+from obfuscatune.errors import ConnectionLost, ObfuscaTuneError, TermsError
 
 _SECONDS_BETWEEN_LOOKS = 1.0
 _LEAST_STALL_SECONDS = 8.0
@@ -173,6 +173,8 @@ async def _follow(connection: OwnerConnection, job_id: str) -> AsyncIterator[byt
         try:
             found, progress, events = await to_thread.run_sync(_look, connection, job_id, seen)
         except ObfuscaTuneError as error:
+            if isinstance(error, ConnectionLost):
+                connection.supervisor.soon()
             yield _event("problem", {"message": str(error), "standing": connection.seconds_left is not None})
             return
         seen.update(it.id for it in events)
