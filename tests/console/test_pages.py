@@ -29,6 +29,7 @@ DYNAMIC += (
     "enclave.verdict.",
     "enclave.meaning.",
     "operator.role.",
+    "version.",
     "guard.",
 )
 
