@@ -88,10 +88,9 @@ def test_a_snapshot_has_no_place_for_what_is_private() -> None:
     assert maps == {"models", "jobs", "versions"}  # by status; by name of what runs
 
 
-def test_the_load_of_a_worker_is_what_it_did_between_two_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_load_of_a_worker_is_what_it_did_between_two_looks() -> None:
     now = [100.0]
-    monkeypatch.setattr("time.monotonic", lambda: now[0])
-    pace = _Pace()
+    pace = _Pace(lambda: now[0])
     assert pace.of(SNAPSHOT).workers == ()
     now[0] += 2.0
     busier = replace(SNAPSHOT, tokens=1050, workers=(replace(SNAPSHOT.workers[0], products=30), SNAPSHOT.workers[1]))
