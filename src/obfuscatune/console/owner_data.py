@@ -1,9 +1,10 @@
 """The owner's data: checked on this machine, and only then uploaded to the verified enclave."""
 
+from typing import Annotated
 from urllib.parse import unquote
 
 from anyio import to_thread
-from fastapi import Request
+from fastapi import Path, Request
 from fastapi.responses import Response
 
 from obfuscatune.console.connection import OwnerConnection
@@ -14,6 +15,7 @@ from obfuscatune.console.views import StoredFile
 from obfuscatune.errors import DataError, IntegrityError
 
 _UPLOADED = "fine-tune"
+FileId = Annotated[str, Path(pattern=r"^[A-Za-z0-9_-]{1,128}$")]
 
 
 def add(shell: Shell, connection: OwnerConnection) -> None:
@@ -38,6 +40,12 @@ def add(shell: Shell, connection: OwnerConnection) -> None:
         content, name = await request.body(), _name(request)
         sent = await to_thread.run_sync(_send, connection, content, name)
         return shell.redirect(f"/jobs/new?file={sent.id}")
+
+    @router.post("/data/{file_id}/delete")
+    def delete(file_id: FileId) -> Response:
+        """Delete a file at the enclave, for good."""
+        connection.service.document("DELETE", f"/v1/files/{file_id}")
+        return shell.redirect("/data")
 
 
 def stored_files(connection: OwnerConnection) -> list[StoredFile]:
