@@ -16,7 +16,7 @@ MOST_SECONDS = 1.0
 MOST_BYTES = 200_000
 LOADS = 5
 OUTLINE = "(({ outlineStyle, outlineWidth }) => [outlineStyle, outlineWidth])(getComputedStyle(document.activeElement))"
-MENU = ["Enclave", "Data", "Jobs", "Compare", "Sign out"]
+MENU = ["Enclave", "Data", "Jobs", "Compare", "Log", "Sign out"]
 ACTIVE = "(() => { const it = document.activeElement; return it.innerText?.trim() || it.id || it.tagName })()"
 
 

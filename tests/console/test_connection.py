@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
 from obfuscatune.attest.checks import Check
+from obfuscatune.channel.audit_chain import verify_copy
 from obfuscatune.channel.client import Attested
 from obfuscatune.channel.identity import Identity
 from obfuscatune.client.heads import HeadFile
@@ -23,7 +24,8 @@ from obfuscatune.console.owner import owner_console
 from obfuscatune.service.audit_log import AuditLog
 from tests.channel.parties import Enclave
 from tests.client.conftest import served, server_context
-from tests.console.conftest import Handler, Served, serve
+from tests.console.conftest import ATTACK, Handler, Served, serve
+from tests.console.test_escape import harmless
 
 SIGNING_KEY = Ed25519PrivateKey.generate()
 
@@ -32,6 +34,7 @@ class LoggingEnclave(Handler):
     """An enclave with an audit log that is real, and that its disk's owner can set back."""
 
     serving: ExitStack
+    spoil: Callable[[bytes], bytes] = staticmethod(lambda copy: copy)
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -51,7 +54,8 @@ class LoggingEnclave(Handler):
     def app(self) -> Starlette:
         def audit_log(request: Any) -> StreamingResponse:
             since = int(request.query_params["since"])
-            return StreamingResponse(iter([b"".join(self.log.copy_for("one", since))]))
+            whose = self.came[0][1] if self.came else "one"
+            return StreamingResponse(iter([self.spoil(b"".join(self.log.copy_for(whose, since)))]))
 
         def models(_: Any) -> JSONResponse:
             return JSONResponse({"models": []})
@@ -158,3 +162,44 @@ def test_a_service_that_goes_away_is_verified_anew_soon(followed: tuple[Served, 
     page = console.browser.get(path)
     assert page.status_code == (200 if path == "/" else 502)
     assert supervisor._wanted.is_set()
+
+
+def test_the_log_is_shown_once_it_verified(followed: tuple[Served, LoggingEnclave]) -> None:
+    console, enclave = followed
+    assert console.connection.supervisor.check()
+    own = console.connection.identity.fingerprint
+    enclave.log.append(own, "adapter-exported", {"job": "ftjob-1", "sha256": {"a": "b"}})
+    enclave.log.append(own, ATTACK, {ATTACK[:40]: ATTACK})
+    enclave.log.append("another", "file-created", {"file": "file-of-another"})
+    page = console.browser.get("/log")
+    assert page.status_code == 200
+    shown = harmless(console, page.text)
+    for told in ("The log holds: 8 entries", "Adapter handed out", "Left the enclave", "ftjob-1", ATTACK[:80]):
+        assert told in shown
+    assert "file-of-another" not in shown
+    (tmp := enclave.path.with_name("copy")).write_bytes(console.browser.get("/log.jsonl").content)
+    with tmp.open("rb") as file:
+        head, clear = verify_copy(file, frozenset({SIGNING_KEY.public_key().public_bytes_raw().hex()}))
+    assert (head.count, clear) == (8, 2)
+
+
+def test_a_log_that_does_not_hold_is_not_shown(followed: tuple[Served, LoggingEnclave]) -> None:
+    console, enclave = followed
+    assert console.connection.supervisor.check()
+    own = console.connection.identity.fingerprint
+    enclave.log.append(own, "file-created", {"file": "file-1"})
+    enclave.spoil = lambda copy: copy.replace(b"file-1", b"file-2")
+    page = console.browser.get("/log")
+    assert page.status_code == 502
+    assert "The log does not hold" in page.text and "the chain breaks at line 6" in page.text
+    assert "file-2" not in page.text
+    enclave.spoil = lambda copy: b""
+    assert "its end was cut off" in console.browser.get("/log").text
+
+
+def test_a_log_is_read_up_to_a_length(followed: tuple[Served, LoggingEnclave], monkeypatch: pytest.MonkeyPatch) -> None:
+    console, _ = followed
+    assert console.connection.supervisor.check()
+    monkeypatch.setattr("obfuscatune.console.owner_log.MOST_BYTES", 300)
+    page = console.browser.get("/log")
+    assert page.status_code == 502 and "more than 300 bytes" in page.text

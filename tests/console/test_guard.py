@@ -11,7 +11,19 @@ from obfuscatune.console.guard import COOKIE, HEADERS
 from obfuscatune.console.sessions import SESSION_SECONDS, Sessions
 from tests.console.conftest import Served
 
-PAGES = ("/", "/data", "/jobs", "/jobs/new", "/compare", "/standing", "/verification.json", "/nothing", "/enter")
+PAGES = (
+    "/",
+    "/data",
+    "/jobs",
+    "/jobs/new",
+    "/compare",
+    "/log",
+    "/log.jsonl",
+    "/standing",
+    "/verification.json",
+    "/nothing",
+    "/enter",
+)
 CHANGES = (
     *("/verify", "/leave", "/jobs", "/data/upload", "/data/file-1/delete", "/compare/answer"),
     *(f"/jobs/{'a' * 8}/{it}" for it in ("cancel", "delete", "ask")),

@@ -30,6 +30,7 @@ DYNAMIC += (
     "enclave.meaning.",
     "operator.role.",
     "version.",
+    "done.",
     "guard.",
 )
 

@@ -7,7 +7,7 @@ from fastapi import HTTPException, Request
 from fastapi.responses import Response
 
 from obfuscatune.attest.record import to_file_bytes
-from obfuscatune.console import owner_compare, owner_data, owner_jobs
+from obfuscatune.console import owner_compare, owner_data, owner_jobs, owner_log
 from obfuscatune.console.assessment import assess, assess_checks
 from obfuscatune.console.connection import OwnerConnection
 from obfuscatune.console.records import MOST_FILE_BYTES
@@ -15,7 +15,13 @@ from obfuscatune.console.shell import Shell, attachment
 from obfuscatune.console.views import Model
 from obfuscatune.errors import ConnectionLost
 
-NAVIGATION = (("/", "owner.enclave"), ("/data", "owner.data"), ("/jobs", "owner.jobs"), ("/compare", "owner.compare"))
+NAVIGATION = (
+    ("/", "owner.enclave"),
+    ("/data", "owner.data"),
+    ("/jobs", "owner.jobs"),
+    ("/compare", "owner.compare"),
+    ("/log", "owner.log"),
+)
 
 
 def owner_console(connection: OwnerConnection, tell: Callable[[str], None]) -> Shell:
@@ -85,4 +91,5 @@ def owner_console(connection: OwnerConnection, tell: Callable[[str], None]) -> S
     owner_data.add(shell, connection)
     owner_jobs.add(shell, connection)
     owner_compare.add(shell, connection)
+    owner_log.add(shell, connection)
     return shell

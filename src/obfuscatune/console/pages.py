@@ -80,9 +80,18 @@ def format_bytes(value: Any) -> str:
 
 def format_time(value: Any) -> str:
     """Unix seconds as `2026-11-29 14:05 UTC`."""
+    return _written(value, "%Y-%m-%d %H:%M UTC")
+
+
+def format_moment(value: Any) -> str:
+    """Unix seconds as `2026-11-29 14:05:33 UTC`."""
+    return _written(value, "%Y-%m-%d %H:%M:%S UTC")
+
+
+def _written(value: Any, form: str) -> str:
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 253402300800:
         return _NOTHING
-    return datetime.datetime.fromtimestamp(value, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return datetime.datetime.fromtimestamp(value, datetime.UTC).strftime(form)
 
 
 def format_span(seconds: Any) -> str:
@@ -122,7 +131,7 @@ def environment() -> "Environment":
     )
     made.globals.update(t=text, t_or=text_or, language=LANGUAGE)
     filters = {"count": format_count, "bytes": format_bytes, "time": format_time, "span": format_span}
-    made.filters.update(filters, ago=format_ago, short=short)
+    made.filters.update(filters, moment=format_moment, ago=format_ago, short=short)
     return made
 
 
