@@ -53,7 +53,7 @@ class LoggingEnclave(Handler):
 
     def app(self) -> Starlette:
         def audit_log(request: Any) -> StreamingResponse:
-            since = int(request.query_params["since"])
+            since = int(request.query_params.get("since", 0))
             whose = self.came[0][1] if self.came else "one"
             return StreamingResponse(iter([self.spoil(b"".join(self.log.copy_for(whose, since)))]))
 

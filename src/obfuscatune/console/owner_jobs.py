@@ -234,7 +234,8 @@ def _state(job: Job, progress: Progress, events: list[Event]) -> dict[str, Any]:
         "steps": progress.steps,
         "speed": None if speed is None else f"{speed:,.0f}",
         "left": None if progress.seconds_left is None else format_span(progress.seconds_left),
-        "products": None if progress.verified is None else _products(progress),
+        "verified": _share(progress),
+        "requests": None if progress.verified is None else _products(progress),
         "advantage": None if progress.advantage is None else f"{progress.advantage:.2g}",
         "budget": None if progress.budget is None else text("job.allowed", budget=f"{progress.budget:g}"),
         "events": [asdict(it) for it in events],
@@ -247,6 +248,13 @@ def _stalled(progress: Progress, since: float) -> str | None:
     if pace is None or waited < max(_LEAST_STALL_SECONDS, 5 * pace):
         return None
     return text("job.stalled", span=format_span(waited))
+
+
+def _share(progress: Progress) -> str | None:
+    """Of the products so far that were verified; rounded down, so that 100 % is all of them."""
+    if progress.verified is None or not progress.requests:
+        return None
+    return f"{100 * progress.verified // progress.requests} %"
 
 
 def _products(progress: Progress) -> str:

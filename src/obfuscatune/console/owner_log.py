@@ -17,7 +17,7 @@ from obfuscatune.client.connection import Service
 from obfuscatune.console.connection import OwnerConnection
 from obfuscatune.console.pages import text
 from obfuscatune.console.shell import Shell, attachment
-from obfuscatune.errors import ConnectionLost, IntegrityError
+from obfuscatune.errors import ChannelError, ConnectionLost, IntegrityError
 
 MOST_BYTES = 64 * 2**20
 """Of a log: some 280,000 entries."""
@@ -81,17 +81,16 @@ def fetched(service: Service) -> IO[bytes]:
     """The owner's copy of the log as a file, which is the caller's to close.
 
     Raises:
-        ConnectionLost: it did not come.
-        IntegrityError: there is none, or it is longer than any that is read.
+        ConnectionLost, ChannelError: it did not come, or is longer than any that is read.
     """
     file = cast(IO[bytes], tempfile.SpooledTemporaryFile(4 * 2**20))  # noqa: SIM115  returned
     try:
         with service.http.stream("GET", "/obfuscatune/v1/audit-log") as reply:
             if reply.is_error:
-                raise IntegrityError(text("error.no_log", status=reply.status_code))
+                raise ChannelError(text("error.no_log", status=reply.status_code))
             for piece in reply.iter_bytes():
                 if file.tell() + len(piece) > MOST_BYTES:
-                    raise IntegrityError(text("error.log_long", most=MOST_BYTES))
+                    raise ChannelError(text("error.log_long", most=f"{MOST_BYTES:,}"))
                 file.write(piece)
     except httpx.TransportError as error:
         file.close()
