@@ -19,12 +19,12 @@ pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]
 
 
 def of_demo(folder: Path) -> Path:
-    run("demo", "--quick", "--out", folder / "out")
+    run("demo", "--quick", "--out", folder / "out", seconds=400)
     return folder / "out" / "report.html"
 
 
 def of_audit(folder: Path) -> Path:
-    run("audit", "--profile", "identity", "--attacker", "closed", "--seeds", "1", "--out", folder)
+    run("audit", "--profile", "identity", "--attacker", "closed", "--seeds", "1", "--out", folder, seconds=800)
     return folder / "report.html"
 
 

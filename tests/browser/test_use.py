@@ -17,7 +17,8 @@ MOST_BYTES = 200_000
 LOADS = 5
 OUTLINE = "(({ outlineStyle, outlineWidth }) => [outlineStyle, outlineWidth])(getComputedStyle(document.activeElement))"
 MENU = ["Enclave", "Data", "Jobs", "Compare", "Log", "Sign out"]
-ACTIVE = "(() => { const it = document.activeElement; return it.innerText?.trim() || it.id || it.tagName })()"
+ACTIVE = """(() => { const it = document.activeElement;
+    return it === document.body ? "BODY" : it.innerText?.trim() || it.id || it.tagName })()"""
 
 
 def test_the_first_page_is_there_within_a_second(chromium: Any, owner_served: Served) -> None:
@@ -66,7 +67,7 @@ def test_a_file_is_chosen_and_a_question_is_asked_by_the_keyboard(chromium: Any,
         page.goto(f"{owner_served.base}/data")
         page.focus("#file")
         with page.expect_file_chooser():
-            page.keyboard.press("Enter")
+            page.keyboard.press("Space")
         page.goto(f"{owner_served.base}/compare")
         page.focus("#prompt")
         page.keyboard.type("Who?")

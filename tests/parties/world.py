@@ -30,10 +30,10 @@ ENVIRONMENT = {
 }
 
 
-def run(*arguments: object, fails: bool = False, quiet: bool = False) -> str:
+def run(*arguments: object, fails: bool = False, quiet: bool = False, seconds: float = 120) -> str:
     """One command to its end; what it said. `fails`: it must. `quiet`: what it said on stdout alone."""
     done = subprocess.run(
-        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, env=ENVIRONMENT, timeout=120
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, env=ENVIRONMENT, timeout=seconds
     )
     said = done.stdout + done.stderr
     assert (done.returncode != 0) == fails, said
