@@ -18,7 +18,7 @@ from fastapi.responses import Response, StreamingResponse
 from obfuscatune.client import jobs as api
 from obfuscatune.console.connection import OwnerConnection
 from obfuscatune.console.owner_data import stored_files
-from obfuscatune.console.pages import format_count, format_span, text
+from obfuscatune.console.pages import format_count, format_small, format_span, text
 from obfuscatune.console.shell import Shell, attachment
 from obfuscatune.console.views import Event, Job, Model, Progress
 from obfuscatune.documents import canonical
@@ -236,7 +236,7 @@ def _state(job: Job, progress: Progress, events: list[Event]) -> dict[str, Any]:
         "left": None if progress.seconds_left is None else format_span(progress.seconds_left),
         "verified": _share(progress),
         "requests": None if progress.verified is None else _products(progress),
-        "advantage": None if progress.advantage is None else f"{progress.advantage:.2g}",
+        "advantage": None if progress.advantage is None else format_small(progress.advantage),
         "budget": None if progress.budget is None else text("job.allowed", budget=f"{progress.budget:g}"),
         "events": [asdict(it) for it in events],
     }

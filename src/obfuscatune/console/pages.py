@@ -66,6 +66,11 @@ def format_count(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else _NOTHING
 
 
+def format_small(value: Any) -> str:
+    """`1.9e-05`: two significant digits."""
+    return f"{value:.2g}" if isinstance(value, int | float) and not isinstance(value, bool) else _NOTHING
+
+
 def format_bytes(value: Any) -> str:
     """`1.2 MB`."""
     if not isinstance(value, int | float) or isinstance(value, bool):
@@ -131,7 +136,7 @@ def environment() -> "Environment":
     )
     made.globals.update(t=text, t_or=text_or, language=LANGUAGE)
     filters = {"count": format_count, "bytes": format_bytes, "time": format_time, "span": format_span}
-    made.filters.update(filters, moment=format_moment, ago=format_ago, short=short)
+    made.filters.update(filters, moment=format_moment, small=format_small, ago=format_ago, short=short)
     return made
 
 
