@@ -119,7 +119,8 @@ function setUpJob(live) {
     state.events.forEach(happened);
     const last = Math.max(0, ...trained.keys());
     show("steps", state.steps ? `${state.step} / ${state.steps}` : last ? String(last) : "");
-    for (const name of ["speed", "left", "verified", "requests"]) show(name, state[name]);
+    for (const name of ["speed", "left"]) show(name, state.stalled ? "–" : state[name]);  // nobody knows while it stands still
+    for (const name of ["verified", "requests"]) show(name, state[name]);
     if (state.advantage) {
       live.querySelector("[data-masks]")?.removeAttribute("hidden");
       show("advantage", state.advantage);
