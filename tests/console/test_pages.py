@@ -140,3 +140,8 @@ def test_numbers_that_are_none_are_dashes() -> None:
     for shown in (pages.format_count, pages.format_bytes, pages.format_time, pages.format_ago):
         assert shown(None) == shown("<b>") == shown(True) == "–"
     assert pages.format_time(1e18) == "–"
+
+
+def test_digests_in_a_text_are_cut() -> None:
+    assert pages.brief(f"expected {'ab' * 32}, found {'cd' * 32}.") == "expected abababababab…, found cdcdcdcdcdcd…."
+    assert pages.brief("a decade of 1234567890") == "a decade of 1234567890"

@@ -5,6 +5,7 @@ Templates escape all that they are given. The look is that of our reports: `repo
 """
 
 import datetime
+import re
 import time
 import tomllib
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 LANGUAGE = "en"
 _NOTHING = "–"
+_DIGEST = re.compile(r"\b[0-9a-f]{32,}\b")
 
 
 @cache
@@ -119,6 +121,11 @@ def format_ago(value: Any) -> str:
     return text("common.ago", span=format_span(max(0.0, time.time() - value)))
 
 
+def brief(value: Any) -> str:
+    """A text whose digests and keys are cut to their beginnings."""
+    return _DIGEST.sub(lambda found: short(found[0]), str(value))
+
+
 def short(value: Any, characters: int = 12) -> str:
     """The beginning of a digest or a key."""
     told = str(value)
@@ -136,7 +143,7 @@ def environment() -> "Environment":
     )
     made.globals.update(t=text, t_or=text_or, language=LANGUAGE)
     filters = {"count": format_count, "bytes": format_bytes, "time": format_time, "span": format_span}
-    made.filters.update(filters, moment=format_moment, small=format_small, ago=format_ago, short=short)
+    made.filters.update(filters, moment=format_moment, small=format_small, ago=format_ago, short=short, brief=brief)
     return made
 
 

@@ -3,6 +3,7 @@
 Each look at the enclave is a session of its own, verified anew; nothing is released in one that is not.
 """
 
+import datetime
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +32,8 @@ from obfuscatune.sealing.key_file import KeyFile
 NAVIGATION = (("/", "provider.grants"), ("/models", "provider.models"), ("/releases", "provider.releases"))
 _SECONDS_KEPT = 2.0
 """For which a look at the enclave serves all that ask."""
+_DAYS = 90
+"""For which a grant stands unless its provider chooses otherwise."""
 _MOST_KEY_FILES = 256
 _MOST_CERTIFICATES = 64 * 2**10
 Text = Annotated[str, Form(min_length=1, max_length=1024)]
@@ -186,7 +189,8 @@ def provider_console(connection: ProviderConnection, tell: Callable[[str], None]
     def models(request: Request) -> Response:
         """Sealed models, and the form of a grant."""
         found = connection.sealed_models()
-        return shell.page(request, "provider/models.html", models=found, exports=EXPORTS, signer=connection.signer)
+        until = datetime.datetime.now(datetime.UTC).date() + datetime.timedelta(days=_DAYS)
+        return shell.page(request, "provider/models.html", models=found, exports=EXPORTS, until=until)
 
     @router.get("/releases")
     def releases(request: Request) -> Response:
