@@ -34,8 +34,12 @@ class Eyes:
     axe: Any
     findings: list[str] = field(default_factory=list)
 
-    def look(self, page: Any, name: str) -> None:
-        """Screenshots; no finding of axe-core; nothing wider than the window."""
+    def look(self, page: Any, name: str, *, hurries: bool = False) -> None:
+        """Screenshots; no finding of axe-core; nothing wider than the window.
+
+        Args:
+            hurries: Has axe-core look at one width: what the page shows does not last.
+        """
         before = page.viewport_size
         for scheme in ("light", "dark"):
             page.emulate_media(color_scheme=scheme)
@@ -46,6 +50,8 @@ class Eyes:
                 wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
                 if wide > 0:
                     self.findings.append(f"{name}: {wide} pixels too wide at {width}")
+                if hurries and width_name != "desktop":
+                    continue
                 found = self.axe.run(page)
                 if found.violations_count:
                     self.findings.append(f"{name}, {scheme}, {width}\n{found.generate_report()}")

@@ -179,7 +179,7 @@ def test_a_worker_is_lost_and_comes_back(world: World, eyes: Eyes, opened: Calla
             world.kill(name)
         page.wait_for_selector("text=the enclave waits for its workers", timeout=60_000)
         assert page.inner_text("[data-field=left]") == "–"
-        eyes.look(page, "owner-worker-lost")
+        eyes.look(page, "owner-worker-lost", hurries=True)  # workers are waited for a minute
         world.start_worker()
         page.wait_for_selector("text=Signed by the enclave", timeout=180_000)
 
