@@ -21,10 +21,10 @@ OUT = Path(__file__).parents[2] / "browser-out"
 CHROMIUM = "/usr/bin/chromium"
 ARGUMENTS = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
-    *("--disable-component-update", "--disable-sync"),
+    *("--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"),
 ]
 WIDTHS = {"phone": 390, "desktop": 1280}
-PATIENCE_MS = 90_000
+PATIENCE_MS = 180_000
 
 
 @dataclass
@@ -70,8 +70,9 @@ def eyes() -> Iterator[Eyes]:
     assert not looking.findings, "\n".join(looking.findings)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def chromium() -> Iterator[Any]:
+    """A browser of the test's own: one that crashes takes no other test with it."""
     from playwright.sync_api import sync_playwright
 
     if shutil.which(CHROMIUM) is None:
