@@ -70,17 +70,30 @@ def eyes() -> Iterator[Eyes]:
     assert not looking.findings, "\n".join(looking.findings)
 
 
-@pytest.fixture
-def chromium() -> Iterator[Any]:
-    """A browser of the test's own: one that crashes takes no other test with it."""
+@pytest.fixture(scope="session")
+def launched() -> Iterator[Callable[[], Any]]:
+    """Gives the browser of all tests, or another where that one has crashed: it takes no other test with it."""
     from playwright.sync_api import sync_playwright
 
     if shutil.which(CHROMIUM) is None:
         pytest.fail(f"there is no {CHROMIUM}: apt-get install chromium")  # whoever chose these tests wants them run
+    browsers: list[Any] = []
+
+    def launch() -> Any:
+        if not browsers or not browsers[-1].is_connected():
+            browsers.append(running.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS))
+        return browsers[-1]
+
     with sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield browser
-        browser.close()
+        yield launch
+        for browser in browsers:
+            browser.close()
+
+
+@pytest.fixture
+def chromium(launched: Callable[[], Any]) -> Any:
+    """A browser that runs."""
+    return launched()
 
 
 @pytest.fixture
