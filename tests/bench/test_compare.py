@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
-from obfuscatune.bench.compare import compare, read_result
+from obfuscatune.bench.compare import compare, keep, read_result
 from obfuscatune.cli.app import run
 from obfuscatune.errors import ConfigError
+from obfuscatune.report.charts import Bar, Bars
+from tests.report.documents import check_self_contained
 
 
 def result(folder: Path, name: str, other: dict[str, Any] | None = None, **ratios: float) -> Path:
@@ -74,3 +76,15 @@ def test_what_is_no_result_is_refused(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"is no result|no ratios"):
         read_result(path)
+
+
+def test_a_result_is_kept_in_every_form(tmp_path: Path) -> None:
+    picture = Bars("Steps", ("plain",), {"s": [Bar(1.0, 0.5)]}, y_label="s")
+    markdown = "LoRA step, `gpt2`.\n\n| side | s |\n|---|---:|\n| plain | 1.5 |\n"
+    document = {"environment": {"torch": "2 <b>"}}
+    path = keep(tmp_path, "2026-step.v1", document, markdown, picture)
+    assert sorted(it.suffix for it in tmp_path.iterdir()) == [".html", ".json", ".md", ".svg"]
+    page = check_self_contained(path.with_suffix(".html").read_text("utf-8"))
+    for text in ("2026-step.v1", "LoRA step, gpt2.", "plain", "1.5", "2 <b>"):
+        assert text in page.text
+    assert page.tags.count("svg") == 1 and page.tags.count("table") == 1

@@ -21,10 +21,10 @@ OUT = Path(__file__).parents[2] / "browser-out"
 CHROMIUM = "/usr/bin/chromium"
 ARGUMENTS = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
-    *("--disable-component-update", "--disable-sync"),
+    *("--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"),
 ]
 WIDTHS = {"phone": 390, "desktop": 1280}
-PATIENCE_MS = 90_000
+PATIENCE_MS = 180_000
 
 
 @dataclass
@@ -34,8 +34,12 @@ class Eyes:
     axe: Any
     findings: list[str] = field(default_factory=list)
 
-    def look(self, page: Any, name: str) -> None:
-        """Screenshots; no finding of axe-core; nothing wider than the window."""
+    def look(self, page: Any, name: str, *, hurries: bool = False) -> None:
+        """Screenshots; no finding of axe-core; nothing wider than the window.
+
+        Args:
+            hurries: Has axe-core look at one width: what the page shows does not last.
+        """
         before = page.viewport_size
         for scheme in ("light", "dark"):
             page.emulate_media(color_scheme=scheme)
@@ -46,6 +50,8 @@ class Eyes:
                 wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
                 if wide > 0:
                     self.findings.append(f"{name}: {wide} pixels too wide at {width}")
+                if hurries and width_name != "desktop":
+                    continue
                 found = self.axe.run(page)
                 if found.violations_count:
                     self.findings.append(f"{name}, {scheme}, {width}\n{found.generate_report()}")
@@ -56,22 +62,38 @@ class Eyes:
 @pytest.fixture
 def eyes() -> Iterator[Eyes]:
     """Fails the test at its end, with all that was found."""
-    module = pytest.importorskip("axe_playwright_python.sync_playwright", reason="make test-browser installs it")
+    from axe_playwright_python.sync_playwright import Axe
+
     OUT.mkdir(exist_ok=True)
-    looking = Eyes(module.Axe())
+    looking = Eyes(Axe())
     yield looking
     assert not looking.findings, "\n".join(looking.findings)
 
 
 @pytest.fixture(scope="session")
-def chromium() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="make test-browser installs it")
+def launched() -> Iterator[Callable[[], Any]]:
+    """Gives the browser of all tests, or another where that one has crashed: it takes no other test with it."""
+    from playwright.sync_api import sync_playwright
+
     if shutil.which(CHROMIUM) is None:
-        pytest.skip(f"there is no {CHROMIUM}")
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield browser
-        browser.close()
+        pytest.fail(f"there is no {CHROMIUM}: apt-get install chromium")  # whoever chose these tests wants them run
+    browsers: list[Any] = []
+
+    def launch() -> Any:
+        if not browsers or not browsers[-1].is_connected():
+            browsers.append(running.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS))
+        return browsers[-1]
+
+    with sync_playwright() as running:
+        yield launch
+        for browser in browsers:
+            browser.close()
+
+
+@pytest.fixture
+def chromium(launched: Callable[[], Any]) -> Any:
+    """A browser that runs."""
+    return launched()
 
 
 @pytest.fixture

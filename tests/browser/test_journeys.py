@@ -19,15 +19,17 @@ ATTACK = "<img src=x onerror=document.title='owned'>"
 RECORDS = [{"prompt": f"Question: who is number {n}?\nAnswer:", "completion": f" Ann{n}"} for n in range(24)]
 
 
-def upload(records: list[dict[str, str]], name: str = "notes.jsonl") -> dict[str, Any]:
+def upload(records: list[dict[str, Any]], name: str = "notes.jsonl") -> dict[str, Any]:
     content = "".join(json.dumps(it) + "\n" for it in records).encode()
     return {"name": name, "mimeType": "application/jsonl", "buffer": content}
 
 
-def begin_job(page: Any, base: str, *, epochs: int = 3, suffix: str = "") -> None:
+def begin_job(
+    page: Any, base: str, *, records: list[dict[str, Any]] = RECORDS, epochs: int = 3, suffix: str = ""
+) -> None:
     """From the page of data to a job that runs."""
     page.goto(f"{base}/data")
-    page.set_input_files("#file", upload(RECORDS))
+    page.set_input_files("#file", upload(records))
     page.click("#upload")
     page.wait_for_url("**/jobs/new?file=*")
     page.fill("#epochs", str(epochs))
@@ -40,10 +42,7 @@ def begin_job(page: Any, base: str, *, epochs: int = 3, suffix: str = "") -> Non
 def test_the_owner_from_the_first_page_to_the_adapter(
     world: World, eyes: Eyes, opened: Callable[[str], Any], tmp_path: Path
 ) -> None:
-    with (
-        console(world, "owner", "alice") as link,
-        console(world, "provider", "provider", "--keys", str(world.root / "provider")) as providers,
-    ):
+    with console(world, "owner", "alice") as link:
         page, base = opened(link), link.split("/enter#")[0]
         page.wait_for_selector("text=the evidence is simulated")
         page.wait_for_selector(f"text={MODEL}")
@@ -92,19 +91,30 @@ def test_the_owner_from_the_first_page_to_the_adapter(
         run("verify-receipt", tmp_path / "receipt.json", "--policy", world.root / "policy.yaml")
 
         page.click("text=Compare with the base")
-        page.select_option("#mode", "text")
+        assert page.input_value("#mode") == "text"  # this model has no chat template
         page.fill("#prompt", f"{ATTACK} {RECORDS[3]['prompt']}")
         page.fill("#tokens", "16")
         page.click("#ask")
         for side in ("base", "tuned"):
-            page.wait_for_selector(f"#answer-{side}:not([aria-busy])")
-            assert page.inner_text(f"#answer-{side}").strip()
-            assert not page.locator(f"#answer-{side} .bad").count()
+            page.wait_for_selector(f"#answers-{side} output:not([aria-busy])")
+            assert page.inner_text(f"#answers-{side} output").strip()
+            assert not page.locator(f"#answers-{side} .bad").count()
         eyes.look(page, "owner-compare")
 
         page.goto(f"{base}/jobs/{job}")
         page.click("text=Ask the provider")
         page.wait_for_selector("text=Asked.")
+    world.stop("service")
+    world.start_service()  # what waits for the provider, waits over a restart
+    world.grant("--export", "provider-consent", "--tokens", "200000")
+    with (
+        console(world, "owner", "alice") as link,
+        console(world, "provider", "provider", "--keys", str(world.root / "provider")) as providers,
+    ):
+        page, base = opened(link), link.split("/enter#")[0]
+        page.goto(f"{base}/jobs/{job}")
+        page.wait_for_selector("text=has not answered yet")
+        eyes.look(page, "owner-asked")
         provider = opened(providers)
         provider.wait_for_selector("text=Owners wait for your consent")
         eyes.look(provider, "provider-asked")
@@ -119,6 +129,18 @@ def test_the_owner_from_the_first_page_to_the_adapter(
             assert set(archive.getnames()) == {"adapter_config.json", "adapter_model.safetensors"}
         page.goto(f"{base}/jobs")
         eyes.look(page, "owner-jobs")
+        page.goto(f"{base}/log")
+        page.wait_for_selector("tr:has-text('Adapter handed out') .badge:has-text('Left the enclave')")
+        eyes.look(page, "owner-log")
+        page.on("dialog", lambda dialog: dialog.accept())
+        page.goto(f"{base}/jobs/{job}")
+        page.click("text=Delete the tuned model")
+        page.wait_for_selector("text=The tuned model was deleted")
+        assert not page.locator("text=Compare with the base").count()
+        page.goto(f"{base}/data")
+        eyes.look(page, "owner-data-stored")
+        page.click("button:has-text('Delete')")
+        page.wait_for_selector("text=Nothing of yours lies at the enclave yet.")
         page.goto(f"{base}/jobs/ftjob-none")
         eyes.look(page, "owner-missing")
         assert "owned" not in page.title()
@@ -156,7 +178,8 @@ def test_a_worker_is_lost_and_comes_back(world: World, eyes: Eyes, opened: Calla
         for name in ("worker", "mask_worker"):
             world.kill(name)
         page.wait_for_selector("text=the enclave waits for its workers", timeout=60_000)
-        eyes.look(page, "owner-worker-lost")
+        assert page.inner_text("[data-field=left]") == "–"
+        eyes.look(page, "owner-worker-lost", hurries=True)  # workers are waited for a minute
         world.start_worker()
         page.wait_for_selector("text=Signed by the enclave", timeout=180_000)
 
@@ -221,6 +244,10 @@ def test_an_enclave_that_changes_is_refused_while_the_console_runs(
         page.goto(f"{base}/data")
         page.wait_for_selector("#standing.refused", timeout=30_000)  # it cannot be reached, and its evidence is too old
         eyes.look(page, "owner-expired")
+        page.goto(f"{base}/")
+        page.wait_for_selector("text=It held, and counts no more")
+        assert not page.locator(".badge.holds").count()
+        eyes.look(page, "owner-past")
         world._settings["limits"] = {"max_tokens": 64}
         world.start_service()
         page.goto(f"{base}/")

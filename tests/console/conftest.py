@@ -105,7 +105,7 @@ class HostileApi:
                 )
             return JSONResponse(self.answers.get(request.url.path, {}))
 
-        return Starlette(routes=[Route("/{path:path}", answer, methods=["GET", "POST"])])
+        return Starlette(routes=[Route("/{path:path}", answer, methods=["GET", "POST", "DELETE"])])
 
 
 @dataclass

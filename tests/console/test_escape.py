@@ -103,8 +103,8 @@ def test_events_and_answers_are_json_of_which_scripts_make_text(owner_served: Se
         lines = [line.removeprefix("data: ") for line in reply.iter_lines() if line.startswith("data: ")]
     assert [it["message"] for it in json.loads(lines[0])["events"]] == [ATTACK]
     headers = owner_served.csrf(owner_served.browser)
-    asked = {"model": ATTACK, "prompt": ATTACK}
-    reply = owner_served.browser.post("/compare/answer", headers=headers, data=asked)
+    asked = {"model": ATTACK, "mode": "chat", "messages": [{"role": "user", "content": ATTACK}]}
+    reply = owner_served.browser.post("/compare/answer", headers=headers, json=asked)
     assert reply.headers["content-type"] == "application/x-ndjson"
     assert [json.loads(line) for line in reply.text.splitlines()] == [{"text": ATTACK}, {"end": True}]
 

@@ -11,7 +11,23 @@ from obfuscatune.console.guard import COOKIE, HEADERS
 from obfuscatune.console.sessions import SESSION_SECONDS, Sessions
 from tests.console.conftest import Served
 
-PAGES = ("/", "/data", "/jobs", "/jobs/new", "/compare", "/standing", "/verification.json", "/nothing", "/enter")
+PAGES = (
+    "/",
+    "/data",
+    "/jobs",
+    "/jobs/new",
+    "/compare",
+    "/log",
+    "/log.jsonl",
+    "/standing",
+    "/verification.json",
+    "/nothing",
+    "/enter",
+)
+CHANGES = (
+    *("/verify", "/leave", "/jobs", "/data/upload", "/data/file-1/delete", "/compare/answer"),
+    *(f"/jobs/{'a' * 8}/{it}" for it in ("cancel", "delete", "ask")),
+)
 STATIC = ("/static/console.css", "/static/console.js", "/static/enter.js", "/static/vendor/htmx.min.js", "/static/x")
 
 
@@ -90,7 +106,7 @@ def test_sessions_end_and_are_few() -> None:
     assert "csrf" not in repr(sessions.find(ids[-1]))
 
 
-@pytest.mark.parametrize("path", ["/verify", "/leave", "/jobs", "/data/upload", f"/jobs/{'a' * 8}/cancel"])
+@pytest.mark.parametrize("path", CHANGES)
 @pytest.mark.parametrize(
     ("changed", "status"),
     [

@@ -5,17 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import httpx
 import pytest
 
-from obfuscatune.console.operator import Snapshot, WorkerLoad, operator_console
+from obfuscatune.console.operator import Snapshot, WorkerLoad, _Pace, operator_console
 from obfuscatune.service.api.app import make_operator_app
 from tests.client.conftest import served
 
 SNAPSHOT = Snapshot(
-    version="0.1",
+    versions={"ObfuscaTune": "0.1", "wire": "7"},
     profile="guarded",
     started=1.0,
     workers=(WorkerLoad("compute", "tcp:<b>:1", 10, 20, 30, 1.5, 2, 3), WorkerLoad("mask", "unix:/m", 7)),
@@ -52,7 +52,15 @@ def test_the_page_is_for_whoever_opened_the_link(operator: tuple[httpx.Client, s
     assert browser.post("/enter", data={"code": link.partition("#")[2]}).status_code == 303
     page = browser.get("/")
     assert page.status_code == 200
-    for shown in ("256 of 256", "tcp:&lt;b&gt;:1", "Mask worker", "guarded", "100 GB", "99 products"):
+    for shown in (
+        "256 of 256",
+        "tcp:&lt;b&gt;:1",
+        "Mask worker",
+        "guarded",
+        "100 GB",
+        "99 products",
+        "Protocol to workers",
+    ):
         assert shown in page.text
     assert "frame-ancestors 'none'" in page.headers["content-security-policy"]
     assert not told
@@ -75,6 +83,18 @@ def test_a_page_of_a_name_is_refused(operator: tuple[httpx.Client, str, list[str
 def test_a_snapshot_has_no_place_for_what_is_private() -> None:
     texts = {it.name for it in fields(Snapshot) if it.type in (str, "str")}
     texts |= {it.name for it in fields(WorkerLoad) if it.type in (str, "str")}
-    assert texts == {"version", "profile", "role", "address"}
+    assert texts == {"profile", "role", "address"}
     maps = {it.name for it in fields(Snapshot) if re.match(r".*Mapping", str(it.type))}
-    assert maps == {"models", "jobs"}  # by status
+    assert maps == {"models", "jobs", "versions"}  # by status; by name of what runs
+
+
+def test_the_load_of_a_worker_is_what_it_did_between_two_looks() -> None:
+    now = [100.0]
+    pace = _Pace(lambda: now[0])
+    assert pace.of(SNAPSHOT).workers == ()
+    now[0] += 2.0
+    busier = replace(SNAPSHOT, tokens=1050, workers=(replace(SNAPSHOT.workers[0], products=30), SNAPSHOT.workers[1]))
+    rates = pace.of(busier)
+    assert (rates.tokens, rates.products, rates.workers) == (25.0, 10.0, (10.0, 0.0))
+    now[0] += 2.0
+    assert pace.of(SNAPSHOT).workers == (0.0, 0.0)  # of a service that began anew

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import re
 import subprocess
@@ -18,6 +19,8 @@ from tests.console.conftest import Served
 
 ROOT = Path(obfuscatune.console.__file__).parent
 TEMPLATES = sorted((ROOT / "templates").rglob("*.html"))
+NO_LANGUAGE = (": there is no such folder", ": cannot listen there", " is missing", "private, max-age=")
+"""How literals begin that are headers, or are told in a terminal alone."""
 DYNAMIC = ("state.", "link.", "check.", "status.", "model.", "export.", "use.", "turn.", "setting.", "problem.", "nav.")
 DYNAMIC += (
     "frame.role.",
@@ -26,6 +29,8 @@ DYNAMIC += (
     "enclave.verdict.",
     "enclave.meaning.",
     "operator.role.",
+    "version.",
+    "done.",
     "guard.",
 )
 
@@ -50,6 +55,24 @@ def test_every_text_that_is_named_is_there_and_no_other() -> None:
     unused = {it for it in known - named if not it.startswith(DYNAMIC)}
     whole = "".join(sources)
     assert not {it for it in unused if it not in whole and it.rpartition(".")[2] not in whole}
+
+
+def test_no_language_stands_in_the_code() -> None:
+    """What a page shows comes of a message file: no literal of more than a word, but for headers and terminals."""
+    for source in sorted(ROOT.glob("*.py")):
+        tree = ast.parse(source.read_text("utf-8"))
+        documentation = {id(it.value) for it in ast.walk(tree) if isinstance(it, ast.Expr)}
+        for it in ast.walk(tree):
+            if isinstance(it, ast.Constant) and isinstance(it.value, str) and id(it) not in documentation:
+                is_language = re.search(r"[A-Za-z]{2,},? [a-z]{2,}", it.value) is not None
+                assert not is_language or it.value.startswith(NO_LANGUAGE), f"{source.name}: {it.value!r}"
+
+
+def test_no_language_stands_in_a_script() -> None:
+    for source in (ROOT / "static").glob("*.js"):
+        code = re.sub(r"(?m)^\s*//.*$|  // .*$", "", source.read_text("utf-8"))
+        for literal in re.findall(r'"([^"\n]*)"|`([^`]*)`', code):
+            assert not re.search(r"[A-Z][a-z]+,? [a-z]{2,}", "".join(literal)), literal
 
 
 def test_a_text_that_is_missing_is_an_error() -> None:
@@ -117,3 +140,8 @@ def test_numbers_that_are_none_are_dashes() -> None:
     for shown in (pages.format_count, pages.format_bytes, pages.format_time, pages.format_ago):
         assert shown(None) == shown("<b>") == shown(True) == "–"
     assert pages.format_time(1e18) == "–"
+
+
+def test_digests_in_a_text_are_cut() -> None:
+    assert pages.brief(f"expected {'ab' * 32}, found {'cd' * 32}.") == "expected abababababab…, found cdcdcdcdcdcd…."
+    assert pages.brief("a decade of 1234567890") == "a decade of 1234567890"

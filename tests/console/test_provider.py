@@ -56,15 +56,15 @@ def test_a_grant_releases_the_key_of_the_file_and_keeps_the_evidence(provider_se
 @pytest.mark.parametrize(
     ("changed", "status"),
     [
-        ({"file": "../other/llama.key"}, 502),
-        ({"file": "others.key"}, 502),
-        ({"owners": "no fingerprint"}, 502),
-        ({"until": "tomorrow"}, 502),
-        ({"until": "2099-01-01", "uses": "everything"}, 502),
-        ({"export": "always"}, 502),
-        ({"tokens": "-1"}, 502),
-        ({"tokens": "1e9"}, 502),
-        ({"name": "<b>"}, 502),
+        ({"file": "../other/llama.key"}, 400),
+        ({"file": "others.key"}, 400),
+        ({"owners": "no fingerprint"}, 400),
+        ({"until": "tomorrow"}, 400),
+        ({"until": "2099-01-01", "uses": "everything"}, 400),
+        ({"export": "always"}, 400),
+        ({"tokens": "-1"}, 400),
+        ({"tokens": "1e9"}, 400),
+        ({"name": "<b>"}, 400),
         ({"name": ""}, 400),
     ],
 )
@@ -144,7 +144,7 @@ def test_a_release_that_was_changed_is_shown_as_unreadable(provider_served: Serv
     page = provider_served.browser.get("/releases")
     assert name in page.text and "badge fails" in page.text and "notes" not in page.text
     for path in (name, "notes", "..%2fllama", "x" * 400):
-        assert provider_served.browser.get(f"/releases/{path}.json").status_code in (404, 502)
+        assert provider_served.browser.get(f"/releases/{path}.json").status_code == 404
 
 
 def test_owners_are_certificates_or_fingerprints() -> None:

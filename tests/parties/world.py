@@ -30,10 +30,10 @@ ENVIRONMENT = {
 }
 
 
-def run(*arguments: object, fails: bool = False, quiet: bool = False) -> str:
+def run(*arguments: object, fails: bool = False, quiet: bool = False, seconds: float = 120) -> str:
     """One command to its end; what it said. `fails`: it must. `quiet`: what it said on stdout alone."""
     done = subprocess.run(
-        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, env=ENVIRONMENT, timeout=120
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, env=ENVIRONMENT, timeout=seconds
     )
     said = done.stdout + done.stderr
     assert (done.returncode != 0) == fails, said
@@ -41,9 +41,11 @@ def run(*arguments: object, fails: bool = False, quiet: bool = False) -> str:
 
 
 class World:
-    """`root` holds a directory for each party; the cloud's is what the cloud's owner sees."""
+    """`root` holds a directory for each party; the cloud's is what the cloud's owner sees. `model`: what is sealed."""
 
-    def __init__(self, root: Path, owners: Sequence[str] = ("alice", "bob"), **settings: object) -> None:
+    def __init__(
+        self, root: Path, owners: Sequence[str] = ("alice", "bob"), *, model: Path | None = None, **settings: object
+    ) -> None:
         self.root, self.cloud = root, root / "cloud"
         self.cloud.mkdir()
         for name in ("provider", *owners):
@@ -56,7 +58,7 @@ class World:
         run(
             "provider",
             "seal",
-            tiny_model_path(),
+            model or tiny_model_path(),
             "-o",
             self.bundle,
             "--identity",

@@ -12,9 +12,11 @@ from obfuscatune.report.page import (
     HeatCell,
     HeatMap,
     KeyFigures,
+    Paragraph,
     Table,
     Verdict,
     markdown_table,
+    read_markdown,
     render_page,
     templates,
 )
@@ -31,6 +33,7 @@ SECTIONS = [
     ),
     Bars(EVIL, (EVIL,), {EVIL: [Bar(1.0, 0.5)]}, y_label=EVIL, caption=EVIL),
     Facts(EVIL, {EVIL: EVIL}),
+    Paragraph(EVIL),
 ]
 STYLE = templates().get_template("colours.css").render()
 
@@ -40,7 +43,7 @@ def test_text_is_escaped_everywhere():
     document = check_self_contained(page)
     assert "<script" not in page
     spoken = page.count('aria-label="&lt;script') + page.count('title="&lt;script')
-    assert spoken == 2 + 3, "of the charts, and of cells that are pointed at"
+    assert spoken == 2 + 2 + 3, "of charts, of what is scrolled, and of cells that are pointed at"
     assert document.text.count(EVIL) == page.count("&lt;script") - spoken
 
 
@@ -60,6 +63,13 @@ def test_the_hotter_a_cell_the_redder():
 def test_a_table_in_markdown_says_which_columns_are_numbers():
     lines = markdown_table(("what", "a|b"), [("x", "1")]).splitlines()
     assert lines == ["| what | a\\|b |", "| --- | ---: |", "| x | 1 |"]
+
+
+def test_a_result_in_markdown_is_read_back():
+    text = f"Steps of `gpt2`,\nmedians.\n\n{markdown_table(('side', 's'), [('a|b', 1), ('`c`', 2)])}\n\n**Not idle**\n"
+    first, table, last = read_markdown(text)
+    assert (first, last) == (Paragraph("Steps of gpt2, medians."), Paragraph("Not idle"))
+    assert (table.columns, table.rows, table.text_columns) == (["side", "s"], [["a|b", "1"], ["c", "2"]], 1)
 
 
 def test_both_colour_schemes_define_every_colour():

@@ -21,7 +21,7 @@ from obfuscatune.secret_memory import SecretBytes
 from obfuscatune.service.audit_log import AuditLog
 from obfuscatune.service.provider_words import ProviderWords, log_details
 from obfuscatune.service.state import State
-from obfuscatune.service.tables import consents, grants, revocations
+from obfuscatune.service.tables import asked, consents, grants, revocations
 
 NOW = datetime.datetime(2026, 11, 29, tzinfo=datetime.UTC)
 OWNER, ADAPTER = "01" * 32, "ft:m:01010101:canary:" + "a" * 24
@@ -62,6 +62,13 @@ class Enclave:
         self.log.append("p", "granted", log_details(grant))
         for consent in found:
             self.registry.consent(consent)
+        for owner, adapter in self.words.asked_before(grant, self.key):
+            self.registry.ask_consent("m", owner, adapter)
+        self.granted = grant
+
+    def ask(self, adapter: str) -> None:
+        self.registry.ask_consent("m", OWNER, adapter)
+        self.words.keep_asked(self.granted, self.key, self.registry.asked("m"))
 
     def revoke(self, sequence: int) -> None:
         revocation = self._read(Revocation("m", DIGEST, sequence))
@@ -88,7 +95,7 @@ def enclave(tmp_path: Path, url: str) -> Iterator[Enclave]:
     made = Enclave(tmp_path, url)
     yield made
     with made.state.writing() as connection:  # one PostgreSQL serves all tests
-        for table in (consents, revocations, grants):
+        for table in (asked, consents, revocations, grants):
             connection.execute(delete(table))
     made.stop()
 
@@ -255,3 +262,50 @@ def test_sequences_never_fall(enclave: Enclave) -> None:
     enclave.restart()
     with pytest.raises(TermsError, match="older than 5"):
         enclave.grant(3)
+
+
+def test_a_request_for_consent_waits_over_a_restart(enclave: Enclave) -> None:
+    enclave.grant(1)
+    enclave.ask(ADAPTER)
+    enclave.ask("ft:m:second")
+    enclave.restart()
+    assert enclave.registry.asked("m") == []  # not before its key is here again
+    enclave.grant(2)
+    waiting = [{"owner": OWNER, "adapter": it} for it in (ADAPTER, "ft:m:second")]
+    assert enclave.registry.asked("m") == waiting
+    enclave.consent()
+    enclave.restart()
+    enclave.grant(3)
+    assert enclave.registry.asked("m") == waiting[1:]  # what was answered is not asked again
+    assert enclave.may_leave()
+
+
+@pytest.mark.parametrize("ended", ["revoked", "another bundle", "terms that need none"])
+def test_a_request_for_consent_ends_with_what_it_was_for(enclave: Enclave, ended: str) -> None:
+    enclave.grant(1)
+    enclave.ask(ADAPTER)
+    if ended == "revoked":
+        enclave.revoke(2)
+    elif ended == "another bundle":
+        enclave.grant(2, manifest=OTHER)
+    else:
+        enclave.grant(2, export="never")
+    assert enclave.registry.asked("m") == []
+    enclave.restart()
+    enclave.grant(3, **({"export": "never"} if ended == "terms that need none" else {}))
+    assert enclave.registry.asked("m") == []
+
+
+def test_requests_for_consent_are_sealed_and_bound_to_their_model(tmp_path: Path) -> None:
+    made = Enclave(tmp_path, f"sqlite:///{tmp_path / 'state.sqlite'}")
+    made.grant(1)
+    made.ask(ADAPTER)
+    made.stop()
+    stored = b"".join(it.read_bytes() for it in tmp_path.iterdir())
+    assert b"canary" not in stored
+    made.start()
+    with made.state.writing() as connection:
+        connection.execute(update(asked).values(details=b"\x01" * 400))
+    made.grant(2)
+    assert made.registry.asked("m") == []
+    made.stop()

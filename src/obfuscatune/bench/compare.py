@@ -9,31 +9,47 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from obfuscatune.bench.link import LinkSettings
 from obfuscatune.errors import ConfigError
-from obfuscatune.report.page import markdown_table
+from obfuscatune.report.page import Facts, Section, markdown_table, read_markdown, render_page
 from obfuscatune.training.storage import RunDirectory
+
+if TYPE_CHECKING:
+    from obfuscatune.report.charts import Bars, Chart
 
 _WORK = ("work", "shape", "layers", "batch", "length", "threads")
 _MACHINE = ("processor", "cores", "system")
 
 
-def keep(folder: Path, name: str, document: dict[str, Any], markdown: str, svg: str | None = None) -> Path:
-    """Write a file of each kind under one name; the JSON file's path.
+def keep(folder: Path, name: str, document: dict[str, Any], markdown: str, picture: Bars | Chart | None = None) -> Path:
+    """Write a file of each kind under one name: JSON, Markdown, HTML, SVG; the JSON file's path.
 
     Raises:
         StorageError: the folder cannot be written to.
     """
     path = folder / f"{name}.json"
     files = {".json": json.dumps(document, indent=1) + "\n", ".md": markdown}
-    if svg is not None:
-        files |= {".md": f"{markdown}\n![the same as a picture]({name}.svg)\n", ".svg": svg}
+    files[".html"] = make_page(name, document, markdown, picture)
+    if picture is not None:
+        files[".md"] = f"{markdown}\n![the same as a picture]({name}.svg)\n"
+        files[".svg"] = picture.svg(alone=True) + "\n"
     directory = RunDirectory(folder)
     for suffix, text in files.items():
         directory.write_file(path.with_suffix(suffix).name, text.encode())
     return path
+
+
+def make_page(name: str, document: Mapping[str, Any], markdown: str, picture: Bars | Chart | None = None) -> str:
+    """A result as an HTML page that loads nothing, in the look of our other reports."""
+    sections: list[Section] = [*read_markdown(markdown)]
+    if picture is not None:
+        sections.append(picture)
+    environment = document.get("environment")
+    if isinstance(environment, Mapping) and environment:
+        sections.append(Facts("Measured on", {str(key): str(value) for key, value in environment.items()}))
+    return render_page(title="Benchmark", subtitle=name, sections=sections, footer="obfuscatune bench")
 
 
 @dataclass(frozen=True)

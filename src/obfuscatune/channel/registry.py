@@ -127,10 +127,12 @@ class GrantRegistry:
             return True
 
     def asked(self, model: str) -> list[dict[str, str]]:
-        """The consents that owners wait for, the oldest first."""
+        """The consents that owners of the grant wait for, the oldest first."""
         with self._lock:
-            waiting = [{"owner": owner, "adapter": it} for name, owner, it in self._asked if name == model]
-        return waiting[:MOST_ASKED_SHOWN]
+            terms = self._grants[model].terms if model in self._grants else None
+            owners = terms.owners if terms is not None and terms.export == "provider-consent" else ()
+            waiting = [(owner, it) for name, owner, it in self._asked if name == model and owner in owners]
+        return [{"owner": owner, "adapter": it} for owner, it in waiting[:MOST_ASKED_SHOWN]]
 
     def consents_to(self, model: str, owner: str) -> list[str]:
         """The adapters that may go to an owner by consent."""

@@ -34,9 +34,9 @@ Profiles = Annotated[
 class Ending:
     """What becomes of a result."""
 
-    out: Annotated[Path | None, Option("Also write JSON, Markdown and a picture, if there is one, to this folder.")] = (
-        None
-    )
+    out: Annotated[
+        Path | None, Option("Also write JSON, Markdown, an HTML page and a picture, if there is one, to this folder.")
+    ] = None
     as_json: options.AsJson = False
 
     def show(self, result: "Result", name: str, picture: "Bars | Chart | None" = None) -> None:
@@ -44,8 +44,7 @@ class Ending:
         from obfuscatune.bench.compare import keep
 
         if self.out is not None:
-            svg = None if picture is None else picture.svg(alone=True) + "\n"
-            notice(f"written: {keep(self.out, name, result.as_json(), result.as_markdown(), svg)}")
+            notice(f"written: {keep(self.out, name, result.as_json(), result.as_markdown(), picture)}")
         write_result(result.as_json(), result.as_markdown(), as_json=self.as_json)
 
 

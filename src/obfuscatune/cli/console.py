@@ -23,9 +23,9 @@ def owner_console(*, on: ServiceOptions, port: Port = 8010, opens: Open = False)
     from obfuscatune.console.serving import listen, serve
 
     connect, identity = on.connector()
-    api = on.api_address
+    enclave, api, heads = parse_enclave(on.enclave), on.api_address, on.head_file
     with listen(port) as listening:
-        connection = OwnerConnection(connect, parse_enclave(on.enclave), identity, api=api, tell=output.notice)
+        connection = OwnerConnection(connect, enclave, identity, api=api, heads=heads, tell=output.notice)
         connection.supervisor.check()  # what it finds is what the first page shows
         on.keep(connection.found.record)
         shell = make_console(connection, output.notice)

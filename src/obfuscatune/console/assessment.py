@@ -13,9 +13,10 @@ from typing import Literal
 from obfuscatune.attest.checks import ANY, Check
 from obfuscatune.attest.record import Verification
 
-State = Literal["holds", "unfounded", "open", "simulated", "fails"]
-"""Holds; holds, and rests on something that does not; the policy accepts any value; simulated; fails."""
-_WORST: tuple[State, ...] = ("fails", "simulated", "open", "unfounded", "holds")
+State = Literal["holds", "unfounded", "open", "past", "simulated", "fails"]
+"""Holds; holds, and rests on something that does not; the policy accepts any value; held, and counts no more;
+simulated; fails."""
+_WORST: tuple[State, ...] = ("fails", "simulated", "past", "open", "unfounded", "holds")
 LINKS = ("asked", "hardware", "session", "program", "workers", "age")
 _ASKED = ("policy", "kind.", "require.", "once.", "gpus", "evidence")
 _SESSION = ("nonce", "report_data")
@@ -58,23 +59,18 @@ class Assessment:
         """Of the whole."""
         return _worst([link.state for link in self.links])
 
-    @property
-    def counts(self) -> dict[State, int]:
-        """Checks by state."""
-        states = [it.state for link in self.links for it in link.findings]
-        return {state: states.count(state) for state in reversed(_WORST) if state in states}
+
+def assess(record: Verification, *, counts: bool = True) -> Assessment:
+    """What the checks of a verification show. `counts`: see `assess_checks`."""
+    return assess_checks(record.checks, simulated=record.simulated, counts=counts)
 
 
-def assess(record: Verification) -> Assessment:
-    """What the checks of a verification show."""
-    return assess_checks(record.checks, simulated=record.simulated)
-
-
-def assess_checks(checks: Sequence[Check], *, simulated: bool = False) -> Assessment:
+def assess_checks(checks: Sequence[Check], *, simulated: bool = False, counts: bool = True) -> Assessment:
     """What checks show. None of them, or one that fails, is not passed.
 
     Args:
         simulated: Whether the evidence was; checks of simulated evidence say so themselves.
+        counts: Whether the verification still counts. What held once is not green any more where it does not.
     """
     simulated = simulated or any(it.name == "kind.simulated" or it.name.startswith("simulated") for it in checks)
     links: list[Link] = []
@@ -83,9 +79,9 @@ def assess_checks(checks: Sequence[Check], *, simulated: bool = False) -> Assess
         own = [it for it in checks if link_of(it.name) == name]
         if not own:
             continue
-        findings = tuple(
-            Finding(it.name, _state(it, simulated=simulated, founded=founded), it.expected, it.found) for it in own
-        )
+        found = [_state(it, simulated=simulated, founded=founded) for it in own]
+        shown: list[State] = [it if counts or it in ("fails", "simulated") else "past" for it in found]
+        findings = tuple(Finding(it.name, state, it.expected, it.found) for it, state in zip(own, shown, strict=True))
         state = _worst([it.state for it in findings])
         links.append(Link(name, state, findings))
         if name in _CARRIES and state != "holds":

@@ -16,7 +16,9 @@ from obfuscatune.attest.record import Verification
 from obfuscatune.channel.client import Attested
 from obfuscatune.channel.identity import Identity
 from obfuscatune.client.connection import Opened, Service, open_api
+from obfuscatune.client.heads import HeadFile
 from obfuscatune.client.proxy import Standing, Supervisor
+from obfuscatune.console.pages import text
 from obfuscatune.errors import ConnectionLost, VerificationFailed
 from obfuscatune.protocol.addresses import TcpAddress
 
@@ -41,6 +43,7 @@ class OwnerConnection:
         connect: Opens a session with the enclave and verifies it.
         enclave: Where that is.
         api: Where its API is, where that is not what the enclave says.
+        heads: Where the newest head of its audit log is kept; None does not notice a state that was set back.
         tell: Hears why nothing passes any more.
     """
 
@@ -51,9 +54,11 @@ class OwnerConnection:
         identity: Identity,
         *,
         api: TcpAddress | None = None,
+        heads: HeadFile | None = None,
         tell: Callable[[str], None],
     ) -> None:
-        self._connect, self.enclave, self.identity, self._api = connect, enclave, identity, api
+        self._connect, self.enclave, self.identity = connect, enclave, identity
+        self._api, self._heads = api, heads
         self.supervisor = Supervisor(self._verify, tell)
         self._lock = threading.Lock()
         self._found = Found(None)
@@ -84,7 +89,7 @@ class OwnerConnection:
         with self._lock:
             client = self._clients.get((standing.url, standing.spki_sha256))
         if client is None:
-            raise ConnectionLost("the enclave has just been verified anew: ask again")
+            raise ConnectionLost(text("error.verified_anew"))
         opened, http = client
         return Service(opened.url, http, opened.context, opened.verified)
 
@@ -107,13 +112,14 @@ class OwnerConnection:
             self._found = replace(self._found, record=None, failed=tuple(error.checks))
             raise
         found = Found(session.record, (), session.enclave_key)
-        opened = open_api(session, self.enclave, self.identity, api=self._api)
         self._found = found
+        opened = open_api(session, self.enclave, self.identity, api=self._api, heads=self._heads)
         standing = Standing(
             opened.url,
             opened.verified.claims.http_key,
             opened.context,
             began + (opened.verified.expires - opened.verified.time),
+            opened.check_log,
         )
         key = standing.url, standing.spki_sha256
         with self._lock:

@@ -35,7 +35,8 @@ class WorkerLoad:
 class Snapshot:
     """A service at one moment."""
 
-    version: str
+    versions: Mapping[str, str]
+    """Of what runs: the service, its libraries, the protocol to the workers."""
     profile: str
     started: float
     """Unix seconds."""
@@ -63,25 +64,32 @@ class Rates:
 
     tokens: float = 0.0
     products: float = 0.0
+    workers: tuple[float, ...] = ()
+    """Products of each worker, in the order of the snapshot."""
 
 
 class _Pace:
     """Two looks make a rate."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._lock = clock, threading.Lock()
         self._last: tuple[float, Snapshot] | None = None
         self._rates = Rates()
 
     def of(self, now: Snapshot) -> Rates:
-        at = time.monotonic()
+        at = self._clock()
         with self._lock:
             if self._last is None:
                 self._last = at, now
             elif at - self._last[0] >= 1.0:
                 seconds, before = at - self._last[0], self._last[1]
                 made = _products(now) - _products(before)
-                self._rates = Rates(max(0, now.tokens - before.tokens) / seconds, max(0, made) / seconds)
+                each = [max(0, b.products - a.products) for a, b in zip(before.workers, now.workers, strict=False)]
+                self._rates = Rates(
+                    max(0, now.tokens - before.tokens) / seconds,
+                    max(0, made) / seconds,
+                    tuple(it / seconds for it in each),
+                )
                 self._last = at, now
             return self._rates
 

@@ -3,19 +3,25 @@
 from collections.abc import Callable
 from typing import Any
 
-from fastapi import Request
+from fastapi import HTTPException, Request
 from fastapi.responses import Response
 
 from obfuscatune.attest.record import to_file_bytes
-from obfuscatune.console import owner_compare, owner_data, owner_jobs
+from obfuscatune.console import owner_compare, owner_data, owner_jobs, owner_log
 from obfuscatune.console.assessment import assess, assess_checks
 from obfuscatune.console.connection import OwnerConnection
 from obfuscatune.console.records import MOST_FILE_BYTES
 from obfuscatune.console.shell import Shell, attachment
 from obfuscatune.console.views import Model
-from obfuscatune.errors import ConfigError
+from obfuscatune.errors import ConnectionLost
 
-NAVIGATION = (("/", "owner.enclave"), ("/data", "owner.data"), ("/jobs", "owner.jobs"), ("/compare", "owner.compare"))
+NAVIGATION = (
+    ("/", "owner.enclave"),
+    ("/data", "owner.data"),
+    ("/jobs", "owner.jobs"),
+    ("/compare", "owner.compare"),
+    ("/log", "owner.log"),
+)
 
 
 def owner_console(connection: OwnerConnection, tell: Callable[[str], None]) -> Shell:
@@ -32,22 +38,30 @@ def owner_console(connection: OwnerConnection, tell: Callable[[str], None]) -> S
         standing = "refused" if left is None else "simulated" if simulated else "verified"
         return {"standing": standing, "seconds_left": left, "refusal": connection.supervisor.refusal}
 
-    shell = Shell("owner", NAVIGATION, tell, about)
+    shell = Shell("owner", NAVIGATION, tell, about, connection.supervisor.soon)
     shell.large = {"/data/check": MOST_FILE_BYTES, "/data/upload": MOST_FILE_BYTES}
 
     @shell.router.get("/")
     def enclave(request: Request) -> Response:
         """Is the enclave what it says?"""
-        found = connection.found
-        assessment = assess(found.record) if found.record is not None else assess_checks(found.failed)
+        found, counts = connection.found, connection.seconds_left is not None
+        if found.record is None:
+            assessment = assess_checks(found.failed)
+            verdict = "fails" if found.failed else "unknown"
+        else:
+            assessment = assess(found.record, counts=counts)
+            verdict = assessment.state if counts else "past"
         models: list[Model] | None = None
-        if connection.seconds_left is not None:
-            told = connection.service.document("GET", "/obfuscatune/v1/status")
-            models = [Model.read(it) for it in told.get("models", [])]
+        if counts:
+            try:
+                models = owner_jobs.granted_models(connection)
+            except ConnectionLost:
+                connection.supervisor.soon()
         return shell.page(
             request,
             "owner/enclave.html",
             assessment=assessment,
+            verdict=verdict,
             record=found.record,
             enclave=str(connection.enclave),
             enclave_key=found.enclave_key,
@@ -65,7 +79,7 @@ def owner_console(connection: OwnerConnection, tell: Callable[[str], None]) -> S
         """The verification document, for `obfuscatune verify`."""
         record = connection.found.record
         if record is None:
-            raise ConfigError("there is no verification document: the last evidence was refused")
+            raise HTTPException(404)
         return attachment(to_file_bytes(record), "verification.json", "application/json")
 
     @shell.router.post("/verify")
@@ -77,4 +91,5 @@ def owner_console(connection: OwnerConnection, tell: Callable[[str], None]) -> S
     owner_data.add(shell, connection)
     owner_jobs.add(shell, connection)
     owner_compare.add(shell, connection)
+    owner_log.add(shell, connection)
     return shell

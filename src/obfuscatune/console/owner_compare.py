@@ -1,52 +1,88 @@
-"""Base and tuned model side by side: two answers to one question, as they come."""
+"""Base and tuned model side by side: the same questions to both, and each goes on with its own answers."""
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import httpx
-from fastapi import Form, Query, Request
+from fastapi import Query, Request
 from fastapi.responses import Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
 
 from obfuscatune.client import jobs as api
 from obfuscatune.client.connection import Service
 from obfuscatune.console.connection import OwnerConnection
+from obfuscatune.console.owner_jobs import granted_models
 from obfuscatune.console.pages import text
 from obfuscatune.console.shell import Shell
 
-MOST_PROMPT = 20_000
+MOST_CHARACTERS = 20_000
+"""Of one message."""
+MOST_MESSAGES = 129
+MOST_BYTES = 2**20
+"""Of a conversation."""
 MOST_TOKENS = 1024
 _MOST_LINE = 2**20
 
 
+@dataclass(frozen=True)
+class Tuned:
+    """A tuned model beside its base. `chats`: whether the base's tokenizer has a chat template."""
+
+    name: str
+    base: str
+    chats: bool
+
+
+class Message(BaseModel):
+    """A turn of a conversation."""
+
+    model_config = ConfigDict(extra="forbid")
+    role: Literal["system", "user", "assistant"]
+    content: Annotated[str, Field(min_length=1, max_length=MOST_CHARACTERS)]
+
+
+class Question(BaseModel):
+    """What one model is asked: to answer a conversation, or to continue the text of its last message."""
+
+    model_config = ConfigDict(extra="forbid")
+    model: Annotated[str, Field(min_length=1, max_length=256)]
+    mode: Literal["chat", "text"]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
+    tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] = 128
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
+
+
 def add(shell: Shell, connection: OwnerConnection) -> None:
     """Add the page, and what answers."""
+    shell.large["/compare/answer"] = MOST_BYTES
 
     @shell.router.get("/compare")
     def compare(request: Request, model: Annotated[str, Query(max_length=256)] = "") -> Response:
         """The form. `model`: the tuned one that is chosen at first."""
-        names = [str(it.get("id", "")) for it in api.pages(connection.service, "/v1/models")]
-        tuned = [it for it in names if it.startswith("ft:")]
-        base = [it for it in names if not it.startswith("ft:")]
-        chosen = model if model in tuned else next(iter(tuned), "")
-        return shell.page(request, "owner/compare.html", models=base, tuned=tuned, chosen=chosen)
+        tuned = _tuned_models(connection)
+        chosen = next((it for it in tuned if it.name == model), tuned[0] if tuned else None)
+        return shell.page(request, "owner/compare.html", tuned=tuned, chosen=chosen)
 
     @shell.router.post("/compare/answer")
-    def answer(
-        model: Annotated[str, Form(min_length=1, max_length=256)],
-        prompt: Annotated[str, Form(min_length=1, max_length=MOST_PROMPT)],
-        mode: Annotated[Literal["chat", "text"], Form()] = "chat",
-        tokens: Annotated[int, Form(ge=1, le=MOST_TOKENS)] = 128,
-        temperature: Annotated[float, Form(ge=0, le=2)] = 0.0,
-    ) -> Response:
+    def answer(question: Question) -> Response:
         """One model's answer: a JSON object a line, {"text"} as it comes, at last {"end"} or {"problem"}."""
-        body: dict[str, Any] = {"model": model, "stream": True, "max_tokens": tokens, "temperature": temperature}
-        if mode == "chat":
-            path, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": prompt}]
+        body: dict[str, Any] = {"model": question.model, "stream": True, "max_tokens": question.tokens}
+        body["temperature"] = question.temperature
+        if question.mode == "chat":  # the service renders it by the model's own chat template
+            path, body["messages"] = "/v1/chat/completions", [it.model_dump() for it in question.messages]
         else:
-            path, body["prompt"] = "/v1/completions", prompt
+            path, body["prompt"] = "/v1/completions", question.messages[-1].content
         lines = _answer(connection, connection.service, path, body)
         return StreamingResponse(lines, media_type="application/x-ndjson")
+
+
+def _tuned_models(connection: OwnerConnection) -> list[Tuned]:
+    names = [str(it.get("id", "")) for it in api.pages(connection.service, "/v1/models")]
+    chats = {it.name for it in granted_models(connection) if it.chats}
+    bases = {it: it.split(":")[1] for it in names if it.startswith("ft:")}
+    return [Tuned(name, base, base in chats) for name, base in bases.items()]
 
 
 def _answer(connection: OwnerConnection, service: Service, path: str, body: dict[str, Any]) -> Iterator[bytes]:

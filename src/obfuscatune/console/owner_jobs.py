@@ -9,19 +9,20 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import asdict
 from typing import Annotated, Any
+from urllib.parse import quote
 
 from anyio import to_thread
-from fastapi import Form, Path, Query, Request
+from fastapi import Form, HTTPException, Path, Query, Request
 from fastapi.responses import Response, StreamingResponse
 
 from obfuscatune.client import jobs as api
 from obfuscatune.console.connection import OwnerConnection
 from obfuscatune.console.owner_data import stored_files
-from obfuscatune.console.pages import format_count, format_span, text
+from obfuscatune.console.pages import format_count, format_small, format_span, text
 from obfuscatune.console.shell import Shell, attachment
 from obfuscatune.console.views import Event, Job, Model, Progress
 from obfuscatune.documents import canonical
-from obfuscatune.errors import ObfuscaTuneError, TermsError
+from obfuscatune.errors import ConnectionLost, ObfuscaTuneError, TermsError
 
 _SECONDS_BETWEEN_LOOKS = 1.0
 _LEAST_STALL_SECONDS = 8.0
@@ -30,6 +31,7 @@ Name = Annotated[str, Form(min_length=1, max_length=256)]
 Epochs = Annotated[int, Form(ge=1, le=50)]
 BatchSize = Annotated[int, Form(ge=1, le=256)]
 Rate = Annotated[float, Form(gt=0, le=100)]
+Validation = Annotated[str, Form(max_length=128)]
 Suffix = Annotated[str, Form(max_length=64, pattern=r"^[A-Za-z0-9._-]*$")]
 
 
@@ -58,11 +60,12 @@ def add(shell: Shell, connection: OwnerConnection) -> None:
         batch_size: BatchSize = 8,
         rate: Rate = 1.0,
         suffix: Suffix = "",
+        validation: Validation = "",
     ) -> Response:
         """What a job will cost, counted in the enclave by the model's own tokenizer."""
         if any(it.name == model and it.status == "loading" for it in granted_models(connection)):
             return shell.page(request, "parts/loading.html")
-        body = _body(model, file, epochs, batch_size, rate, suffix)
+        body = _body(model, file, epochs, batch_size, rate, suffix, validation)
         told = connection.service.document("POST", "/obfuscatune/v1/estimate", json=body)
         return shell.page(request, "parts/estimate.html", estimate=told)
 
@@ -74,11 +77,12 @@ def add(shell: Shell, connection: OwnerConnection) -> None:
         batch_size: BatchSize = 8,
         rate: Rate = 1.0,
         suffix: Suffix = "",
+        validation: Validation = "",
         key: Annotated[str, Form(max_length=64)] = "",
     ) -> Response:
         """Begin a job; the same key is the same job, however often a button is pressed."""
         headers = {"idempotency-key": key or secrets.token_hex(16)}
-        body = _body(model, file, epochs, batch_size, rate, suffix)
+        body = _body(model, file, epochs, batch_size, rate, suffix, validation)
         job = Job.read(connection.service.document("POST", "/v1/fine_tuning/jobs", json=body, headers=headers))
         return shell.redirect(f"/jobs/{job.id}")
 
@@ -88,7 +92,11 @@ def add(shell: Shell, connection: OwnerConnection) -> None:
         found = _job(connection, job_id)
         model = next((it for it in granted_models(connection) if it.name == found.model), None)
         receipt = _receipt(connection, found)
-        return shell.page(request, "owner/job.html", job=found, model=model, receipt=receipt)
+        files = {it.id: it.name for it in stored_files(connection)}
+        exists = found.tuned is not None and found.tuned in _tuned_names(connection)
+        return shell.page(
+            request, "owner/job.html", job=found, model=model, receipt=receipt, files=files, exists=exists
+        )
 
     @router.get("/jobs/{job_id}/live")
     async def live(job_id: JobId) -> Response:
@@ -120,6 +128,15 @@ def add(shell: Shell, connection: OwnerConnection) -> None:
                 archive.addfile(entry, io.BytesIO(content))
         return attachment(packed.getvalue(), f"{job_id}.tar", "application/x-tar")
 
+    @router.post("/jobs/{job_id}/delete")
+    def delete(job_id: JobId) -> Response:
+        """Delete the tuned model of a job, for good."""
+        name = _job(connection, job_id).tuned
+        if name is None:
+            raise HTTPException(404)
+        connection.service.document("DELETE", f"/v1/models/{quote(name, safe='')}")
+        return shell.redirect(f"/jobs/{job_id}")
+
     @router.post("/jobs/{job_id}/ask")
     def ask(request: Request, job_id: JobId) -> Response:
         """Ask the provider to let the adapter go: the enclave notes what was refused for want of his consent."""
@@ -136,11 +153,19 @@ def granted_models(connection: OwnerConnection) -> list[Model]:
     return [Model.read(it) for it in told] if isinstance(told, list) else []
 
 
-def _body(model: str, file: str, epochs: int, batch_size: int, rate: float, suffix: str) -> dict[str, Any]:
+def _tuned_names(connection: OwnerConnection) -> set[str]:
+    """Of the owner's tuned models that are there."""
+    return {str(it.get("id", "")) for it in api.pages(connection.service, "/v1/models")}
+
+
+def _body(
+    model: str, file: str, epochs: int, batch_size: int, rate: float, suffix: str, validation: str
+) -> dict[str, Any]:
     asked = {"n_epochs": epochs, "batch_size": batch_size, "learning_rate_multiplier": rate}
     method = {"type": "supervised", "supervised": {"hyperparameters": asked}}
     body: dict[str, Any] = {"model": model, "training_file": file, "method": method}
-    return body | ({"suffix": suffix} if suffix else {})
+    chosen = {"suffix": suffix, "validation_file": validation}
+    return body | {name: value for name, value in chosen.items() if value}
 
 
 def _job(connection: OwnerConnection, job_id: str) -> Job:
@@ -173,6 +198,8 @@ async def _follow(connection: OwnerConnection, job_id: str) -> AsyncIterator[byt
         try:
             found, progress, events = await to_thread.run_sync(_look, connection, job_id, seen)
         except ObfuscaTuneError as error:
+            if isinstance(error, ConnectionLost):
+                connection.supervisor.soon()
             yield _event("problem", {"message": str(error), "standing": connection.seconds_left is not None})
             return
         seen.update(it.id for it in events)
@@ -207,8 +234,9 @@ def _state(job: Job, progress: Progress, events: list[Event]) -> dict[str, Any]:
         "steps": progress.steps,
         "speed": None if speed is None else f"{speed:,.0f}",
         "left": None if progress.seconds_left is None else format_span(progress.seconds_left),
-        "products": None if progress.verified is None else _products(progress),
-        "advantage": None if progress.advantage is None else f"{progress.advantage:.2g}",
+        "verified": _share(progress),
+        "requests": None if progress.verified is None else _products(progress),
+        "advantage": None if progress.advantage is None else format_small(progress.advantage),
         "budget": None if progress.budget is None else text("job.allowed", budget=f"{progress.budget:g}"),
         "events": [asdict(it) for it in events],
     }
@@ -220,6 +248,13 @@ def _stalled(progress: Progress, since: float) -> str | None:
     if pace is None or waited < max(_LEAST_STALL_SECONDS, 5 * pace):
         return None
     return text("job.stalled", span=format_span(waited))
+
+
+def _share(progress: Progress) -> str | None:
+    """Of the products so far that were verified; rounded down, so that 100 % is all of them."""
+    if progress.verified is None or not progress.requests:
+        return None
+    return f"{100 * progress.verified // progress.requests} %"
 
 
 def _products(progress: Progress) -> str:

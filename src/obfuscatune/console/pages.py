@@ -5,6 +5,7 @@ Templates escape all that they are given. The look is that of our reports: `repo
 """
 
 import datetime
+import re
 import time
 import tomllib
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 LANGUAGE = "en"
 _NOTHING = "–"
+_DIGEST = re.compile(r"\b[0-9a-f]{32,}\b")
 
 
 @cache
@@ -66,6 +68,11 @@ def format_count(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else _NOTHING
 
 
+def format_small(value: Any) -> str:
+    """`1.9e-05`: two significant digits."""
+    return f"{value:.2g}" if isinstance(value, int | float) and not isinstance(value, bool) else _NOTHING
+
+
 def format_bytes(value: Any) -> str:
     """`1.2 MB`."""
     if not isinstance(value, int | float) or isinstance(value, bool):
@@ -80,9 +87,18 @@ def format_bytes(value: Any) -> str:
 
 def format_time(value: Any) -> str:
     """Unix seconds as `2026-11-29 14:05 UTC`."""
+    return _written(value, "%Y-%m-%d %H:%M UTC")
+
+
+def format_moment(value: Any) -> str:
+    """Unix seconds as `2026-11-29 14:05:33 UTC`."""
+    return _written(value, "%Y-%m-%d %H:%M:%S UTC")
+
+
+def _written(value: Any, form: str) -> str:
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 253402300800:
         return _NOTHING
-    return datetime.datetime.fromtimestamp(value, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return datetime.datetime.fromtimestamp(value, datetime.UTC).strftime(form)
 
 
 def format_span(seconds: Any) -> str:
@@ -105,6 +121,11 @@ def format_ago(value: Any) -> str:
     return text("common.ago", span=format_span(max(0.0, time.time() - value)))
 
 
+def brief(value: Any) -> str:
+    """A text whose digests and keys are cut to their beginnings."""
+    return _DIGEST.sub(lambda found: short(found[0]), str(value))
+
+
 def short(value: Any, characters: int = 12) -> str:
     """The beginning of a digest or a key."""
     told = str(value)
@@ -122,7 +143,7 @@ def environment() -> "Environment":
     )
     made.globals.update(t=text, t_or=text_or, language=LANGUAGE)
     filters = {"count": format_count, "bytes": format_bytes, "time": format_time, "span": format_span}
-    made.filters.update(filters, ago=format_ago, short=short)
+    made.filters.update(filters, moment=format_moment, small=format_small, ago=format_ago, short=short, brief=brief)
     return made
 
 

@@ -3,14 +3,16 @@
 Each look at the enclave is a session of its own, verified anew; nothing is released in one that is not.
 """
 
+import datetime
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from fastapi import Form, Request
+from fastapi import Form, HTTPException, Request
 from fastapi.responses import Response
 
 from obfuscatune.attest.record import Verification
@@ -18,10 +20,11 @@ from obfuscatune.channel.client import Attested
 from obfuscatune.channel.grants import EXPORTS, USES, Consent, Grant, Revocation, Terms, next_sequence, read_time
 from obfuscatune.channel.identity import Identity
 from obfuscatune.console.assessment import assess, assess_checks
+from obfuscatune.console.pages import text
 from obfuscatune.console.releases import Releases
 from obfuscatune.console.shell import Shell, attachment
 from obfuscatune.console.views import Model
-from obfuscatune.errors import ConfigError, ObfuscaTuneError, VerificationFailed
+from obfuscatune.errors import ConfigError, IntegrityError, ObfuscaTuneError, VerificationFailed
 from obfuscatune.protocol.addresses import TcpAddress
 from obfuscatune.protocol.certificates import fingerprint
 from obfuscatune.sealing.key_file import KeyFile
@@ -29,6 +32,8 @@ from obfuscatune.sealing.key_file import KeyFile
 NAVIGATION = (("/", "provider.grants"), ("/models", "provider.models"), ("/releases", "provider.releases"))
 _SECONDS_KEPT = 2.0
 """For which a look at the enclave serves all that ask."""
+_DAYS = 90
+"""For which a grant stands unless its provider chooses otherwise."""
 _MOST_KEY_FILES = 256
 _MOST_CERTIFICATES = 64 * 2**10
 Text = Annotated[str, Form(min_length=1, max_length=1024)]
@@ -76,6 +81,8 @@ class ProviderConnection:
         self._look: tuple[float, Look] | None = None
         self.failed: VerificationFailed | None = None
         """Why the last session was refused, where it was."""
+        self.is_simulated = False
+        """Whether the evidence of the last session was."""
 
     def session(self) -> Attested:
         """A session, verified.
@@ -88,7 +95,7 @@ class ProviderConnection:
         except VerificationFailed as error:
             self.failed = error
             raise
-        self.failed = None
+        self.failed, self.is_simulated = None, session.record.simulated
         return session
 
     def look(self, *, anew: bool = False) -> Look:
@@ -125,15 +132,16 @@ class ProviderConnection:
         """Release a bundle's key to the enclave, with the terms of its use, and keep on what evidence.
 
         Raises:
-            ConfigError: the key file is not this folder's, or another identity sealed its bundle.
-            IntegrityError: the terms cannot be granted.
+            ConfigError: the key file is not this folder's, another identity sealed its bundle, or the terms cannot be
+                granted.
             As `look`.
         """
         if file not in {it.file for it in self.sealed_models() if it.is_ours}:
-            raise ConfigError("this is no key file of yours in the folder of keys")
+            raise ConfigError(text("error.no_key_file"))
         kept = KeyFile.read(self._keys / file)
         try:
-            granted = Grant(name, kept.manifest_digest, storage, terms, next_sequence())
+            with _of_the_form():
+                granted = Grant(name, kept.manifest_digest, storage, terms, next_sequence())
             with self.session() as session, kept.key.secret.view as view:
                 self.releases.keep(granted, str(self.enclave), session.record)  # written before anything goes out
                 session.release("grant", granted.sign(self.identity), bytes(view))
@@ -154,7 +162,7 @@ def provider_console(connection: ProviderConnection, tell: Callable[[str], None]
     Args:
         tell: Says something where the console was started: a new link.
     """
-    shell = Shell("provider", NAVIGATION, tell)
+    shell = Shell("provider", NAVIGATION, tell, lambda: {"simulated": connection.is_simulated})
     router = shell.router
 
     @router.get("/")
@@ -181,7 +189,8 @@ def provider_console(connection: ProviderConnection, tell: Callable[[str], None]
     def models(request: Request) -> Response:
         """Sealed models, and the form of a grant."""
         found = connection.sealed_models()
-        return shell.page(request, "provider/models.html", models=found, exports=EXPORTS, signer=connection.signer)
+        until = datetime.datetime.now(datetime.UTC).date() + datetime.timedelta(days=_DAYS)
+        return shell.page(request, "provider/models.html", models=found, exports=EXPORTS, until=until)
 
     @router.get("/releases")
     def releases(request: Request) -> Response:
@@ -191,7 +200,10 @@ def provider_console(connection: ProviderConnection, tell: Callable[[str], None]
     @router.get("/releases/{release_id}.json")
     def release(release_id: str) -> Response:
         """The verification document of a release, for `obfuscatune verify`."""
-        return attachment(connection.releases.document(release_id), f"{release_id}.json", "application/json")
+        content = connection.releases.document(release_id)
+        if content is None:
+            raise HTTPException(404)
+        return attachment(content, f"{release_id}.json", "application/json")
 
     @router.post("/grants")
     def grant(
@@ -208,10 +220,11 @@ def provider_console(connection: ProviderConnection, tell: Callable[[str], None]
         limit = None
         if tokens.strip():
             if not (tokens.strip().isascii() and tokens.strip().isdigit()):
-                raise ConfigError("the number of tokens is written in digits, or left empty")
+                raise ConfigError(text("error.tokens"))
             limit = int(tokens)
         allowed = tuple(use for use in USES if use in uses)
-        terms = Terms(read_owners(owners), allowed, export, read_time(until), limit)
+        with _of_the_form():
+            terms = Terms(read_owners(owners), allowed, export, read_time(until), limit)
         connection.grant(file, name, bundle, terms)
         return shell.redirect("/")
 
@@ -230,7 +243,16 @@ def provider_console(connection: ProviderConnection, tell: Callable[[str], None]
     return shell
 
 
-def read_owners(text: str) -> tuple[str, ...]:
+@contextmanager
+def _of_the_form() -> Iterator[None]:
+    """Within it, what cannot be signed is a field that somebody filled in."""
+    try:
+        yield
+    except IntegrityError as error:
+        raise ConfigError(str(error)) from None
+
+
+def read_owners(given: str) -> tuple[str, ...]:
     """Fingerprints of owners' keys, of certificates in PEM or as they are, one a line.
 
     Raises:
@@ -238,16 +260,16 @@ def read_owners(text: str) -> tuple[str, ...]:
     """
     begin, end = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
     found: list[str] = []
-    rest = text
+    rest = given
     while begin in rest:
         before, _, after = rest.partition(begin)
         body, ended, tail = after.partition(end)
         if not ended:
-            raise ConfigError("owners: a certificate has no end")
+            raise ConfigError(text("error.certificate_end"))
         try:
             found.append(fingerprint(f"{begin}{body}{end}\n".encode()))
         except ValueError:
-            raise ConfigError("owners: this is no certificate, as `obfuscatune keygen` makes it") from None
+            raise ConfigError(text("error.certificate")) from None
         rest = before + "\n" + tail
     found += rest.split()
     return tuple(dict.fromkeys(found))

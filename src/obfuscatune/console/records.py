@@ -6,6 +6,7 @@ The reader is the service's own; it runs here before anything leaves this machin
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from obfuscatune.console.pages import text
 from obfuscatune.errors import DataError
 from obfuscatune.training.data_files import MAX_LINE_BYTES, Completion, Record, parse_jsonl_line
 from obfuscatune.training.layouts import UPLOADED_LAYOUTS, Format, detect_format
@@ -62,12 +63,12 @@ def check_records(content: bytes) -> Checked:
     for number, raw in _lines(content):
         try:
             if len(raw) > MAX_LINE_BYTES:
-                raise DataError(f"{number}: longer than {MAX_LINE_BYTES:,} bytes")
+                raise DataError(text("error.line_long", most=f"{MAX_LINE_BYTES:,}"))
             line = parse_jsonl_line(str(number), raw)
             if found is None:
                 detected = detect_format(line)
                 if detected.layout.name not in UPLOADED_LAYOUTS:
-                    raise DataError(f"{number}: expected `messages`, or `prompt` and `completion`")
+                    raise DataError(text("error.line_form"))
                 found = detected
             record = found.read(line)
         except DataError as error:
@@ -102,5 +103,5 @@ def _shown(record: Record) -> tuple[Turn, ...]:
     return tuple(Turn(it.role, _cut(it.content)) for it in messages[:4])
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= _MOST_CHARACTERS else text[:_MOST_CHARACTERS] + "…"
+def _cut(content: str) -> str:
+    return content if len(content) <= _MOST_CHARACTERS else content[:_MOST_CHARACTERS] + "…"

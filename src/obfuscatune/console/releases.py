@@ -11,7 +11,8 @@ from typing import Any
 from obfuscatune import documents
 from obfuscatune.attest.record import MOST_BYTES, Verification
 from obfuscatune.channel.grants import Grant
-from obfuscatune.errors import ConfigError, EvidenceError, IntegrityError, StorageError
+from obfuscatune.console.pages import text
+from obfuscatune.errors import EvidenceError, IntegrityError, StorageError
 from obfuscatune.protocol.files import write_new
 
 VERSION = 1
@@ -62,7 +63,7 @@ class Releases:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_new(self._folder / f"{grant.sequence}-{grant.id}.json", documents.canonical(document))
         except OSError as error:
-            raise StorageError(f"{self._folder}: cannot be written: {error.strerror}; nothing was released") from error
+            raise StorageError(text("error.no_release_kept", folder=self._folder, reason=error.strerror)) from error
 
     def all(self) -> list[Release]:
         """The releases, the newest first."""
@@ -71,15 +72,11 @@ class Releases:
         names = sorted((it.stem for it in self._folder.glob("*.json") if _NAME.fullmatch(it.stem)), reverse=True)
         return [self._read(name) for name in names[:MOST_SHOWN]]
 
-    def document(self, release_id: str) -> bytes:
-        """The verification document of a release, for `obfuscatune verify`.
-
-        Raises:
-            ConfigError: there is none of that id.
-        """
+    def document(self, release_id: str) -> bytes | None:
+        """The verification document of a release, for `obfuscatune verify`; None where there is none of that id."""
         release = self._read(release_id) if _NAME.fullmatch(release_id) else None
         if release is None or release.record is None:
-            raise ConfigError("there is no release of that id")
+            return None
         return documents.canonical(release.record.to_document()) + b"\n"
 
     def _read(self, name: str) -> Release:

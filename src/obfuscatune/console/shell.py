@@ -20,7 +20,15 @@ from starlette.types import ASGIApp
 from obfuscatune.console.guard import COOKIE, Guard, cookie_of
 from obfuscatune.console.pages import render, style_sheet, text
 from obfuscatune.console.sessions import CODE_CHARACTERS, Session, Sessions
-from obfuscatune.errors import AttestationError, ObfuscaTuneError, TermsError, UntrustedPeer
+from obfuscatune.errors import (
+    AttestationError,
+    ConfigError,
+    ConnectionLost,
+    DataError,
+    ObfuscaTuneError,
+    TermsError,
+    UntrustedPeer,
+)
 from obfuscatune.version import __version__
 
 _STATIC = {
@@ -46,12 +54,14 @@ class Shell:
         navigation: (path below the base, key of its text) of each page that the menu names.
         tell: Says something where the console was started.
         about: Adds to every page what its frame shows: `standing`, ...
+        lost: Is called where the enclave went away while a page asked it.
     """
 
     role: str
     navigation: tuple[tuple[str, str], ...]
     tell: Callable[[str], None]
     about: Callable[[], dict[str, Any]] = dict
+    lost: Callable[[], None] = lambda: None
     base: str = field(default_factory=lambda: f"/{secrets.token_urlsafe(12)}")
     sessions: Sessions = field(default_factory=Sessions)
     router: APIRouter = field(default_factory=APIRouter)
@@ -134,6 +144,8 @@ class Shell:
 
     async def _failed(self, request: Request, error: Exception) -> Response:
         """What went wrong, as a page or, for htmx and our own scripts, as a part of one."""
+        if isinstance(error, ConnectionLost):
+            self.lost()
         status, key, told = _explained(error)
         is_part = "hx-request" in request.headers
         template = "parts/problem.html" if is_part else "problem.html"
@@ -147,6 +159,8 @@ def _explained(error: Exception) -> tuple[int, str, str]:
             return 503, "refused", str(error)
         case TermsError():
             return 403, "terms", str(error)
+        case ConfigError() | DataError():
+            return 400, "input", str(error)
         case ObfuscaTuneError():
             return 502, "failed", str(error)
         case HTTPException():

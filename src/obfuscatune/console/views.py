@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from obfuscatune.channel.grants import EXPORTS, USES
 from obfuscatune.client.jobs import FINISHED
+from obfuscatune.console.pages import text
 from obfuscatune.errors import IntegrityError
 
 STATUSES = ("validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled")
@@ -30,8 +31,12 @@ class Model:
     consents: tuple[str, ...] = ()
     """Adapters that may leave, of those that need a consent."""
     asked: tuple[tuple[str, str], ...] = ()
-    """(owner, adapter) of each consent that is waited for."""
+    """(owner, adapter) of each consent that is waited for, as its provider is told."""
+    waiting: tuple[str, ...] = ()
+    """Adapters that wait for a consent, as their owner is told."""
     reason: str = ""
+    chats: bool = False
+    """Whether its tokenizer has a chat template; not known of one that is not loaded."""
 
     @property
     def left(self) -> int | None:
@@ -62,7 +67,9 @@ class Model:
             used=_count(it.get("tokens_used")),
             consents=tuple(map(_text, _list(it.get("consented", [])))),
             asked=tuple((_text(_object(a).get("owner")), _text(a.get("adapter"))) for a in _list(it.get("asked", []))),
+            waiting=tuple(map(_text, _list(it.get("waiting", [])))),
             reason=_text(it.get("reason", "")),
+            chats=it.get("chat_template") is True,
         )
 
 
@@ -206,19 +213,19 @@ class Event:
 
 def _object(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise IntegrityError("expected an object in the service's answer")
+        raise IntegrityError(text("error.answer_object"))
     return value
 
 
 def _list(value: Any) -> list[Any]:
     if not isinstance(value, list):
-        raise IntegrityError("expected a list in the service's answer")
+        raise IntegrityError(text("error.answer_list"))
     return value
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise IntegrityError("expected a text in the service's answer")
+        raise IntegrityError(text("error.answer_text"))
     return value[:_MOST_TEXT]
 
 
@@ -226,25 +233,25 @@ def _identifier(value: Any) -> str:
     """Part of a path of ours: letters, digits, dashes and underscores."""
     told = _text(value)
     if not told or len(told) > 128 or not told.replace("-", "").replace("_", "").isalnum() or not told.isascii():
-        raise IntegrityError("expected an id in the service's answer")
+        raise IntegrityError(text("error.answer_id"))
     return told
 
 
 def _count(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
-        raise IntegrityError("expected a count in the service's answer")
+        raise IntegrityError(text("error.answer_count"))
     return value
 
 
 def _number(value: Any) -> float:
     if type(value) not in (int, float) or not abs(value) < 1e18:
-        raise IntegrityError("expected a number in the service's answer")
+        raise IntegrityError(text("error.answer_number"))
     return float(value)
 
 
 def _one_of(value: Any, choices: tuple[str, ...]) -> str:
     if value not in choices:
-        raise IntegrityError(f"expected one of {', '.join(choices)} in the service's answer")
+        raise IntegrityError(text("error.answer_one_of", choices=", ".join(choices)))
     return str(value)
 
 

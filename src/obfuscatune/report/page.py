@@ -127,6 +127,14 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Paragraph:
+    """A text."""
+
+    kind: ClassVar[str] = "paragraph"
+    text: str
+
+
+@dataclass(frozen=True)
 class Table:
     """Rows under headings. All columns but the first `text_columns` are numbers, aligned at the right."""
 
@@ -206,6 +214,27 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[object]], tex
     marks = ["---" if index < text_columns else "---:" for index in range(len(columns))]
     lines: list[Sequence[object]] = [columns, marks, *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def read_markdown(text: str) -> list[Paragraph | Table]:
+    """Paragraphs and tables of a result in Markdown, as our benchmarks write it; code and stress are plain there."""
+    found: list[Paragraph | Table] = []
+    plain = text.replace("`", "").replace("**", "")
+    for block in filter(None, (it.strip() for it in plain.split("\n\n"))):
+        lines = block.splitlines()
+        if not all(line.startswith("|") for line in lines) or len(lines) < 2:
+            found.append(Paragraph(" ".join(lines)))
+            continue
+        columns, marks, *rows = (_cells_of(line) for line in lines)
+        texts = next((index for index, mark in enumerate(marks) if mark.endswith(":")), len(marks))
+        found.append(Table("", columns, rows, text_columns=texts))
+    return found
+
+
+def _cells_of(line: str) -> list[str]:
+    """Of a row of a table in Markdown."""
+    cells = line.strip().removeprefix("|").removesuffix("|").replace("\\|", "\0").split("|")
+    return [cell.strip().replace("\0", "|") for cell in cells]
 
 
 @cache

@@ -5,7 +5,7 @@ keys          the secrets that owners have released, and what is derived of them
 state         SQLAlchemy: owners, files, jobs, models, usage (tables); what is private is sealed by its owner's key
 sealed_files  a run directory whose files are sealed
 audit_log     hash-chained: who, what, when, digests
-provider_words  what providers said, over restarts: grants' order, revocations, consents
+provider_words  what providers said or are to answer, over restarts: grants' order, revocations, consents
 handler       what the attested channel brings: grants, keys, consents
 access        grants, their terms, and the tokens that were used under them
 limits        how much one owner may take

@@ -7,7 +7,6 @@ import contextlib
 import datetime
 import hashlib
 import re
-import threading
 from typing import TYPE_CHECKING, Any
 
 from obfuscatune.channel.grants import Consent, Grant, Revocation
@@ -16,7 +15,7 @@ from obfuscatune.secret_memory import SecretBytes
 from obfuscatune.service import tables as rows
 from obfuscatune.service.api.tls import HttpsIdentity
 from obfuscatune.service.keys import KEY_BYTES, Owner
-from obfuscatune.service.provider_words import GRANTED, REVOKED, ProviderWords, log_details
+from obfuscatune.service.provider_words import GRANTED, REVOKED, log_details
 
 if TYPE_CHECKING:
     from obfuscatune.service.api.context import Context
@@ -25,10 +24,8 @@ if TYPE_CHECKING:
 class ServiceHandler:
     """The channel's `Handler`. Its methods are called by several threads."""
 
-    def __init__(self, context: "Context", words: ProviderWords, https: HttpsIdentity, api_address: str) -> None:
-        self._context, self._words, self._https, self._api_address = context, words, https, api_address
-        self._lock = threading.Lock()
-        """One word of a provider's at a time: the registry and what is loaded go together."""
+    def __init__(self, context: "Context", https: HttpsIdentity, api_address: str) -> None:
+        self._context, self._https, self._api_address = context, https, api_address
 
     def granted(self, peer: str, grant: Grant, key: bytes) -> dict[str, Any]:
         """See `channel.server.Handler`."""
@@ -37,12 +34,13 @@ class ServiceHandler:
         if providers is not None and grant.provider not in providers:
             raise TermsError("provider: this service takes grants of other providers alone")
         secret = _secret(key)
-        with self._lock:
+        with context.wording:
             bundle = context.models.open(grant, secret)
             registry = context.access.registry
             registry.grant(grant, datetime.datetime.now(datetime.UTC))
             try:
-                consents = self._words.granted(grant, secret)
+                consents = context.words.granted(grant, secret)
+                asked = context.words.asked_before(grant, secret)
                 about = {**log_details(grant), "grant": grant.id, "terms": grant.terms.to_document()}
                 context.log.append(peer, GRANTED, about)
             except BaseException:
@@ -51,6 +49,8 @@ class ServiceHandler:
             for consent in consents:
                 with contextlib.suppress(TermsError):  # the new terms may ask for none, or name its owner no more
                     registry.consent(consent)
+            for owner, adapter in asked:
+                registry.ask_consent(grant.model, owner, adapter)
             context.models.granted(grant, secret, bundle)
         context.jobs.wake()
         return {"model": grant.model, "grant": grant.id, **self._common()}
@@ -77,27 +77,28 @@ class ServiceHandler:
     def revoke(self, peer: str, revocation: Revocation) -> dict[str, Any]:
         """See `channel.server.Handler`."""
         context = self._context
-        with self._lock:
+        with context.wording:
             context.access.registry.revoke(revocation)
             context.models.revoke(revocation.model)  # before the disk, which may refuse
-            self._words.revoked(revocation)
+            context.words.revoked(revocation)
             context.log.append(peer, REVOKED, log_details(revocation))
         context.jobs.wake()
         return {"model": revocation.model, **self._common()}
 
     def consent(self, peer: str, consent: Consent) -> dict[str, Any]:
         """See `channel.server.Handler`."""
-        registry = self._context.access.registry
+        context = self._context
+        registry = context.access.registry
         # Its name has a part that the owner chose, and the log is in clear: the random part names it.
         about = {"owner": consent.owner, "model": consent.model, "adapter": adapter_id(consent.adapter)}
-        with self._lock:
+        with context.wording:
             is_new = registry.check_consent(consent)
-            model = self._context.models.get(consent.model)
+            model = context.models.get(consent.model)
             if model is None:
                 raise TermsError(f"model: nothing is granted for {consent.model!r}")
             if is_new:
-                self._words.consented(consent, model.key.secret)
-            self._context.log.append(peer, "consented", about)
+                context.words.consented(consent, model.key.secret)
+            context.log.append(peer, "consented", about)
             registry.consent(consent)
         return {"adapter": consent.adapter, **self._common()}
 

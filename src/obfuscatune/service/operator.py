@@ -1,11 +1,14 @@
 """What the operator's console shows of a service: sums, read when it asks. Of whom and of what, it has nothing."""
 
+import platform
 import shutil
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from obfuscatune.console.operator import Snapshot, WorkerLoad
+from obfuscatune.protocol.limits import VERSION
 from obfuscatune.version import __version__
 
 if TYPE_CHECKING:
@@ -21,7 +24,12 @@ def looker(context: "Context") -> Callable[[], Snapshot]:
         engines = [it.engine.stats() for it in context.models.all() if it.engine is not None]
         disk = shutil.disk_usage(settings.state)
         return Snapshot(
-            version=__version__,
+            versions={
+                "ObfuscaTune": __version__,
+                "PyTorch": version("torch"),
+                "Python": platform.python_version(),
+                "wire": str(VERSION),
+            },
             profile=settings.profile,
             started=started,
             workers=_workers(context),

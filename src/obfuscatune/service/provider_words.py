@@ -1,16 +1,18 @@
-"""What providers said, over restarts: the order of their grants, what they revoked, what they consented to.
+"""What providers said and are to answer, over restarts: grants, revocations, consents, and requests for these.
 
     grants       the newest word on each model            in clear, and in the audit log
     revocations  signed, the newest on each model         in clear, and in the audit log
     consents     signed, with the sequence they came at   sealed under the model's key, which comes with a grant
+    asked        the consents that owners wait for        sealed under the model's key
 
 Database and log lie on a disk of somebody else's: the newer of the two counts, and signatures are verified again. Who
 sets back both is found out by whoever keeps the log's head. A consent counts again with the next grant of its bundle,
-unless a revocation came after it: the sequence at which it came is sealed with it.
+unless a revocation came after it: the sequence at which it came is sealed with it. Requests that are put back allow
+nothing: their provider is asked once more.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import delete, insert, select, update
@@ -23,11 +25,11 @@ from obfuscatune.sealing.blobs import open_blob, seal_blob
 from obfuscatune.secret_memory import SecretBytes
 from obfuscatune.service.audit_log import AuditLog
 from obfuscatune.service.state import State, new_id, padded
-from obfuscatune.service.tables import consents, grants, revocations
+from obfuscatune.service.tables import asked, consents, grants, revocations
 
 log = logging.getLogger(__name__)
 GRANTED, REVOKED = "granted", "revoked"
-_PURPOSE = "consent"
+_CONSENT, _ASKED = "consent", "asked"
 _Name = tuple[str, str]
 """A provider's key and a model."""
 
@@ -74,6 +76,7 @@ class ProviderWords:
             self._keep_latest(connection, grant)
             mine = consents.c.provider == grant.provider, consents.c.model == grant.model
             connection.execute(delete(consents).where(*mine, consents.c.manifest != grant.manifest))
+            connection.execute(delete(asked).where(*_asked_of(grant), asked.c.manifest != grant.manifest))
             found = connection.execute(select(consents.c.id, consents.c.details).where(*mine)).all()
         _raise_to(self._latest, name, _latest_of(grant))
         return tuple(self._opened(grant, key, found))
@@ -93,6 +96,7 @@ class ProviderWords:
                 connection.execute(insert(revocations).values(provider=word.provider, model=word.model, **values))
             gone = consents.c.provider == word.provider, consents.c.model == word.model
             connection.execute(delete(consents).where(*gone))
+            connection.execute(delete(asked).where(*_asked_of(word)))
 
     def consented(self, consent: Consent, key: SecretBytes) -> None:
         """Keep a consent.
@@ -106,15 +110,49 @@ class ProviderWords:
         row_id, sequence = new_id("consent-"), self._latest[consent.provider, consent.model].sequence
         content = documents.canonical({"sequence": sequence, "signed": dict(consent.signed)})
         values = {"provider": consent.provider, "model": consent.model, "manifest": consent.manifest}
-        details = seal_blob(key, padded(content), purpose=_PURPOSE, name=row_id)
+        details = seal_blob(key, padded(content), purpose=_CONSENT, name=row_id)
         with self._state.writing() as connection:
             connection.execute(insert(consents).values(id=row_id, details=details, **values))
+
+    def keep_asked(self, grant: Grant, key: SecretBytes, waiting: Sequence[Mapping[str, str]]) -> None:
+        """Keep all that owners wait for of a grant's bundle, in the place of what was kept.
+
+        Args:
+            key: of its bundle.
+            waiting: as `GrantRegistry.asked` tells it.
+
+        Raises:
+            StorageError: the database refused.
+        """
+        content = padded(documents.canonical({"asked": [dict(it) for it in waiting]}))
+        details = seal_blob(key, content, purpose=_ASKED, name=_asked_name(grant))
+        with self._state.writing() as connection:
+            connection.execute(delete(asked).where(*_asked_of(grant)))
+            values = {"provider": grant.provider, "model": grant.model, "manifest": grant.manifest}
+            connection.execute(insert(asked).values(details=details, **values))
+
+    def asked_before(self, grant: Grant, key: SecretBytes) -> list[tuple[str, str]]:
+        """(owner, adapter) of what owners wait for, as it was kept for a grant's very bundle.
+
+        Raises:
+            StorageError: the database refused.
+        """
+        with self._state.reading() as connection:
+            found = connection.scalar(select(asked.c.details).where(*_asked_of(grant)))
+        if found is None:
+            return []
+        try:
+            kept = documents.parse(open_blob(key, bytes(found), purpose=_ASKED, name=_asked_name(grant)))
+            return [(str(it["owner"]), str(it["adapter"])) for it in kept["asked"]]
+        except (IntegrityError, KeyError, TypeError):
+            log.warning("model %s: requests for consent were changed on the disk, and do not count", grant.model)
+            return []
 
     def _opened(self, grant: Grant, key: SecretBytes, found: Any) -> Iterator[Consent]:
         revoked = self._revoked.get((grant.provider, grant.model), -1)
         for row_id, details in found:
             try:
-                kept = documents.parse(open_blob(key, bytes(details), purpose=_PURPOSE, name=row_id))
+                kept = documents.parse(open_blob(key, bytes(details), purpose=_CONSENT, name=row_id))
                 if set(kept) != {"sequence", "signed"} or type(kept["sequence"]) is not int:
                     raise IntegrityError("no consent that was kept")
                 consent = Consent.from_signed(kept["signed"])
@@ -142,6 +180,14 @@ class ProviderWords:
         name = word.provider, word.model
         _raise_to(self._latest, name, _latest_of(word))
         self._revoked[name] = max(self._revoked.get(name, -1), word.sequence)
+
+
+def _asked_of(word: Grant | Revocation) -> tuple[Any, ...]:
+    return asked.c.provider == word.provider, asked.c.model == word.model
+
+
+def _asked_name(grant: Grant) -> str:
+    return f"{grant.provider}/{grant.model}/{grant.manifest}"
 
 
 def log_details(word: Grant | Revocation) -> dict[str, Any]:

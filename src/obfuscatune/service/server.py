@@ -190,11 +190,11 @@ class Service:
             owners = Owners()
             jobs = Jobs(self._record)
             models = Models(settings, owners, lambda _: jobs.wake())
-            self._words = ProviderWords(state, audit)
-            access = Access(self._words.registry(), state)
+            words = ProviderWords(state, audit)
+            access = Access(words.registry(), state)
             self.context = Context(
                 *(settings, state, storage, owners, access, models),
-                *(RateLimits(settings.limits), Metrics(), audit, attestation, jobs),
+                *(RateLimits(settings.limits), Metrics(), audit, attestation, jobs, words),
             )
             self._console = operator_console(looker(self.context), tell)
             self._sweep()
@@ -221,7 +221,7 @@ class Service:
                 sockets.append(stack.enter_context(_bound(settings.operator.host, settings.operator.port)))
             addresses = [_address(it) for it in sockets]
             self._console.origin = f"http://{addresses[-1]}"
-            handler = ServiceHandler(self.context, self._words, self._https, addresses[0])
+            handler = ServiceHandler(self.context, self._https, addresses[0])
             channel = ChannelServer(
                 TcpAddress(settings.channel.host, settings.channel.port),
                 Identity.generate("obfuscatune"),

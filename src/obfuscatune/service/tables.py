@@ -84,3 +84,11 @@ consents = Table(
     Column("manifest", String(64), nullable=False),
     Column("details", LargeBinary, nullable=False),
 )
+asked = Table(
+    "asked",
+    metadata,
+    Column("provider", String(64), primary_key=True),
+    Column("model", String(64), primary_key=True),
+    Column("manifest", String(64), nullable=False),
+    Column("details", LargeBinary, nullable=False),
+)

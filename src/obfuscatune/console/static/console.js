@@ -119,8 +119,8 @@ function setUpJob(live) {
     state.events.forEach(happened);
     const last = Math.max(0, ...trained.keys());
     show("steps", state.steps ? `${state.step} / ${state.steps}` : last ? String(last) : "");
-    for (const name of ["speed", "left"]) show(name, state[name]);
-    if (state.products) show("verified", state.products);
+    for (const name of ["speed", "left"]) show(name, state.stalled ? "–" : state[name]);  // nobody knows while it stands still
+    for (const name of ["verified", "requests"]) show(name, state[name]);
     if (state.advantage) {
       live.querySelector("[data-masks]")?.removeAttribute("hidden");
       show("advantage", state.advantage);
@@ -155,18 +155,44 @@ function setUpJob(live) {
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 }
 
-// Two models, one question.
+// Two models, the same questions. Each goes on with its own answers; a question that was not answered is not part of it.
 function setUpCompare(form) {
+  const sides = ["base", "tuned"].map((name) => ({ name, turns: [], shown: byId(`answers-${name}`) }));
+  const chosen = () => byId("tuned").selectedOptions[0], chats = () => byId("mode").value === "chat";
   let running = null;
 
-  async function ask(model, output, signal) {
-    output.replaceChildren();
+  function begin() {
+    running?.abort();
+    for (const side of sides) {
+      side.turns = [];
+      side.shown.replaceChildren();
+    }
+    byId("answers").hidden = byId("anew").hidden = true;
+    byId("base").textContent = chosen().dataset.base;
+    byId("system-field").hidden = !chats();
+  }
+
+  function turn(side, who, text, tag = "p") {
+    const box = element("div", undefined, "turn"), said = element(tag, text);
+    box.append(element("p", who, "turn-who"), said);
+    side.shown.append(box);
+    return said;
+  }
+
+  async function ask(side, prompt, signal) {
+    const question = { role: "user", content: prompt }, system = byId("system").value.trim();
+    const before = chats() ? [...(system ? [{ role: "system", content: system }] : []), ...side.turns] : [];
+    const model = side.name === "base" ? chosen().dataset.base : chosen().value;
+    const settings = { mode: byId("mode").value, tokens: Number(byId("tokens").value), temperature: Number(byId("temperature").value) };
+    turn(side, chats() ? form.dataset.user : form.dataset.prompt, prompt);
+    const output = turn(side, chats() ? form.dataset.assistant : form.dataset.completion, "", "output");
+    const answer = document.createTextNode("");
+    output.append(answer);
     output.setAttribute("aria-busy", "true");
-    const body = new URLSearchParams(new FormData(form));
-    body.set("model", model);
-    let ended = false;
+    let ended = false, problem = "";
     try {
-      const headers = { "X-CSRF-Token": token, "HX-Request": "true" };
+      const headers = { "X-CSRF-Token": token, "HX-Request": "true", "Content-Type": "application/json" };
+      const body = JSON.stringify({ model, messages: [...before, question], ...settings });
       const reply = await fetch(form.dataset.answer, { method: "POST", headers, body, signal });
       if (!reply.ok) { output.innerHTML = await reply.text(); return; }  // our own template's
       const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -177,27 +203,39 @@ function setUpCompare(form) {
         const lines = (rest + value).split("\n");
         rest = lines.pop();
         for (const line of lines.filter(Boolean).map((it) => JSON.parse(it))) {
-          if (line.text) output.append(output.hasChildNodes() ? line.text : line.text.trimStart());
-          if (line.problem) output.append(element("p", line.problem, "verdict bad"));
-          ended ||= Boolean(line.end || line.problem);
+          if (line.text) answer.data = (answer.data + line.text).trimStart();
+          problem ||= line.problem ?? "";
+          ended ||= Boolean(line.end);
         }
       }
-      if (!ended) output.append(element("p", form.dataset.stopped, "verdict bad"));
+      if (!ended) problem ||= form.dataset.stopped;
     } catch (error) {
-      if (error.name !== "AbortError") output.append(element("p", form.dataset.failed, "verdict bad"));
+      problem = error.name === "AbortError" ? form.dataset.stopped : form.dataset.failed;
     } finally {
       output.removeAttribute("aria-busy");
     }
+    if (problem) output.append(element("span", problem, "verdict bad"));
+    else if (answer.data) side.turns.push(question, { role: "assistant", content: answer.data });
+    else output.append(element("span", form.dataset.nothing, "quiet-text"));
   }
 
-  form.addEventListener("submit", (event) => {
+  form.addEventListener("submit", async (event) => {
     event.preventDefault();
-    running?.abort();
-    running = new AbortController();
-    byId("answers").hidden = false;
-    ask(byId("base").value, byId("answer-base"), running.signal);
-    ask(byId("tuned").value, byId("answer-tuned"), running.signal);
+    if (running) return;
+    const prompt = byId("prompt").value, mine = running = new AbortController();
+    byId("answers").hidden = byId("anew").hidden = byId("stop").hidden = false;
+    byId("ask").disabled = true;
+    if (chats()) byId("prompt").value = "";
+    else for (const side of sides) side.shown.replaceChildren();
+    await Promise.all(sides.map((side) => ask(side, prompt, mine.signal)));
+    running = null;
+    byId("ask").disabled = false;
+    byId("stop").hidden = true;
   });
+  byId("stop").addEventListener("click", () => running?.abort());
+  byId("anew").addEventListener("click", () => { begin(); byId("prompt").focus(); });
+  byId("mode").addEventListener("change", begin);
+  byId("tuned").addEventListener("change", () => { byId("mode").value = chosen().dataset.mode; begin(); });
 }
 
 // A part that has not changed is not announced again by screen readers.

@@ -20,6 +20,7 @@ from obfuscatune.service.keys import Owner, Owners
 from obfuscatune.service.limits import RateLimits
 from obfuscatune.service.metrics import Metrics
 from obfuscatune.service.models import LOADING, AdapterPlace, Models, ServedModel
+from obfuscatune.service.provider_words import ProviderWords
 from obfuscatune.service.receipt import Attestation
 from obfuscatune.service.settings import Settings
 from obfuscatune.service.state import Row, State
@@ -48,6 +49,10 @@ class Context:
     log: AuditLog
     attested: Attestation
     jobs: "Jobs"
+    words: ProviderWords
+    wording: threading.Lock = field(default_factory=threading.Lock)
+    """One word of a provider's, or request for one, at a time: the registry, what is kept and what is loaded go
+    together."""
     storing: threading.Lock = field(default_factory=threading.Lock)
     """Files are stored one at a time, so that quotas hold."""
     estimating: threading.Lock = field(default_factory=threading.Lock)
@@ -57,6 +62,19 @@ class Context:
     def files(self) -> Path:
         """Where sealed files lie, below `storage`."""
         return Path("files")
+
+    def ask_consent(self, model: str, owner: str, adapter: str) -> None:
+        """Note that an owner wants an adapter out, where its provider wants to be asked; it is kept over a restart.
+
+        Raises:
+            StorageError: the database refused.
+        """
+        registry = self.access.registry
+        with self.wording:
+            before, served = registry.asked(model), self.models.get(model)
+            registry.ask_consent(model, owner, adapter)
+            if served is not None and (waiting := registry.asked(model)) != before:
+                self.words.keep_asked(served.grant, served.key.secret, waiting)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from obfuscatune.service.api.errors import ApiError, not_found
 from obfuscatune.service.api.estimate import estimate_job
 from obfuscatune.service.api.fine_tuning import JobBody, get_job
 from obfuscatune.service.keys import Owner
+from obfuscatune.service.models import ServedModel
 
 router = APIRouter(prefix="/obfuscatune/v1", tags=["obfuscatune"])
 
@@ -23,7 +24,7 @@ router = APIRouter(prefix="/obfuscatune/v1", tags=["obfuscatune"])
 @router.get("/status")
 def status(context: Ctx, owner: Asker) -> dict[str, Any]:
     """What is granted to the owner, what was used of it, and what he keeps here."""
-    models = []
+    models, registry = [], context.access.registry
     for grant in context.access.granted_to(owner.spki):
         served = context.models.get(grant.model)
         models.append(
@@ -34,7 +35,9 @@ def status(context: Ctx, owner: Asker) -> dict[str, Any]:
                 "status": "missing" if served is None else served.status,
                 "terms": grant.terms.to_document() | {"owners": [owner.spki]},
                 "tokens_used": context.state.tokens_used(grant.id),
-                "consented": context.access.registry.consents_to(grant.model, owner.spki),
+                "consented": registry.consents_to(grant.model, owner.spki),
+                "waiting": [it["adapter"] for it in registry.asked(grant.model) if it["owner"] == owner.spki],
+                "chat_template": _has_chat_template(served),
             }
         )
     count, stored = context.state.stored(owner.spki)
@@ -85,7 +88,7 @@ def adapter(job_id: str, context: Ctx, owner: Asker) -> Response:
     try:
         context.access.check_export(row.clear["model"], owner.spki, row.details["model"])
     except TermsError as error:
-        context.access.registry.ask_consent(row.clear["model"], owner.spki, row.details["model"])
+        context.ask_consent(row.clear["model"], owner.spki, row.details["model"])
         context.log.append(owner.spki, "export-refused", {"job": job.id})
         raise ApiError(403, str(error), kind="permission_error", code="export_not_allowed") from error
     served = context.models.get(row.clear["model"])
@@ -109,6 +112,12 @@ def audit_log(context: Ctx, owner: Asker, since: Since = 0) -> Response:
 
 def _lines(context: Context, owner: Owner, since: int) -> Iterator[bytes]:
     yield from context.log.copy_for(owner.spki, since)
+
+
+def _has_chat_template(served: ServedModel | None) -> bool | None:
+    """None where it is not known yet."""
+    tokenizer = None if served is None else served.tokenizer
+    return None if tokenizer is None else tokenizer.chat_template is not None
 
 
 def _receipt_id(job_id: str) -> str:
