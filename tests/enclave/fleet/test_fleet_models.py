@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import time
@@ -61,6 +62,21 @@ def test_a_wrong_product_names_its_member_and_the_run_goes_on(profile: str) -> N
                 for _ in range(3):  # masks that were drawn before are right
                     torch.testing.assert_close(logits(model), plain, rtol=0, atol=2e-5)
                 assert mask_client.stats.left_wrong == 1
+
+
+def test_each_member_that_is_found_wrong_met_other_secret_vectors() -> None:
+    """Members of one hand would else learn from each other's refusals what a check does not see."""
+    with members(4) as them, obfuscatune.protect(tiny(), list(them), base="closed", verify=1.0) as model:
+        plain, client = logits(tiny()), fleet_of(model)
+        first = model.protection.offloaded[0].crossing.product
+        seen: list[torch.Tensor] = []
+        for number in range(3):
+            seen.append(first.held.verifier.probe(transpose=False).R)
+            shard = next(it for it in client.placement() if it.matrix == first.held.matrix_id.hex())
+            them[shard.holders[0]].lie = 1e-2
+            torch.testing.assert_close(logits(model), plain, rtol=0, atol=2e-5)
+            assert client.stats.left_wrong == number + 1
+        assert not any(torch.equal(one, other) for one, other in itertools.combinations(seen, 2))
 
 
 def test_gradients_are_those_of_the_plain_model() -> None:
