@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import obfuscatune
@@ -18,6 +19,7 @@ from obfuscatune.enclave.fleet import FleetClient
 from obfuscatune.enclave.local_worker import LocalWorker
 from obfuscatune.errors import ConfigError, WrongProduct
 from obfuscatune.fleet.members import Member
+from obfuscatune.protocol.authority import make_authority
 from obfuscatune.protocol.certificates import make_identity
 from tests.enclave.fleet.members import members
 
@@ -166,3 +168,18 @@ def test_parties_are_never_mixed(tmp_path: Path) -> None:
         obfuscatune.protect(tiny(), fleet, "guarded", mask_worker="tcp:10.0.0.8:7600", masking=masking)
     with pytest.raises(ConfigError, match="must be one"):
         obfuscatune.protect(tiny(), addresses, "paper")
+
+
+def test_one_authority_does_not_sign_for_both_parties(tmp_path: Path) -> None:
+    """Two files, so that neither's policy sees the other's."""
+    authority, _ = make_authority("cloud-a")
+    (tmp_path / "cloud-a.pem").write_bytes(authority)
+    fleets = []
+    for party in ("compute", "mask"):
+        operators = {"cloud-a": {"party": party, "authority": "cloud-a.pem"}}
+        (tmp_path / "fleet.yaml").write_text(
+            yaml.safe_dump({"discover": "http://127.0.0.1:1/fleet.json", "operators": operators})
+        )
+        fleets.append(Fleet.read(tmp_path / "fleet.yaml"))
+    with pytest.raises(ConfigError, match="pinned by the same key"):
+        obfuscatune.protect(tiny(), fleets[0], "guarded", mask_worker=fleets[1])
