@@ -28,10 +28,11 @@ from obfuscatune.machine import cores
 from tests.enclave.fleet.namespaces import Place, Star, star
 from tests.enclave.fleet.tls_fleet import tls_fleet
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(3000)]
 
 ROOT = Path(__file__).parents[3]
-SECONDS = 600.0
+SECONDS = 1500.0
+"""For a run: far more than it takes, on a machine that others use too."""
 BLOWS, STEPS, STEPS_BETWEEN = 20, 300, (2, 8)
 LONGEST_SECONDS = 3.0
 DOWN_SECONDS = (0.5, 3.0)
@@ -142,16 +143,12 @@ def losses(out: Path) -> list[float]:
     return [it["loss"] for it in told_steps(out)]
 
 
-def finished(process: subprocess.Popen[str]) -> tuple[dict[str, Any], str]:
+def ran(line: Sequence[str]) -> tuple[dict[str, Any], str]:
     """What a run that ended well said, and told people meanwhile."""
-    said, told = process.communicate(timeout=SECONDS)
-    assert process.returncode == 0, told[-3000:]
-    document: dict[str, Any] = json.loads(said)
-    return document, told
-
-
-def begun(line: Sequence[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(line, capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 0, done.stderr[-3000:]
+    document: dict[str, Any] = json.loads(done.stdout)
+    return document, done.stderr
 
 
 @pytest.mark.parametrize("profile", ["private", "guarded"])
@@ -164,16 +161,14 @@ def test_twenty_blows_in_a_run_leave_no_trace(profile: str, tmp_path: Path) -> N
             workers = fleet.start(f"cloud-{party}", party, own)
             victims += [Victim(worker, place, party) for worker, place in zip(workers, own, strict=True)]
         fleet.document["placement"] = {"replicas": 2}
-        process = begun([*network.within, *command(out, STEPS, "--profile", profile, *fleet.options)])
         tormentor = Tormentor(network, victims, lambda: len(told_steps(out)))
         try:
-            document, told = finished(process)
+            document, told = ran([*network.within, *command(out, STEPS, "--profile", profile, *fleet.options)])
         finally:
-            process.kill()
             tormentor.stop()
         link = document["link"]
-    finished(begun(command(tmp_path / "plain", STEPS, "--plain")))
-    few, _ = finished(begun(command(tmp_path / "few", 4, "--profile", profile)))
+    ran(command(tmp_path / "plain", STEPS, "--plain"))
+    few, _ = ran(command(tmp_path / "few", 4, "--profile", profile))
 
     seconds = [it["seconds"] for it in told_steps(out)]
     longest = max(seconds) - statistics.median(seconds)
@@ -210,12 +205,8 @@ def test_who_is_wrong_and_who_is_slow_is_left_and_named(
             named[masks[0].address] = "answered wrongly"
         fleet.document["placement"] = {"replicas": 2}
         asked = "private:verify=1" if profile == "private" else profile
-        process = begun([*network.within, *command(out, steps, "--profile", asked, *fleet.options)])
-        try:
-            document, told = finished(process)
-        finally:
-            process.kill()
-    finished(begun(command(tmp_path / "plain", steps, "--plain")))
+        document, told = ran([*network.within, *command(out, steps, "--profile", asked, *fleet.options)])
+    ran(command(tmp_path / "plain", steps, "--plain"))
     assert losses(out) == pytest.approx(losses(tmp_path / "plain"), abs=LOSS_TOLERANCE)
     for address, words in named.items():
         assert any(address in line and words in line for line in told.splitlines()), told
