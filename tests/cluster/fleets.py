@@ -15,7 +15,8 @@ from typing import Any
 from obfuscatune.protocol.certificates import make_identity
 from obfuscatune.protocol.files import write_new
 
-SECONDS = 120
+SECONDS = 300
+"""For anything here: far more than it takes, on a machine that others use too."""
 
 
 def make_enclave(folder: Path) -> Path:

@@ -56,7 +56,7 @@ class Trusting:
 
 
 def mask_of(r: Tensor, W: Tensor) -> Mask:
-    return Mask(r, MaskRequest(Answered(r @ W), lambda _: True, Trusting()))  # type: ignore[arg-type]
+    return Mask(r, MaskRequest(Answered(r @ W), lambda _: True, lambda _: None, Trusting()))  # type: ignore[arg-type]
 
 
 def hidden(x: Tensor, deviation: float = DEVIATION) -> Tensor:

@@ -196,6 +196,25 @@ def test_vectors_are_fresh_and_some_requests_are_spared() -> None:
     torch.testing.assert_close(r.std(), torch.tensor(1.0).double(), atol=0.2, rtol=0)
 
 
+@pytest.mark.parametrize("transpose", [False, True])
+def test_renewed_vectors_are_others_of_the_same_matrix(transpose: bool) -> None:
+    W = torch.randn(20, 30)
+    verifier = Verifier(W, KEY.stream("renewed"), 1.0)
+    x = torch.randn(3, 30 if transpose else 20)
+    product = x @ (W.T if transpose else W)
+    under_way = verifier.check_for(lambda V: x.double() @ V, 1.0, x.dtype, transpose=transpose)
+    before = verifier.probe(transpose=transpose)
+    verifier.renew(W)
+    after = verifier.probe(transpose=transpose)
+    assert abs(torch.nn.functional.cosine_similarity(before.R, after.R, dim=0)).max() < 0.9
+    torch.testing.assert_close(after.V, (W.T if transpose else W).double() @ after.R, rtol=0, atol=1e-4)
+    fresh = verifier.check_for(lambda V: x.double() @ V, 1.0, x.dtype, transpose=transpose)
+    for check in (under_way, fresh):
+        assert check(product)
+        with pytest.raises(WrongProduct):
+            check(product + 0.1)
+
+
 def test_without_mixing_the_image_is_that_of_the_rows() -> None:
     x, v = torch.randn(3, 5), torch.randn(5, 2)
     torch.testing.assert_close(NoMixer().draw(3, 5).image(x, v), (x @ v).double())

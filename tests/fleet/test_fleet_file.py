@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -13,7 +14,7 @@ from obfuscatune import Fleet
 from obfuscatune.errors import ConfigError, UntrustedPeer
 from obfuscatune.fleet.members import Member
 from obfuscatune.fleet.placement import ALL
-from obfuscatune.fleet.policy import Operator, Policy
+from obfuscatune.fleet.policy import Operator, Policy, key_of
 from obfuscatune.protocol.authority import issue, load_authority, make_authority, make_request
 from obfuscatune.protocol.certificates import fingerprint, make_identity
 
@@ -55,7 +56,7 @@ def document(folder: Path) -> dict[str, object]:
             "cloud-a": {"party": "compute", "authority": "cloud-a.pem"},
             "cloud-b": {"party": "mask", "keys": [fingerprint((folder / "b1.pem").read_bytes())]},
         },
-        "placement": {"replicas": "all", "shard": "none", "hedge": "none"},
+        "placement": {"replicas": "all", "shard": "none", "hedge": "none", "wait_for": {"compute": 3}},
     }  # fmt: skip
 
 
@@ -72,11 +73,39 @@ def test_a_file_says_who_whom_to_trust_and_how_to_place(folder: Path) -> None:
     assert compute.members[0].memory == 40 << 30
     assert [it.operator for it in mask.members] == ["cloud-b"]
     assert (fleet.plan.replicas, fleet.plan.shard, fleet.hedge) == (ALL, False, False)
+    assert fleet.only("compute").wait_for == {"compute": 3}
+
+
+def test_a_certificate_stands_for_its_file(folder: Path) -> None:
+    content: dict[str, Any] = document(folder)
+    from_files = read(folder, content)
+    for entry, name in ((content["members"][0], "certificate"), (content["operators"]["cloud-a"], "authority")):
+        entry[name] = (folder / entry[name]).read_text()
+    content["members"][1]["certificate"] = "\n" + (folder / "b1.pem").read_text()
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir()
+    alone = read(elsewhere, content)
+    for party in ("compute", "mask"):
+        assert [key_of(it) for it in alone.of(party)] == [key_of(it) for it in from_files.of(party)]
+        assert alone.trusted_keys(party) == from_files.trusted_keys(party)
+
+
+def test_who_is_trusted_is_who_the_policy_names_or_else_the_members(folder: Path) -> None:
+    content: dict[str, Any] = document(folder)
+    authority, a1, b1 = (fingerprint((folder / name).read_bytes()) for name in ("cloud-a.pem", "a1.pem", "b1.pem"))
+    fleet = read(folder, content)
+    assert (fleet.trusted_keys("compute"), fleet.trusted_keys("mask")) == ((authority,), (b1,))
+    del content["operators"]
+    fleet = read(folder, content)
+    assert (fleet.trusted_keys("compute"), fleet.trusted_keys("mask")) == ((a1,), (b1,))
+    assert Fleet.of_addresses(["unix:/run/a.sock"]).trusted_keys("compute") == ()
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda d: d["placement"].update(wait_for={"compute": 0}), "greater than or equal to 1"),
+        (lambda d: d["placement"].update(wait_for={"both": 1}), "wait_for"),
         (lambda d: d.update(member=[]), "Extra inputs"),
         (lambda d: d["members"][0].update(port=1), "Extra inputs"),
         (lambda d: d["members"][0].update(party="both"), "compute"),

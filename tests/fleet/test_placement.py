@@ -91,6 +91,24 @@ def test_widths_are_proportional_to_speed(cols: int, workers: list[Seat], replic
         assert abs(columns[name] / matrix.column_bytes - share) <= 2 * CUT_COLUMNS
 
 
+@given(st.integers(4, 128), seats, st.integers(1, 3))
+def test_who_has_no_room_for_its_share_has_all_that_fits_and_the_others_share_the_rest(
+    cuts: int, workers: list[Seat], replicas: int
+) -> None:
+    matrix = MatrixSize("m", 64, cuts * CUT_COLUMNS)
+    of_cut = CUT_COLUMNS * matrix.column_bytes
+    shards = placed_or_skipped([matrix], workers, Plan(replicas, least_columns=1))
+    (holders,) = {len(shard.holders) for shard in shards}
+    assert holders <= replicas, "no column has more than its replicas"
+    load = held(shards, [matrix])
+    widths = {seat: load[seat.name] // of_cut for seat in workers}
+    rooms = {seat: cuts if seat.memory is None else min(cuts, seat.memory // of_cut) for seat in workers}
+    for seat in workers:
+        if widths[seat] < rooms[seat]:  # nobody has more for its speed than who has room left, but for rounding
+            for other in workers:
+                assert (widths[other] - 1) / other.speed <= (widths[seat] + 1) / seat.speed
+
+
 @given(matrices, seats, plans, st.data())
 def test_when_a_worker_leaves_only_what_it_held_moves(
     sizes: list[MatrixSize], workers: list[Seat], plan: Plan, data: st.DataObject
@@ -123,6 +141,7 @@ def test_who_joins_takes_from_the_most_loaded(sizes: list[MatrixSize], workers: 
     check(after, sizes, workers)
     joined = workers[0].name
     for old, new in zip(before, after, strict=True):
+        assert (new.matrix, new.first, new.last) == (old.matrix, old.first, old.last), "nothing is cut again"
         assert set(new.holders) - set(old.holders) <= {joined}, "nobody else takes anything"
         assert len(new.holders) == len(old.holders)
     load_before, load_after = (held(it, sizes) for it in (before, after))

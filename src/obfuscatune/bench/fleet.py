@@ -3,15 +3,16 @@
     shards     one stream of forward passes; each product is computed by all workers together
     replicas   two streams for each worker; each product is computed by one of them
 
-Linear is the throughput with one worker, times their number. What keeps a fleet from it is the enclave's own part: CPU
-time of the enclave's process, which is measured. One stream's pass takes at least that long beside the workers' part;
-many streams' throughput is bounded by the cores over it.
+Linear is the throughput with one worker, times their number. What keeps a fleet from it in the end is the enclave's own
+part: CPU time of its process, which is measured. One stream's pass takes that long beside the workers' part; many
+streams' throughput is bounded by the cores over it. Throughput is counted from the beginning until the first stream has
+done its passes: while all streams run.
 """
 
 from __future__ import annotations
 
-import threading
 import time
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -32,6 +33,8 @@ VOCABULARY = 512
 """Small: the head stays in the enclave, and its part is not what is measured here."""
 STREAMS = 2
 """For each worker, with replicas."""
+NEAR_LINEAR = 0.85
+"""Of linear: below that something else than the workers is the limit."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class FleetRow:
 
     placement: str
     workers: int
-    passes: int
+    passes: float
+    """Products over those of a pass: some streams are in the middle of one."""
     seconds: float
     enclave_cpu_seconds: float
     hedged: int
@@ -96,17 +100,21 @@ class FleetBench:
                     for _ in range(passes):
                         model(ids)
 
+            def counted() -> tuple[float, float, int]:
+                return time.monotonic(), cpu_seconds(), model.protection.stats.crossings
+
+            beginning = counted()
             work(1)
-            before = cpu_seconds()
-            started = time.monotonic()
-            threads = [threading.Thread(target=work, args=(self.rounds,)) for _ in range(streams)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            seconds, own = time.monotonic() - started, cpu_seconds() - before
+            products_of_a_pass = counted()[2] - beginning[2]
+            with ThreadPoolExecutor(streams) as pool:
+                beginning = counted()
+                running = [pool.submit(work, self.rounds) for _ in range(streams)]
+                wait(running, return_when=FIRST_COMPLETED)
+                seconds, own, products = (now - then for now, then in zip(counted(), beginning, strict=True))
+                for stream in running:
+                    stream.result()
             hedged = getattr(model.protection.stats, "hedged", 0)
-        return FleetRow(placement, len(addresses), streams * self.rounds, seconds, own, hedged)
+        return FleetRow(placement, len(addresses), products / products_of_a_pass, seconds, own, hedged)
 
 
 @dataclass(frozen=True)
@@ -122,38 +130,74 @@ class FleetResult:
         first = min((it for it in self.rows if it.placement == row.placement), key=lambda it: it.workers)
         return None if first is row else row.throughput / first.throughput * first.workers / row.workers
 
-    def limit(self, row: FleetRow) -> float:
-        """Share of the time that the enclave's own part takes: of a pass, or of all cores with many streams."""
+    def share(self, row: FleetRow) -> float:
+        """What the enclave's own part takes: of a pass, or of all cores with many streams."""
         parallel = 1 if row.placement == "shards" else cores()
         return row.own_seconds * row.throughput / parallel
+
+    def limit(self, row: FleetRow) -> str:
+        """What the throughput is bounded by: the workers while it is near linear, then the enclave if that explains it.
+
+        One stream waits for the enclave's own part in each pass, so what that takes of a pass is what is lost. Many
+        streams wait for it only when it takes nearly all cores.
+        """
+        if (self.of_linear(row) or 1.0) >= NEAR_LINEAR:
+            return "workers"
+        explains = 1 - NEAR_LINEAR if row.placement == "shards" else NEAR_LINEAR
+        return "enclave" if self.share(row) >= explains else "neither"
+
+    def most_workers(self, placement: str) -> int:
+        """How many such workers the enclave can feed before it is the limit, by its share beside the largest fleet."""
+        row = max((it for it in self.rows if it.placement == placement), key=lambda it: it.workers)
+        share = self.share(row)
+        if placement == "shards":  # of a pass; the workers' part of it gets shorter, its own does not
+            return int(row.workers * (1 - share) / share * (1 - NEAR_LINEAR) / NEAR_LINEAR)
+        return int(row.workers * NEAR_LINEAR / share)
 
     def as_json(self) -> dict[str, Any]:
         """Everything."""
         rows = [
             asdict(row)
-            | {"throughput": row.throughput, "of_linear": self.of_linear(row), "enclave_share": self.limit(row)}
+            | {
+                "throughput": row.throughput,
+                "of_linear": self.of_linear(row),
+                "enclave_share": self.share(row),
+                "limit": self.limit(row),
+            }
             for row in self.rows
         ]
-        return {"kind": "fleet", "settings": self.settings, "rows": rows, "environment": self.environment}
+        most = {it: self.most_workers(it) for it in self.settings["placements"]}
+        return {
+            "kind": "fleet",
+            "settings": self.settings,
+            "rows": rows,
+            "most_workers": most,
+            "environment": self.environment,
+        }
 
     def as_markdown(self) -> str:
         """What people read."""
-        header = ["placement", "workers", "passes a second", "of linear", "enclave, CPU ms a pass", "enclave's share"]
+        header = ["placement", "workers", "passes a second", "of linear", "hedged", "enclave, CPU ms a pass",
+                  "enclave's share", "limit"]  # fmt: skip
         cells = [
             [
                 row.placement,
                 str(row.workers),
                 f"{row.throughput:.3g}",
-                "" if (share := self.of_linear(row)) is None else f"{share:.0%}",
+                "" if (of_linear := self.of_linear(row)) is None else f"{of_linear:.0%}",
+                str(row.hedged),
                 f"{1e3 * row.own_seconds:.1f}",
-                f"{self.limit(row):.0%}",
+                f"{self.share(row):.0%}",
+                self.limit(row),
             ]
             for row in self.rows
         ]
+        most = " and ".join(f"{self.most_workers(it)} with {it}" for it in self.settings["placements"])
         return (
             f"Workers throttled to {self.settings['rate']:g} GFLOP/s each; forward passes of "
             f"{self.settings['layers']} blocks of width {self.settings['width']}, "
             f"{self.settings['batch']} x {self.settings['length']} tokens.\n\n{markdown_table(header, cells)}\n\n"
             "The enclave's share is what its own part takes of a pass (shards: one stream), or of its cores (replicas: "
-            "many streams). It is the limit as it nears 100 %.\n"
+            f"many streams). Workers are the limit while throughput is within {NEAR_LINEAR:.0%} of linear. By these "
+            f"shares it is the enclave beyond about so many workers of this speed: {most}.\n"
         )

@@ -62,10 +62,10 @@ def serve(
 
 
 def _check(settings: "Settings") -> None:
-    from obfuscatune.enclave.client import open_link
+    from obfuscatune.service.opening import open_links, own_device
     from obfuscatune.service.server import make_producer
 
     make_producer(settings).attest(bytes(64))
-    for worker in (settings.worker, settings.mask_worker):
-        if worker is not None:
-            open_link(worker.address, tls=settings.tls_of(worker)).close()
+    own_device(settings)
+    with open_links(settings, output.notice):
+        pass

@@ -69,15 +69,18 @@ def draw(stream: SecretStream, rows: int, width: int, deviation: float = DEVIATI
 class MaskRequest:
     """A request to the mask worker for r W*, of one mask or of several that lie one below the other."""
 
-    def __init__(self, request: PendingProduct, check: Check, client: WorkerLink) -> None:
+    def __init__(
+        self, request: PendingProduct, check: Check, renew: Callable[[Tensor], None], client: WorkerLink
+    ) -> None:
         """
         Args:
             request: for r W*.
             check: holds the product against secret vectors.
+            renew: see `WorkerLink.corrected`.
             client: the mask worker's.
         """
         self._request: PendingProduct | None = request
-        self._check, self._client = check, client
+        self._check, self._renew, self._client = check, renew, client
         self._product = torch.empty(0, dtype=torch.float64)
 
     def product(self) -> Tensor:
@@ -92,7 +95,8 @@ class MaskRequest:
             try:
                 self._product = self._checked(request, request.result())
             except (BadReply, WrongProduct) as error:
-                self._product = self._checked(request, self._client.corrected(request, error))
+                corrected = self._client.corrected(request, error, self._renew)
+                self._product = self._checked(request, corrected)
             finally:
                 request.rows.zero_()  # our own copy of r, or the mask worker's
         return self._product
@@ -382,7 +386,7 @@ class Masks:
             transpose=key.transpose,
             party="mask worker",
         )
-        asked = MaskRequest(request, check, self.client)
+        asked = MaskRequest(request, check, masked.verifier.renew, self.client)
         return [Mask(of_one, asked, first_row=index * key.rows) for index, of_one in enumerate(r.split(key.rows))]
 
     def _drop_what_is_not_ours(self) -> None:

@@ -364,7 +364,8 @@ class OffloadedProduct:
         try:
             return self._taken_up(sent, own, bias, transpose=transpose)
         except (BadReply, WrongProduct) as error:
-            Y_star = self._client.corrected(sent.request, error)
+            verifier = sent.held.verifier
+            Y_star = self._client.corrected(sent.request, error, None if verifier is None else verifier.renew)
         return self._taken_up(sent, self._own(sent, Y_star), bias, transpose=transpose)
 
     def _own(self, sent: Sent, Y_star: Tensor, *, again: bool = False) -> Tensor:

@@ -228,10 +228,13 @@ def check_workers(
 
 
 def _keys(worker: Worker, tls: TlsConfig | None) -> frozenset[str]:
-    """The keys that a worker, or a fleet, may show."""
-    own = {key_of(member) for member in worker.members} if isinstance(worker, Fleet) else set()
+    """The keys that a worker, or a fleet, may show, or have signed."""
+    own: set[str] = set()
+    if isinstance(worker, Fleet) and worker.party is not None:
+        own = {key for member in worker.members if (key := key_of(member)) is not None}
+        own |= set(worker.trusted_keys(worker.party))
     pinned = pins(tls) if tls is not None and tls.peers else frozenset()
-    return pinned | {key for key in own if key is not None}
+    return pinned | own
 
 
 def _opened(worker: str | Fleet | None, tls: TlsConfig | None, deadline_s: float, retry: RetryPolicy) -> WorkerLink:

@@ -173,16 +173,23 @@ class Verifier:
         """
         self._stream, self._share = stream, share
         self._vectors = VECTORS[dtype or W_star.dtype]
+        self._wide = torch.promote_types(dtype or W_star.dtype, torch.float32)
+        self.renew(W_star)
+
+    def renew(self, W_star: Tensor) -> None:
+        """Draw other vectors for the same W_star (p, q): whoever was refused has learnt something of those before.
+
+        Requests that are under way are checked by the vectors that they have.
+        """
         p, q = W_star.shape
-        wide = torch.promote_types(dtype or W_star.dtype, torch.float32)
-        self._R = stream.normal(q, BASIS, dtype=wide)
-        self._L = stream.normal(p, BASIS, dtype=wide)
-        W_R, W_L, self._norm = _images(W_star, self._R, self._L)
-        self._R, self._L, self._WR, self._WtL = (x.double() for x in (self._R, self._L, W_R, W_L))
+        R = self._stream.normal(q, BASIS, dtype=self._wide)
+        L = self._stream.normal(p, BASIS, dtype=self._wide)
+        W_R, W_L, self._norm = _images(W_star, R, L)
+        self._forward, self._backward = (R.double(), W_R.double()), (L.double(), W_L.double())
 
     def probe(self, *, transpose: bool, party: str = "worker", mask_size: float = 0.0) -> Probe:
         """Fresh vectors for one request to that party; see `Probe`."""
-        vectors, images = (self._L, self._WtL) if transpose else (self._R, self._WR)
+        vectors, images = self._backward if transpose else self._forward
         c = kernels.directions(self._stream.random_bytes(8 * BASIS * self._vectors), self._vectors)
         return Probe(vectors, images, c, self._norm, party, mask_size)
 
@@ -238,7 +245,7 @@ class Verifier:
         Raises:
             WrongProduct: it is larger, or not finite: worse than what the check by lot would have found.
         """
-        vectors = self._R if transpose else self._L
+        vectors, _ = self._forward if transpose else self._backward
         tiny = _ROUNDING[dtype][1]  # to whose multiples the smallest products are rounded
         largest = _largest(m, vectors.shape[0], scale, self._norm) + tiny * math.sqrt(elements)
         if not norm <= largest:

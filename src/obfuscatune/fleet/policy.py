@@ -31,6 +31,11 @@ class Operator:
     authority: x509.Certificate | None = None
     """Signs the certificates of its workers."""
 
+    @property
+    def trusted_keys(self) -> frozenset[str]:
+        """Those of its workers that are pinned, and that of its authority."""
+        return self.keys if self.authority is None else self.keys | {key_digest(self.authority).hex()}
+
 
 class Policy:
     """Accepts members, or says why not."""
@@ -47,10 +52,7 @@ class Policy:
                 raise ConfigError(f"the operator {operator.name} is there twice")
             if not operator.keys and operator.authority is None:
                 raise ConfigError(f"the operator {operator.name} has neither keys nor an authority: it has no worker")
-            own = set(operator.keys)
-            if operator.authority is not None:
-                own.add(key_digest(operator.authority).hex())
-            for key in own:
+            for key in operator.trusted_keys:
                 if key in owner:
                     raise ConfigError(
                         f"the operators {owner[key]} and {operator.name} have the key {key[:16]} in common: whoever "
@@ -63,6 +65,14 @@ class Policy:
     def parties(self) -> dict[str, Party]:
         """The party of each operator, by name."""
         return {name: operator.party for name, operator in self._operators.items()}
+
+    def keys_of(self, party: Party) -> set[str]:
+        """SHA-256 of what is accepted of a party: workers' own keys, and those of the authorities that sign others."""
+        keys: set[str] = set()
+        for operator in self._operators.values():
+            if operator.party == party:
+                keys |= operator.trusted_keys
+        return keys
 
     def check(self, member: Member) -> None:
         """Return where a member may be used.

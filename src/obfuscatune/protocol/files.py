@@ -69,6 +69,7 @@ def _is_writable(folder: str) -> bool:
     return bool(folder) and Path(folder).is_dir() and os.access(folder, os.W_OK | os.X_OK)
 
 
+PEM_BEGINS = "-----BEGIN "
 _GROUP_OR_OTHERS = stat.S_IRWXG | stat.S_IRWXO
 _BEYOND_GROUP_READ = _GROUP_OR_OTHERS & ~stat.S_IRGRP
 _ROOT = 0
@@ -109,6 +110,25 @@ def read_trusted(path: Path, what: str) -> bytes:
     if found.st_mode & stat.S_IWOTH:
         raise ConfigError(f"{what} {path} can be changed by everybody; run: chmod 644 {path}")
     return content
+
+
+def read_pem(named: str, folder: Path, what: str) -> bytes:
+    """A certificate of which a file of settings says where it is, or which stands there itself.
+
+    Args:
+        named: the certificate in PEM, or its path.
+        folder: paths are relative to it.
+        what: as for `read_trusted`.
+
+    Raises:
+        ConfigError: the file cannot be read, or others may have written it.
+    """
+    if named.lstrip().startswith(PEM_BEGINS):
+        return named.encode()
+    try:
+        return read_trusted(folder / named, what)
+    except OSError as error:
+        raise ConfigError(f"cannot read the {what} {folder / named}: {error.strerror}") from error
 
 
 def _read(path: Path, what: str, danger: str) -> tuple[bytes, os.stat_result]:

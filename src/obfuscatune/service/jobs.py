@@ -256,6 +256,8 @@ class Jobs:
                 self.tell(owner, job, message, data=data, row_id=f"ftevent-{job[6:]}-v{event['step']}")
             case "checkpoint":
                 self._checkpoint(owner, row, outcome, event["step"])
+            case "notice":
+                log.warning("job %s: %s", job, event["text"])
 
     def _checkpoint(self, owner: Owner, row: Row, outcome: Outcome, step: int) -> None:
         from obfuscatune.service.api.fine_tuning import fine_tuned_name

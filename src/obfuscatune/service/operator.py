@@ -1,5 +1,7 @@
 """What the operator's console shows of a service: sums, read when it asks. Of whom and of what, it has nothing."""
 
+from __future__ import annotations
+
 import platform
 import shutil
 import time
@@ -12,10 +14,12 @@ from obfuscatune.protocol.limits import VERSION
 from obfuscatune.version import __version__
 
 if TYPE_CHECKING:
+    from obfuscatune.enclave.client import ClientStats, WorkerLink
+    from obfuscatune.fleet.members import Party
     from obfuscatune.service.api.context import Context
 
 
-def looker(context: "Context") -> Callable[[], Snapshot]:
+def looker(context: Context) -> Callable[[], Snapshot]:
     """What reads the service."""
     started = time.time()
 
@@ -48,23 +52,40 @@ def looker(context: "Context") -> Callable[[], Snapshot]:
     return look
 
 
-def _workers(context: "Context") -> tuple[WorkerLoad, ...]:
-    settings = context.settings
+def _workers(context: Context) -> tuple[WorkerLoad, ...]:
+    """Each worker that is named or was found, with what all models had of it."""
     protections = [it.protection for it in context.models.all() if it.protection is not None]
-    parties = [("compute", settings.worker, [it.stats for it in protections])]
-    if settings.mask_worker is not None:
-        masks = [it.masks.client.stats for it in protections if it.masks is not None]
-        parties.append(("mask", settings.mask_worker, masks))
-    return tuple(
-        WorkerLoad(
-            role,
-            worker.address,
-            products=sum(it.crossings for it in stats),
-            sent=sum(it.bytes_sent for it in stats),
-            received=sum(it.bytes_received for it in stats),
-            seconds_waiting=sum(it.seconds_waiting for it in stats),
-            reconnects=sum(it.reconnects for it in stats),
-            retries=sum(it.retries for it in stats),
-        )
-        for role, worker, stats in parties
-    )
+    clients: dict[Party, list[WorkerLink]] = {
+        "compute": [it.client for it in protections],
+        "mask": [it.masks.client for it in protections if it.masks is not None],
+    }
+    loads = []
+    for party, links in clients.items():
+        named = context.settings.addresses(party)
+        stats: dict[str, list[ClientStats]] = {address: [] for address in named}
+        for link in links:
+            for address, found in _stats_of(link, named):
+                stats.setdefault(address, []).append(found)
+        loads += [
+            WorkerLoad(
+                party,
+                address,
+                products=sum(it.crossings for it in each),
+                sent=sum(it.bytes_sent for it in each),
+                received=sum(it.bytes_received for it in each),
+                seconds_waiting=sum(it.seconds_waiting for it in each),
+                reconnects=sum(it.reconnects for it in each),
+                retries=sum(it.retries for it in each),
+            )
+            for address, each in stats.items()
+        ]
+    return tuple(loads)
+
+
+def _stats_of(link: WorkerLink, named: list[str]) -> list[tuple[str, ClientStats]]:
+    """Of the one worker that is named, or of each of a fleet."""
+    from obfuscatune.enclave.fleet import FleetClient
+
+    if isinstance(link, FleetClient):
+        return [(it.name, it.worker.stats) for it in link.links if it.worker is not None]
+    return [(named[0], link.stats)]

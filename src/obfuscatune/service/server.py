@@ -32,7 +32,6 @@ from obfuscatune.console.operator import operator_console
 from obfuscatune.errors import ConfigError
 from obfuscatune.protocol.endpoints import TcpAddress
 from obfuscatune.protocol.files import read_secret
-from obfuscatune.protocol.tls import pins
 from obfuscatune.secret_memory import forbid_dumps
 from obfuscatune.service import tables as rows
 from obfuscatune.service.access import Access
@@ -50,7 +49,7 @@ from obfuscatune.service.models import Models
 from obfuscatune.service.operator import looker
 from obfuscatune.service.provider_words import ProviderWords
 from obfuscatune.service.receipt import Attestation, about_job, make_receipt, receipt_digest
-from obfuscatune.service.settings import Settings, Simulated, Tpm, Worker
+from obfuscatune.service.settings import Settings, Simulated, Tpm
 from obfuscatune.service.state import Row, State
 from obfuscatune.training.storage import RunDirectory
 from obfuscatune.version import __version__
@@ -117,8 +116,8 @@ def make_claims(settings: Settings, measured: Measured, *, http_key: str, hpke_k
         profile=settings.profile,
         arguments=measured.arguments,
         environment=measured.environment,
-        workers=_keys(settings, settings.worker),
-        mask_workers=_keys(settings, settings.mask_worker),
+        workers=settings.trusted_keys("compute"),
+        mask_workers=settings.trusted_keys("mask"),
     )
 
 
@@ -133,15 +132,10 @@ def policy_of_claims(settings: Settings, measured: Measured) -> dict[str, Any]:
         "arguments": [list(measured.arguments)],
         "environment": {name: [value] for name, value in measured.environment.items()},
         "software": [software_digest()],
-        "workers": list(_keys(settings, settings.worker)),
-        "mask_workers": list(_keys(settings, settings.mask_worker)),
+        "workers": list(settings.trusted_keys("compute")),
+        "mask_workers": list(settings.trusted_keys("mask")),
         "least_profile": settings.profile,
     }
-
-
-def _keys(settings: Settings, worker: Worker | None) -> tuple[str, ...]:
-    tls = None if worker is None else settings.tls_of(worker)
-    return () if tls is None else tuple(sorted(pins(tls)))
 
 
 def software_digest() -> str:

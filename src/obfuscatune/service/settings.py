@@ -7,14 +7,16 @@ import hashlib
 import re
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from obfuscatune.errors import ConfigError
+from obfuscatune.fleet.fleet_file import Fleet, FleetDocument
+from obfuscatune.fleet.members import Party
 from obfuscatune.protocol.addresses import DeviceAddress, parse_worker_address
-from obfuscatune.protocol.files import read_trusted
-from obfuscatune.protocol.tls import TlsConfig
+from obfuscatune.protocol.files import read_pem, read_trusted
+from obfuscatune.protocol.tls import TlsConfig, pins
 from obfuscatune.yaml_file import parse_mapping
 
 MAX_BYTES = 2**20
@@ -53,8 +55,8 @@ class Worker(_Strict):
 
     address: str
     """unix:PATH, tcp:HOST:PORT or device:cuda:N."""
-    peer: Annotated[Path | None, Field(strict=False)] = None
-    """A PEM file; needed for a worker on another machine."""
+    peer: str | None = None
+    """A PEM file, or what it would hold; needed for a worker on another machine."""
 
     @field_validator("address")
     @classmethod
@@ -159,8 +161,12 @@ class Settings(_Strict):
     """The directory of all that is kept, sealed."""
     database: str | None = None
     """A URL of SQLAlchemy; None is a file of SQLite in the state directory."""
-    worker: Worker
+    worker: Worker | None = None
     mask_worker: Worker | None = None
+    fleet: FleetDocument | None = None
+    """Many workers in the place of one, or of two parties: what a fleet's file says."""
+    enclave_device: str | None = None
+    """Where the enclave's own part lies: cpu, or cuda:N, a confidential GPU."""
     tls: Tls | None = None
     profile: Literal["private", "guarded"] = "private"
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
@@ -174,35 +180,104 @@ class Settings(_Strict):
     @model_validator(mode="after")
     def _consistent(self) -> "Settings":
         masked = self.profile == "guarded"
-        if masked != (self.mask_worker is not None):
+        if (self.fleet is None) == (self.worker is None):
+            raise ValueError("name a worker, or a fleet in its place")
+        if self.fleet is not None and self.mask_worker is not None:
+            raise ValueError("fleet names the workers of both parties: leave out mask_worker")
+        if self.fleet is None and masked != (self.mask_worker is not None):
             raise ValueError(f"profile {self.profile} takes {'a mask_worker' if masked else 'no mask_worker'}")
         for worker in filter(None, (self.worker, self.mask_worker)):
             if (worker.peer is not None) and self.tls is None:
                 raise ValueError("a worker's peer is given, but no tls: the enclave's certificate and key")
-        named = [it.address.startswith(DeviceAddress.PREFIX) for it in (self.worker, self.mask_worker) if it]
-        if masked and all(named):
+        if masked and all(any(_is_device(it) for it in self.addresses(party)) for party in get_args(Party)):
             raise ValueError(
-                "worker and mask_worker are both devices of this machine, in one hand, which sees through the masks: "
-                "name a mask_worker on another machine"
+                "worker and mask worker are both devices of this machine, in one hand, which sees through the masks: "
+                "name a mask worker on another machine"
             )
         return self
+
+    def addresses(self, party: Party) -> list[str]:
+        """Of the workers of a party that are named; the mask party has none but under `guarded`."""
+        if party == "mask" and self.profile != "guarded":
+            return []
+        if self.fleet is not None:
+            return [it.address for it in self.fleet.members if it.party == party]
+        worker = self.worker if party == "compute" else self.mask_worker
+        return [] if worker is None else [worker.address]
 
     @property
     def database_url(self) -> str:
         """The URL of the database."""
         return self.database or f"sqlite:///{(self.state / 'state.sqlite').absolute()}"
 
-    def tls_of(self, worker: Worker) -> TlsConfig | None:
-        """How a worker is reached; None without TLS."""
-        if self.tls is None or worker.peer is None:
+    def with_certificates(self) -> "Settings":
+        """The same with each worker's certificate in the place of its path: whoever can change files changes nothing.
+
+        Raises:
+            ConfigError: one cannot be read.
+        """
+        read: dict[str, Any] = {
+            name: worker.model_copy(update={"peer": _pem(worker.peer).decode("ascii", "replace")})
+            for name in ("worker", "mask_worker")
+            if (worker := getattr(self, name)) is not None and worker.peer is not None
+        }
+        if self.fleet is not None:
+            read["fleet"] = self.fleet.with_certificates(Path())
+        return self.model_copy(update=read)
+
+    @property
+    def parties(self) -> "dict[Party, Worker | Fleet]":
+        """Who multiplies, by party: the compute worker, or the fleet of them; under `guarded`, the mask worker too.
+
+        Raises:
+            ConfigError: the fleet cannot be used, or does not fit the profile.
+        """
+        if self.fleet is None:
+            named: dict[Party, Worker | Fleet | None] = {"compute": self.worker, "mask": self.mask_worker}
+            return {party: it for party, it in named.items() if it is not None}
+        fleet = self.fleet.fleet(Path())
+        wanted: tuple[Party, ...] = ("compute", "mask") if self.profile == "guarded" else ("compute",)
+        return {party: fleet.only(party) for party in wanted}
+
+    def tls_of(self, worker: "Worker | Fleet") -> TlsConfig | None:
+        """How a worker, or a fleet, is reached; None without TLS.
+
+        Raises:
+            ConfigError: the worker's certificate cannot be read.
+        """
+        if self.tls is None:
             return None
-        return TlsConfig(self.tls.certificate, self.tls.private_key, worker.peer)
+        if isinstance(worker, Fleet):  # each member has its own certificate
+            return TlsConfig(self.tls.certificate, self.tls.private_key, b"")
+        if worker.peer is None:
+            return None
+        return TlsConfig(self.tls.certificate, self.tls.private_key, _pem(worker.peer))
+
+    def trusted_keys(self, party: Party) -> tuple[str, ...]:
+        """SHA-256 of the keys of a party's workers, or of the authorities that sign them, in order.
+
+        Raises:
+            ConfigError: a certificate cannot be read.
+        """
+        worker = self.parties.get(party)
+        if isinstance(worker, Fleet):
+            return worker.trusted_keys(party)
+        tls = None if worker is None else self.tls_of(worker)
+        return () if tls is None else tuple(sorted(pins(tls)))
 
     def may_hold(self, storage: str) -> bool:
         """Whether a bundle at `storage` lies within one of `bundles`."""
         if ".." in storage.replace("\\", "/").split("/") or "::" in storage:
             return False
         return any(storage == base or storage.startswith(base.rstrip("/") + "/") for base in self.bundles)
+
+
+def _is_device(address: str) -> bool:
+    return address.startswith(DeviceAddress.PREFIX)
+
+
+def _pem(named: str) -> bytes:
+    return read_pem(named, Path(), "worker's certificate")
 
 
 def load_settings(path: Path) -> tuple[Settings, bytes]:
@@ -222,9 +297,35 @@ def load_settings(path: Path) -> tuple[Settings, bytes]:
         raise ConfigError(f"{path}: {len(content):,} bytes; at most {MAX_BYTES:,} are read")
     value = parse_mapping(content, path, "expected keys and values, such as `listen: 0.0.0.0:8443`")
     try:
-        return Settings.model_validate(value), content
+        settings = Settings.model_validate(value).with_certificates()
+        _check_fleet(settings)
     except ValidationError as error:
         raise ConfigError(f"{path}: {_explain(error)}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return settings, content
+
+
+def _check_fleet(settings: Settings) -> None:
+    """See that a fleet can be used, and that claims name whomever it trusts.
+
+    Raises:
+        ConfigError: it does not fit the profile, lacks the enclave's own certificate, or has workers that show a
+            certificate beside others that do not.
+    """
+    for party, fleet in settings.parties.items():
+        if not isinstance(fleet, Fleet):
+            continue
+        shows = [it.certificate is not None for it in fleet.members]
+        if fleet.discover is None and not any(shows):
+            continue
+        if settings.tls is None:
+            raise ConfigError("fleet: its workers show certificates, but no tls is given: the enclave's own")
+        if not all(shows):
+            raise ConfigError(
+                f"fleet: some {party} workers show a certificate and some do not, yet the claims would name the keys "
+                "of the former alone: name a certificate for each"
+            )
 
 
 def configuration_digest(content: bytes) -> str:
@@ -238,7 +339,11 @@ def _explain(error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         key = str(first["loc"][-1])
-        known = [name for kind in (Settings, Limits, Worker, Tls, Simulated, Tpm) for name in kind.model_fields]
+        known = [
+            name
+            for kind in (Settings, FleetDocument, Limits, Worker, Tls, Simulated, Tpm)
+            for name in kind.model_fields
+        ]
         near = get_close_matches(key, known, n=1)
         return f"unknown key {where}" + (f"; did you mean {near[0]}?" if near else "")
     return f"{where}: {message}"

@@ -135,6 +135,9 @@ def _run(
         account = masks.account()
         return {name: account[name] for name in ("rows", "advantage", "budget")}
 
+    def notice(line: str) -> None:
+        tell({"kind": "notice", "text": line})
+
     def placed(name: str) -> None:
         if name.startswith("checkpoints/step-"):
             tell({"kind": "checkpoint", "step": int(name.rpartition("-")[2]), "products": products()})
@@ -150,7 +153,8 @@ def _run(
             tokenizer, config = open_tokenizer(directory)
             recipe = Recipe.model_validate({**paths, "out": Path(job["root"]), **job["recipe"]})
             data = load_data(recipe, tokenizer, config)
-            with open_protected(directory, settings, RootKey(root_key), job["model"]) as model:
+            key = RootKey(root_key)
+            with open_protected(directory, settings, key, job["model"], notice) as model:
                 protection.append(model.protection)
                 stats = model.protection.stats
                 outcome = finetune(

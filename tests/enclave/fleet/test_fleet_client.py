@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from obfuscatune.errors import ConfigError, ProtectionError, QuotaExceeded, WrongProduct
+from obfuscatune.enclave.fleet import open_fleet, roster
+from obfuscatune.enclave.fleet.link import State
+from obfuscatune.errors import ConfigError, ConnectionLost, ProtectionError, QuotaExceeded, WrongProduct
+from obfuscatune.fleet.fleet_file import Fleet
 from obfuscatune.fleet.placement import ALL, Plan
-from tests.enclave.fleet.members import Made, holders, made, stored
+from obfuscatune.protocol.endpoints import UnixAddress
+from tests.enclave.fleet.members import Made, holders, made, members, stored
+from tests.worker.serving import serving
 
 NARROW = 16
 """So that small matrices are cut."""
@@ -113,7 +121,7 @@ def test_who_answers_wrongly_is_named_and_left_for_good(plan: Plan, transpose: b
             pending = fleet.client.submit(matrix_id, x, transpose=transpose)
             if not torch.allclose(pending.result(), exact, atol=1e-3):
                 break
-        came = fleet.client.corrected(pending, WrongProduct("a check refused it"))
+        came = fleet.client.corrected(pending, WrongProduct("a check refused it"), None)
         torch.testing.assert_close(came, exact)
         assert fleet.named("answered wrongly") == [liar]
         assert fleet.client.stats.left_wrong == 1
@@ -135,7 +143,7 @@ def test_what_a_liar_answered_and_nobody_used_is_asked_again() -> None:
         deadline = time.monotonic() + 20
         while second.undone and time.monotonic() < deadline:
             time.sleep(0.001)
-        fleet.client.corrected(first, WrongProduct("a check refused it"))
+        fleet.client.corrected(first, WrongProduct("a check refused it"), None)
         torch.testing.assert_close(second.result(), 2 * x @ W)
 
 
@@ -149,7 +157,7 @@ def test_when_all_were_wrong_nothing_is_asked_any_more() -> None:
             pending = fleet.client.submit(matrix_id, x, transpose=False)
             pending.result()
             try:
-                fleet.client.corrected(pending, WrongProduct("a check refused it"))
+                fleet.client.corrected(pending, WrongProduct("a check refused it"), None)
             except WrongProduct:
                 break
         with pytest.raises(WrongProduct, match="load or protect the model anew"):
@@ -207,6 +215,63 @@ def test_memory_is_kept_to_and_too_little_of_it_is_said() -> None:
         with pytest.raises(QuotaExceeded, match="add workers, or memory"):
             stored(fleet.client, W, b"n" * 16)
         torch.testing.assert_close(product(fleet, matrix_id, x), x @ W)
+
+
+def test_who_refused_a_matrix_for_its_quota_is_sent_no_more_than_it_has(tmp_path: Path) -> None:
+    """Nobody said beforehand how much memory it has; the other member holds what it refused, and all that comes."""
+    W, x = torch.randn(64, 64), torch.randn(2, 64)
+    folders = [tmp_path / name for name in ("small", "large")]
+    for folder in folders:
+        folder.mkdir()
+    quota = 300_000  # the matrix that measures its speed takes 262,144 of it for a while
+    with serving(folders[0], quota_bytes=quota) as small, serving(folders[1]) as large:
+        fleet = replace(Fleet.of_addresses([str(it.address) for it in (small, large)]), plan=Plan(shard=False))
+        with open_fleet(fleet) as client:
+            (of_small,) = [it for it in client.links if it.name == str(small.address)]
+            for number in range(1, 40):
+                matrix_id = stored(client, W, bytes([number]) * 16)
+                torch.testing.assert_close(client.multiply(matrix_id, x, transpose=False), x @ W)
+            held = [shard for shard in client.placement() if of_small.name in shard.holders]
+            assert of_small.full_at == len(held) * W.nbytes <= quota
+            sent = of_small.worker.stats.uploads  # type: ignore[union-attr]
+            for number in range(40, 50):
+                stored(client, W, bytes([number]) * 16)
+            assert of_small.worker.stats.uploads == sent, "it is sent nothing that it has no room for"  # type: ignore[union-attr]
+
+
+def test_members_that_are_to_be_waited_for_are_there_before_anything_is_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("obfuscatune.enclave.fleet.client.OPENING_SECONDS", 0.0)
+    late = UnixAddress(tmp_path / "late.sock")
+    with members(1) as them, ThreadPoolExecutor(1) as pool:
+        (first,) = them.values()
+        fleet = replace(Fleet.of_addresses([*them, str(late)]), wait_for={"compute": 2})
+        with pytest.raises(ConnectionLost, match="1 workers of the fleet answer, and 2 are to be waited for"):
+            open_fleet(fleet, patience_s=0.05)
+        opened = pool.submit(open_fleet, fleet)
+        deadline = time.monotonic() + 20
+        while not first.products and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert not opened.done()
+        with serving(tmp_path, listen=late), opened.result(20) as client:
+            assert client.stats.workers == 2
+
+
+def test_who_fails_as_soon_as_it_has_joined_is_let_alone_for_longer_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is sent its shards each time: one that dies of them, or means to, must not take all of the enclave's link."""
+    monkeypatch.setattr(roster, "FIRST_PAUSE", 0.01)
+    with made(2, Plan()) as fleet:
+        link, pauses = fleet.client.links[0], []
+        for steady in (False, False, False, True):
+            if steady:
+                link.active_since -= roster.STEADY_SECONDS
+            fleet.client._roster.failed(link, ConnectionLost("it died"), [])
+            pauses.append(link.pause)
+            deadline = time.monotonic() + 20
+            while link.state is not State.ACTIVE and time.monotonic() < deadline:
+                time.sleep(0.001)
+        assert pauses == [0.01, 0.02, 0.04, 0.01]
 
 
 def test_nothing_is_asked_after_close() -> None:

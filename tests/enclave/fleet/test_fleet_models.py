@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import obfuscatune
@@ -17,6 +19,7 @@ from obfuscatune.enclave.fleet import FleetClient
 from obfuscatune.enclave.local_worker import LocalWorker
 from obfuscatune.errors import ConfigError, WrongProduct
 from obfuscatune.fleet.members import Member
+from obfuscatune.protocol.authority import make_authority
 from obfuscatune.protocol.certificates import make_identity
 from tests.enclave.fleet.members import members
 
@@ -61,6 +64,21 @@ def test_a_wrong_product_names_its_member_and_the_run_goes_on(profile: str) -> N
                 for _ in range(3):  # masks that were drawn before are right
                     torch.testing.assert_close(logits(model), plain, rtol=0, atol=2e-5)
                 assert mask_client.stats.left_wrong == 1
+
+
+def test_each_member_that_is_found_wrong_met_other_secret_vectors() -> None:
+    """Members of one hand would else learn from each other's refusals what a check does not see."""
+    with members(4) as them, obfuscatune.protect(tiny(), list(them), base="closed", verify=1.0) as model:
+        plain, client = logits(tiny()), fleet_of(model)
+        first = model.protection.offloaded[0].crossing.product
+        seen: list[torch.Tensor] = []
+        for number in range(3):
+            seen.append(first.held.verifier.probe(transpose=False).R)
+            shard = next(it for it in client.placement() if it.matrix == first.held.matrix_id.hex())
+            them[shard.holders[0]].lie = 1e-2
+            torch.testing.assert_close(logits(model), plain, rtol=0, atol=2e-5)
+            assert client.stats.left_wrong == number + 1
+        assert not any(torch.equal(one, other) for one, other in itertools.combinations(seen, 2))
 
 
 def test_gradients_are_those_of_the_plain_model() -> None:
@@ -150,3 +168,18 @@ def test_parties_are_never_mixed(tmp_path: Path) -> None:
         obfuscatune.protect(tiny(), fleet, "guarded", mask_worker="tcp:10.0.0.8:7600", masking=masking)
     with pytest.raises(ConfigError, match="must be one"):
         obfuscatune.protect(tiny(), addresses, "paper")
+
+
+def test_one_authority_does_not_sign_for_both_parties(tmp_path: Path) -> None:
+    """Two files, so that neither's policy sees the other's."""
+    authority, _ = make_authority("cloud-a")
+    (tmp_path / "cloud-a.pem").write_bytes(authority)
+    fleets = []
+    for party in ("compute", "mask"):
+        operators = {"cloud-a": {"party": party, "authority": "cloud-a.pem"}}
+        (tmp_path / "fleet.yaml").write_text(
+            yaml.safe_dump({"discover": "http://127.0.0.1:1/fleet.json", "operators": operators})
+        )
+        fleets.append(Fleet.read(tmp_path / "fleet.yaml"))
+    with pytest.raises(ConfigError, match="pinned by the same key"):
+        obfuscatune.protect(tiny(), fleets[0], "guarded", mask_worker=fleets[1])

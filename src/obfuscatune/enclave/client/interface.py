@@ -129,8 +129,15 @@ class WorkerLink(ABC):
     def refusing(self) -> AbstractContextManager[None]:
         """Within it products are judged: after one that is refused, the worker is asked nothing any more."""
 
-    def corrected(self, product: PendingProduct, error: WireError) -> torch.Tensor:
+    def corrected(
+        self, product: PendingProduct, error: WireError, renew: Callable[[torch.Tensor], None] | None
+    ) -> torch.Tensor:
         """The right product in the place of one that a check refused, where there is more than one worker to ask.
+
+        Args:
+            product: as it was asked for.
+            error: of the check.
+            renew: is given W_star, to draw other secret vectors for its products; None where there are none.
 
         Raises:
             WireError: `error`, where there is not.

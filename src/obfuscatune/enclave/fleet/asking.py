@@ -99,9 +99,9 @@ class Asking:
 
     def _send(self, part: Part, link: MemberLink) -> None:
         expected = link.timing.expected(part.kind, part.work)
-        part.due = now() + min(HEDGE_MOST, link.queued * expected) + self._patience_with(link, part)
+        part.due = now() + min(HEDGE_MOST, link.load) + self._patience_with(link, part)
         part.asked.append(link)
-        link.put(part)
+        link.put(part, expected)
 
     def _patience_with(self, link: MemberLink, part: Part) -> float:
         """Seconds after which an answer is late, once it is the member's turn to compute it."""
@@ -120,7 +120,7 @@ class Asking:
             expected = link.timing.expected(part.kind, part.work)
             since = link.busy_since
             silent = 0.0 if since is None else max(0.0, time - since - 2 * expected)
-            return (link.queued + 1) * expected + silent, link.name
+            return link.load + expected + silent, link.name
 
         return min(
             (

@@ -76,21 +76,28 @@ class FleetClient(WorkerLink):
         for member in members:
             self._roster.add(member)
 
-    def open(self) -> None:
+    def open(self, wait_for: int = 1) -> None:
         """Wait for the members; those that do not answer within `OPENING_SECONDS` are named, and tried again.
 
+        Args:
+            wait_for: how many must be there; they are waited for as long as the fleet is patient.
+
         Raises:
-            WireError: none answers.
+            WireError: none answers, or not as many.
         """
         self._keeper.start()
         roster = self._roster
         with roster.changed:
-            deadline = now() + OPENING_SECONDS
-            while any(link.state is not State.ACTIVE for link in roster.links.values()) and now() < deadline:
-                roster.changed.wait(max(0.0, deadline - now()))
-            if not roster.holdings.active:
-                reasons = "; ".join(f"{link.title}: {link.reason or 'no answer'}" for link in roster.present)
-                raise ConnectionLost(f"no worker of the fleet answers: {reasons}")
+            self._wait_at_most(
+                OPENING_SECONDS, lambda: all(link.state is State.ACTIVE for link in roster.links.values())
+            )
+            if wait_for > 1:
+                self._wait_at_most(self._patience_s, lambda: len(roster.holdings.active) >= wait_for)
+            count, away = len(roster.holdings.active), [it for it in roster.present if it.state is not State.ACTIVE]
+            if count < wait_for:
+                few = f"{count} workers of the fleet answer, and {wait_for} are to be waited for (wait_for)"
+                reasons = "; ".join(f"{link.title}: {link.reason or 'no answer'}" for link in away)
+                raise ConnectionLost(f"{few if count else 'no worker of the fleet answers'}: {reasons or 'start more'}")
             for link in roster.present:
                 if link.state is State.JOINING:
                     roster.notice(f"{link.title} does not answer yet: going on without it")
@@ -239,20 +246,30 @@ class FleetClient(WorkerLink):
             self._check_open()
             return self._roster.asking.hedge(product)
 
-    def corrected(self, product: PendingProduct, error: WireError) -> Tensor:
+    def corrected(self, product: PendingProduct, error: WireError, renew: Callable[[Tensor], None] | None) -> Tensor:
         """The product, computed in the enclave. Whoever sent a wrong part of it is named, and left for good.
+
+        The secret vectors are drawn anew: a fleet has no more guesses at them than one worker has.
 
         Raises:
             WrongProduct: no member is left.
         """
         if not isinstance(product, FleetProduct) or product.undone:
             raise error
-        wrong = product.wrong_members()
+        W_star = product.matrix.elements()
+        wrong = product.wrong_members(W_star)
+        if renew is not None:
+            renew(W_star)
         with self._roster.lock:
             for link, excess in wrong:
                 self._roster.expel(link, f"its product is off by {excess:.3g} times what rounding explains")
             self._check_open()
-        return product.computed()
+        return product.computed(W_star)
+
+    def _wait_at_most(self, seconds: float, done: Callable[[], bool]) -> None:
+        deadline = now() + seconds
+        while not done() and now() < deadline:
+            self._roster.changed.wait(max(0.0, deadline - now()))
 
     def _wait_until(self, done: Callable[[], bool], patience_s: float | None = None) -> None:
         """Wait, at most for as long as the fleet is patient.

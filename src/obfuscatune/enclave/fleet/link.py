@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
 from enum import Enum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -67,6 +67,16 @@ class Fleet(Protocol):
         """It cannot be asked anything now; `jobs` were not done."""
 
 
+class _Flight(NamedTuple):
+    """A part that was asked for."""
+
+    part: Part
+    pending: PendingProduct
+    started: float
+    seconds: float
+    """That it should take."""
+
+
 class MemberLink:
     """A member as the fleet client sees it. `state` and what follows belong to the fleet, under the fleet's lock."""
 
@@ -84,7 +94,7 @@ class MemberLink:
         """Why it is left, where that is not what the thread met."""
         self.retry_at, self.pause = math.inf, 0.0
         """When it is joined again, if it is away and not being joined; and after which pause."""
-        self.was_active = False
+        self.was_active, self.active_since = False, 0.0
         self.to_forget: list[bytes] = []
         """Shards that it held when it was left."""
         self.full_at: int | None = None
@@ -95,13 +105,15 @@ class MemberLink:
         self._begin()
 
     def _begin(self) -> None:
-        self._jobs: deque[Job] = deque()
+        self._jobs: deque[tuple[Job, float]] = deque()
+        """And how many seconds each should take."""
         self._news = threading.Condition()
         self._thread: threading.Thread | None = None
         self._breaking: ExitStack | None = None
         self.busy_since: float | None = None
         """When it was last heard of, or first asked; None while there is nothing to answer."""
-        self._flying = 0
+        self.load = 0.0
+        """Seconds that what is to be done, and not done yet, should take."""
         self._answered_at = 0.0
 
     def begin_in_child(self) -> None:
@@ -118,17 +130,17 @@ class MemberLink:
         bounds = [it for it in (self.member.memory, self.full_at) if it is not None]
         return Seat(self.name, min(bounds, default=None), self.timing.speed)
 
-    @property
-    def queued(self) -> int:
-        """Jobs that are not done."""
-        return len(self._jobs) + self._flying
+    def put(self, job: Job, seconds: float = 0.0) -> None:
+        """Have a job done, after those before it.
 
-    def put(self, job: Job) -> None:
-        """Have a job done, after those before it."""
+        Args:
+            seconds: that it should take.
+        """
         with self._news:
             if self._closed:
                 return
-            self._jobs.append(job)
+            self._jobs.append((job, seconds))
+            self.load += seconds
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name=f"fleet {self.name}", daemon=True)
                 self._thread.start()
@@ -146,7 +158,8 @@ class MemberLink:
     def take_jobs(self) -> list[Job]:
         """What is not begun, which it does not do then."""
         with self._news:
-            jobs = list(self._jobs)
+            jobs = [job for job, _ in self._jobs]
+            self.load -= sum(seconds for _, seconds in self._jobs)
             self._jobs.clear()
             return jobs
 
@@ -168,34 +181,34 @@ class MemberLink:
         return not thread.is_alive()
 
     def _run(self) -> None:
-        flying: deque[tuple[Part, PendingProduct, float]] = deque()
+        flying: deque[_Flight] = deque()
         while True:
             with self._news:
                 while not (self._jobs or flying or self._closed):
-                    self.busy_since = None
+                    self.busy_since, self.load = None, 0.0
                     self._news.wait()
                 if self._closed and not flying:
                     break
-                job = self._jobs.popleft() if self._jobs and len(flying) < IN_FLIGHT else None
+                job, seconds = self._jobs.popleft() if self._jobs and len(flying) < IN_FLIGHT else (None, 0.0)
                 self.busy_since = self.busy_since or now()
-            self._step(job, flying)
-            self._flying = len(flying)
+            self._step(job, seconds, flying)
         self.busy_since = now()
         if self.worker is not None:
             with contextlib.suppress(WireError):
                 self.worker.close()
 
-    def _step(self, job: Job | None, flying: deque[tuple[Part, PendingProduct, float]]) -> None:
+    def _step(self, job: Job | None, seconds: float, flying: deque[_Flight]) -> None:
         try:
             if job is None:
                 self._settle(flying)
-            elif isinstance(job, Part):
-                if job.answer is None:
-                    flying.append((job, self._submit(job), now()))
+            elif isinstance(job, Part) and job.answer is None:
+                flying.append(_Flight(job, self._submit(job), now(), seconds))
             else:
-                while flying:
-                    self._settle(flying)
-                self._do(job)
+                if not isinstance(job, Part):
+                    while flying:
+                        self._settle(flying)
+                    self._do(job)
+                self._unload(seconds)
             self.busy_since = now()
         except Exception as error:  # noqa: BLE001  nobody would hear of it in this thread: who waits does
             self._fail(error, job, flying)
@@ -205,19 +218,25 @@ class MemberLink:
             part.shard.shard_id, part.rows, transpose=part.transpose, reply_dtype=part.dtype, known_finite=True
         )
 
-    def _settle(self, flying: deque[tuple[Part, PendingProduct, float]]) -> None:
-        part, pending, started = flying[0]
+    def _settle(self, flying: deque[_Flight]) -> None:
+        flight, fleet = flying[0], self._fleet()
         try:
-            product = pending.own(pending.result())
+            product = flight.pending.own(flight.pending.result())
         except (WorkerRefused, LimitExceeded) as error:
             flying.popleft()
-            if (fleet := self._fleet()) is not None:
-                fleet.refused(self, part, error)
+            self._unload(flight.seconds)
+            if fleet is not None:
+                fleet.refused(self, flight.part, error)
             return
         flying.popleft()
-        before, self._answered_at = max(started, self._answered_at), now()
-        if (fleet := self._fleet()) is not None:
-            fleet.answered(self, part, product, self._answered_at - before)
+        self._unload(flight.seconds)
+        before, self._answered_at = max(flight.started, self._answered_at), now()
+        if fleet is not None:
+            fleet.answered(self, flight.part, product, self._answered_at - before)
+
+    def _unload(self, seconds: float) -> None:
+        with self._news:
+            self.load -= seconds
 
     def _do(self, job: Upload | Forget | Join) -> None:
         worker, fleet = self._connected(), self._fleet()
@@ -260,12 +279,12 @@ class MemberLink:
             self.worker = self._connect()
         return self.worker
 
-    def _fail(self, error: Exception, job: Job | None, flying: deque[tuple[Part, PendingProduct, float]]) -> None:
+    def _fail(self, error: Exception, job: Job | None, flying: deque[_Flight]) -> None:
         with self._news:
-            jobs = [part for part, _, _ in flying] + ([] if job is None else [job]) + list(self._jobs)
+            jobs = [it.part for it in flying] + ([] if job is None else [job]) + [it for it, _ in self._jobs]
             flying.clear()
             self._jobs.clear()
-            self.busy_since = None
+            self.busy_since, self.load = None, 0.0
             if self._breaking is not None:
                 self._breaking.close()
                 self._breaking = None

@@ -79,10 +79,10 @@ def open_fleet(
             present.update([it for it in listed if it.party == party], fixed)
 
     try:
-        client.open()
         if discovery is not None:
             discovery.start()
             client.own(discovery.close)
+        client.open(fleet.wait_for.get(party, 1))
     except BaseException:
         client.close()
         raise

@@ -88,12 +88,11 @@ class FleetProduct:
             part.answer = part.answered_by = None
         return parts
 
-    def wrong_members(self) -> list[tuple[MemberLink, float]]:
+    def wrong_members(self, W_star: Tensor) -> list[tuple[MemberLink, float]]:
         """Who sent a part that is not what the enclave computes, and by how much beyond rounding; the worst first.
 
         Where rounding explains each part alone, it is the one that is furthest off.
         """
-        W_star = self.matrix.elements()
         found: list[tuple[MemberLink, float]] = []
         for part in self.parts:
             if part.answer is not None and part.answered_by is not None:
@@ -101,9 +100,8 @@ class FleetProduct:
         found.sort(key=lambda it: it[1], reverse=True)
         return [it for it in found if not it[1] <= 1] or found[:1]
 
-    def computed(self) -> Tensor:
+    def computed(self, W_star: Tensor) -> Tensor:
         """The product, computed here."""
-        W_star = self.matrix.elements()
         width = self.matrix.shape[0] if self.transpose else self.matrix.shape[1]
         product = torch.zeros(self.rows.shape[0], width, dtype=torch.float64)
         for part in self.parts:

@@ -28,7 +28,9 @@ from obfuscatune.fleet.placement import Plan
 from obfuscatune.fleet.policy import key_of
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 2.0
-"""Seconds before a member that failed is tried again; doubled each time."""
+"""Seconds before a member that failed is tried again; doubled each time that it cannot be reached."""
+STEADY_SECONDS, LONGEST_UNSTEADY_PAUSE = 5.0, 30.0
+"""Who fails sooner after it joined is let alone for twice as long as before: it was sent its shards for nothing."""
 SLOW_PAUSE = 30.0
 """Seconds before a member that was slow is tried again."""
 WRONG_AT_MOST = 3
@@ -123,7 +125,7 @@ class Roster:
                 self.stats.returned += link.was_active
                 self.notice(f"{link.title} is {'back' if link.was_active else 'there'}")
             link.state, link.was_active = State.ACTIVE, True
-            link.pause, link.reason = 0.0, ""
+            link.active_since, link.reason = now(), ""
             link.timing.forgiven()
             self._ask_all(self.holdings.rearranged(joining=[link.name]))
             self.changed.notify_all()
@@ -193,7 +195,10 @@ class Roster:
     def _leave(self, link: MemberLink, reason: str, first_pause: float) -> None:
         """Leave a member for now."""
         was = link.state
-        link.pause = min(max(LONGEST_PAUSE, first_pause), max(first_pause, 2 * link.pause))
+        if was is State.ACTIVE and now() - link.active_since >= STEADY_SECONDS:
+            link.pause = 0.0
+        longest = LONGEST_UNSTEADY_PAUSE if was is State.ACTIVE else LONGEST_PAUSE
+        link.pause = min(max(longest, first_pause), max(first_pause, 2 * link.pause))
         link.state, link.retry_at, link.reason = State.AWAY, now() + link.pause, reason
         if was is State.ACTIVE:
             self.notice(f"{link.title} is left for a while: {reason}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, insort
 from collections import defaultdict, deque
 
 REMEMBERED = 128
@@ -16,13 +17,33 @@ UNKNOWN_SPEED = 1e9
 """Multiplications a second, before it is measured."""
 
 
+class Times:
+    """The latest times of one kind of request. Asked far more often than added to, so they lie sorted, too."""
+
+    def __init__(self) -> None:
+        self._latest: deque[float] = deque()
+        self._sorted: list[float] = []
+
+    def add(self, seconds: float) -> None:
+        """One more; the oldest is forgotten once there are `REMEMBERED`."""
+        if len(self._latest) == REMEMBERED:
+            del self._sorted[bisect_left(self._sorted, self._latest.popleft())]
+        self._latest.append(seconds)
+        insort(self._sorted, seconds)
+
+    def within(self, share: float) -> float | None:
+        """Seconds that this share of them took at most; None where nothing can be concluded yet."""
+        count = len(self._sorted)
+        return None if count < FEWEST else self._sorted[max(0, math.ceil(share * count) - 1)]
+
+
 class Timing:
     """Not safe from several threads: the fleet's lock guards it."""
 
     def __init__(self) -> None:
         self.speed = UNKNOWN_SPEED
         """Multiplications a second: the most that was ever measured, since other load only makes it less."""
-        self._seconds: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
+        self._seconds: defaultdict[int, Times] = defaultdict(Times)
         self._late: deque[bool] = deque(maxlen=LATE_OF)
 
     def calibrated(self, work: int, seconds: float) -> None:
@@ -32,7 +53,7 @@ class Timing:
 
     def took(self, kind: int, seconds: float) -> None:
         """A request of that kind was answered."""
-        self._seconds[kind].append(seconds)
+        self._seconds[kind].add(seconds)
 
     def was_late(self, late: bool) -> None:
         """Whether a request took longer than others would have."""
@@ -50,15 +71,12 @@ class Timing:
 
     def expected(self, kind: int, work: int) -> float:
         """Seconds that a request takes as a rule."""
-        seconds = self._seconds.get(kind, ())
-        return work / self.speed if len(seconds) < FEWEST else sorted(seconds)[len(seconds) // 2]
+        median = self._seconds[kind].within(0.5)
+        return work / self.speed if median is None else median
 
     def p99(self, kind: int) -> float | None:
         """Seconds that 99 % of the latest requests of that kind took at most; None before it is known."""
-        seconds = self._seconds.get(kind)
-        if seconds is None or len(seconds) < FEWEST:
-            return None
-        return sorted(seconds)[math.ceil(0.99 * len(seconds)) - 1]
+        return self._seconds[kind].within(0.99)
 
 
 def hedge_after(p99s: list[float], slowness: float, expected: float, *, least: float, most: float) -> float:
