@@ -56,6 +56,7 @@ def obfuscate(
             "a process beside it holds some, and gives it back as the worker takes it."
         ),
     ] = False,
+    workers: Annotated[int, Option("Of each party; several are a fleet, and share the columns.", least=1)] = 1,
     *,
     ending: Ending,
 ) -> None:
@@ -85,8 +86,10 @@ def obfuscate(
         threads=threads or cores(),
         rounds=rounds,
         memory_kept=memory_kept,
+        workers=workers,
     ).run(notice)
     parts = (profile, *transforms, *(["memory-kept"] if memory_kept else []))
+    parts += () if workers == 1 else (f"{workers}-workers",)
     ending.show(measured, result_name("obfuscate", shape_name(shape) if model is None else model.name, layers, *parts))
 
 
