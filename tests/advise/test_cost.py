@@ -159,6 +159,17 @@ def test_experts_get_their_share_of_the_rows() -> None:
     assert Product(4, 2048, 1536) in work.kept  # of the first block
 
 
+@pytest.mark.parametrize(
+    ("shape", "layers"),
+    [
+        ("gpt2", [(768, 2304), (768, 768), (768, 3072), (3072, 768)]),
+        ("qwen3-moe", [(2048, 4096), (2048, 512), (2048, 512), (4096, 2048)]),  # experts have no factors
+    ],
+)
+def test_factors_are_trained_on_what_the_benchmarks_train_them_on(shape: str, layers: list[tuple[int, int]]) -> None:
+    assert count("step", shape, 2).trained == 2 * 16 * sum(p + q for p, q in layers)
+
+
 @pytest.mark.parametrize(("kind", "profile"), [("step", "paper"), ("train", "private")])
 def test_what_is_not_covered_is_refused(kind: str, profile: str) -> None:
     with pytest.raises(ConfigError, match="LoRA in the enclave" if profile == "paper" else "expected step, forward"):

@@ -136,6 +136,7 @@ SIDE = 1536
 LARGE_BYTES = 256 << 20
 """Bytes of the array that is copied and summed."""
 REPEATS = 5
+CPU = torch.device("cpu")
 _SAMPLE_SECONDS = 0.01
 
 
@@ -159,14 +160,20 @@ class Limits:
         return nbytes / self.copied_gbytes / 1e9
 
 
-def measure_limits(*, side: int = SIDE, large_bytes: int = LARGE_BYTES) -> Limits:
+def settle(device: torch.device) -> None:
+    """Wait for what was launched on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure_limits(*, side: int = SIDE, large_bytes: int = LARGE_BYTES, device: torch.device = CPU) -> Limits:
     """About a second, with the sizes as they are."""
-    with torch.inference_mode():
+    with torch.inference_mode(), device:
         a, large = torch.randn(side, side), torch.ones(large_bytes // 4)
         out, copy = torch.empty_like(a), torch.empty_like(large)
-        product = median_seconds(lambda: torch.mm(a, a, out=out))
-        copying = median_seconds(lambda: copy.copy_(large))
-        reading = median_seconds(lambda: large.sum())
+        product = median_seconds(lambda: (torch.mm(a, a, out=out), settle(device)))
+        copying = median_seconds(lambda: (copy.copy_(large), settle(device)))
+        reading = median_seconds(lambda: (large.sum(), settle(device)))
     return Limits(2 * side**3 / product / 1e9, 2 * large.nbytes / copying / 1e9, large.nbytes / reading / 1e9)
 
 

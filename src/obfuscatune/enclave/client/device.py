@@ -51,8 +51,7 @@ SHARE_OF_MEMORY = 0.8
 """Of this machine's memory, that matrices on `device:cpu` may take, as those of a worker process."""
 CLOSING_SECONDS = 5.0
 """How long `close` waits for what the device still copies."""
-_abandoned: list[tuple[list[Underway], HostMemory]] = []
-"""What devices that hung may still read and write: it is never freed."""
+_abandoned: list[tuple[list[Underway], HostMemory]] = []  # a device that hung may still write there: never freed
 NOT_IN_A_CHILD = (
     "this link belongs to the process that opened it: a forked child can use no CUDA device, and no transcript but its "
     "own. Open one in the child (started by spawn), or run `obfuscatune worker --device cuda` and name its address"
