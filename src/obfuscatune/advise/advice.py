@@ -335,7 +335,7 @@ def advise(
         progress(f"{len(work.products)} shapes of products")
         all_products, kept = times.of_all(work.products), times.of_all(work.kept)
         width = it.config.get_text_config().hidden_size
-        others = measure_others(work.tokens, width, backward=it.kind == "step", dtype=it.dtype)
+        others = measure_others(it.kind, work.tokens, width, it.dtype)
         other, optimizer = others.of(work.others, work.other_bytes), measure_optimizer(work.trained)
         plain = all_products + other + optimizer
         inside = {_name(it.dtype): plain}
@@ -348,8 +348,9 @@ def advise(
             link = measure_link(client, work.wire_dtype)
             request = max(work.requests, key=lambda one: work.requests[one] * one.flops)
             requests = measure_requests(
-                client, mask_link, link, it.profile, request.rows, request.sent, it.dtype, work.wire_dtype
-            )
+                client, mask_link, link, it.profile, request.rows, request.sent, it.dtype, work.wire_dtype,
+                backward=it.kind == "step",
+            )  # fmt: skip
             speeds = Speeds(all_products, kept, other, optimizer, link, requests)
             speeds = speeds.with_changes(**asdict(it.changes))
             workers.append(WorkerAdvice(address, speeds.link, speeds.requests, predict(work, speeds)))

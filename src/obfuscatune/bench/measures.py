@@ -177,11 +177,22 @@ def measure_limits(*, side: int = SIDE, large_bytes: int = LARGE_BYTES, device: 
     return Limits(2 * side**3 / product / 1e9, 2 * large.nbytes / copying / 1e9, large.nbytes / reading / 1e9)
 
 
-def median_seconds(work: Callable[[], object], *, repeats: int = REPEATS, least_seconds: float = 0.0) -> float:
-    """Median time of a call in seconds, over at least `repeats` calls and `least_seconds`, after one untimed call."""
+def median_seconds(
+    work: Callable[[], object],
+    *,
+    repeats: int = REPEATS,
+    least_seconds: float = 0.0,
+    prepare: Callable[[], object] = lambda: None,
+) -> float:
+    """Median time of a call in seconds, over at least `repeats` calls and `least_seconds`, after one untimed call.
+
+    `prepare` is called before each, and not timed.
+    """
+    prepare()
     work()
     seconds: list[float] = []
     while len(seconds) < repeats or sum(seconds) < least_seconds:
+        prepare()
         started = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - started)
