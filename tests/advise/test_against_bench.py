@@ -75,7 +75,6 @@ def test_the_ratio_is_as_measured(
         client, mask_client = linked[0][0], linked[1][0] if resolved.masks else None
         patched, clock = stack.enter_context(monkeypatch.context()), processor_seconds(*(it[1].pid for it in linked))
         patched.setattr(time, "perf_counter", clock)
-        patched.setattr(time, "monotonic", clock)
         model = protect(
             random_model(shape()), client, profile, base="closed", mask_worker=mask_client,
             masking=Masking(memory_bytes=0),
