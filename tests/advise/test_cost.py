@@ -8,7 +8,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from obfuscatune.advise.cost import MASKS, OWN, PRODUCTS, UP, Prediction, Speeds, predict, sharded
+from obfuscatune.advise.cost import (
+    BY_ENCLAVE,
+    BY_MASKS,
+    BY_WORKERS,
+    DOWN,
+    LATENCY,
+    MASKS,
+    OWN,
+    PRODUCTS,
+    UP,
+    Prediction,
+    Speeds,
+    Team,
+    most_fed,
+    predict,
+    sharded,
+)
 from obfuscatune.advise.link import Link, RequestTimes
 from obfuscatune.advise.work import Request, Work, count_work, flops_of
 from obfuscatune.bench.measures import Product
@@ -18,7 +34,8 @@ from obfuscatune.errors import ConfigError
 
 WORK = Work(
     "step", Counter(), Counter(), 100, 2e9, 1000,
-    Counter({Request(64, 100, 300, 72): 3, Request(64, 300, 100, 72): 1}), 64, 1000, 900, torch.float32, torch.float32,
+    Counter({Request(64, 100, 300, 72): 3, Request(64, 300, 100, 72, transposed=True): 1}),
+    64, 1000, 900, torch.float32, torch.float32,
 )  # fmt: skip
 SPEEDS = Speeds(1.0, 0.25, 0.5, 0.125, Link(1e-3, 2e-9, 3e-9), RequestTimes(1e-4, 5e-9, 4e-11, 1e-11))
 
@@ -43,22 +60,60 @@ def test_what_is_given_takes_the_place_of_what_was_measured() -> None:
     assert unmasked.with_changes(worker_gflops=100).requests.mask_seconds_an_element == 0
 
 
+def test_what_every_worker_is_sent_is_counted_for_each() -> None:
+    """Rows of forward go to all, and their columns come from each; of a transposed matrix the other way round."""
+    one = predict(WORK, SPEEDS)
+    forward, back = 4 * 72 * 3 * 100, 4 * 72 * 300
+    three = sharded([one] * 3)
+    assert three.parts[UP] == pytest.approx(2e-9 * (3 * forward + back))
+    assert three.parts[DOWN] == pytest.approx(3e-9 * (4 * 72 * 3 * 300 + 3 * 4 * 72 * 100))
+    assert three.parts[PRODUCTS] == pytest.approx(one.parts[PRODUCTS] / 3)
+    assert three.parts[LATENCY] == one.parts[LATENCY]
+
+
 _SECONDS = st.floats(1e-6, 1e3)
+_PREDICTIONS = st.lists(
+    st.fixed_dictionaries(dict.fromkeys(predict(WORK, SPEEDS).parts, _SECONDS)).map(
+        lambda parts: Prediction(1.0, parts, (0.75, 0.25))
+    ),
+    min_size=1,
+    max_size=5,
+)
 
 
-@given(st.fixed_dictionaries(dict.fromkeys(predict(WORK, SPEEDS).parts, _SECONDS)), st.integers(1, 64))
-def test_more_workers_never_slow_the_worker_nor_change_the_enclave(parts: dict[str, float], workers: int) -> None:
-    one = Prediction(1.0, parts)
-    many = sharded(one, workers)
-    assert many.own_seconds == pytest.approx(one.own_seconds)
-    assert many.parts[PRODUCTS] <= one.parts[PRODUCTS] and many.parts[MASKS] <= one.parts[MASKS]
-    assert many.parts[UP] == pytest.approx(one.parts[UP] * workers)
-    assert one.own_seconds <= many.streamed_seconds <= max(one.seconds, one.own_seconds)
-    assert sharded(many, 1).seconds == pytest.approx(one.seconds)
-    busy = one.busy_workers
-    assert sharded(one, busy + 1).streamed_seconds == pytest.approx(one.own_seconds)  # one more than it can feed
-    if busy > 1:
-        assert sharded(one, busy - 1).streamed_seconds > one.own_seconds
+@given(_PREDICTIONS)
+def test_several_workers_share_the_columns_by_their_speed(several: list[Prediction]) -> None:
+    many, fastest = sharded(several), min(it.parts[PRODUCTS] for it in several)
+    assert many.own_seconds == pytest.approx(sum(it.own_seconds for it in several) / len(several))
+    assert fastest / len(several) <= many.parts[PRODUCTS] * (1 + 1e-9) and many.parts[PRODUCTS] <= fastest * (1 + 1e-9)
+    assert many.parts[LATENCY] == max(it.parts[LATENCY] for it in several)
+    assert sharded(several[:1]).parts == pytest.approx(several[0].parts)
+
+
+@given(_PREDICTIONS, st.integers(1, 64))
+def test_streams_are_as_fast_as_the_workers_until_something_else_is_the_limit(
+    several: list[Prediction], count: int
+) -> None:
+    team = Team.of(several, count)
+    assert len(team.members) == count
+    rate = sum(1 / it.worker_seconds for it in team.members)
+    own, masks = (
+        sum(it.own_seconds for it in team.members) / count,
+        sum(it.parts[MASKS] for it in team.members) / count,
+    )
+    assert team.streamed_seconds == pytest.approx(max(1 / rate, own, masks))
+    assert {BY_ENCLAVE: own, BY_WORKERS: 1 / rate, BY_MASKS: masks}[team.limit] == pytest.approx(team.streamed_seconds)
+
+
+@given(st.integers(1, 4), _PREDICTIONS)
+def test_no_more_workers_are_fed_than_are_of_use(copies: int, several: list[Prediction]) -> None:
+    alike = several[:1] * copies
+    fed = most_fed(alike)
+    assert Team.of(alike, fed + 1).limit != BY_WORKERS or fed >= 1e9  # one more is of no use
+    if fed > 1:
+        assert Team.of(alike, fed - 1).limit == BY_WORKERS or fed == copies
+    one = alike[0]
+    assert (one.streams - 1) * one.own_seconds <= one.seconds * (1 + 1e-9)
 
 
 def count(kind: str, shape: str, layers: int, profile: str = "private", rows: int = 64) -> Work:
@@ -102,6 +157,17 @@ def test_experts_get_their_share_of_the_rows() -> None:
     assert work.other_bytes > 0
     assert flops_of(work.kept) < flops_of(work.products)
     assert Product(4, 2048, 1536) in work.kept  # of the first block
+
+
+@pytest.mark.parametrize(
+    ("shape", "layers"),
+    [
+        ("gpt2", [(768, 2304), (768, 768), (768, 3072), (3072, 768)]),
+        ("qwen3-moe", [(2048, 4096), (2048, 512), (2048, 512), (4096, 2048)]),  # experts have no factors
+    ],
+)
+def test_factors_are_trained_on_what_the_benchmarks_train_them_on(shape: str, layers: list[tuple[int, int]]) -> None:
+    assert count("step", shape, 2).trained == 2 * 16 * sum(p + q for p, q in layers)
 
 
 @pytest.mark.parametrize(("kind", "profile"), [("step", "paper"), ("train", "private")])

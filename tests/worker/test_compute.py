@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 from obfuscatune import native
 from obfuscatune.backend import Computer
 from obfuscatune.backend import computer as backend
+from obfuscatune.backend.streams import full_precision
 from obfuscatune.enclave.client import WorkerClient
 from tests.worker.serving import serving
 
@@ -69,6 +71,35 @@ def test_rows_in_float64_are_multiplied_in_float64(
         single = torch.empty(out.shape)
         Computer(torch.device("cpu")).multiply(x, matrix, single, transpose=transpose)
         assert torch.equal(single, out.float()), "a reply in float32 is rounded once"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("fp32_precision", "tf32"),
+        ("allow_tf32", True),
+        ("allow_fp16_accumulation", True),
+        ("allow_fp16_reduced_precision_reduction", True),
+        ("allow_bf16_reduced_precision_reduction", True),
+        ("allow_bf16_reduced_precision_reduction", (False, False)),
+    ],
+)
+def test_a_cuda_product_is_launched_in_full_precision(name: str, value: Any) -> None:
+    """By whatever setting somebody has made others coarse: with `fp32_precision`, torch's older functions raise."""
+    matmul: Any = torch.backends.cuda.matmul
+    before = getattr(matmul, name)
+    setattr(matmul, name, value)
+    splits = f"{name}_split_k"
+    chosen = getattr(matmul, name), getattr(matmul, splits, None)
+    try:
+        with full_precision():
+            assert matmul.fp32_precision in ("none", "ieee")
+            assert not matmul.allow_fp16_accumulation
+            assert not matmul.allow_fp16_reduced_precision_reduction
+            assert not matmul.allow_bf16_reduced_precision_reduction
+        assert (getattr(matmul, name), getattr(matmul, splits, None)) == chosen
+    finally:
+        setattr(matmul, name, before)
 
 
 def test_a_matrix_in_float64_takes_coarser_rows() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from obfuscatune.advise.cost import Prediction, Speeds, predict, sharded
+from obfuscatune.advise.cost import Prediction, Speeds, Team, most_fed, predict, sharded
 from obfuscatune.advise.enclave import Machine, ProductTimes, measure_machine, measure_optimizer, measure_others
 from obfuscatune.advise.link import Link, RequestTimes, measure_link, measure_requests
 from obfuscatune.advise.work import Kind, Work, count_work
@@ -20,7 +20,7 @@ from obfuscatune.report.page import environment, format_bytes, markdown_table
 
 Progress = Callable[[str], None]
 FLEETS = (1, 2, 4, 8, 16)
-"""Numbers of workers that the table has."""
+"""Numbers of workers that the table has, beside how many there are."""
 WORTH = 0.9
 """A worker pays where the protected run takes less than this share of all in the enclave: a tenth is for errors."""
 _DONE = {"step": "a LoRA step", "forward": "a forward pass", "decode": "a token of each stream"}
@@ -75,12 +75,6 @@ class WorkerAdvice:
             "ratio": one.ratio,
             "parts": one.parts,
             "enclave_seconds": one.own_seconds,
-            "busy_workers": one.busy_workers,
-            "fleet": [
-                {"workers": n, "sharded_seconds": it.seconds, "streamed_seconds": it.streamed_seconds}
-                for n in FLEETS
-                for it in [sharded(one, n)]
-            ],
         }
 
 
@@ -99,6 +93,21 @@ class Advice:
     gpu: Gpu | None
     changes: Changes
     environment: dict[str, str]
+
+    @property
+    def predictions(self) -> list[Prediction]:
+        """With each worker alone."""
+        return [it.prediction for it in self.workers]
+
+    @property
+    def fed(self) -> int:
+        """How many workers, these and others like them, this enclave keeps busy."""
+        return most_fed(self.predictions)
+
+    def teams(self) -> Iterator[tuple[int, Team]]:
+        """Of one worker, of all, and of more."""
+        for count in sorted({*FLEETS, len(self.workers)}):
+            yield count, Team.of(self.predictions, count)
 
     @property
     def model_bytes(self) -> int:
@@ -122,26 +131,45 @@ class Advice:
                 f"({format_bytes(self.machine.free_bytes)}): without a worker it does not run here."
             )
         for it in self.workers:
-            one, name = it.prediction, it.address
-            if one.seconds < WORTH * least:
-                pays = f"pays: {one.seconds:.3g} s against {least:.3g} s with everything in the enclave in {dtype}"
-            elif self.fits:
-                pays = f"does not pay: {one.seconds:.3g} s against {least:.3g} s inside the enclave in {dtype}"
-            else:
-                pays = f"is what makes it possible: {one.seconds:.3g} s"
-            yield f"The worker at {name} {pays}."
+            one = it.prediction
             limit, seconds = max(one.parts.items(), key=lambda part: part[1])
-            yield f"The largest part of its time is {limit} ({seconds / one.seconds:.0%})."
             yield (
-                f"One enclave keeps {one.busy_workers} such workers busy, if enough streams run at a time; then its "
-                f"own part ({one.own_seconds:.3g} s) is the limit."
+                f"One stream with the worker at {it.address} {self._pays(one.seconds, least, dtype)}. The largest part "
+                f"of it is {limit} ({seconds / one.seconds:.0%})."
             )
+        if len(self.workers) > 1:
+            together = sharded(self.predictions)
+            yield (
+                f"One stream with these {len(self.workers)} workers together, columns shared out, "
+                f"{self._pays(together.seconds, least, dtype)}."
+            )
+        if self.workers:
+            yield self._feeding(least, dtype)
         if self.gpu is not None:
             seconds = self.gpu.least_seconds(self.work)
             yield (
                 f"A confidential GPU with the given {self.gpu.tflops:g} TFLOP/s and {self.gpu.gbytes:g} GB/s could not "
                 f"take less than {seconds:.3g} s for the products; nothing of it was measured."
             )
+
+    def _pays(self, seconds: float, least: float, dtype: str) -> str:
+        """What is to be said of so many seconds, against those that everything in the enclave takes."""
+        if not self.fits:
+            return f"is what makes it possible: {seconds:.3g} s"
+        pays = "pays" if seconds < WORTH * least else "does not pay"
+        return f"{pays}: {seconds:.3g} s against {least:.3g} s with everything in the enclave in {dtype}"
+
+    def _feeding(self, least: float, dtype: str) -> str:
+        """How many workers are of use, and what comes of them."""
+        fed = self.fed
+        team = Team.of(self.predictions, fed)
+        these = "such worker" if len(self.workers) == 1 else "worker, these and others like them,"
+        streams = max(it.streams for it in team.members)
+        return (
+            f"This enclave feeds {fed} {these if fed == 1 else these.replace('worker', 'workers', 1)} at most, with "
+            f"{max(streams, fed)} streams at a time; more are of no use, since {team.limit} is the limit then. That "
+            f"{self._pays(team.streamed_seconds, least, dtype)}, for each."
+        )
 
     def as_json(self) -> dict[str, Any]:
         """Everything."""
@@ -165,6 +193,16 @@ class Advice:
             "plain_seconds": self.plain_seconds,
             "inside_seconds": self.inside,
             "workers": [it.as_json() for it in self.workers],
+            "fleets": [
+                {
+                    "workers": count,
+                    "sharded_seconds": team.sharded_seconds,
+                    "streamed_seconds": team.streamed_seconds,
+                    "limit": team.limit,
+                }
+                for count, team in self.teams()
+            ],
+            "fed_workers": self.fed,
             "confidential_gpu": None if gpu is None else asdict(gpu) | {"least_seconds": gpu.least_seconds(work)},
             "changes": self.changes.given,
             "verdicts": self.verdicts(),
@@ -172,9 +210,9 @@ class Advice:
         }
 
     def as_markdown(self) -> str:
-        """Tables, and what follows."""
-        parts = [self._heading(), self._machine_table(), self._worker_table(), self._expected(), self._where()]
-        parts += [self._fleets(), "\n".join(f"- {line}" for line in self.verdicts())]
+        """What follows, and the tables that it follows from."""
+        parts = [self._heading(), "\n".join(f"- {line}" for line in self.verdicts())]
+        parts += [self._expected(), self._where(), self._fleets(), self._machine_table(), self._worker_table()]
         return "\n\n".join(part for part in parts if part) + "\n"
 
     def _heading(self) -> str:
@@ -235,16 +273,18 @@ class Advice:
         return markdown_table(["where it goes, seconds", *(it.address for it in self.workers)], rows) if rows else ""
 
     def _fleets(self) -> str:
-        rows = []
-        for it in self.workers:
-            for n in FLEETS:
-                fleet = sharded(it.prediction, n)
-                streamed = fleet.streamed_seconds
-                limit = "the enclave" if streamed <= fleet.own_seconds else "the workers"
-                rows.append((f"{n} x {it.address}", f"{fleet.seconds:.3g}", f"{streamed:.3g}",
-                             f"{self.work.tokens / streamed:.1f}", limit))  # fmt: skip
-        columns = ["workers", "columns shared out, s", "streams of their own, s each", "tokens/s", "limit"]
-        return markdown_table(columns, rows) if rows else ""
+        rows = [
+            (
+                f"{count}{', these' if count == len(self.workers) else ''}",
+                f"{team.sharded_seconds:.3g}",
+                f"{team.streamed_seconds:.3g}",
+                f"{self.work.tokens / team.streamed_seconds:.1f}",
+                team.limit,
+            )
+            for count, team in self.teams()
+        ]
+        columns = ["workers", "one stream, columns shared out, s", "many streams, s each", "tokens/s", "limit"]
+        return markdown_table(columns, rows)
 
 
 def _gbytes(seconds_a_byte: float) -> str:
@@ -295,7 +335,7 @@ def advise(
         progress(f"{len(work.products)} shapes of products")
         all_products, kept = times.of_all(work.products), times.of_all(work.kept)
         width = it.config.get_text_config().hidden_size
-        others = measure_others(work.tokens, width, backward=it.kind == "step", dtype=it.dtype)
+        others = measure_others(it.kind, work.tokens, width, it.dtype)
         other, optimizer = others.of(work.others, work.other_bytes), measure_optimizer(work.trained)
         plain = all_products + other + optimizer
         inside = {_name(it.dtype): plain}
@@ -308,8 +348,9 @@ def advise(
             link = measure_link(client, work.wire_dtype)
             request = max(work.requests, key=lambda one: work.requests[one] * one.flops)
             requests = measure_requests(
-                client, mask_link, link, it.profile, request.rows, request.sent, it.dtype, work.wire_dtype
-            )
+                client, mask_link, link, it.profile, request.rows, request.sent, it.dtype, work.wire_dtype,
+                backward=it.kind == "step",
+            )  # fmt: skip
             speeds = Speeds(all_products, kept, other, optimizer, link, requests)
             speeds = speeds.with_changes(**asdict(it.changes))
             workers.append(WorkerAdvice(address, speeds.link, speeds.requests, predict(work, speeds)))

@@ -5,14 +5,15 @@
                + for each request: the enclave's own part, latency, bytes up and down, the worker's product
                + for each request under masks: waiting for the mask worker
 
-Enclave and worker are taken to work in turn: the time of one stream. With N workers, either each has a share of the
-columns (`sharded`), or each serves streams of its own (`replicated`): then the enclave computes for one stream while
+Enclave and worker are taken to work in turn: the time of one stream. Of several workers, either each has a share of
+the columns (`sharded`), or each serves streams of its own (`Team`): then the enclave computes for one stream while
 others are on their way, until its own part is the limit.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from obfuscatune.advise.link import Link, RequestTimes
@@ -21,6 +22,7 @@ from obfuscatune.advise.work import Work
 OWN = ("products in the enclave", "other operations", "optimizer", "rotate, mix, verify")
 """Parts that only the enclave can do."""
 PRODUCTS, MASKS, LATENCY, UP, DOWN = "worker's products", "waiting for masks", "latency", "bytes up", "bytes down"
+BY_ENCLAVE, BY_WORKERS, BY_MASKS = "the enclave", "the workers", "the mask worker"
 
 
 @dataclass(frozen=True)
@@ -54,16 +56,17 @@ class Speeds:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds."""
+    """Seconds of one stream, with one worker or with several that share the columns."""
 
     plain_seconds: float
     parts: dict[str, float]
-    """Of the protected run, with one worker."""
-    workers: int = 1
+    """Of the protected run."""
+    whole: tuple[float, float] = (1.0, 1.0)
+    """Shares of the bytes up and down that every worker passes, where several share the columns."""
 
     @property
     def seconds(self) -> float:
-        """Protected, one stream, columns shared out among the workers."""
+        """Protected."""
         return sum(self.parts.values())
 
     @property
@@ -77,21 +80,19 @@ class Prediction:
         return sum(self.parts[name] for name in OWN)
 
     @property
-    def streamed_seconds(self) -> float:
-        """Of each step, pass or token where as many streams as pay run at a time, each on a worker of its own."""
-        one = sharded(self, 1)
-        return max(self.own_seconds, one.seconds / self.workers)
+    def worker_seconds(self) -> float:
+        """In which the worker and its link are taken: latency is not, since other streams' requests may pass."""
+        return sum(self.parts[name] for name in (PRODUCTS, UP, DOWN))
 
     @property
-    def busy_workers(self) -> int:
-        """How many workers the enclave can keep busy, each with streams of its own: more of them are of no use."""
-        one = sharded(self, 1)
-        return max(1, math.ceil((one.seconds - one.own_seconds) / max(one.own_seconds, 1e-12)))
+    def streams(self) -> int:
+        """How many at a time keep the enclave busy."""
+        return max(1, math.ceil(self.seconds / max(self.own_seconds, 1e-12)))
 
 
 def predict(work: Work, speeds: Speeds) -> Prediction:
     """With one worker."""
-    requests, size = speeds.requests, work.wire_dtype.itemsize
+    requests, link = speeds.requests, speeds.link
     elements = sum(count * it.sent * it.p * it.q for it, count in work.requests.items())
     own = work.crossings * requests.own_seconds + work.crossing_bytes * requests.own_seconds_a_byte
     parts = {
@@ -101,22 +102,86 @@ def predict(work: Work, speeds: Speeds) -> Prediction:
         "rotate, mix, verify": own,
         PRODUCTS: elements * requests.seconds_an_element,
         MASKS: elements * requests.mask_seconds_an_element,
-        LATENCY: work.crossings * speeds.link.latency_seconds,
-        UP: speeds.link.seconds(work.bytes_up, 0),
-        DOWN: speeds.link.seconds(0, work.bytes_down),
+        LATENCY: work.crossings * link.latency_seconds,
+        UP: link.seconds(work.bytes_up, 0),
+        DOWN: link.seconds(0, work.bytes_down),
     }
-    if not size or not work.crossings:
-        parts |= dict.fromkeys((PRODUCTS, MASKS, LATENCY, UP, DOWN), 0.0)
-    return Prediction(speeds.plain_products + speeds.others + speeds.optimizer, parts)
+    up, down = work.whole_bytes
+    whole = (up / max(work.bytes_up, 1), down / max(work.bytes_down, 1))
+    return Prediction(speeds.plain_products + speeds.others + speeds.optimizer, parts, whole)
 
 
-def sharded(one: Prediction, workers: int) -> Prediction:
-    """The same with the columns of every matrix shared out: all are sent all rows, each answers with its columns.
+def mean(predictions: Sequence[Prediction]) -> Prediction:
+    """Of the same work."""
+    parts = {name: sum(it.parts[name] for it in predictions) / len(predictions) for name in predictions[0].parts}
+    return replace(predictions[0], parts=parts)
 
-    Rows pass the enclave's own network N times; forward and backward are taken alike.
+
+def sharded(predictions: Sequence[Prediction]) -> Prediction:
+    """The same work with the columns of every matrix shared out, as much to each worker as it is fast.
+
+    Rows and summands pass the enclave's own network one after the other. The mask worker stays as it is.
     """
-    parts = dict(one.parts)
-    parts[PRODUCTS] *= one.workers / workers
-    parts[MASKS] *= one.workers / workers
-    parts[UP] *= workers / one.workers
-    return replace(one, parts=parts, workers=workers)
+    shares = _shares([it.parts[PRODUCTS] for it in predictions])
+    one = mean(predictions)
+    parts = one.parts | {
+        PRODUCTS: max(share * it.parts[PRODUCTS] for share, it in zip(shares, predictions, strict=True)),
+        LATENCY: max(it.parts[LATENCY] for it in predictions),
+    }
+    for name, whole in zip((UP, DOWN), one.whole, strict=True):
+        parts[name] = sum(
+            it.parts[name] * (whole + (1 - whole) * share) for share, it in zip(shares, predictions, strict=True)
+        )
+    return replace(one, parts=parts)
+
+
+def _shares(seconds: Sequence[float]) -> list[float]:
+    """Of each worker, by what it takes alone: in proportion to its speed."""
+    speeds = [1 / max(it, 1e-12) for it in seconds]
+    return [it / sum(speeds) for it in speeds]
+
+
+@dataclass(frozen=True)
+class Team:
+    """Several workers of one enclave, by what one stream takes with each of them alone."""
+
+    members: tuple[Prediction, ...]
+
+    @classmethod
+    def of(cls, predictions: Sequence[Prediction], count: int) -> Team:
+        """The `count` fastest; where there are not so many, further ones like their mean."""
+        known = sorted(predictions, key=lambda it: it.worker_seconds)[:count]
+        return cls((*known, *[mean(predictions)] * (count - len(known))))
+
+    @property
+    def sharded_seconds(self) -> float:
+        """Of one stream, with columns shared out."""
+        return sharded(self.members).seconds
+
+    @property
+    def _seconds(self) -> dict[str, float]:
+        """Of each step, pass or token, by who may be the limit where enough streams run at a time."""
+        one = mean(self.members)
+        rate = sum(1 / max(it.worker_seconds, 1e-12) for it in self.members)
+        return {BY_ENCLAVE: one.own_seconds, BY_WORKERS: 1 / rate, BY_MASKS: one.parts[MASKS]}
+
+    @property
+    def streamed_seconds(self) -> float:
+        """Of each step, pass or token where enough streams run at a time, each on one of the workers."""
+        return max(self._seconds.values())
+
+    @property
+    def limit(self) -> str:
+        """What keeps more streams from being faster."""
+        return max(self._seconds, key=lambda name: self._seconds[name])
+
+
+def most_fed(predictions: Sequence[Prediction]) -> int:
+    """How many workers, the given ones first and then others like them, one enclave keeps busy: more are of no use."""
+    one = mean(predictions)
+    count = next((n for n in range(1, len(predictions)) if Team.of(predictions, n).limit != BY_WORKERS), None)
+    if count is not None:
+        return count
+    known = sum(1 / max(it.worker_seconds, 1e-12) for it in predictions)
+    wanted = 1 / max(one.own_seconds, one.parts[MASKS], 1e-12) - known
+    return len(predictions) + max(0, math.ceil(wanted * one.worker_seconds))

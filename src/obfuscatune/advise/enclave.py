@@ -8,9 +8,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig
 
+from obfuscatune.advise.work import Kind
 from obfuscatune.backend.computer import has_units_for
 from obfuscatune.bench.measures import Product, ProductCounter, measure_limits, median_seconds
+from obfuscatune.bench.workload import WORKLOADS, random_model
 from obfuscatune.machine import cores, memory_bytes
 
 COLD_BYTES = 128 << 20
@@ -146,17 +149,31 @@ class OtherTimes:
         return count * self.seconds_each + nbytes * self.seconds_a_byte
 
 
-def measure_others(rows: int, width: int, *, backward: bool, dtype: torch.dtype = torch.float32) -> OtherTimes:
-    """As the blocks of a model do them on (rows, width): from a small tensor, and from one of that size."""
-    (count, few_bytes, few), (_, nbytes, many) = (
+def measure_others(kind: Kind, rows: int, width: int, dtype: torch.dtype = torch.float32) -> OtherTimes:
+    """Each operation as in a tiny model, where nothing else counts; each byte as in what blocks do on (rows, width)."""
+    backward = kind == "step"
+    (few_bytes, few), (nbytes, many) = (
         _others(*size, backward=backward, dtype=dtype) for size in ((1, 64), (max(rows, 2), max(width, 128)))
     )
-    a_byte = max((many - few) / max(nbytes - few_bytes, 1), 0.0)
-    return OtherTimes(max(few - few_bytes * a_byte, 0.0) / count, a_byte)
+    return OtherTimes(_seconds_each(kind), max((many - few) / max(nbytes - few_bytes, 1), 0.0))
 
 
-def _others(rows: int, width: int, *, backward: bool, dtype: torch.dtype) -> tuple[int, int, float]:
-    """How many operations, bytes that they write, and seconds."""
+def _seconds_each(kind: Kind) -> float:
+    """Of one operation that is no product, with all that Python does between."""
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=32, max_position_embeddings=64,
+    )  # fmt: skip
+    work = WORKLOADS[kind](random_model(config), 1, 2)
+    seconds = median_seconds(work, least_seconds=2 * _LEAST_SECONDS, prepare=work.prepare)
+    work.prepare()
+    with ProductCounter() as counter:
+        work()
+    return seconds / counter.others
+
+
+def _others(rows: int, width: int, *, backward: bool, dtype: torch.dtype) -> tuple[int, float]:
+    """Bytes that operations write, and seconds."""
     block = _Others(width).to(dtype).train(backward)
     x = torch.full((rows, width), 0.5, dtype=dtype, requires_grad=backward)
 
@@ -170,7 +187,7 @@ def _others(rows: int, width: int, *, backward: bool, dtype: torch.dtype) -> tup
     seconds = median_seconds(work, least_seconds=2 * _LEAST_SECONDS)
     with ProductCounter() as counter:
         work()
-    return counter.others, counter.other_nbytes, seconds
+    return counter.other_nbytes, seconds
 
 
 def measure_optimizer(parameters: int, tensors: int = 64) -> float:

@@ -13,6 +13,7 @@ import secrets
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import cycle
 
@@ -169,8 +170,12 @@ def measure_requests(
     sent: int,
     dtype: torch.dtype,
     wire_dtype: torch.dtype,
+    *,
+    backward: bool,
 ) -> RequestTimes:
     """Time requests of `rows` rows, of which `sent` cross, through protected layers of two widths; some seconds.
+
+    With `backward`, forward and backward alike.
 
     Raises:
         WrongProduct: an answer is not the product.
@@ -182,7 +187,7 @@ def measure_requests(
     affordable = UPLOAD_SECONDS / max(matrix_bytes * link.up_seconds_a_byte, 1e-9)
     copies = max(1, min(MOST_MATRICES, int(affordable))) if rows <= FEW_ROWS else 1
     narrow, wide = (
-        _layer_times(client, mask_client, profile, timed, width, count, dtype)
+        _layer_times(client, mask_client, profile, timed, width, count, dtype, backward=backward)
         for width, count in ((NARROW, 1), (WIDE, copies))
     )
     nbytes = {width: 2 * sent * width * wire_dtype.itemsize for width in (NARROW, WIDE)}
@@ -201,35 +206,43 @@ def _layer_times(
     width: int,
     count: int,
     dtype: torch.dtype,
+    *,
+    backward: bool,
 ) -> _Round:
-    """Median times of a request through protected layers (width, width), which take turns."""
+    """Times of a request through protected layers (width, width), which take turns: of the median round."""
     layers = _Layers(width, count, dtype)
     first = next(layers.parameters()).detach().double().clone()
     protection = protect(
         layers, client, profile, base="closed", mask_worker=mask_client, masking=Masking(memory_bytes=0), first_blocks=0
     ).protection
     try:
-        x = torch.randn(rows, width, dtype=dtype)
+        x = torch.randn(rows, width, dtype=dtype, requires_grad=backward)
+        g = torch.ones_like(x)
         turn = cycle(range(count))
         rounds: list[_Round] = []
 
         def ask() -> None:
             before, masked = client.stats.seconds_waiting, _mask_seconds(protection)
             started = time.perf_counter()
-            layers(x, next(turn))
+            y = layers(x, next(turn))
+            if backward:
+                torch.autograd.grad(y, x, g)
             passed = time.perf_counter() - started
             waited, masks = client.stats.seconds_waiting - before, _mask_seconds(protection) - masked
-            rounds.append(_Round(max(passed - waited - masks, 0.0), waited, masks))
+            requests = 2 if backward else 1
+            own = max(passed - waited - masks, 0.0)
+            rounds.append(_Round(own / requests, waited / requests, masks / requests))
 
-        with torch.inference_mode():
+        with nullcontext() if backward else torch.inference_mode():
             _timed(ask)
-            last = layers(x, 0)
-        _check(last.double(), x.double() @ first.T, profile.crossing_dtype(dtype))
+            last = layers(x, 0).detach()
+        _check(last.double(), x.detach().double() @ first.T, profile.crossing_dtype(dtype))
     finally:
         for one in protection.offloaded:
             one.crossing.product.drop()
     counted = rounds[count:] if len(rounds) > count else rounds
-    return _Round(*(statistics.median(getattr(it, part) for it in counted) for part in ("own", "waited", "masks")))
+    counted.sort(key=lambda it: it.own + it.waited + it.masks)
+    return counted[len(counted) // 2]
 
 
 def _mask_seconds(protection: Protection) -> float:

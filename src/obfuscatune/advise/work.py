@@ -35,12 +35,16 @@ _EXPERTS_ON_META = "batched_mm"
 
 @dataclass(frozen=True)
 class Request:
-    """Rows of one request: `rows` of the model's, (rows, p) times (p, q); `sent` with what is mixed in."""
+    """Rows of one request: `rows` of the model's, (rows, p) times (p, q); `sent` with what is mixed in.
+
+    `transposed`: the worker holds the matrix as (q, p), as backward has it.
+    """
 
     rows: int
     p: int
     q: int
     sent: int
+    transposed: bool = False
 
     @property
     def flops(self) -> int:
@@ -107,6 +111,16 @@ class Work:
         return sum(count * it.sent * it.q for it, count in self.requests.items()) * self.wire_dtype.itemsize
 
     @property
+    def whole_bytes(self) -> tuple[int, int]:
+        """Up and down, what every worker of several passes where each has a share of the columns.
+
+        All of them get the same rows; of a transposed matrix, all of them answer with a summand of the same product.
+        """
+        up = sum(count * it.sent * it.p for it, count in self.requests.items() if not it.transposed)
+        down = sum(count * it.sent * it.q for it, count in self.requests.items() if it.transposed)
+        return up * self.wire_dtype.itemsize, down * self.wire_dtype.itemsize
+
+    @property
     def crossing_bytes(self) -> int:
         """Both ways."""
         return self.bytes_up + self.bytes_down
@@ -154,8 +168,8 @@ def count_work(
         own = rows if times == 1 and not _is_expert(group) else routed.rows
         p, q = group.shape
         ways = [(p, q)] if kind != "step" or group.name == groups[0].name else [(p, q), (q, p)]
-        for first, second in ways:
-            requests[Request(own, first, second, count_rows(own, first))] += times
+        for transposed, (first, second) in enumerate(ways):
+            requests[Request(own, first, second, count_rows(own, first), bool(transposed))] += times
             for width in group.widths:
                 _take(kept, times, own, *((first, width) if first == p else (width, second)))
     wire_dtype = torch.float64 if profile.masks else profile.crossing_dtype(dtype)

@@ -8,6 +8,7 @@ data lay before, such as the batches of a data loader.
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 
 import torch
 
@@ -24,6 +25,7 @@ class HostMemory:
             ConfigError: the driver does not register so much.
         """
         self.size = size
+        self._device = device
         self.buffer = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # forked children share none
         self._registered: int | None = None
         if device.type != "cuda":
@@ -43,7 +45,9 @@ class HostMemory:
     def close(self) -> None:
         """The device copies nothing any more. Not while it may still do so; twice is once."""
         address, self._registered = self._registered, None
-        if address is not None:
+        if address is None:
+            return
+        with suppress(RuntimeError), torch.cuda.device(self._device):  # one that failed has nothing registered
             torch.cuda.cudart().cudaHostUnregister(address)
 
     def begin_in_child(self) -> None:

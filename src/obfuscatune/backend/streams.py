@@ -47,6 +47,13 @@ class Streams:
         return OnStreams(done, (rows, there, matrix, result, out))
 
 
+_PRECISE: dict[str, str | bool] = {
+    "fp32_precision": "ieee",
+    "allow_fp16_accumulation": False,
+    "allow_fp16_reduced_precision_reduction": False,
+    "allow_bf16_reduced_precision_reduction": False,
+}
+"""Settings of `torch.backends.cuda.matmul` with which a product rounds as its dtype says."""
 _changing = threading.Lock()
 """Held by whoever changed the settings and has not put them back."""
 
@@ -56,18 +63,16 @@ def full_precision() -> Iterator[None]:
     """Within it, products are launched that round as their dtype says: parts of a sum are not rounded to 16 bits, and
     float32 is not cut to TF32. Verification would take either for a lie.
 
-    Both are settings of the process, which somebody else may have chosen for other work: they are put back.
+    These are settings of the process, which somebody else may have chosen for other work, by torch's older functions or
+    by its newer ones: those that are coarse are put back.
     """
     with _changing:
-        cuda = torch.backends.cuda.matmul
-        before = cuda.allow_fp16_reduced_precision_reduction, cuda.allow_bf16_reduced_precision_reduction
-        precision = torch.get_float32_matmul_precision()
-        cuda.allow_fp16_reduced_precision_reduction = cuda.allow_bf16_reduced_precision_reduction = False
-        if precision != "highest":
-            torch.set_float32_matmul_precision("highest")
+        matmul = torch.backends.cuda.matmul
+        coarse = {name: value for name in _PRECISE if (value := getattr(matmul, name)) in (True, "tf32")}
+        for name in coarse:
+            setattr(matmul, name, _PRECISE[name])
         try:
             yield
         finally:
-            cuda.allow_fp16_reduced_precision_reduction, cuda.allow_bf16_reduced_precision_reduction = before
-            if precision != "highest":
-                torch.set_float32_matmul_precision(precision)
+            for name, value in coarse.items():
+                setattr(matmul, name, value)

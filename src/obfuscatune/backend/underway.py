@@ -13,7 +13,8 @@ from torch.cuda import Event
 from obfuscatune.errors import DeadlineExceeded
 
 BUSY_SECONDS = 0.002
-"""How long an event is asked again and again, before the thread sleeps between: most products take less."""
+"""How long an event is asked again and again, before the thread sleeps between: most products take less. Meanwhile it
+lets other threads of Python's go on."""
 PAUSE_SECONDS = 0.0001
 
 
@@ -80,5 +81,4 @@ class OnStreams:
             waited = time.monotonic() - started
             if waited > seconds or broken_off():
                 raise DeadlineExceeded(f"the device has not answered for {waited:.0f} s")
-            if waited > BUSY_SECONDS:
-                time.sleep(PAUSE_SECONDS)
+            time.sleep(PAUSE_SECONDS if waited > BUSY_SECONDS else 0)

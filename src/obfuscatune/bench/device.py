@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from obfuscatune.backend import Computer, find_device
+from obfuscatune.bench.measures import settle
 from obfuscatune.bench.processes import Progress
 from obfuscatune.bench.workload import ALL_AHEAD, WORKLOADS, Workload, config_of, random_model, shape_name
 from obfuscatune.enclave.client import DeviceClient
@@ -175,13 +176,8 @@ def _timed(work: Workload, device: torch.device, seed: int) -> tuple[float, floa
     """Seconds of one call, with all that it left to be computed; and its result. Dropout is drawn from that seed."""
     work.prepare()
     torch.manual_seed(seed)
-    _settle(device)
+    settle(device)
     started = time.perf_counter()
     result = work()
-    _settle(device)
+    settle(device)
     return time.perf_counter() - started, result
-
-
-def _settle(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -84,15 +84,18 @@ class FleetBench:
                     progress(f"{placement}, {count} workers: {row.throughput:.3g} passes a second")
         return FleetResult(asdict(self), rows, environment(torch.get_num_threads()))
 
-    def _run(self, placement: str, addresses: list[str]) -> FleetRow:
-        fleet = replace(Fleet.of_addresses(addresses), plan=PLANS[placement])
-        config = GPT2Config(
+    def config(self) -> GPT2Config:
+        """Of the model."""
+        return GPT2Config(
             vocab_size=VOCABULARY, n_positions=self.length, n_embd=self.width, n_layer=self.layers,
             n_head=max(1, self.width // 64), bos_token_id=0, eos_token_id=0,
         )  # fmt: skip
+
+    def _run(self, placement: str, addresses: list[str]) -> FleetRow:
+        fleet = replace(Fleet.of_addresses(addresses), plan=PLANS[placement])
         ids = torch.arange(self.batch * self.length).view(self.batch, self.length) % VOCABULARY
         workers = fleet if len(addresses) > 1 else addresses[0]
-        with protect(random_model(config).eval(), workers, base="closed", first_blocks=0) as model:
+        with protect(random_model(self.config()).eval(), workers, base="closed", first_blocks=0) as model:
             streams = 1 if placement == "shards" else STREAMS * len(addresses)
 
             def work(passes: int) -> None:

@@ -28,27 +28,32 @@ from obfuscatune.enclave.protect import Progress
 
 
 def main() -> None:
-    """Load with a worker process beside it, as the JSON argument says."""
+    """Load with worker processes beside it, as the JSON argument says: so many of each party, as a fleet."""
     settings = json.loads(sys.argv[1])
     torch.set_num_threads(settings["threads"])
     clock, dtype = StageClock(), getattr(torch, settings["dtype"])
     profile = resolve(settings["profile"], **settings["knobs"])
-    with local_worker(threads=settings["threads"]) as worker, ExitStack() as stack:
-        mask_worker = stack.enter_context(local_worker(threads=settings["threads"])) if profile.masks else None
+    with ExitStack() as stack:
+        parties = [
+            [stack.enter_context(local_worker(threads=settings["threads"])) for _ in range(settings["workers"])]
+            for _ in range(2 if profile.masks else 1)
+        ]
+        workers = parties[0]
+        addresses = [[worker.address for worker in party] for party in parties]
         progress = _giving_back(stack, settings["kept_bytes"])
         before = settled_bytes()
-        computed, computed_by_worker = cpu_seconds(), cpu_seconds(worker.pid)
+        computed, computed_by_workers = cpu_seconds(), sum(cpu_seconds(worker.pid) for worker in workers)
         started = time.perf_counter()
         with MemorySampler() as sampled:
             model = load(
                 settings["model"],
-                worker.address,
+                addresses[0],
                 profile,
                 dtype=dtype,
                 clock=clock,
                 progress=progress,
                 base="closed",  # random weights of a known shape
-                mask_worker=None if mask_worker is None else mask_worker.address,
+                mask_worker=addresses[1] if profile.masks else None,
             )
         seconds = time.perf_counter() - started
         own = {id(parameter): parameter for parameter in model.parameters()}.values()
@@ -56,7 +61,7 @@ def main() -> None:
         answer = {
             "seconds": seconds,
             "enclave_cpu_seconds": cpu_seconds() - computed,
-            "worker_cpu_seconds": cpu_seconds(worker.pid) - computed_by_worker,
+            "worker_cpu_seconds": sum(cpu_seconds(worker.pid) for worker in workers) - computed_by_workers,
             "stages": asdict(clock),
             "bytes_uploaded": stats.bytes_uploaded,
             "matrices": stats.uploads,
@@ -68,7 +73,7 @@ def main() -> None:
             "enclave_peak_bytes": peak_bytes(),
             "enclave_anonymous_peak_bytes": sampled.anonymous_bytes,
             "enclave_shared_bytes": shared_bytes(),  # of the peak: no page of it is given back before the end
-            "worker_peak_bytes": peak_bytes(worker.pid),
+            "worker_peak_bytes": max(peak_bytes(worker.pid) for worker in workers),
         }
         model.protection.close()
     print(json.dumps(answer))  # noqa: T201 - the answer to the parent

@@ -130,6 +130,7 @@ SIDE = 1536
 LARGE_BYTES = 256 << 20
 """Bytes of the array that is copied and summed."""
 REPEATS = 5
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -152,22 +153,39 @@ class Limits:
         return nbytes / self.copied_gbytes / 1e9
 
 
-def measure_limits(*, side: int = SIDE, large_bytes: int = LARGE_BYTES) -> Limits:
+def settle(device: torch.device) -> None:
+    """Wait for what was launched on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure_limits(*, side: int = SIDE, large_bytes: int = LARGE_BYTES, device: torch.device = CPU) -> Limits:
     """About a second, with the sizes as they are."""
-    with torch.inference_mode():
+    with torch.inference_mode(), device:
         a, large = torch.randn(side, side), torch.ones(large_bytes // 4)
         out, copy = torch.empty_like(a), torch.empty_like(large)
-        product = median_seconds(lambda: torch.mm(a, a, out=out))
-        copying = median_seconds(lambda: copy.copy_(large))
-        reading = median_seconds(lambda: large.sum())
+        product = median_seconds(lambda: (torch.mm(a, a, out=out), settle(device)))
+        copying = median_seconds(lambda: (copy.copy_(large), settle(device)))
+        reading = median_seconds(lambda: (large.sum(), settle(device)))
     return Limits(2 * side**3 / product / 1e9, 2 * large.nbytes / copying / 1e9, large.nbytes / reading / 1e9)
 
 
-def median_seconds(work: Callable[[], object], *, repeats: int = REPEATS, least_seconds: float = 0.0) -> float:
-    """Median time of a call in seconds, over at least `repeats` calls and `least_seconds`, after one untimed call."""
+def median_seconds(
+    work: Callable[[], object],
+    *,
+    repeats: int = REPEATS,
+    least_seconds: float = 0.0,
+    prepare: Callable[[], object] = lambda: None,
+) -> float:
+    """Median time of a call in seconds, over at least `repeats` calls and `least_seconds`, after one untimed call.
+
+    `prepare` is called before each, and not timed.
+    """
+    prepare()
     work()
     seconds: list[float] = []
     while len(seconds) < repeats or sum(seconds) < least_seconds:
+        prepare()
         started = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - started)

@@ -112,6 +112,8 @@ class ObfuscateBench:
     rounds: int = 3
     memory_kept: bool = False
     """Whether a process beside it holds as much memory as is needed, and gives it back as the worker takes it."""
+    workers: int = 1
+    """Of each party; several are a fleet, and share the columns."""
 
     def run(self, progress: Progress) -> ObfuscateResult:
         """Measure. A shape is first written to the folder for temporary files, and removed in the end.
@@ -149,6 +151,7 @@ class ObfuscateBench:
             "dtype": self.dtype,
             "knobs": {name: value for name, value in knobs.items() if value is not None},
             "threads": self.threads,
+            "workers": self.workers,
             "kept_bytes": kept_bytes,
         }
         return run_module("obfuscatune.bench.loading", json.dumps(settings))
@@ -206,8 +209,9 @@ class ObfuscateResult:
         taken = max(self.best(transform)["bytes_uploaded"] for transform in self.rounds)
         cost = self.new_memory_seconds_per_byte * taken
         kept = "\nA process beside it held as much, and gave it back as the worker took it." if b.memory_kept else ""
+        fleet = "" if b.workers == 1 else f", {b.workers} workers of each party (the largest peak of them)"
         parts = (
-            f"Obfuscating {name}{depth}, profile {profile}, {b.dtype}, {b.threads} threads; best of {b.rounds}.",
+            f"Obfuscating {name}{depth}, profile {profile}, {b.dtype}, {b.threads} threads{fleet}; best of {b.rounds}.",
             markdown_table(columns, rows),
             f"To take {format_bytes(taken)} of new memory costs one core {cost:.1f} s here.{kept}",
             ", ".join(f"{name} {value}" for name, value in self.environment.items()),

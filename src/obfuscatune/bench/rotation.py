@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from obfuscatune.bench.measures import measure_limits, median_seconds
+from obfuscatune.backend import find_device
+from obfuscatune.bench.measures import measure_limits, median_seconds, settle
 from obfuscatune.bench.processes import Progress
 from obfuscatune.enclave import kernels
 from obfuscatune.enclave.keys import SecretStream
@@ -60,14 +61,18 @@ class RotationBench:
     dims: tuple[int, ...] = DIMS
     rows: tuple[int, ...] = ROWS
     threads: int = 2
+    device: str = "cpu"
+    """Where x lies: cpu, or cuda:N."""
 
     def run(self, progress: Progress) -> RotationResult:
         """Measure; half a minute with the defaults.
 
         Raises:
-            ConfigError: no kernels can be compiled here.
+            ConfigError: there is no such device, or there are no kernels for it.
         """
-        if kernels.native_for(torch.empty(512, 512)) is None:
+        if kernels.kernels_for(torch.empty(512, 512, device=self._there)) is kernels.REFERENCE:
+            if self._there.type == "cuda":
+                raise ConfigError("no kernels for a GPU here: install triton")
             raise ConfigError(
                 f"no native kernels here: install with a C++ compiler, on Linux, and do not set {SWITCH}=0"
             )
@@ -75,7 +80,7 @@ class RotationBench:
         torch.set_num_threads(self.threads)
         try:
             with torch.no_grad():
-                limits = measure_limits()
+                limits = measure_limits(device=self._there)
                 gflops, gbytes = limits.gflops, limits.copied_gbytes
                 progress(f"this machine: {gflops:.0f} GFLOP/s in a product, {gbytes:.0f} GB/s in a copy")
                 rows = [row for n in self.rows for dim in self.dims for row in self._measured(n, dim, progress)]
@@ -83,12 +88,16 @@ class RotationBench:
             torch.set_num_threads(before)
         return RotationResult(self, gflops, gbytes, rows, environment(self.threads))
 
+    @property
+    def _there(self) -> torch.device:
+        return find_device(self.device, f"--device {self.device}")
+
     def _measured(self, n: int, dim: int, progress: Progress) -> list[RotationRow]:
         stream = SecretStream.fresh()
         R = StructuredTransform(dim, stream)
-        xs = [torch.randn(n, dim) for _ in range(PAIRS)]
+        xs = [torch.randn(n, dim, device=self._there) for _ in range(PAIRS)]
         per_number = 2 * sum(side for pair in R._pairs for side in (pair[0].shape[0], pair[1].shape[0]))
-        there, back = (R._rotation(torch.float32, torch.device("cpu"), undo=undo) for undo in (False, True))
+        there, back = (R._rotation(torch.float32, self._there, undo=undo) for undo in (False, True))
         by_torch, operations = kernels.REFERENCE, n * dim * per_number
         cases: dict[str, _Case] = {
             "rotate": _Case(lambda i: by_torch.rotate(xs[i], there), lambda i: R.apply(xs[i]), operations, 2 * n),
@@ -101,7 +110,7 @@ class RotationBench:
             cases |= self._mixing_cases(A, xs)
         rows = []
         for what, it in cases.items():
-            slow, fast = _median(it.by_torch), _median(it.by_kernel)
+            slow, fast = (_median(work, self._there) for work in (it.by_torch, it.by_kernel))
             size = 4 * dim * it.rows_passed
             rows.append(RotationRow(what, n, dim, slow, fast, it.operations / fast / 1e9, size / fast / 1e9))
         progress(f"{n} x {dim}: " + ", ".join(f"{r.what} {r.torch_seconds / r.kernel_seconds:.1f}x" for r in rows))
@@ -109,7 +118,7 @@ class RotationBench:
 
     def _mixing_cases(self, A: KroneckerMixing, xs: list[Tensor]) -> dict[str, _Case]:
         n, dim = xs[0].shape
-        ys = [torch.randn(A.rows, dim) for _ in range(PAIRS)]
+        ys = [torch.randn(A.rows, dim, device=self._there) for _ in range(PAIRS)]
         shield = torch.randn(A.rows - n, dim)
         by_torch, by_kernel = kernels.REFERENCE, kernels.kernels_for(xs[0])
         operations = A.rows * dim * 2 * sum(Q.shape[0] for Q in (A._A.Q_a, A._A.Q_b) if Q.shape[0] > 1)
@@ -132,7 +141,7 @@ class RotationResult:
 
     bench: RotationBench
     machine_gflops: float
-    """A product of torch's, 1536 x 1536, float32."""
+    """A product of torch's, 1536 x 1536, float32, on the device."""
     machine_gbytes: float
     """Bytes read and written by a copy of 256 MiB."""
     rows: list[RotationRow]
@@ -145,8 +154,8 @@ class RotationResult:
     def as_markdown(self) -> str:
         """One table."""
         about = (
-            f"float32, {self.bench.threads} threads. This machine: {self.machine_gflops:.0f} GFLOP/s in a product, "
-            f"{self.machine_gbytes:.0f} GB/s in a copy."
+            f"float32, {self.bench.threads} threads, on {self.bench.device}. There: {self.machine_gflops:.0f} GFLOP/s in a "
+            f"product, {self.machine_gbytes:.0f} GB/s in a copy."
         )
         columns = ("operation", "rows", "width", "torch, ms", "kernel, ms", "faster", "GFLOP/s", "GB/s")
         rows = [
@@ -159,9 +168,14 @@ class RotationResult:
         return f"{about}\n\n{markdown_table(columns, rows)}\n"
 
 
-def _median(work: Callable[[int], object]) -> float:
+def _median(work: Callable[[int], object], device: torch.device) -> float:
     """Seconds of one call, each with the next of the matrices."""
     for i in range(PAIRS):
         work(i)
     turns = cycle(range(PAIRS))
-    return median_seconds(lambda: work(next(turns)), repeats=PAIRS, least_seconds=_LEAST_SECONDS)
+
+    def once() -> None:
+        work(next(turns))
+        settle(device)
+
+    return median_seconds(once, repeats=PAIRS, least_seconds=_LEAST_SECONDS)

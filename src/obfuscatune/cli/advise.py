@@ -32,6 +32,9 @@ class Workers:
         list[str] | None,
         Option("Address of a running worker; may be repeated.", PROTECTION, unset="starts one on this machine"),
     ] = None
+    fleet: Annotated[
+        Path | None, Option("File that names many workers: fleet.yaml (docs/fleet.md). Each is measured.", PROTECTION)
+    ] = None
     tls_cert: options.TlsCert = None
     tls_key: options.TlsKey = None
     peer: Annotated[
@@ -99,8 +102,9 @@ def advise(
 
     Measures this machine (products, memory, rotation and mixing) and each worker (latency, bandwidth each way, products
     of random matrices, verified), and predicts: plain and protected seconds, where they go, whether a worker pays at
-    all against everything in the enclave, and how many workers one enclave can keep busy. Takes some seconds, and a few
-    for each worker. docs/cost-model.md has the formulas, and how far predictions were off.
+    all against everything in the enclave, with several workers also together, and how many of them one enclave can
+    feed. Takes some seconds, and a few for each worker. docs/cost-model.md has the formulas, and how far predictions
+    were off.
     """
     with output.progress("reading the configuration"):
         question = _question(
@@ -153,18 +157,30 @@ def _config(model: str | None, shape: str | None, layers: int | None) -> "tuple[
 
 def _opened(stack: ExitStack, workers: Workers, profile: Any) -> tuple[dict[str, Any], Any]:
     """A link to each worker by its address, and one to the mask worker."""
-    if profile.masks and (workers.worker is None) != (workers.mask_worker is None):
-        raise ConfigError("--profile guarded takes two workers: name both, by --worker and --mask-worker, or neither")
-    if not profile.masks and workers.mask_worker is not None:
-        raise ConfigError("--mask-worker is for --profile guarded")
+    if workers.fleet is not None and workers.worker:
+        raise ConfigError("--fleet names all workers: leave out --worker")
     one = Protection(
-        tls_cert=workers.tls_cert, tls_key=workers.tls_key, peer=workers.peer, mask_worker=workers.mask_worker,
-        mask_peer=workers.mask_peer,
+        fleet=workers.fleet, tls_cert=workers.tls_cert, tls_key=workers.tls_key, peer=workers.peer,
+        mask_worker=workers.mask_worker, mask_peer=workers.mask_peer,
     )  # fmt: skip
+    if one.fleet is not None:
+        return _opened_fleet(stack, one, profile)
+    if profile.masks and (workers.worker is None) != (one.mask_worker is None):
+        raise ConfigError("--profile guarded takes two workers: name both, by --worker and --mask-worker, or neither")
+    if not profile.masks and one.mask_worker is not None:
+        raise ConfigError("--mask-worker is for --profile guarded")
     addresses: list[str | None] = [*workers.worker] if workers.worker else [None]
     links = {
         output.printable(address or "this machine"): stack.enter_context(opened_link(address, one.tls))
         for address in addresses
     }
-    mask_link = stack.enter_context(opened_link(workers.mask_worker, one.masking.tls)) if profile.masks else None
+    mask_link = stack.enter_context(opened_link(one.mask_worker, one.masking.tls)) if profile.masks else None
     return links, mask_link
+
+
+def _opened_fleet(stack: ExitStack, one: Protection, profile: Any) -> tuple[dict[str, Any], Any]:
+    """The same for a fleet: of each member that answers; and its mask workers, as one."""
+    fleet: Any = one.workers
+    compute: Any = stack.enter_context(opened_link(fleet.only("compute"), one.tls))
+    links = {output.printable(it.name): it.worker for it in compute.links if it.worker is not None}
+    return links, stack.enter_context(opened_link(fleet.only("mask"), one.tls)) if profile.masks else None

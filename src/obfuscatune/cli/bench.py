@@ -56,6 +56,7 @@ def obfuscate(
             "a process beside it holds some, and gives it back as the worker takes it."
         ),
     ] = False,
+    workers: Annotated[int, Option("Of each party; several are a fleet, and share the columns.", least=1)] = 1,
     *,
     ending: Ending,
 ) -> None:
@@ -85,8 +86,10 @@ def obfuscate(
         threads=threads or cores(),
         rounds=rounds,
         memory_kept=memory_kept,
+        workers=workers,
     ).run(notice)
     parts = (profile, *transforms, *(["memory-kept"] if memory_kept else []))
+    parts += () if workers == 1 else (f"{workers}-workers",)
     ending.show(measured, result_name("obfuscate", shape_name(shape) if model is None else model.name, layers, *parts))
 
 
@@ -144,11 +147,14 @@ def drift(
     ending.show(bench.run(notice), result_name("drift", None, None, *profiles))
 
 
-@command("obfuscatune bench rotation --dim 768 --dim 3072 --rows 1 --rows 512")
+@command(
+    "obfuscatune bench rotation --dim 768 --dim 3072 --rows 1 --rows 512", "obfuscatune bench rotation --device cuda:0"
+)
 def rotation(
     dim: Annotated[list[int] | None, Option("Width of x; may be repeated.", unset="GPT-2's")] = None,
     rows: Annotated[list[int] | None, Option("Of x; may be repeated.", unset="1, 8, 32, 512, 4096")] = None,
     threads: Annotated[int | None, Option("Of torch and of the kernels.", unset="all cores")] = None,
+    device: Annotated[str, Option("Where x lies, as with --enclave-device: cpu, or cuda:N.")] = "cpu",
     *,
     ending: Ending,
 ) -> None:
@@ -159,7 +165,8 @@ def rotation(
     dims, counts = tuple(dim or DIMS), tuple(rows or ROWS)
     if min(dims) <= DENSE_BELOW or min(counts) < 1:
         raise ConfigError(f"--dim is more than {DENSE_BELOW}: below, transforms are dense; --rows is at least 1")
-    ending.show(RotationBench(dims, counts, threads or cores()).run(notice), result_name("rotation"))
+    parts = () if device == "cpu" else (device.replace(":", ""),)
+    ending.show(RotationBench(dims, counts, threads or cores(), device).run(notice), result_name("rotation", *parts))
 
 
 @command("obfuscatune bench wire --link tcp --link tls --out benchmarks/results")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from obfuscatune import DeviceClient, protect
 from obfuscatune.backend import Computer, Underway
-from obfuscatune.enclave.client import WorkerLink, open_link
+from obfuscatune.enclave.client import WorkerLink, device, open_link
 from obfuscatune.errors import (
     BadReply,
     ConfigError,
@@ -125,6 +125,27 @@ def test_what_the_device_can_write_to_is_copied(link: WorkerLink) -> None:
     assert torch.equal(own, X @ W)
     apart = link.submit(ID, X, transpose=False)
     assert apart.own(apart.result()) is apart.result()
+    assert link._allocator.offset_of(apart.result()) is None  # type: ignore[attr-defined]
+    assert torch.equal(apart.result(), X @ W)
+
+
+def test_rows_that_lie_elsewhere_pass_through_registered_memory_too() -> None:
+    """As those of a fleet: a thread would wait for a copy from other memory."""
+    placed: list[bool] = []
+
+    class Watching(Computer):
+        def start(self, rows: Tensor, matrix: Tensor, out: Tensor, *, transpose: bool) -> Underway:
+            placed.extend(link._allocator.offset_of(it) is not None for it in (rows, out))
+            return super().start(rows, matrix, out, transpose=transpose)
+
+    link = of(Watching(torch.device("cpu")))
+    asked = link.submit(ID, X, transpose=False)
+    assert placed == [True, True]
+    changed = link._underway[asked][1]  # type: ignore[index]
+    assert torch.equal(asked.result(), X @ W)
+    changed.zero_()
+    assert torch.equal(asked.result(), X @ W)
+    assert not link._running
 
 
 def test_a_stored_matrix_a_closed_link_and_shapes(link: WorkerLink) -> None:
@@ -217,6 +238,26 @@ def test_a_device_that_hangs_is_given_up_for_good() -> None:
         link.multiply(ID, X, transpose=False)
     with pytest.raises(DeadlineExceeded, match="asked nothing any more"):
         link.submit(ID, X, transpose=False)
+
+
+def test_what_a_hanging_device_may_still_write_to_is_never_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NeverAtRest(Hanging):
+        def is_at_rest(self) -> bool:
+            return False
+
+    class Stuck(Computer):
+        def start(self, rows: Tensor, matrix: Tensor, out: Tensor, *, transpose: bool) -> Underway:
+            return NeverAtRest()
+
+    monkeypatch.setattr(device, "CLOSING_SECONDS", 0.0)
+    monkeypatch.setattr(device, "_abandoned", [])
+    link = of(Stuck(torch.device("cpu")))
+    host = link._host
+    asked = link.submit(ID, link.allocate(7, 60, X.dtype).copy_(X), transpose=False)
+    link.close()
+    del asked, link
+    ((running, kept),) = device._abandoned
+    assert kept is host and isinstance(running[0], NeverAtRest)
 
 
 def test_waiting_is_broken_off() -> None:

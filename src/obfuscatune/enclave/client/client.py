@@ -349,14 +349,14 @@ class WorkerClient(WorkerLink):
     def _listen(self, connection: ClientConnection, seconds: float) -> None:
         """Wait without the lock until there is news."""
         self._changed.notify_all()  # what was read just now may have been another's
-        self._is_listened, started = True, time.monotonic()
+        self._is_listened, started = True, time.perf_counter()
         self._lock.release()
         try:
             connection.has_news(seconds)
         finally:
             self._lock.acquire()
             self._is_listened = False
-            self.stats.seconds_waiting += time.monotonic() - started
+            self.stats.seconds_waiting += time.perf_counter() - started
 
 
 def _end(driver: Scheduler, owned: list[Callable[[], None]]) -> None:

@@ -181,12 +181,12 @@ class ClientConnection:
 
     def receive(self, deadline: Deadline) -> bytearray:
         """The 56 bytes of the next reply's header, for `product` or `parsed`."""
-        started = time.monotonic()
+        started = time.perf_counter()
         try:
             return recv_header_bytes(self._transport, deadline)
         finally:
             self._heard_at = time.monotonic()
-            self._stats.seconds_waiting += self._heard_at - started
+            self._stats.seconds_waiting += time.perf_counter() - started
 
     def parsed(self, data: bytearray) -> Header:
         """The header that was received, checked; its payload is to be taken next, by `body` or `refusal`."""
@@ -238,11 +238,11 @@ class ClientConnection:
 
     def product(self, awaited: Awaited, deadline: Deadline) -> torch.Tensor:
         """The matrix of a PRODUCT whose header is the one awaited."""
-        started = time.monotonic()
+        started = time.perf_counter()
         try:
             recv_payload(self._transport, awaited.payload, deadline)
         finally:
-            self._stats.seconds_waiting += time.monotonic() - started
+            self._stats.seconds_waiting += time.perf_counter() - started
         self._stats.bytes_received += HEADER_BYTES + awaited.product.nbytes
         return awaited.product
 

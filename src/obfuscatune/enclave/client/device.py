@@ -51,6 +51,7 @@ SHARE_OF_MEMORY = 0.8
 """Of this machine's memory, that matrices on `device:cpu` may take, as those of a worker process."""
 CLOSING_SECONDS = 5.0
 """How long `close` waits for what the device still copies."""
+_abandoned: list[tuple[list[Underway], HostMemory]] = []  # a device that hung may still write there: never freed
 NOT_IN_A_CHILD = (
     "this link belongs to the process that opened it: a forked child can use no CUDA device, and no transcript but its "
     "own. Open one in the child (started by spawn), or run `obfuscatune worker --device cuda` and name its address"
@@ -86,7 +87,7 @@ class DeviceClient(WorkerLink):
         Args:
             computer: multiplies, on the device.
             address: the name of that device.
-            deadline_s: seconds from submitting a request to its product.
+            deadline_s: seconds that a product is waited for.
             memory_bytes: the most that matrices may take on the device; None for all that it has.
             recorder: writes down what crosses the bus, for an audit; closed with the link.
 
@@ -203,9 +204,9 @@ class DeviceClient(WorkerLink):
             with self._lock:
                 self._refuse_if_unusable()
                 self._matrices[matrix_id] = _Resident(matrix, kept)
-        self._stats.uploads += 1
-        self._stats.bytes_uploaded += matrix.nbytes
-        self._stats.bytes_sent += matrix.nbytes
+                self._stats.uploads += 1
+                self._stats.bytes_uploaded += matrix.nbytes
+                self._stats.bytes_sent += matrix.nbytes
 
     def allocate(self, rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
         """Memory that the device copies from by itself, while there is some: see `WorkerLink.allocate`."""
@@ -222,7 +223,10 @@ class DeviceClient(WorkerLink):
         known_finite: bool = False,
         product_unchecked: bool = False,
     ) -> ProductRequest:
-        """See `WorkerClient.submit`. A CUDA device begins at once; on the CPU whoever waits computes."""
+        """See `WorkerClient.submit`. A CUDA device begins at once; on the CPU whoever waits computes.
+
+        Rows that lie elsewhere, as a fleet's do, pass through registered memory too: for any other this would wait.
+        """
         self._refuse_if_unusable()
         with self._lock:
             self._refuse_if_unusable()
@@ -234,15 +238,16 @@ class DeviceClient(WorkerLink):
             rows = rows.detach() if rows.requires_grad else rows
             dtype = reply_dtype or rows.dtype
             request = ProductRequest(resident.matrix, rows, transpose, dtype, self._finish, product_unchecked)
-            if self._allocator.offset_of(rows) is not None:
-                request.output = self._allocator.allocate(*request.shape, dtype)
-            out = torch.empty(*request.shape, dtype=dtype) if request.output is None else request.output
+            sent, out = rows, self.allocate(*request.shape, dtype)
+            if self._allocator.offset_of(rows) is None:
+                sent = self.allocate(*rows.shape, rows.dtype).copy_(rows)
+            else:
+                request.output = out
             if self._recorder is not None:
                 self._recorder.asked(request)
             with self._failures(f"{rows.shape[0]} rows and their product"):
-                underway = self._computer.start(rows, resident.elements, out, transpose=transpose)
+                underway = self._computer.start(sent, resident.elements, out, transpose=transpose)
             self._underway[request] = underway, out
-            self._running[:] = [other for other in self._running if not other.is_at_rest()]
             self._running.append(underway)
             self._stats.bytes_sent += request.nbytes
             return request
@@ -319,10 +324,12 @@ class DeviceClient(WorkerLink):
 
     def _take(self, request: ProductRequest, out: torch.Tensor) -> None:
         """The product is here."""
+        product = out if request.output is not None else out.clone()
         if self._recorder is not None:
-            self._recorder.answered(request, out)
-        request.product = out if request.product_unchecked else check_product(out)
+            self._recorder.answered(request, product)
+        request.product = product if request.product_unchecked else check_product(product)
         del self._underway[request]
+        self._running[:] = [other for other in self._running if not other.is_at_rest()]
         self._stats.crossings += 1
         self._stats.bytes_received += out.nbytes
 
@@ -387,5 +394,7 @@ def _end(
     if all(it.is_at_rest() for it in running):
         host.close()
         running.clear()
+    else:
+        _abandoned.append((running, host))
     while owned:
         owned.pop(0)()
