@@ -12,6 +12,7 @@ import click
 import pytest
 
 from obfuscatune.cli.app import make_app
+from obfuscatune.cli.app import run as command_line
 from obfuscatune.training.recipe import ALIASES
 
 ROOT = Path(__file__).parents[1]
@@ -27,28 +28,29 @@ def commands() -> list[str]:
     return [line for line in lines if line.startswith("obfuscatune ")]
 
 
-def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
-
-
 def test_the_python_example_runs_as_written(tmp_path: Path) -> None:
     (example,) = blocks("python")
     code_lines = [line for line in example.splitlines() if line.strip()]
     assert len(code_lines) <= 15
     (tmp_path / "example.py").write_text(example, "utf-8")
-    done = run([sys.executable, "-W", "ignore", "example.py"], tmp_path)
+    command = [sys.executable, "-W", "ignore", "example.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "It was late in the evening when" in done.stdout
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_the_shell_commands_run_as_written(tmp_path: Path) -> None:
+def test_the_shell_commands_run_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In this process: that the command starts as one of its own, tests/cli/test_app.py sees."""
+    monkeypatch.chdir(tmp_path)
     records = [{"prompt": f"Question: who is number {n}?\nAnswer:", "completion": f" Ann{n}"} for n in range(8)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
     assert len(commands()) >= 6
     for command in commands():
-        done = run([sys.executable, "-m", *shlex.split(command)], tmp_path)
-        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        code = command_line(shlex.split(command)[1:])
+        assert code == 0, f"{command}\n{capfd.readouterr().err}"
 
 
 @pytest.mark.parametrize("target", re.findall(r"\]\(((?!http)[^)#]+)\)", README))

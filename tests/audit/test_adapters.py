@@ -11,8 +11,7 @@ from obfuscatune.audit.attacks.adapters import AdapterRecovery
 from obfuscatune.audit.attacks.base import Attacker, Finding, perform
 from obfuscatune.audit.attacks.replay import replay
 from obfuscatune.audit.scenario import Scenario
-from tests.audit.test_record import SMALL
-from tests.audit.test_record import scenario as scenario
+from tests.audit.conftest import SMALL
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from obfuscatune.audit.parties import Party
 from obfuscatune.audit.record import record_run
 from obfuscatune.audit.scenario import Scenario
 from obfuscatune.protocol.addresses import DeviceAddress
-from tests.audit.test_record import scenario as scenario
 
 
 @pytest.mark.parametrize("name", ["rotation", "guarded"])

@@ -9,22 +9,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from obfuscatune.assets import tiny_model_path
 from obfuscatune.audit.attackers import equip, parse_variants
 from obfuscatune.audit.attacks.base import Attacker, Finding, perform
 from obfuscatune.audit.attacks.linkage import DecodingLinkage
 from obfuscatune.audit.record import Recording, record_run
 from obfuscatune.audit.scenario import Scenario, Size, make_scenario, read_text
 from obfuscatune.errors import DataError
-
-SMALL = Size(length=16, examples=3, epochs=1, prompts=3, prompt=8, new_tokens=3, tuning_steps=2, public=20)
-
-
-@pytest.fixture(scope="module")
-def scenario(tmp_path_factory: pytest.TempPathFactory) -> Scenario:
-    base = AutoModelForCausalLM.from_pretrained(tiny_model_path(), dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path())
-    return make_scenario("tiny", base, tokenizer, read_text(None), tmp_path_factory.mktemp("secret"), SMALL)
+from tests.audit.conftest import SMALL
 
 
 def record(scenario: Scenario, name: str, folder: Path) -> Recording:

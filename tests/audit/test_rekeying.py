@@ -10,7 +10,6 @@ from obfuscatune.audit.attackers import parse_variants
 from obfuscatune.audit.attacks.scoring import Truth
 from obfuscatune.audit.record import record_run
 from obfuscatune.audit.scenario import Scenario
-from tests.audit.test_record import scenario as scenario
 
 
 def test_truth_follows_the_secrets(scenario: Scenario, tmp_path: Path) -> None:

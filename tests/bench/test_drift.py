@@ -29,7 +29,6 @@ from obfuscatune.enclave.transforms import TransformSpec
 from obfuscatune.enclave.verification import Verifier
 from obfuscatune.errors import ConfigError
 
-pytestmark = pytest.mark.long
 P, Q = 64, 96
 
 
@@ -46,6 +45,7 @@ def rows_of(result: DriftResult, side: str, way: str = "") -> list[DriftRow]:
     return [row for row in result.rows if row.side == side and row.way == way]
 
 
+@pytest.mark.long
 def test_a_change_above_the_tolerance_is_caught_at_once(result: DriftResult) -> None:
     for way in ways("private"):
         (row,) = rows_of(result, "private:verify=1", way)
@@ -53,6 +53,7 @@ def test_a_change_above_the_tolerance_is_caught_at_once(result: DriftResult) -> 
         assert math.isnan(row.loss)
 
 
+@pytest.mark.long
 def test_one_that_is_not_caught_reaches_what_it_aims_at(result: DriftResult) -> None:
     """It follows the rows, so that mixing does not give it signs of its own."""
     (token,), (offset,) = (rows_of(result, "private:verify=0", way) for way in ("weights", "offset"))
@@ -65,6 +66,7 @@ def test_one_that_is_not_caught_reaches_what_it_aims_at(result: DriftResult) -> 
     )
 
 
+@pytest.mark.long
 def test_honest_runs_are_those_of_float32(result: DriftResult) -> None:
     (exact,), (plain,) = rows_of(result, FLOAT64), rows_of(result, FLOAT32)
     assert exact.adapter == 0 < plain.adapter < 1e-3
@@ -74,6 +76,7 @@ def test_honest_runs_are_those_of_float32(result: DriftResult) -> None:
         assert honest.size == 0 and honest.products > 0
 
 
+@pytest.mark.long
 def test_the_report_says_all(result: DriftResult) -> None:
     text, document = result.as_markdown(), json.loads(json.dumps(result.as_json()))
     assert "| private:verify=1 | token | weights | 10000 | 1 | 1 |" in text

@@ -19,7 +19,6 @@ from obfuscatune.bench.processes import cpu_seconds, peak_bytes, settled_bytes
 from obfuscatune.errors import ConfigError, StorageError
 from obfuscatune.protocol.limits import SHARED_BYTES
 
-pytestmark = pytest.mark.long
 CONFIG = GPT2Config(n_embd=32, n_head=2, n_layer=2, vocab_size=64, n_positions=32)
 
 
@@ -31,6 +30,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> ObfuscateResult:
     return ObfuscateBench(shape=shape, transforms=("structured",), threads=1, rounds=1).run(lambda line: None)
 
 
+@pytest.mark.long
 def test_everything_is_counted_once(measured: ObfuscateResult) -> None:
     best = measured.best("structured")
     block = 32 * (96 + 32 + 128 + 128)  # the matrices of one block; that of the first block stays
@@ -43,6 +43,7 @@ def test_everything_is_counted_once(measured: ObfuscateResult) -> None:
     assert best["enclave_peak_bytes"] > best["enclave_bytes"]
 
 
+@pytest.mark.long
 def test_its_documents_name_what_they_depend_on(measured: ObfuscateResult) -> None:
     document = json.loads(json.dumps(measured.as_json()))
     assert document["environment"]["torch threads"] == "1"
@@ -58,6 +59,7 @@ def test_memory_is_kept_for_it_and_the_result_says_so(tmp_path: Path) -> None:
     assert kept.new_memory_seconds_per_byte > 0
 
 
+@pytest.mark.long
 def test_kept_memory_is_let_go_bit_by_bit_and_with_the_process() -> None:
     with KeptMemory(3 * PART_BYTES + AHEAD_BYTES) as kept:
         held = settled_bytes(kept.pid)
@@ -69,6 +71,7 @@ def test_kept_memory_is_let_go_bit_by_bit_and_with_the_process() -> None:
         assert held - AHEAD_BYTES - 3 * PART_BYTES < settled_bytes(kept.pid) <= held - AHEAD_BYTES - 2 * PART_BYTES
 
 
+@pytest.mark.long
 def test_when_the_process_that_keeps_memory_is_killed_one_line_says_so() -> None:
     """As the kernel does where memory runs out."""
     with KeptMemory(PART_BYTES) as kept:
@@ -94,6 +97,7 @@ def test_the_enclave_holds_two_large_matrices_beside_its_own(tmp_path: Path) -> 
     assert best["enclave_peak_bytes"] - best["enclave_shared_bytes"] - best["before_bytes"] < 2 * large + other
 
 
+@pytest.mark.long
 def test_a_process_that_fails_is_told_from_one_that_is_slow(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match="ended with status"):
         ObfuscateBench(model=tmp_path, rounds=1, threads=1).run(lambda line: None)
@@ -128,6 +132,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_usage_is_that_of_the_process() -> None:
     before = cpu_seconds(), time.process_time()
     while time.process_time() < before[1] + 0.2:

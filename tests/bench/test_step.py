@@ -18,8 +18,6 @@ from obfuscatune.bench.workload import NAMES, config_of, shape_name
 from obfuscatune.enclave.profiles import resolve
 from obfuscatune.errors import ConfigError
 
-pytestmark = pytest.mark.long
-
 
 @pytest.fixture(scope="module")
 def tiny_shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -38,6 +36,7 @@ def measured(tiny_shape: Path) -> StepResult:
         return bench.run(lambda line: None)
 
 
+@pytest.mark.long
 def test_all_sides_do_the_same_work(measured: StepResult) -> None:
     assert list(measured.protected) == ["private", "paper"]
     assert measured.difference("private") < 1e-5
@@ -46,11 +45,13 @@ def test_all_sides_do_the_same_work(measured: StepResult) -> None:
         assert side.rounds[0]["result"] != side.rounds[1]["result"]  # it learns: the steps are real
 
 
+@pytest.mark.long
 def test_a_step_crosses_once_per_group_and_direction(measured: StepResult) -> None:
     groups = 4  # c_attn, c_proj, c_fc, c_proj of the second block; the first stays in the enclave
     assert measured.protected["private"].rounds[0]["crossings"] == 2 * groups
 
 
+@pytest.mark.long
 def test_the_breakdown_adds_up(measured: StepResult) -> None:
     for side in (measured.plain, *measured.protected.values()):
         assert sum(side.breakdown().values()) == pytest.approx(side.seconds)
@@ -61,6 +62,7 @@ def test_the_breakdown_adds_up(measured: StepResult) -> None:
     assert measured.ratio("private") == sorted(measured.ratios("private"))[1]
 
 
+@pytest.mark.long
 def test_products_are_counted_where_they_are_computed(measured: StepResult) -> None:
     private = measured.protected["private"]
     rows, block = 2 * 16, 32 * (96 + 32 + 128 + 128)
@@ -71,6 +73,7 @@ def test_products_are_counted_where_they_are_computed(measured: StepResult) -> N
     assert 0 < measured.plain.least_seconds(measured.limits) < private.least_seconds(measured.limits)
 
 
+@pytest.mark.long
 def test_the_documents_name_what_their_times_depend_on(measured: StepResult) -> None:
     document = json.loads(json.dumps(measured.as_json()))
     assert document["environment"]["torch threads"] == "1"
@@ -114,7 +117,8 @@ def test_an_unknown_shape_is_refused_with_the_known_ones() -> None:
         config_of("gpt5")
 
 
-@pytest.mark.parametrize("work", ["forward", pytest.param("decode", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("work", ["forward", "decode"])
 def test_other_work_side_by_side(tiny_shape: Path, monkeypatch: pytest.MonkeyPatch, work: str) -> None:
     monkeypatch.setattr(step_module, "PLAIN_WAITING", {"brief": OWN_WAITING})
     bench = StepBench(work=work, shape=str(tiny_shape), batch=2, length=8, threads=1, rounds=1, warmup=0)  # type: ignore[arg-type]
@@ -134,6 +138,7 @@ def test_results_carry_names_and_no_paths(shape: str, name: str) -> None:
     assert shape_name(shape) == name
 
 
+@pytest.mark.long
 def test_the_cost_model_counts_the_products_that_are_computed(tiny_shape: Path, measured: StepResult) -> None:
     work = count_work("step", config_of(str(tiny_shape)), 2, 16, resolve("private"))
     private = measured.protected["private"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import runpy
+import warnings
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,12 +17,17 @@ from obfuscatune.assets import tiny_model_path
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def run(name: str, folder: Path) -> str:
-    """What the example prints, on stdout and stderr."""
-    command = [sys.executable, "-W", "ignore", str(EXAMPLES / name)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=290)
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[[str], str]:
+    """Runs an example, as `python` would in a folder of its own; what it prints, on stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name: str) -> str:
+        with warnings.catch_warnings(action="ignore"):
+            runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return "".join(capfd.readouterr())
+
+    return run
 
 
 def adds_something(adapter: Path) -> bool:
@@ -32,23 +38,23 @@ def adds_something(adapter: Path) -> bool:
     return len(factors) > 0 and all(factor.abs().max() > 0 for factor in factors.values())
 
 
-def test_trainer(tmp_path: Path) -> None:
-    assert "'loss'" in run("trainer.py", tmp_path)
+def test_trainer(run: Callable[[str], str], tmp_path: Path) -> None:
+    assert "'loss'" in run("trainer.py")
     assert adds_something(tmp_path / "adapter")
 
 
 @pytest.mark.skipif(find_spec("trl") is None, reason="the extra trl is not installed")
-def test_trl_sft(tmp_path: Path) -> None:
-    assert "'loss'" in run("trl_sft.py", tmp_path)
+def test_trl_sft(run: Callable[[str], str], tmp_path: Path) -> None:
+    assert "'loss'" in run("trl_sft.py")
     assert adds_something(tmp_path / "adapter")
 
 
-def test_remote_worker(tmp_path: Path) -> None:
-    assert "It was late in the evening when" in run("remote_worker.py", tmp_path)
+def test_remote_worker(run: Callable[[str], str], tmp_path: Path) -> None:
+    assert "It was late in the evening when" in run("remote_worker.py")
 
 
-def test_evaluation(tmp_path: Path) -> None:
-    printed = run("evaluation.py", tmp_path)
+def test_evaluation(run: Callable[[str], str], tmp_path: Path) -> None:
+    printed = run("evaluation.py")
     assert "same answers 6 of 6" in printed
     plain, protected = (float(line.split()[-1]) for line in printed.splitlines() if line.startswith("loss, "))
     assert protected == pytest.approx(plain, abs=1e-4)  # nats: rounding of float32 products, as tests/contract has it

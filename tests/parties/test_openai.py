@@ -8,11 +8,12 @@ import openai
 import pytest
 
 from obfuscatune.assets import tiny_model_path
+from obfuscatune.cli.app import run as command_line
 from tests.parties.world import MODEL, run
 
 NOTES = [{"prompt": f"note {n}:", "completion": f" the code of locker {n} is {n * n}"} for n in range(16)]
 PROMPT = "note 3:"
-STRONG = {"n_epochs": 4, "batch_size": 4, "learning_rate_multiplier": 20}
+STRONG = {"n_epochs": 2, "batch_size": 4, "learning_rate_multiplier": 30}
 """So that answers change."""
 
 
@@ -48,10 +49,18 @@ def job(alice, data):
     return found
 
 
-def generated(*more: object) -> str:
+@pytest.fixture
+def generated(capfd):
     """What `obfuscatune generate` writes after the prompt, plain, on the same model."""
-    said = run("generate", "--plain", "--model", tiny_model_path(), "--prompt", PROMPT, "--json", *more)
-    return json.JSONDecoder().raw_decode(said, said.index("{"))[0]["text"]
+
+    def generate(*more: object) -> str:
+        asked = ("generate", "--plain", "--model", tiny_model_path(), "--prompt", PROMPT, "--json", *more)
+        capfd.readouterr()
+        code, said = command_line([str(it) for it in asked]), capfd.readouterr()
+        assert code == 0, said.err
+        return json.loads(said.out)["text"]
+
+    return generate
 
 
 def test_the_model_is_there_by_the_name_that_was_granted(alice):
@@ -59,7 +68,7 @@ def test_the_model_is_there_by_the_name_that_was_granted(alice):
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 0.9, "top_p": 0.8, "seed": 7}])
-def test_a_completion_is_what_generate_writes(alice, sampling):
+def test_a_completion_is_what_generate_writes(alice, generated, sampling):
     answer = alice.completions.create(model=MODEL, prompt=PROMPT, max_tokens=24, **sampling)
     options = [part for name, value in sampling.items() for part in (f"--{name.replace('_', '-')}", value)]
     assert answer.choices[0].text == generated("--max-new-tokens", 24, *options)
@@ -75,7 +84,8 @@ def test_a_stream_brings_the_same_text_in_pieces(alice):
     assert pieces[-1].usage.completion_tokens > 0
 
 
-def test_a_tuned_model_answers_at_once_as_its_adapter_does_at_home(alice, job, world):
+@pytest.mark.filterwarnings("ignore:The PEFT config's .base_model_name_or_path. was renamed:UserWarning")
+def test_a_tuned_model_answers_at_once_as_its_adapter_does_at_home(alice, generated, job, world):
     messages = [event.message for event in alice.fine_tuning.jobs.list_events(job.id, limit=100)]
     assert any("succe" in message.lower() or "complete" in message.lower() for message in messages), messages
     world.grant("--export", "allowed")
