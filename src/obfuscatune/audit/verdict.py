@@ -23,7 +23,7 @@ PROMISED: dict[str, dict[Attacker, tuple[Target, ...]]] = {
 """What a profile promises to hide from whom, by column (docs/threat-model.md); the others promise nothing. `guarded`
 promises it of each of its two parties alone, and of both together what `private` promises. Who has the public base is
 promised nothing of the weights, and by `guarded` alone that tokens are hidden."""
-_LINKS_TOKENS = frozenset({"equal-tokens-decoding", "moments-decoding", "shared-rows"})
+_LINKS_TOKENS = frozenset({"equal-tokens-decoding", "moments-decoding", "shared-rows", "mask-gaps"})
 EXCEPTED: dict[str, frozenset[str]] = {"private": _LINKS_TOKENS, column("guarded", Party.BOTH): _LINKS_TOKENS}
 """What it does not promise to anyone, because it was found open: attacks by name."""
 

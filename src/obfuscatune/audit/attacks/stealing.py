@@ -25,6 +25,8 @@ from obfuscatune.audit.attacks.view import WorkerView
 
 STEPS_ON_BASE = 40
 STEPS_FROM_NOTHING = 150
+LEAST_STEPS = 5
+"""From nothing; on the base fewer are worth something too, for what W* tells is in it from the beginning."""
 WORK = 6e7
 """Parameters times steps of one training: 150 steps up to 400,000 parameters, fewer above."""
 TEXTS = 8
@@ -64,7 +66,7 @@ class StealingFromBase:
         stolen, without = how.published(), how.published()
         _put(stolen, how.place(_read(view, base)))
         names = set(_put(without, how.place(base.weights)))
-        steps = _affordable(STEPS_ON_BASE, without)
+        steps = max(1, _affordable(STEPS_ON_BASE, without))
         for model in (stolen, without):
             _train(model, names, texts, steps, RATE_ON_BASE, seed)
         return Thief(stolen, (without,), steps)
@@ -89,16 +91,18 @@ class StealingFromNothing:
         The latter is the same for all profiles that offload the same layers, and is trained once for all of them.
         """
         how, texts = knowledge.the_architecture(), _texts(knowledge)
+        steps = _affordable(STEPS_FROM_NOTHING, how.build(seed))
+        if steps < LEAST_STEPS:
+            raise CannotRun(f"the model is too large to be trained from nothing for {LEAST_STEPS} steps")
         stars = _newest(view)
         spectra = [torch.linalg.svdvals(W_star) for W_star in stars]
         kept = how.trained.get((self.name, seed))
         if kept is None or not all(torch.allclose(a, b, rtol=1e-3) for a, b in zip(kept[0], spectra, strict=True)):
             generator = torch.Generator().manual_seed(seed)
-            turned = [[_turned(W_star, generator) for W_star in stars] for _ in range(TURNS)]
-            kept = spectra, tuple(_around(it, how, texts, seed) for it in turned)
+            turned = ([_turned(W_star, generator) for W_star in stars] for _ in range(TURNS))
+            kept = spectra, tuple(_around(it, how, texts, seed, steps) for it in turned)
             how.trained[self.name, seed] = kept
-        stolen = _around(stars, how, texts, seed)
-        return Thief(stolen, kept[1], _affordable(STEPS_FROM_NOTHING, stolen))
+        return Thief(_around(stars, how, texts, seed, steps), kept[1], steps)
 
     def score(self, guess: Thief, truth: Truth) -> Finding:
         """By the loss on private text."""
@@ -159,11 +163,11 @@ def _random_basis(p: int, generator: torch.Generator) -> Tensor:
     return basis
 
 
-def _around(matrices: list[Tensor], how: Architecture, texts: Tensor, seed: int) -> nn.Module:
+def _around(matrices: list[Tensor], how: Architecture, texts: Tensor, seed: int, steps: int) -> nn.Module:
     """A model of these matrices, with all the rest drawn and trained."""
     model = how.build(seed)
     names = set(_put(model, how.place(matrices)))
-    _train(model, names, texts, _affordable(STEPS_FROM_NOTHING, model), RATE_FROM_NOTHING, seed)
+    _train(model, names, texts, steps, RATE_FROM_NOTHING, seed)
     return model
 
 
@@ -177,7 +181,7 @@ def _put(model: nn.Module, weights: dict[str, Tensor]) -> list[str]:
 
 
 def _affordable(steps: int, model: nn.Module) -> int:
-    return max(1, min(steps, round(WORK / sum(it.numel() for it in model.parameters()))))
+    return min(steps, round(WORK / sum(it.numel() for it in model.parameters())))
 
 
 def _train(model: nn.Module, frozen: set[str], texts: Tensor, steps: int, rate: float, seed: int) -> None:
