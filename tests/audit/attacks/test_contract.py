@@ -9,6 +9,7 @@ import pytest
 from obfuscatune.audit.attacks.base import Attack, Attacker, Finding, NotRun, Target, perform
 from obfuscatune.audit.attacks.knowledge import Knowledge, Scheme
 from obfuscatune.audit.attacks.one_time import MaskGaps
+from obfuscatune.audit.attacks.plaintext import KnownPlaintext
 from obfuscatune.audit.attacks.registry import ATTACKS
 from tests.audit.attacks import scenes
 
@@ -107,15 +108,19 @@ def test_a_direction_without_a_mask_is_a_gap() -> None:
     assert found(MaskGaps(), scenes.NARROW).value > 0.9
 
 
+def test_known_rows_that_fill_the_space_give_the_basis_away() -> None:
+    assert found(KnownPlaintext(), scenes.LONG_IN_CONTEXT).value > 0.95
+
+
 @every_attack
 def test_one_time_masks_withstand(attack: Attack) -> None:
     """All but what W_star, which no mask hides, and shapes tell."""
     if attack.target in (Target.WEIGHTS, Target.SHAPES):
         pytest.skip("masks hide rows")
-    results = [attempt(attack, scenes.ONCE, seed) for seed in range(SEEDS)]
-    findings = [result for result in results if isinstance(result, Finding)]
-    difference = sum(it.value - it.chance for it in findings)
-    assert difference < 4 * sum(it.error**2 for it in findings) ** 0.5 + 0.02 * len(findings)
+    result = attempt(attack, scenes.ONCE)
+    if isinstance(result, NotRun):
+        pytest.skip(f"could not be run: {result.why}")
+    assert result.value - result.chance < 4 * result.error + 0.02
 
 
 @every_attack

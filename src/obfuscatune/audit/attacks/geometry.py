@@ -122,7 +122,7 @@ def align_two_sided(W: Tensor, W_star: Tensor, expected: Tensor, observed: Tenso
     """R_in (p, p) and R_out (q, q) from W (p, q) and covariances (p, p) of the inputs on both sides."""
     U, _, Vh = torch.linalg.svd(W, full_matrices=False)
     U_star, _, Vh_star = torch.linalg.svd(W_star, full_matrices=False)
-    signs = _signs(U.T @ expected @ U, U_star.T @ observed @ U_star)
+    signs = agreeing_signs((U.T @ expected @ U) * (U_star.T @ observed @ U_star))
     # W = U S Vh and W* = R_inᵀ W R_out: a right singular vector has the sign of its left one.
     return Aligned((U * signs) @ U_star.T, (Vh.T * signs) @ Vh_star)
 
@@ -142,12 +142,11 @@ def align_one_sided(W: Tensor, W_star: Tensor) -> Aligned:
     return min((left, right), key=lambda it: float((it.R_in @ W_star @ it.R_out.T - W).norm()))
 
 
-def _signs(expected: Tensor, observed: Tensor) -> Tensor:
-    """d in {-1, 1}^p such that d_i d_j observed_ij agrees with expected_ij: spectral start, then single flips."""
-    agreement = expected * observed
+def agreeing_signs(agreement: Tensor) -> Tensor:
+    """d in {-1, 1}^p for which the sum of d_i d_j agreement_ij (p, p) is large: spectral start, then single flips."""
     agreement = agreement - torch.diag(agreement.diagonal())
     _, vectors = torch.linalg.eigh(agreement)
-    signs = torch.where(vectors[:, -1] < 0, -1.0, 1.0).to(expected.dtype)
+    signs = torch.where(vectors[:, -1] < 0, -1.0, 1.0).to(agreement.dtype)
     pulls = agreement @ signs
     for _ in range(4 * len(signs)):
         gains = signs * pulls
