@@ -20,6 +20,7 @@ from torch import Tensor
 from obfuscatune.audit.attacks.base import Attacker, OnDemand
 from obfuscatune.audit.attacks.knowledge import Knowledge, KnownCall, PublicBase, PublicText, Scheme
 from obfuscatune.audit.attacks.scoring import Truth
+from obfuscatune.audit.attacks.weights import MOST_LAYERS
 from obfuscatune.audit.scenario import Scenario, architecture
 from obfuscatune.enclave.profiles import PRESETS, Profile, resolve
 from obfuscatune.enclave.target_layers import LayerGroup, find_groups
@@ -99,15 +100,22 @@ def equip(attacker: Attacker, scenario: Scenario, profile: Profile, truth: Truth
             return Knowledge(attacker, scheme, plaintext=_known_calls(truth))
 
 
+MOST_COVARIANCES = 2e7
+"""Elements of the covariances of all layers: 160 MB, and minutes for a model with more."""
+
+
 @lru_cache(maxsize=1)
 def public_base(scenario: Scenario, first_blocks: int) -> PublicBase:
     """The base's matrices behind the first blocks, and what public text brings to each of them."""
     model = scenario.base
     groups = find_groups(model, first_blocks)
     inputs: list[Tensor] = []
-    moments = [torch.zeros(group.shape[0], group.shape[0], dtype=torch.float64) for group in groups]
+    chosen = list(range(len(groups)))
+    if sum(group.shape[0] ** 2 for group in groups) > MOST_COVARIANCES:
+        chosen = [*chosen[:MOST_LAYERS], chosen[-1]]
+    moments = {index: torch.zeros(groups[index].shape[0], groups[index].shape[0]).double() for index in chosen}
     hooks = []
-    for index, group in enumerate(groups):
+    for index in chosen:
 
         def note(_module: Any, args: tuple[Tensor, ...], index: int = index) -> None:
             rows = args[0].reshape(-1, args[0].shape[-1]).double()
@@ -115,7 +123,7 @@ def public_base(scenario: Scenario, first_blocks: int) -> PublicBase:
             if index == 0:
                 inputs.append(rows)
 
-        hooks.append(model.get_submodule(group.targets[0].path).register_forward_pre_hook(note))
+        hooks.append(model.get_submodule(groups[index].targets[0].path).register_forward_pre_hook(note))
     batch = torch.tensor(scenario.public)
     try:
         with torch.no_grad():
@@ -128,7 +136,7 @@ def public_base(scenario: Scenario, first_blocks: int) -> PublicBase:
     return PublicBase(
         base_weights(model, first_blocks),
         torch.cat(inputs),
-        [moment.div_(torch.trace(moment)) for moment in moments],
+        {index: moment.div_(torch.trace(moment)) for index, moment in moments.items()},
         batch.reshape(-1),
         _head(model),
         lambda ids: _inputs_of(model, first, ids),

@@ -269,7 +269,7 @@ class _Builder:
         texts = tuple(self.text(self.hiding.training) for _ in range(150))
         tokens = torch.tensor([token for one in texts for token in one])
         inputs = [torch.cat(rows) for rows in zip(*(self.inputs(one) for one in texts), strict=True)]
-        covariances = [second_moment(rows) for rows in inputs]
+        covariances = {layer: second_moment(rows) for layer, rows in enumerate(inputs)}
         base = PublicBase(self.bases, inputs[0], covariances, tokens, self.head, lambda ids: self.table[ids])
         known = [
             KnownCall(index, call.rows)

@@ -132,7 +132,8 @@ def _polar_of_product(a: Tensor, b: Tensor) -> Tensor:
     if a.shape[1] <= a.shape[0]:
         return polar(a.T @ b)
     (Q_a, R_a), (Q_b, R_b) = torch.linalg.qr(a.T), torch.linalg.qr(b.T)
-    return Q_a @ polar(R_a @ R_b.T) @ Q_b.T
+    nearest: Tensor = Q_a @ polar(R_a @ R_b.T) @ Q_b.T
+    return nearest
 
 
 def align_one_sided(W: Tensor, W_star: Tensor) -> Aligned:

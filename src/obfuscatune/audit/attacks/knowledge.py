@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +35,8 @@ class PublicBase:
     Attributes:
         weights: of each layer that crosses, the public W (p, q), float64.
         inputs: the rows (N, p) that public text brings to the first of these layers, float64.
-        covariances: of each of these layers, xᵀ x (p, p) of the rows x that public text brings to it, of trace 1.
+        covariances: of these layers, by number, xᵀ x (p, p) of the rows x that public text brings to it, of trace 1;
+            of a large model the first and the last ones'.
         tokens: the token at each of the N places.
         head: (V, width), what the model's last hidden state is multiplied with for each token's logit, the scale of
             the last norm included.
@@ -44,7 +45,7 @@ class PublicBase:
 
     weights: Sequence[Tensor]
     inputs: Tensor
-    covariances: Sequence[Tensor]
+    covariances: Mapping[int, Tensor]
     tokens: Tensor
     head: Tensor
     first_rows: Callable[[Tensor], Tensor]
@@ -72,6 +73,13 @@ class Architecture:
     published: Callable[[], nn.Module]
     place: Callable[[Sequence[Tensor]], dict[str, Tensor]]
     trained: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def once(self, key: Hashable, train: Callable[[], nn.Module]) -> nn.Module:
+        """What was trained under that key before, or is now."""
+        if key not in self.trained:
+            self.trained[key] = train()
+        model: nn.Module = self.trained[key]
+        return model
 
 
 @dataclass(frozen=True)

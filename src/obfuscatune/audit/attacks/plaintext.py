@@ -4,8 +4,8 @@ Known rows x (n, p) lie, rotated, in the row space of what crossed: with P its p
 calls, R maximises  sum |x R P|²  over orthogonal matrices; polar steps climb it. Unmixed, it is one Procrustes problem.
 
 Where rows fill the space, P says nothing, and second moments do: without what all calls have in common, M_k of a call
-is about R^T C_k R for C_k of its known rows. So R maximises  sum tr(R^T C_k R M_k).  Its climb starts from eigenvectors of
-sums with random weights, the same on both sides, matched by rank; where there is room, the first climb starts from it.
+is about R^T C_k R for C_k of its known rows. So R maximises  sum tr(R^T C_k R M_k).  Its climb starts from eigenvectors
+of sums with random weights, the same on both sides, matched by rank. Where there is room, the first climb starts there.
 """
 
 from __future__ import annotations
