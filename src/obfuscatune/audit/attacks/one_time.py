@@ -1,7 +1,7 @@
 """What gives one-time masks away: one that hides two rows, and what it leaves free of a row that it hides.
 
     reuse    X'_1 - X'_2  =  X*_1 - X*_2         where both lie under one r: small, where another r leaves it large
-    gaps     X' mod 2^k   =  X* mod 2^k          where r is a multiple of 2^k: drawn in float32, its low bits are zero
+    gaps     X' mod 2^k   =  X* mod 2^k          where r is a multiple of 2^k, or has few bits: 24 if drawn in float32
              X' v         =  X* v                where r has nothing along v
 
 Neither is seen by attacks on X' as it is: beside r, X* is smaller than what float32 would round away.
@@ -9,7 +9,7 @@ Neither is seen by attacks on X' as it is: beside r, X* is smaller than what flo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,8 +28,8 @@ SCALED = 16.0
 """Root mean square of rows that no mask hides, at most: the enclave scales them to about 1."""
 QUIET = 2.0**-40
 """Variance along a direction that masks leave free, against the mean."""
-LOWEST, BELOW = -20, 4
-"""Powers of two that are tried: from 2^LOWEST to 2^BELOW below the size of the rows."""
+BITS = range(4, 50)
+"""That masks may have, from the highest of the rows' size, or from each element's own."""
 
 
 @dataclass(frozen=True)
@@ -105,16 +105,24 @@ def uncovered(calls: Sequence[SeenCall]) -> list[SeenCall]:
     quiet = vectors[:, values < QUIET * size**2]
     if len(rows) > 2 * rows.shape[1] and quiet.shape[1]:
         return [replace(call, sent=call.rows @ quiet, mask=None) for call in calls]
-    powers = range(LOWEST, round(torch.tensor(size).log2().item()) - BELOW)
-    modulus = 2.0 ** min(powers, key=lambda power: _fullness(rows, 2.0**power))
-    return [replace(call, sent=_residues(call.rows, modulus), mask=None) for call in calls]
+    grid = min(_grids(rows), key=lambda it: _fullness(rows, it))
+    left = _residues(rows, grid).split([call.count for call in calls])
+    return [replace(call, sent=part, mask=None) for call, part in zip(calls, left, strict=True)]
 
 
-def _residues(rows: Tensor, modulus: float) -> Tensor:
-    """What is left beside multiples of `modulus`, from -modulus / 2 to modulus / 2; exact."""
-    return torch.sub(rows, modulus * (rows / modulus).round())
+def _grids(rows: Tensor) -> Iterator[Tensor]:
+    """Powers of two that masks under rows (n, p) may be multiples of: for all elements, or (n, p) for each its own."""
+    exponents = rows.frexp().exponent
+    for bits in BITS:
+        yield torch.exp2(exponents.max().double() - bits)
+        yield torch.exp2(exponents.double() - bits)
 
 
-def _fullness(rows: Tensor, modulus: float) -> float:
+def _residues(rows: Tensor, grid: Tensor) -> Tensor:
+    """What is left beside multiples of `grid`, half of it at most; exact."""
+    return torch.sub(rows, grid * (rows / grid).round())
+
+
+def _fullness(rows: Tensor, grid: Tensor) -> float:
     """Root mean square of residues over that of uniform ones: masks without gaps have 1."""
-    return float(_residues(rows, modulus).square().mean().sqrt()) * 12**0.5 / modulus
+    return float((_residues(rows, grid) / grid).square().mean().sqrt()) * 12**0.5
