@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,11 +17,13 @@ from obfuscatune.audit.attackers import equip, parse_variants
 from obfuscatune.audit.attacks.base import Attack, Attacker, Finding, perform
 from obfuscatune.audit.attacks.intersections import SharedRows
 from obfuscatune.audit.attacks.linkage import DecodingLinkage
+from obfuscatune.audit.attacks.one_time import MaskGaps, ReusedMasks
 from obfuscatune.audit.attacks.view import SeenCall, SeenMatrix, WorkerView
 from obfuscatune.audit.parties import Party, column, of_column, part_views
 from obfuscatune.audit.record import Recording, record_run
 from obfuscatune.audit.scenario import Scenario, Size, make_scenario, read_text
-from obfuscatune.enclave.masks import DEVIATION, GRID, Mask
+from obfuscatune.enclave.keys import SecretStream
+from obfuscatune.enclave.masks import DEVIATION, GRID, Mask, draw
 from obfuscatune.errors import ProtectionError
 
 SMALL = Size(length=16, examples=4, epochs=2, prompts=6, prompt=8, new_tokens=11, tuning_steps=2, public=20)
@@ -84,7 +88,7 @@ def test_the_account_is_of_the_rows_of_the_text(run: Recording) -> None:
     assert 0 < run.masks.advantage < run.masks.budget
 
 
-@pytest.mark.parametrize("attack", [DecodingLinkage(), SharedRows()], ids=lambda attack: attack.name)
+@pytest.mark.parametrize("attack", [DecodingLinkage(), SharedRows(), MaskGaps()], ids=lambda attack: attack.name)
 def test_what_links_tokens_needs_both(scenario: Scenario, run: Recording, attack: Attack) -> None:
     (variant,) = parse_variants("guarded")
     knowledge = equip(Attacker.CLOSED, scenario, variant.profile, run.truth)
@@ -95,6 +99,38 @@ def test_what_links_tokens_needs_both(scenario: Scenario, run: Recording, attack
         alone = found[party]
         assert isinstance(alone, Finding)
         assert abs(alone.value - alone.chance) < 4 * alone.error, (party, alone)
+
+
+Draw = Callable[..., Tensor]
+
+
+def in_float32(*args: Any) -> Tensor:
+    return draw(*args).float().double()
+
+
+def each_twice() -> Draw:
+    kept: dict[tuple[int, int], Tensor] = {}
+
+    def again(stream: SecretStream, rows: int, width: int, deviation: float) -> Tensor:
+        mask = kept.pop((rows, width), None)
+        if mask is None:
+            mask = draw(stream, rows, width, deviation)
+            kept[rows, width] = mask.clone()
+        return mask
+
+    return again
+
+
+@pytest.mark.parametrize(("attack", "fault"), [(MaskGaps(), in_float32), (ReusedMasks(), each_twice())])
+def test_masks_with_a_fault_are_found_out(
+    scenario: Scenario, attack: Attack, fault: Draw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results stay right and every product is verified: nothing else would notice."""
+    monkeypatch.setattr("obfuscatune.enclave.masks.draw", fault)
+    (variant,) = parse_variants("guarded")
+    run = record_run(scenario, variant.profile, 0, tmp_path)
+    found = perform(attack, run.view, equip(Attacker.CLOSED, scenario, variant.profile, run.truth), run.truth, 0)
+    assert isinstance(found, Finding) and found.advantage > 0.3 and found.value - found.chance > 5 * found.error, found
 
 
 def test_without_masks_there_is_one_party(scenario: Scenario, tmp_path: Path) -> None:

@@ -35,8 +35,8 @@ def test_in_the_clear_both_sides_saw_the_same(open_run: Recording) -> None:
         assert (a.layer, a.transposed) == (b.layer, b.transposed)
         torch.testing.assert_close(a.rows, b.rows, rtol=0, atol=0)
         assert len(b.tokens) == len(b.rows)
-    for matrix, layer in zip(open_run.view.matrices, open_run.truth.layers, strict=True):
-        torch.testing.assert_close(matrix.W_star, layer.W, rtol=1e-6, atol=1e-6)
+    for matrix, W in zip(open_run.view.matrices, open_run.truth.weights, strict=True):
+        torch.testing.assert_close(matrix.W_star, W, rtol=1e-6, atol=1e-6)
 
 
 def test_phases_are_told_apart(open_run: Recording) -> None:
@@ -72,8 +72,8 @@ def test_nobody_is_given_what_is_not_theirs(scenario: Scenario, open_run: Record
     assert closed.documents == ()
     trained = {call.tokens for call in open_run.truth.calls if call.phase == "training"}
     assert trained < set(public.documents) and list(public.documents) == sorted(public.documents)
-    for W, base, secret in zip(public.base.weights, open_run.truth.bases, open_run.truth.layers, strict=True):
-        assert torch.equal(W, base) and not torch.equal(W, secret.W)
+    for W, base, secret in zip(public.base.weights, open_run.truth.bases, open_run.truth.weights, strict=True):
+        assert torch.equal(W, base) and not torch.equal(W, secret)
 
 
 def test_the_public_base_is_run_as_far_as_the_first_layer(scenario: Scenario, open_run: Recording) -> None:
@@ -81,7 +81,7 @@ def test_the_public_base_is_run_as_far_as_the_first_layer(scenario: Scenario, op
     base = equip(Attacker.PUBLIC_BASE, scenario, variant.profile, open_run.truth).base
     assert base is not None
     rows = base.first_rows(torch.tensor(scenario.public))
-    torch.testing.assert_close(rows.flatten(0, 1), base.inputs[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rows.flatten(0, 1), base.inputs, rtol=1e-5, atol=1e-5)
 
 
 def test_lengths_follow_the_tokens_of_a_call() -> None:

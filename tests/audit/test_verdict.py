@@ -54,6 +54,13 @@ def test_each_party_of_guarded_promises_tokens_against_a_public_base(profile: st
     assert weights.state is State.OPEN and "open, and not promised" in weights.text
 
 
+def test_one_party_of_guarded_must_not_tell_texts_apart() -> None:
+    columns = ("guarded", "guarded, mask worker", "guarded, both", "private")
+    found = [the_verdict(cell(name, "equal-examples", SUCCESS), cell(name, "equal-rows", LUCK)) for name in columns]
+    assert [it.state for it in found] == [State.BROKEN, State.BROKEN, State.HOLDS, State.HOLDS]
+    assert "THE PROMISE IS BROKEN. equal-examples 0.99" in found[0].text
+
+
 def test_both_parties_promise_what_private_does() -> None:
     for attack in ("equal-tokens-decoding", "equal-rows", "shared-rows"):
         alone, both = (the_verdict(cell(profile, attack, SUCCESS)) for profile in ("private", "guarded, both"))

@@ -11,18 +11,19 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from obfuscatune.audit.attacks.base import Attacker
+from obfuscatune.audit.attacks.base import Attacker, OnDemand
 from obfuscatune.audit.attacks.knowledge import Knowledge, KnownCall, PublicBase, PublicText, Scheme
 from obfuscatune.audit.attacks.scoring import Truth
+from obfuscatune.audit.attacks.weights import MOST_LAYERS
 from obfuscatune.audit.scenario import Scenario, architecture
 from obfuscatune.enclave.profiles import PRESETS, Profile, resolve
-from obfuscatune.enclave.target_layers import find_groups
+from obfuscatune.enclave.target_layers import LayerGroup, find_groups
 from obfuscatune.errors import ConfigError
 
 _BARE = {"mixing": False, "shield_rows": 0, "first_blocks": 0}
@@ -99,19 +100,30 @@ def equip(attacker: Attacker, scenario: Scenario, profile: Profile, truth: Truth
             return Knowledge(attacker, scheme, plaintext=_known_calls(truth))
 
 
+MOST_COVARIANCES = 2e7
+"""Elements of the covariances of all layers: 160 MB, and minutes for a model with more."""
+
+
 @lru_cache(maxsize=1)
 def public_base(scenario: Scenario, first_blocks: int) -> PublicBase:
     """The base's matrices behind the first blocks, and what public text brings to each of them."""
     model = scenario.base
     groups = find_groups(model, first_blocks)
-    seen: list[list[Tensor]] = [[] for _ in groups]
+    inputs: list[Tensor] = []
+    chosen = list(range(len(groups)))
+    if sum(group.shape[0] ** 2 for group in groups) > MOST_COVARIANCES:
+        chosen = [*chosen[:MOST_LAYERS], chosen[-1]]
+    moments = {index: torch.zeros(groups[index].shape[0], groups[index].shape[0]).double() for index in chosen}
     hooks = []
-    for index, group in enumerate(groups):
+    for index in chosen:
 
-        def note(_module: Any, args: tuple[Tensor, ...], into: list[Tensor] = seen[index]) -> None:
-            into.append(args[0].reshape(-1, args[0].shape[-1]).double())
+        def note(_module: Any, args: tuple[Tensor, ...], index: int = index) -> None:
+            rows = args[0].reshape(-1, args[0].shape[-1]).double()
+            moments[index].addmm_(rows.T, rows)
+            if index == 0:
+                inputs.append(rows)
 
-        hooks.append(model.get_submodule(group.targets[0].path).register_forward_pre_hook(note))
+        hooks.append(model.get_submodule(groups[index].targets[0].path).register_forward_pre_hook(note))
     batch = torch.tensor(scenario.public)
     try:
         with torch.no_grad():
@@ -120,14 +132,12 @@ def public_base(scenario: Scenario, first_blocks: int) -> PublicBase:
     finally:
         for hook in hooks:
             hook.remove()
-    positions = torch.arange(batch.shape[1]).expand(batch.shape).reshape(-1)
-    inputs = tuple(torch.cat(rows) for rows in seen)
     first = groups[0].targets[0].path
     return PublicBase(
         base_weights(model, first_blocks),
-        inputs,
+        torch.cat(inputs),
+        {index: moment.div_(torch.trace(moment)) for index, moment in moments.items()},
         batch.reshape(-1),
-        positions,
         _head(model),
         lambda ids: _inputs_of(model, first, ids),
     )
@@ -161,10 +171,14 @@ def _head(model: Any) -> Tensor:
         return torch.mul(model.get_output_embeddings().weight, norms[-1].weight).double()
 
 
-def base_weights(model: Any, first_blocks: int) -> tuple[Tensor, ...]:
+def base_weights(model: Any, first_blocks: int) -> OnDemand:
     """W (p, q) of each group behind the first blocks, from a plain model, in float64."""
-    with torch.no_grad():
-        return tuple(group.joint_weight().double() for group in find_groups(model, first_blocks))
+
+    def weight(group: LayerGroup) -> Tensor:
+        with torch.no_grad():
+            return group.joint_weight().double()
+
+    return OnDemand([partial(weight, group) for group in find_groups(model, first_blocks)])
 
 
 def _documents(scenario: Scenario, truth: Truth) -> tuple[tuple[int, ...], ...]:

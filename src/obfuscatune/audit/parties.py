@@ -10,17 +10,15 @@ right mask X' - r is small, where with another it is as large as a mask.
 
 from __future__ import annotations
 
-import hashlib
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import NamedTuple
 
-from torch import Tensor
-
 from obfuscatune.audit.attacks.view import SeenCall, WorkerView
 from obfuscatune.errors import ProtectionError
+from obfuscatune.protocol.tensors import content_digest
 
 WINDOW = 2.0**16
 """Of the first element of X' - r. Rows are scaled, so it is below sqrt(m p); between two masks it is some 2^28."""
@@ -86,8 +84,9 @@ class _Masks:
     """The masks that the mask worker multiplied, by what they fit. Each is given away once."""
 
     def __init__(self, compute: WorkerView, masks: WorkerView) -> None:
-        matrices = {_content(it.W_star): index for index, it in enumerate(compute.matrices)}
-        counterparts = [matrices.get(_content(it.W_star)) for it in masks.matrices]
+        # Each worker knows a matrix by an id of its own.
+        matrices = {content_digest(it.stored): index for index, it in enumerate(compute.matrices)}
+        counterparts = [matrices.get(content_digest(it.stored)) for it in masks.matrices]
         self._by_matrix: defaultdict[tuple[int | None, bool], list[SeenCall]] = defaultdict(list)
         for call in masks.calls:
             self._by_matrix[counterparts[call.matrix], call.transposed].append(call)
@@ -127,11 +126,6 @@ class _Masks:
     def _mask(self, place: _Place, rows: int) -> SeenCall:
         call = self._calls[place.call]
         return replace(call, sent=call.sent[place.row : place.row + rows])
-
-
-def _content(W_star: Tensor) -> bytes:
-    """The same for equal matrices: each worker knows a matrix by an id of its own."""
-    return hashlib.sha256(bytes(str(tuple(W_star.shape)), "ascii") + W_star.contiguous().numpy().tobytes()).digest()
 
 
 def part_views(compute: WorkerView, masks: WorkerView) -> dict[Party, WorkerView]:

@@ -9,9 +9,10 @@ Where rows are sent under masks there are two workers, and a view of each and of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from obfuscatune.audit.attackers import base_weights
+from obfuscatune.audit.attacks.base import OnDemand
 from obfuscatune.audit.attacks.scoring import Phase, TrueCall, TrueLayer, Truth
 from obfuscatune.audit.attacks.stealing import losses
 from obfuscatune.audit.attacks.view import WorkerView
@@ -29,8 +31,9 @@ from obfuscatune.enclave.loading import load
 from obfuscatune.enclave.local_worker import local_worker
 from obfuscatune.enclave.profiles import Profile
 from obfuscatune.enclave.remote_lora.adapter import RemoteAdapter
-from obfuscatune.errors import ConnectionLost
+from obfuscatune.errors import ConnectionLost, StorageError
 from obfuscatune.protocol.addresses import DeviceAddress
+from obfuscatune.protocol.tensors import bytes_of
 from obfuscatune.protocol.transcript import read_transcript
 from obfuscatune.training.adapter import add_lora
 from obfuscatune.training.data import Example
@@ -85,12 +88,12 @@ def record_run(
         ProtectionError: rows were sent under no mask that the mask worker multiplied.
         ObfuscaTuneError: as loading, training and the link do.
     """
-    of_compute, of_masks = folder / "compute", folder / "mask"
+    of_compute, of_masks, plain = folder / "compute", folder / "mask", folder / "plain.bin"
     with ExitStack() as stack:
         client = _recorded(stack, of_compute, device)
         mask_device = None if device is None else DeviceAddress("cpu", index=device.index + 1)
         mask_client = _recorded(stack, of_masks, mask_device) if profile.masks else None
-        truth, account = run_under_watch(scenario, profile, seed, client, mask_client)
+        truth, account = run_under_watch(scenario, profile, seed, client, mask_client, plain)
     view = WorkerView.from_entries(read_transcript(of_compute, mapped=True))
     if len(view.calls) != len(truth.calls):
         raise ConnectionLost(
@@ -112,13 +115,13 @@ def _recorded(stack: ExitStack, folder: Path, device: DeviceAddress | None) -> W
 
 
 def run_under_watch(
-    scenario: Scenario, profile: Profile, seed: int, client: WorkerLink, mask_client: WorkerLink | None = None
+    scenario: Scenario, profile: Profile, seed: int, client: WorkerLink, mask_client: WorkerLink | None, plain: Path
 ) -> tuple[Truth, MaskAccount | None]:
     """The run itself, over any link; what was true of each crossing, in order, and what was sent under masks.
 
-    An adapter on the worker is fetched in the end, as any run does to keep it.
+    An adapter on the worker is fetched in the end, as any run does to keep it. Plain rows lie in the file `plain`.
     """
-    witness = _Witness()
+    witness = _Witness(RowsFile(plain))
     model = load(
         scenario.directory,
         client,
@@ -136,8 +139,7 @@ def run_under_watch(
     pieces = tuple(scenario.tokenizer.decode([token]) for token in range(scenario.base.config.vocab_size))
     held_out = torch.tensor(scenario.held_out)
     secret_losses = losses(Logits(scenario.secret), held_out)
-    layers = witness.layers(weights)
-    truth = Truth(tuple(witness.calls), layers, bases, pieces, adapters, held_out, secret_losses)
+    truth = Truth(witness.calls(), witness.layers(), weights, bases, pieces, adapters, held_out, secret_losses)
     return truth, _mask_account(model)
 
 
@@ -149,43 +151,92 @@ def _mask_account(model: PreTrainedModel) -> MaskAccount | None:
     return MaskAccount(account["rows"], account["advantage"], account["budget"])
 
 
+class RowsFile:
+    """Matrices in one file, which may be removed once they are mapped: memory holds those that are being looked at."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._shapes: list[torch.Size] = []
+        with self._writing():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("wb")
+
+    def append(self, rows: Tensor) -> None:
+        """Write rows (n, p), as float64.
+
+        Raises:
+            StorageError: the disk is full or gone.
+        """
+        with self._writing():
+            self._file.write(bytes_of(rows.detach().cpu().double().contiguous()))
+        self._shapes.append(rows.shape)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(f"cannot keep rows to {self._path}: {error.strerror}") from error
+
+    def mapped(self) -> tuple[Tensor, ...]:
+        """All of them, in order; nothing can be appended afterwards. Raises as `append` does."""
+        with self._writing():
+            self._file.close()
+        sizes = [shape.numel() for shape in self._shapes]
+        if not sum(sizes):
+            return tuple(torch.empty(shape, dtype=torch.float64) for shape in self._shapes)
+        everything = torch.from_file(str(self._path), shared=False, size=sum(sizes), dtype=torch.float64)
+        return tuple(part.view(shape) for part, shape in zip(everything.split(sizes), self._shapes, strict=True))
+
+
 @dataclass
 class _Witness:
     """Notes the plain rows of every request, what the run was doing then, and the secrets that it was made under."""
 
-    calls: list[TrueCall] = field(default_factory=list)
-    secrets: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
-    """R_in (p, p) and R_out (q, q) of each layer, as often as they were drawn; the layers in the model's order."""
+    rows: RowsFile
+    noted: list[TrueCall] = field(default_factory=list)
+    """Without their rows."""
+    secrets: dict[str, list[tuple[Transform, Transform]]] = field(default_factory=dict)
+    """R_in and R_out of each layer, as often as they were drawn; the layers in the model's order."""
     tokens: tuple[int, ...] = ()
     phase: Phase = "training"
     text: int = 0
 
     def keyed(self, layer: str, R_in: Transform, R_out: Transform) -> None:
         """See `Observer.keyed`."""
-        self.secrets.setdefault(layer, []).append((_dense(R_in), _dense(R_out)))
+        self.secrets.setdefault(layer, []).append((R_in, R_out))
 
     def requested(self, layer: str, rows: Tensor, *, transposed: bool) -> None:
         """See `Observer.requested`."""
-        plain, number = rows.detach().double().cpu().clone(), list(self.secrets).index(layer)
-        epoch = len(self.secrets[layer]) - 1
-        self.calls.append(TrueCall(number, transposed, plain, self.tokens, self.phase, self.text, epoch))
+        self.rows.append(rows)
+        number, epoch = list(self.secrets).index(layer), len(self.secrets[layer]) - 1
+        self.noted.append(TrueCall(number, transposed, _ELSEWHERE, self.tokens, self.phase, self.text, epoch))
 
     def note_tokens(self, _module: object, _args: object, kwargs: dict[str, Any]) -> None:
         """A hook before the model's forward pass."""
         self.tokens = tuple(kwargs["input_ids"].reshape(-1).tolist())
 
-    def layers(self, weights: tuple[Tensor, ...]) -> tuple[TrueLayer, ...]:
-        """The secrets of all layers, whose plain matrices are `weights` (p, q)."""
-        found = []
-        for (name, secrets), W in zip(self.secrets.items(), weights, strict=True):
-            R_in, R_out = zip(*secrets, strict=True)
-            found.append(TrueLayer(name, W, R_in, R_out))
-        return tuple(found)
+    def calls(self) -> tuple[TrueCall, ...]:
+        """What was noted, with the rows."""
+        return tuple(replace(call, rows=rows) for call, rows in zip(self.noted, self.rows.mapped(), strict=True))
+
+    def layers(self) -> tuple[TrueLayer, ...]:
+        """The secrets of all layers."""
+        sides = {name: zip(*secrets, strict=True) for name, secrets in self.secrets.items()}
+        return tuple(TrueLayer(name, _dense(R_in), _dense(R_out)) for name, (R_in, R_out) in sides.items())
 
 
-def _dense(transform: Transform) -> Tensor:
-    """R as a matrix, float64."""
-    return transform.apply(torch.eye(transform.dim, dtype=torch.float64))
+_ELSEWHERE = torch.empty(0)
+"""Stands for rows that lie in the file."""
+
+
+def _dense(transforms: Sequence[Transform]) -> OnDemand:
+    """Each R as a matrix, float64."""
+    return OnDemand([partial(_matrix, R) for R in transforms])
+
+
+def _matrix(R: Transform) -> Tensor:
+    return R.apply(torch.eye(R.dim, dtype=torch.float64))
 
 
 def _fetched(model: PreTrainedModel) -> tuple[Tensor, ...]:

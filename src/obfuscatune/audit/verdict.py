@@ -13,7 +13,11 @@ from obfuscatune.audit.parties import Party, column, of_column
 CONTROL = "identity"
 SECRETS = (Target.TOKENS, Target.WEIGHTS)
 _OF_PRIVATE: dict[Attacker, tuple[Target, ...]] = {Attacker.CLOSED: SECRETS, Attacker.PUBLIC_TEXT: SECRETS}
-_OF_ONE_PARTY: dict[Attacker, tuple[Target, ...]] = {**_OF_PRIVATE, Attacker.PUBLIC_BASE: (Target.TOKENS,)}
+_OF_ONE_PARTY: dict[Attacker, tuple[Target, ...]] = {
+    Attacker.CLOSED: (*SECRETS, Target.STRUCTURE),
+    Attacker.PUBLIC_TEXT: (*SECRETS, Target.STRUCTURE),
+    Attacker.PUBLIC_BASE: (Target.TOKENS, Target.STRUCTURE),
+}
 PROMISED: dict[str, dict[Attacker, tuple[Target, ...]]] = {
     "private": _OF_PRIVATE,
     column("guarded", Party.COMPUTE): _OF_ONE_PARTY,
@@ -22,8 +26,9 @@ PROMISED: dict[str, dict[Attacker, tuple[Target, ...]]] = {
 }
 """What a profile promises to hide from whom, by column (docs/threat-model.md); the others promise nothing. `guarded`
 promises it of each of its two parties alone, and of both together what `private` promises. Who has the public base is
-promised nothing of the weights, and by `guarded` alone that tokens are hidden."""
-_LINKS_TOKENS = frozenset({"equal-tokens-decoding", "moments-decoding", "shared-rows"})
+promised nothing of the weights, and by `guarded` alone that tokens are hidden. Which texts are alike, one party alone
+must not learn either."""
+_LINKS_TOKENS = frozenset({"equal-tokens-decoding", "moments-decoding", "shared-rows", "mask-gaps"})
 EXCEPTED: dict[str, frozenset[str]] = {"private": _LINKS_TOKENS, column("guarded", Party.BOTH): _LINKS_TOKENS}
 """What it does not promise to anyone, because it was found open: attacks by name."""
 
@@ -57,12 +62,18 @@ class Verdict:
     @property
     def state(self) -> State:
         """Whether a promise is broken, and else whether anything was found."""
-        excepted = EXCEPTED.get(self.profile, frozenset())
-        if any(cell.attack.target in self.promised and cell.attack.name not in excepted for cell in self.open):
+        if self.broken:
             return State.BROKEN
         if self.open:
             return State.OPEN
         return State.HOLDS if self.withstood else State.UNKNOWN
+
+    @property
+    def broken(self) -> tuple[Cell, ...]:
+        """What succeeds against a promise."""
+        excepted = EXCEPTED.get(self.profile, frozenset())
+        found = (*self.open, *self.linked)
+        return tuple(it for it in found if it.attack.target in self.promised and it.attack.name not in excepted)
 
     @property
     def strongest(self) -> Cell | None:
@@ -76,14 +87,15 @@ class Verdict:
         who = f"{profile}{_SEEN_BY[party]} against {_WHO[self.attacker]}"
         match self.state:
             case State.BROKEN:
-                first = f"{who}: THE PROMISE IS BROKEN. {_list(self.open)}."
+                first = f"{who}: THE PROMISE IS BROKEN. {_list((*self.open, *self.broken))}."
             case State.OPEN:
                 first = f"{who}: open, and not promised: {_list(self.open)}."
             case State.HOLDS:
                 first = f"{who}: none of {_count(self.withstood)} on tokens and weights succeeds."
             case State.UNKNOWN:
                 first = f"{who}: nothing is known, no attack on tokens or weights had its chance."
-        linked = f" Texts are told apart or matrices aligned by {_list(self.linked)}." if self.linked else ""
+        others = [it for it in self.linked if it not in self.broken]
+        linked = f" Texts are told apart or matrices aligned by {_list(others)}." if others else ""
         missing = f" Could not be run, so not withstood: {_count(self.not_run)}." if self.not_run else ""
         weak = f" Too weak here even against identity, so not withstood: {_count(self.powerless)}."
         return first + linked + missing + (weak if self.powerless else "")

@@ -10,7 +10,7 @@ from typing import Any
 
 from obfuscatune.errors import StorageError
 from obfuscatune.protocol.messages import HEADER_BYTES, Header
-from obfuscatune.protocol.transcript import FRAMES, INDEX, VERSION, Direction
+from obfuscatune.protocol.transcript import ALIGNMENT, FRAMES, INDEX, VERSION, Direction
 from obfuscatune.protocol.transport import Buffer
 
 
@@ -51,8 +51,9 @@ class Recorder:
                 raise self._failure
             try:
                 at_ns = time.monotonic_ns()
-                offset = os.lseek(self._frames, 0, os.SEEK_END)
-                _write_all(self._frames, [header.pack(), payload])
+                end = os.lseek(self._frames, 0, os.SEEK_END)
+                offset = end + -end % ALIGNMENT
+                _write_all(self._frames, [bytes(offset - end), header.pack(), payload])
                 record = {"at_ns": at_ns, "session": session, "type": header.type.name, "offset": offset}
                 self._write_index({"event": direction, **record, "length": HEADER_BYTES + len(payload)})
             except OSError as error:

@@ -1,8 +1,9 @@
 """A transcript: all that a worker saw, in order, as it wrote it down. Read back by the parser of the wire itself.
 
 A folder with two files. `frames.bin`: every message exactly as it crossed the wire, one after the other; only the
-session id in each HELLO is zeroed, for it is a key. `index.jsonl`: one line per run of the worker that begins or
-ends, and per message where in frames.bin it lies:
+session id in each HELLO is zeroed, for it is a key. Each begins at a multiple of 8 bytes, after zeros where need be, so
+that a matrix can be read where it lies. `index.jsonl`: one line per run of the worker that begins or ends, and per
+message where in frames.bin it lies:
 
     {"event": "begin", "version": 1}
     {"event": "request", "at_ns": 81, "session": "3f2a90b1c4d5", "type": "MULTIPLY", "offset": 0, "length": 1572920}
@@ -28,6 +29,8 @@ from obfuscatune.protocol.tensors import bytes_of
 INDEX = "index.jsonl"
 FRAMES = "frames.bin"
 VERSION = 1
+ALIGNMENT = 8
+"""Bytes: the largest element of a matrix. A header has a multiple of it."""
 Direction = Literal["request", "reply"]
 
 
@@ -136,7 +139,7 @@ def _matrix(header: Header, frames: BinaryIO, mapping: torch.Tensor | None, wher
         start = frames.tell()
         data = mapping[start : start + header.payload_bytes]
         if start % header.dtype.itemsize:
-            data = data.clone()  # no tensor begins at such an address
+            data = data.clone()  # no tensor begins at such an address: recorded before messages were aligned
         if len(data) == header.payload_bytes:
             return data.view(dtype).view(header.rows, header.cols)
     else:

@@ -9,16 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from obfuscatune.audit.attacks.base import Attacker
+from obfuscatune.audit.attacks.geometry import second_moment
 from obfuscatune.audit.attacks.knowledge import Architecture, Knowledge, KnownCall, PublicBase, PublicText, Scheme
 from obfuscatune.audit.attacks.scoring import TrueCall, TrueLayer, Truth
 from obfuscatune.audit.attacks.stealing import losses
 from obfuscatune.audit.attacks.view import Factors, HeldAdapter, HeldStep, SeenCall, SeenMatrix, WorkerView
 from obfuscatune.enclave.keys import RootKey
+from obfuscatune.enclave.masks import DEVIATION, GRID
 from obfuscatune.enclave.transforms import TransformSpec
 from obfuscatune.protocol.payloads import Method, Part, Slice, Step
 
@@ -54,6 +57,12 @@ class Hiding:
     """How unlike the features are in size: logarithm, either way."""
     adapted: bool = False
     """Whether adapters lie on the worker."""
+    masks: Masks = "none"
+
+
+Masks = Literal["none", "once", "reused", "coarse", "narrow"]
+"""What lies over rows: nothing; one-time masks; one for each two calls, multiples of 8 instead of the grid, or
+nothing along a third of the directions."""
 
 
 CLEAR = Hiding("identity", "identity", mixing=False, shield_rows=0)
@@ -63,6 +72,7 @@ STRUCTURED = Hiding("structured", "structured", mixing=False, shield_rows=0)
 ONE_SIDED = Hiding(output="identity")
 FAR = replace(ONE_SIDED, drift=0.15)
 IN_CONTEXT = replace(MIXED, context=0.5)
+LONG_IN_CONTEXT = replace(IN_CONTEXT, training=100)
 ROTATED_IN_CONTEXT = replace(ROTATED, context=0.5)
 UNLIKE = replace(STRUCTURED, spread=3.0)
 PERMUTED = replace(CLEAR, permuted=True)
@@ -70,6 +80,7 @@ UNROTATED = Hiding("identity", "identity", shield_rows=2, heavy_tailed=True)
 EQUALLY_LONG = replace(ROTATED, equal_lengths=True)
 FILLED = Hiding(shield_rows=36, loudness=8.0, training=36, prompt=36)
 ADAPTED = Hiding(output="identity", mixing=False, shield_rows=0, adapted=True)
+REUSED, COARSE, NARROW, ONCE = (replace(MIXED, masks=masks) for masks in ("reused", "coarse", "narrow", "once"))
 NOISE = Hiding("structured", "structured", noise=True, adapted=True)
 
 
@@ -140,6 +151,7 @@ class _Builder:
         self.adapters = [self.adapter(layer, p, q) for layer, (p, q) in enumerate(SHAPES)]
         self.steps: list[HeldStep] = []
         self.passes = 1
+        self.mask = torch.empty(0)
         self.seen: list[SeenCall] = []
         self.true: list[TrueCall] = []
 
@@ -208,9 +220,22 @@ class _Builder:
             sent = torch.linalg.qr(self.normal(len(sent), len(sent)))[0] @ sent
         if hiding.noise:
             sent = self.normal(*sent.shape)
+        if hiding.masks != "none":
+            sent = GRID * (sent / sent.square().mean().sqrt() / GRID).round() + self.drawn(*sent.shape)
         awaited = round(1e4 * (1 + 0.05 * len(tokens)) * float(self.normal(1).mul(0.1).exp()))
         self.seen.append(SeenCall(len(self.seen), layer, layer, transposed, sent, awaited, self.passes))
         self.true.append(TrueCall(layer, transposed, rows, tokens, phase, text, 0))  # type: ignore[arg-type]
+
+    def drawn(self, rows: int, width: int) -> Tensor:
+        """r (rows, width), multiples of the grid."""
+        kind, grid = self.hiding.masks, 8.0 if self.hiding.masks == "coarse" else GRID
+        if kind == "reused" and self.mask.shape == (rows, width):
+            again, self.mask = self.mask, torch.empty(0)
+            return again
+        self.mask = (DEVIATION * self.normal(rows, width) / grid).floor() * grid
+        if kind == "narrow":
+            self.mask[:, : width // 3] = 0
+        return self.mask
 
     def build(self) -> World:
         examples = [self.text(self.hiding.training) for _ in range(12)]
@@ -226,14 +251,14 @@ class _Builder:
                     self.pass_over((token,), "decoding", number)
         matrices = tuple(SeenMatrix(W_star, layer) for layer, W_star in enumerate(self.stars))
         layers = tuple(
-            TrueLayer(f"layer {n}", W, (R_in,), (R_out,))
-            for n, (W, R_in, R_out) in enumerate(zip(self.weights, self.R_in, self.R_out, strict=True))
+            TrueLayer(f"layer {n}", (R_in,), (R_out,))
+            for n, (R_in, R_out) in enumerate(zip(self.R_in, self.R_out, strict=True))
         )
         pieces = tuple(f"t{token} " for token in range(VOCABULARY))
         view = WorkerView(matrices, tuple(self.seen), len(SHAPES))
         held_out = torch.tensor([self.text(self.hiding.training) for _ in range(100)])
         secret_losses = losses(self.model, held_out)
-        truth = Truth(tuple(self.true), layers, tuple(self.bases), pieces, (), held_out, secret_losses)
+        truth = Truth(tuple(self.true), layers, self.weights, self.bases, pieces, (), held_out, secret_losses)
         if self.hiding.adapted:
             view = replace(view, adapters=tuple(self.adapters), steps=tuple(self.steps))
             truth = replace(truth, adapters=tuple(delta for delta in self.deltas if delta is not None))
@@ -243,9 +268,9 @@ class _Builder:
         scheme = Scheme(self.hiding.mixing, self.hiding.shield_rows)
         texts = tuple(self.text(self.hiding.training) for _ in range(150))
         tokens = torch.tensor([token for one in texts for token in one])
-        inputs = tuple(torch.cat(rows) for rows in zip(*(self.inputs(one) for one in texts), strict=True))
-        positions = torch.arange(self.hiding.training).repeat(len(texts))
-        base = PublicBase(tuple(self.bases), inputs, tokens, positions, self.head, lambda ids: self.table[ids])
+        inputs = [torch.cat(rows) for rows in zip(*(self.inputs(one) for one in texts), strict=True)]
+        covariances = {layer: second_moment(rows) for layer, rows in enumerate(inputs)}
+        base = PublicBase(self.bases, inputs[0], covariances, tokens, self.head, lambda ids: self.table[ids])
         known = [
             KnownCall(index, call.rows)
             for index, call in enumerate(truth.calls)

@@ -9,6 +9,8 @@ import pytest
 
 from obfuscatune.audit.attacks.base import Attack, Attacker, Finding, NotRun, Target, perform
 from obfuscatune.audit.attacks.knowledge import Knowledge, Scheme
+from obfuscatune.audit.attacks.one_time import MaskGaps
+from obfuscatune.audit.attacks.plaintext import KnownPlaintext
 from obfuscatune.audit.attacks.registry import ATTACKS
 from tests.audit.attacks import scenes
 
@@ -18,6 +20,8 @@ SUCCEEDS_ON = {
     "equal-tokens-decoding": (scenes.MIXED, 0.99),
     "moments-decoding": (scenes.MIXED, 0.9),
     "shared-rows": (scenes.MIXED, 0.99),
+    "reused-masks": (scenes.REUSED, 0.5),
+    "mask-gaps": (scenes.COARSE, 0.95),
     "frequency-decipherment": (scenes.ROTATED, 0.9),
     "source-separation": (scenes.UNROTATED, 0.5),
     "norm-matching": (scenes.ROTATED, 0.99),
@@ -105,6 +109,25 @@ def test_is_no_better_than_chance_on_noise(attack: Attack) -> None:
     difference = sum(it.value - it.chance for it in findings) / len(findings)
     error = (sum(it.error**2 for it in findings) ** 0.5) / len(findings)
     assert abs(difference) < 4 * error + 0.02 * abs(findings[0].best - findings[0].chance)
+
+
+def test_a_direction_without_a_mask_is_a_gap() -> None:
+    assert found(MaskGaps(), scenes.NARROW).value > 0.9
+
+
+def test_known_rows_that_fill_the_space_give_the_basis_away() -> None:
+    assert found(KnownPlaintext(), scenes.LONG_IN_CONTEXT).value > 0.95
+
+
+@every_attack
+def test_one_time_masks_withstand(attack: Attack) -> None:
+    """All but what W_star, which no mask hides, and shapes tell."""
+    if attack.target in (Target.WEIGHTS, Target.SHAPES):
+        pytest.skip("masks hide rows")
+    result = attempt(attack, scenes.ONCE)
+    if isinstance(result, NotRun):
+        pytest.skip(f"could not be run: {result.why}")
+    assert result.value - result.chance < 4 * result.error + 0.02
 
 
 @every_attack

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, overload
+
+from torch import Tensor
 
 if TYPE_CHECKING:
     from obfuscatune.audit.attacks.knowledge import Knowledge
@@ -35,6 +37,26 @@ class Target(StrEnum):
     """Of the secret matrices, or which calls belong together: a step towards tokens or weights, no token or weight."""
     SHAPES = "shapes"
     """Lengths and phases: open by construction in every profile without padding."""
+
+
+class OnDemand(Sequence[Tensor]):
+    """Tensors that are made each time they are asked for: those of a real model do not fit in memory together."""
+
+    def __init__(self, makers: Sequence[Callable[[], Tensor]]) -> None:
+        self._makers = makers
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> OnDemand: ...
+
+    def __getitem__(self, index: int | slice) -> Tensor | OnDemand:
+        found = self._makers[index]
+        return OnDemand(found) if isinstance(found, Sequence) else found()
+
+    def __len__(self) -> int:
+        return len(self._makers)
 
 
 class CannotRun(Exception):

@@ -34,7 +34,7 @@ class DictionaryMembership:
     def run(self, view: WorkerView, knowledge: Knowledge, seed: int) -> TokenGuess:
         """For each decoding step the token whose public row is most within what crossed."""
         base = knowledge.the_base()
-        exemplars = base.inputs[0][:MOST_EXEMPLARS] @ align(view, base, 0).R_in
+        exemplars = base.inputs[:MOST_EXEMPLARS] @ align(view, base, 0).R_in
         exemplars = torch.nn.functional.normalize(exemplars, dim=1)
         guess = {}
         for call in view.decoding(0):
@@ -67,7 +67,7 @@ class OutputMatching:
     def run(self, view: WorkerView, knowledge: Knowledge, seed: int) -> TokenGuess:
         """For each product row of the first layer the token whose public product points the same way."""
         base = knowledge.the_base()
-        products = base.inputs[0][:MOST_EXEMPLARS] @ base.weights[0]
+        products = base.inputs[:MOST_EXEMPLARS] @ base.weights[0]
         exemplars = torch.nn.functional.normalize(products, dim=1)
         hidden = knowledge.scheme.shield_rows if knowledge.scheme.mixing else 0
         guess = {}
@@ -111,7 +111,7 @@ class NormMatching:
 
 def _typical_lengths(base: PublicBase) -> tuple[Tensor, Tensor]:
     """Tokens of the public text, and the median length of each one's rows at the first layer."""
-    lengths = base.inputs[0].norm(dim=1)
+    lengths = base.inputs.norm(dim=1)
     tokens = torch.unique(base.tokens)
     return tokens, torch.stack([lengths[base.tokens == token].median() for token in tokens])
 

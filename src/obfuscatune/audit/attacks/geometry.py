@@ -115,38 +115,45 @@ def align(view: WorkerView, base: PublicBase, layer: int) -> Aligned:
     """R_in and R_out of a layer, as well as the public base tells; of its newest, where it was re-keyed."""
     calls = view.of_newest_matrix(layer)
     W_star = view.matrices[calls[0].matrix].W_star
-    W = base.weights[layer]
-    expected = base.inputs[layer].T @ base.inputs[layer]
-    expected = expected / torch.trace(expected)
-    return align_two_sided(W, W_star, expected, observed_covariance(calls))
+    return align_two_sided(base.weights[layer], W_star, base.covariances[layer], observed_covariance(calls))
 
 
 def align_two_sided(W: Tensor, W_star: Tensor, expected: Tensor, observed: Tensor) -> Aligned:
     """R_in (p, p) and R_out (q, q) from W (p, q) and covariances (p, p) of the inputs on both sides."""
     U, _, Vh = torch.linalg.svd(W, full_matrices=False)
     U_star, _, Vh_star = torch.linalg.svd(W_star, full_matrices=False)
-    signs = _signs(U.T @ expected @ U, U_star.T @ observed @ U_star)
+    signs = agreeing_signs((U.T @ expected @ U) * (U_star.T @ observed @ U_star))
     # W = U S Vh and W* = R_inᵀ W R_out: a right singular vector has the sign of its left one.
     return Aligned((U * signs) @ U_star.T, (Vh.T * signs) @ Vh_star)
+
+
+def _polar_of_product(a: Tensor, b: Tensor) -> Tensor:
+    """`polar` of aᵀ b (q, q) for a and b (p, q); where q > p on the range of a and b alone, without an SVD of q."""
+    if a.shape[1] <= a.shape[0]:
+        return polar(a.T @ b)
+    (Q_a, R_a), (Q_b, R_b) = torch.linalg.qr(a.T), torch.linalg.qr(b.T)
+    nearest: Tensor = Q_a @ polar(R_a @ R_b.T) @ Q_b.T
+    return nearest
 
 
 def align_one_sided(W: Tensor, W_star: Tensor) -> Aligned:
     """R_in (p, p) and R_out (q, q), one of which is 1: the one without which W* fits W (p, q) better."""
     left = Aligned(polar(W @ W_star.T), torch.eye(W.shape[1], dtype=W.dtype))
-    right = Aligned(torch.eye(W.shape[0], dtype=W.dtype), polar(W.T @ W_star))
+    right = Aligned(torch.eye(W.shape[0], dtype=W.dtype), _polar_of_product(W, W_star))
     return min((left, right), key=lambda it: float((it.R_in @ W_star @ it.R_out.T - W).norm()))
 
 
-def _signs(expected: Tensor, observed: Tensor) -> Tensor:
-    """d in {-1, 1}^p such that d_i d_j observed_ij agrees with expected_ij: spectral start, then single flips."""
-    agreement = expected * observed
+def agreeing_signs(agreement: Tensor) -> Tensor:
+    """d in {-1, 1}^p for which the sum of d_i d_j agreement_ij (p, p) is large: spectral start, then single flips."""
     agreement = agreement - torch.diag(agreement.diagonal())
     _, vectors = torch.linalg.eigh(agreement)
-    signs = torch.where(vectors[:, -1] < 0, -1.0, 1.0).to(expected.dtype)
+    signs = torch.where(vectors[:, -1] < 0, -1.0, 1.0).to(agreement.dtype)
+    pulls = agreement @ signs
     for _ in range(4 * len(signs)):
-        gains = signs * (agreement @ signs)
+        gains = signs * pulls
         worst = int(gains.argmin())
         if gains[worst] >= 0:
             break
         signs[worst] = -signs[worst]
+        pulls += 2 * signs[worst] * agreement[worst]
     return signs

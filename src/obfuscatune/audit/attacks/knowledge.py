@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,26 +34,27 @@ class PublicBase:
 
     Attributes:
         weights: of each layer that crosses, the public W (p, q), float64.
-        inputs: of each of these layers, the rows (N, p) that public text brings to it.
+        inputs: the rows (N, p) that public text brings to the first of these layers, float64.
+        covariances: of these layers, by number, xᵀ x (p, p) of the rows x that public text brings to it, of trace 1;
+            of a large model the first and the last ones'.
         tokens: the token at each of the N places.
-        positions: its position in its text.
         head: (V, width), what the model's last hidden state is multiplied with for each token's logit, the scale of
             the last norm included.
         first_rows: runs token numbers (n, length): the rows (n, length, p) that they bring to the first layer, float64.
     """
 
-    weights: tuple[Tensor, ...]
-    inputs: tuple[Tensor, ...]
+    weights: Sequence[Tensor]
+    inputs: Tensor
+    covariances: Mapping[int, Tensor]
     tokens: Tensor
-    positions: Tensor
     head: Tensor
     first_rows: Callable[[Tensor], Tensor]
 
     def typical_rows(self) -> tuple[Tensor, Tensor]:
         """Tokens (T,) of the public text, and each one's mean row (T, p) at the first layer."""
         tokens, index, counts = torch.unique(self.tokens, return_inverse=True, return_counts=True)
-        sums = torch.zeros(len(tokens), self.inputs[0].shape[1], dtype=torch.float64)
-        sums.index_add_(0, index, self.inputs[0])
+        sums = torch.zeros(len(tokens), self.inputs.shape[1], dtype=torch.float64)
+        sums.index_add_(0, index, self.inputs)
         return tokens, sums / counts[:, None]
 
 
@@ -72,6 +73,13 @@ class Architecture:
     published: Callable[[], nn.Module]
     place: Callable[[Sequence[Tensor]], dict[str, Tensor]]
     trained: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def once(self, key: Hashable, train: Callable[[], nn.Module]) -> nn.Module:
+        """What was trained under that key before, or is now."""
+        if key not in self.trained:
+            self.trained[key] = train()
+        model: nn.Module = self.trained[key]
+        return model
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ class DocumentMembership:
         tried = []
         for dropped in _numbers_dropped(calls, knowledge):
             observed = _without_loudest(decomposed, dropped)
-            R_in = align_two_sided(W, W_star, _unit_moment(base.inputs[0]), observed).R_in
+            R_in = align_two_sided(W, W_star, _unit_moment(base.inputs), observed).R_in
             tried.append(_scores(quiet, torch.stack([_unit_moment(x @ R_in) for x in documents])))
         scores = max(tried, key=lambda it: _skewness(it.flatten()))
         return MembershipGuess([call.index for call in calls], knowledge.documents, scores)

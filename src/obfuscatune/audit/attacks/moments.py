@@ -6,7 +6,8 @@
    variance v counts 1 / (v + tau), so nobody has to know how many are loud; one that no row has counts most.
 2. Whiten by the mean over calls, so that what all calls have in common counts for little.
 3. Compare calls by the cosine of what is left, less its mean.
-4. Add up over layers: each call of a pass has shield rows of its own, and the same text.
+4. Add up over layers and, in training, over both directions: each call of a pass has shield rows of its own, and the
+   same text.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class MomentLinkage:
     source: ClassVar[str] = "ours"
 
     def run(self, view: WorkerView, knowledge: Knowledge, seed: int) -> PairGuess:
-        """Sums over layers that are as wide as the first."""
+        """Sums over layers that are as wide as the first, and over gradients of that width."""
         first = self.calls(view, 0)
         p = first[0].width
         first = first[: min(MOST_CALLS, MOST_ELEMENTS // p**2)]
@@ -102,7 +103,11 @@ class MomentLinkage:
         if self.phase == "training" and len({call.count for call in first}) > 1:
             raise CannotRun("examples of different lengths, which tell them apart without any attack")
         layers = [layer for layer in range(view.layers) if view.forward(layer)[0].width == p][:MOST_LAYERS]
-        compared = [standardised_cosines(self.calls(view, layer)[: len(first)]) for layer in layers]
+        calls = [self.calls(view, layer) for layer in layers]
+        if self.phase == "training":
+            gradients = [view.backward(layer) for layer in range(view.layers)]
+            calls += [it for it in gradients if len(it) == len(calls[0]) and it[0].width == p][:MOST_LAYERS]
+        compared = [standardised_cosines(it[: len(first)]) for it in calls]
         return PairGuess([(call.index, 0) for call in first], torch.stack(compared).sum(0))
 
     def score(self, guess: PairGuess, truth: Truth) -> Finding:

@@ -11,6 +11,7 @@ from obfuscatune.audit.attacks.labels import LabelInference
 from obfuscatune.audit.attacks.linkage import DecodingLinkage, ExampleLinkage, PrefixLinkage, RowEquality
 from obfuscatune.audit.attacks.membership import DocumentMembership
 from obfuscatune.audit.attacks.moments import DECODING_MOMENTS, EXAMPLE_MOMENTS, PROMPT_MOMENTS
+from obfuscatune.audit.attacks.one_time import MaskGaps, ReusedMasks
 from obfuscatune.audit.attacks.plaintext import KnownPlaintext
 from obfuscatune.audit.attacks.separation import SourceSeparation
 from obfuscatune.audit.attacks.stealing import StealingFromBase, StealingFromNothing
@@ -24,6 +25,8 @@ ATTACKS: tuple[Attack, ...] = (
     DecodingLinkage(),
     DECODING_MOMENTS,
     SharedRows(),
+    ReusedMasks(),
+    MaskGaps(),
     FrequencyDecipherment(),
     SourceSeparation(),
     NormMatching(),

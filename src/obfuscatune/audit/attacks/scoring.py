@@ -35,14 +35,12 @@ class TrueCall:
 
 @dataclass(frozen=True)
 class TrueLayer:
-    """The secrets of one layer, in float64."""
+    """The secret bases of one layer, in float64."""
 
     name: str
-    W: Tensor
-    """(p, q), of the secret model."""
-    R_in: tuple[Tensor, ...]
+    R_in: Sequence[Tensor]
     """(p, p), one for each time that the layer's transforms were drawn."""
-    R_out: tuple[Tensor, ...]
+    R_out: Sequence[Tensor]
     """(q, q), likewise."""
 
 
@@ -53,8 +51,10 @@ class Truth:
     calls: tuple[TrueCall, ...]
     """As many as the transcript has, in its order."""
     layers: tuple[TrueLayer, ...]
-    bases: tuple[Tensor, ...]
-    """Of each layer the public W (p, q) that the secret one was tuned from."""
+    weights: Sequence[Tensor]
+    """W (p, q) of each layer, float64."""
+    bases: Sequence[Tensor]
+    """The public ones that these were tuned from."""
     pieces: tuple[str, ...]
     """What each token reads, by its number."""
     adapters: tuple[Tensor, ...] = ()

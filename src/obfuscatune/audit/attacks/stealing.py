@@ -10,7 +10,7 @@ the singular values of W*, which nothing hides, and nothing else of it. The secr
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -22,9 +22,12 @@ from obfuscatune.audit.attacks.geometry import align, align_one_sided
 from obfuscatune.audit.attacks.knowledge import Architecture, Knowledge, PublicBase
 from obfuscatune.audit.attacks.scoring import Truth
 from obfuscatune.audit.attacks.view import WorkerView
+from obfuscatune.protocol.tensors import content_digest
 
 STEPS_ON_BASE = 40
 STEPS_FROM_NOTHING = 150
+LEAST_STEPS = 5
+"""Fewer have no power."""
 WORK = 6e7
 """Parameters times steps of one training: 150 steps up to 400,000 parameters, fewer above."""
 TEXTS = 8
@@ -61,13 +64,16 @@ class StealingFromBase:
         """The base with W in it, and the base, both trained on public text around these."""
         base, how = knowledge.the_base(), knowledge.the_architecture()
         texts = _texts(knowledge)
-        stolen, without = how.published(), how.published()
-        _put(stolen, how.place(_read(view, base)))
-        names = set(_put(without, how.place(base.weights)))
-        steps = _affordable(STEPS_ON_BASE, without)
-        for model in (stolen, without):
+        steps = _affordable(STEPS_ON_BASE, how.published())
+
+        def trained(weights: Sequence[Tensor]) -> nn.Module:
+            model = how.published()
+            names = set(_put(model, how.place(weights)))
             _train(model, names, texts, steps, RATE_ON_BASE, seed)
-        return Thief(stolen, (without,), steps)
+            return model
+
+        without = how.once((self.name, seed), lambda: trained(base.weights))
+        return Thief(trained(_read(view, base)), (without,), steps)
 
     def score(self, guess: Thief, truth: Truth) -> Finding:
         """By the loss on private text that nothing was trained on."""
@@ -86,19 +92,21 @@ class StealingFromNothing:
     def run(self, view: WorkerView, knowledge: Knowledge, seed: int) -> Thief:
         """Of one architecture and one draw of all the rest: with W*, and with W* turned at random.
 
-        The latter is the same for all profiles that offload the same layers, and is trained once for all of them.
+        The latter is the same for all profiles that offload the same layers, and is trained once for all of them; the
+        former for all who hold the same W*.
         """
         how, texts = knowledge.the_architecture(), _texts(knowledge)
+        steps = _affordable(STEPS_FROM_NOTHING, how.build(seed))
         stars = _newest(view)
         spectra = [torch.linalg.svdvals(W_star) for W_star in stars]
         kept = how.trained.get((self.name, seed))
         if kept is None or not all(torch.allclose(a, b, rtol=1e-3) for a, b in zip(kept[0], spectra, strict=True)):
             generator = torch.Generator().manual_seed(seed)
-            turned = [[_turned(W_star, generator) for W_star in stars] for _ in range(TURNS)]
-            kept = spectra, tuple(_around(it, how, texts, seed) for it in turned)
+            turned = ([_turned(W_star, generator) for W_star in stars] for _ in range(TURNS))
+            kept = spectra, tuple(_around(it, how, texts, seed, steps) for it in turned)
             how.trained[self.name, seed] = kept
-        stolen = _around(stars, how, texts, seed)
-        return Thief(stolen, kept[1], _affordable(STEPS_FROM_NOTHING, stolen))
+        held = self.name, seed, *(content_digest(it.stored) for it in view.matrices)
+        return Thief(how.once(held, lambda: _around(stars, how, texts, seed, steps)), kept[1], steps)
 
     def score(self, guess: Thief, truth: Truth) -> Finding:
         """By the loss on private text."""
@@ -159,11 +167,11 @@ def _random_basis(p: int, generator: torch.Generator) -> Tensor:
     return basis
 
 
-def _around(matrices: list[Tensor], how: Architecture, texts: Tensor, seed: int) -> nn.Module:
+def _around(matrices: list[Tensor], how: Architecture, texts: Tensor, seed: int, steps: int) -> nn.Module:
     """A model of these matrices, with all the rest drawn and trained."""
     model = how.build(seed)
     names = set(_put(model, how.place(matrices)))
-    _train(model, names, texts, _affordable(STEPS_FROM_NOTHING, model), RATE_FROM_NOTHING, seed)
+    _train(model, names, texts, steps, RATE_FROM_NOTHING, seed)
     return model
 
 
@@ -177,7 +185,11 @@ def _put(model: nn.Module, weights: dict[str, Tensor]) -> list[str]:
 
 
 def _affordable(steps: int, model: nn.Module) -> int:
-    return max(1, min(steps, round(WORK / sum(it.numel() for it in model.parameters()))))
+    parameters = sum(it.numel() for it in model.parameters())
+    steps = min(steps, round(WORK / parameters))
+    if steps < LEAST_STEPS:
+        raise CannotRun(f"a model of {parameters:,} parameters takes too long to be trained for {LEAST_STEPS} steps")
+    return steps
 
 
 def _train(model: nn.Module, frozen: set[str], texts: Tensor, steps: int, rate: float, seed: int) -> None:

@@ -22,10 +22,16 @@ from obfuscatune.protocol.transcript import TranscriptEntry
 
 @dataclass(frozen=True)
 class SeenMatrix:
-    """W* (p, q) as it was stored, in float64; `layer` is None where it was never multiplied by."""
+    """W* (p, q); `layer` is None where it was never multiplied by."""
 
-    W_star: Tensor
+    stored: Tensor
+    """As it came, perhaps still on the disk."""
     layer: int | None
+
+    @property
+    def W_star(self) -> Tensor:  # noqa: N802 - as in the formulas
+        """In float64."""
+        return self.stored.double()
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ class WorkerView:
 
     def forward(self, layer: int) -> list[SeenCall]:
         """The calls by W* of one layer, in order: one in each pass."""
-        return [call for call in self.calls if call.layer == layer and not call.transposed]
+        return self._by_layer.get((layer, False), [])
 
     def of_newest_matrix(self, layer: int) -> list[SeenCall]:
         """Forward calls of a layer by its last W*: all under one secret basis, if others were re-keyed."""
@@ -101,7 +107,14 @@ class WorkerView:
 
     def backward(self, layer: int) -> list[SeenCall]:
         """The calls by its transpose."""
-        return [call for call in self.calls if call.layer == layer and call.transposed]
+        return self._by_layer.get((layer, True), [])
+
+    @cached_property
+    def _by_layer(self) -> dict[tuple[int, bool], list[SeenCall]]:
+        found: dict[tuple[int, bool], list[SeenCall]] = {}
+        for call in self.calls:
+            found.setdefault((call.layer, call.transposed), []).append(call)
+        return found
 
     def products(self, call: SeenCall) -> Tensor:
         """The product of the rows with W*, (m, q) or, transposed, (m, p): what the worker answered with.
@@ -162,7 +175,7 @@ class _Reader:
         match header.type:
             case MessageType.STORE if tensor is not None:
                 self._index_of[header.matrix_id] = len(self._stored)
-                self._stored.append(tensor.double())
+                self._stored.append(tensor)
             case MessageType.MULTIPLY if tensor is not None:
                 self._call(entry, tensor, self._index_of[header.matrix_id], header.transposed)
             case MessageType.FORWARD | MessageType.BACKWARD if tensor is not None:
@@ -184,7 +197,7 @@ class _Reader:
     def view(self) -> WorkerView:
         if not self._stored or not self._calls:
             raise CannotRun("the transcript holds no matrix, or no product")
-        matrices = tuple(SeenMatrix(W_star, self._layer_of.get(index)) for index, W_star in enumerate(self._stored))
+        matrices = tuple(SeenMatrix(stored, self._layer_of.get(index)) for index, stored in enumerate(self._stored))
         adapters = self._adapters.adapters(lambda matrix_id: self._layer_of.get(self._index_of[matrix_id]))
         return WorkerView(matrices, tuple(self._calls), self._layers, adapters, self._adapters.steps())
 

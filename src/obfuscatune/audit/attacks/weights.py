@@ -42,17 +42,15 @@ def first_matrices(view: WorkerView) -> dict[int, Tensor]:
 
 def score_delta(guess: WeightGuess, truth: Truth) -> Finding:
     """Mean cosine of guessed and true differences from the public base; the guess of the base itself scores 0."""
-    cosines, errors = [], []
+    cosines, errors, own = [], [], []
     for layer, W in guess.weights.items():
-        true, base = truth.layers[layer].W, truth.bases[layer]
+        true, base = truth.weights[layer], truth.bases[layer]
         cosines.append(cosine(W - base, true - base))
         errors.append(float((W - true).norm() / true.norm()))
+        own.append(float((base - true).norm() / true.norm()))
     elements = min(W.numel() for W in guess.weights.values())
     spread = float(torch.tensor(cosines).std()) / len(cosines) ** 0.5 if len(cosines) > 1 else 0.0
-    own = fmean(
-        float((truth.bases[it] - truth.layers[it].W).norm() / truth.layers[it].W.norm()) for it in guess.weights
-    )
-    details = {"relative error": fmean(errors), "relative error of the base": own}
+    details = {"relative error": fmean(errors), "relative error of the base": fmean(own)}
     return Finding(fmean(cosines), 0.0, 1.0, len(cosines), max(spread, elements**-0.5), details)
 
 
@@ -71,8 +69,8 @@ class SingularValues:
 
     def score(self, guess: WeightGuess, truth: Truth) -> Finding:
         """Against W; the sign of a guess is anybody's."""
-        cosines = [cosine(W, truth.layers[layer].W) for layer, W in guess.weights.items()]
-        errors = [float((W - truth.layers[it].W).norm() / truth.layers[it].W.norm()) for it, W in guess.weights.items()]
+        cosines = [cosine(W, truth.weights[layer]) for layer, W in guess.weights.items()]
+        errors = [float((W - truth.weights[it]).norm() / truth.weights[it].norm()) for it, W in guess.weights.items()]
         elements = min(W.numel() for W in guess.weights.values())
         details = {"relative error": fmean(errors), "relative error of guessing zero": 1.0}
         return Finding(fmean(cosines), 0.0, 1.0, len(cosines), (elements * len(cosines)) ** -0.5, details)
