@@ -154,8 +154,8 @@ class RotationResult:
     def as_markdown(self) -> str:
         """One table."""
         about = (
-            f"float32, {self.bench.threads} threads, on {self.bench.device}. There: {self.machine_gflops:.0f} GFLOP/s in a "
-            f"product, {self.machine_gbytes:.0f} GB/s in a copy."
+            f"float32, {self.bench.threads} threads, on {self.bench.device}. There: {self.machine_gflops:.0f} GFLOP/s "
+            f"in a product, {self.machine_gbytes:.0f} GB/s in a copy."
         )
         columns = ("operation", "rows", "width", "torch, ms", "kernel, ms", "faster", "GFLOP/s", "GB/s")
         rows = [
