@@ -169,7 +169,7 @@ def _seconds_each(kind: Kind) -> float:
     work.prepare()
     with ProductCounter() as counter:
         work()
-    return seconds / counter.others
+    return float(seconds / counter.others)
 
 
 def _others(rows: int, width: int, *, backward: bool, dtype: torch.dtype) -> tuple[int, float]:

@@ -159,14 +159,26 @@ def settle(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def settled_seconds(
+    work: Callable[[], object], device: torch.device, *, repeats: int = REPEATS, least_seconds: float = 0.0
+) -> float:
+    """As `median_seconds`, each call until the device has done what it launched."""
+
+    def once() -> None:
+        work()
+        settle(device)
+
+    return median_seconds(once, repeats=repeats, least_seconds=least_seconds)
+
+
 def measure_limits(*, side: int = SIDE, large_bytes: int = LARGE_BYTES, device: torch.device = CPU) -> Limits:
     """About a second, with the sizes as they are."""
     with torch.inference_mode(), device:
         a, large = torch.randn(side, side), torch.ones(large_bytes // 4)
         out, copy = torch.empty_like(a), torch.empty_like(large)
-        product = median_seconds(lambda: (torch.mm(a, a, out=out), settle(device)))
-        copying = median_seconds(lambda: (copy.copy_(large), settle(device)))
-        reading = median_seconds(lambda: (large.sum(), settle(device)))
+        product = settled_seconds(lambda: torch.mm(a, a, out=out), device)
+        copying = settled_seconds(lambda: copy.copy_(large), device)
+        reading = settled_seconds(large.sum, device)
     return Limits(2 * side**3 / product / 1e9, 2 * large.nbytes / copying / 1e9, large.nbytes / reading / 1e9)
 
 

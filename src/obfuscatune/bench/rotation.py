@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from obfuscatune.backend import find_device
-from obfuscatune.bench.measures import measure_limits, median_seconds, settle
+from obfuscatune.bench.measures import measure_limits, settled_seconds
 from obfuscatune.bench.processes import Progress
 from obfuscatune.enclave import kernels
 from obfuscatune.enclave.keys import SecretStream
@@ -173,9 +173,4 @@ def _median(work: Callable[[int], object], device: torch.device) -> float:
     for i in range(PAIRS):
         work(i)
     turns = cycle(range(PAIRS))
-
-    def once() -> None:
-        work(next(turns))
-        settle(device)
-
-    return median_seconds(once, repeats=PAIRS, least_seconds=_LEAST_SECONDS)
+    return settled_seconds(lambda: work(next(turns)), device, repeats=PAIRS, least_seconds=_LEAST_SECONDS)

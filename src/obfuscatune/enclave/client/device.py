@@ -238,7 +238,8 @@ class DeviceClient(WorkerLink):
             rows = rows.detach() if rows.requires_grad else rows
             dtype = reply_dtype or rows.dtype
             request = ProductRequest(resident.matrix, rows, transpose, dtype, self._finish, product_unchecked)
-            sent, out = rows, self.allocate(*request.shape, dtype)
+            height, width = request.shape
+            sent, out = rows, self.allocate(height, width, dtype)
             if self._allocator.offset_of(rows) is None:
                 sent = self.allocate(*rows.shape, rows.dtype).copy_(rows)
             else:
