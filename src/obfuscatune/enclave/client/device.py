@@ -238,10 +238,9 @@ class DeviceClient(WorkerLink):
             rows = rows.detach() if rows.requires_grad else rows
             dtype = reply_dtype or rows.dtype
             request = ProductRequest(resident.matrix, rows, transpose, dtype, self._finish, product_unchecked)
-            height, width = request.shape
-            sent, out = rows, self.allocate(height, width, dtype)
+            sent, out = rows, self.allocate(*request.shape, dtype)
             if self._allocator.offset_of(rows) is None:
-                sent = self.allocate(*rows.shape, rows.dtype).copy_(rows)
+                sent = self.allocate(rows.shape[0], rows.shape[1], rows.dtype).copy_(rows)
             else:
                 request.output = out
             if self._recorder is not None:
