@@ -13,7 +13,7 @@ from tests.parties.world import MODEL, run
 
 NOTES = [{"prompt": f"note {n}:", "completion": f" the code of locker {n} is {n * n}"} for n in range(16)]
 PROMPT = "note 3:"
-STRONG = {"n_epochs": 2, "batch_size": 4, "learning_rate_multiplier": 30}
+STRONG = {"n_epochs": 4, "batch_size": 4, "learning_rate_multiplier": 20}
 """So that answers change."""
 
 
