@@ -80,6 +80,8 @@ class Cloud:
     worker: str
     limits: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    claims: dict[str, Any] = field(default_factory=dict)
+    """What the parties' policy allows besides."""
     process: subprocess.Popen[bytes] | None = None
     where: dict[str, Any] = field(default_factory=dict)
     key: BundleKey | None = None
@@ -157,6 +159,7 @@ class Cloud:
                     "configuration": [hashlib.sha256(self.config.read_bytes()).hexdigest()],
                     "arguments": [list(measured.arguments)],
                     "environment": {name: [value] for name, value in measured.environment.items()},
+                    **self.claims,
                 },
             }
         )

@@ -44,6 +44,7 @@ def cloud(fleet: TlsFleet, workers: list[LocalWorker], tmp_path: Path) -> Iterat
         "enclave_device": "cpu",
     }
     made = Cloud(tmp_path / "cloud", Party.make("provider"), [Party.make("one")], "", settings=settings)
+    made.claims = {"workers": [fingerprint((tmp_path / "cloud-a.pem").read_bytes())]}
     made.prepare()
     made.start()
     try:
@@ -58,9 +59,7 @@ def cloud(fleet: TlsFleet, workers: list[LocalWorker], tmp_path: Path) -> Iterat
             made.stop()
 
 
-def test_answers_and_jobs_outlive_a_worker(
-    cloud: Cloud, fleet: TlsFleet, workers: list[LocalWorker], tmp_path: Path
-) -> None:
+def test_answers_and_jobs_outlive_a_worker(cloud: Cloud, workers: list[LocalWorker]) -> None:
     owner = cloud.owners[0]
     client = cloud.openai(owner)
     file = client.files.create(file=("train.jsonl", DATA), purpose="fine-tune")
@@ -76,8 +75,7 @@ def test_answers_and_jobs_outlive_a_worker(
         return client.fine_tuning.jobs.create(**asked).id
 
     with cloud.channel(owner) as channel:
-        authority = fingerprint((tmp_path / "cloud-a.pem").read_bytes())
-        assert channel.verified.claims.workers == (authority,), "whom it trusts is among what others verify"
+        assert list(channel.verified.claims.workers) == cloud.claims["workers"], "whom it trusts is what others verify"
     before, job = answer(), begun()
     job_until(client, job, lambda found: len(losses(client, job)) >= 3 or found.status == "succeeded")
     os.kill(workers[0].pid, signal.SIGKILL)

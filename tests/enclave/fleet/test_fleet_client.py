@@ -228,6 +228,8 @@ def test_who_refused_a_matrix_for_its_quota_is_sent_no_more_than_it_has(tmp_path
         fleet = replace(Fleet.of_addresses([str(it.address) for it in (small, large)]), plan=Plan(shard=False))
         with open_fleet(fleet) as client:
             (of_small,) = [it for it in client.links if it.name == str(small.address)]
+            for link in client.links:
+                link.timing.speed = 1e9  # the same, whatever else this machine does: each is given half
             for number in range(1, 40):
                 matrix_id = stored(client, W, bytes([number]) * 16)
                 torch.testing.assert_close(client.multiply(matrix_id, x, transpose=False), x @ W)
@@ -272,6 +274,38 @@ def test_who_fails_as_soon_as_it_has_joined_is_let_alone_for_longer_each_time(mo
             while link.state is not State.ACTIVE and time.monotonic() < deadline:
                 time.sleep(0.001)
         assert pauses == [0.01, 0.02, 0.04, 0.01]
+
+
+def test_who_cannot_be_told_anything_does_not_stop_the_work() -> None:
+    """As when stderr is a pipe that nobody reads any more."""
+    W, x = torch.randn(20, 96), torch.randn(3, 20)
+
+    def notice(line: str) -> None:
+        raise BrokenPipeError(line)
+
+    with members(3) as them:
+        fleet = replace(Fleet.of_addresses(list(them)), plan=Plan(least_columns=NARROW))
+        with open_fleet(fleet, notice=notice) as client:
+            matrix_id = stored(client, W)
+            liar = client.placement()[0].holders[0]
+            them[liar].lie = float("nan")
+            torch.testing.assert_close(client.multiply(matrix_id, x, transpose=False), x @ W)
+            assert client.stats.left_wrong == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_failure_of_our_own_is_told_and_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    W, x = torch.randn(20, 96), torch.randn(3, 20)
+    with made(2, Plan(shard=False)) as fleet:
+        matrix_id = stored(fleet.client, W)
+        for name in ("answered", "failed"):
+
+            def broken(*_: object) -> None:
+                raise RuntimeError("a mistake of ours")
+
+            monkeypatch.setattr(roster.Roster, name, broken)
+        with pytest.raises(ProtectionError, match="failed in the enclave itself"):
+            product(fleet, matrix_id, x)
 
 
 def test_nothing_is_asked_after_close() -> None:

@@ -297,6 +297,11 @@ class FleetClient(WorkerLink):
                 "this model's link to its fleet is closed, as close() and the end of a `with` leave it: "
                 "load or protect the model again"
             )
+        if self._roster.failure is not None:
+            raise ProtectionError(
+                "the fleet failed in the enclave itself, which is not a worker's doing: please report it, and load or "
+                "protect the model again"
+            ) from self._roster.failure
         if self._roster.verdict:
             raise WrongProduct(self._roster.verdict)
         if self._broken:

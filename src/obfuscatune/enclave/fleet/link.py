@@ -66,6 +66,9 @@ class Fleet(Protocol):
     def failed(self, link: MemberLink, error: Exception, jobs: list[Job]) -> None:
         """It cannot be asked anything now; `jobs` were not done."""
 
+    def broke(self, error: BaseException) -> None:
+        """The thread ends, by a failure of our own."""
+
 
 class _Flight(NamedTuple):
     """A part that was asked for."""
@@ -191,7 +194,12 @@ class MemberLink:
                     break
                 job, seconds = self._jobs.popleft() if self._jobs and len(flying) < IN_FLIGHT else (None, 0.0)
                 self.busy_since = self.busy_since or now()
-            self._step(job, seconds, flying)
+            try:
+                self._step(job, seconds, flying)
+            except BaseException as error:
+                if (fleet := self._fleet()) is not None:
+                    fleet.broke(error)
+                raise
         self.busy_since = now()
         if self.worker is not None:
             with contextlib.suppress(WireError):

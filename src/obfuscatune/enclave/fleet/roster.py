@@ -8,6 +8,7 @@ Members tell of themselves in their own threads. All that changes here changes u
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from collections import Counter
@@ -26,6 +27,8 @@ from obfuscatune.errors import BadReply, ConnectionLost, WrongProduct
 from obfuscatune.fleet.members import Member
 from obfuscatune.fleet.placement import Plan
 from obfuscatune.fleet.policy import key_of
+
+log = logging.getLogger(__name__)
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 2.0
 """Seconds before a member that failed is tried again; doubled each time that it cannot be reached."""
@@ -46,18 +49,20 @@ class Roster:
         self, connect: Callable[[Member], WorkerLink], plan: Plan, notice: Notice, *, hedge: bool, patience_s: float
     ) -> None:
         """See `FleetClient`."""
-        self.notice, self._connect = notice, connect
+        self._notice, self._connect = notice, connect
         self.links: dict[str, MemberLink] = {}
         """By address."""
         self._wrong: Counter[str] = Counter()
         """Members that answered wrongly, by key and by operator."""
-        self.holdings = Holdings(self.links, plan, notice)
+        self.holdings = Holdings(self.links, plan, self.notice)
         self.asking = Asking(self.holdings, hedges=hedge, patience_s=patience_s, too_late=self._too_late)
         self.stats = FleetStats()
         self.products: weakref.WeakSet[FleetProduct] = weakref.WeakSet()
         """That are asked for, and somebody waits for or may."""
         self.verdict = ""
         """Why nothing may be asked any more."""
+        self.failure: BaseException | None = None
+        """What ended a member's thread: a failure of our own, after which parts might be waited for in vain."""
         self.closed = False
         self.begin_in_child()
 
@@ -108,6 +113,13 @@ class Roster:
         """Of all members, those away among them."""
         with self.lock:
             return list(self.links.values())
+
+    def notice(self, line: str) -> None:
+        """Say what befell a member. Where nobody can be told, as after the end of a pipe, the work goes on."""
+        try:
+            self._notice(line)
+        except OSError as error:
+            log.warning("%s (%s)", line, error)
 
     def wake(self) -> None:
         for product in list(self.products):
@@ -173,6 +185,12 @@ class Roster:
             link.retry_at = float("inf")
             forget, link.to_forget = link.to_forget, []
             link.put(Join(forget))
+
+    def broke(self, error: BaseException) -> None:
+        """A member's thread ends, by a failure of our own: whoever waits is told."""
+        with self.changed:
+            self.failure = error
+            self.wake()
 
     # Under the lock, all of the following.
 
