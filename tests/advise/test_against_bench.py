@@ -27,7 +27,7 @@ from obfuscatune.enclave.protect import protect
 from obfuscatune.enclave.protection import Masking
 
 pytestmark = pytest.mark.long
-ROUNDS, BETWEEN = 9, 3
+ROUNDS, BETWEEN = 6, 3
 """Timed plain and protected, in turns; and after how many of them it is predicted again."""
 OFF_BY = 0.3
 """A prediction may be off by so much of the ratio: work and speeds are coarse models, and no round is as the last."""
