@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
 import os
 import weakref
 from typing import Protocol
@@ -49,6 +50,26 @@ def settle_process() -> None:
     if container_limits().cores is not None:
         os.environ.setdefault("OMP_NUM_THREADS", str(cores()))
     _keep_freed_memory()
+
+
+def may_compile() -> bool:
+    """Whether this process may execute what it has written, which systemd's MemoryDenyWriteExecute forbids."""
+    try:
+        mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC).close()
+    except OSError:
+        return False
+    return True
+
+
+def compute_without_compiling() -> None:
+    """Have torch leave oneDNN out where that may not compile its kernels: a product in 16 bits would fail there.
+
+    To be called once torch is imported, by who is about to compute.
+    """
+    if os.name == "posix" and not may_compile():
+        import torch
+
+        torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
 
 
 def _keep_freed_memory() -> None:

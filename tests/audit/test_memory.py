@@ -11,7 +11,7 @@ from torch import Tensor
 from obfuscatune.audit.attacks.view import WorkerView
 from obfuscatune.audit.parties import Party, part_views
 from obfuscatune.audit.record import RowsFile
-from obfuscatune.bench.measures import MemorySampler
+from obfuscatune.bench.processes import MemorySampler
 from obfuscatune.enclave.masks import DEVIATION, GRID
 from obfuscatune.errors import StorageError
 from obfuscatune.protocol.messages import Header, MessageType

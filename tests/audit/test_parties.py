@@ -121,6 +121,7 @@ def each_twice() -> Draw:
     return again
 
 
+@pytest.mark.long  # a run is recorded for each; attacks/test_masks.py has the same faults in made-up calls
 @pytest.mark.parametrize(("attack", "fault"), [(MaskGaps(), in_float32), (ReusedMasks(), each_twice())])
 def test_masks_with_a_fault_are_found_out(
     scenario: Scenario, attack: Attack, fault: Draw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -136,7 +136,7 @@ def test_what_is_not_finite_is_seen(interpreted: Kernels) -> None:
 @pytest.mark.parametrize(
     ("profile", "lengths"),
     [
-        ("private", (9,)),
+        ("private", (17,)),  # more than native kernels take as few, on any processor
         pytest.param("private", (20, 13), marks=pytest.mark.long),
         pytest.param("guarded", (20, 13), marks=pytest.mark.long),
     ],

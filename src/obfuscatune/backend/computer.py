@@ -180,9 +180,9 @@ def _multiply(rows: Tensor, matrix: Tensor, out: Tensor, *, transpose: bool) -> 
 
 @functools.cache
 def has_units_for(dtype: torch.dtype) -> bool:
-    """Whether this processor multiplies in that dtype; without, torch takes 40 times as long as in float32."""
+    """Whether this processor multiplies in that dtype, and may; without, torch takes 40 times as long as in float32."""
     known = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
     if dtype not in known:
         return True
     asked = getattr(torch.ops.mkldnn, known[dtype], None)
-    return asked is not None and bool(asked())
+    return bool(torch.backends.mkldnn.enabled) and asked is not None and bool(asked())

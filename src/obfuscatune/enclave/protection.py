@@ -31,6 +31,7 @@ from obfuscatune.enclave.target_layers import Expert, LayerGroup, experts_matric
 from obfuscatune.enclave.tiles import narrowed
 from obfuscatune.enclave.verification import Verifier
 from obfuscatune.errors import ConfigError, ProtectionError
+from obfuscatune.process import compute_without_compiling
 from obfuscatune.protocol.tls import TlsConfig
 
 log = logging.getLogger(__name__)
@@ -111,6 +112,7 @@ class Protection:
         masking: Masking = DEFAULT_MASKING,
     ) -> Protection:
         """The parts that a profile composes; a fresh root key where none is given."""
+        compute_without_compiling()
         client = clients.compute
         stream = SecretStream.fresh()
         mixer: Mixer = NoMixer()

@@ -18,6 +18,7 @@ from obfuscatune.backend import Computer, find_device
 from obfuscatune.errors import ConfigError, ConnectionLost, WireError
 from obfuscatune.machine import memory_bytes
 from obfuscatune.option import parse_size
+from obfuscatune.process import compute_without_compiling
 from obfuscatune.protocol.endpoints import check_tls, parse_address
 from obfuscatune.protocol.limits import HANDSHAKE_SECONDS, MAX_HANDSHAKES, MAX_SESSION_CONNECTIONS
 from obfuscatune.protocol.listen import Listener
@@ -145,6 +146,7 @@ def run(options: WorkerOptions, computer_class: type[Computer] = Computer) -> in
     Raises:
         ConfigError: an option that cannot be used.
     """
+    compute_without_compiling()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     _check(options)
     address = parse_address(options.listen)
