@@ -168,6 +168,7 @@ def test_no_site_changes_anything(chromium: Any, owner_served: Served) -> None:
             page.goto(elsewhere, wait_until="commit")
         assert told.value.status == 403
         assert not owner_served.api.came
+        page.wait_for_url(target)  # the refusal is shown: else it would come in the way of the next page
         page.goto(f"{owner_served.base}/jobs")
         assert page.url == f"{owner_served.base}/jobs"  # the session itself is as it was
 
